@@ -1,0 +1,105 @@
+"""What a model costs: parameters, activated parameters and multiply-adds, counted on a copy without weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vimoe.moe import MoE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Figures for one image.
+
+    Attributes:
+        params: all parameters.
+        activated_params: those that one image or token uses: the dense part, and of each MoE layer the router, k
+            experts and the shared expert.
+        macs: multiply-adds of matrix products and convolutions in one forward pass of one image (half of what
+            torch's counter calls flops; the papers' "FLOPs").
+        moe_layers: names of the MoE layers.
+    """
+
+    params: int
+    activated_params: int
+    macs: int
+    moe_layers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        layers = f", {len(self.moe_layers)} MoE layers" if self.moe_layers else ""
+        return (
+            f"{self.params / 1e6:.2f} M parameters, {self.activated_params / 1e6:.2f} M activated, "
+            f"{self.macs / 1e9:.3f} G multiply-adds{layers}"
+        )
+
+
+def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Cost:
+    """Counts a model as it stands; nothing is computed and no memory taken for weights.
+
+    Args:
+        model: any timm ViT, dense or upcycled, on any device.
+        input_size: (channels, height, width); by default what the model was made for.
+    """
+    model = meta_copy(model).eval()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    params = sum(p.numel() for p in model.parameters())
+    idle = sum(_numel(layer.experts) * _idle_share(layer) for layer in layers.values())
+    # routing depends on data, which a copy without weights has not: what a layer costs follows from its shapes
+    routed = 0
+
+    def count_instead(layer: MoE, args: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal routed
+        routed += _moe_macs(layer, args[0].shape[1])
+        return args
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(count_instead)
+        layer.forward = torch.empty_like  # type: ignore[method-assign]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *(input_size or model_input_size(model)), device="meta"))
+    return Cost(params, params - round(idle), counter.get_total_flops() // 2 + routed, tuple(layers))
+
+
+def model_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a timm model was made for."""
+    channels, height, width = get_model_input_config(model)["input_size"]
+    if not hasattr(model, "_traits"):  # not built by timm.create_model, which notes the size
+        height, width = getattr(model.patch_embed, "img_size", None) or (height, width)
+    return channels, height, width
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy with shapes and no weights, made without copying the weights first."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _moe_macs(layer: MoE, tokens: int) -> int:
+    config = layer.config
+    expert = sum(w.numel() for name, w in layer.experts.named_parameters() if _is_matrix(name)) // config.num_experts
+    shared = sum(w.numel() for name, w in layer.named_parameters(prefix="") if _is_matrix(name) and "shared." in name)
+    decisions = 1 if config.routing == "image" else tokens
+    return tokens * (config.top_k * expert + shared) + decisions * layer.router.weight.numel()
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith(".weight") and ".norm." not in f".{name}"
+
+
+def _idle_share(layer: MoE) -> float:
+    return 1 - layer.config.top_k / layer.config.num_experts
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,269 @@
+"""What to build and how to train it: frozen settings that import no torch and round-trip through JSON."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from vimoe.errors import ConfigError, nearest
+
+Routing = Literal["image", "token"]
+Combine = Literal["mix", "sum"]
+LAYER_WORDS = ("all", "none", "last:N", "every:N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Which FFNs become mixtures of experts, and of what kind. Nothing here depends on the backbone.
+
+    Args:
+        layers: which blocks: "all", "none", "last:2", "every:2" (blocks 1, 3, 5, ...), a list of block
+            indices (0 is the first block with an FFN, -1 the last), or module-name patterns ("blocks.1?.mlp").
+        num_experts: routed experts N of a layer, each of the FFN's own shape. 0 makes no mixture but a dense
+            FFN of num_shared_experts times the width: the control with equal activated parameters.
+        top_k: experts k that one image or token is sent to.
+        routing: "image" takes one decision for all tokens of an image, "token" one for each.
+        num_shared_experts: n experts that every token passes; n of them are one FFN of n times the width.
+        combine: "mix" is S(x) + sum g_i (E_i(x) - S(x)), "sum" is S(x) + sum g_i E_i(x) (the ViMoE paper).
+        normalize_gates: divide the gates by their sum over the chosen experts; goes with "sum".
+
+    Raises:
+        ConfigError: for a value outside of these, or values that contradict one another.
+    """
+
+    layers: str | tuple[int | str, ...] = "last:2"
+    num_experts: int = 8
+    top_k: int = 1
+    routing: Routing = "image"
+    num_shared_experts: int = 1
+    combine: Combine = "mix"
+    normalize_gates: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        _check_layers(self.layers)
+        _check_choice("routing", self.routing, get_args(Routing))
+        _check_choice("combine", self.combine, get_args(Combine))
+        _check_count("num_experts", self.num_experts, 0)
+        _check_count("num_shared_experts", self.num_shared_experts, 0)
+        _check_count("top_k", self.top_k, 1)
+        if self.num_experts == 0 and self.num_shared_experts < 2:
+            raise ConfigError(
+                f"num_experts=0 makes a dense FFN of num_shared_experts times the width: expected "
+                f"num_shared_experts of at least 2, got {self.num_shared_experts}; for the parent use layers='none'"
+            )
+        if self.num_experts and self.top_k > self.num_experts:
+            raise ConfigError(f"top_k={self.top_k}: expected at most num_experts={self.num_experts}; lower top_k")
+        if self.normalize_gates and self.combine == "mix":
+            raise ConfigError(
+                "normalize_gates=True with combine='mix': normalised gates would leave nothing of the shared "
+                "expert (without one they are normalised already); drop it, or use combine='sum'"
+            )
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        """Whether the gates of the chosen experts are divided by their sum."""
+        return self.normalize_gates or (self.combine == "mix" and self.num_shared_experts == 0)
+
+    @property
+    def router_is_blind(self) -> bool:
+        """Whether the task loss can never train the router, because the only gate is always 1."""
+        return self.num_experts == 1 or (self.num_experts > 1 and self.top_k == 1 and self.gates_sum_to_one)
+
+    def to_dict(self) -> dict[str, Any]:
+        """These settings as JSON knows them."""
+        values = asdict(self)
+        if isinstance(self.layers, tuple):
+            values["layers"] = list(self.layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
+        """The inverse of `to_dict`. Raises ConfigError for a name that is no setting."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown MoE setting {name!r}: {nearest(name, known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense ViT to start from, in timm's terms.
+
+    Args:
+        name: a timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format.
+        pretrained: load the weights that belong to the name (`plan` and `count` never do).
+        img_size: side of the square input image in pixels; by default the model's own.
+        num_classes: size of the classifier; `train` takes it from the data.
+        drop_path_rate: stochastic depth while training.
+        args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}.
+    """
+
+    name: str = "vit_small_patch14_dinov2"
+    pretrained: bool = True
+    img_size: int | None = None
+    num_classes: int | None = None
+    drop_path_rate: float = 0.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.img_size is not None:
+            _check_count("img_size", self.img_size, 1)
+        if self.num_classes is not None:
+            _check_count("num_classes", self.num_classes, 1)
+        _check_range("drop_path_rate", self.drop_path_rate, 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images are and which roles they have.
+
+    Args:
+        path: a folder of class folders, or one that holds a folder of class folders for each role;
+            "digits" is scikit-learn's handwritten digits.
+        train_split: name of the folder to train on.
+        val_split: name of the folder that decides; where it is missing or "none", validation is split off train.
+        test_split: name of the folder that only `evaluate` and the receipt of `prune` read.
+        val_fraction: share of each class that is split off train where there is no validation folder.
+        images_per_class: train on at most this many images of each class (drawn by `seed`).
+        seed: draws the split and the subset.
+        workers: processes that decode images.
+        crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
+        interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
+        mean, std: normalisation of each channel, values in 0..1; by default the model's own.
+    """
+
+    path: str = ""
+    train_split: str = "train"
+    val_split: str = "val"
+    test_split: str = "test"
+    val_fraction: float = 0.1
+    images_per_class: int | None = None
+    seed: int = 0
+    workers: int = 2
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_range("val_fraction", self.val_fraction, 0.0, 0.9)
+        _check_count("workers", self.workers, 0)
+        if self.images_per_class is not None:
+            _check_count("images_per_class", self.images_per_class, 2)
+        if self.val_split == self.test_split and self.test_split != "none":
+            raise ConfigError(
+                f"val_split and test_split are both {self.test_split!r}: expected two folders, because what decides "
+                f"must not be what is reported; use val_split='none' to split validation off train"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. Names and defaults follow timm's training script where it has them.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images a step (on each device).
+        accumulation: steps whose gradients are added up before the weights move.
+        lr: peak learning rate of AdamW, reached after the warm-up and then decayed by a cosine to min_lr.
+        min_lr: learning rate at the end.
+        warmup_epochs: epochs of linear warm-up.
+        weight_decay: of matrices; biases, norms, embeddings have none.
+        layer_decay: learning rate of a block relative to the block after it (1 is the same rate everywhere).
+        router_lr_scale: learning rate of the routers relative to the block they are in.
+        router_weight_decay: weight decay of the routers.
+        train_only: "all", or "moe" for the MoE layers and the classifier alone.
+        balance_loss, z_loss, importance_loss: weights of the auxiliary losses of the routers.
+        label_smoothing: mass given to the other classes.
+        mixup, cutmix: alpha of each, 0 is off.
+        auto_augment: timm's policy string, such as "rand-m9-mstd0.5-inc1"; none is off.
+        random_erasing: probability.
+        min_crop: smallest share of the area that a random crop keeps; 1 is no random crop.
+        hflip: probability of a horizontal flip.
+        ema_decay: decay of the weights' moving average, which is then what is evaluated and saved; 0 is off.
+        clip_grad: largest gradient norm; 0 is off.
+        precision: "no" (float32), "bf16" or "fp16".
+        seed: of initialisation, order and augmentation.
+        tensorboard: write TensorBoard event files beside metrics.csv.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    accumulation: int = 1
+    lr: float = 3e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    router_lr_scale: float = 1.0
+    router_weight_decay: float = 0.0
+    train_only: Literal["all", "moe"] = "all"
+    balance_loss: float = 0.01
+    z_loss: float = 0.0
+    importance_loss: float = 0.0
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    min_crop: float = 0.35
+    hflip: float = 0.5
+    ema_decay: float = 0.0
+    clip_grad: float = 1.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation"):
+            _check_count(name, getattr(self, name), 1)
+        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "router_lr_scale", "router_weight_decay"):
+            _check_at_least(name, getattr(self, name), 0)
+        for name in ("balance_loss", "z_loss", "importance_loss", "mixup", "cutmix", "clip_grad"):
+            _check_at_least(name, getattr(self, name), 0)
+        for name in ("label_smoothing", "random_erasing", "hflip", "ema_decay", "layer_decay", "min_crop"):
+            _check_range(name, getattr(self, name), 0.0, 1.0)
+        _check_choice("train_only", self.train_only, ("all", "moe"))
+        _check_choice("precision", self.precision, ("no", "bf16", "fp16"))
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
+
+
+def _check_layers(layers: object) -> None:
+    if isinstance(layers, str):
+        word, colon, number = layers.partition(":")
+        if colon and not (word in ("last", "every") and re.fullmatch(r"[1-9]\d*", number)):
+            raise ConfigError(f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)} with N of at least 1")
+        if layers:
+            return
+    elif isinstance(layers, tuple) and layers:
+        if all(isinstance(item, (int, str)) and not isinstance(item, bool) for item in layers):
+            return
+    raise ConfigError(
+        f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)}, block indices such as [3, 4], "
+        f"or module-name patterns such as 'blocks.1?.mlp'"
+    )
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}; {nearest(value, allowed)}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r}: expected a whole number of at least {least}")
+
+
+def _check_at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ConfigError(f"{name}={value!r}: expected at least {least}")
+
+
+def _check_range(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r}: expected {low:g} to {high:g}")

@@ -1,0 +1,53 @@
+"""Losses that keep experts in use: pure functions of the recorded `Routing`s, in float32.
+
+Axes: R routed units (images or tokens), N experts, K chosen experts. Each loss is averaged over the records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vimoe.errors import VimoeError
+from vimoe.moe.routing import Routing
+
+
+def balance_loss(routings: Sequence[Routing]) -> Tensor:
+    """N x sum_i f_i P_i: f_i the share of units sent to expert i (sum f = k), P_i its mean probability.
+
+    Fedus et al., Switch Transformers (arXiv 2101.03961), eq. 4 to 6, in the form for any k. It is k where all
+    experts are used alike. The gradient flows through P alone. Image routing counts images, token routing tokens.
+    """
+    return _mean(routings, _balance)
+
+
+def router_z_loss(routings: Sequence[Routing]) -> Tensor:
+    """The mean squared log-sum-exp of the logits: Zoph et al., ST-MoE (arXiv 2202.08906), eq. 5."""
+    return _mean(routings, lambda routing: routing.logits.logsumexp(dim=-1).square().mean())
+
+
+def importance_loss(routings: Sequence[Routing]) -> Tensor:
+    """The squared coefficient of variation of the experts' summed probabilities over the batch.
+
+    Riquelme et al., V-MoE (arXiv 2106.05974), appendix A.2, without its noise.
+    """
+    return _mean(routings, _importance)
+
+
+def _balance(routing: Routing) -> Tensor:
+    units = len(routing.logits)
+    f_N = routing.load.float() / units
+    return routing.num_experts * (f_N * routing.probabilities.mean(dim=0)).sum()
+
+
+def _importance(routing: Routing) -> Tensor:
+    importance_N = routing.probabilities.sum(dim=0)
+    return importance_N.var(correction=0) / importance_N.mean().square()
+
+
+def _mean(routings: Sequence[Routing], loss: Callable[[Routing], Tensor]) -> Tensor:
+    if not routings:
+        raise VimoeError("no routing was recorded: run a model with MoE layers inside vimoe.record() first")
+    return torch.stack([loss(routing) for routing in routings]).mean()

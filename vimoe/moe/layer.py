@@ -1,0 +1,91 @@
+"""The MoE layer on one page: route, dispatch, compute, combine, add the shared expert.
+
+Axes: B images, T tokens of an image, D channels, R routed units (images or tokens).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vimoe import ffn
+from vimoe.config import MoEConfig
+from vimoe.moe.dispatch import combine, dispatch
+from vimoe.moe.experts import Experts
+from vimoe.moe.router import Router, TokenLayout
+from vimoe.moe.routing import Routing, note
+
+
+class MoE(nn.Module):
+    """A sparse mixture of experts with a shared expert, in the place of a dense FFN.
+
+    With S the shared expert, E_i the chosen experts and g_i their gates it computes
+
+        combine="mix":  S(x) + sum_i g_i (E_i(x) - S(x))     what the dense FFN did, until the experts are trained
+        combine="sum":  S(x) + sum_i g_i E_i(x)              as in ViMoE (arXiv 2410.15732)
+
+    and without a shared expert sum_i g_i E_i(x), where "mix" makes the gates of the chosen experts sum to 1.
+    Every expert starts as a copy of the dense FFN, on its device and in its type.
+
+    Args:
+        dense: an FFN for which `vimoe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
+        config: of what kind; `config.layers` plays no part here.
+        layout: which tokens are no patches; only image routing reads it.
+    """
+
+    def __init__(self, dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> None:
+        super().__init__()
+        weight, n = dense.fc2.weight, config.num_shared_experts
+        self.config = config
+        self.router = Router(weight.shape[0], config, layout).to(weight)
+        self.experts = Experts(dense, config.num_experts)
+        self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
+        # what densify rebuilds the FFN from; in a tuple, because it is no part of this model
+        self._template = (copy.deepcopy(dense).to("meta"),)
+        self.train(dense.training)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        routing = self.router(x_BTD)
+        note(self, routing)
+        rows, counts, order = dispatch(x_BTD, routing)
+        routed_BTD = combine(self.experts(rows, counts), routing, order)
+        if self.shared is None:
+            return routed_BTD
+        shared_BTD = self.shared(x_BTD)
+        if self.config.combine == "sum":
+            return shared_BTD + routed_BTD
+        return shared_BTD * self._rest(routing, shared_BTD) + routed_BTD
+
+    @staticmethod
+    def _rest(routing: Routing, like: Tensor) -> Tensor:
+        """1 - sum_i g_i for each token, (B, T, 1) or (B, 1, 1): what "mix" leaves of the shared expert."""
+        rest_R = 1 - routing.gates.sum(dim=-1)
+        return rest_R.view(routing.batch[0], -1, 1).to(like.dtype)
+
+    def without_experts(self) -> nn.Module:
+        """The shared expert alone, as wide as the dense FFN was as long as further shared experts say nothing."""
+        assert self.shared is not None
+        return ffn.narrow(self.shared, self.config.num_shared_experts)
+
+    def merged(self, gate_mass: Tensor) -> nn.Module:
+        """One FFN with the mean weights of all experts: this layer's formula, in weights instead of outputs.
+
+        Args:
+            gate_mass: (N,) mean over routed units of the gate that each expert got, 0 where it was not chosen.
+        """
+        mass = gate_mass.tolist()
+        parts = [self.experts.weights(i) for i in range(self.config.num_experts)]
+        if self.shared is not None:
+            assert self.config.num_shared_experts == 1
+            parts.insert(0, ffn.read(self.shared))
+            mass.insert(0, 1.0 if self.config.combine == "sum" else 1.0 - sum(mass))
+        total = sum(mass)
+        scale = total if self.config.combine == "sum" and not self.config.gates_sum_to_one else 1.0
+        weights = ffn.average(parts, [m / total for m in mass], scale)
+        return ffn.build(self._template[0], weights).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"combine={self.config.combine!r}"

@@ -1,0 +1,205 @@
+"""Dense to MoE and back: `plan` says what would change, `upcycle` and `densify` do it, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+
+from vimoe import ffn, surgery
+from vimoe.accounting import Cost, count, meta_copy, model_input_size
+from vimoe.config import MoEConfig
+from vimoe.errors import SurgeryError
+from vimoe.moe import MoE
+from vimoe.moe.router import TokenLayout
+from vimoe.surgery import Site
+
+HOW = ("shared", "merge")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `upcycle` would do. Print it."""
+
+    sites: tuple[Site, ...]
+    config: MoEConfig
+    dense: Cost
+    moe: Cost
+
+    def __str__(self) -> str:
+        c = self.config
+        kind = (
+            f"{c.num_experts} experts, top_k={c.top_k}, {c.routing} routing, {c.num_shared_experts} shared, {c.combine}"
+            if c.num_experts
+            else f"dense FFN of {c.num_shared_experts} times the width"
+        )
+        lines = [f"  {site.name}: {type(site.module).__name__} -> {kind}" for site in self.sites]
+        return "\n".join([f"before: {self.dense}", f"after:  {self.moe}", *lines])
+
+
+def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] | None = None) -> Plan:
+    """What `upcycle(model, config)` would change and cost. Changes nothing and needs no memory for weights.
+
+    Args:
+        model: a timm ViT.
+        config: which blocks, and what kind of layer.
+        input_size: (channels, height, width) to count for; by default what the model was made for.
+
+    Raises:
+        SurgeryError: as `upcycle`.
+    """
+    copied = meta_copy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        replaced = _replacements(copied, config)
+    sites = tuple(site for site in surgery.find(model, _is_site) if site.name in replaced)
+    dense = count(model, input_size)
+    surgery.swap(copied, replaced)
+    return Plan(sites, config, dense, count(copied, input_size))
+
+
+def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
+    """Replaces the FFNs of the chosen blocks by MoE layers whose experts are copies of them (sparse upcycling).
+
+    In place. With `combine="mix"`, the default, the model computes exactly what it did before, to rounding: all
+    experts agree, so the task loss gives the routers no gradient until a step has separated them.
+
+    Args:
+        model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), on any device.
+        config: which blocks, and what kind of layer.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SurgeryError: where a block cannot be converted; the model is as it was.
+    """
+    surgery.swap(model, _replacements(model, config))
+    if config.router_is_blind and config.layers != "none":
+        warnings.warn(
+            f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
+            f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",
+            stacklevel=2,
+        )
+    return model
+
+
+def densify(
+    model: nn.Module,
+    layers: str | Sequence[int | str] = "all",
+    how: str = "shared",
+    gate_mass: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Replaces MoE layers by dense FFNs: the inverse of `upcycle`.
+
+    Args:
+        model: an upcycled model; changed in place.
+        layers: which blocks, as in `MoEConfig.layers`; "all" are all MoE layers.
+        how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights.
+        gate_mass: for "merge", by layer name, (N,) the mean gate that each expert got (`LayerEvidence.gate_mass`).
+            Without it, experts count as a router that has no preference would weigh them.
+
+    Returns:
+        The same model. Right after `upcycle` its state is the parent's, bit for bit.
+
+    Raises:
+        SurgeryError: where a named layer is no MoE layer, or has no shared expert to keep; nothing was changed.
+    """
+    if how not in HOW:
+        raise SurgeryError(f"how={how!r}: expected 'shared' or 'merge'")
+    sites = surgery.find(model, _is_site)
+    chosen = [s for s in surgery.select(sites, layers) if isinstance(s.module, MoE) or layers != "all"]
+    surgery.swap(model, {site.name: _dense(site, how, (gate_mass or {}).get(site.name)) for site in chosen})
+    return model
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The model's MoE layers by module name, in forward order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def _is_site(module: nn.Module) -> bool:
+    return isinstance(module, MoE) or ffn.is_ffn(module)
+
+
+def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
+    """The new module of every chosen site, after all checks."""
+    sites = surgery.select(surgery.find(model, _is_site), config.layers)
+    if not sites:
+        return {}
+    layout = _token_layout(model)
+    for site in sites:
+        if isinstance(site.module, MoE):
+            raise SurgeryError(f"{site} is an MoE layer already: expected a dense FFN; densify it first")
+        try:
+            ffn.describe(site.module)
+        except SurgeryError as error:
+            raise SurgeryError(f"{site}: {error}") from None
+    _check_tokens(model, sites)
+    return {site.name: _upcycled(site.module, config, layout) for site in sites}
+
+
+def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Module:
+    if config.num_experts == 0:
+        return ffn.widen(dense, config.num_shared_experts)
+    return MoE(dense, config, layout)
+
+
+def _token_layout(model: nn.Module) -> TokenLayout:
+    if isinstance(model, NaFlexVit):
+        raise SurgeryError(
+            "NaFlexVit pads its tokens and hides which: expected a ViT of fixed size; use its vit_* twin"
+        )
+    if not hasattr(model, "num_prefix_tokens"):
+        raise SurgeryError(
+            f"{type(model).__name__} does not say which tokens are no patches (num_prefix_tokens): "
+            f"expected a plain ViT of timm (vit_*, deit*)"
+        )
+    return TokenLayout(model.num_prefix_tokens, getattr(model, "cls_token", None) is not None)
+
+
+def _check_tokens(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Runs two images through a copy without weights, to see that each FFN gets (images, tokens, channels)."""
+    copied = meta_copy(model).eval()
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def see(name: str):  # noqa: ANN202 - a hook
+        return lambda _module, args: shapes.__setitem__(name, tuple(args[0].shape))
+
+    for site in sites:
+        copied.get_submodule(site.name).register_forward_pre_hook(see(site.name))
+    for moe in moe_layers(copied).values():
+        moe.forward = torch.empty_like  # type: ignore[method-assign]
+    with torch.no_grad():
+        copied(torch.empty(2, *model_input_size(model), device="meta"))
+    for site in sites:
+        shape = shapes.get(site.name)
+        if shape is None or len(shape) != 3 or shape[0] != 2:
+            raise SurgeryError(
+                f"{site} gets {shape} for 2 images: expected (2, tokens, channels); a block that folds windows "
+                f"into the batch or keeps a grid cannot be converted"
+            )
+
+
+def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
+    layer = site.module
+    if not isinstance(layer, MoE):
+        raise SurgeryError(f"{site} is a dense FFN already: expected an MoE layer; leave it out of layers")
+    config = layer.config
+    if how == "shared":
+        if layer.shared is None:
+            raise SurgeryError(f"{site} has no shared expert: expected one for how='shared'; use how='merge'")
+        return layer.without_experts()
+    if config.num_shared_experts > 1:
+        raise SurgeryError(
+            f"{site} has {config.num_shared_experts} shared experts, which are wider than its experts: "
+            f"expected at most 1 for how='merge'; use how='shared'"
+        )
+    if gate_mass is None:
+        total = 1.0 if config.gates_sum_to_one else config.top_k / config.num_experts
+        gate_mass = torch.full((config.num_experts,), total / config.num_experts)
+    return layer.merged(gate_mass)
