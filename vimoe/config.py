@@ -11,6 +11,7 @@ from vimoe.errors import ConfigError, nearest
 Routing = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
 LAYER_WORDS = ("all", "none", "last:N", "every:N")
+PRUNE_TOLERANCE = 0.01  # nats of validation loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,246 @@
+"""Labelled images in three roles: train, validation (which decides) and test (which is only reported)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import create_transform, get_img_extensions
+from timm.data.model_config import resolve_input_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vimoe.config import DataConfig, TrainConfig
+from vimoe.errors import DataError, nearest
+
+logger = logging.getLogger(__name__)
+
+# other names that data sets in the wild use for a role; the configured name comes first
+SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
+Sample = tuple["Path | Image.Image", int]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of each role; labels index `classes`, which train defines for all roles."""
+
+    classes: tuple[str, ...]
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+
+    def __str__(self) -> str:
+        roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
+        return f"{roles} images of {len(self.classes)} classes"
+
+
+class Images(Dataset):
+    """Images on disk or in memory, opened as RGB the way they are meant to be seen."""
+
+    def __init__(self, samples: Sequence[Sample], transform: Any) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        source, label = self.samples[index]
+        return self.transform(open_image(source)), label
+
+
+def open_image(source: Path | Image.Image) -> Image.Image:
+    """An RGB image, turned as its EXIF tag says. Raises DataError, naming the file, where it cannot be read."""
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{source} cannot be read as an image ({error}): expected a whole one; remove it") from error
+
+
+def load_data(config: DataConfig, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Data:
+    """Finds the images and gives each a role.
+
+    Args:
+        config: where they are.
+        classes: the class map of a trained model; without it, train's class folders in sorted order.
+        validation: files (relative to `config.path`) that a run split off train, so that it finds the same again.
+
+    Raises:
+        DataError: where folders are missing, empty, or hold a class that is not in the map.
+    """
+    if not config.path:
+        raise DataError("data.path is empty: expected a folder of class folders, or 'digits'")
+    root = Path(config.path)
+    if config.path == "digits" and not root.exists():
+        return _digits(config)
+    if not root.is_dir():
+        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise DataError(f"data.path={config.path!r}: no such folder; {nearest(root.name, beside)}")
+    folders = {role: _role_folder(root, role, getattr(config, f"{role}_split")) for role in ("train", "val", "test")}
+    train_folder = folders["train"] or root
+    if folders["train"] is None and any(folders.values()):
+        raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {_inside(root)}")
+    names = tuple(classes or _class_folders(train_folder))
+    if len(names) < 2 and classes is None:
+        raise DataError(f"{train_folder}: {len(names)} class folders with images: expected at least 2; {_inside(root)}")
+    train = _samples(train_folder, names)
+    val = _samples(folders["val"], names) if folders["val"] else []
+    test = _samples(folders["test"], names) if folders["test"] else []
+    if not val:
+        train, val = _split_off(train, root, config, set(validation))
+    return Data(names, tuple(_subset(train, config)), tuple(val), tuple(test))
+
+
+def load_folder(path: str | Path, classes: Sequence[str]) -> tuple[Sample, ...]:
+    """All images of one folder of class folders, or of its test (else validation) folder, by a model's class map."""
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder: expected class folders with images")
+    folder = _role_folder(root, "test", "test") or _role_folder(root, "val", "val") or root
+    return tuple(_samples(folder, tuple(classes)))
+
+
+def list_images(paths: Iterable[str | Path]) -> list[Path]:
+    """The image files among files and folders, folders searched through. Raises DataError for what is missing."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = _image_files(path)
+            if not inside:
+                raise DataError(f"{path} holds no image: expected files such as .jpg or .png")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise DataError(f"{path}: no such file; {nearest(path.name, beside)}")
+    return found
+
+
+def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
+    """timm's data config (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
+    names = ("crop_pct", "interpolation", "mean", "std")
+    given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
+    return resolve_input_data_config(model, given)
+
+
+def train_loader(samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int) -> DataLoader:
+    """Shuffled batches with timm's augmentation; an incomplete last batch is dropped."""
+    whole = config.min_crop == 1
+    transform = create_transform(
+        **{name: prepared[name] for name in ("input_size", "mean", "std", "interpolation")},
+        is_training=True,
+        scale=(config.min_crop, 1.0),
+        ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
+        hflip=config.hflip,
+        color_jitter=None,
+        auto_augment=config.auto_augment,
+        re_prob=config.random_erasing,
+        re_mode="pixel",
+    )
+    if len(samples) < config.batch_size:
+        raise DataError(
+            f"train.batch_size={config.batch_size} with {len(samples)} training images: expected at most that many"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    return DataLoader(
+        Images(samples, transform), config.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        generator=generator, persistent_workers=workers > 0,
+    )  # fmt: skip
+
+
+def eval_loader(samples: Sequence[Sample], prepared: dict[str, Any], batch_size: int, workers: int) -> DataLoader:
+    """Batches in order, resized and centre-cropped."""
+    transform = create_transform(**prepared, is_training=False)
+    return DataLoader(Images(samples, transform), batch_size, num_workers=workers, persistent_workers=workers > 0)
+
+
+def _role_folder(root: Path, role: str, name: str) -> Path | None:
+    if name == "none":
+        return None
+    for candidate in (name, *(SYNONYMS[role] if name == role else ())):
+        if (root / candidate).is_dir():
+            return root / candidate
+    if name != role:
+        raise DataError(f"data.{role}_split={name!r}: no such folder in {root}; {_inside(root, name)}")
+    return None
+
+
+def _inside(root: Path, word: str = "") -> str:
+    return nearest(word, sorted(p.name for p in root.iterdir() if p.is_dir()))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".") and _image_files(p)]
+
+
+def _image_files(folder: Path) -> list[Path]:
+    endings = set(get_img_extensions())
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
+    return sorted(p for p in files if p.is_file())
+
+
+def _samples(folder: Path, classes: tuple[str, ...]) -> list[Sample]:
+    known = set(classes)
+    for name in _class_folders(folder):
+        if name not in known:
+            raise DataError(f"{folder / name}: no class {name!r} in the class map from train; {nearest(name, classes)}")
+    samples = [(f, label) for label, name in enumerate(classes) for f in _image_files(folder / name)]
+    if not samples:
+        raise DataError(f"{folder}: no image in any class folder; expected folders named {', '.join(classes[:3])}, ...")
+    return samples
+
+
+def _split_off(
+    train: list[Sample], root: Path, config: DataConfig, listed: set[str]
+) -> tuple[list[Sample], list[Sample]]:
+    """Takes validation from train: the listed files where a run names them, else a seeded share of each class."""
+    if listed:
+        val = [s for s in train if str(Path(s[0]).relative_to(root)) in listed]
+        if len(val) != len(listed):
+            raise DataError(
+                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone: "
+                f"expected the folder as it was in training; restore it, or train again"
+            )
+        held_out = {id(sample) for sample in val}
+        return [s for s in train if id(s) not in held_out], val
+    kept, val = _draw(train, lambda n: max(1, round(n * config.val_fraction)) if n > 1 else 0, config.seed)
+    if not val:
+        raise DataError(f"{root}: no class has two images: expected some to split validation off; add {root / 'val'}")
+    return kept, val
+
+
+def _subset(train: list[Sample], config: DataConfig) -> list[Sample]:
+    most = config.images_per_class
+    return train if most is None else _draw(train, lambda n: min(n, most), config.seed + 1)[1]
+
+
+def _draw(samples: list[Sample], how_many: Any, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(the others, the drawn), `how_many(n)` of the n samples of each class, both in their first order."""
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for index, (_, label) in enumerate(samples):
+        by_class[label].append(index)
+    rng = random.Random(seed)
+    drawn = {i for members in by_class.values() for i in rng.sample(members, how_many(len(members)))}
+    return [s for i, s in enumerate(samples) if i not in drawn], [s for i, s in enumerate(samples) if i in drawn]
+
+
+def _digits(config: DataConfig) -> Data:
+    """scikit-learn's 1,797 handwritten digits, 8x8: a fifth each for validation and test, the rest for training."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    grey = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
+    samples: list[Sample] = [(Image.fromarray(g).convert("RGB"), int(y)) for g, y in zip(grey, labels, strict=True)]
+    rest, test = _draw(samples, lambda n: round(n * 0.4), seed=0)
+    train, val = _draw(rest, lambda n: round(n / 3), config.seed)
+    return Data(tuple("0123456789"), tuple(_subset(train, config)), tuple(val), tuple(test))

@@ -1,0 +1,200 @@
+"""Model folders: safetensors weights and a config.json in timm's format with a section on the MoE layers.
+
+A folder without MoE layers is a plain timm folder (`timm.create_model("local-dir:FOLDER", pretrained=True)`).
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models._hub import save_config_for_hf  # what timm.models.save_for_hf calls for its config.json
+from torch import nn
+
+from vimoe import ffn, surgery
+from vimoe.accounting import model_input_size
+from vimoe.config import MoEConfig
+from vimoe.errors import FolderError, VimoeError
+from vimoe.moe import MoE
+from vimoe.upcycling import upcycle
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT = 1  # of the "vimoe" section
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    label_names: Sequence[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    model_args: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model folder, and proves that the model can be rebuilt from it before it takes its name.
+
+    Args:
+        model: a timm ViT, with or without MoE layers.
+        path: the folder to make.
+        label_names: name of each class; by default those that the model came with.
+        preprocessing: timm's data config (mean, std, crop_pct, interpolation); by default the model's own.
+        model_args: arguments of timm.create_model that timm does not remember or JSON cannot hold.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        FolderError: where the folder is there already, or would not rebuild the model; nothing is left behind.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FolderError(f"{path} is there already: expected a new folder; use another name or overwrite=True")
+    if not hasattr(model, "pretrained_cfg"):
+        raise FolderError(f"{type(model).__name__} was not built by timm.create_model, which notes how to rebuild it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        model_config = {"label_names": list(label_names)} if label_names else {}
+        save_config_for_hf(model, str(temporary / CONFIG), model_config, model_args, preprocessing)
+        _add_layers(model, temporary / CONFIG)
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        _prove(model, temporary)
+        temporary.chmod(0o755)
+        _put(temporary, path)
+    except VimoeError:
+        raise
+    except (ValueError, OSError) as error:
+        raise FolderError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that `save` wrote, in eval mode. Its `pretrained_cfg` has the preprocessing and label names.
+
+    Args:
+        path: a model folder, or "hf-hub:USER/REPO" for a hub repository that is one.
+        device: where to put it.
+
+    Raises:
+        FolderError: where the folder is missing, incomplete, damaged, or from a newer version.
+    """
+    if str(path).startswith("hf-hub:"):
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(str(path).removeprefix("hf-hub:"), allow_patterns=[CONFIG, WEIGHTS])
+    path = Path(path)
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise FolderError(f"{path} has no {name}: expected a folder that vimoe.save wrote")
+    model = _rebuild(path)
+    try:
+        weights = safetensors.torch.load_file(path / WEIGHTS)
+        model.load_state_dict(weights, assign=True)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FolderError(f"{path / WEIGHTS} does not fit {CONFIG}: {reason}; save the model again") from error
+    return model.to(device).eval()
+
+
+def _add_layers(model: nn.Module, config_path: Path) -> None:
+    """Notes each MoE layer, and each FFN that is a multiple of the backbone's width, in the config."""
+    config = json.loads(config_path.read_text())
+    with torch.device("meta"):
+        backbone = _backbone(config_path.parent)
+    layers = {}
+    for site in surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module)):
+        if isinstance(site.module, MoE):
+            layers[site.name] = site.module.config
+            continue
+        width, was = site.module.fc2.in_features, backbone.get_submodule(site.name).fc2.in_features
+        if width != was and width % was == 0:
+            layers[site.name] = MoEConfig(num_experts=0, num_shared_experts=width // was)
+    if layers:
+        rows = {name: {k: v for k, v in c.to_dict().items() if k != "layers"} for name, c in layers.items()}
+        config["vimoe"] = {"format": FORMAT, "layers": rows}
+        config_path.write_text(json.dumps(config, indent=2))
+
+
+def _rebuild(path: Path) -> nn.Module:
+    """The architecture of a folder, with weights still to be loaded."""
+    try:
+        section = json.loads((path / CONFIG).read_text()).get("vimoe", {"format": FORMAT, "layers": {}})
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise FolderError(f"{path / CONFIG} is no JSON object: {error}; save the model again") from error
+    if section.get("format") != FORMAT:
+        raise FolderError(f"{path / CONFIG} has format {section.get('format')}: expected {FORMAT}; update vimoe")
+    model = _backbone(path)
+    try:
+        for name, values in section["layers"].items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what this configuration lacks was said when it was made
+                upcycle(model, MoEConfig.from_dict({**values, "layers": [name]}))
+    except (KeyError, TypeError, AttributeError, VimoeError) as error:
+        raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {error}") from error
+    return model
+
+
+def _backbone(path: Path) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw nothing from the user's seed
+            return timm.create_model(f"local-dir:{path}", pretrained=False)
+    except (KeyError, RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise FolderError(
+            f"timm cannot build the backbone of {path / CONFIG}: {str(error).splitlines()[0]}; "
+            f"at save, pass model_args={{...}} with the arguments that timm.create_model was given"
+        ) from error
+
+
+def _prove(model: nn.Module, path: Path) -> None:
+    """Loads the folder and compares outputs on random images."""
+    tensor = next(model.parameters())
+    try:
+        rebuilt = load(path, tensor.device)
+    except FolderError as error:
+        raise FolderError(
+            f"the folder would not rebuild this model: {str(error).replace(str(path) + '/', '')}; pass "
+            f"model_args={{...}} with the arguments that timm.create_model was given"
+        ) from error
+    noise = torch.randn(2, *model_input_size(model), generator=torch.Generator().manual_seed(0))
+    images = noise.to(tensor.device, tensor.dtype)
+    with _evaluating(model), torch.no_grad():
+        expected, got = model(images).float(), rebuilt(images).float()
+    if expected.shape != got.shape or (expected - got).abs().max() > 1e-3 * expected.abs().max():
+        raise FolderError(
+            "a model rebuilt from the folder computes something else: pass model_args={...} with the arguments "
+            "that timm.create_model was given, and name what was changed since"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Gives the finished folder its name; one that had it goes only once the new one is whole."""
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+        path.rename(old / "old")
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(path)

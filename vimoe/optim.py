@@ -1,0 +1,48 @@
+"""Parameter groups: experts are treated as the parent's FFN was, routers have a rate and decay of their own.
+
+Stacked biases (N, F) are biases: no weight decay. An expert that is idle in a step has a gradient of zero, not none:
+AdamW still moves it by what is left of its momentum and decays its weights, as it does any weight with zero gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from vimoe.config import TrainConfig
+from vimoe.upcycling import moe_layers
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that are to be trained, with layer-wise rates (`lr_scale`, read by timm's schedules)."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups of parameters, each with its weight_decay and lr_scale; every trainable parameter is in exactly one."""
+    no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    groups = param_groups_layer_decay(
+        model, config.weight_decay, no_weight_decay_list=no_decay, layer_decay=config.layer_decay
+    )
+    routers = {id(p) for layer in moe_layers(model).values() for p in layer.router.parameters()}
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        kind = {key: value for key, value in group.items() if key in ("weight_decay", "lr_scale")}
+        router_kind = {
+            "weight_decay": config.router_weight_decay,
+            "lr_scale": kind["lr_scale"] * config.router_lr_scale,
+        }
+        result.append({**kind, "params": [p for p in group["params"] if id(p) not in routers]})
+        result.append({**router_kind, "params": [p for p in group["params"] if id(p) in routers]})
+    return [group for group in result if group["params"]]
+
+
+def freeze_all_but_moe(model: nn.Module) -> None:
+    """Leaves only the MoE layers and the classifier to be trained."""
+    model.requires_grad_(False)
+    for part in (*moe_layers(model).values(), model.get_classifier()):
+        for module in part if isinstance(part, (tuple, list)) else (part,):
+            module.requires_grad_(True)

@@ -1,0 +1,68 @@
+"""Flags and YAML files become settings; a mistake becomes one line with the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
+from vimoe.errors import ConfigError, nearest
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": DataConfig, "train": TrainConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a run was told, by section."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, whose mistakes are ConfigErrors of one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ConfigError in place of printing a usage text."""
+        raise ConfigError(self._one_line(message)) from ex
+
+    def add_sections(self, *names: str) -> None:
+        """Adds --SECTION.OPTION for every setting of the named sections, and --config for a YAML file of them."""
+        self.add_argument("--config", action="config", help="YAML file with the same sections and names as the flags")
+        for name in names:
+            self.add_class_arguments(SECTIONS[name], name)
+
+    def settings(self, values: Namespace) -> Settings:
+        """The settings of the sections that this parser has; the others keep their defaults."""
+        made = self.instantiate(values)
+        return Settings(**{name: made[name] for name in SECTIONS if name in made})
+
+    def _one_line(self, message: str) -> str:
+        text = " ".join(re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message).split())
+        unknown = re.search(r"[Uu]nrecognized arguments: (\S+)|[Kk]ey ['\"]([\w.]+)['\"] is not expected", text)
+        if not unknown:
+            return text
+        word = next(group for group in unknown.groups() if group)
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if not word.startswith("-"):
+            flags = [flag.removeprefix("--") for flag in flags]
+        name = word.partition("=")[0]
+        if not difflib.get_close_matches(name, flags, n=1):
+            return f"unknown option {name}: see {self.prog} --help"
+        return f"unknown option {name}: {nearest(name, flags)}"
+
+
+def read_settings(text: str) -> Settings:
+    """Settings from YAML. Raises ConfigError for what is no section, no setting or no value of one."""
+    parser = Parser(prog="settings")
+    parser.add_sections(*SECTIONS)
+    return parser.settings(parser.parse_string(text))

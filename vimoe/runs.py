@@ -1,0 +1,87 @@
+"""A run is one folder: its settings, its model folder, and what was measured. Readable without this software."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vimoe.errors import ConfigError, FolderError, nearest
+from vimoe.options import Settings, read_settings
+
+CONFIG, VALIDATION, SUMMARY, MODEL = "config.yaml", "validation.txt", "summary.json", "model"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    settings: Settings
+
+    @property
+    def model(self) -> Path:
+        """Its model folder."""
+        return self.path / MODEL
+
+    def validation(self) -> list[str]:
+        """Files that were split off train for validation; none where the data has a validation folder."""
+        listed = self.path / VALIDATION
+        return listed.read_text().splitlines() if listed.exists() else []
+
+
+def new_run(path: str | Path) -> Path:
+    """An empty folder for a run. Raises FolderError where something is there already."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FolderError(f"--out {path} is there already: expected a new folder; name another one")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
+    return path
+
+
+def open_run(path: str | Path) -> Run:
+    """Reads a run folder. Raises FolderError where it is none, or was not finished."""
+    path = Path(path)
+    if not path.is_dir():
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise FolderError(f"{path}: no such run; {nearest(path.name, beside)}")
+    if not (path / CONFIG).is_file():
+        raise FolderError(f"{path} has no {CONFIG}: expected a folder that vimoe train made")
+    if not (path / MODEL).is_dir():
+        raise FolderError(f"{path} has no {MODEL}/: its training did not finish; train again")
+    try:
+        return Run(path, read_settings((path / CONFIG).read_text()))
+    except ConfigError as error:
+        raise FolderError(f"{path / CONFIG}: {error}") from error
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """Writes the run's config.yaml, with the sections and names that the flags have."""
+    values = {**asdict(settings), "moe": settings.moe.to_dict()}
+    write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes figures, unrounded."""
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,262 @@
+"""The training loop: one page on Accelerate, for dense models and MoE models alike."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from vimoe.config import TrainConfig
+from vimoe.data import Data, eval_loader, train_loader
+from vimoe.errors import ConfigError, VimoeError
+from vimoe.evaluate import evaluate
+from vimoe.losses import balance_loss, importance_loss, router_z_loss
+from vimoe.moe.routing import Routing, record
+from vimoe.optim import adamw, freeze_all_but_moe
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    model: nn.Module, data: Data, config: TrainConfig, prepared: dict[str, Any], out: Path, workers: int = 0
+) -> dict[str, Any]:
+    """Trains in place; the model ends with the weights of the epoch that was best on validation, in eval mode.
+
+    Writes, as they come, metrics.csv (a row an epoch), load.csv (the share of each expert in each epoch) and
+    TensorBoard events into `out`.
+
+    Args:
+        model: a classifier, dense or with MoE layers.
+        data: only train and val are read.
+        config: how.
+        prepared: preprocessing, as `vimoe.data.preprocessing` gives it.
+        out: an existing folder.
+        workers: processes that decode images.
+
+    Returns:
+        {"epochs", "best_epoch", "val": the best Score as a dict, "seconds", "train_images"}.
+
+    Raises:
+        ConfigError: for settings that contradict the data or the machine, before anything is trained.
+        VimoeError: where the loss is no longer finite.
+    """
+    accelerator = _accelerator(config, out)
+    set_seed(config.seed)
+    loader = train_loader(data.train, prepared, config, workers)
+    val_loader = eval_loader(data.val, prepared, 2 * config.batch_size, workers)
+    if config.train_only == "moe":
+        freeze_all_but_moe(model)
+    optimizer = adamw(model, config)
+    updates = math.ceil(len(loader) / config.accumulation)
+    schedule = _schedule(optimizer, config, updates)
+    mixup = _mixup(config, len(data.classes))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    plain = accelerator.unwrap_model(model)
+    ema = ModelEmaV3(plain, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+
+    best: dict[str, Any] = {}
+    update, start = 0, time.perf_counter()
+    with _progress(config.epochs * len(loader)) as step_done, _rows(out / "metrics.csv") as write_row:
+        for epoch in range(1, config.epochs + 1):
+            epoch_start, totals, load = time.perf_counter(), _Totals(), _Load()
+            model.train()
+            for images, labels in loader:
+                with accelerator.accumulate(model):
+                    images, targets = mixup(images, labels) if mixup else (images, labels)
+                    with record(plain) as routings:
+                        logits = model(images)
+                    smoothing = 0.0 if mixup else config.label_smoothing
+                    task = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                    extra, parts = auxiliary_losses(routings, config)
+                    accelerator.backward(task + extra)
+                    if accelerator.sync_gradients and config.clip_grad:
+                        accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    update += 1
+                    schedule.step_update(update)
+                    if ema:
+                        ema.update(plain, step=update)
+                totals.add(len(images), loss=task, **parts)
+                load.add(routings)
+                step_done(f"epoch {epoch}/{config.epochs}")
+            means = totals.means()
+            if not all(math.isfinite(value) for value in means.values()):
+                raise VimoeError(
+                    f"the loss is {means['loss']} in epoch {epoch}: lower train.lr, or set train.clip_grad"
+                )
+            seconds = time.perf_counter() - epoch_start
+            score = evaluate(ema.module if ema else plain, val_loader)
+            load.warn_of_idle(epoch)
+            row = {
+                "epoch": epoch,
+                "lr": max(group["lr"] for group in optimizer.param_groups),
+                **{f"train_{name}": value for name, value in means.items()},
+                **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
+                "images_per_second": totals.images / seconds,
+            }
+            if accelerator.is_main_process:
+                write_row(row)
+                load.append_to(out / "load.csv", epoch)
+            accelerator.log({k: v for k, v in row.items() if k != "epoch"} | load.scalars(), step=epoch)
+            if not best or (score.top1, -score.loss) > best["key"]:
+                state = (ema.module if ema else plain).state_dict()
+                best = {
+                    "key": (score.top1, -score.loss), "epoch": epoch, "score": score,
+                    "state": {name: tensor.detach().cpu().clone() for name, tensor in state.items()},
+                }  # fmt: skip
+    accelerator.end_training()
+    plain.load_state_dict(best["state"])
+    plain.eval()
+    return {
+        "epochs": config.epochs,
+        "best_epoch": best["epoch"],
+        "val": best["score"].to_dict(),
+        "seconds": time.perf_counter() - start,
+        "train_images": len(data.train),
+    }
+
+
+def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """The weighted sum of the routers' losses, and each by name (the balance loss always, as a sign of health)."""
+    if not routings:
+        return 0.0, {}
+    parts = {"balance_loss": (balance_loss(routings), config.balance_loss)}
+    if config.z_loss:
+        parts["z_loss"] = (router_z_loss(routings), config.z_loss)
+    if config.importance_loss:
+        parts["importance_loss"] = (importance_loss(routings), config.importance_loss)
+    total = sum(weight * loss for loss, weight in parts.values())
+    return total, {name: loss for name, (loss, _) in parts.items()}
+
+
+class _Totals:
+    """Means over an epoch of what each batch reports, without waiting for the device at each step."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, images: int, **values: Tensor) -> None:
+        self.images += images
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + images * value.detach()
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self.images for name, total in self.sums.items()}
+
+
+class _Load:
+    """How many images or tokens each expert of each layer received in an epoch."""
+
+    def __init__(self) -> None:
+        self.units: dict[str, Tensor] = {}
+
+    def add(self, routings: list[Routing]) -> None:
+        for routing in routings:
+            self.units[routing.layer] = self.units.get(routing.layer, 0) + routing.load
+
+    def shares(self) -> dict[str, list[float]]:
+        return {layer: (units / units.sum()).tolist() for layer, units in self.units.items()}
+
+    def scalars(self) -> dict[str, float]:
+        return {f"load/{layer}/{i}": s for layer, shares in self.shares().items() for i, s in enumerate(shares)}
+
+    def warn_of_idle(self, epoch: int) -> None:
+        for layer, shares in self.shares().items():
+            for expert in (i for i, share in enumerate(shares) if share == 0):
+                logger.warning(
+                    "%s: expert %d received nothing in epoch %d; raise train.balance_loss, or use fewer experts",
+                    layer, expert, epoch,
+                )  # fmt: skip
+
+    def append_to(self, path: Path, epoch: int) -> None:
+        if not self.units:
+            return
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["epoch", "layer", "expert", "share"])
+            for layer, shares in self.shares().items():
+                writer.writerows([epoch, layer, expert, share] for expert, share in enumerate(shares))
+
+
+def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    # Accelerate keeps one precision a process; a later training in the same process may ask for another
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
+        AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with="tensorboard" if config.tensorboard else None,
+            project_dir=out,
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.precision={config.precision!r}: {error}; use 'bf16' or 'no'") from error
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> CosineLRScheduler:
+    warmup = round(config.warmup_epochs * updates)
+    total = config.epochs * updates
+    if warmup >= total:
+        raise ConfigError(
+            f"train.warmup_epochs={config.warmup_epochs:g} of train.epochs={config.epochs}: expected less; lower it"
+        )
+    return CosineLRScheduler(
+        optimizer, t_initial=total - warmup, lr_min=config.min_lr, warmup_t=warmup, warmup_prefix=True,
+        t_in_epochs=False,
+    )  # fmt: skip
+
+
+def _mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    if not (config.mixup or config.cutmix):
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("training", total=steps)
+        yield lambda description: progress.update(task, advance=1, description=description)
+
+
+@contextmanager
+def _rows(path: Path) -> Iterator[Any]:
+    """A CSV file that takes its header from the first row and is whole after each row."""
+    with path.open("w", newline="") as file:
+        writer: csv.DictWriter | None = None
+
+        def write(row: dict[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+
+        yield write
