@@ -50,7 +50,6 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     params = sum(p.numel() for p in model.parameters())
     idle = sum(_numel(layer.experts) * _idle_share(layer) for layer in layers.values())
-    # routing depends on data, which a copy without weights has not: what a layer costs follows from its shapes
     routed = 0
 
     def count_instead(layer: MoE, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -60,7 +59,6 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
 
     for layer in layers.values():
         layer.register_forward_pre_hook(count_instead)
-        layer.forward = torch.empty_like  # type: ignore[method-assign]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *(input_size or model_input_size(model)), device="meta"))
     return Cost(params, params - round(idle), counter.get_total_flops() // 2 + routed, tuple(layers))
@@ -75,14 +73,21 @@ def model_input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy with shapes and no weights, made without copying the weights first."""
+    """A copy with shapes and no weights, made without copying the weights first.
+
+    Routing depends on weights and data, so its MoE layers compute nothing and pass the shape on.
+    """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        if isinstance(module, MoE):
+            module.forward = torch.empty_like  # type: ignore[method-assign, assignment]
+    return copied
 
 
 def _moe_macs(layer: MoE, tokens: int) -> int:

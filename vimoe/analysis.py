@@ -220,7 +220,8 @@ class _Table:
 
 
 def _observe(model: nn.Module, loader: Iterable, layers: dict[str, MoE]) -> tuple[Score, Tensor, dict[str, _Table]]:
-    tables = {name: _Table(model.num_classes, layer.config.num_experts) for name, layer in layers.items()}
+    classes = len(label_names(model))
+    tables = {name: _Table(classes, layer.config.num_experts) for name, layer in layers.items()}
     counts, seen = ScoreCounts(), []
     with torch.no_grad(), record(model) as routings:
         for logits, labels in forwards(model, loader):

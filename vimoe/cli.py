@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimoe.errors import ConfigError, VimoeError, nearest
 from vimoe.options import Parser, Settings
+from vimoe.runs import SCHEMA
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from vimoe.data import Data
     from vimoe.runs import Run
 
-SCHEMA = 1
 Result = tuple[str, dict[str, Any]]  # what a person reads, what --json prints
 
 
@@ -83,36 +81,15 @@ def train(verb: str, argv: list[str]) -> Result:
     Example: vimoe train --data.path photos/ --model.name vit_tiny_patch16_224 --moe.layers last:2 --out runs/photos
     """
     settings, options = _settings(verb, argv, "model", "moe", "data", "train", out="folder to make for the run")
-    from vimoe import runs
-    from vimoe.backbone import check_name, create
-    from vimoe.data import load_data, preprocessing
-    from vimoe.folder import save
-    from vimoe.report import write_run_report
-    from vimoe.train import train as fit
-    from vimoe.upcycling import upcycle
+    from vimoe.experiment import run_training
 
-    check_name(settings.model)
-    data = load_data(settings.data)
-    _say(str(data))
-    _seed(settings.train.seed)
-    model = upcycle(create(settings.model, len(data.classes)), settings.moe)
-    prepared = preprocessing(model, settings.data)
-    out = runs.new_run(options["out"])
-    if Path(settings.data.path).exists():
-        absolute = dataclasses.replace(settings.data, path=str(Path(settings.data.path).resolve()))
-        settings = dataclasses.replace(settings, data=absolute)
-    runs.write_settings(out, settings)
-    _write_validation(out, settings, data)
-    summary = fit(model, data, settings.train, prepared, out, settings.data.workers)
-    save(model, out / runs.MODEL, label_names=data.classes, preprocessing=prepared)
-    runs.write_json(out / runs.SUMMARY, {"schema": SCHEMA, "command": verb, **summary})
-    report = write_run_report(out)
+    summary = run_training(settings, options["out"])
     val = summary["val"]
     text = (
         f"validation top-1 {val['top1']:.2%}, loss {val['loss']:.4f} ({val['images']} images) "
-        f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{report}"
+        f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{summary['report']}"
     )
-    return text, {**summary, "out": str(out), "report": str(report)}
+    return text, summary
 
 
 def evaluate(verb: str, argv: list[str]) -> Result:
@@ -193,6 +170,7 @@ def prune(verb: str, argv: list[str]) -> Result:
     from vimoe import runs
     from vimoe.analysis import Evidence
     from vimoe.evaluate import label_names
+    from vimoe.experiment import write_validation
     from vimoe.folder import save
     from vimoe.pruning import prune as remove
     from vimoe.pruning import receipts
@@ -213,9 +191,9 @@ def prune(verb: str, argv: list[str]) -> Result:
         "split": split, "before": before.to_dict(), "after": after.to_dict(),
     }  # fmt: skip
     runs.write_settings(out, run.settings)
-    _write_validation(out, run.settings, data)
+    write_validation(out, run.settings, data)
     save(pruned, out / runs.MODEL, label_names=label_names(model))
-    runs.write_json(out / runs.SUMMARY, {"schema": SCHEMA, "command": verb, **values})
+    runs.write_json(out / runs.SUMMARY, {"schema": runs.SCHEMA, "command": verb, **values})
     runs.write_json(out / "routing.json", evidence.to_dict())
     report = write_run_report(out)
     lines = [*values["verdicts"], *_table(values), str(report)]
@@ -321,18 +299,6 @@ def _evidence(run: Run, model: nn.Module, data: Data) -> Evidence:
     return evidence
 
 
-def _write_validation(out: Path, settings: Settings, data: Data) -> None:
-    """Lists the files that were split off train, so that every later verb decides on the same ones."""
-    from vimoe import runs
-
-    root = Path(settings.data.path)
-    train_folder = {Path(s[0]).parent for s in data.train if isinstance(s[0], Path)}
-    split_off = [s[0] for s in data.val if isinstance(s[0], Path) and s[0].parent in train_folder]
-    if split_off:
-        names = sorted(str(path.resolve().relative_to(root.resolve())) for path in split_off)
-        runs.write_text(out / runs.VALIDATION, "\n".join(names) + "\n")
-
-
 def _table(values: dict[str, Any]) -> list[str]:
     from vimoe.report import RECEIPT_HEADER, receipt_row
 
@@ -340,19 +306,9 @@ def _table(values: dict[str, Any]) -> list[str]:
     return ["".join(f"{cell:>13}" for cell in row) for row in rows]
 
 
-def _seed(seed: int) -> None:
-    from accelerate.utils import set_seed
-
-    set_seed(seed)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _log_to_stderr() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
 
 
 def _one_line(error: VimoeError) -> str:

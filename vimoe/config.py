@@ -235,19 +235,18 @@ class TrainConfig:
 
 
 def _check_layers(layers: object) -> None:
-    if isinstance(layers, str):
-        word, colon, number = layers.partition(":")
-        if colon and not (word in ("last", "every") and re.fullmatch(r"[1-9]\d*", number)):
-            raise ConfigError(f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)} with N of at least 1")
-        if layers:
-            return
-    elif isinstance(layers, tuple) and layers:
-        if all(isinstance(item, (int, str)) and not isinstance(item, bool) for item in layers):
-            return
-    raise ConfigError(
-        f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)}, block indices such as [3, 4], "
-        f"or module-name patterns such as 'blocks.1?.mlp'"
-    )
+    items = layers if isinstance(layers, tuple) else (layers,)
+    named = [item for item in items if isinstance(item, str) and item]
+    indices = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+    if not items or len(named) + len(indices) < len(items) or (indices and not isinstance(layers, tuple)):
+        raise ConfigError(
+            f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)}, block indices such as [3, 4], "
+            f"or module-name patterns such as 'blocks.1?.mlp'"
+        )
+    word, colon, number = layers.partition(":") if isinstance(layers, str) else ("", "", "")
+    if colon and not (word in ("last", "every") and re.fullmatch(r"[1-9]\d*", number)):
+        remedy = nearest(f"{word}:N", LAYER_WORDS)
+        raise ConfigError(f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)} with N of 1 or more; {remedy}")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

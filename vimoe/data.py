@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vimoe.config import DataConfig, TrainConfig
-from vimoe.errors import DataError, nearest
+from vimoe.errors import DataError, beside, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,7 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     if config.path == "digits" and not root.exists():
         return _digits(config)
     if not root.is_dir():
-        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(f"data.path={config.path!r}: no such folder; {nearest(root.name, beside)}")
+        raise DataError(f"data.path={config.path!r}: no such folder; {beside(root)}")
     folders = {role: _role_folder(root, role, getattr(config, f"{role}_split")) for role in ("train", "val", "test")}
     train_folder = folders["train"] or root
     if folders["train"] is None and any(folders.values()):
@@ -104,7 +103,7 @@ def load_folder(path: str | Path, classes: Sequence[str]) -> tuple[Sample, ...]:
     """All images of one folder of class folders, or of its test (else validation) folder, by a model's class map."""
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder: expected class folders with images")
+        raise DataError(f"{root}: no such folder: expected class folders with images; {beside(root)}")
     folder = _role_folder(root, "test", "test") or _role_folder(root, "val", "val") or root
     return tuple(_samples(folder, tuple(classes)))
 
@@ -121,13 +120,12 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(f"{path}: no such file; {nearest(path.name, beside)}")
+            raise DataError(f"{path}: no such file; {beside(path)}")
     return found
 
 
 def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
-    """timm's data config (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
+    """The data config of timm (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
     names = ("crop_pct", "interpolation", "mean", "std")
     given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
     return resolve_input_data_config(model, given)
@@ -142,7 +140,7 @@ def train_loader(samples: Sequence[Sample], prepared: dict[str, Any], config: Tr
         scale=(config.min_crop, 1.0),
         ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
         hflip=config.hflip,
-        color_jitter=None,
+        color_jitter=0.0,
         auto_augment=config.auto_augment,
         re_prob=config.random_erasing,
         re_mode="pixel",
@@ -194,7 +192,7 @@ def _samples(folder: Path, classes: tuple[str, ...]) -> list[Sample]:
     for name in _class_folders(folder):
         if name not in known:
             raise DataError(f"{folder / name}: no class {name!r} in the class map from train; {nearest(name, classes)}")
-    samples = [(f, label) for label, name in enumerate(classes) for f in _image_files(folder / name)]
+    samples: list[Sample] = [(f, label) for label, name in enumerate(classes) for f in _image_files(folder / name)]
     if not samples:
         raise DataError(f"{folder}: no image in any class folder; expected folders named {', '.join(classes[:3])}, ...")
     return samples
@@ -205,7 +203,7 @@ def _split_off(
 ) -> tuple[list[Sample], list[Sample]]:
     """Takes validation from train: the listed files where a run names them, else a seeded share of each class."""
     if listed:
-        val = [s for s in train if str(Path(s[0]).relative_to(root)) in listed]
+        val = [s for s in train if isinstance(s[0], Path) and str(s[0].relative_to(root)) in listed]
         if len(val) != len(listed):
             raise DataError(
                 f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone: "

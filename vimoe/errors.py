@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class VimoeError(ValueError):
@@ -26,8 +27,13 @@ class FolderError(VimoeError):
     """A model folder or run folder is missing, incomplete or would not rebuild its model."""
 
 
-def nearest(word: object, known: Iterable[object]) -> str:
-    """The remedy for a misspelt name: ``did you mean 'last:2'?``, or the known names where none is near.
+def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
+    """The remedy for a misspelt name: ``did you mean 'image'?``, or what is known where nothing is near.
+
+    Args:
+        word: what was given.
+        known: the right names.
+        listed: how many of them to show at most where none is near.
 
     >>> nearest("imgae", ["image", "token"])
     "did you mean 'image'?"
@@ -36,5 +42,13 @@ def nearest(word: object, known: Iterable[object]) -> str:
     close = difflib.get_close_matches(str(word), names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"known: {shown}" if names else "none is known"
+    if not names:
+        return "there is none"
+    return f"known: {', '.join(names[:listed])}{', ...' if len(names) > listed else ''}"
+
+
+def beside(path: Path) -> str:
+    """The remedy for a path that is not there: the nearest name in its folder, or a look at the path."""
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {str(path.with_name(close[0]))!r}?" if close else "check the path"

@@ -93,4 +93,5 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
 def label_names(model: nn.Module) -> list[str]:
     """The names of a model's classes, or their numbers where it has none."""
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
-    return list(names) if names else [str(i) for i in range(model.num_classes)]
+    classes: Any = model.num_classes
+    return list(names) if names else [str(i) for i in range(classes)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -93,7 +94,7 @@ def is_ffn(module: nn.Module) -> bool:
     return isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and first.in_features == last.out_features
 
 
-def describe(module: nn.Module) -> FFN:
+def describe(module: Any) -> FFN:
     """Reads what an FFN is.
 
     Raises:

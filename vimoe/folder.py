@@ -118,7 +118,7 @@ def _add_layers(model: nn.Module, config_path: Path) -> None:
         if isinstance(site.module, MoE):
             layers[site.name] = site.module.config
             continue
-        width, was = site.module.fc2.in_features, backbone.get_submodule(site.name).fc2.in_features
+        width, was = (ffn.describe(root.get_submodule(site.name)).hidden for root in (model, backbone))
         if width != was and width % was == 0:
             layers[site.name] = MoEConfig(num_experts=0, num_shared_experts=width // was)
     if layers:

@@ -17,13 +17,14 @@ from vimoe.upcycling import moe_layers
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that are to be trained, with layer-wise rates (`lr_scale`, read by timm's schedules)."""
+    """AdamW over the parameters that are to be trained; timm's schedules read the groups' `lr_scale`."""
     return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups of parameters, each with its weight_decay and lr_scale; every trainable parameter is in exactly one."""
-    no_decay = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    vit: Any = model
+    no_decay = set(vit.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups = param_groups_layer_decay(
         model, config.weight_decay, no_weight_decay_list=no_decay, layer_decay=config.layer_decay
     )
@@ -43,6 +44,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 def freeze_all_but_moe(model: nn.Module) -> None:
     """Leaves only the MoE layers and the classifier to be trained."""
     model.requires_grad_(False)
-    for part in (*moe_layers(model).values(), model.get_classifier()):
-        for module in part if isinstance(part, (tuple, list)) else (part,):
-            module.requires_grad_(True)
+    vit: Any = model
+    head = vit.get_classifier()  # DeiT's distilled models have two
+    for module in (*moe_layers(model).values(), *(head if isinstance(head, tuple) else [head])):
+        module.requires_grad_(True)

@@ -47,18 +47,34 @@ class Parser(ArgumentParser):
         return Settings(**{name: made[name] for name in SECTIONS if name in made})
 
     def _one_line(self, message: str) -> str:
+        """The message of jsonargparse in the form of all others: value, what was expected, remedy."""
         text = " ".join(re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message).split())
-        unknown = re.search(r"[Uu]nrecognized arguments: (\S+)|[Kk]ey ['\"]([\w.]+)['\"] is not expected", text)
-        if not unknown:
-            return text
-        word = next(group for group in unknown.groups() if group)
+        for pattern in _UNKNOWN:
+            if found := re.search(pattern, text):
+                return self._unknown(".".join(found.groups()).partition("=")[0])
+        if found := re.search(r"key \"([\w.]+)\": Expected an? (.+)\. Got value: (.*)", text):
+            name, kind, value = found.groups()
+            choices = re.findall(r"'([^']+)'", kind) if kind.startswith("Literal") else []
+            expected = (
+                f"one of {', '.join(choices)}; {nearest(value, choices)}" if choices else f"a value of type {kind}"
+            )
+            return f"{name}={value}: expected {expected}"
+        return text
+
+    def _unknown(self, name: str) -> str:
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        if not word.startswith("-"):
-            flags = [flag.removeprefix("--") for flag in flags]
-        name = word.partition("=")[0]
-        if not difflib.get_close_matches(name, flags, n=1):
-            return f"unknown option {name}: see {self.prog} --help"
-        return f"unknown option {name}: {nearest(name, flags)}"
+        known = flags if name.startswith("-") else [flag.removeprefix("--") for flag in flags]
+        if difflib.get_close_matches(name, known, n=1):
+            return f"unknown option {name}: {nearest(name, known)}"
+        return f"unknown option {name}: see {self.prog} --help"
+
+
+# what jsonargparse calls an option that there is not: on the command line, in a section of a file, in no section
+_UNKNOWN = (
+    r"[Uu]nrecognized arguments: (\S+)",
+    r"Group '(\w+)' does not accept option '([\w.]+)'",
+    r"Option '([\w.]+)' is not accepted",
+)
 
 
 def read_settings(text: str) -> Settings:

@@ -89,7 +89,7 @@ def receipts(models: list[nn.Module], loader: Iterable[tuple[Tensor, Tensor]]) -
 
 
 def images_per_second(models: list[nn.Module], batch_size: int = 32, rounds: int = 7) -> list[float]:
-    """Median inference throughput of each model on random images, the models timed in turns; the first round warms up."""
+    """Median inference throughput of each model on random images, timed in turns after a round to warm up."""
     times: list[list[float]] = [[] for _ in models]
     device = next(models[0].parameters()).device
     images = torch.randn(batch_size, *model_input_size(models[0]), device=device)

@@ -64,9 +64,8 @@ class Page:
         self.figures.mkdir(exist_ok=True)
         (self.figures / f"{name}.png").write_bytes(buffer.getvalue())
         data, caption = base64.b64encode(buffer.getvalue()).decode(), html.escape(caption)
-        self._parts.append(
-            f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-        )
+        image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+        self._parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
 
     def write(self, path: Path) -> Path:
         """Writes the page whole or not at all."""

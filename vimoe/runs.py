@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from vimoe.errors import ConfigError, FolderError, nearest
+from vimoe.errors import ConfigError, FolderError, beside
 from vimoe.options import Settings, read_settings
 
+SCHEMA = 1  # of what --json prints and summary.json holds
 CONFIG, VALIDATION, SUMMARY, MODEL = "config.yaml", "validation.txt", "summary.json", "model"
 
 
@@ -35,11 +36,17 @@ class Run:
         return listed.read_text().splitlines() if listed.exists() else []
 
 
-def new_run(path: str | Path) -> Path:
-    """An empty folder for a run. Raises FolderError where something is there already."""
+def check_new(path: str | Path) -> Path:
+    """Raises FolderError where something is there already."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FolderError(f"--out {path} is there already: expected a new folder; name another one")
+    return path
+
+
+def new_run(path: str | Path) -> Path:
+    """An empty folder for a run. Raises FolderError where it cannot be made."""
+    path = check_new(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,8 +58,7 @@ def open_run(path: str | Path) -> Run:
     """Reads a run folder. Raises FolderError where it is none, or was not finished."""
     path = Path(path)
     if not path.is_dir():
-        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise FolderError(f"{path}: no such run; {nearest(path.name, beside)}")
+        raise FolderError(f"{path}: no such run; {beside(path)}")
     if not (path / CONFIG).is_file():
         raise FolderError(f"{path} has no {CONFIG}: expected a folder that vimoe train made")
     if not (path / MODEL).is_dir():

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vimoe import ffn
 
+Layer = tuple[Tensor, Tensor | None]  # weight and bias
+
 
 class Stacked(nn.Module):
     """The weights of one layer (a linear map or a LayerNorm) of all experts: weight (N, ...), bias (N, ...)."""
@@ -24,7 +26,7 @@ class Stacked(nn.Module):
         self.weight = _repeated(weight, num_experts)
         self.register_parameter("bias", None if bias is None else _repeated(bias, num_experts))
 
-    def unbind(self) -> list[tuple[Tensor, Tensor | None]]:
+    def unbind(self) -> list[Layer]:
         """Weight and bias of each expert. One unbind, because N selects would have N full-size gradients."""
         biases = [None] * len(self.weight) if self.bias is None else self.bias.unbind()
         return list(zip(self.weight.unbind(), biases, strict=True))
@@ -45,21 +47,20 @@ class Experts(nn.Module):
         self.kind = ffn.describe(dense)
         weights = ffn.read(dense)
         self.fc1 = Stacked(weights["fc1.weight"], weights.get("fc1.bias"), num_experts)
-        self.act = copy.deepcopy(dense.act)
+        self.act = copy.deepcopy(self.kind.act)
         self.drop1 = nn.Dropout(self.kind.drop[0])
-        if self.kind.norm_eps is not None:
-            self.norm = Stacked(weights["norm.weight"], weights["norm.bias"], num_experts)
+        has_norm = self.kind.norm_eps is not None
+        self.norm = Stacked(weights["norm.weight"], weights["norm.bias"], num_experts) if has_norm else None
         self.fc2 = Stacked(weights["fc2.weight"], weights.get("fc2.bias"), num_experts)
         self.drop2 = nn.Dropout(self.kind.drop[1])
 
     def forward(self, x_MD: Tensor, counts: list[int]) -> Tensor:
         """Expert e computes the next counts[e] rows of x (M, D); returns (M, D) in the same order."""
         fc1, fc2 = self.fc1.unbind(), self.fc2.unbind()
-        norm = self.norm.unbind() if self.kind.norm_eps is not None else [None] * len(counts)
-        layers = zip(x_MD.split(counts), fc1, norm, fc2, strict=True)
-        return torch.cat([self._expert(rows, *weights) for rows, *weights in layers])
+        norm = self.norm.unbind() if self.norm else [None] * len(counts)
+        return torch.cat([self._expert(*each) for each in zip(x_MD.split(counts), fc1, norm, fc2, strict=True)])
 
-    def _expert(self, x: Tensor, fc1: tuple, norm: tuple | None, fc2: tuple) -> Tensor:
+    def _expert(self, x: Tensor, fc1: Layer, norm: Layer | None, fc2: Layer) -> Tensor:
         hidden = F.linear(x, *fc1)
         if self.kind.gated:
             gate, value = hidden.chunk(2, dim=-1)
@@ -67,9 +68,10 @@ class Experts(nn.Module):
         else:
             hidden = self.act(hidden)
         hidden = self.drop1(hidden)
-        if norm is not None:
-            hidden = F.layer_norm(hidden, (self.kind.hidden,), *norm, self.kind.norm_eps)
-        return self.drop2(F.linear(hidden, *fc2))
+        if norm is not None and self.kind.norm_eps is not None:
+            hidden = F.layer_norm(hidden, (self.kind.hidden,), norm[0], norm[1], self.kind.norm_eps)
+        rows: Tensor = self.drop2(F.linear(hidden, *fc2))
+        return rows
 
     def weights(self, expert: int) -> ffn.Weights:
         """The canonical weights of one expert, as views."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from vimoe import ffn
@@ -37,9 +36,9 @@ class MoE(nn.Module):
 
     def __init__(self, dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> None:
         super().__init__()
-        weight, n = dense.fc2.weight, config.num_shared_experts
+        n = config.num_shared_experts
         self.config = config
-        self.router = Router(weight.shape[0], config, layout).to(weight)
+        self.router = Router(ffn.describe(dense).dim, config, layout).to(next(dense.parameters()))
         self.experts = Experts(dense, config.num_experts)
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
         # what densify rebuilds the FFN from; in a tuple, because it is no part of this model

@@ -1,0 +1,87 @@
+"""The MoE layer as its definition reads: one image, one token, one expert after the other.
+
+Shares no code with vimoe. Weights are plain tensors of any type, and autograd goes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFN:
+    """fc2(norm(act(fc1(x)))), or fc2(norm(act(gate(x)) * fc1(x))) where there is a gate. Pairs are (weight, bias)."""
+
+    fc1: tuple[Tensor, Tensor | None]
+    fc2: tuple[Tensor, Tensor | None]
+    act: Callable[[Tensor], Tensor]
+    gate: tuple[Tensor, Tensor | None] | None = None
+    norm: tuple[Tensor, Tensor] | None = None
+    eps: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = affine(x, *self.fc1)
+        hidden = self.act(hidden) if self.gate is None else self.act(affine(x, *self.gate)) * hidden
+        if self.norm is not None:
+            deviation = hidden - hidden.mean()
+            hidden = deviation / ((deviation**2).mean() + self.eps).sqrt() * self.norm[0] + self.norm[1]
+        return affine(hidden, *self.fc2)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = (weight * x).sum(dim=1)
+    return y if bias is None else y + bias
+
+
+def moe(
+    x: Tensor,
+    router: Tensor,
+    experts: Sequence[FFN],
+    shared: FFN | None,
+    *,
+    top_k: int,
+    routing: str,
+    class_token: bool,
+    num_prefix_tokens: int,
+    combine: str,
+    normalize_gates: bool,
+    chosen: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """(B, T, D) to (B, T, D). `chosen` replaces the router's choice (where scores tie, any choice is right)."""
+    images, tokens, _ = x.shape
+    outputs = []
+    for b in range(images):
+        for t in range(tokens):
+            if routing == "token":
+                unit, feature = b * tokens + t, x[b, t]
+            else:
+                unit, feature = b, x[b, 0] if class_token else mean(list(x[b, num_prefix_tokens:]))
+            scores = affine(feature, router, None)
+            exponentials = (scores - scores.max()).exp()
+            probabilities = list(exponentials / exponentials.sum())
+            best = chosen[unit] if chosen else sorted(range(len(experts)), key=lambda i: -probabilities[i].item())
+            gates = {i: probabilities[i] for i in best[:top_k]}
+            if normalize_gates or (combine == "mix" and shared is None):
+                gates = {i: gate / sum(gates.values()) for i, gate in gates.items()}
+            outputs.append(_combine(x[b, t], gates, experts, shared, combine))
+    return torch.stack(outputs).view_as(x)
+
+
+def mean(vectors: Sequence[Tensor]) -> Tensor:
+    return sum(vectors[1:], vectors[0]) / len(vectors)
+
+
+def _combine(
+    token: Tensor, gates: dict[int, Tensor], experts: Sequence[FFN], shared: FFN | None, combine: str
+) -> Tensor:
+    y = torch.zeros_like(token) if shared is None else shared(token)
+    for i, gate in gates.items():
+        change = experts[i](token)
+        if combine == "mix" and shared is not None:
+            change = change - shared(token)
+        y = y + gate * change
+    return y

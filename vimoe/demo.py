@@ -1,0 +1,207 @@
+"""The tour: a small ViT on handwritten digits becomes a ViMoE, beside equally trained controls, over seeds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from scipy import stats
+from torch import nn
+
+from vimoe import runs
+from vimoe.analysis import Evidence, analyze
+from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
+from vimoe.data import Data, eval_loader, load_data, preprocessing
+from vimoe.experiment import run_training
+from vimoe.folder import load
+from vimoe.options import Settings
+from vimoe.pruning import Receipt, Verdict, prune, receipts
+from vimoe.report import Page, add_routing, curves, loads, write_run_report
+
+SEEDS = (0, 1, 2)
+DIGITS = DataConfig(path="digits", images_per_class=30, workers=0)
+PARENT = ModelConfig(
+    name="vit_tiny_patch16_224",
+    pretrained=False,
+    img_size=8,
+    args={"patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4},
+)
+FIRST = TrainConfig(
+    epochs=30, batch_size=50, lr=2e-3, warmup_epochs=2, hflip=0, min_crop=0.6, label_smoothing=0.1, tensorboard=False
+)
+FURTHER = replace(FIRST, epochs=20, lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to spend the further epochs."""
+
+    name: str
+    moe: MoEConfig
+    note: str
+
+
+ARMS = (
+    Arm("dense, continued", MoEConfig(layers="none"), "the parent, trained on"),
+    Arm(
+        "dense, second FFN", MoEConfig(layers="all", num_experts=0, num_shared_experts=2),
+        "an FFN of twice the width in every block: as many activated parameters as the ViMoE",
+    ),
+    Arm(
+        "ViMoE, no shared expert", MoEConfig(layers="all", num_shared_experts=0, top_k=2),
+        "8 experts in every block, 2 of them for each image: as many activated parameters",
+    ),
+    Arm("ViMoE", MoEConfig(layers="all"), "8 experts in every block, 1 for each image, and a shared expert"),
+)  # fmt: skip
+VIMOE, PRUNED = ARMS[-1].name, "ViMoE, pruned"
+
+
+def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
+    """Runs the tour. Returns what to print and the figures.
+
+    Args:
+        out: folder to make; by default runs/demo-DATE-TIME.
+    """
+    start = time.perf_counter()
+    folder = runs.new_run(out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
+    console = Console(stderr=True)
+    data = load_data(DIGITS)
+    console.print(f"A tour on scikit-learn's handwritten digits: {data}")
+    parent = _train(folder / "parent", MoEConfig(layers="none"), FIRST, None)
+
+    models: dict[str, list[nn.Module]] = {arm.name: [] for arm in ARMS}
+    for seed in SEEDS:
+        for arm in ARMS:
+            console.print(f"seed {seed}: {arm.name}")
+            name = arm.name.replace(",", "").replace(" ", "-").lower()
+            run = _train(folder / f"{name}-seed{seed}", arm.moe, replace(FURTHER, seed=seed), parent)
+            models[arm.name].append(load(run / runs.MODEL))
+
+    console.print("analysing and pruning the ViMoEs")
+    evidence: list[Evidence] = []
+    decided: list[list[Verdict]] = []
+    models[PRUNED] = []
+    for seed, model in zip(SEEDS, models[VIMOE], strict=True):
+        run = folder / f"vimoe-seed{seed}"
+        evidence.append(analyze(model, _loader(model, data.val)))
+        runs.write_json(run / "routing.json", evidence[-1].to_dict())
+        write_run_report(run)
+        pruned = load(run / runs.MODEL)
+        decided.append(prune(pruned, evidence[-1]))
+        models[PRUNED].append(pruned)
+
+    everything = [load(parent / runs.MODEL), *(model for group in models.values() for model in group)]
+    measured = receipts(everything, _loader(everything[0], data.test))
+    rest = iter(measured[1:])
+    table = {"parent": measured[:1], **{name: [next(rest) for _ in group] for name, group in models.items()}}
+    comparisons = [compare(table, name, ARMS[0].name) for name in table if name not in ("parent", ARMS[0].name)]
+    kept = [keeps(seed, verdicts) for seed, verdicts in zip(SEEDS, decided, strict=True)]
+
+    seconds = time.perf_counter() - start
+    report = _report(folder, data, table, comparisons, kept, decided, evidence, seconds)
+    summary = {
+        "table": {name: [receipt.to_dict() for receipt in group] for name, group in table.items()},
+        "comparisons": comparisons,
+        "kept": [[v.layer for v in verdicts if v.keep] for verdicts in decided],
+        "seconds": seconds,
+        "report": str(report),
+    }
+    runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "demo", **summary})
+    rows = [HEADER, *(row(name, group) for name, group in table.items())]
+    lines = ["".join([f"{cells[0]:<25}", *(f"{cell:>16}" for cell in cells[1:])]) for cells in rows]
+    text = "\n".join(["", *lines, "", *comparisons, "", *kept, "", DISCLAIMER, f"{seconds:.0f} s; report: {report}"])
+    return text, summary
+
+
+HEADER = ("", "top-1, %", "parameters, M", "activated, M", "MACs, M", "images/s")
+DISCLAIMER = (
+    "This is a tour: a tiny model on tiny images, to show what the tool does. It says nothing about ViMoE on real data."
+)
+
+
+def row(name: str, group: Sequence[Receipt]) -> tuple[str, ...]:
+    """A row under HEADER: mean over seeds, and standard deviation of the top-1 where there are several."""
+    top1 = spread([100 * receipt.score.top1 for receipt in group], "{:.2f}")
+    params, activated, macs = (
+        spread([getattr(receipt.cost, name) / 1e6 for receipt in group], "{:.3f}")
+        for name in ("params", "activated_params", "macs")
+    )
+    return name, top1, params, activated, macs, spread([receipt.images_per_second for receipt in group], "{:.0f}")
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and standard deviation; the mean alone where the values agree or there is one."""
+    mean = form.format(statistics.fmean(values))
+    return mean if len(set(values)) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+
+
+def compare(table: dict[str, list[Receipt]], name: str, control: str) -> str:
+    """What the seeds support of one arm against another: the paired difference of the top-1 with its 95% interval."""
+    pairs = zip(table[name], table[control], strict=True)
+    differences = [100 * (a.score.top1 - b.score.top1) for a, b in pairs]
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
+    verdict = "cannot be told apart" if abs(mean) <= half else "better" if mean > 0 else "worse"
+    return (
+        f"{name} against {control}: {mean:+.2f} points of top-1, 95% interval {mean - half:+.2f} to "
+        f"{mean + half:+.2f} over {len(differences)} seeds: {verdict}"
+    )
+
+
+def keeps(seed: int, verdicts: Sequence[Verdict]) -> str:
+    """Which layers a seed kept, and what losing each would have cost."""
+    kept = [f"{v.layer} ({v.loss_change:+.3f})" for v in verdicts if v.keep]
+    gone = max((v.loss_change for v in verdicts if not v.keep), default=None)
+    text = f"seed {seed} keeps {', '.join(kept) or 'no MoE layer'}"
+    why = " (nats of validation loss without its routed experts)" if kept else ""
+    return text + why + ("" if gone is None else f"; of those removed none cost more than {gone:+.3f}")
+
+
+def _train(out: Path, moe: MoEConfig, config: TrainConfig, parent: Path | None) -> Path:
+    """One run: the parent from scratch, or a further training that starts from it."""
+    model = PARENT if parent is None else ModelConfig(name=f"local-dir:{parent / runs.MODEL}")
+    run_training(Settings(model=model, moe=moe, data=DIGITS, train=config), out)
+    return out
+
+
+def _loader(model: nn.Module, samples: Any) -> Any:
+    return eval_loader(samples, preprocessing(model), batch_size=100, workers=0)
+
+
+def _report(
+    folder: Path, data: Data, table: dict[str, list[Receipt]], comparisons: list[str], kept: list[str],
+    decided: list[list[Verdict]], evidence: list[Evidence], seconds: float,
+) -> Path:  # fmt: skip
+    page = Page("vimoe: a tour on handwritten digits", folder / "figures")
+    page.text(
+        f"A small dense ViT, the parent, was trained on {len(data.train)} images for {FIRST.epochs} epochs. From it "
+        f"each arm below was trained for {FURTHER.epochs} further epochs with the same settings, over {len(SEEDS)} "
+        f"seeds. Validation ({len(data.val)} images) chose the epoch and decided what to prune; the table is of the "
+        f"{len(data.test)} test images. It took {seconds:.0f} seconds."
+    )
+    page.text(DISCLAIMER)
+    page.heading("Results")
+    page.table(HEADER, [row(name, group) for name, group in table.items()])
+    page.items([f"{arm.name}: {arm.note}" for arm in ARMS])
+    page.text(
+        f"Mean ± standard deviation over seeds. MACs are multiply-adds of one image; images/s was measured in turns "
+        f"on this machine. What {len(SEEDS)} seeds support:"
+    )
+    page.items(comparisons)
+    page.heading("Layers kept, and why")
+    page.items(kept)
+    for seed, verdicts in zip(SEEDS, decided, strict=True):
+        page.text(f"Seed {seed}", note=True)
+        page.items(str(verdict) for verdict in verdicts)
+    add_routing(page, evidence[0].to_dict())
+    page.text("The routing shown is that of seed 0; each run's folder has its own report.", note=True)
+    page.heading(f"Training of the {VIMOE}, seed 0")
+    page.figure(curves(folder / "vimoe-seed0" / "metrics.csv"), "curves", "Loss and accuracy by epoch.")
+    page.figure(loads(folder / "vimoe-seed0" / "load.csv"), "load", "Share of each expert in training, by epoch.")
+    return page.write(folder / "report.html")
