@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,12 +30,10 @@ PARENT = ModelConfig(
     name="vit_tiny_patch16_224",
     pretrained=False,
     img_size=8,
-    args={"patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4},
+    args={"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
 )
-FIRST = TrainConfig(
-    epochs=30, batch_size=50, lr=2e-3, warmup_epochs=2, hflip=0, min_crop=0.6, label_smoothing=0.1, tensorboard=False
-)
-FURTHER = replace(FIRST, epochs=20, lr=1e-3)
+FIRST = TrainConfig(epochs=50, batch_size=30, lr=2e-3, warmup_epochs=5, hflip=0, min_crop=0.8, tensorboard=False)
+FURTHER = replace(FIRST, epochs=20, lr=1e-3, warmup_epochs=1)
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
         out: folder to make; by default runs/demo-DATE-TIME.
     """
     start = time.perf_counter()
+    logging.getLogger("vimoe.train").setLevel(logging.ERROR)  # the tour tells of idle experts at its end
     folder = runs.new_run(out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     console = Console(stderr=True)
     data = load_data(DIGITS)
@@ -100,7 +100,7 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
     rest = iter(measured[1:])
     table = {"parent": measured[:1], **{name: [next(rest) for _ in group] for name, group in models.items()}}
     comparisons = [compare(table, name, ARMS[0].name) for name in table if name not in ("parent", ARMS[0].name)]
-    kept = [keeps(seed, verdicts) for seed, verdicts in zip(SEEDS, decided, strict=True)]
+    kept = [keeps(*each) for each in zip(SEEDS, decided, evidence, strict=True)]
 
     seconds = time.perf_counter() - start
     report = _report(folder, data, table, comparisons, kept, decided, evidence, seconds)
@@ -154,13 +154,16 @@ def compare(table: dict[str, list[Receipt]], name: str, control: str) -> str:
     )
 
 
-def keeps(seed: int, verdicts: Sequence[Verdict]) -> str:
-    """Which layers a seed kept, and what losing each would have cost."""
+def keeps(seed: int, verdicts: Sequence[Verdict], evidence: Evidence) -> str:
+    """Which layers a seed kept, what losing each would have cost, and how many experts no validation image chose."""
     kept = [f"{v.layer} ({v.loss_change:+.3f})" for v in verdicts if v.keep]
     gone = max((v.loss_change for v in verdicts if not v.keep), default=None)
     text = f"seed {seed} keeps {', '.join(kept) or 'no MoE layer'}"
     why = " (nats of validation loss without its routed experts)" if kept else ""
-    return text + why + ("" if gone is None else f"; of those removed none cost more than {gone:+.3f}")
+    idle = sum(int((layer.load == 0).sum()) for layer in evidence.layers)
+    experts = sum(len(layer.load) for layer in evidence.layers)
+    removed = "" if gone is None else f"; of those removed none cost more than {gone:+.3f}"
+    return f"{text}{why}{removed}; {idle} of {experts} experts were idle on validation"
 
 
 def _train(out: Path, moe: MoEConfig, config: TrainConfig, parent: Path | None) -> Path:

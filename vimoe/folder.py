@@ -98,10 +98,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FolderError(f"{path} has no {name}: expected a folder that vimoe.save wrote")
-    model = _rebuild(path)
+    with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw nothing from the user's seed
+        model = _rebuild(path)
     try:
-        weights = safetensors.torch.load_file(path / WEIGHTS)
-        model.load_state_dict(weights, assign=True)
+        mapped = safetensors.torch.load_file(path / WEIGHTS)
+        # copied out of the mapped file, whose offsets are not aligned as matrix products like their operands
+        model.load_state_dict({name: tensor.clone() for name, tensor in mapped.items()}, assign=True)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FolderError(f"{path / WEIGHTS} does not fit {CONFIG}: {reason}; save the model again") from error
@@ -148,8 +150,7 @@ def _rebuild(path: Path) -> nn.Module:
 
 def _backbone(path: Path) -> nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw nothing from the user's seed
-            return timm.create_model(f"local-dir:{path}", pretrained=False)
+        return timm.create_model(f"local-dir:{path}", pretrained=False)
     except (KeyError, RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise FolderError(
             f"timm cannot build the backbone of {path / CONFIG}: {str(error).splitlines()[0]}; "

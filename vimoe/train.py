@@ -181,12 +181,11 @@ class _Load:
         return {f"load/{layer}/{i}": s for layer, shares in self.shares().items() for i, s in enumerate(shares)}
 
     def warn_of_idle(self, epoch: int) -> None:
-        for layer, shares in self.shares().items():
-            for expert in (i for i, share in enumerate(shares) if share == 0):
-                logger.warning(
-                    "%s: expert %d received nothing in epoch %d; raise train.balance_loss, or use fewer experts",
-                    layer, expert, epoch,
-                )  # fmt: skip
+        idle = {name: [i for i, share in enumerate(shares) if share == 0] for name, shares in self.shares().items()}
+        named = [f"expert {i} of {name}" for name, experts in idle.items() for i in experts]
+        if named:
+            remedy = "raise train.balance_loss, or use fewer experts"
+            logger.warning("idle for the whole of epoch %d: %s; %s", epoch, ", ".join(named), remedy)
 
     def append_to(self, path: Path, epoch: int) -> None:
         if not self.units:

@@ -1,0 +1,31 @@
+# make demo   a tour in a few minutes            make test   the test suite
+# make check  format, lint, types and tests      make slow   the tests that take minutes
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test slow check lint clean
+
+demo: .venv/installed
+	$(BIN)/vimoe demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow
+
+check: lint test
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

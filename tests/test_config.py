@@ -1,0 +1,115 @@
+"""MoEConfig: what it refuses, its round trip through JSON, and that it needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vimoe.config import MoEConfig
+from vimoe.errors import VimoeError, nearest
+
+REFUSED = {
+    "no layers": ({"layers": ""}, "expected one of all, none, last:N, every:N"),
+    "empty list": ({"layers": []}, "expected one of all, none, last:N, every:N"),
+    "last nothing": ({"layers": "last:0"}, "layers='last:0'.*expected.*last:N"),
+    "last negative": ({"layers": "last:-1"}, "layers='last:-1'.*expected.*last:N"),
+    "unknown word": ({"layers": "first:2"}, "layers='first:2'.*last:N"),
+    "a bare index": ({"layers": 3}, r"block indices such as \[3, 4\]"),
+    "a truth value as index": ({"layers": [True]}, "layers="),
+    "a fraction as index": ({"layers": [0.5]}, "layers="),
+    "misspelt routing": ({"routing": "imgae"}, "did you mean 'image'"),
+    "misspelt combine": ({"combine": "mux"}, "did you mean 'mix'"),
+    "negative experts": ({"num_experts": -1}, "num_experts=-1: expected a whole number of at least 0"),
+    "experts as text": ({"num_experts": "8"}, "num_experts='8'"),
+    "half an expert": ({"num_experts": 2.5}, "num_experts=2.5"),
+    "true experts": ({"num_experts": True}, "num_experts=True"),
+    "no choice": ({"top_k": 0}, "top_k=0: expected a whole number of at least 1"),
+    "more choices than experts": ({"num_experts": 2, "top_k": 3}, "top_k=3: expected at most num_experts=2"),
+    "negative shared": ({"num_shared_experts": -1}, "num_shared_experts=-1"),
+    "dense of the parent's width": ({"num_experts": 0}, "num_shared_experts of at least 2, got 1"),
+    "normalised mix": ({"normalize_gates": True}, "normalize_gates=True with combine='mix'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_impossible_settings_are_refused_with_their_value_and_the_remedy(case: str) -> None:
+    settings, message = REFUSED[case]
+    with pytest.raises(VimoeError, match=message):
+        MoEConfig(**settings)
+
+
+ACCEPTED = [
+    {},
+    {"layers": "all"},
+    {"layers": "every:2", "routing": "token"},
+    {"layers": [0, -1], "combine": "sum", "normalize_gates": True},
+    {"layers": ["blocks.1?.mlp", 3], "num_experts": 0, "num_shared_experts": 3},
+    {"layers": "none", "num_experts": 1, "num_shared_experts": 0},
+]
+
+
+@pytest.mark.parametrize("settings", ACCEPTED, ids=str)
+def test_settings_round_trip_through_json(settings: dict) -> None:
+    config = MoEConfig(**settings)
+    text = json.dumps(config.to_dict())
+    assert MoEConfig.from_dict(json.loads(text)) == config
+    assert {**json.loads(text), **settings} == json.loads(text)
+    hash(config)
+
+
+def test_a_misspelt_setting_in_a_file_is_refused() -> None:
+    with pytest.raises(VimoeError, match="unknown MoE setting 'num_expert': did you mean 'num_experts'"):
+        MoEConfig.from_dict({"num_expert": 8})
+
+
+def test_a_config_cannot_be_changed_nor_given_by_position() -> None:
+    with pytest.raises(AttributeError):
+        MoEConfig().top_k = 2
+    with pytest.raises(TypeError):
+        MoEConfig("all")
+
+
+@pytest.mark.parametrize(
+    ("settings", "blind"),
+    [
+        ({}, False),
+        ({"num_experts": 1}, True),
+        ({"num_shared_experts": 0}, True),
+        ({"num_shared_experts": 0, "top_k": 2}, False),
+        ({"num_shared_experts": 0, "combine": "sum"}, False),
+        ({"combine": "sum", "normalize_gates": True}, True),
+        ({"combine": "sum", "normalize_gates": True, "top_k": 2}, False),
+        ({"num_experts": 0, "num_shared_experts": 2}, False),
+    ],
+    ids=str,
+)
+def test_a_router_is_blind_where_its_only_gate_is_always_one(settings: dict, blind: bool) -> None:
+    assert MoEConfig(**settings).router_is_blind == blind
+
+
+def test_nearest_suggests_a_name_or_lists_them() -> None:
+    assert nearest("lst:2", ["last:2", "all"]) == "did you mean 'last:2'?"
+    assert nearest("xyz", ["image", "token"]) == "known: image, token"
+
+
+def imports_torch(code: str) -> bool:
+    """Whether a fresh interpreter has imported torch after this code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('torch' in sys.modules)"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("code", ["import vimoe", "import vimoe.config", "import vimoe; vimoe.MoEConfig()"])
+def test_the_config_imports_no_torch(code: str) -> None:
+    assert not imports_torch(code)
+
+
+def test_the_check_for_torch_can_fail() -> None:
+    assert imports_torch("import vimoe; vimoe.balance_loss")

@@ -1,0 +1,160 @@
+"""Roles, the class map, and images as they are found in the wild."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import folder, roles
+from PIL import Image
+from tiny import vit
+
+from vimoe.config import DataConfig, TrainConfig
+from vimoe.data import eval_loader, list_images, load_data, load_folder, open_image, preprocessing, train_loader
+from vimoe.errors import ConfigError, DataError
+
+
+def test_folders_give_roles_and_sorted_classes(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(roles(tmp_path))))
+    assert data.classes == ("blue", "green", "red")
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 9, 9)
+    assert all(path.parent.name == data.classes[label] for path, label in data.train + data.val + data.test)
+
+
+def test_other_names_of_the_roles_are_understood(tmp_path: Path) -> None:
+    folder(tmp_path / "training", 2), folder(tmp_path / "valid", 1), folder(tmp_path / "testing", 1)
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3)
+
+
+def test_a_class_missing_from_validation_shifts_no_label(tmp_path: Path) -> None:
+    folder(tmp_path / "train", 2)
+    folder(tmp_path / "val", 2, classes=("green", "red"))
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert {(path.parent.name, label) for path, label in data.val} == {("green", 1), ("red", 2)}
+
+
+def test_a_class_that_train_has_not_is_named(tmp_path: Path) -> None:
+    folder(tmp_path / "train", 2)
+    folder(tmp_path / "val", 1, classes=("green", "gren"))
+    with pytest.raises(DataError, match=r"no class 'gren' .* did you mean 'green'"):
+        load_data(DataConfig(path=str(tmp_path)))
+
+
+def test_validation_is_split_off_by_class_and_seed(tmp_path: Path) -> None:
+    config = DataConfig(path=str(folder(tmp_path, 20)))
+    data, again, other = load_data(config), load_data(config), load_data(replace(config, seed=1))
+    assert Counter(label for _, label in data.val) == {0: 2, 1: 2, 2: 2}
+    assert not {path for path, _ in data.train} & {path for path, _ in data.val}
+    assert len(data.train) + len(data.val) == 60 and not data.test
+    assert data == again and data.val != other.val
+
+
+def test_a_listed_validation_split_is_found_again_and_missed_when_gone(tmp_path: Path) -> None:
+    config = DataConfig(path=str(folder(tmp_path, 20)))
+    listed = [str(path.relative_to(tmp_path)) for path, _ in load_data(config).val]
+    folder(tmp_path, 25)  # more images came since: the seed alone would draw others
+    again = load_data(config, validation=listed)
+    assert [str(path.relative_to(tmp_path)) for path, _ in again.val] == listed
+    assert load_data(config).val != again.val
+    (tmp_path / listed[0]).unlink()
+    with pytest.raises(DataError, match="1 of the run's 6 validation images are gone"):
+        load_data(config, validation=listed)
+
+
+def test_a_subset_has_as_many_images_of_each_class(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(roles(tmp_path, train=8)), images_per_class=5))
+    assert Counter(label for _, label in data.train) == {0: 5, 1: 5, 2: 5} and len(data.val) == 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ""}, "data.path is empty"),
+        ({"path": "nowhere"}, "'nowhere': no such folder"),
+        ({"train_split": "trian"}, r"no such folder in .* did you mean 'train'"),
+        ({"test_split": "tset"}, r"data.test_split='tset': .* did you mean 'test'"),
+    ],
+)
+def test_a_missing_folder_is_one_line_with_the_remedy(tmp_path: Path, settings: dict, message: str) -> None:
+    roles(tmp_path)
+    with pytest.raises(DataError, match=message) as error:
+        load_data(DataConfig(**{"path": str(tmp_path), **settings}))
+    assert "\n" not in str(error.value)
+
+
+def test_what_decides_must_not_be_what_is_reported() -> None:
+    with pytest.raises(ConfigError, match="both 'val'"):
+        DataConfig(path="x", test_split="val")
+
+
+def test_files_that_are_no_images_are_left_out(tmp_path: Path) -> None:
+    folder(tmp_path, 4)
+    (tmp_path / "red" / "notes.txt").write_text("x")
+    (tmp_path / "red" / ".hidden.png").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert len(data.train) + len(data.val) == 12 and data.classes == ("blue", "green", "red")
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    whole = folder(tmp_path, 1) / "red" / "000.png"
+    whole.write_bytes(whole.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"000\.png cannot be read"):
+        open_image(whole)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (4, 4), (200, 200, 200)).convert(mode).save(path)
+    assert open_image(path).mode == "RGB"
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.fromarray(np.zeros((2, 6, 3), "uint8"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert open_image(tmp_path / "x.jpg").size == (2, 6)
+
+
+def test_the_digits_have_three_disjoint_roles() -> None:
+    data = load_data(DataConfig(path="digits"))
+    assert len(data.train) + len(data.val) + len(data.test) == 1797
+    drawn = [{image.tobytes() for image, _ in role} for role in (data.train, data.val, data.test)]
+    assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
+    other = load_data(DataConfig(path="digits", seed=5))
+    assert [y for _, y in other.test] == [y for _, y in data.test] and other.val != data.val
+
+
+def test_loaders_give_normalised_batches_of_the_models_size(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(roles(tmp_path))))
+    model = vit()
+    prepared = preprocessing(model)
+    images, labels = next(iter(train_loader(data.train, prepared, TrainConfig(batch_size=8), workers=0)))
+    assert images.shape == (8, 3, *model.patch_embed.img_size) and labels.shape == (8,)
+    images, labels = next(iter(eval_loader(data.test, prepared, 9, workers=0)))
+    red = images[labels == 2].mean(dim=(0, 2, 3))
+    assert red[0] > 0.2 and red[1] < -0.5  # the model's mean and std are 0.5
+    with pytest.raises(DataError, match="batch_size=64 with 24 training images"):
+        train_loader(data.train, prepared, TrainConfig(), workers=0)
+
+
+def test_settings_of_the_data_overrule_the_models_preprocessing() -> None:
+    prepared = preprocessing(vit(), DataConfig(crop_pct=1.0, interpolation="bilinear", mean=(0.1, 0.2, 0.3)))
+    assert (prepared["crop_pct"], prepared["interpolation"], prepared["mean"]) == (1.0, "bilinear", (0.1, 0.2, 0.3))
+
+
+def test_images_are_found_among_files_and_folders(tmp_path: Path) -> None:
+    folder(tmp_path, 2)
+    assert len(list_images([tmp_path, tmp_path / "red" / "000.png"])) == 7
+    with pytest.raises(DataError, match="did you mean"):
+        list_images([tmp_path / "red" / "00.png"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no image"):
+        list_images([tmp_path / "none"])
+    assert len(load_folder(tmp_path, ("blue", "green", "red"))) == 6

@@ -1,0 +1,97 @@
+"""From MoE back to dense once the experts have learned something: what "merge" computes, and from what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from tiny import config, images, layers, perturb_experts, randomise, upcycle, vit
+from torch import Tensor, nn
+
+import vimoe
+from vimoe import ffn
+from vimoe.moe.router import TokenLayout
+
+DIM, HIDDEN, EXPERTS = 8, 12, 4
+GATES = torch.tensor([0.1, 0.4, 0.2, 0.3])
+FFNS = {
+    "mlp": lambda: Mlp(DIM, HIDDEN),
+    "glu": lambda: GluMlp(DIM, 2 * HIDDEN, norm_layer=nn.LayerNorm),
+    "swiglu": lambda: SwiGLU(DIM, HIDDEN, bias=False),
+}
+COMBINE = [("mix", False), ("sum", False), ("sum", True)]
+
+
+def constant_gates(layer: vimoe.MoE) -> Tensor:
+    """Gives every token the gates above; returns tokens, which hold the first channel at 1."""
+    with torch.no_grad():
+        layer.router.weight.zero_()[:, 0] = GATES.log()
+    x = torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(1))
+    x[..., 0] = 1
+    return x
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize(("combine", "normalised"), COMBINE)
+@pytest.mark.parametrize("k", [2, EXPERTS])
+@pytest.mark.parametrize("dense", FFNS)
+def test_merge_computes_what_the_layer_did_where_that_can_be_exact(
+    dense: str, k: int, combine: str, normalised: bool, shared: int
+) -> None:
+    """Gates are constant and experts differ in their last matrix alone, so the layer is one FFN in truth."""
+    settings = config(top_k=k, routing="token", num_shared_experts=shared, combine=combine, normalize_gates=normalised)
+    layer = vimoe.MoE(randomise(FFNS[dense]()), settings, TokenLayout(0, False))
+    randomise(layer.experts.fc2)
+    x = constant_gates(layer)
+    with vimoe.record(layer) as routings:
+        y = layer(x)
+    mass = torch.zeros(len(x.flatten(0, 1)), EXPERTS).scatter(1, routings[0].experts, routings[0].gates).mean(dim=0)
+    torch.testing.assert_close(layer.merged(mass)(x), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize(("combine", "normalised"), COMBINE)
+@torch.no_grad()
+def test_merge_without_gate_mass_weighs_as_a_router_without_preference(
+    combine: str, normalised: bool, shared: int
+) -> None:
+    """All experts agree, so that it does not matter which of the tied ones the router took."""
+    model = upcycle(vit(), config(top_k=2, num_shared_experts=shared, combine=combine, normalize_gates=normalised))
+    for layer in layers(model):
+        layer.router.weight.zero_()
+    y = model(images(model))
+    torch.testing.assert_close(vimoe.densify(model, how="merge")(images(model)), y, rtol=1e-4, atol=1e-5)
+
+
+def test_gate_mass_is_taken_by_layer_name() -> None:
+    model = perturb_experts(upcycle(vit(), config()))
+    expected = [layer.experts.weights(expert) for layer, expert in zip(layers(model), (2, 0), strict=True)]
+    one_hot = torch.eye(EXPERTS)
+    vimoe.densify(model, how="merge", gate_mass={"blocks.0.mlp": one_hot[2], "blocks.1.mlp": one_hot[0]})
+    for block, weights in zip(model.blocks, expected, strict=True):
+        torch.testing.assert_close(ffn.read(block.mlp), {name: w.clone() for name, w in weights.items()})
+
+
+def test_merging_two_shared_experts_is_refused_and_changes_nothing() -> None:
+    model = upcycle(vit(), config(num_shared_experts=2))
+    with pytest.raises(vimoe.VimoeError, match=r"blocks\.0\.mlp.*has 2 shared experts.*use how='shared'"):
+        vimoe.densify(model, how="merge")
+    assert len(layers(model)) == 2
+
+
+def test_shared_keeps_what_the_shared_expert_has_learned() -> None:
+    model = perturb_experts(upcycle(vit(), config()))
+    for layer in layers(model):
+        randomise(layer.shared, seed=1)
+    expected = [ffn.read(layer.shared) for layer in layers(model)]
+    vimoe.densify(model, how="shared")
+    for block, weights in zip(model.blocks, expected, strict=True):
+        assert all(torch.equal(w, weights[name]) for name, w in ffn.read(block.mlp).items())
+
+
+def test_a_dense_model_after_densify_trains_and_upcycles_again() -> None:
+    model = vimoe.densify(perturb_experts(upcycle(vit(), config())), how="merge").train()
+    y = model(images(model))
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.testing.assert_close(upcycle(model, config())(images(model)), y, rtol=1e-5, atol=1e-5)
