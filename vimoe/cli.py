@@ -270,7 +270,7 @@ def _load(run: Run) -> nn.Module:
 
     from vimoe.folder import load
 
-    return load(run.model, torch.accelerator.current_accelerator() or "cpu")
+    return load(run.model, torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def _data(run: Run, model: nn.Module) -> Data:

@@ -25,6 +25,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """Groups of parameters, each with its weight_decay and lr_scale; every trainable parameter is in exactly one."""
     vit: Any = model
     no_decay = set(vit.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    for name, layer in moe_layers(model).items():  # what was a vector in the parent is now a stack of them
+        no_decay |= {f"{name}.experts.{part}" for part, p in layer.experts.named_parameters() if p.ndim == 2}
     groups = param_groups_layer_decay(
         model, config.weight_decay, no_weight_decay_list=no_decay, layer_decay=config.layer_decay
     )

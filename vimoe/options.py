@@ -55,11 +55,10 @@ class Parser(ArgumentParser):
         if found := re.search(r"key \"([\w.]+)\": Expected an? (.+)\. Got value: (.*)", text):
             name, kind, value = found.groups()
             choices = re.findall(r"'([^']+)'", kind) if kind.startswith("Literal") else []
-            expected = (
-                f"one of {', '.join(choices)}; {nearest(value, choices)}" if choices else f"a value of type {kind}"
-            )
-            return f"{name}={value}: expected {expected}"
-        return text
+            if choices:
+                return f"{name}={value}: expected one of {', '.join(choices)}; {nearest(value, choices)}"
+            return f"{name}={value}: expected a value of type {kind}"
+        return text.replace("Problems parsing config: ", "--config: expected a YAML file of sections and settings: ")
 
     def _unknown(self, name: str) -> str:
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]

@@ -1,0 +1,189 @@
+"""The command line from images to a pruned model, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pictures import folder, roles
+
+from vimoe.cli import VERBS, main
+
+TINY = [
+    "--model.name=vit_tiny_patch16_224", "--model.pretrained=false", "--model.img_size=16",
+    '--model.args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}',
+]  # fmt: skip
+QUICK = ["--train.epochs=3", "--train.batch_size=8", "--train.lr=3e-3", "--data.workers=0", "--train.tensorboard=false"]
+
+
+def call(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
+    """Runs a verb with --json; its last line of output is the object."""
+    assert main([*map(str, argv), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["schema"] == 1 and values["command"] == argv[0]
+    return values
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """What a mistake prints: one line on standard error, nothing on standard output."""
+    capsys.readouterr()
+    assert main([*map(str, argv)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("vimoe: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return roles(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "photos"
+    assert main(["train", "--data.path", str(photos), *TINY, *QUICK, "--moe.layers=all", "--out", str(out)]) == 0
+    return out
+
+
+def test_from_images_to_a_pruned_model(
+    photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = call(capsys, "evaluate", run)
+    assert score["split"] == "test" and score["images"] == 9 and score["top1"] > 0.6
+
+    predictions = call(capsys, "predict", run, photos / "test" / "red", "--top=2")["predictions"]
+    assert len(predictions) == 3 and {len(p["classes"]) for p in predictions} == {2}
+
+    found = call(capsys, "analyze", run)
+    assert [layer["name"] for layer in found["layers"]] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert json.loads((run / "routing.json").read_text())["base"]["images"] == 9
+
+    receipt = call(capsys, "prune", run, "--out", tmp_path / "pruned", "--tolerance=100")
+    assert receipt["kept"] == [] and len(receipt["verdicts"]) == 2
+    assert receipt["before"]["activated_params"] > receipt["after"]["activated_params"] == receipt["after"]["params"]
+    again = call(capsys, "evaluate", tmp_path / "pruned")
+    assert again["top1"] == receipt["after"]["top1"] and receipt["before"]["top1"] == score["top1"]
+
+    for folder_, files in ((run, ["metrics.csv", "load.csv"]), (tmp_path / "pruned", [])):
+        for name in ["config.yaml", "summary.json", "report.html", "model/config.json", "figures", *files]:
+            assert (folder_ / name).exists(), name
+
+
+def test_a_run_can_be_repeated_from_its_config_and_started_from(run: Path, tmp_path: Path) -> None:
+    assert main(["train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    first, again = (json.loads((p / "summary.json").read_text()) for p in (run, tmp_path / "again"))
+    assert first["val"] == again["val"]
+    assert (run / "config.yaml").read_text() == (tmp_path / "again" / "config.yaml").read_text()
+
+
+def test_a_dense_run_is_a_start_for_another(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--data.path", photos, *QUICK]
+    dense = call(capsys, "train", *common, *TINY, "--moe.layers=none", "--out", tmp_path / "dense")
+    start = f"--model.name=local-dir:{tmp_path / 'dense' / 'model'}"
+    frozen = ["--train.lr=0", "--train.min_lr=0", "--moe.layers=all"]
+    upcycled = call(capsys, "train", *common, start, *frozen, "--out", tmp_path / "moe")
+    assert upcycled["val"] == pytest.approx(dense["val"], rel=1e-4)  # nothing is lost by upcycling
+
+
+def test_a_split_off_validation_is_written_and_used_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = folder(tmp_path / "photos", 20)
+    trained = call(capsys, "train", "--data.path", photos, *TINY, *QUICK, "--out", tmp_path / "run")
+    listed = (tmp_path / "run" / "validation.txt").read_text().splitlines()
+    assert len(listed) == trained["val"]["images"] == 6
+    folder(photos, 30)  # images that came later are not for deciding
+    score = call(capsys, "evaluate", tmp_path / "run")
+    assert score["split"] == "validation" and score["images"] == 6
+    assert score["top1"] == pytest.approx(trained["val"]["top1"])
+    elsewhere = call(capsys, "evaluate", tmp_path / "run", "--data.path", folder(tmp_path / "more", 2))
+    assert elsewhere["images"] == 6 and elsewhere["split"] == "test"
+
+
+def test_count_is_the_papers_table(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model.name=vit_small_patch14_dinov2", "--model.img_size=224", "--model.num_classes=1000"]
+    values = call(capsys, "count", *model, "--moe.layers=last:2")
+    assert values["dense"]["params"] / 1e6 == pytest.approx(22.01, rel=0.005)
+    assert values["moe"]["macs"] / 1e9 == pytest.approx(6.73, rel=0.005)
+    assert values["moe"]["layers"] == ["blocks.10.mlp", "blocks.11.mlp"]
+    assert main(["plan", *model]) == 0
+    assert "blocks.11.mlp: Mlp -> 8 experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [*VERBS])
+def test_help_says_what_a_verb_does_within_a_second(verb: str) -> None:
+    seconds = []
+    for _ in range(3):  # the fastest of three: the machine may be busy
+        start = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-m", "vimoe.cli", verb, "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert shown.returncode == 0 and f"Example: vimoe {verb}" in " ".join(shown.stdout.split())
+    assert min(seconds) < 1
+
+
+MISTAKES = {
+    "count --moe.layer all": "unknown option --moe.layer: did you mean '--moe.layers'?",
+    "count --moe.layers lsat:2": "did you mean 'last:N'?",
+    "count --moe.layers last:99": "expected at most 12",
+    "count --moe.layers blocks.3.mpl": "did you mean 'blocks.3.mlp'?",
+    "count --model.name vit_smal_patch14_dinov2": "did you mean 'vit_small_patch14_dinov2'?",
+    "count --model.name resnet18": "no FFN was found",
+    "count --moe.num_experts x": "moe.num_experts=x: expected a value of type int",
+    "count --moe.num_experts -1": "num_experts=-1: expected a whole number of at least 0",
+    "count --moe.top_k 9": "top_k=9: expected at most num_experts=8",
+    "count --moe.routing imgae": "did you mean 'image'?",
+    "count --model.img_sise 32": "did you mean '--model.img_size'?",
+    "count --config nowhere.yaml": "nowhere.yaml",
+    "count more": "unknown option more",
+    "trian": "did you mean 'train'?",
+    "train --data.path nowhere": "--out is missing",
+    "train --data.path nowhere --out never": "data.path='nowhere': no such folder",
+    "train --out never": "data.path is empty",
+    "evaluate nowhere": "nowhere: no such run",
+    "predict": "required: run, images",
+    "prune nowhere --out never": "nowhere: no such run",
+    "demo --task singing": "choose from 'classification'",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_with_the_remedy(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert MISTAKES[words] in refused(capsys, *words.split())
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "x.yaml"
+    for text, expected in {
+        "moe:\n  layer: all\n": "unknown option moe.layer: did you mean 'moe.layers'?",
+        "moo:\n  layers: all\n": "unknown option moo.layers: did you mean 'moe.layers'?",
+        "moe: [": "--config: expected a YAML file",
+    }.items():
+        config.write_text(text)
+        assert expected in refused(capsys, "count", "--config", config)
+    train = ["train", "--data.path", photos, *TINY, *QUICK]
+    assert "is there already" in refused(capsys, *train, "--out", run)
+    assert "expected at most that many" in refused(capsys, *train, "--train.batch_size=999", "--out", tmp_path / "a")
+    assert "did you mean" in refused(capsys, "predict", run, photos / "test" / "red" / "00.png")
+    (tmp_path / "no.png").write_bytes(b"no image")
+    assert "no.png cannot be read as an image" in refused(capsys, "predict", run, tmp_path / "no.png")
+    assert "has no config.yaml" in refused(capsys, "evaluate", tmp_path)
+
+
+def test_an_unreadable_image_in_a_worker_is_one_line_too(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = folder(tmp_path / "bad", 3)
+    (bad / "red" / "001.png").write_bytes(b"no image")
+    train = ["train", "--data.path", bad, *TINY, *QUICK, "--data.workers=1", "--train.batch_size=4"]
+    assert "001.png cannot be read as an image" in refused(capsys, *train, "--out", tmp_path / "run")
+
+
+def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["count", "--moe.layers=lst", "--json"]) == 2
+    assert "did you mean" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]

@@ -1,0 +1,159 @@
+"""The loop learns, repeats itself for a seed, and does what each setting says."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import roles
+from tiny import config, layers, upcycle, vit
+from torch import nn
+
+import vimoe
+from vimoe.config import DataConfig, TrainConfig
+from vimoe.data import Data, eval_loader, load_data, preprocessing
+from vimoe.errors import ConfigError, VimoeError
+from vimoe.evaluate import evaluate
+from vimoe.train import auxiliary_losses, train
+
+QUICK = TrainConfig(epochs=2, batch_size=8, lr=3e-3, warmup_epochs=0.5, min_crop=1, tensorboard=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return load_data(DataConfig(path=str(roles(tmp_path_factory.mktemp("pictures")))))
+
+
+def model(**settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    return upcycle(vit(num_classes=3, img_size=16, patch_size=8), config(**settings))
+
+
+def run(data: Data, out: Path, network: nn.Module | None = None, **changes: object) -> tuple[nn.Module, dict]:
+    network = model() if network is None else network
+    out.mkdir(exist_ok=True)
+    return network, train(network, data, replace(QUICK, **changes), preprocessing(network), out)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(network: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def test_it_learns_and_writes_as_it_goes(data: Data, tmp_path: Path) -> None:
+    network, summary = run(data, tmp_path, epochs=6)
+    metrics = rows(tmp_path / "metrics.csv")
+    assert [int(row["epoch"]) for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert float(metrics[-1]["train_loss"]) < 0.7 * float(metrics[0]["train_loss"])
+    assert summary["val"]["top1"] > 0.8
+    best = max(metrics, key=lambda row: (float(row["val_top1"]), -float(row["val_loss"])))
+    assert summary["best_epoch"] == int(best["epoch"])
+    loader = eval_loader(data.val, preprocessing(network), 4, 0)
+    assert evaluate(network, loader).to_dict() == pytest.approx(summary["val"])  # it ends with the best weights
+
+
+def test_the_load_of_every_expert_is_written_each_epoch(data: Data, tmp_path: Path) -> None:
+    run(data, tmp_path)
+    load = rows(tmp_path / "load.csv")
+    assert len(load) == 2 * 2 * 4  # epochs, layers, experts
+    shares = [float(row["share"]) for row in load if row["epoch"] == "2" and row["layer"] == "blocks.1.mlp"]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(data: Data, tmp_path: Path) -> None:
+    changes = {"min_crop": 0.5, "mixup": 0.2, "auto_augment": "rand-m5-inc1"}
+    first, again, other = (
+        weights(run(data, tmp_path / str(i), **changes, seed=seed)[0]) for i, seed in enumerate((3, 3, 4))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"mixup": 0.8, "cutmix": 1.0},
+        {"ema_decay": 0.9},
+        {"z_loss": 0.001, "importance_loss": 0.01},
+        {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25, "min_crop": 0.35},
+        {"layer_decay": 0.7, "clip_grad": 0.0, "label_smoothing": 0.0},
+        {"tensorboard": True},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_training(data: Data, tmp_path: Path, changes: dict) -> None:
+    plain, _ = run(data, tmp_path / "plain")
+    changed, summary = run(data, tmp_path / "changed", **changes)
+    assert torch.isfinite(weights(changed)).all() and 0 <= summary["val"]["top1"] <= 1
+    if "tensorboard" in changes:
+        assert list((tmp_path / "changed").rglob("events.out.tfevents*"))
+        assert not list((tmp_path / "plain").rglob("events.out.tfevents*"))
+    else:
+        assert not torch.equal(weights(plain), weights(changed))
+
+
+def test_accumulated_small_batches_are_one_large_batch(data: Data, tmp_path: Path) -> None:
+    """For a dense model: the balance loss of an MoE is a matter of the batch that it is of."""
+    changes = {"epochs": 1, "warmup_epochs": 0, "hflip": 0.0, "clip_grad": 0.0}
+    large, _ = run(data, tmp_path / "large", model(layers="none"), batch_size=24, **changes)
+    small, _ = run(data, tmp_path / "small", model(layers="none"), batch_size=8, accumulation=3, **changes)
+    for (name, ours), theirs in zip(small.named_parameters(), large.parameters(), strict=True):
+        if not name.endswith("qkv.bias"):  # a key's bias has gradient 0 but for rounding, which AdamW makes a step of
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_training_the_moe_layers_alone_leaves_the_trunk(data: Data, tmp_path: Path) -> None:
+    before = model(layers=[1])
+    frozen = {name: p.clone() for name, p in before.named_parameters()}
+    after, _ = run(data, tmp_path, model(layers=[1]), train_only="moe")
+    moved = {name for name, p in after.named_parameters() if not torch.equal(p, frozen[name])}
+    assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
+
+
+def test_an_idle_expert_is_named_and_a_busy_one_is_not(
+    data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = model(num_experts=4, top_k=1)
+    with torch.no_grad():
+        layers(network)[0].router.weight[2] = 0  # never the largest logit unless all others are negative
+        layers(network)[0].router.weight[1] = 10 * layers(network)[0].router.weight[0]
+        layers(network)[0].router.weight[3] = -layers(network)[0].router.weight[1]
+    with caplog.at_level(logging.WARNING, "vimoe.train"):
+        run(data, tmp_path, network, epochs=1, warmup_epochs=0, lr=0.0, min_lr=0.0)
+    load = {(row["layer"], row["expert"]): float(row["share"]) for row in rows(tmp_path / "load.csv")}
+    message = " ".join(record.getMessage() for record in caplog.records)
+    assert load["blocks.0.mlp", "2"] == 0 and load["blocks.0.mlp", "1"] > 0
+    for (layer, expert), share in load.items():
+        assert (f"expert {expert} of {layer}" in message) == (share == 0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: Data, tmp_path: Path) -> None:
+    network = model()
+    with torch.no_grad():
+        network.head.bias[0] = float("nan")
+    with pytest.raises(VimoeError, match="the loss is nan in epoch 1"):
+        run(data, tmp_path, network)
+
+
+def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="warmup_epochs=2 of train.epochs=2"):
+        run(data, tmp_path, warmup_epochs=2)
+    with pytest.raises(ConfigError, match="expected an even number"):
+        TrainConfig(batch_size=7, mixup=0.1)
+
+
+def test_auxiliary_losses_are_weighted_and_none_without_moe() -> None:
+    network = model()
+    with vimoe.record(network) as routings:
+        network(torch.randn(4, 3, 16, 16))
+    total, parts = auxiliary_losses(routings, replace(QUICK, balance_loss=0.5, z_loss=0.25))
+    torch.testing.assert_close(total, 0.5 * parts["balance_loss"] + 0.25 * parts["z_loss"])
+    assert auxiliary_losses([], QUICK) == (0.0, {})
