@@ -131,7 +131,7 @@ class DataConfig:
         val_fraction: share of each class that is split off train where there is no validation folder.
         images_per_class: train on at most this many images of each class (drawn by `seed`).
         seed: draws the split and the subset.
-        workers: processes that decode images.
+        workers: processes that decode images; by default one a core where a GPU computes and none where the CPU does.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
         interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
         mean, std: normalisation of each channel, values in 0..1; by default the model's own.
@@ -144,7 +144,7 @@ class DataConfig:
     val_fraction: float = 0.1
     images_per_class: int | None = None
     seed: int = 0
-    workers: int = 2
+    workers: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
     mean: tuple[float, ...] | None = None
@@ -152,7 +152,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_range("val_fraction", self.val_fraction, 0.0, 0.9)
-        _check_count("workers", self.workers, 0)
+        if self.workers is not None:
+            _check_count("workers", self.workers, 0)
         if self.images_per_class is not None:
             _check_count("images_per_class", self.images_per_class, 2)
         if self.val_split == self.test_split and self.test_split != "none":

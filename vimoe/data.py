@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from vimoe.config import DataConfig, TrainConfig
 from vimoe.errors import DataError, beside, nearest
-
-logger = logging.getLogger(__name__)
 
 # other names that data sets in the wild use for a role; the configured name comes first
 SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
@@ -131,7 +129,9 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
     return resolve_input_data_config(model, given)
 
 
-def train_loader(samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int) -> DataLoader:
+def train_loader(
+    samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
+) -> DataLoader:
     """Shuffled batches with timm's augmentation; an incomplete last batch is dropped."""
     whole = config.min_crop == 1
     transform = create_transform(
@@ -151,15 +151,23 @@ def train_loader(samples: Sequence[Sample], prepared: dict[str, Any], config: Tr
         )
     generator = torch.Generator().manual_seed(config.seed)
     return DataLoader(
-        Images(samples, transform), config.batch_size, shuffle=True, drop_last=True, num_workers=workers,
-        generator=generator, persistent_workers=workers > 0,
+        Images(samples, transform), config.batch_size, shuffle=True, drop_last=True, generator=generator,
+        **_processes(workers),
     )  # fmt: skip
 
 
-def eval_loader(samples: Sequence[Sample], prepared: dict[str, Any], batch_size: int, workers: int) -> DataLoader:
+def eval_loader(
+    samples: Sequence[Sample], prepared: dict[str, Any], batch_size: int, workers: int | None
+) -> DataLoader:
     """Batches in order, resized and centre-cropped."""
     transform = create_transform(**prepared, is_training=False)
-    return DataLoader(Images(samples, transform), batch_size, num_workers=workers, persistent_workers=workers > 0)
+    return DataLoader(Images(samples, transform), batch_size, **_processes(workers))
+
+
+def _processes(workers: int | None) -> dict[str, Any]:
+    if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
+        workers = min(os.cpu_count() or 1, 8) if torch.accelerator.is_available() else 0
+    return {"num_workers": workers, "persistent_workers": workers > 0}
 
 
 def _role_folder(root: Path, role: str, name: str) -> Path | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from scipy import stats
 from torch import nn
@@ -67,6 +68,7 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
         out: folder to make; by default runs/demo-DATE-TIME.
     """
     start = time.perf_counter()
+    torch.set_num_threads(1)  # the models are tiny: threads would wait for one another, and long on a busy machine
     logging.getLogger("vimoe.train").setLevel(logging.ERROR)  # the tour tells of idle experts at its end
     folder = runs.new_run(out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     console = Console(stderr=True)

@@ -67,14 +67,14 @@ def forwards(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Itera
         yield logits, labels.to(device)
 
 
-def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
+def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:
     """The most likely classes of image files, best first.
 
     Args:
         model: a model with preprocessing and label names, as `vimoe.load` gives it.
         files: image files.
         top: how many classes to name.
-        workers: processes that decode images.
+        workers: processes that decode images, as `DataConfig.workers`.
 
     Returns:
         For each file {"file", "classes": [{"name", "probability"}]}.

@@ -17,6 +17,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vimoe.runs import SUMMARY, write_text
 
@@ -181,6 +182,8 @@ def curves(metrics: Path) -> Figure:
     right.plot(epochs, [100 * float(row["val_top1"]) for row in rows], label="validation", color="C1", marker=".")
     left.set(xlabel="epoch", ylabel="cross-entropy, nats")
     right.set(xlabel="epoch", ylabel="top-1, %")
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
     return figure
 

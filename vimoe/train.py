@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    model: nn.Module, data: Data, config: TrainConfig, prepared: dict[str, Any], out: Path, workers: int = 0
+    model: nn.Module, data: Data, config: TrainConfig, prepared: dict[str, Any], out: Path, workers: int | None = None
 ) -> dict[str, Any]:
     """Trains in place; the model ends with the weights of the epoch that was best on validation, in eval mode.
 
@@ -48,7 +48,7 @@ def train(
         config: how.
         prepared: preprocessing, as `vimoe.data.preprocessing` gives it.
         out: an existing folder.
-        workers: processes that decode images.
+        workers: processes that decode images, as `DataConfig.workers`.
 
     Returns:
         {"epochs", "best_epoch", "val": the best Score as a dict, "seconds", "train_images"}.

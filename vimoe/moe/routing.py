@@ -82,7 +82,7 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
         VimoeError: where a layer runs without gradient inside a recorder that was entered with it. Reentrant
             checkpointing does that, and a loss of such a record would train nothing.
     """
-    names = {id(module): name for name, module in model.named_modules() if hasattr(module, "router")}
+    names = {id(module): name for name, module in model.named_modules()}
     recorder = _Recorder(names)
     token = _recorders.set((*_recorders.get(), recorder))
     try:
