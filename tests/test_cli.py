@@ -169,6 +169,7 @@ def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: py
     train = ["train", "--data.path", photos, *TINY, *QUICK]
     assert "is there already" in refused(capsys, *train, "--out", run)
     assert "expected at most that many" in refused(capsys, *train, "--train.batch_size=999", "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
     assert "did you mean" in refused(capsys, "predict", run, photos / "test" / "red" / "00.png")
     (tmp_path / "no.png").write_bytes(b"no image")
     assert "no.png cannot be read as an image" in refused(capsys, "predict", run, tmp_path / "no.png")

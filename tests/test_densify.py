@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -87,6 +90,23 @@ def test_shared_keeps_what_the_shared_expert_has_learned() -> None:
     vimoe.densify(model, how="shared")
     for block, weights in zip(model.blocks, expected, strict=True):
         assert all(torch.equal(w, weights[name]) for name, w in ffn.read(block.mlp).items())
+
+
+@pytest.mark.parametrize("how", ["shared", "merge"])
+@pytest.mark.parametrize("training", [True, False])
+def test_densify_keeps_the_mode_that_the_model_is_in(how: str, training: bool) -> None:
+    model = upcycle(vit().train(not training), config()).train(training)
+    assert all(module.training == training for module in vimoe.densify(model, how=how).modules())
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_no_weight_of_the_parents_ffn_is_kept_beside_the_experts(shared: int) -> None:
+    model = vit()
+    weights = [weakref.ref(p) for block in model.blocks for p in block.mlp.parameters()]
+    upcycle(model, config(num_shared_experts=shared, top_k=2))
+    gc.collect()
+    assert weights
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_a_dense_model_after_densify_trains_and_upcycles_again() -> None:

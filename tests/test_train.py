@@ -146,6 +146,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Data, tmp_path: Path) -> 
 def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="warmup_epochs=2 of train.epochs=2"):
         run(data, tmp_path, warmup_epochs=2)
+    with pytest.raises(ConfigError, match="batch_size=64 with 24 training images"):
+        run(data, tmp_path, batch_size=64)
     with pytest.raises(ConfigError, match="expected an even number"):
         TrainConfig(batch_size=7, mixup=0.1)
 

@@ -46,7 +46,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
         model: any timm ViT, dense or upcycled, on any device.
         input_size: (channels, height, width); by default what the model was made for.
     """
-    model = meta_copy(model).eval()
+    model = meta_copy(model).eval().requires_grad_(False)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     params = sum(p.numel() for p in model.parameters())
     idle = sum(_numel(layer.experts) * _idle_share(layer) for layer in layers.values())
@@ -60,7 +60,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     for layer in layers.values():
         layer.register_forward_pre_hook(count_instead)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *(input_size or model_input_size(model)), device="meta"))
+        model(meta_images(model, 1, input_size))
     return Cost(params, params - round(idle), counter.get_total_flops() // 2 + routed, tuple(layers))
 
 
@@ -70,6 +70,12 @@ def model_input_size(model: nn.Module) -> tuple[int, int, int]:
     if not hasattr(model, "_traits"):  # not built by timm.create_model, which notes the size
         height, width = getattr(model.patch_embed, "img_size", None) or (height, width)
     return channels, height, width
+
+
+def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] | None = None) -> Tensor:
+    """Images of the model's size and type for a copy without weights."""
+    dtype = next(model.parameters()).dtype
+    return torch.empty(number, *(input_size or model_input_size(model)), device="meta", dtype=dtype)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -44,7 +44,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
-        _check_layers(self.layers)
+        check_layers(self.layers)
         _check_choice("routing", self.routing, get_args(Routing))
         _check_choice("combine", self.combine, get_args(Combine))
         _check_count("num_experts", self.num_experts, 0)
@@ -235,11 +235,12 @@ class TrainConfig:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
 
 
-def _check_layers(layers: object) -> None:
-    items = layers if isinstance(layers, tuple) else (layers,)
+def check_layers(layers: object) -> None:
+    """Raises ConfigError where `layers` is neither one of LAYER_WORDS, nor block indices or module-name patterns."""
+    items = tuple(layers) if isinstance(layers, (tuple, list)) else (layers,)
     named = [item for item in items if isinstance(item, str) and item]
     indices = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
-    if not items or len(named) + len(indices) < len(items) or (indices and not isinstance(layers, tuple)):
+    if not items or len(named) + len(indices) < len(items) or (indices and not isinstance(layers, (tuple, list))):
         raise ConfigError(
             f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)}, block indices such as [3, 4], "
             f"or module-name patterns such as 'blocks.1?.mlp'"

@@ -145,10 +145,6 @@ def train_loader(
         re_prob=config.random_erasing,
         re_mode="pixel",
     )
-    if len(samples) < config.batch_size:
-        raise DataError(
-            f"train.batch_size={config.batch_size} with {len(samples)} training images: expected at most that many"
-        )
     generator = torch.Generator().manual_seed(config.seed)
     return DataLoader(
         Images(samples, transform), config.batch_size, shuffle=True, drop_last=True, generator=generator,

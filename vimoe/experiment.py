@@ -14,7 +14,7 @@ from vimoe.data import Data, load_data, preprocessing
 from vimoe.folder import save
 from vimoe.options import Settings
 from vimoe.report import write_run_report
-from vimoe.train import train
+from vimoe.train import check, train
 from vimoe.upcycling import upcycle
 
 
@@ -30,6 +30,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_name(settings.model)
     runs.check_new(out)
     data = load_data(settings.data)
+    check(settings.train, data)
     set_seed(settings.train.seed)
     model = upcycle(create(settings.model, len(data.classes)), settings.moe)
     prepared = preprocessing(model, settings.data)

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf  # what timm.models.save_for_hf calls for its config.json
 from torch import nn
 
-from vimoe import ffn, surgery
+from vimoe import ffn
 from vimoe.accounting import model_input_size
 from vimoe.config import MoEConfig
 from vimoe.errors import FolderError, VimoeError
 from vimoe.moe import MoE
-from vimoe.upcycling import upcycle
+from vimoe.upcycling import sites, upcycle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1  # of the "vimoe" section
@@ -116,7 +116,7 @@ def _add_layers(model: nn.Module, config_path: Path) -> None:
     with torch.device("meta"):
         backbone = _backbone(config_path.parent)
     layers = {}
-    for site in surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module)):
+    for site in sites(model):
         if isinstance(site.module, MoE):
             layers[site.name] = site.module.config
             continue

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from vimoe.config import LAYER_WORDS
+from vimoe.config import LAYER_WORDS, check_layers
 from vimoe.errors import SurgeryError, nearest
 
 
@@ -28,10 +28,10 @@ class Site:
         return f"{self.name} (block {self.block})"
 
 
-def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
+def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[nn.Module], ...] = ()) -> list[Site]:
     """The outermost matching modules that lie inside numbered blocks ("blocks.3.mlp").
 
-    A match outside of the blocks, such as the MLP of an attention pool, is no site.
+    A match outside of the blocks, such as the MLP of an attention pool, is no site, nor is one inside of `skip`.
 
     Raises:
         SurgeryError: where one module stands at two places, since swapping one of them would untie them.
@@ -41,7 +41,9 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
     sites: list[Site] = []
 
     def visit(module: nn.Module, path: tuple[str, ...]) -> None:
-        for child_name, child in module.named_children():
+        for child_name, child in module._modules.items():  # named_children leaves out what stands there twice
+            if child is None or isinstance(child, skip):
+                continue
             child_path = (*path, child_name)
             if not match(child):
                 visit(child, child_path)
@@ -63,8 +65,10 @@ def select(sites: Sequence[Site], layers: str | Sequence[int | str]) -> list[Sit
     """The sites of the named blocks, in forward order; the syntax is that of `MoEConfig.layers`.
 
     Raises:
+        ConfigError: for words that `MoEConfig.layers` would refuse.
         SurgeryError: where a word, index or pattern names no site.
     """
+    check_layers(layers)
     count = 1 + max((site.block for site in sites), default=-1)
     if layers == "none":
         return []

@@ -57,6 +57,7 @@ def train(
         ConfigError: for settings that contradict the data or the machine, before anything is trained.
         VimoeError: where the loss is no longer finite.
     """
+    check(config, data)
     accelerator = _accelerator(config, out)
     set_seed(config.seed)
     loader = train_loader(data.train, prepared, config, workers)
@@ -135,6 +136,20 @@ def train(
     }
 
 
+def check(config: TrainConfig, data: Data) -> None:
+    """Raises ConfigError for settings that contradict the data, one another or the machine."""
+    if config.batch_size > len(data.train):
+        raise ConfigError(
+            f"train.batch_size={config.batch_size} with {len(data.train)} training images: expected at most that many"
+        )
+    if config.warmup_epochs >= config.epochs:
+        raise ConfigError(
+            f"train.warmup_epochs={config.warmup_epochs:g} of train.epochs={config.epochs}: expected less; lower it"
+        )
+    if config.precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'bf16' or 'no'")
+
+
 def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tensor | float, dict[str, Tensor]]:
     """The weighted sum of the routers' losses, and each by name (the balance loss always, as a sign of health)."""
     if not routings:
@@ -203,26 +218,18 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
         AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulation,
-            log_with="tensorboard" if config.tensorboard else None,
-            project_dir=out,
-        )
-    except ValueError as error:
-        raise ConfigError(f"train.precision={config.precision!r}: {error}; use 'bf16' or 'no'") from error
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=out,
+    )
     accelerator.init_trackers("tensorboard")
     return accelerator
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> CosineLRScheduler:
-    warmup = round(config.warmup_epochs * updates)
-    total = config.epochs * updates
-    if warmup >= total:
-        raise ConfigError(
-            f"train.warmup_epochs={config.warmup_epochs:g} of train.epochs={config.epochs}: expected less; lower it"
-        )
+    total, warmup = config.epochs * updates, math.floor(config.warmup_epochs * updates)
     return CosineLRScheduler(
         optimizer, t_initial=total - warmup, lr_min=config.min_lr, warmup_t=warmup, warmup_prefix=True,
         t_in_epochs=False,

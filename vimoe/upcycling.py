@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import RelPosMlp
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from vimoe import ffn, surgery
-from vimoe.accounting import Cost, count, meta_copy, model_input_size
+from vimoe.accounting import Cost, count, meta_copy, meta_images
 from vimoe.config import MoEConfig
 from vimoe.errors import SurgeryError
 from vimoe.moe import MoE
@@ -57,10 +58,10 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         replaced = _replacements(copied, config)
-    sites = tuple(site for site in surgery.find(model, _is_site) if site.name in replaced)
+    changed = tuple(site for site in sites(model) if site.name in replaced)
     dense = count(model, input_size)
     surgery.swap(copied, replaced)
-    return Plan(sites, config, dense, count(copied, input_size))
+    return Plan(changed, config, dense, count(copied, input_size))
 
 
 def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
@@ -112,8 +113,7 @@ def densify(
     """
     if how not in HOW:
         raise SurgeryError(f"how={how!r}: expected 'shared' or 'merge'")
-    sites = surgery.find(model, _is_site)
-    chosen = [s for s in surgery.select(sites, layers) if isinstance(s.module, MoE) or layers != "all"]
+    chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
     surgery.swap(model, {site.name: _dense(site, how, (gate_mass or {}).get(site.name)) for site in chosen})
     return model
 
@@ -123,25 +123,26 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
-def _is_site(module: nn.Module) -> bool:
-    return isinstance(module, MoE) or ffn.is_ffn(module)
+def sites(model: nn.Module) -> list[Site]:
+    """The places of a model that hold an FFN or an MoE layer, in forward order."""
+    return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module), skip=(RelPosMlp,))
 
 
 def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     """The new module of every chosen site, after all checks."""
-    sites = surgery.select(surgery.find(model, _is_site), config.layers)
-    if not sites:
+    chosen = surgery.select(sites(model), config.layers)
+    if not chosen:
         return {}
     layout = _token_layout(model)
-    for site in sites:
+    for site in chosen:
         if isinstance(site.module, MoE):
             raise SurgeryError(f"{site} is an MoE layer already: expected a dense FFN; densify it first")
         try:
             ffn.describe(site.module)
         except SurgeryError as error:
             raise SurgeryError(f"{site}: {error}") from None
-    _check_tokens(model, sites)
-    return {site.name: _upcycled(site.module, config, layout) for site in sites}
+    _check_tokens(model, chosen, layout)
+    return {site.name: _upcycled(site.module, config, layout) for site in chosen}
 
 
 def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Module:
@@ -164,7 +165,7 @@ def _token_layout(model: nn.Module) -> TokenLayout:
     return TokenLayout(prefix, getattr(model, "cls_token", None) is not None)
 
 
-def _check_tokens(model: nn.Module, sites: Sequence[Site]) -> None:
+def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout) -> None:
     """Runs two images through a copy without weights, to see that each FFN gets (images, tokens, channels)."""
     copied = meta_copy(model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -172,16 +173,22 @@ def _check_tokens(model: nn.Module, sites: Sequence[Site]) -> None:
     def see(name: str) -> Callable[..., None]:
         return lambda _module, args: shapes.__setitem__(name, tuple(args[0].shape))
 
-    for site in sites:
+    for site in chosen:
         copied.get_submodule(site.name).register_forward_pre_hook(see(site.name))
     with torch.no_grad():
-        copied(torch.empty(2, *model_input_size(model), device="meta"))
-    for site in sites:
+        copied(meta_images(copied, 2))
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    for site in chosen:
         shape = shapes.get(site.name)
         if shape is None or len(shape) != 3 or shape[0] != 2:
             raise SurgeryError(
                 f"{site} gets {shape} for 2 images: expected (2, tokens, channels); a block that folds windows "
                 f"into the batch or keeps a grid cannot be converted"
+            )
+        if patches and shape[1] != patches + layout.num_prefix_tokens:
+            raise SurgeryError(
+                f"{site} gets {shape[1]} tokens: expected {patches} patches and {layout.num_prefix_tokens} others "
+                f"(num_prefix_tokens), so that the router knows which is which; leave the block out of layers"
             )
 
 

@@ -82,8 +82,8 @@ class MoE(nn.Module):
             parts.insert(0, ffn.read(self.shared))
             mass.insert(0, 1.0 if self.config.combine == "sum" else 1.0 - sum(mass))
         total = sum(mass)
-        scale = total if self.config.combine == "sum" and not self.config.gates_sum_to_one else 1.0
-        weights = ffn.average(parts, [m / total for m in mass], scale)
+        one = self.config.combine == "mix" or (self.shared is None and self.config.normalize_gates)  # not just nearly
+        weights = ffn.average(parts, [m / total for m in mass], scale=1.0 if one else total)
         return ffn.build(self._template[0], weights).train(self.training)
 
     def extra_repr(self) -> str:
