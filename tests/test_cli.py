@@ -17,7 +17,14 @@ TINY = [
     "--model.name=vit_tiny_patch16_224", "--model.pretrained=false", "--model.img_size=16",
     '--model.args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}',
 ]  # fmt: skip
-QUICK = ["--train.epochs=3", "--train.batch_size=8", "--train.lr=3e-3", "--data.workers=0", "--train.tensorboard=false"]
+QUICK = [
+    "--train.epochs=3",
+    "--train.precision=bf16",
+    "--train.batch_size=8",
+    "--train.lr=3e-3",
+    "--data.workers=0",
+    "--train.tensorboard=false",
+]
 
 
 def call(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
@@ -81,7 +88,7 @@ def test_a_run_can_be_repeated_from_its_config_and_started_from(run: Path, tmp_p
 
 
 def test_a_dense_run_is_a_start_for_another(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--data.path", photos, *QUICK]
+    common = ["--data.path", photos, *QUICK, "--train.precision=no"]
     dense = call(capsys, "train", *common, *TINY, "--moe.layers=none", "--out", tmp_path / "dense")
     start = f"--model.name=local-dir:{tmp_path / 'dense' / 'model'}"
     frozen = ["--train.lr=0", "--train.min_lr=0", "--moe.layers=all"]

@@ -39,8 +39,9 @@ def test_balance_loss_is_k_at_perfect_balance(k: int) -> None:
 
 
 def test_importance_loss_by_hand() -> None:
-    # importance = (1.5, 0.5): mean 1, variance 0.25
-    assert vimoe.importance_loss([routing([[0.8, 0.2], [0.7, 0.3]])]).item() == pytest.approx(0.25)
+    # importance = (3, 1): mean 2, variance 1
+    four = [[0.8, 0.2], [0.7, 0.3], [0.9, 0.1], [0.6, 0.4]]
+    assert vimoe.importance_loss([routing(four)]).item() == pytest.approx(0.25)
     assert vimoe.importance_loss([routing([[0.8, 0.2], [0.2, 0.8]])]).item() == pytest.approx(0.0, abs=1e-9)
 
 

@@ -76,6 +76,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(data: Data, t
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_the_model_that_comes_back_computes_in_its_own_precision(data: Data, tmp_path: Path) -> None:
+    """Accelerate puts autocast around the forward of the model itself."""
+    network, _ = run(data, tmp_path, precision="bf16")
+    x = torch.randn(2, 3, 16, 16)
+    same = model()
+    same.load_state_dict(network.state_dict())
+    assert torch.equal(network(x), same.eval()(x))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

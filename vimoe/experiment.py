@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -37,6 +38,8 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     folder = runs.new_run(out)
     runs.write_settings(folder, _with_absolute_path(settings))
     write_validation(folder, settings, data)
+    with TemporaryDirectory(dir=folder) as nowhere:  # what could not be saved should not be trained first
+        save(model, Path(nowhere) / runs.MODEL, label_names=data.classes, preprocessing=prepared)
     summary = train(model, data, settings.train, prepared, folder, settings.data.workers)
     save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared)
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})

@@ -125,6 +125,7 @@ def train(
                     "state": {name: tensor.detach().cpu().clone() for name, tensor in state.items()},
                 }  # fmt: skip
     accelerator.end_training()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives back the forward that prepare put autocast around
     plain.load_state_dict(best["state"])
     plain.eval()
     return {

@@ -19,10 +19,9 @@ def dispatch(x_BTD: Tensor, routing: Routing) -> tuple[Tensor, list[int], Tensor
         The rows (M, D) sorted by expert; how many rows each expert has; and the permutation for `combine`.
     """
     units, chosen = routing.experts.shape
-    x_RUD = x_BTD.reshape(units, -1, x_BTD.shape[-1])
+    x_RUD = x_BTD.reshape(units, routing.tokens_per_unit, x_BTD.shape[-1])
     order = routing.experts.flatten().argsort(stable=True)
-    tokens_per_unit = 1 if routing.unit == "token" else routing.batch[1]
-    counts = (routing.load * tokens_per_unit).tolist()
+    counts: list[int] = (routing.load * routing.tokens_per_unit).tolist()
     return x_RUD[order // chosen].flatten(0, 1), counts, order
 
 
@@ -33,6 +32,6 @@ def combine(y_MD: Tensor, routing: Routing, order: Tensor) -> Tensor:
     dim = y_MD.shape[-1]
     home = torch.empty_like(order)
     home[order] = torch.arange(len(order), device=order.device)
-    y_RKUD = y_MD.view(units * chosen, -1, dim)[home].view(units, chosen, -1, dim)
+    y_RKUD = y_MD.view(-1, routing.tokens_per_unit, dim)[home].view(units, chosen, routing.tokens_per_unit, dim)
     gates = routing.gates.to(y_MD.dtype).view(units, chosen, 1, 1)
     return (gates * y_RKUD).sum(dim=1).view(images, tokens, dim)

@@ -62,7 +62,8 @@ class MoE(nn.Module):
     def _rest(routing: Routing, like: Tensor) -> Tensor:
         """1 - sum_i g_i for each token, (B, T, 1) or (B, 1, 1): what "mix" leaves of the shared expert."""
         rest_R = 1 - routing.gates.sum(dim=-1)
-        return rest_R.view(routing.batch[0], -1, 1).to(like.dtype)
+        decisions = 1 if routing.unit == "image" else routing.batch[1]
+        return rest_R.view(routing.batch[0], decisions, 1).to(like.dtype)
 
     def without_experts(self) -> nn.Module:
         """The shared expert alone, as wide as the dense FFN was as long as further shared experts say nothing."""

@@ -43,6 +43,11 @@ class Routing:
         return self.logits.shape[-1]
 
     @property
+    def tokens_per_unit(self) -> int:
+        """Tokens that share one decision."""
+        return 1 if self.unit == "token" else self.batch[1]
+
+    @property
     def probabilities(self) -> Tensor:
         """(R, N) softmax of the logits, over all experts."""
         return self.logits.softmax(dim=-1)
