@@ -79,6 +79,12 @@ def test_a_name_without_a_layer_is_refused_with_the_nearest_one(named: str | lis
     assert_refused(vit(), message, layers=named)
 
 
+@pytest.mark.parametrize("named", ["all", "none"])
+def test_densify_that_would_do_nothing_is_refused(named: str) -> None:
+    with pytest.raises(SurgeryError, match="has no MoE layer"):
+        vimoe.densify(vit(), layers=named)
+
+
 @pytest.mark.parametrize("named", ["last:x", "every:0", "first:1"])
 def test_densify_refuses_words_that_a_config_would_refuse(named: str) -> None:
     model = upcycle(vit(), config())

@@ -109,11 +109,13 @@ def densify(
         The same model. Right after `upcycle` its state is the parent's, bit for bit.
 
     Raises:
-        SurgeryError: where a named layer is no MoE layer, or has no shared expert to keep; nothing was changed.
+        SurgeryError: where no MoE layer is named, or one has no shared expert to keep; nothing was changed.
     """
     if how not in HOW:
         raise SurgeryError(f"how={how!r}: expected 'shared' or 'merge'")
     chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
+    if not chosen:
+        raise SurgeryError(f"layers={layers!r}: the model has no MoE layer there: expected one that upcycle made")
     surgery.swap(model, {site.name: _dense(site, how, (gate_mass or {}).get(site.name)) for site in chosen})
     return model
 
