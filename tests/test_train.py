@@ -48,8 +48,9 @@ def weights(network: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def test_it_learns_and_writes_as_it_goes(data: Data, tmp_path: Path) -> None:
-    network, summary = run(data, tmp_path, epochs=6)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.8])
+def test_it_learns_and_writes_as_it_goes(data: Data, tmp_path: Path, ema_decay: float) -> None:
+    network, summary = run(data, tmp_path, epochs=6, ema_decay=ema_decay)
     metrics = rows(tmp_path / "metrics.csv")
     assert [int(row["epoch"]) for row in metrics] == [1, 2, 3, 4, 5, 6]
     assert float(metrics[-1]["train_loss"]) < 0.7 * float(metrics[0]["train_loss"])

@@ -9,16 +9,13 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vimoe.config import PRUNE_TOLERANCE
 from vimoe.errors import ConfigError, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from vimoe.analysis import Evidence
-    from vimoe.data import Data
-    from vimoe.runs import Run
+    from vimoe.finished import FinishedRun
 
 Result = tuple[str, dict[str, Any]]  # what a person reads, what --json prints
 
@@ -97,17 +94,8 @@ def evaluate(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe evaluate runs/photos --data.path other/photos
     """
-    run, options = _run_options(verb, argv, **{"data.path": "folder with the same classes (default: the run's data)"})
-    from vimoe.data import load_folder
-    from vimoe.evaluate import evaluate as score_on
-    from vimoe.evaluate import label_names
-
-    model = _load(run)
-    if options["data.path"]:
-        split, samples = "test", load_folder(options["data.path"], label_names(model))
-    else:
-        split, samples = _reported(_data(run, model))
-    score = score_on(model, _loader(run, model, samples))
+    run, options = _run(verb, argv, **{"data.path": "folder with the same classes (default: the run's data)"})
+    split, score = run.score(options["data.path"])
     text = f"{split}: top-1 {score.top1:.2%}, top-5 {score.top5:.2%}, loss {score.loss:.4f} of {score.images} images"
     return text, {**score.to_dict(), "split": split}
 
@@ -125,12 +113,11 @@ def predict(verb: str, argv: list[str]) -> Result:
     if options["top"] < 1:
         raise ConfigError(f"--top {options['top']}: expected at least 1")
     from vimoe.data import list_images
-    from vimoe.evaluate import predict as predict_files
-    from vimoe.runs import open_run
+    from vimoe.evaluate import predict as name_classes
+    from vimoe.finished import FinishedRun
 
-    run = open_run(options["run"])
-    files = list_images(options["images"])
-    predictions = predict_files(_load(run), files, options["top"])
+    run = FinishedRun(options["run"])
+    predictions = name_classes(run.model, list_images(options["images"]), options["top"])
     lines = [
         f"{p['file']}: " + ", ".join(f"{c['name']} {c['probability']:.1%}" for c in p["classes"]) for p in predictions
     ]
@@ -142,16 +129,13 @@ def analyze(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe analyze runs/photos
     """
-    run, _ = _run_options(verb, argv)
-    from vimoe.report import write_run_report
-
-    model = _load(run)
-    evidence = _evidence(run, model, _data(run, model))
-    report = write_run_report(run.path)
+    run, _ = _run(verb, argv)
+    evidence, folder = run.analyze(), run.run.path
     values = evidence.to_dict()
     for layer in values["layers"]:
-        del layer["counts"]
-    return f"{evidence}\n{report}", {**values, "routing": str(run.path / "routing.json"), "report": str(report)}
+        del layer["counts"]  # they are in routing.json
+    paths = {"routing": str(folder / "routing.json"), "report": str(folder / "report.html")}
+    return f"{evidence}\n{paths['report']}", {**values, **paths}
 
 
 def prune(verb: str, argv: list[str]) -> Result:
@@ -159,45 +143,18 @@ def prune(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe prune runs/photos --out runs/photos-pruned
     """
-    from vimoe.config import PRUNE_TOLERANCE
-
     parser = _parser(verb, out="folder to make for the pruned run")
     parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--tolerance", type=float, default=PRUNE_TOLERANCE, help="largest loss change of a removed layer, nats"
-    )
+    parser.add_argument("--tolerance", type=float, default=PRUNE_TOLERANCE, help="largest loss change, nats")
     options = parser.parse_args(argv)
-    from vimoe import runs
-    from vimoe.analysis import Evidence
-    from vimoe.evaluate import label_names
-    from vimoe.experiment import write_validation
-    from vimoe.folder import save
-    from vimoe.pruning import prune as remove
-    from vimoe.pruning import receipts
-    from vimoe.report import write_run_report
+    out = _required_out(options)
+    from vimoe.finished import FinishedRun
+    from vimoe.report import RECEIPT_HEADER, receipt_row
 
-    run = runs.open_run(options["run"])
-    model, pruned = _load(run), _load(run)
-    data = _data(run, model)
-    out = runs.new_run(_required_out(options))
-    known = run.path / "routing.json"
-    evidence = Evidence.from_dict(json.loads(known.read_text())) if known.exists() else _evidence(run, model, data)
-    decided = remove(pruned, evidence, options["tolerance"])
-    split, samples = _reported(data)
-    before, after = receipts([model, pruned], _loader(run, model, samples))
-    values = {
-        "verdicts": [str(verdict) for verdict in decided],
-        "kept": [verdict.layer for verdict in decided if verdict.keep],
-        "split": split, "before": before.to_dict(), "after": after.to_dict(),
-    }  # fmt: skip
-    runs.write_settings(out, run.settings)
-    write_validation(out, run.settings, data)
-    save(pruned, out / runs.MODEL, label_names=label_names(model))
-    runs.write_json(out / runs.SUMMARY, {"schema": runs.SCHEMA, "command": verb, **values})
-    runs.write_json(out / "routing.json", evidence.to_dict())
-    report = write_run_report(out)
-    lines = [*values["verdicts"], *_table(values), str(report)]
-    return "\n".join(lines), {**values, "out": str(out), "report": str(report)}
+    values = FinishedRun(options["run"]).prune(out, options["tolerance"])
+    rows = [RECEIPT_HEADER, *(receipt_row(when, values[when]) for when in ("before", "after"))]
+    table = ["".join(f"{cell:>13}" for cell in row) for row in rows]
+    return "\n".join([*values["verdicts"], *table, values["report"]]), values
 
 
 def demo(verb: str, argv: list[str]) -> Result:
@@ -256,54 +213,13 @@ def _required_out(options: Any) -> str:
     return options["out"]
 
 
-def _run_options(verb: str, argv: list[str], **extra: str) -> tuple[Run, Any]:
+def _run(verb: str, argv: list[str], **extra: str) -> tuple[FinishedRun, Any]:
     parser = _parser(verb, **extra)
     parser.add_argument("run", help="run folder")
     options = parser.parse_args(argv)
-    from vimoe.runs import open_run
+    from vimoe.finished import FinishedRun
 
-    return open_run(options["run"]), options
-
-
-def _load(run: Run) -> nn.Module:
-    import torch
-
-    from vimoe.folder import load
-
-    return load(run.model, torch.accelerator.current_accelerator(check_available=True) or "cpu")
-
-
-def _data(run: Run, model: nn.Module) -> Data:
-    from vimoe.data import load_data
-    from vimoe.evaluate import label_names
-
-    return load_data(run.settings.data, label_names(model), run.validation())
-
-
-def _reported(data: Data) -> tuple[str, Any]:
-    return ("test", data.test) if data.test else ("validation", data.val)
-
-
-def _loader(run: Run, model: nn.Module, samples: Any) -> Any:
-    from vimoe.data import eval_loader, preprocessing
-
-    return eval_loader(samples, preprocessing(model), 2 * run.settings.train.batch_size, run.settings.data.workers)
-
-
-def _evidence(run: Run, model: nn.Module, data: Data) -> Evidence:
-    from vimoe.analysis import analyze as observe
-    from vimoe.runs import write_json
-
-    evidence = observe(model, _loader(run, model, data.val))
-    write_json(run.path / "routing.json", evidence.to_dict())
-    return evidence
-
-
-def _table(values: dict[str, Any]) -> list[str]:
-    from vimoe.report import RECEIPT_HEADER, receipt_row
-
-    rows = [RECEIPT_HEADER, *(receipt_row(when, values[when]) for when in ("before", "after"))]
-    return ["".join(f"{cell:>13}" for cell in row) for row in rows]
+    return FinishedRun(options["run"]), options
 
 
 def _log_to_stderr() -> None:

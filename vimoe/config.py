@@ -198,7 +198,7 @@ class TrainConfig:
     accumulation: int = 1
     lr: float = 3e-4
     min_lr: float = 1e-6
-    warmup_epochs: float = 1.0
+    warmup_epochs: float = 0.5
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     router_lr_scale: float = 1.0

@@ -91,7 +91,7 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
     for seed, model in zip(SEEDS, models[VIMOE], strict=True):
         run = folder / f"vimoe-seed{seed}"
         evidence.append(analyze(model, _loader(model, data.val)))
-        runs.write_json(run / "routing.json", evidence[-1].to_dict())
+        runs.write_json(run / runs.ROUTING, evidence[-1].to_dict())
         write_run_report(run)
         pruned = load(run / runs.MODEL)
         decided.append(prune(pruned, evidence[-1]))

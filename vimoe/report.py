@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vimoe.runs import SUMMARY, write_text
+from vimoe.runs import ROUTING, SUMMARY, write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -100,8 +100,8 @@ def write_run_report(run: Path) -> Path:
         page.figure(curves(run / "metrics.csv"), "curves", "Loss and accuracy by epoch.")
     if (run / "load.csv").exists():
         page.figure(loads(run / "load.csv"), "load", "Share of each expert in training, by epoch; one panel a layer.")
-    if (run / "routing.json").exists():
-        add_routing(page, _json(run / "routing.json"))
+    if (run / ROUTING).exists():
+        add_routing(page, _json(run / ROUTING))
     page.heading("Settings")
     page.table(("setting", "value"), [(k, v) for k, v in _flat(run / "config.yaml")])
     return page.write(run / "report.html")

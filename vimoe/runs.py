@@ -15,7 +15,8 @@ from vimoe.errors import ConfigError, FolderError, beside
 from vimoe.options import Settings, read_settings
 
 SCHEMA = 1  # of what --json prints and summary.json holds
-CONFIG, VALIDATION, SUMMARY, MODEL = "config.yaml", "validation.txt", "summary.json", "model"
+CONFIG, MODEL, VALIDATION = "config.yaml", "model", "validation.txt"
+ROUTING, SUMMARY = "routing.json", "summary.json"
 
 
 @dataclass(frozen=True)

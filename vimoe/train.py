@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vimoe.config import TrainConfig
 from vimoe.data import Data, eval_loader, train_loader
 from vimoe.errors import ConfigError, VimoeError
-from vimoe.evaluate import evaluate
+from vimoe.evaluate import Score, evaluate
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.moe.routing import Routing, record
 from vimoe.optim import adamw, freeze_all_but_moe
@@ -72,7 +72,7 @@ def train(
     plain = accelerator.unwrap_model(model)
     ema = ModelEmaV3(plain, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
 
-    best: dict[str, Any] = {}
+    best = _Best()
     update, start = 0, time.perf_counter()
     with _progress(config.epochs * len(loader)) as step_done, _rows(out / "metrics.csv") as write_row:
         for epoch in range(1, config.epochs + 1):
@@ -118,20 +118,15 @@ def train(
                 write_row(row)
                 load.append_to(out / "load.csv", epoch)
             accelerator.log({k: v for k, v in row.items() if k != "epoch"} | load.scalars(), step=epoch)
-            if not best or (score.top1, -score.loss) > best["key"]:
-                state = (ema.module if ema else plain).state_dict()
-                best = {
-                    "key": (score.top1, -score.loss), "epoch": epoch, "score": score,
-                    "state": {name: tensor.detach().cpu().clone() for name, tensor in state.items()},
-                }  # fmt: skip
+            best.offer(epoch, score, ema.module if ema else plain)
     accelerator.end_training()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives back the forward that prepare put autocast around
-    plain.load_state_dict(best["state"])
+    plain.load_state_dict(best.state)
     plain.eval()
     return {
         "epochs": config.epochs,
-        "best_epoch": best["epoch"],
-        "val": best["score"].to_dict(),
+        "best_epoch": best.epoch,
+        "val": best.score.to_dict(),
         "seconds": time.perf_counter() - start,
         "train_images": len(data.train),
     }
@@ -162,6 +157,18 @@ def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tens
         parts["importance_loss"] = (importance_loss(routings), config.importance_loss)
     total = sum(weight * loss for loss, weight in parts.values())
     return total, {name: loss for name, (loss, _) in parts.items()}
+
+
+class _Best:
+    """The weights of the epoch with the best top-1 on validation; of equal ones that with the lower loss."""
+
+    def __init__(self) -> None:
+        self.epoch, self.score, self.state = 0, Score(-1.0, 0.0, 0.0, 0), dict[str, Tensor]()
+
+    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
+        if (score.top1, -score.loss) > (self.score.top1, -self.score.loss):
+            self.epoch, self.score = epoch, score
+            self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 class _Totals:
