@@ -10,7 +10,7 @@ from tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.analysis import Evidence, mutual_information, only_shared, permuted
+from vimoe.analysis import Evidence, computing, mutual_information, permuted
 from vimoe.config import MoEConfig
 from vimoe.errors import DataError, VimoeError
 from vimoe.moe.router import TokenLayout
@@ -95,10 +95,27 @@ def test_routing_that_ignores_the_class_looks_so() -> None:
         assert layer.permuted_loss_change == pytest.approx(0, abs=1e-6)
 
 
-def test_without_a_shared_expert_there_is_no_such_score() -> None:
-    evidence = vimoe.analyze(Known(num_shared_experts=0, combine="sum"), loader())
-    assert [layer.shared_loss_change for layer in evidence.layers] == [None, None]
-    assert evidence.layers[0].removal_loss_change == evidence.layers[0].permuted_loss_change > 1
+def test_without_a_shared_expert_merging_is_measured() -> None:
+    votes, silent = vimoe.analyze(Known(num_shared_experts=0, combine="sum"), loader()).layers
+    assert votes.shared_loss_change is silent.shared_loss_change is None
+    assert votes.removal_loss_change == votes.merged_loss_change > 1
+    assert silent.merged_loss_change == pytest.approx(0, abs=1e-6)
+
+
+def test_experts_that_agree_in_function_but_not_in_weights_are_not_said_to_merge() -> None:
+    """Their hidden units are permuted: which expert an image gets does not matter, their mean weights do."""
+    model = perturb_experts(upcycle(vit(), config(num_shared_experts=0, top_k=2)))
+    with torch.no_grad():
+        for layer in layers(model):
+            experts = layer.experts
+            for e in range(1, 4):
+                order = torch.randperm(experts.fc1.weight.shape[1], generator=torch.Generator().manual_seed(e))
+                experts.fc1.weight[e], experts.fc1.bias[e] = experts.fc1.weight[0][order], experts.fc1.bias[0][order]
+                experts.fc2.weight[e], experts.fc2.bias[e] = experts.fc2.weight[0][:, order], experts.fc2.bias[0]
+    x, labels = images(model, batch=12), torch.arange(12) % 5
+    for found in vimoe.analyze(model, [(x, labels)]).layers:
+        assert found.permuted_loss_change == pytest.approx(0, abs=1e-5)
+        assert abs(found.merged_loss_change) > 1e-3
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])
@@ -120,10 +137,10 @@ def test_permuting_hands_each_image_the_whole_decision_of_its_donor(routing: str
     assert torch.equal(before, after) and not torch.allclose(before, during)
 
 
-def test_only_shared_is_what_densify_leaves() -> None:
+def test_the_shared_expert_alone_is_what_densify_leaves() -> None:
     model = perturb_experts(upcycle(vit(), config()))
     with torch.no_grad():
-        with only_shared(layers(model)[0]):
+        with computing(layers(model)[0], layers(model)[0].shared):
             during = model(images(model))
         assert not torch.allclose(during, model(images(model)))
         torch.testing.assert_close(during, vimoe.densify(model, layers=[0])(images(model)))

@@ -25,17 +25,18 @@ def order() -> list[str]:
 
 
 def imports(source: str) -> set[str]:
-    """Modules of this package that a source imports when it is read (those inside functions may come later)."""
+    """Modules of this package that a source imports, inside functions too."""
     found = set()
-    for node in ast.parse(source).body:
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vimoe":
             module = node.module.removeprefix("vimoe").lstrip(".")
-            found |= {module} if module else {alias.name for alias in node.names}
+            found |= {module} if module else {alias.name for alias in node.names if alias.name != "__version__"}
     return found
 
 
 def violations(name: str, source: str, above: list[str]) -> list[str]:
-    public = {module.split(".")[0] for module in above if "." in module}
+    whole = [module for module in order() if module.startswith("moe.")]
+    public = {"moe"} if whole[-1] in above else set()  # the package offers its last member
     return [f"{name} imports {module}" for module in imports(source) if module not in above and module not in public]
 
 

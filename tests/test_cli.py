@@ -75,6 +75,10 @@ def test_from_images_to_a_pruned_model(
     again = call(capsys, "evaluate", tmp_path / "pruned")
     assert again["top1"] == receipt["after"]["top1"] and receipt["before"]["top1"] == score["top1"]
 
+    assert (tmp_path / "pruned" / "routing-before-pruning.json").exists()
+    assert not (tmp_path / "pruned" / "routing.json").exists()  # the evidence was of another model
+    assert "no MoE layer" in refused(capsys, "prune", tmp_path / "pruned", "--out", tmp_path / "twice")
+
     for folder_, files in ((run, ["metrics.csv", "load.csv"]), (tmp_path / "pruned", [])):
         for name in ["config.yaml", "summary.json", "report.html", "model/config.json", "figures", *files]:
             assert (folder_ / name).exists(), name
@@ -106,7 +110,7 @@ def test_a_split_off_validation_is_written_and_used_again(tmp_path: Path, capsys
     assert score["split"] == "validation" and score["images"] == 6
     assert score["top1"] == pytest.approx(trained["val"]["top1"])
     elsewhere = call(capsys, "evaluate", tmp_path / "run", "--data.path", folder(tmp_path / "more", 2))
-    assert elsewhere["images"] == 6 and elsewhere["split"] == "test"
+    assert elsewhere["images"] == 6 and elsewhere["split"] == "all"
 
 
 def test_count_is_the_papers_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +140,11 @@ MISTAKES = {
     "count --moe.layers last:99": "expected at most 12",
     "count --moe.layers blocks.3.mpl": "did you mean 'blocks.3.mlp'?",
     "count --model.name vit_smal_patch14_dinov2": "did you mean 'vit_small_patch14_dinov2'?",
+    "count --model.name vit_small_patch14_dinov2.lvd142": "did you mean 'vit_small_patch14_dinov2.lvd142m'?",
+    "count --model.name hf-hbu:x/y": "did you mean 'hf-hub'?",
+    "count --model.name local-dir:nowhere": "no model folder there",
     "count --model.name resnet18": "no FFN was found",
+    "train --data.interpolation bicubc --out never": "did you mean 'bicubic'?",
     "count --moe.num_experts x": "moe.num_experts=x: expected a value of type int",
     "count --moe.num_experts -1": "num_experts=-1: expected a whole number of at least 0",
     "count --moe.top_k 9": "top_k=9: expected at most num_experts=8",
@@ -176,7 +184,9 @@ def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: py
     train = ["train", "--data.path", photos, *TINY, *QUICK]
     assert "is there already" in refused(capsys, *train, "--out", run)
     assert "expected at most that many" in refused(capsys, *train, "--train.batch_size=999", "--out", tmp_path / "a")
+    assert "auto_augment='rnd-m9'" in refused(capsys, *train, "--train.auto_augment=rnd-m9", "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    assert "holds MoE layers" in refused(capsys, "count", f"--model.name=local-dir:{run / 'model'}")
     assert "did you mean" in refused(capsys, "predict", run, photos / "test" / "red" / "00.png")
     (tmp_path / "no.png").write_bytes(b"no image")
     assert "no.png cannot be read as an image" in refused(capsys, "predict", run, tmp_path / "no.png")

@@ -65,6 +65,11 @@ def test_a_listed_validation_split_is_found_again_and_missed_when_gone(tmp_path:
         load_data(config, validation=listed)
 
 
+def test_a_class_is_never_split_off_whole(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(folder(tmp_path, 2)), val_fraction=0.9))
+    assert Counter(label for _, label in data.train) == Counter(label for _, label in data.val) == {0: 1, 1: 1, 2: 1}
+
+
 def test_a_subset_has_as_many_images_of_each_class(tmp_path: Path) -> None:
     data = load_data(DataConfig(path=str(roles(tmp_path, train=8)), images_per_class=5))
     assert Counter(label for _, label in data.train) == {0: 5, 1: 5, 2: 5} and len(data.val) == 9
@@ -155,4 +160,26 @@ def test_images_are_found_among_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="holds no image"):
         list_images([tmp_path / "none"])
-    assert len(load_folder(tmp_path, ("blue", "green", "red"))) == 6
+
+
+def test_a_folder_says_which_images_it_gave(tmp_path: Path) -> None:
+    classes = ("blue", "green", "red")
+    role, samples = load_folder(folder(tmp_path / "plain", 2), classes)
+    assert (role, len(samples)) == ("all", 6)
+    assert load_folder(roles(tmp_path / "roles", test=0), classes)[0] == "validation"
+    assert load_folder(roles(tmp_path / "roles", test=1), classes)[0] == "test"
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 25700, 65535]], dtype="uint16")
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert np.asarray(open_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_digits_are_the_embedded_ones_whatever_is_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "digits", 2)
+    assert len(load_data(DataConfig(path="digits")).classes) == 10
+    assert len(load_data(DataConfig(path="./digits")).classes) == 3

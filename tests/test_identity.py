@@ -93,6 +93,17 @@ def test_a_dense_control_of_twice_the_width_computes_what_the_parent_did(parent:
     assert_equal_to_rounding(control(images(control)), parent(images(parent)))
 
 
+@torch.no_grad()
+def test_in_bfloat16_mix_rounds_no_more_than_once(parent: nn.Module, routing: str, shared: int) -> None:
+    low = copy.deepcopy(parent).bfloat16()
+    model = upcycle(copy.deepcopy(low), config(routing=routing, num_shared_experts=shared, top_k=2))
+    x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for layer, dense in zip(layers(model), (m for m in low.modules() if ffn.is_ffn(m)), strict=False):
+        exact = dense(x)
+        # one unit in the last place of bfloat16 is 1/128 of a value at most
+        assert ((layer(x) - exact).abs() <= exact.abs() / 128 + 1e-6).all()
+
+
 def test_the_loss_of_the_first_step_is_the_parents(parent: nn.Module, routing: str, shared: int) -> None:
     model = upcycle(copy.deepcopy(parent), config(routing=routing, num_shared_experts=shared)).train()
     parent = copy.deepcopy(parent).train()

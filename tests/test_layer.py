@@ -227,8 +227,7 @@ def test_scores_and_gates_stay_float32_under_autocast(layout: str, dtype: torch.
 def test_gradients_are_those_of_finite_differences(ffn: str, layout: str, combine: str) -> None:
     """Of the input, the gates and every weight, in float64, where finite differences are exact enough.
 
-    The router computes in float32 whatever its input, so finite differences through it are noise. A hook replaces
-    its decision by a fixed one in float64; how gates follow from x is compared with the loop above.
+    A hook fixes the router's decision, so that an expert is idle and the gates are inputs of their own.
     """
     layer, x = make(ffn, layout, combine).double(), tokens(2, 3).double().requires_grad_()
     routing = layer.router(x)
@@ -242,6 +241,23 @@ def test_gradients_are_those_of_finite_differences(ffn: str, layout: str, combin
             return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), x)
 
     assert torch.autograd.gradcheck(compute, (x, gates, *weights), fast_mode=True)
+
+
+@pytest.mark.parametrize("combine", ["mix", "sum"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_through_the_router_are_those_of_finite_differences(layout: str, combine: str) -> None:
+    """Of the whole layer; the margin of the choice is far above the step, so that no difference crosses it."""
+    layer, x = make("mlp", layout, combine).double(), tokens(2, 3).double().requires_grad_()
+    with vimoe.record(layer) as routings:
+        layer(x)
+    best = routings[0].logits.sort(descending=True).values
+    assert routings[0].logits.dtype == torch.float64 and (best[:, 0] - best[:, 1]).min() > 1e-3
+    names, weights = zip(*layer.named_parameters(), strict=True)
+
+    def compute(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), x)
+
+    assert torch.autograd.gradcheck(compute, (x, *weights), fast_mode=True)
 
 
 @pytest.mark.parametrize("ffn", FFNS)

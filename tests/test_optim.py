@@ -9,7 +9,8 @@ from tiny import config, layers, upcycle, vit
 from torch import nn
 
 from vimoe.config import TrainConfig
-from vimoe.optim import freeze_all_but_moe, parameter_groups
+from vimoe.errors import ConfigError
+from vimoe.optim import freeze_all_but, parameter_groups
 
 TRAIN = TrainConfig(weight_decay=0.05, layer_decay=0.5, router_lr_scale=3.0, router_weight_decay=0.01)
 
@@ -46,6 +47,11 @@ def test_stacked_biases_are_biases() -> None:
     assert decay["blocks.0.mlp.experts.fc1.bias"] == 0 and decay["blocks.0.mlp.experts.fc1.weight"] == 0.05
 
 
+def test_nothing_to_train_but_the_classifier_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the model has no MoE layer"):
+        freeze_all_but(vit(), [])
+
+
 def test_deeper_blocks_learn_faster() -> None:
     rates = {name: values[1] for name, values in settings_of(upcycle(vit(), config())).items()}
     assert rates["blocks.0.mlp.experts.fc1.weight"] == 0.5 * rates["blocks.1.mlp.experts.fc1.weight"]
@@ -54,7 +60,7 @@ def test_deeper_blocks_learn_faster() -> None:
 @pytest.mark.parametrize("family", ["vit", "deit, distilled"])
 def test_training_the_moe_layers_alone_leaves_them_and_the_classifiers(family: str) -> None:
     model = upcycle(vit(family), config(layers=[-1]))
-    freeze_all_but_moe(model)
+    freeze_all_but(model, ["blocks.1.mlp"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and {name.split(".")[0] for name in trained} <= {"blocks", "head", "head_dist"}
     assert {name for name in trained if name.startswith("blocks")} == {

@@ -18,10 +18,11 @@ from vimoe.evaluate import Score
 from vimoe.pruning import receipts, verdicts
 
 
-def evidence(*changes: float | None, permuted: float = 0.5) -> Evidence:
-    """For the layers of a tiny ViT with 4 experts, given what S(x) alone changes."""
+def evidence(*changes: float, shared: bool = True) -> Evidence:
+    """For the layers of a tiny ViT with 4 experts, given what making them dense changes."""
     counts, mass = np.ones((5, 4), dtype=int), np.full(4, 0.25)
-    rows = [LayerEvidence(f"blocks.{i}.mlp", counts, mass, 0.0, 0.0, permuted, c) for i, c in enumerate(changes)]
+    made = [(change, None) if shared else (None, change) for change in changes]
+    rows = [LayerEvidence(f"blocks.{i}.mlp", counts, mass, 0.0, 0.0, 0.5, *change) for i, change in enumerate(made)]
     return Evidence(tuple(rows), Score(0.5, 0.9, 1.0, 10), tuple("abcde"))
 
 
@@ -41,6 +42,12 @@ def test_the_tolerance_is_the_largest_change_that_a_removed_layer_may_have() -> 
     assert kept == [[False, True, False], [False, False, False], [True, True, True]]
 
 
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf")])
+def test_a_tolerance_is_a_number(tolerance: float) -> None:
+    with pytest.raises(VimoeError, match="expected a number of nats"):
+        verdicts(evidence(5.0), tolerance)
+
+
 def test_with_a_shared_expert_it_alone_remains() -> None:
     model = perturb_experts(upcycle(vit(), config()))
     expected = vimoe.densify(copy.deepcopy(model), layers=[1], how="shared")
@@ -48,9 +55,9 @@ def test_with_a_shared_expert_it_alone_remains() -> None:
     assert len(layers(model)) == 1 and torch.equal(model(images(model)), expected(images(model)))
 
 
-def test_without_one_the_permuted_score_decides_and_experts_are_merged_by_their_gates() -> None:
+def test_without_one_experts_are_merged_by_their_gates() -> None:
     model = perturb_experts(upcycle(vit(), config(num_shared_experts=0, top_k=2)))
-    found = evidence(None, None, permuted=0.0)
+    found = evidence(0.0, 0.0, shared=False)
     mass = np.array([0.7, 0.3, 0.0, 0.0])
     found = replace(found, layers=(replace(found.layers[0], gate_mass=mass), found.layers[1]))
     weight = layers(model)[0].experts.fc1.weight.detach()
@@ -61,7 +68,7 @@ def test_without_one_the_permuted_score_decides_and_experts_are_merged_by_their_
 
 def test_evidence_of_another_model_is_refused_and_nothing_changed() -> None:
     model = upcycle(vit(), config(layers=[0]))
-    for other in (evidence(0.0, 0.0), evidence(None)):
+    for other in (evidence(0.0, 0.0), evidence(0.0, shared=False)):
         with pytest.raises(VimoeError, match="run analyze on this model"):
             vimoe.prune(model, other)
         assert len(layers(model)) == 1

@@ -145,7 +145,7 @@ def test_a_parametrised_matrix_is_refused() -> None:
     [
         ({"norm": nn.RMSNorm(96)}, "norm is a RMSNorm"),
         ({"norm": nn.LayerNorm(96, elementwise_affine=False)}, "norm has no weight"),
-        ({"act": nn.PReLU()}, "act is a PReLU with weights of its own"),
+        ({"act": nn.PReLU()}, "it has the parameter act.weight .its activation is PReLU."),
     ],
     ids=["rms norm", "norm without weights", "trained activation"],
 )
@@ -250,6 +250,27 @@ def test_plan_changes_nothing_and_says_what_upcycle_would_do() -> None:
     assert f"before: {plan.dense}" in text
     assert f"after:  {plan.moe}" in text
     assert [line.split(":")[0].strip() for line in text.splitlines()[2:]] == mlps(1, 2)
+
+
+def test_plan_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    model = vit()
+    torch.manual_seed(0)
+    vimoe.plan(model, config())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_ffn_that_changes_the_number_of_channels_is_refused() -> None:
+    model = vit()
+    model.blocks[0].mlp = timm.layers.Mlp(24, 12, 20)
+    assert_refused(model, r"blocks\.0\.mlp \(block 0\): it maps 24 channels to 20")
+
+
+def test_a_model_whose_token_count_is_unknown_is_refused() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("mvitv2_tiny")
+    assert_refused(model, "MultiScaleVit|tokens: expected")
 
 
 def test_plan_of_a_blind_router_is_silent_and_upcycle_warns() -> None:

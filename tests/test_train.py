@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -86,28 +86,31 @@ def test_the_model_that_comes_back_computes_in_its_own_precision(data: Data, tmp
     assert torch.equal(network(x), same.eval()(x))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"precision": "bf16"},
-        {"mixup": 0.8, "cutmix": 1.0},
-        {"ema_decay": 0.9},
-        {"z_loss": 0.001, "importance_loss": 0.01},
-        {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25, "min_crop": 0.35},
-        {"layer_decay": 0.7, "clip_grad": 0.0, "label_smoothing": 0.0},
-        {"tensorboard": True},
-    ],
-    ids=str,
-)
-def test_every_setting_changes_the_training(data: Data, tmp_path: Path, changes: dict) -> None:
+SETTINGS = {
+    "epochs": 3, "batch_size": 6, "accumulation": 2, "lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 1.5,
+    "weight_decay": 0.5, "layer_decay": 0.5, "router_lr_scale": 5.0, "router_weight_decay": 9.0, "train_only": "moe",
+    "balance_loss": 1.0, "z_loss": 0.1, "importance_loss": 0.5, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0,
+    "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9, "min_crop": 0.35, "hflip": 0.0, "ema_decay": 0.9,
+    "clip_grad": 0.01, "precision": "bf16", "seed": 1,
+}  # fmt: skip
+
+
+def test_every_setting_is_tried_below() -> None:
+    assert {field.name for field in fields(TrainConfig)} == {*SETTINGS, "tensorboard"}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_changes_the_training(data: Data, tmp_path: Path, name: str) -> None:
     plain, _ = run(data, tmp_path / "plain")
-    changed, summary = run(data, tmp_path / "changed", **changes)
+    changed, summary = run(data, tmp_path / "changed", **{name: SETTINGS[name]})
     assert torch.isfinite(weights(changed)).all() and 0 <= summary["val"]["top1"] <= 1
-    if "tensorboard" in changes:
-        assert list((tmp_path / "changed").rglob("events.out.tfevents*"))
-        assert not list((tmp_path / "plain").rglob("events.out.tfevents*"))
-    else:
-        assert not torch.equal(weights(plain), weights(changed))
+    assert not torch.equal(weights(plain), weights(changed))
+
+
+def test_tensorboard_is_written_where_it_is_asked_for(data: Data, tmp_path: Path) -> None:
+    for tensorboard in (True, False):
+        run(data, tmp_path / str(tensorboard), tensorboard=tensorboard)
+        assert bool(list((tmp_path / str(tensorboard)).rglob("events.out.tfevents*"))) == tensorboard
 
 
 def test_accumulated_small_batches_are_one_large_batch(data: Data, tmp_path: Path) -> None:
@@ -126,6 +129,28 @@ def test_training_the_moe_layers_alone_leaves_the_trunk(data: Data, tmp_path: Pa
     after, _ = run(data, tmp_path, model(layers=[1]), train_only="moe")
     moved = {name for name, p in after.named_parameters() if not torch.equal(p, frozen[name])}
     assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
+
+
+def test_training_them_alone_is_the_same_budget_for_the_dense_control(data: Data, tmp_path: Path) -> None:
+    control = model(layers=[1], num_experts=0, num_shared_experts=2)
+    frozen = {name: p.clone() for name, p in control.named_parameters()}
+    tmp_path.mkdir(exist_ok=True)
+    settings = replace(QUICK, train_only="moe")
+    train(control, data, settings, preprocessing(control), tmp_path, converted=["blocks.1.mlp"])
+    moved = {name for name, p in control.named_parameters() if not torch.equal(p, frozen[name])}
+    assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
+    with pytest.raises(ConfigError, match="no MoE layer"):
+        run(data, tmp_path, model(layers="none"), train_only="moe")
+
+
+def test_the_first_step_learns_and_the_rate_ends_low(data: Data, tmp_path: Path) -> None:
+    before = model()
+    first = weights(before).clone()
+    after, _ = run(data, tmp_path, before, epochs=1, batch_size=24, warmup_epochs=0.9, min_lr=1e-5)
+    assert not torch.equal(first, weights(after))  # one step in all
+    run(data, tmp_path, epochs=3, warmup_epochs=1)
+    rates = [float(row["lr"]) for row in rows(tmp_path / "metrics.csv")]
+    assert rates[0] == pytest.approx(QUICK.lr) and rates[-1] == pytest.approx(QUICK.min_lr)
 
 
 def test_an_idle_expert_is_named_and_a_busy_one_is_not(

@@ -7,16 +7,11 @@ import torch
 from timm.layers import SwiGLU
 from tiny import randomise
 from torch import Tensor, nn
+from transformers import Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock, load_balancing_loss_func
 
 import vimoe
 from vimoe.moe.router import TokenLayout
-
-pytest.importorskip("transformers")
-from transformers import Qwen2MoeConfig  # noqa: E402
-from transformers.models.qwen2_moe.modeling_qwen2_moe import (  # noqa: E402
-    Qwen2MoeSparseMoeBlock,
-    load_balancing_loss_func,
-)
 
 DIM, HIDDEN, EXPERTS, IMAGES, TOKENS = 16, 12, 4, 3, 10
 

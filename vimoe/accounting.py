@@ -10,6 +10,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vimoe import ffn
 from vimoe.moe import MoE
 
 
@@ -98,14 +99,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def _moe_macs(layer: MoE, tokens: int) -> int:
     config = layer.config
-    expert = sum(w.numel() for name, w in layer.experts.named_parameters() if _is_matrix(name)) // config.num_experts
-    shared = sum(w.numel() for name, w in layer.named_parameters(prefix="") if _is_matrix(name) and "shared." in name)
+    shared = 0 if layer.shared is None else ffn.macs(layer.shared)
     decisions = 1 if config.routing == "image" else tokens
-    return tokens * (config.top_k * expert + shared) + decisions * layer.router.weight.numel()
-
-
-def _is_matrix(name: str) -> bool:
-    return name.endswith(".weight") and ".norm." not in f".{name}"
+    return tokens * (config.top_k * layer.experts.macs + shared) + decisions * layer.router.weight.numel()
 
 
 def _idle_share(layer: MoE) -> float:

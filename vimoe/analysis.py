@@ -2,15 +2,15 @@
 
 Axes: C classes, N experts, R routed units (images or tokens), K chosen experts.
 
-Two passes of interventions answer two questions for each layer, as the change of the validation loss in nats:
-does it matter *which* expert an image gets (whole decisions, experts and gates, are permuted between images), and
-do the routed experts matter at all (the layer's output becomes S(x), the shared expert's).
+Two interventions answer two questions for each layer, as the change of the validation loss in nats: does it matter
+*which* expert an image gets (whole decisions, experts and gates, are permuted between images), and what would be lost
+if the layer were dense (its output becomes S(x), the shared expert's; without one, that of the merged experts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
 from vimoe.errors import DataError, VimoeError
-from vimoe.evaluate import Score, ScoreCounts, forwards, label_names
+from vimoe.evaluate import Batches, Score, ScoreCounts, forwards, label_names
 from vimoe.moe import MoE, Routing, record
 from vimoe.upcycling import moe_layers
 
@@ -39,6 +39,7 @@ class LayerEvidence:
             independence gives, 1 a function of one another (scikit-learn's, arithmetic mean).
         permuted_loss_change: nats, when whole routing decisions are permuted between images.
         shared_loss_change: nats, when the layer's output is S(x); None without a shared expert.
+        merged_loss_change: nats, when the layer is one FFN with the experts' mean weights; None with a shared expert.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerEvidence:
     adjusted_mutual_information: float
     permuted_loss_change: float
     shared_loss_change: float | None
+    merged_loss_change: float | None
 
     @property
     def heatmap(self) -> np.ndarray:
@@ -61,8 +63,10 @@ class LayerEvidence:
 
     @property
     def removal_loss_change(self) -> float:
-        """What removing the layer's choice costs: S(x) alone where there is a shared expert, else chance."""
-        return self.permuted_loss_change if self.shared_loss_change is None else self.shared_loss_change
+        """What making the layer dense costs, measured as it would be done: S(x) alone, else the experts merged."""
+        change = self.merged_loss_change if self.shared_loss_change is None else self.shared_loss_change
+        assert change is not None
+        return change
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,10 @@ class Evidence:
         return cls(tuple(layers), Score(**values["base"]), tuple(values["classes"]))
 
     def __str__(self) -> str:
-        head = f"{'layer':<20}{'AMI':>7}{'MI':>8}{'busiest':>9}{'idlest':>8}{'permuted':>10}{'S(x)':>9}"
+        head = f"{'layer':<20}{'AMI':>7}{'MI':>8}{'busiest':>9}{'idlest':>8}{'permuted':>10}{'dense':>9}"
         rows = [
             f"{e.name:<20}{e.adjusted_mutual_information:>7.3f}{e.mutual_information:>8.3f}{e.load.max():>9.1%}"
-            f"{e.load.min():>8.1%}{e.permuted_loss_change:>+10.4f}"
-            + ("" if e.shared_loss_change is None else f"{e.shared_loss_change:>+9.4f}")
+            f"{e.load.min():>8.1%}{e.permuted_loss_change:>+10.4f}{e.removal_loss_change:>+9.4f}"
             for e in self.layers
         ]
         return "\n".join(
@@ -103,7 +106,7 @@ class Evidence:
         )
 
 
-def analyze(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], seed: int = 0) -> Evidence:
+def analyze(model: nn.Module, loader: Batches, seed: int = 0, progress: bool = False) -> Evidence:
     """Measures every MoE layer of a classifier on validation images.
 
     Args:
@@ -111,6 +114,7 @@ def analyze(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], seed: int
         loader: validation batches of (images, labels), the same in the same order each time it is read: it is read
             once to see the routing and once more for each intervention.
         seed: draws the permutation of the images.
+        progress: show a progress bar on standard error for each pass.
 
     Raises:
         VimoeError: where the model has no MoE layer.
@@ -119,26 +123,32 @@ def analyze(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], seed: int
     layers = moe_layers(model)
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
-    base, labels, tables = _observe(model, loader, layers)
+    base, labels, tables = _observe(model, loader, layers, "observing the routing" if progress else "")
     donors = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
 
-    def loss_change(intervention: Any) -> float:
+    def loss_change(task: str, intervention: AbstractContextManager[None]) -> float:
         with intervention:
-            return _score(model, loader, labels).loss - base.loss
+            return _score(model, loader, labels, task if progress else "").loss - base.loss
 
     evidence = []
     for name, layer in layers.items():
         table = tables[name]
-        shared = None if layer.shared is None else loss_change(only_shared(layer))
+        gate_mass = table.gate_mass / table.units
+        shared = merged = None
+        if layer.shared is not None:
+            shared = loss_change(f"{name} as S(x)", computing(layer, layer.shared))
+        else:
+            merged = loss_change(f"{name} merged", computing(layer, layer.merged(gate_mass)))
         evidence.append(
             LayerEvidence(
                 name=name,
                 counts=table.counts.numpy(),
-                gate_mass=(table.gate_mass / table.units).numpy(),
+                gate_mass=gate_mass.numpy(),
                 mutual_information=mutual_information(table.counts.numpy()),
                 adjusted_mutual_information=float(adjusted_mutual_info_score(labels, torch.cat(table.favourites))),
-                permuted_loss_change=loss_change(permuted(layer, *table.decisions(), donors)),
+                permuted_loss_change=loss_change(f"{name} permuted", permuted(layer, *table.decisions(), donors)),
                 shared_loss_change=shared,
+                merged_loss_change=merged,
             )
         )
     return Evidence(tuple(evidence), base, tuple(label_names(model)))
@@ -180,9 +190,9 @@ def permuted(layer: MoE, experts: Tensor, gates: Tensor, donors: Tensor) -> Iter
 
 
 @contextmanager
-def only_shared(layer: MoE) -> Iterator[None]:
-    """While it holds, the layer's output is that of its shared expert."""
-    handle = layer.register_forward_hook(lambda module, args, _output: module.shared(*args))
+def computing(layer: MoE, dense: nn.Module) -> Iterator[None]:
+    """While it holds, the layer's output is that of a dense FFN."""
+    handle = layer.register_forward_hook(lambda _layer, args, _output: dense(*args))
     try:
         yield
     finally:
@@ -219,12 +229,14 @@ class _Table:
         return torch.cat(self._experts), torch.cat(self._gates)
 
 
-def _observe(model: nn.Module, loader: Iterable, layers: dict[str, MoE]) -> tuple[Score, Tensor, dict[str, _Table]]:
+def _observe(
+    model: nn.Module, loader: Batches, layers: dict[str, MoE], task: str
+) -> tuple[Score, Tensor, dict[str, _Table]]:
     classes = len(label_names(model))
     tables = {name: _Table(classes, layer.config.num_experts) for name, layer in layers.items()}
     counts, seen = ScoreCounts(), []
     with torch.no_grad(), record(model) as routings:
-        for logits, labels in forwards(model, loader):
+        for logits, labels in forwards(model, loader, task):
             counts.add(logits, labels)
             seen.append(labels.cpu())
             for routing in routings:
@@ -235,9 +247,9 @@ def _observe(model: nn.Module, loader: Iterable, layers: dict[str, MoE]) -> tupl
     return counts.score(), torch.cat(seen), tables
 
 
-def _score(model: nn.Module, loader: Iterable, expected: Tensor) -> Score:
+def _score(model: nn.Module, loader: Batches, expected: Tensor, task: str) -> Score:
     counts, position = ScoreCounts(), 0
-    for logits, labels in forwards(model, loader):
+    for logits, labels in forwards(model, loader, task):
         if not torch.equal(labels.cpu(), expected[position : position + len(labels)]):
             raise DataError("the loader gives its images in another order each time: expected one with shuffle=False")
         position += len(labels)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import timm
 import torch
 from torch import nn
 
 from vimoe.config import ModelConfig
-from vimoe.errors import ConfigError, nearest
+from vimoe.errors import ConfigError, beside, nearest
+
+SOURCES = ("local-dir", "hf-hub")  # as timm names them
 
 
 def create(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
@@ -25,30 +31,55 @@ def create(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
     kwargs = {"drop_path_rate": config.drop_path_rate, **{k: v for k, v in wanted.items() if v}, **config.args}
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
-    except (OSError, RuntimeError, TypeError, AssertionError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        remedy = (
-            "; where its weights cannot be downloaded, use --model.pretrained false, or --model.name local-dir:FOLDER"
-            if config.pretrained
-            else f"; look at the arguments {sorted(kwargs)}"
-        )
-        raise ConfigError(f"timm could not build {config.name!r}: {reason}{remedy}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"the weights of {config.name!r} cannot be had: {_first_line(error)}; use --model.pretrained false, "
+            f"or --model.name local-dir:FOLDER"
+        ) from error
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"timm could not build {config.name!r}: {_first_line(error)}; look at the arguments {sorted(kwargs)}"
+        ) from error
 
 
 def create_without_weights(config: ModelConfig) -> nn.Module:
     """The dense model on the meta device: shapes for `plan` and `count`, no memory and no download."""
-    check_name(config)
-    from dataclasses import replace
-
     with torch.device("meta"):
         return create(replace(config, pretrained=False))
 
 
 def check_name(config: ModelConfig) -> None:
-    """Raises ConfigError, with the nearest known name, where timm has no such model."""
-    name = config.name
-    if ":" in name:  # a folder or hub repository in timm's format says its architecture itself
+    """Raises ConfigError, with the nearest known name, where there is no such model, tag, source or folder."""
+    name, (source, colon, place) = config.name, config.name.partition(":")
+    if colon and source not in SOURCES:
+        raise ConfigError(f"model.name={name!r}: unknown source {source!r}; {nearest(source, SOURCES)}")
+    if source == "local-dir" and colon:
+        _check_folder(name, Path(place))
+    if colon:
         return
-    if not timm.is_model(name.partition(".")[0]):
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
         vits = [known for known in timm.list_models() if known.startswith(("vit", "deit", "eva", "beit"))]
-        raise ConfigError(f"model.name={name!r}: timm has no such model; {nearest(name, vits)}")
+        raise ConfigError(f"model.name={name!r}: timm has no such model; {nearest(architecture, vits)}")
+    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+    if tag and name not in tagged:
+        raise ConfigError(f"model.name={name!r}: timm has no such weights; {nearest(name, tagged)}")
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"model.name={name!r}: no model folder there; {beside(folder)}")
+    try:
+        converted = "vimoe" in json.loads(config.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.name={name!r}: {config} is no JSON ({error}); save the model again") from error
+    if converted:
+        raise ConfigError(
+            f"model.name={name!r} holds MoE layers or widened FFNs: expected a dense model in timm's format; "
+            f"start from the dense one, or use vimoe.load in Python"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

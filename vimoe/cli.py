@@ -152,8 +152,8 @@ def prune(verb: str, argv: list[str]) -> Result:
     from vimoe.report import RECEIPT_HEADER, receipt_row
 
     values = FinishedRun(options["run"]).prune(out, options["tolerance"])
-    rows = [RECEIPT_HEADER, *(receipt_row(when, values[when]) for when in ("before", "after"))]
-    table = ["".join(f"{cell:>13}" for cell in row) for row in rows]
+    rows = [RECEIPT_HEADER, *(receipt_row(when, [values[when]]) for when in ("before", "after"))]
+    table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
     return "\n".join([*values["verdicts"], *table, values["report"]]), values
 
 

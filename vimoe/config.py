@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 from vimoe.errors import ConfigError, nearest
 
-Routing = Literal["image", "token"]
+RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
 LAYER_WORDS = ("all", "none", "last:N", "every:N")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 PRUNE_TOLERANCE = 0.01  # nats of validation loss
 
 
@@ -36,7 +37,7 @@ class MoEConfig:
     layers: str | tuple[int | str, ...] = "last:2"
     num_experts: int = 8
     top_k: int = 1
-    routing: Routing = "image"
+    routing: RoutedUnit = "image"
     num_shared_experts: int = 1
     combine: Combine = "mix"
     normalize_gates: bool = False
@@ -45,7 +46,7 @@ class MoEConfig:
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         check_layers(self.layers)
-        _check_choice("routing", self.routing, get_args(Routing))
+        _check_choice("routing", self.routing, get_args(RoutedUnit))
         _check_choice("combine", self.combine, get_args(Combine))
         _check_count("num_experts", self.num_experts, 0)
         _check_count("num_shared_experts", self.num_shared_experts, 0)
@@ -124,7 +125,7 @@ class DataConfig:
 
     Args:
         path: a folder of class folders, or one that holds a folder of class folders for each role;
-            "digits" is scikit-learn's handwritten digits.
+            "digits" is scikit-learn's handwritten digits ("./digits" is a folder).
         train_split: name of the folder to train on.
         val_split: name of the folder that decides; where it is missing or "none", validation is split off train.
         test_split: name of the folder that only `evaluate` and the receipt of `prune` read.
@@ -151,7 +152,9 @@ class DataConfig:
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_range("val_fraction", self.val_fraction, 0.0, 0.9)
+        _check_range("val_fraction", self.val_fraction, 0.001, 0.9)
+        if self.interpolation is not None:
+            _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if self.workers is not None:
             _check_count("workers", self.workers, 0)
         if self.images_per_class is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, get_img_extensions
@@ -33,6 +34,7 @@ class Data:
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
+    split_off: bool = False  # whether validation was taken from train
 
     def __str__(self) -> str:
         roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
@@ -58,8 +60,11 @@ def open_image(source: Path | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     try:
-        with Image.open(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(source) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # convert would clip what is above 255, and so nearly everything
+                image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
+            return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{source} cannot be read as an image ({error}): expected a whole one; remove it") from error
 
@@ -78,7 +83,7 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     if not config.path:
         raise DataError("data.path is empty: expected a folder of class folders, or 'digits'")
     root = Path(config.path)
-    if config.path == "digits" and not root.exists():
+    if config.path == "digits":
         return _digits(config)
     if not root.is_dir():
         raise DataError(f"data.path={config.path!r}: no such folder; {beside(root)}")
@@ -92,18 +97,25 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     train = _samples(train_folder, names)
     val = _samples(folders["val"], names) if folders["val"] else []
     test = _samples(folders["test"], names) if folders["test"] else []
-    if not val:
+    split_off = not val
+    if split_off:
         train, val = _split_off(train, root, config, set(validation))
-    return Data(names, tuple(_subset(train, config)), tuple(val), tuple(test))
+    return Data(names, tuple(_subset(train, config)), tuple(val), tuple(test), split_off)
 
 
-def load_folder(path: str | Path, classes: Sequence[str]) -> tuple[Sample, ...]:
-    """All images of one folder of class folders, or of its test (else validation) folder, by a model's class map."""
+def load_folder(path: str | Path, classes: Sequence[str]) -> tuple[str, tuple[Sample, ...]]:
+    """All images of one folder of class folders, or of its test (else validation) folder, by a model's class map.
+
+    Returns:
+        Which they are ("test", "validation", or "all" for a plain folder), and the images.
+    """
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder: expected class folders with images; {beside(root)}")
-    folder = _role_folder(root, "test", "test") or _role_folder(root, "val", "val") or root
-    return tuple(_samples(folder, tuple(classes)))
+    for role, name in (("test", "test"), ("val", "validation")):
+        if folder := _role_folder(root, role, role):
+            return name, tuple(_samples(folder, tuple(classes)))
+    return "all", tuple(_samples(root, tuple(classes)))
 
 
 def list_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -134,17 +146,22 @@ def train_loader(
 ) -> DataLoader:
     """Shuffled batches with timm's augmentation; an incomplete last batch is dropped."""
     whole = config.min_crop == 1
-    transform = create_transform(
-        **{name: prepared[name] for name in ("input_size", "mean", "std", "interpolation")},
-        is_training=True,
-        scale=(config.min_crop, 1.0),
-        ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
-        hflip=config.hflip,
-        color_jitter=0.0,
-        auto_augment=config.auto_augment,
-        re_prob=config.random_erasing,
-        re_mode="pixel",
-    )
+    try:
+        transform = create_transform(
+            **{name: prepared[name] for name in ("input_size", "mean", "std", "interpolation")},
+            is_training=True,
+            scale=(config.min_crop, 1.0),
+            ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
+            hflip=config.hflip,
+            color_jitter=0.0,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise DataError(
+            f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
+        ) from error
     generator = torch.Generator().manual_seed(config.seed)
     return DataLoader(
         Images(samples, transform), config.batch_size, shuffle=True, drop_last=True, generator=generator,
@@ -215,7 +232,7 @@ def _split_off(
             )
         held_out = {id(sample) for sample in val}
         return [s for s in train if id(s) not in held_out], val
-    kept, val = _draw(train, lambda n: max(1, round(n * config.val_fraction)) if n > 1 else 0, config.seed)
+    kept, val = _draw(train, lambda n: min(n - 1, max(1, round(n * config.val_fraction))), config.seed)
     if not val:
         raise DataError(f"{root}: no class has two images: expected some to split validation off; add {root / 'val'}")
     return kept, val
@@ -237,7 +254,7 @@ def _draw(samples: list[Sample], how_many: Any, seed: int) -> tuple[list[Sample]
 
 
 def _digits(config: DataConfig) -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8x8: a fifth each for validation and test, the rest for training."""
+    """scikit-learn's 1,797 handwritten digits, 8x8: two fifths for test, a fifth for validation, the rest to train."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

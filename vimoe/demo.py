@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from scipy import stats
 from torch import nn
 
 from vimoe import runs
-from vimoe.analysis import Evidence, analyze
+from vimoe.analysis import Evidence
 from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
 from vimoe.data import Data, eval_loader, load_data, preprocessing
 from vimoe.experiment import run_training
+from vimoe.finished import FinishedRun
 from vimoe.folder import load
 from vimoe.options import Settings
 from vimoe.pruning import Receipt, Verdict, prune, receipts
-from vimoe.report import Page, add_routing, curves, loads, write_run_report
+from vimoe.report import RECEIPT_HEADER, Page, add_routing, curves, loads, receipt_row
 
 SEEDS = (0, 1, 2)
 DIGITS = DataConfig(path="digits", images_per_class=30, workers=0)
@@ -67,9 +69,26 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
     Args:
         out: folder to make; by default runs/demo-DATE-TIME.
     """
+    with _tiny_models():
+        return _tour(out)
+
+
+@contextmanager
+def _tiny_models() -> Iterator[None]:
+    """One thread, for more would wait for one another, long on a busy machine; idle experts are told at the end."""
+    threads, log = torch.get_num_threads(), logging.getLogger("vimoe.train")
+    level = log.level
+    torch.set_num_threads(1)
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        log.setLevel(level)
+
+
+def _tour(out: str | None) -> tuple[str, dict[str, Any]]:
     start = time.perf_counter()
-    torch.set_num_threads(1)  # the models are tiny: threads would wait for one another, and long on a busy machine
-    logging.getLogger("vimoe.train").setLevel(logging.ERROR)  # the tour tells of idle experts at its end
     folder = runs.new_run(out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     console = Console(stderr=True)
     data = load_data(DIGITS)
@@ -88,11 +107,9 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
     evidence: list[Evidence] = []
     decided: list[list[Verdict]] = []
     models[PRUNED] = []
-    for seed, model in zip(SEEDS, models[VIMOE], strict=True):
+    for seed in SEEDS:
         run = folder / f"vimoe-seed{seed}"
-        evidence.append(analyze(model, _loader(model, data.val)))
-        runs.write_json(run / runs.ROUTING, evidence[-1].to_dict())
-        write_run_report(run)
+        evidence.append(FinishedRun(run).analyze())
         pruned = load(run / runs.MODEL)
         decided.append(prune(pruned, evidence[-1]))
         models[PRUNED].append(pruned)
@@ -101,7 +118,8 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
     measured = receipts(everything, _loader(everything[0], data.test))
     rest = iter(measured[1:])
     table = {"parent": measured[:1], **{name: [next(rest) for _ in group] for name, group in models.items()}}
-    comparisons = [compare(table, name, ARMS[0].name) for name in table if name not in ("parent", ARMS[0].name)]
+    others = [name for name in table if name not in ("parent", ARMS[0].name)]
+    comparisons = [compare(table, name, ARMS[0].name, len(others)) for name in others]
     kept = [keeps(*each) for each in zip(SEEDS, decided, evidence, strict=True)]
 
     seconds = time.perf_counter() - start
@@ -114,45 +132,37 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
         "report": str(report),
     }
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "demo", **summary})
-    rows = [HEADER, *(row(name, group) for name, group in table.items())]
-    lines = ["".join([f"{cells[0]:<25}", *(f"{cell:>16}" for cell in cells[1:])]) for cells in rows]
+    rows = [RECEIPT_HEADER, *rows_of(table)]
+    lines = ["".join([f"{cells[0]:<25}", *(f"{cell:>17}" for cell in cells[1:])]) for cells in rows]
     text = "\n".join(["", *lines, "", *comparisons, "", *kept, "", DISCLAIMER, f"{seconds:.0f} s; report: {report}"])
     return text, summary
 
 
-HEADER = ("", "top-1, %", "parameters, M", "activated, M", "MACs, M", "images/s")
 DISCLAIMER = (
     "This is a tour: a tiny model on tiny images, to show what the tool does. It says nothing about ViMoE on real data."
 )
 
 
-def row(name: str, group: Sequence[Receipt]) -> tuple[str, ...]:
-    """A row under HEADER: mean over seeds, and standard deviation of the top-1 where there are several."""
-    top1 = spread([100 * receipt.score.top1 for receipt in group], "{:.2f}")
-    params, activated, macs = (
-        spread([getattr(receipt.cost, name) / 1e6 for receipt in group], "{:.3f}")
-        for name in ("params", "activated_params", "macs")
-    )
-    return name, top1, params, activated, macs, spread([receipt.images_per_second for receipt in group], "{:.0f}")
+def rows_of(table: dict[str, list[Receipt]]) -> list[tuple[str, ...]]:
+    """The table's rows under RECEIPT_HEADER."""
+    return [receipt_row(name, [receipt.to_dict() for receipt in group]) for name, group in table.items()]
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean and standard deviation; the mean alone where the values agree or there is one."""
-    mean = form.format(statistics.fmean(values))
-    return mean if len(set(values)) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+def compare(table: dict[str, list[Receipt]], name: str, control: str, comparisons: int) -> str:
+    """What the seeds support of one arm against another, for this one parent: the paired difference of the top-1.
 
-
-def compare(table: dict[str, list[Receipt]], name: str, control: str) -> str:
-    """What the seeds support of one arm against another: the paired difference of the top-1 with its 95% interval."""
-    pairs = zip(table[name], table[control], strict=True)
+    With its 95% interval (Student's t), widened for as many comparisons as are made (Bonferroni). A difference cannot
+    be known better than to one image, so seeds that agree by chance do not make it certain.
+    """
+    pairs = list(zip(table[name], table[control], strict=True))
     differences = [100 * (a.score.top1 - b.score.top1) for a, b in pairs]
-    mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
+    mean, seeds = statistics.fmean(differences), len(pairs)
+    error = max(statistics.stdev(differences), 100 / pairs[0][0].score.images) / seeds**0.5
+    half = float(stats.t.ppf(1 - 0.025 / comparisons, seeds - 1)) * error
     verdict = "cannot be told apart" if abs(mean) <= half else "better" if mean > 0 else "worse"
     return (
         f"{name} against {control}: {mean:+.2f} points of top-1, 95% interval {mean - half:+.2f} to "
-        f"{mean + half:+.2f} over {len(differences)} seeds: {verdict}"
+        f"{mean + half:+.2f} over {seeds} seeds and {comparisons} comparisons: {verdict}"
     )
 
 
@@ -192,11 +202,11 @@ def _report(
     )
     page.text(DISCLAIMER)
     page.heading("Results")
-    page.table(HEADER, [row(name, group) for name, group in table.items()])
+    page.table(RECEIPT_HEADER, rows_of(table))
     page.items([f"{arm.name}: {arm.note}" for arm in ARMS])
     page.text(
-        f"Mean ± standard deviation over seeds. MACs are multiply-adds of one image; images/s was measured in turns "
-        f"on this machine. What {len(SEEDS)} seeds support:"
+        f"Mean ± standard deviation over seeds, all from one parent. MACs are multiply-adds of one image; images/s was "
+        f"measured in turns on this machine. What {len(SEEDS)} seeds support:"
     )
     page.items(comparisons)
     page.heading("Layers kept, and why")
@@ -204,7 +214,7 @@ def _report(
     for seed, verdicts in zip(SEEDS, decided, strict=True):
         page.text(f"Seed {seed}", note=True)
         page.items(str(verdict) for verdict in verdicts)
-    add_routing(page, evidence[0].to_dict())
+    add_routing(page, evidence[0].to_dict(), "Routing")
     page.text("The routing shown is that of seed 0; each run's folder has its own report.", note=True)
     page.heading(f"Training of the {VIMOE}, seed 0")
     page.figure(curves(folder / "vimoe-seed0" / "metrics.csv"), "curves", "Loss and accuracy by epoch.")

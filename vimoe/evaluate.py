@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from vimoe.data import eval_loader, preprocessing
+
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,33 @@ class ScoreCounts:
         return Score(self.top1 / n, self.top5 / n, self.loss / n, self.images)
 
 
-def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Score:
-    """Top-1, top-5 and loss over a loader of (images, labels). Leaves the model in eval mode."""
+def evaluate(model: nn.Module, loader: Batches, task: str = "") -> Score:
+    """Top-1, top-5 and loss over a loader of (images, labels), with a progress bar if `task` names it.
+
+    Leaves the model in eval mode.
+    """
     counts = ScoreCounts()
-    for logits, labels in forwards(model, loader):
+    for logits, labels in forwards(model, loader, task):
         counts.add(logits, labels)
     return counts.score()
 
 
-def forwards(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits, labels) of each batch, in eval mode, without gradient, on the model's device."""
+def forwards(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, labels) of each batch, in eval mode, without gradient, on the model's device and in its type.
+
+    Args:
+        model: a classifier.
+        loader: batches of (images, labels).
+        task: what to call this in a progress bar on standard error; none without it.
+    """
     model.eval()
-    device = next(model.parameters()).device
-    for images, labels in loader:
+    weight = next(model.parameters())
+    console = Console(stderr=True)
+    hidden = not (task and console.is_terminal)
+    for images, labels in track(loader, task or "", console=console, disable=hidden, transient=True):
         with torch.no_grad():
-            logits = model(images.to(device, non_blocking=True))
-        yield logits, labels.to(device)
+            logits = model(images.to(weight.device, weight.dtype, non_blocking=True))
+        yield logits, labels.to(weight.device)
 
 
 def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:
@@ -82,7 +97,7 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
     loader = eval_loader([(file, 0) for file in files], preprocessing(model), batch_size=32, workers=workers)
     names = label_names(model)
     results: list[dict[str, Any]] = []
-    for logits, _ in forwards(model, loader):
+    for logits, _ in forwards(model, loader, "predicting"):
         values, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
         for row, best in zip(values.tolist(), indices.tolist(), strict=True):
             classes = [{"name": names[i], "probability": p} for p, i in zip(row, best, strict=True)]

@@ -11,12 +11,13 @@ from accelerate.utils import set_seed
 
 from vimoe import runs
 from vimoe.backbone import check_name, create
-from vimoe.data import Data, load_data, preprocessing
+from vimoe.data import Data, load_data, preprocessing, train_loader
 from vimoe.folder import save
 from vimoe.options import Settings
 from vimoe.report import write_run_report
+from vimoe.surgery import select
 from vimoe.train import check, train
-from vimoe.upcycling import upcycle
+from vimoe.upcycling import sites, upcycle
 
 
 def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
@@ -35,12 +36,14 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     set_seed(settings.train.seed)
     model = upcycle(create(settings.model, len(data.classes)), settings.moe)
     prepared = preprocessing(model, settings.data)
+    train_loader(data.train, prepared, settings.train, workers=0)  # refuses an augmentation that timm does not know
+    converted = [site.name for site in select(sites(model), settings.moe.layers)]
     folder = runs.new_run(out)
     runs.write_settings(folder, _with_absolute_path(settings))
     write_validation(folder, settings, data)
     with TemporaryDirectory(dir=folder) as nowhere:  # what could not be saved should not be trained first
         save(model, Path(nowhere) / runs.MODEL, label_names=data.classes, preprocessing=prepared)
-    summary = train(model, data, settings.train, prepared, folder, settings.data.workers)
+    summary = train(model, data, settings.train, prepared, folder, settings.data.workers, converted)
     save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared)
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})
     report = write_run_report(folder)
@@ -49,11 +52,9 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
 
 def write_validation(folder: Path, settings: Settings, data: Data) -> None:
     """Lists the files that were split off train, so that every later verb decides on the same ones."""
-    root = Path(settings.data.path)
-    train_folders = {source.parent for source, _ in data.train if isinstance(source, Path)}
-    split_off = [source for source, _ in data.val if isinstance(source, Path) and source.parent in train_folders]
-    if split_off:
-        names = sorted(str(source.relative_to(root)) for source in split_off)
+    if data.split_off:
+        root = Path(settings.data.path)
+        names = sorted(str(source.relative_to(root)) for source, _ in data.val if isinstance(source, Path))
         runs.write_text(folder / runs.VALIDATION, "\n".join(names) + "\n")
 
 

@@ -104,13 +104,20 @@ def describe(module: Any) -> FFN:
                 f"{name} is a {type(linear).__name__}: expected a plain nn.Linear; merge adapters and remove "
                 f"quantisation or parametrisations first"
             )
+    first = getattr(module, kind.linears[0])
+    if first.in_features != module.fc2.out_features:
+        raise SurgeryError(
+            f"it maps {first.in_features} channels to {module.fc2.out_features}: expected as many out as in"
+        )
+    known = {f"{layer}.{part}" for layer in (*kind.linears, "norm") for part in ("weight", "bias")}
+    if unknown := sorted(name for name, _ in module.named_parameters() if name not in known):
+        act = type(module.act).__name__
+        raise SurgeryError(f"it has the parameter {unknown[0]} (its activation is {act}): expected matrices and a norm")
     norm = module.norm
     if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
         raise SurgeryError(f"norm is a {type(norm).__name__}: expected a LayerNorm or none between the matrices")
     if isinstance(norm, nn.LayerNorm) and (norm.weight is None or norm.bias is None):
         raise SurgeryError("norm has no weight or no bias: expected a LayerNorm with both")
-    if any(True for _ in module.act.parameters()):
-        raise SurgeryError(f"act is a {type(module.act).__name__} with weights of its own: expected one without")
     return FFN(
         dim=module.fc2.out_features,
         hidden=module.fc2.in_features,
@@ -124,6 +131,11 @@ def describe(module: Any) -> FFN:
 def read(module: nn.Module) -> Weights:
     """The canonical weights of an FFN; tensors may be the module's own, so copy before changing them."""
     return _KINDS[type(module)].read(module)
+
+
+def macs(module: Any) -> int:
+    """Multiply-adds of an FFN for one token."""
+    return sum(w.numel() for name, w in read(module).items() if name in ("fc1.weight", "fc2.weight"))
 
 
 def build(like: nn.Module, weights: Weights) -> nn.Module:

@@ -52,12 +52,12 @@ class FinishedRun:
 
     def score(self, folder: str | None = None) -> tuple[str, Score]:
         """The model's score on the reported images, or on those of another folder; and which images they are."""
-        images = ("test", load_folder(folder, label_names(self.model))) if folder else self.reported
-        return images[0], evaluate(self.model, self._loader(images[1]))
+        split, samples = load_folder(folder, label_names(self.model)) if folder else self.reported
+        return split, evaluate(self.model, self._loader(samples), "evaluating")
 
     def analyze(self) -> Evidence:
         """Measures the routing on validation, and writes routing.json and the report."""
-        evidence = analyze(self.model, self._loader(self.data.val))
+        evidence = analyze(self.model, self._loader(self.data.val), progress=True)
         runs.write_json(self.run.path / runs.ROUTING, evidence.to_dict())
         write_run_report(self.run.path)
         return evidence
@@ -86,7 +86,7 @@ class FinishedRun:
         runs.write_settings(folder, self.run.settings)
         write_validation(folder, self.run.settings, self.data)
         save(pruned, folder / runs.MODEL, label_names=label_names(pruned))
-        runs.write_json(folder / runs.ROUTING, evidence.to_dict())
+        runs.write_json(folder / runs.ROUTING_BEFORE, evidence.to_dict())
         runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "prune", **summary})
         return {**summary, "out": str(folder), "report": str(write_run_report(folder))}
 

@@ -93,7 +93,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     if str(path).startswith("hf-hub:"):
         from huggingface_hub import snapshot_download
 
-        path = snapshot_download(str(path).removeprefix("hf-hub:"), allow_patterns=[CONFIG, WEIGHTS])
+        try:
+            path = snapshot_download(str(path).removeprefix("hf-hub:"), allow_patterns=[CONFIG, WEIGHTS])
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FolderError(f"{path} cannot be had: {reason}; check the name, or download the folder") from error
     path = Path(path)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
@@ -172,7 +176,9 @@ def _prove(model: nn.Module, path: Path) -> None:
     images = noise.to(tensor.device, tensor.dtype)
     with _evaluating(model), torch.no_grad():
         expected, got = model(images).float(), rebuilt(images).float()
-    if expected.shape != got.shape or (expected - got).abs().max() > 1e-3 * expected.abs().max():
+    if not expected.isfinite().all():
+        raise FolderError("the model computes values that are not finite: expected a model whose weights are whole")
+    if expected.shape != got.shape or not (expected - got).abs().max() <= 1e-3 * expected.abs().max():
         raise FolderError(
             "a model rebuilt from the folder computes something else: pass model_args={...} with the arguments "
             "that timm.create_model was given, and name what was changed since"

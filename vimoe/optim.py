@@ -6,6 +6,7 @@ AdamW still moves it by what is left of its momentum and decays its weights, as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from vimoe.config import TrainConfig
+from vimoe.errors import ConfigError
 from vimoe.upcycling import moe_layers
 
 
@@ -43,10 +45,13 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     return [group for group in result if group["params"]]
 
 
-def freeze_all_but_moe(model: nn.Module) -> None:
-    """Leaves only the MoE layers and the classifier to be trained."""
+def freeze_all_but(model: nn.Module, layers: Sequence[str]) -> None:
+    """Leaves only the named layers and the classifier to be trained. Raises ConfigError where none is named."""
+    if not layers:
+        raise ConfigError("train.train_only='moe': the model has no MoE layer; set moe.layers, or train_only='all'")
     model.requires_grad_(False)
     vit: Any = model
     head = vit.get_classifier()  # DeiT's distilled models have two
-    for module in (*moe_layers(model).values(), *(head if isinstance(head, tuple) else [head])):
+    parts = [model.get_submodule(name) for name in layers]
+    for module in (*parts, *(head if isinstance(head, tuple) else [head])):
         module.requires_grad_(True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vimoe.accounting import Cost, count, model_input_size
+from vimoe.accounting import Cost, count
 from vimoe.analysis import Evidence, LayerEvidence
 from vimoe.config import PRUNE_TOLERANCE
-from vimoe.errors import VimoeError
-from vimoe.evaluate import Score, evaluate
+from vimoe.errors import ConfigError, VimoeError
+from vimoe.evaluate import Batches, Score, evaluate
 from vimoe.upcycling import densify, moe_layers
 
 
@@ -29,7 +29,7 @@ class Verdict:
     loss_change: float
 
     def __str__(self) -> str:
-        what = "the shared expert alone" if self.how == "shared" else "another image's experts"
+        what = "the shared expert alone" if self.how == "shared" else "the experts merged"
         decision = "kept" if self.keep else f"made dense ({self.how})"
         return f"{self.layer}: {decision}; with {what} the loss changes by {self.loss_change:+.4f}"
 
@@ -48,11 +48,13 @@ class Receipt:
 
 
 def verdicts(evidence: Evidence, tolerance: float = PRUNE_TOLERANCE) -> list[Verdict]:
-    """Keeps a layer when removing its routed experts costs more than `tolerance` nats on validation.
+    """Keeps a layer when making it dense costs more than `tolerance` nats on validation, measured as it is done.
 
-    With a shared expert that is measured as it would be done: the output becomes S(x). Without one, a layer goes
-    when the images' decisions can be permuted at no greater cost, and its experts are merged.
+    With a shared expert that remains alone, without one the experts are merged. Each layer was measured with the
+    others in place, once and without an interval: look at the receipt.
     """
+    if not math.isfinite(tolerance):
+        raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")
     return [_verdict(layer, tolerance) for layer in evidence.layers]
 
 
@@ -82,17 +84,20 @@ def prune(model: nn.Module, evidence: Evidence, tolerance: float = PRUNE_TOLERAN
     return decided
 
 
-def receipts(models: list[nn.Module], loader: Iterable[tuple[Tensor, Tensor]]) -> list[Receipt]:
-    """The same measurements of each model; speed in turns, because machines are noisy."""
-    speeds = images_per_second(models)
+def receipts(models: list[nn.Module], loader: Batches) -> list[Receipt]:
+    """The same measurements of each model; speed on the loader's first batch, in turns, because machines are noisy."""
+    speeds = images_per_second(models, next(iter(loader))[0])
     return [Receipt(evaluate(m, loader), count(m), s) for m, s in zip(models, speeds, strict=True)]
 
 
-def images_per_second(models: list[nn.Module], batch_size: int = 32, rounds: int = 7) -> list[float]:
-    """Median inference throughput of each model on random images, timed in turns after a round to warm up."""
+def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 7) -> list[float]:
+    """Median inference throughput of each model on the same images, timed in turns after a round to warm up.
+
+    The images should be real ones: how long an MoE takes depends on which experts they go to.
+    """
     times: list[list[float]] = [[] for _ in models]
-    device = next(models[0].parameters()).device
-    images = torch.randn(batch_size, *model_input_size(models[0]), device=device)
+    weight = next(models[0].parameters())
+    device, images = weight.device, images.to(weight.device, weight.dtype)
     with torch.inference_mode():
         for _ in range(rounds + 1):
             for model, seconds in zip(models, times, strict=True):
@@ -102,7 +107,7 @@ def images_per_second(models: list[nn.Module], batch_size: int = 32, rounds: int
                 model(images)
                 _wait_for(device)
                 seconds.append(time.perf_counter() - start)
-    return [batch_size / statistics.median(seconds[1:]) for seconds in times]
+    return [len(images) / statistics.median(seconds[1:]) for seconds in times]
 
 
 def _verdict(layer: LayerEvidence, tolerance: float) -> Verdict:

@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vimoe.runs import ROUTING, SUMMARY, write_text
+from vimoe.runs import ROUTING, ROUTING_BEFORE, SUMMARY, write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
@@ -85,7 +86,7 @@ def write_run_report(run: Path) -> Path:
     summary = _json(run / SUMMARY)
     if "before" in summary:
         page.heading("Pruning")
-        page.table(RECEIPT_HEADER, [receipt_row(when, summary[when]) for when in ("before", "after")])
+        page.table(RECEIPT_HEADER, [receipt_row(when, [summary[when]]) for when in ("before", "after")])
         page.text(f"Top-1 on {summary['before']['images']} {summary['split']} images.", note=True)
         page.items(summary["verdicts"])
     if "val" in summary:
@@ -101,43 +102,50 @@ def write_run_report(run: Path) -> Path:
     if (run / "load.csv").exists():
         page.figure(loads(run / "load.csv"), "load", "Share of each expert in training, by epoch; one panel a layer.")
     if (run / ROUTING).exists():
-        add_routing(page, _json(run / ROUTING))
+        add_routing(page, _json(run / ROUTING), "Routing")
+    if (run / ROUTING_BEFORE).exists():
+        add_routing(page, _json(run / ROUTING_BEFORE), "Routing before pruning")
     page.heading("Settings")
     page.table(("setting", "value"), [(k, v) for k, v in _flat(run / "config.yaml")])
     return page.write(run / "report.html")
 
 
-RECEIPT_HEADER = ("", "top-1", "loss", "parameters", "activated", "MACs", "images/s")
+RECEIPT_HEADER = ("", "top-1, %", "loss", "parameters, M", "activated, M", "MACs, G", "images/s")
 
 
-def receipt_row(name: str, receipt: dict[str, Any]) -> tuple[str, ...]:
-    """A row under RECEIPT_HEADER."""
+def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """A row under RECEIPT_HEADER; of several receipts, such as those of seeds, mean and standard deviation."""
+
+    def cell(key: str, unit: float, form: str) -> str:
+        values = [receipt[key] / unit for receipt in receipts]
+        mean = form.format(statistics.fmean(values))
+        return mean if len(set(values)) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+
     return (
-        name, f"{receipt['top1']:.2%}", f"{receipt['loss']:.4f}", f"{receipt['params'] / 1e6:.3f} M",
-        f"{receipt['activated_params'] / 1e6:.3f} M", f"{receipt['macs'] / 1e9:.4f} G",
-        f"{receipt['images_per_second']:.0f}",
+        name, cell("top1", 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
+        cell("activated_params", 1e6, "{:.3f}"), cell("macs", 1e9, "{:.4f}"), cell("images_per_second", 1, "{:.0f}"),
     )  # fmt: skip
 
 
-def add_routing(page: Page, evidence: dict[str, Any]) -> None:
+def add_routing(page: Page, evidence: dict[str, Any], heading: str) -> None:
     """Adds the section on routing: scores of each layer and its heatmap."""
-    page.heading("Routing")
+    page.heading(heading)
     base = evidence["base"]
     page.text(
         f"Measured on {base['images']} validation images, where the model has loss {base['loss']:.4f} and top-1 "
         f"{base['top1']:.2%}. AMI is the adjusted mutual information of class and expert (0 is chance, 1 is a function "
         f"of one another). The last two columns are changes of the loss in nats: when whole routing decisions are "
-        f"permuted between images, once, and when the layer's output is that of its shared expert alone."
+        f"permuted between images, once, and when the layer is made dense: its shared expert alone, or merged experts."
     )
     rows = []
     for layer in evidence["layers"]:
-        shared = layer["shared_loss_change"]
+        dense = layer["merged_loss_change" if layer["shared_loss_change"] is None else "shared_loss_change"]
         rows.append((
             layer["name"], f"{layer['adjusted_mutual_information']:.3f}", f"{layer['mutual_information']:.3f}",
             f"{max(layer['load']):.1%}", f"{min(layer['load']):.1%}", f"{layer['permuted_loss_change']:+.4f}",
-            "-" if shared is None else f"{shared:+.4f}",
+            f"{dense:+.4f}",
         ))  # fmt: skip
-    page.table(("layer", "AMI", "MI, nats", "busiest expert", "idlest", "permuted", "S(x) alone"), rows)
+    page.table(("layer", "AMI", "MI, nats", "busiest expert", "idlest", "permuted", "made dense"), rows)
     caption = "P(expert | class): a row a class, rows sum to 1; one order of classes for all layers."
     page.figure(heatmaps(evidence), "heatmaps", caption)
 

@@ -16,7 +16,7 @@ from vimoe.options import Settings, read_settings
 
 SCHEMA = 1  # of what --json prints and summary.json holds
 CONFIG, MODEL, VALIDATION = "config.yaml", "model", "validation.txt"
-ROUTING, SUMMARY = "routing.json", "summary.json"
+ROUTING, ROUTING_BEFORE, SUMMARY = "routing.json", "routing-before-pruning.json", "summary.json"
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ import csv
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,18 +31,25 @@ from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import Score, evaluate
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.moe.routing import Routing, record
-from vimoe.optim import adamw, freeze_all_but_moe
+from vimoe.optim import adamw, freeze_all_but
+from vimoe.upcycling import moe_layers
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    model: nn.Module, data: Data, config: TrainConfig, prepared: dict[str, Any], out: Path, workers: int | None = None
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    prepared: dict[str, Any],
+    out: Path,
+    workers: int | None = None,
+    converted: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Trains in place; the model ends with the weights of the epoch that was best on validation, in eval mode.
 
     Writes, as they come, metrics.csv (a row an epoch), load.csv (the share of each expert in each epoch) and
-    TensorBoard events into `out`.
+    TensorBoard events into `out`. Under `precision="bf16"` metrics.csv is of bfloat16, what is returned is not.
 
     Args:
         model: a classifier, dense or with MoE layers.
@@ -49,91 +58,111 @@ def train(
         prepared: preprocessing, as `vimoe.data.preprocessing` gives it.
         out: an existing folder.
         workers: processes that decode images, as `DataConfig.workers`.
+        converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
 
     Returns:
-        {"epochs", "best_epoch", "val": the best Score as a dict, "seconds", "train_images"}.
+        {"epochs", "best_epoch", "val": the Score of the returned model as a dict, "seconds", "train_images"}.
 
     Raises:
         ConfigError: for settings that contradict the data or the machine, before anything is trained.
         VimoeError: where the loss is no longer finite.
     """
     check(config, data)
-    accelerator = _accelerator(config, out)
     set_seed(config.seed)
     loader = train_loader(data.train, prepared, config, workers)
     val_loader = eval_loader(data.val, prepared, 2 * config.batch_size, workers)
     if config.train_only == "moe":
-        freeze_all_but_moe(model)
+        freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
+    accelerator = _accelerator(config, out)
     optimizer = adamw(model, config)
-    updates = math.ceil(len(loader) / config.accumulation)
-    schedule = _schedule(optimizer, config, updates)
+    schedule = _schedule(optimizer, config, math.ceil(len(loader) / config.accumulation))
     mixup = _mixup(config, len(data.classes))
+    plain = model
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    plain = accelerator.unwrap_model(model)
     ema = ModelEmaV3(plain, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    judged = ema.module if ema else plain
 
-    best = _Best()
-    update, start = 0, time.perf_counter()
-    with _progress(config.epochs * len(loader)) as step_done, _rows(out / "metrics.csv") as write_row:
-        for epoch in range(1, config.epochs + 1):
-            epoch_start, totals, load = time.perf_counter(), _Totals(), _Load()
-            model.train()
-            for images, labels in loader:
-                with accelerator.accumulate(model):
-                    images, targets = mixup(images, labels) if mixup else (images, labels)
-                    with record(plain) as routings:
-                        logits = model(images)
-                    smoothing = 0.0 if mixup else config.label_smoothing
-                    task = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                    extra, parts = auxiliary_losses(routings, config)
-                    accelerator.backward(task + extra)
-                    if accelerator.sync_gradients and config.clip_grad:
-                        accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                if accelerator.sync_gradients:
-                    update += 1
-                    schedule.step_update(update)
-                    if ema:
-                        ema.update(plain, step=update)
-                totals.add(len(images), loss=task, **parts)
-                load.add(routings)
-                step_done(f"epoch {epoch}/{config.epochs}")
-            means = totals.means()
-            if not all(math.isfinite(value) for value in means.values()):
-                raise VimoeError(
-                    f"the loss is {means['loss']} in epoch {epoch}: lower train.lr, or set train.clip_grad"
-                )
-            seconds = time.perf_counter() - epoch_start
-            score = evaluate(ema.module if ema else plain, val_loader)
-            load.warn_of_idle(epoch)
-            row = {
-                "epoch": epoch,
-                "lr": max(group["lr"] for group in optimizer.param_groups),
-                **{f"train_{name}": value for name, value in means.items()},
-                **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
-                "images_per_second": totals.images / seconds,
-            }
-            if accelerator.is_main_process:
-                write_row(row)
+    best, start = _Best(), time.perf_counter()
+    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config)
+    try:
+        with _progress(config.epochs * len(loader)) as step_done, _rows(out / "metrics.csv") as write_row:
+            for epoch in range(1, config.epochs + 1):
+                totals, load = steps.epoch(loader, partial(step_done, f"epoch {epoch}/{config.epochs}"))
+                score = evaluate(judged, val_loader)
+                row = {
+                    "lr": max(group["lr"] for group in optimizer.param_groups),
+                    **{f"train_{name}": value for name, value in totals.means().items()},
+                    **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
+                    "images_per_second": totals.images / totals.seconds,
+                }
+                write_row({"epoch": epoch, **row})
                 load.append_to(out / "load.csv", epoch)
-            accelerator.log({k: v for k, v in row.items() if k != "epoch"} | load.scalars(), step=epoch)
-            best.offer(epoch, score, ema.module if ema else plain)
-    accelerator.end_training()
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives back the forward that prepare put autocast around
+                load.warn_of_idle(epoch)
+                accelerator.log(row | load.scalars(), step=epoch)
+                if not math.isfinite(row["train_loss"]):
+                    remedy = "lower train.lr, or set train.clip_grad"
+                    raise VimoeError(f"the loss is {row['train_loss']} in epoch {epoch}: {remedy}")
+                best.offer(epoch, score, judged)
+    finally:  # whatever happens, the caller's model is to be as it computes, without autocast around its forward
+        accelerator.end_training()
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     plain.load_state_dict(best.state)
-    plain.eval()
     return {
         "epochs": config.epochs,
         "best_epoch": best.epoch,
-        "val": best.score.to_dict(),
+        "val": (best.score if config.precision == "no" else evaluate(plain, val_loader)).to_dict(),
         "seconds": time.perf_counter() - start,
         "train_images": len(data.train),
     }
 
 
+@dataclass
+class _Steps:
+    """The steps of an epoch: forward, losses, backward, clip, update."""
+
+    accelerator: Accelerator
+    model: nn.Module  # as Accelerate prepared it
+    plain: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: CosineLRScheduler
+    mixup: Mixup | None
+    ema: ModelEmaV3 | None
+    config: TrainConfig
+    updates: int = 0
+
+    def epoch(self, loader: Iterable[tuple[Tensor, Tensor]], step_done: Callable[[], None]) -> tuple[_Totals, _Load]:
+        start, totals, load = time.perf_counter(), _Totals(), _Load()
+        self.model.train()
+        for images, labels in loader:
+            with self.accelerator.accumulate(self.model):
+                images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+                with record(self.plain) as routings:
+                    logits = self.model(images)
+                smoothing = 0.0 if self.mixup else self.config.label_smoothing
+                task = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                extra, parts = auxiliary_losses(routings, self.config)
+                self.accelerator.backward(task + extra)
+                if self.accelerator.sync_gradients:
+                    if self.config.clip_grad:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+                    self.schedule.step_update(self.updates + 1)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.updates += 1
+                if self.ema:
+                    self.ema.update(self.plain, step=self.updates)
+            totals.add(len(images), loss=task, **parts)
+            load.add(routings)
+            step_done()
+        totals.seconds = time.perf_counter() - start
+        return totals, load
+
+
 def check(config: TrainConfig, data: Data) -> None:
     """Raises ConfigError for settings that contradict the data, one another or the machine."""
+    if PartialState().num_processes > 1:
+        raise ConfigError(f"{PartialState().num_processes} processes: expected 1, training in more is not there yet")
     if config.batch_size > len(data.train):
         raise ConfigError(
             f"train.batch_size={config.batch_size} with {len(data.train)} training images: expected at most that many"
@@ -175,7 +204,7 @@ class _Totals:
     """Means over an epoch of what each batch reports, without waiting for the device at each step."""
 
     def __init__(self) -> None:
-        self.images = 0
+        self.images, self.seconds = 0, 0.0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, images: int, **values: Tensor) -> None:

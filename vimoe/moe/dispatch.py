@@ -26,12 +26,11 @@ def dispatch(x_BTD: Tensor, routing: Routing) -> tuple[Tensor, list[int], Tensor
 
 
 def combine(y_MD: Tensor, routing: Routing, order: Tensor) -> Tensor:
-    """The sum of each unit's expert outputs, weighted by the gates: (B, T, D)."""
+    """The sum of each unit's expert outputs, weighted by the gates: (B, T, D), in float32 at least as the gates are."""
     images, tokens = routing.batch
     units, chosen = routing.gates.shape
     dim = y_MD.shape[-1]
     home = torch.empty_like(order)
     home[order] = torch.arange(len(order), device=order.device)
     y_RKUD = y_MD.view(-1, routing.tokens_per_unit, dim)[home].view(units, chosen, routing.tokens_per_unit, dim)
-    gates = routing.gates.to(y_MD.dtype).view(units, chosen, 1, 1)
-    return (gates * y_RKUD).sum(dim=1).view(images, tokens, dim)
+    return (routing.gates.view(units, chosen, 1, 1) * y_RKUD).sum(dim=1).view(images, tokens, dim)

@@ -73,6 +73,11 @@ class Experts(nn.Module):
         rows: Tensor = self.drop2(F.linear(hidden, *fc2))
         return rows
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one expert for one token."""
+        return self.fc1.weight[0].numel() + self.fc2.weight[0].numel()
+
     def weights(self, expert: int) -> ffn.Weights:
         """The canonical weights of one expert, as views."""
         return {name: stacked.detach()[expert] for name, stacked in self.named_parameters()}

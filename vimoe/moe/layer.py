@@ -38,7 +38,7 @@ class MoE(nn.Module):
         super().__init__()
         n = config.num_shared_experts
         self.config = config
-        self.router = Router(ffn.describe(dense).dim, config, layout).to(next(dense.parameters()))
+        self.router = Router(ffn.describe(dense).dim, config, layout, like=next(dense.parameters()))
         self.experts = Experts(dense, config.num_experts)
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
         # what densify rebuilds the FFN from; in a tuple, because it is no part of this model
@@ -50,20 +50,12 @@ class MoE(nn.Module):
         routing = self.router(x_BTD)
         note(self, routing)
         rows, counts, order = dispatch(x_BTD, routing)
-        routed_BTD = combine(self.experts(rows, counts), routing, order)
-        if self.shared is None:
-            return routed_BTD
-        shared_BTD = self.shared(x_BTD)
-        if self.config.combine == "sum":
-            return shared_BTD + routed_BTD
-        return shared_BTD * self._rest(routing, shared_BTD) + routed_BTD
-
-    @staticmethod
-    def _rest(routing: Routing, like: Tensor) -> Tensor:
-        """1 - sum_i g_i for each token, (B, T, 1) or (B, 1, 1): what "mix" leaves of the shared expert."""
-        rest_R = 1 - routing.gates.sum(dim=-1)
-        decisions = 1 if routing.unit == "image" else routing.batch[1]
-        return rest_R.view(routing.batch[0], decisions, 1).to(like.dtype)
+        y_MD = self.experts(rows, counts)
+        routed_BTD = combine(y_MD, routing, order)
+        if self.shared is not None:
+            shared_BTD = self.shared(x_BTD)
+            routed_BTD = routed_BTD + (shared_BTD if self.config.combine == "sum" else _rest(routing) * shared_BTD)
+        return routed_BTD.to(y_MD.dtype)  # rounded once, so that "mix" keeps the parent's function in bfloat16 too
 
     def without_experts(self) -> nn.Module:
         """The shared expert alone, as wide as the dense FFN was as long as further shared experts say nothing."""
@@ -89,3 +81,9 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"combine={self.config.combine!r}"
+
+
+def _rest(routing: Routing) -> Tensor:
+    """1 - sum_i g_i for each token, (B, T, 1) or (B, 1, 1): what "mix" leaves of the shared expert."""
+    decisions = 1 if routing.unit == "image" else routing.batch[1]
+    return (1 - routing.gates.sum(dim=-1)).view(routing.batch[0], decisions, 1)

@@ -30,13 +30,13 @@ class Router(nn.Module):
     """A linear map from the routed feature to N scores, softmax, and the k best (Shazeer et al., 2017).
 
     With "image" routing the feature is the class token where the model has one, else the mean of the patch tokens
-    (ViMoE, section 3). Scores and gates are float32 whatever the autocast.
+    (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast.
     """
 
-    def __init__(self, dim: int, config: MoEConfig, layout: TokenLayout) -> None:
+    def __init__(self, dim: int, config: MoEConfig, layout: TokenLayout, like: Tensor) -> None:
         super().__init__()
         self.config, self.layout = config, layout
-        self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, dim, dtype=like.dtype, device=like.device))
         nn.init.trunc_normal_(self.weight, std=INIT_STD)
 
     def forward(self, x_BTD: Tensor) -> Routing:
@@ -45,7 +45,9 @@ class Router(nn.Module):
             raise VimoeError(f"MoE input of shape {tuple(x_BTD.shape)}: expected (images, tokens, channels)")
         batch = (x_BTD.shape[0], x_BTD.shape[1])
         with torch.autocast(x_BTD.device.type, enabled=False):
-            logits_RN = F.linear(self._feature(x_BTD).float(), self.weight.float())
+            feature_RD = self._feature(x_BTD)
+            precise = torch.promote_types(feature_RD.dtype, torch.float32)
+            logits_RN = F.linear(feature_RD.to(precise), self.weight.to(precise))
             gates_RK, experts_RK = logits_RN.softmax(dim=-1).topk(self.config.top_k, dim=-1)
             if self.config.gates_sum_to_one:
                 gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)
@@ -56,7 +58,8 @@ class Router(nn.Module):
             return x_BTD.flatten(0, 1)
         if self.layout.class_token:
             return x_BTD[:, 0]
-        return x_BTD[:, self.layout.num_prefix_tokens :].mean(dim=1, dtype=torch.float32)
+        patches = x_BTD[:, self.layout.num_prefix_tokens :]
+        return patches.mean(dim=1, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
 
     def extra_repr(self) -> str:
         num_experts, dim = self.weight.shape

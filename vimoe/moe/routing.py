@@ -22,8 +22,8 @@ class Routing:
     """The decision of one MoE layer for one batch.
 
     Attributes:
-        logits: (R, N) float32, the router's scores.
-        gates: (R, K) float32, the weight of each chosen expert.
+        logits: (R, N) the router's scores, float32 (float64 in a float64 model).
+        gates: (R, K) the weight of each chosen expert, in the type of the logits.
         experts: (R, K) int64, the chosen experts, best first.
         unit: what was routed. Row r of the above is image r, or token r % T of image r // T.
         batch: (B, T), images and tokens of an image.
