@@ -73,7 +73,10 @@ def select(sites: Sequence[Site], layers: str | Sequence[int | str]) -> list[Sit
     if layers == "none":
         return []
     if not sites:
-        raise SurgeryError("no FFN was found inside the model's blocks: expected a plain ViT of timm (vit_*, deit*)")
+        raise SurgeryError(
+            "no FFN was found inside the model's blocks: expected a plain ViT of timm (vit_*, deit*) whose blocks do not "
+            "fuse the FFN with the attention, as vit_*_xp and vit_*pwee do"
+        )
     if layers == "all":
         return list(sites)
     if isinstance(layers, str):

@@ -187,7 +187,11 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
                 f"{site} gets {shape} for 2 images: expected (2, tokens, channels); a block that folds windows "
                 f"into the batch or keeps a grid cannot be converted"
             )
-        if patches is None or shape[1] != patches + layout.num_prefix_tokens:
+        if patches is None:
+            raise SurgeryError(
+                f"{type(model).__name__} does not say how many patches it makes: expected a plain ViT of timm"
+            )
+        if shape[1] != patches + layout.num_prefix_tokens:
             raise SurgeryError(
                 f"{site} gets {shape[1]} tokens: expected {patches} patches and {layout.num_prefix_tokens} others "
                 f"(num_prefix_tokens), so that the router knows which is which; leave the block out of layers"
