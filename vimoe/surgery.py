@@ -74,8 +74,8 @@ def select(sites: Sequence[Site], layers: str | Sequence[int | str]) -> list[Sit
         return []
     if not sites:
         raise SurgeryError(
-            "no FFN was found inside the model's blocks: expected a plain ViT of timm (vit_*, deit*) whose blocks do not "
-            "fuse the FFN with the attention, as vit_*_xp and vit_*pwee do"
+            "no FFN was found inside the model's blocks: expected a plain ViT of timm (vit_*, deit*), and not one "
+            "that fuses the FFN with the attention, as vit_*_xp and vit_*pwee do"
         )
     if layers == "all":
         return list(sites)
