@@ -36,7 +36,7 @@ PARENT = ModelConfig(
     args={"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
 )
 FIRST = TrainConfig(epochs=50, batch_size=30, lr=2e-3, warmup_epochs=5, hflip=0, min_crop=0.8, tensorboard=False)
-FURTHER = replace(FIRST, epochs=20, lr=1e-3, warmup_epochs=1)
+FURTHER = replace(FIRST, epochs=15, lr=1e-3, warmup_epochs=1)
 
 
 @dataclass(frozen=True)
