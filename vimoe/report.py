@@ -146,7 +146,10 @@ def add_routing(page: Page, evidence: dict[str, Any], heading: str) -> None:
             f"{dense:+.4f}",
         ))  # fmt: skip
     page.table(("layer", "AMI", "MI, nats", "busiest expert", "idlest", "permuted", "made dense"), rows)
-    caption = "P(expert | class): a row a class, rows sum to 1; one order of classes for all layers."
+    caption = (
+        "P(expert | class): a row a class, rows sum to 1. All layers have the order of classes that sorts the deepest "
+        "one, whose diagonal is in part made by that: trust the AMI."
+    )
     page.figure(heatmaps(evidence), "heatmaps", caption)
 
 
