@@ -175,6 +175,13 @@ def test_a_loader_that_shuffles_is_refused() -> None:
 
 
 def test_what_cannot_be_analysed_is_refused() -> None:
+    with pytest.raises(DataError, match="60 images, then 0: expected one that can be read again"):
+        vimoe.analyze(Known(), iter(loader()))
+    broken = Known()
+    with torch.no_grad():
+        broken.blocks[0]["mlp"].shared.fc2.bias[0] = float("nan")
+    with pytest.raises(VimoeError, match="loss on validation is nan"):
+        vimoe.analyze(broken, loader())
     with pytest.raises(VimoeError, match="no MoE layer"):
         vimoe.analyze(vit(), loader())
     with pytest.raises(DataError, match="the loader is empty"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -200,6 +201,58 @@ def test_an_unreadable_image_in_a_worker_is_one_line_too(
     (bad / "red" / "001.png").write_bytes(b"no image")
     train = ["train", "--data.path", bad, *TINY, *QUICK, "--data.workers=1", "--train.batch_size=4"]
     assert "001.png cannot be read as an image" in refused(capsys, *train, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.crop_pct=-1", "expected 0.1 to 1"),
+        ("--data.std=[0,0,0]", "expected values above 0"),
+        ("--data.mean=[0.5,0.5]", "do not fit the model"),
+        ("--train.seed=-1", "expected a whole number of at least 0"),
+        ("--model.num_classes=7", "the data has 3 classes"),
+        ('--model.args={"num_classes": 5}', "expected it as model.num_classes"),
+        ('--model.args={"patch_size": 8, "in_chans": 1}', "takes 1 channels: expected 3"),
+        ('--model.args={"patch_size": 0}', "timm could not build"),
+        ('--model.args={"patch_size": 64}', "does not run on images of shape (3, 16, 16)"),
+    ],
+)
+def test_settings_that_cannot_be_leave_nothing_behind(
+    photos: Path, tmp_path: Path, option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--data.path", photos, *TINY, *QUICK, option]
+    assert message in refused(capsys, *train, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_did_not_finish_says_so(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    train = ["train", "--data.path", str(photos), *TINY, *QUICK, "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr("vimoe.train._Best.offer", interrupt)
+        assert main(train) == 130
+    assert capsys.readouterr().err.endswith("vimoe: interrupted\n")
+    assert "its training did not finish" in refused(capsys, "evaluate", tmp_path / "run")
+    assert "holds a run that did not finish: remove it" in refused(capsys, *train)
+
+
+def test_damaged_files_of_a_run_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text, verb in [
+        ("metrics.csv", "epoch\n1\n", "analyze"),
+        ("summary.json", "{", "analyze"),
+        ("routing.json", "{}", "prune"),
+        ("config.yaml", "moe: 3\n", "evaluate"),
+    ]:
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        (copy / name).write_text(text)
+        out = ["--out", tmp_path / "out"] if verb == "prune" else []
+        assert str(copy) in refused(capsys, verb, copy, *out)
+        assert not (tmp_path / "out").exists()
 
 
 def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:

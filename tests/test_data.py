@@ -100,9 +100,14 @@ def test_files_that_are_no_images_are_left_out(tmp_path: Path) -> None:
     folder(tmp_path, 4)
     (tmp_path / "red" / "notes.txt").write_text("x")
     (tmp_path / "red" / ".hidden.png").write_bytes(b"x")
-    (tmp_path / "empty").mkdir()
     data = load_data(DataConfig(path=str(tmp_path)))
     assert len(data.train) + len(data.val) == 12 and data.classes == ("blue", "green", "red")
+
+
+def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
+    (folder(tmp_path, 4) / "zebra").mkdir()
+    with pytest.raises(DataError, match="zebra holds no image"):
+        load_data(DataConfig(path=str(tmp_path)))
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:

@@ -252,6 +252,16 @@ def test_plan_changes_nothing_and_says_what_upcycle_would_do() -> None:
     assert [line.split(":")[0].strip() for line in text.splitlines()[2:]] == mlps(1, 2)
 
 
+def test_hooks_of_the_user_see_no_tensors_without_values() -> None:
+    model, seen = vit(), []
+    model.blocks[0].register_forward_hook(lambda _module, _args, output: seen.append(output.sum().item()))
+    vimoe.plan(model, config())
+    vimoe.count(upcycle(model, config()))
+    assert not seen
+    model(images(model))
+    assert len(seen) == 1
+
+
 def test_plan_draws_no_random_numbers() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

@@ -82,7 +82,8 @@ def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy with shapes and no weights, made without copying the weights first.
 
-    Routing depends on weights and data, so its MoE layers compute nothing and pass the shape on.
+    Routing depends on weights and data, so its MoE layers compute nothing and pass the shape on. Hooks are left out:
+    they are the user's, and may not expect tensors without values.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -92,6 +93,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
         if isinstance(module, MoE):
             module.forward = torch.empty_like  # type: ignore[method-assign, assignment]
     return copied

@@ -9,6 +9,7 @@ if the layer were dense (its output becomes S(x), the shared expert's; without o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -124,6 +125,8 @@ def analyze(model: nn.Module, loader: Batches, seed: int = 0, progress: bool = F
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
     base, labels, tables = _observe(model, loader, layers, "observing the routing" if progress else "")
+    if not math.isfinite(base.loss):
+        raise VimoeError(f"the model's loss on validation is {base.loss}: expected a model whose outputs are finite")
     donors = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
 
     def loss_change(task: str, intervention: AbstractContextManager[None]) -> float:
@@ -254,4 +257,6 @@ def _score(model: nn.Module, loader: Batches, expected: Tensor, task: str) -> Sc
             raise DataError("the loader gives its images in another order each time: expected one with shuffle=False")
         position += len(labels)
         counts.add(logits, labels)
+    if position != len(expected):
+        raise DataError(f"the loader gave {len(expected)} images, then {position}: expected one that can be read again")
     return counts.score()

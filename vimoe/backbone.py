@@ -36,7 +36,7 @@ def create(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
             f"the weights of {config.name!r} cannot be had: {_first_line(error)}; use --model.pretrained false, "
             f"or --model.name local-dir:FOLDER"
         ) from error
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+    except (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError) as error:
         raise ConfigError(
             f"timm could not build {config.name!r}: {_first_line(error)}; look at the arguments {sorted(kwargs)}"
         ) from error

@@ -38,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         _log_to_stderr()
         verb = VERBS[argv[0]]
         text, values = verb(argv[0], argv[1:])
-    except VimoeError as error:
+    except KeyboardInterrupt:
+        print("vimoe: interrupted", file=sys.stderr)
+        return 130
+    except (VimoeError, PermissionError) as error:
         message = _one_line(error)
         if as_json:
             print(json.dumps({"error": message}))
@@ -96,8 +99,7 @@ def evaluate(verb: str, argv: list[str]) -> Result:
     """
     run, options = _run(verb, argv, **{"data.path": "folder with the same classes (default: the run's data)"})
     split, score = run.score(options["data.path"])
-    text = f"{split}: top-1 {score.top1:.2%}, top-5 {score.top5:.2%}, loss {score.loss:.4f} of {score.images} images"
-    return text, {**score.to_dict(), "split": split}
+    return f"{split}: {score}", {**score.to_dict(), "split": split}
 
 
 def predict(verb: str, argv: list[str]) -> Result:
@@ -154,7 +156,8 @@ def prune(verb: str, argv: list[str]) -> Result:
     values = FinishedRun(options["run"]).prune(out, options["tolerance"])
     rows = [RECEIPT_HEADER, *(receipt_row(when, [values[when]]) for when in ("before", "after"))]
     table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
-    return "\n".join([*values["verdicts"], *table, values["report"]]), values
+    measured = f"measured on {values['before']['images']} {values['split']} images"
+    return "\n".join([*values["verdicts"], *table, measured, values["report"]]), values
 
 
 def demo(verb: str, argv: list[str]) -> Result:
@@ -223,11 +226,13 @@ def _run(verb: str, argv: list[str], **extra: str) -> tuple[FinishedRun, Any]:
 
 
 def _log_to_stderr() -> None:
+    if not sys.stderr.isatty():  # where no progress bar is seen
+        logging.getLogger("vimoe").setLevel(logging.INFO)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
 
 
-def _one_line(error: VimoeError) -> str:
+def _one_line(error: Exception) -> str:
     """The message; where a data worker sent it with its traceback, the last line of that."""
     last = [line for line in str(error).splitlines() if line.strip()][-1]
     return last.partition("Error: ")[2] if last.startswith("vimoe.errors.") else last

@@ -116,7 +116,10 @@ class ModelConfig:
             _check_count("img_size", self.img_size, 1)
         if self.num_classes is not None:
             _check_count("num_classes", self.num_classes, 1)
-        _check_range("drop_path_rate", self.drop_path_rate, 0.0, 1.0)
+        _check_range("drop_path_rate", self.drop_path_rate, 0.0, 0.99)
+        for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
+            if name in self.args:
+                raise ConfigError(f"model.args has {name!r}: expected it as model.{name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_range("val_fraction", self.val_fraction, 0.001, 0.9)
+        if self.crop_pct is not None:
+            _check_range("crop_pct", self.crop_pct, 0.1, 1.0)
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise ConfigError(f"std={self.std}: expected values above 0")
         if self.interpolation is not None:
             _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if self.workers is not None:
@@ -230,8 +237,13 @@ class TrainConfig:
             _check_at_least(name, getattr(self, name), 0)
         for name in ("balance_loss", "z_loss", "importance_loss", "mixup", "cutmix", "clip_grad"):
             _check_at_least(name, getattr(self, name), 0)
-        for name in ("label_smoothing", "random_erasing", "hflip", "ema_decay", "layer_decay", "min_crop"):
+        for name in ("random_erasing", "hflip"):
             _check_range(name, getattr(self, name), 0.0, 1.0)
+        for name in ("layer_decay", "min_crop"):
+            _check_range(name, getattr(self, name), 0.01, 1.0)
+        for name in ("label_smoothing", "ema_decay"):
+            _check_range(name, getattr(self, name), 0.0, 0.99999)
+        _check_count("seed", self.seed, 0)
         _check_choice("train_only", self.train_only, ("all", "moe"))
         _check_choice("precision", self.precision, ("no", "bf16", "fp16"))
         if (self.mixup or self.cutmix) and self.batch_size % 2:

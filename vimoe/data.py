@@ -92,6 +92,8 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     if folders["train"] is None and any(folders.values()):
         raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {_inside(root)}")
     names = tuple(classes or _class_folders(train_folder))
+    if empty := [p.name for p in _folders_in(train_folder) if not _image_files(p)]:
+        raise DataError(f"{train_folder / empty[0]} holds no image that can be read: expected some, or no such folder")
     if len(names) < 2 and classes is None:
         raise DataError(f"{train_folder}: {len(names)} class folders with images: expected at least 2; {_inside(root)}")
     train = _samples(train_folder, names)
@@ -138,7 +140,13 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
     """The data config of timm (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
     names = ("crop_pct", "interpolation", "mean", "std")
     given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
-    return resolve_input_data_config(model, given)
+    try:
+        prepared = resolve_input_data_config(model, given)
+    except ValueError as error:
+        raise DataError(f"data settings {given} do not fit the model: {error}") from error
+    if prepared["input_size"][0] != 3:
+        raise DataError(f"the model takes {prepared['input_size'][0]} channels: expected 3, since images become RGB")
+    return prepared
 
 
 def train_loader(
@@ -198,8 +206,12 @@ def _inside(root: Path, word: str = "") -> str:
     return nearest(word, sorted(p.name for p in root.iterdir() if p.is_dir()))
 
 
+def _folders_in(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
 def _class_folders(folder: Path) -> list[str]:
-    return [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".") and _image_files(p)]
+    return [p.name for p in _folders_in(folder) if _image_files(p)]
 
 
 def _image_files(folder: Path) -> list[Path]:

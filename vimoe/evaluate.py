@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from vimoe.data import eval_loader, preprocessing
+from vimoe.errors import VimoeError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -30,6 +31,9 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f} of {self.images} images"
 
 
 class ScoreCounts:
@@ -109,4 +113,6 @@ def label_names(model: nn.Module) -> list[str]:
     """The names of a model's classes, or their numbers where it has none."""
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     classes: Any = model.num_classes
+    if names and len(names) != classes:
+        raise VimoeError(f"the model has {classes} classes and {len(names)} label names: expected a name for each")
     return list(names) if names else [str(i) for i in range(classes)]

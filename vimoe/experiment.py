@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,12 +13,15 @@ from accelerate.utils import set_seed
 from vimoe import runs
 from vimoe.backbone import check_name, create
 from vimoe.data import Data, load_data, preprocessing, train_loader
+from vimoe.errors import ConfigError
 from vimoe.folder import save
 from vimoe.options import Settings
 from vimoe.report import write_run_report
 from vimoe.surgery import select
 from vimoe.train import check, train
 from vimoe.upcycling import sites, upcycle
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
@@ -33,6 +37,10 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     runs.check_new(out)
     data = load_data(settings.data)
     check(settings.train, data)
+    if settings.model.num_classes not in (None, len(data.classes)):
+        raise ConfigError(
+            f"model.num_classes={settings.model.num_classes}: the data has {len(data.classes)} classes; leave it out"
+        )
     set_seed(settings.train.seed)
     model = upcycle(create(settings.model, len(data.classes)), settings.moe)
     prepared = preprocessing(model, settings.data)
@@ -43,6 +51,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     write_validation(folder, settings, data)
     with TemporaryDirectory(dir=folder) as nowhere:  # what could not be saved should not be trained first
         save(model, Path(nowhere) / runs.MODEL, label_names=data.classes, preprocessing=prepared)
+    logger.info("%s", data)
     summary = train(model, data, settings.train, prepared, folder, settings.data.workers, converted)
     save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared)
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})

@@ -1,7 +1,7 @@
 """Model folders: safetensors weights and a config.json in timm's format with a section on the MoE layers.
 
-A folder without MoE layers is a plain timm folder (`timm.create_model("local-dir:FOLDER", pretrained=True)`).
-Nothing is ever unpickled.
+A folder without MoE layers and widened FFNs is a plain timm folder, which timm builds from the name
+"local-dir:FOLDER" too. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -56,12 +56,18 @@ def save(
         FolderError: where the folder is there already, or would not rebuild the model; nothing is left behind.
     """
     path = Path(path)
+    model = getattr(model, "_orig_mod", model)  # the model inside of torch.compile's
     if path.exists() and not overwrite:
         raise FolderError(f"{path} is there already: expected a new folder; use another name or overwrite=True")
     if not hasattr(model, "pretrained_cfg"):
         raise FolderError(f"{type(model).__name__} was not built by timm.create_model, which notes how to rebuild it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise FolderError(f"{len(label_names)} label_names for {model.num_classes} classes: expected a name for each")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise FolderError(f"{path} cannot be made: {error.strerror}; name another folder") from error
     try:
         model_config = {"label_names": list(label_names)} if label_names else {}
         save_config_for_hf(model, str(temporary / CONFIG), model_config, model_args, preprocessing)
@@ -69,6 +75,7 @@ def save(
         weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         _prove(model, temporary)
+        (temporary / WEIGHTS).chmod(0o644)  # both were made for their owner alone
         temporary.chmod(0o755)
         _put(temporary, path)
     except VimoeError:
@@ -108,7 +115,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         mapped = safetensors.torch.load_file(path / WEIGHTS)
         # copied out of the mapped file, whose offsets are not aligned as matrix products like their operands
         model.load_state_dict({name: tensor.clone() for name, tensor in mapped.items()}, assign=True)
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FolderError(f"{path / WEIGHTS} does not fit {CONFIG}: {reason}; save the model again") from error
     return model.to(device).eval()
@@ -139,8 +146,10 @@ def _rebuild(path: Path) -> nn.Module:
         section = json.loads((path / CONFIG).read_text()).get("vimoe", {"format": FORMAT, "layers": {}})
     except (json.JSONDecodeError, AttributeError) as error:
         raise FolderError(f"{path / CONFIG} is no JSON object: {error}; save the model again") from error
-    if section.get("format") != FORMAT:
-        raise FolderError(f"{path / CONFIG} has format {section.get('format')}: expected {FORMAT}; update vimoe")
+    if not isinstance(section, dict) or section.get("format") != FORMAT:
+        raise FolderError(
+            f"{path / CONFIG} has a 'vimoe' section {str(section)[:40]}: expected format {FORMAT}; update vimoe"
+        )
     model = _backbone(path)
     try:
         for name, values in section["layers"].items():

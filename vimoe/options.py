@@ -43,6 +43,9 @@ class Parser(ArgumentParser):
 
     def settings(self, values: Namespace) -> Settings:
         """The settings of the sections that this parser has; the others keep their defaults."""
+        for name in SECTIONS:
+            if not isinstance(values.get(name, Namespace()), Namespace):
+                raise ConfigError(f"section {name!r} is {values[name]!r}: expected its settings by name")
         made = self.instantiate(values)
         return Settings(**{name: made[name] for name in SECTIONS if name in made})
 

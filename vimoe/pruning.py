@@ -90,7 +90,7 @@ def receipts(models: list[nn.Module], loader: Batches) -> list[Receipt]:
     return [Receipt(evaluate(m, loader), count(m), s) for m, s in zip(models, speeds, strict=True)]
 
 
-def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 7) -> list[float]:
+def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 15) -> list[float]:
     """Median inference throughput of each model on the same images, timed in turns after a round to warm up.
 
     The images should be real ones: how long an MoE takes depends on which experts they go to.

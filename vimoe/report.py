@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vimoe.errors import FolderError
 from vimoe.runs import ROUTING, ROUTING_BEFORE, SUMMARY, write_text
 
 STYLE = """
@@ -81,7 +82,14 @@ class Page:
 
 
 def write_run_report(run: Path) -> Path:
-    """Writes report.html of a run from the files that are there."""
+    """Writes report.html of a run from the files that are there. Raises FolderError where one of them is damaged."""
+    try:
+        return _run_report(run)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, IndexError) as error:
+        raise FolderError(f"{run}: a file of the run is damaged ({error}); restore it, or train again") from error
+
+
+def _run_report(run: Path) -> Path:
     page = Page(f"vimoe run {run.resolve().name}", run / "figures")
     summary = _json(run / SUMMARY)
     if "before" in summary:
@@ -215,6 +223,7 @@ def loads(load: Path) -> Figure:
             axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 3 else None)
         axis.set_title(layer, fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylim(bottom=0)
     for axis in list(axes.flat)[len(layers) :]:
         axis.axis("off")

@@ -40,6 +40,8 @@ class Run:
 def check_new(path: str | Path) -> Path:
     """Raises FolderError where something is there already."""
     path = Path(path)
+    if (path / CONFIG).exists() and not (path / SUMMARY).exists():
+        raise FolderError(f"--out {path} holds a run that did not finish: remove it, or name another one")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FolderError(f"--out {path} is there already: expected a new folder; name another one")
     return path
@@ -66,8 +68,8 @@ def open_run(path: str | Path) -> Run:
         raise FolderError(f"{path} has no {MODEL}/: its training did not finish; train again")
     try:
         return Run(path, read_settings((path / CONFIG).read_text()))
-    except ConfigError as error:
-        raise FolderError(f"{path / CONFIG}: {error}") from error
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"{path / CONFIG} cannot be read: {error}; restore it, or train again") from error
 
 
 def write_settings(path: Path, settings: Settings) -> None:

@@ -99,9 +99,11 @@ def train(
                 load.append_to(out / "load.csv", epoch)
                 load.warn_of_idle(epoch)
                 accelerator.log(row | load.scalars(), step=epoch)
-                if not math.isfinite(row["train_loss"]):
+                if not math.isfinite(row["train_loss"] + score.loss):
                     remedy = "lower train.lr, or set train.clip_grad"
-                    raise VimoeError(f"the loss is {row['train_loss']} in epoch {epoch}: {remedy}")
+                    losses = f"{row['train_loss']} in training and {score.loss} on validation"
+                    raise VimoeError(f"the loss is {losses} in epoch {epoch}: {remedy}")
+                logger.info("epoch %d of %d: %s", epoch, config.epochs, score)
                 best.offer(epoch, score, judged)
     finally:  # whatever happens, the caller's model is to be as it computes, without autocast around its forward
         accelerator.end_training()

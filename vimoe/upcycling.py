@@ -177,8 +177,13 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
 
     for site in chosen:
         copied.get_submodule(site.name).register_forward_pre_hook(see(site.name))
-    with torch.no_grad():
-        copied(meta_images(copied, 2))
+    images = meta_images(copied, 2)
+    try:
+        with torch.no_grad():
+            copied(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SurgeryError(f"the model does not run on images of shape {tuple(images.shape[1:])}: {reason}") from error
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     for site in chosen:
         shape = shapes.get(site.name)
