@@ -76,7 +76,7 @@ def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
 @contextmanager
 def _tiny_models() -> Iterator[None]:
     """One thread, for more would wait for one another, long on a busy machine; idle experts are told at the end."""
-    threads, log = torch.get_num_threads(), logging.getLogger("vimoe.train")
+    threads, log = torch.get_num_threads(), logging.getLogger("vimoe")
     level = log.level
     torch.set_num_threads(1)
     log.setLevel(logging.ERROR)
