@@ -24,10 +24,11 @@ from vimoe.errors import FolderError
 from vimoe.runs import ROUTING, ROUTING_BEFORE, SUMMARY, write_text
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
+p, ul { max-width: 62rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600; border-bottom: 2px solid #999 }
 img { max-width: 100%; height: auto } figcaption, .note { color: #555; font-size: .9rem } figure { margin: 1rem 0 }
 code { background: #f3f3f3; padding: 0 .2rem }
