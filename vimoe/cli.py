@@ -225,10 +225,22 @@ def _run(verb: str, argv: list[str], **extra: str) -> tuple[FinishedRun, Any]:
     return FinishedRun(options["run"]), options
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what standard error is at the moment, so that a progress bar that redirects it stays whole."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _value: Any) -> None:
+        pass
+
+
 def _log_to_stderr() -> None:
     if not sys.stderr.isatty():  # where no progress bar is seen
         logging.getLogger("vimoe").setLevel(logging.INFO)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, handlers=[_Stderr()])
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
 
 
