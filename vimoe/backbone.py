@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vimoe.config import ModelConfig
-from vimoe.errors import ConfigError, beside, nearest
+from vimoe.errors import ConfigError, beside, first_line, nearest
 
 SOURCES = ("local-dir", "hf-hub")  # as timm names them
 
@@ -33,12 +33,12 @@ def create(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
         return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
     except OSError as error:
         raise ConfigError(
-            f"the weights of {config.name!r} cannot be had: {_first_line(error)}; use --model.pretrained false, "
+            f"the weights of {config.name!r} cannot be had: {first_line(error)}; use --model.pretrained false, "
             f"or --model.name local-dir:FOLDER"
         ) from error
     except (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError) as error:
         raise ConfigError(
-            f"timm could not build {config.name!r}: {_first_line(error)}; look at the arguments {sorted(kwargs)}"
+            f"timm could not build {config.name!r}: {first_line(error)}; look at the arguments {sorted(kwargs)}"
         ) from error
 
 
@@ -79,7 +79,3 @@ def _check_folder(name: str, folder: Path) -> None:
             f"model.name={name!r} holds MoE layers or widened FFNs: expected a dense model in timm's format; "
             f"start from the dense one, or use vimoe.load in Python"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -91,14 +91,14 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     train_folder = folders["train"] or root
     if folders["train"] is None and any(folders.values()):
         raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {_inside(root)}")
-    names = tuple(classes or _class_folders(train_folder))
-    if empty := [p.name for p in _folders_in(train_folder) if not _image_files(p)]:
+    found = _scan(train_folder)
+    names = tuple(classes or found)
+    if empty := [name for name, files in found.items() if not files]:
         raise DataError(f"{train_folder / empty[0]} holds no image that can be read: expected some, or no such folder")
     if len(names) < 2 and classes is None:
         raise DataError(f"{train_folder}: {len(names)} class folders with images: expected at least 2; {_inside(root)}")
-    train = _samples(train_folder, names)
-    val = _samples(folders["val"], names) if folders["val"] else []
-    test = _samples(folders["test"], names) if folders["test"] else []
+    train = _samples(train_folder, found, names)
+    val, test = (_samples(f, _scan(f), names) if f else [] for f in (folders["val"], folders["test"]))
     split_off = not val
     if split_off:
         train, val = _split_off(train, root, config, set(validation))
@@ -116,8 +116,8 @@ def load_folder(path: str | Path, classes: Sequence[str]) -> tuple[str, tuple[Sa
         raise DataError(f"{root}: no such folder: expected class folders with images; {beside(root)}")
     for role, name in (("test", "test"), ("val", "validation")):
         if folder := _role_folder(root, role, role):
-            return name, tuple(_samples(folder, tuple(classes)))
-    return "all", tuple(_samples(root, tuple(classes)))
+            return name, tuple(_samples(folder, _scan(folder), tuple(classes)))
+    return "all", tuple(_samples(root, _scan(root), tuple(classes)))
 
 
 def list_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -206,12 +206,9 @@ def _inside(root: Path, word: str = "") -> str:
     return nearest(word, sorted(p.name for p in root.iterdir() if p.is_dir()))
 
 
-def _folders_in(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return [p.name for p in _folders_in(folder) if _image_files(p)]
+def _scan(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each folder inside, by name in sorted order: one walk, since a walk of millions is slow."""
+    return {p.name: _image_files(p) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")}
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -220,12 +217,12 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(p for p in files if p.is_file())
 
 
-def _samples(folder: Path, classes: tuple[str, ...]) -> list[Sample]:
+def _samples(folder: Path, found: dict[str, list[Path]], classes: tuple[str, ...]) -> list[Sample]:
     known = set(classes)
-    for name in _class_folders(folder):
-        if name not in known:
+    for name, files in found.items():
+        if files and name not in known:
             raise DataError(f"{folder / name}: no class {name!r} in the class map from train; {nearest(name, classes)}")
-    samples: list[Sample] = [(f, label) for label, name in enumerate(classes) for f in _image_files(folder / name)]
+    samples: list[Sample] = [(f, label) for label, name in enumerate(classes) for f in found.get(name, [])]
     if not samples:
         raise DataError(f"{folder}: no image in any class folder; expected folders named {', '.join(classes[:3])}, ...")
     return samples

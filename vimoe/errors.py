@@ -47,6 +47,11 @@ def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
     return f"known: {', '.join(names[:listed])}{', ...' if len(names) > listed else ''}"
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its class where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def beside(path: Path) -> str:
     """The remedy for a path that is not there: the nearest name in its folder, or a look at the path."""
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

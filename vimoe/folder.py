@@ -25,7 +25,7 @@ from torch import nn
 from vimoe import ffn
 from vimoe.accounting import model_input_size
 from vimoe.config import MoEConfig
-from vimoe.errors import FolderError, VimoeError
+from vimoe.errors import FolderError, VimoeError, first_line
 from vimoe.moe import MoE
 from vimoe.upcycling import sites, upcycle
 
@@ -81,7 +81,7 @@ def save(
     except VimoeError:
         raise
     except (ValueError, OSError) as error:
-        raise FolderError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+        raise FolderError(f"{path} could not be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
@@ -166,7 +166,7 @@ def _backbone(path: Path) -> nn.Module:
         return timm.create_model(f"local-dir:{path}", pretrained=False)
     except (KeyError, RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise FolderError(
-            f"timm cannot build the backbone of {path / CONFIG}: {str(error).splitlines()[0]}; "
+            f"timm cannot build the backbone of {path / CONFIG}: {first_line(error)}; "
             f"at save, pass model_args={{...}} with the arguments that timm.create_model was given"
         ) from error
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vimoe import ffn, surgery
 from vimoe.accounting import Cost, count, meta_copy, meta_images
 from vimoe.config import MoEConfig
-from vimoe.errors import SurgeryError
+from vimoe.errors import SurgeryError, first_line
 from vimoe.moe import MoE
 from vimoe.moe.router import TokenLayout
 from vimoe.surgery import Site
@@ -182,8 +182,8 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
         with torch.no_grad():
             copied(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SurgeryError(f"the model does not run on images of shape {tuple(images.shape[1:])}: {reason}") from error
+        size = tuple(images.shape[1:])
+        raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     for site in chosen:
         shape = shapes.get(site.name)
