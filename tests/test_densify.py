@@ -1,7 +1,8 @@
-"""From MoE back to dense once the experts have learned something: what "merge" computes, and from what."""
+"""From MoE back to dense once the experts have learned something: what the means compute, and from what."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -23,6 +24,11 @@ FFNS = {
     "swiglu": lambda: SwiGLU(DIM, HIDDEN, bias=False),
 }
 COMBINE = [("mix", False), ("sum", False), ("sum", True)]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 def constant_gates(layer: vimoe.MoE) -> Tensor:
@@ -75,10 +81,72 @@ def test_gate_mass_is_taken_by_layer_name() -> None:
         torch.testing.assert_close(ffn.read(block.mlp), {name: w.clone() for name, w in weights.items()})
 
 
-def test_merging_two_shared_experts_is_refused_and_changes_nothing() -> None:
+def shuffle(layer: vimoe.MoE) -> None:
+    """Gives each expert another order of its hidden units, which changes nothing that it computes."""
+    hidden = layer.experts.kind.hidden
+    with torch.no_grad():
+        for e in range(EXPERTS):
+            order = torch.randperm(hidden, generator=torch.Generator().manual_seed(e))
+            for name, w in layer.experts.weights(e).items():
+                if name == "fc2.weight":
+                    w.copy_(w[:, order])
+                elif name != "fc2.bias":
+                    w.copy_(torch.cat([half[order] for half in w.split(hidden)]))
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("dense", FFNS)
+def test_matched_merging_of_permuted_copies_is_exact_where_their_mean_is_not(dense: str, shared: int) -> None:
+    parent = randomise(FFNS[dense]())
+    layer = vimoe.MoE(copy.deepcopy(parent), config(num_shared_experts=shared), TokenLayout(0, False)).double()
+    shuffle(layer)
+    x = torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(1)).double()
+    y = parent.double()(x)
+    torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-9)  # they are copies
+    torch.testing.assert_close(layer.merged(GATES, matched=True)(x), y, rtol=1e-9, atol=1e-9)
+    assert (layer.merged(GATES)(x) - y).abs().max() > 0.1
+
+
+def test_all_experts_are_matched_to_the_shared_one_bit_for_bit() -> None:
+    layer = vimoe.MoE(randomise(Mlp(DIM, HIDDEN)), config(num_shared_experts=1), TokenLayout(0, False))
+    shuffle(layer)
+    merged = ffn.read(layer.merged(GATES, matched=True))
+    assert all(torch.equal(w, merged[name]) for name, w in ffn.read(layer.shared).items())
+
+
+def test_without_a_shared_expert_all_are_matched_to_the_one_that_weighs_most() -> None:
+    layer = vimoe.MoE(randomise(Mlp(DIM, HIDDEN)), config(num_shared_experts=0, top_k=2), TokenLayout(0, False))
+    shuffle(layer)
+    merged = ffn.read(layer.merged(GATES, matched=True))
+    torch.testing.assert_close(merged, dict(layer.experts.weights(int(GATES.argmax()))))
+
+
+def test_densify_matched_undoes_the_order_of_the_units_and_merge_does_not() -> None:
+    parent = vit()
+    y = parent(images(parent))
+    for how, exact in (("matched", True), ("merge", False)):
+        model = upcycle(copy.deepcopy(parent), config())
+        for layer in layers(model):
+            shuffle(layer)
+        assert torch.allclose(vimoe.densify(model, how=how)(images(model)), y, atol=1e-5) == exact
+
+
+@pytest.mark.parametrize(("combine", "shared"), [("mix", 1), ("mix", 0), ("sum", 0)])
+@pytest.mark.parametrize("family", ["vit", "no biases", "inner norm", "dinov2, packed SwiGLU", "dinov3, SwiGLU"])
+def test_matched_right_after_upcycle_gives_back_the_parent_bit_for_bit(family: str, combine: str, shared: int) -> None:
+    parent = vit(family)
+    settings = config(num_shared_experts=shared, combine=combine, normalize_gates=combine == "sum", top_k=2)
+    model = vimoe.densify(upcycle(copy.deepcopy(parent), settings), how="matched")
+    state = model.state_dict()
+    assert list(state) == list(parent.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in parent.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["merge", "matched"])
+def test_merging_two_shared_experts_is_refused_and_changes_nothing(how: str) -> None:
     model = upcycle(vit(), config(num_shared_experts=2))
-    with pytest.raises(vimoe.VimoeError, match=r"blocks\.0\.mlp.*has 2 shared experts.*use how='shared'"):
-        vimoe.densify(model, how="merge")
+    with pytest.raises(vimoe.VimoeError, match=rf"blocks\.0\.mlp.*has 2 shared.*how='{how}'; use how='shared'"):
+        vimoe.densify(model, how=how)
     assert len(layers(model)) == 2
 
 
@@ -92,7 +160,7 @@ def test_shared_keeps_what_the_shared_expert_has_learned() -> None:
         assert all(torch.equal(w, weights[name]) for name, w in ffn.read(block.mlp).items())
 
 
-@pytest.mark.parametrize("how", ["shared", "merge"])
+@pytest.mark.parametrize("how", ["shared", "merge", "matched"])
 @pytest.mark.parametrize("training", [True, False])
 def test_densify_keeps_the_mode_that_the_model_is_in(how: str, training: bool) -> None:
     model = upcycle(vit().train(not training), config()).train(training)

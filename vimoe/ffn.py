@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
@@ -138,6 +140,19 @@ def macs(module: Any) -> int:
     return sum(w.numel() for name, w in read(module).items() if name in ("fc1.weight", "fc2.weight"))
 
 
+def hidden(kind: FFN, weights: Weights, x: Tensor) -> Tensor:
+    """(..., D) to (..., F): what the last matrix of an FFN with these weights gets, without dropout."""
+    first = F.linear(x, weights["fc1.weight"], weights.get("fc1.bias"))
+    if kind.gated:
+        gate, value = first.chunk(2, dim=-1)
+        first = kind.act(gate) * value
+    else:
+        first = kind.act(first)
+    if kind.norm_eps is None:
+        return first
+    return F.layer_norm(first, (kind.hidden,), weights["norm.weight"], weights["norm.bias"], kind.norm_eps)
+
+
 def build(like: nn.Module, weights: Weights) -> nn.Module:
     """A new FFN of the class of `like` that holds these canonical weights; its width F is taken from them.
 
@@ -189,6 +204,62 @@ def narrow(module: nn.Module, times: int) -> nn.Module:
             slim[name] = torch.cat([half[0] for half in tiles])
     # silent units still count in the mean and variance of a LayerNorm over all of them, unless they are copies
     return build(module, slim) if say_nothing and (tiled or ffn.norm_eps is None) else module
+
+
+def hidden_units(weights: Weights, gated: bool) -> Tensor:
+    """(F, P), float32 at least: row f holds the P weights, of those given, that belong to hidden unit f alone.
+
+    They are its row of fc1 (of both halves where it is gated) and of norm, and its column of fc2.weight.
+    """
+    parts: list[Tensor] = []
+    for name, w in sorted(weights.items()):  # FFNs of one shape are compared, whatever order their weights come in
+        if name.startswith("fc1."):
+            parts += w.chunk(1 + gated)
+        elif name.startswith("norm."):
+            parts.append(w)
+        elif name == "fc2.weight":
+            parts.append(w.T)
+    units = torch.cat([part.detach().reshape(len(part), -1) for part in parts], dim=1)
+    return units.to(torch.promote_types(units.dtype, torch.float32))
+
+
+@torch.no_grad()
+def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
+    """The same FFN with its hidden units in the order that is nearest to those of `reference`.
+
+    Hidden units may change places without any change of what the FFN computes. Of all orders this one has the least
+    sum of squared distances between the two FFNs' `hidden_units`: weight matching (Ainsworth et al., Git Re-Basin,
+    arXiv 2209.04836, section 3.2), for one hidden layer a linear assignment and so solved exactly.
+
+    Args:
+        weights: canonical weights; they are not changed.
+        reference: canonical weights of an FFN of the same class and shape.
+        gated: as in `FFN`.
+    """
+    units_FP, target_FP = hidden_units(weights, gated), hidden_units(reference, gated)
+    # A common shift changes no distance, and the products of what units have in common would round away the rest.
+    shift_P = target_FP.mean(dim=0)
+    units_FP, target_FP = units_FP - shift_P, target_FP - shift_P
+    # |a - b|^2 = |a|^2 + |b|^2 - 2ab, of which the order changes ab alone
+    similarity_FF = (target_FP @ units_FP.T).nan_to_num()
+    order = torch.from_numpy(linear_sum_assignment(similarity_FF.cpu().numpy(), maximize=True)[1]).to(units_FP.device)
+    # units move for a gain only: rounding shall not swap twins, and what has diverged (NaN) has no order
+    if not (target_FP - units_FP[order]).square().sum() < (target_FP - units_FP).square().sum():
+        return weights
+    return _reordered(weights, order, gated)
+
+
+def _reordered(weights: Weights, order: Tensor, gated: bool) -> Weights:
+    """Hidden unit f becomes what unit order[f] was."""
+    new = dict(weights)
+    for name, w in weights.items():
+        if name.startswith("fc1."):
+            new[name] = torch.cat([half[order] for half in w.chunk(1 + gated)])
+        elif name.startswith("norm."):
+            new[name] = w[order]
+        elif name == "fc2.weight":
+            new[name] = w[:, order]
+    return new
 
 
 def average(parts: Sequence[Weights], shares: Sequence[float], scale: float = 1.0) -> Weights:

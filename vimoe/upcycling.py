@@ -20,7 +20,7 @@ from vimoe.moe import MoE
 from vimoe.moe.router import TokenLayout
 from vimoe.surgery import Site
 
-HOW = ("shared", "merge")
+HOW = ("shared", "merge", "matched")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ def densify(
     Args:
         model: an upcycled model; changed in place.
         layers: which blocks, as in `MoEConfig.layers`; "all" are all MoE layers.
-        how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights.
-        gate_mass: for "merge", by layer name, (N,) the mean gate that each expert got (`LayerEvidence.gate_mass`).
-            Without it, experts count as a router that has no preference would weigh them.
+        how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" does so
+            after it has put their hidden units in the same order, as far as they have one (`ffn.match`).
+        gate_mass: for both means, by layer name, (N,) the mean gate that each expert got
+            (`LayerEvidence.gate_mass`). Without it, experts count as a router that has no preference would weigh them.
 
     Returns:
         The same model. Right after `upcycle` its state is the parent's, bit for bit.
@@ -112,7 +113,7 @@ def densify(
         SurgeryError: where no MoE layer is named, or one has no shared expert to keep; nothing was changed.
     """
     if how not in HOW:
-        raise SurgeryError(f"how={how!r}: expected 'shared' or 'merge'")
+        raise SurgeryError(f"how={how!r}: expected {' or '.join(map(repr, HOW))}")
     chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
     if not chosen:
         raise SurgeryError(f"layers={layers!r}: the model has no MoE layer there: expected one that upcycle made")
@@ -215,9 +216,9 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     if config.num_shared_experts > 1:
         raise SurgeryError(
             f"{site} has {config.num_shared_experts} shared experts, which are wider than its experts: "
-            f"expected at most 1 for how='merge'; use how='shared'"
+            f"expected at most 1 for how={how!r}; use how='shared'"
         )
     if gate_mass is None:
         total = 1.0 if config.gates_sum_to_one else config.top_k / config.num_experts
         gate_mass = torch.full((config.num_experts,), total / config.num_experts)
-    return layer.merged(gate_mass)
+    return layer.merged(gate_mass, matched=how == "matched")

@@ -6,13 +6,15 @@ Axes: B images, T tokens of an image, D channels, R routed units (images or toke
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from vimoe import ffn
 from vimoe.config import MoEConfig
 from vimoe.moe.dispatch import combine, dispatch
-from vimoe.moe.experts import Experts
+from vimoe.moe.experts import Experts, Stacked
 from vimoe.moe.router import Router, TokenLayout
 from vimoe.moe.routing import Routing, note
 
@@ -62,11 +64,12 @@ class MoE(nn.Module):
         assert self.shared is not None
         return ffn.narrow(self.shared, self.config.num_shared_experts)
 
-    def merged(self, gate_mass: Tensor) -> nn.Module:
+    def merged(self, gate_mass: Tensor, matched: bool = False) -> nn.Module:
         """One FFN with the mean weights of all experts: this layer's formula, in weights instead of outputs.
 
         Args:
             gate_mass: (N,) mean over routed units of the gate that each expert got, 0 where it was not chosen.
+            matched: first put each expert's hidden units in the order that is nearest to one of them (`ffn.match`).
         """
         mass = gate_mass.tolist()
         parts = [self.experts.weights(i) for i in range(self.config.num_experts)]
@@ -74,10 +77,34 @@ class MoE(nn.Module):
             assert self.config.num_shared_experts == 1
             parts.insert(0, ffn.read(self.shared))
             mass.insert(0, 1.0 if self.config.combine == "sum" else 1.0 - sum(mass))
+        if matched:
+            # A reference is matched exactly, the others with one another only through it. The shared expert is what
+            # "mix" takes differences to, and all tokens have trained it; else take what weighs most in the mean.
+            reference = parts[0 if self.shared is not None else mass.index(max(mass))]
+            parts = [ffn.match(part, reference, self.experts.kind.gated) for part in parts]
         total = sum(mass)
         one = self.config.combine == "mix" or (self.shared is None and self.config.normalize_gates)  # not just nearly
         weights = ffn.average(parts, [m / total for m in mass], scale=1.0 if one else total)
         return ffn.build(self._template[0], weights).train(self.training)
+
+    @property
+    def hows(self) -> tuple[str, ...]:
+        """Ways of making this layer dense, as `vimoe.densify` names them. A wide shared expert cannot be averaged."""
+        shared = self.config.num_shared_experts
+        return (*(["shared"] if shared else []), *(["merge", "matched"] if shared <= 1 else []))
+
+    def dense(self, how: str, gate_mass: Tensor) -> nn.Module:
+        """The FFN that `how`, one of `hows`, puts in this layer's place; `gate_mass` as in `merged`."""
+        return self.without_experts() if how == "shared" else self.merged(gate_mass, matched=how == "matched")
+
+    def keep_experts(self, kept: Sequence[int]) -> None:
+        """Removes all other experts, in place: what went to them goes to the next choice. At least top_k must stay."""
+        assert len(kept) >= self.config.top_k
+        self.config = self.router.config = replace(self.config, num_experts=len(kept))
+        for module in (self.router, *(m for m in self.experts.modules() if isinstance(m, Stacked))):
+            for name, stacked in module.named_parameters(recurse=False):
+                chosen = stacked.detach()[list(kept)]
+                setattr(module, name, nn.Parameter(chosen, requires_grad=stacked.requires_grad))
 
     def extra_repr(self) -> str:
         return f"combine={self.config.combine!r}"

@@ -48,9 +48,13 @@ class Router(nn.Module):
             feature_RD = self._feature(x_BTD)
             precise = torch.promote_types(feature_RD.dtype, torch.float32)
             logits_RN = F.linear(feature_RD.to(precise), self.weight.to(precise))
-            gates_RK, experts_RK = logits_RN.softmax(dim=-1).topk(self.config.top_k, dim=-1)
-            if self.config.gates_sum_to_one:
-                gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)
+            return self.decide(logits_RN, batch)
+
+    def decide(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
+        """The decisions that follow from the scores. A score of -inf keeps an expert from being chosen."""
+        gates_RK, experts_RK = logits_RN.softmax(dim=-1).topk(self.config.top_k, dim=-1)
+        if self.config.gates_sum_to_one:
+            gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)
         return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch)
 
     def _feature(self, x_BTD: Tensor) -> Tensor:
