@@ -1,27 +1,33 @@
-"""On layers whose routing is known, the numbers are what they must be."""
+"""On layers whose routing is known, the evidence is what it must be."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import mutual_info_score
 from tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.analysis import Evidence, computing, mutual_information, permuted
+from vimoe import analysis
 from vimoe.config import MoEConfig
-from vimoe.errors import DataError, VimoeError
+from vimoe.errors import ConfigError, DataError, VimoeError
+from vimoe.evidence import Evidence
 from vimoe.moe.router import TokenLayout
 
 CLASSES = 4
 
 
 class Known(nn.Module):
-    """Two MoE layers over one-hot "images" of the classes. The first sends class c to expert c, which votes for c.
+    """Two MoE layers over "images" that say their class in the first half of the channels; votes add up in the second.
 
-    The second routes by class as well, but all of its experts do nothing: specialised by number, not by cause.
+    The first layer sends class c to expert c, which votes for c. The second routes by class as well, but all of its
+    experts do nothing: specialised by number, not by cause.
     """
 
     num_classes = CLASSES
@@ -29,32 +35,38 @@ class Known(nn.Module):
     def __init__(self, **settings: object) -> None:
         super().__init__()
         self.pretrained_cfg: dict = {}
-        made = MoEConfig(num_experts=CLASSES, **settings)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"mlp": moe(made)}) for _ in range(2))
+        made = MoEConfig(**{"num_experts": CLASSES, **settings})
+        self.blocks = nn.ModuleList(Residual(made) for _ in range(2))
         with torch.no_grad():
-            self.blocks[0]["mlp"].experts.fc2.bias.copy_(5 * torch.eye(CLASSES))
+            self.blocks[0].mlp.experts.fc2.bias[:CLASSES, CLASSES:] = 5 * torch.eye(CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        voted = self.blocks[0]["mlp"](x)
-        return (voted + self.blocks[1]["mlp"](x)).mean(dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x[..., CLASSES:].mean(dim=1)
 
 
-def moe(made: MoEConfig) -> vimoe.MoE:
-    from timm.layers import Mlp
+class Residual(nn.Module):
+    def __init__(self, made: MoEConfig) -> None:
+        super().__init__()
+        from timm.layers import Mlp
 
-    silent = Mlp(CLASSES, 2)
-    for p in silent.parameters():
-        nn.init.zeros_(p)
-    layer = vimoe.MoE(silent, made, TokenLayout(0, class_token=False))
-    with torch.no_grad():
-        layer.router.weight.copy_(20 * torch.eye(CLASSES))
-    return layer
+        silent = Mlp(2 * CLASSES, 2)
+        for p in silent.parameters():
+            nn.init.zeros_(p)
+        self.mlp = vimoe.MoE(silent, made, TokenLayout(0, class_token=False))
+        with torch.no_grad():
+            self.mlp.router.weight.zero_()
+            self.mlp.router.weight[:CLASSES, :CLASSES] = 20 * torch.eye(CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
 
 
 def loader(batch: int = 10, images: int = 60, tokens: int = 3, by_class: bool = False) -> list[tuple[Tensor, Tensor]]:
     labels = torch.randint(CLASSES, (images,), generator=torch.Generator().manual_seed(0))
     labels = labels.sort().values if by_class else labels
-    x = torch.eye(CLASSES)[labels][:, None].expand(-1, tokens, -1)
+    x = torch.eye(CLASSES, 2 * CLASSES)[labels][:, None].expand(-1, tokens, -1)
     return list(zip(x.split(batch), labels.split(batch), strict=True))
 
 
@@ -64,10 +76,13 @@ def test_cause_is_told_from_specialisation(routing: str, by_class: bool) -> None
     """Sorted by class too, where a permutation within batches would exchange like with like."""
     votes, silent = vimoe.analyze(Known(routing=routing), loader(by_class=by_class)).layers
     for layer in (votes, silent):
-        assert layer.adjusted_mutual_information == pytest.approx(1)
+        assert layer.adjusted_mutual_information.value == pytest.approx(1)
+        assert layer.adjusted_mutual_information.p < 0.01
         assert np.array_equal(layer.heatmap, np.eye(CLASSES))
-    assert votes.permuted_loss_change > 1 and votes.shared_loss_change > 1
-    assert abs(silent.permuted_loss_change) < 1e-6 and abs(silent.shared_loss_change) < 1e-6
+    for effect in (votes.permuted, votes.frozen, votes.dense["shared"]):
+        assert effect.loss.low > 1 and effect.top1.high < -0.3
+    for effect in (silent.permuted, silent.frozen, *silent.dense.values(), *silent.experts):
+        assert effect.loss.high == pytest.approx(0, abs=1e-6) and effect.top1.value == 0
 
 
 def test_the_known_layer_has_the_figures_that_follow() -> None:
@@ -75,12 +90,32 @@ def test_the_known_layer_has_the_figures_that_follow() -> None:
     votes = evidence.layers[0]
     labels = torch.cat([y for _, y in loader()])
     shares = torch.bincount(labels) / len(labels)
+    entropy = float(-(shares * shares.log()).sum())
     assert votes.load == pytest.approx(shares.numpy())
-    assert votes.mutual_information == pytest.approx(float(-(shares * shares.log()).sum()))
+    assert votes.adjusted_mutual_information.nats == pytest.approx(entropy)
+    assert votes.effective_experts.value == pytest.approx(np.exp(entropy))
     assert votes.gate_mass.sum() == pytest.approx(1, abs=1e-3)  # the gates are all but 1
-    assert evidence.base.top1 == 1 and evidence.base.images == 60
+    assert evidence.base.top1 == 1 and evidence.base.images == evidence.images == evidence.overruled_images == 60
     # without votes the loss is that of a guess
-    assert votes.shared_loss_change + evidence.base.loss == pytest.approx(np.log(CLASSES))
+    assert votes.dense["shared"].loss.value + evidence.base.loss == pytest.approx(np.log(CLASSES))
+    # without its expert a class goes elsewhere; the others do not notice
+    wrong = [effect.top1.value for effect in votes.experts]
+    assert wrong == pytest.approx((-shares).tolist())
+    # each class sends its images the same way through both layers
+    assert evidence.agreement["value"] == pytest.approx(np.ones((2, 2)))
+    assert evidence.routes == (CLASSES, pytest.approx(np.exp(entropy)), CLASSES**2)
+    assert evidence.pairs[0].value == evidence.pairs[1] == evidence.pairs[2] == 2
+    for expert, places in enumerate(votes.examples):
+        assert len(places) == 8 and all(labels[place] == expert for place in places)
+
+
+def test_the_picture_is_drawn_on_images_that_did_not_make_its_order() -> None:
+    evidence = vimoe.analyze(Known(), loader())
+    for layer in evidence.layers:
+        made = layer.counts - layer.drawn
+        assert (made >= layer.drawn).all() and (layer.drawn.sum(axis=1) >= made.sum(axis=1) - 1).all()
+        ordered = layer.drawn[evidence.class_order][:, layer.expert_order]
+        assert np.array_equal(ordered > 0, np.eye(CLASSES, dtype=bool))
 
 
 def test_routing_that_ignores_the_class_looks_so() -> None:
@@ -91,19 +126,27 @@ def test_routing_that_ignores_the_class_looks_so() -> None:
             layer.router.weight[1] = 1
     for layer in vimoe.analyze(model, loader()).layers:
         assert layer.load.tolist() == [0, 1, 0, 0]
-        assert layer.mutual_information == 0 and layer.adjusted_mutual_information == 0
-        assert layer.permuted_loss_change == pytest.approx(0, abs=1e-6)
+        assert layer.adjusted_mutual_information.value == pytest.approx(0, abs=1e-12)
+        assert layer.permuted.loss.high == pytest.approx(0, abs=1e-6)
 
 
 def test_without_a_shared_expert_merging_is_measured() -> None:
     votes, silent = vimoe.analyze(Known(num_shared_experts=0, combine="sum"), loader()).layers
-    assert votes.shared_loss_change is silent.shared_loss_change is None
-    assert votes.removal_loss_change == votes.merged_loss_change > 1
-    assert silent.merged_loss_change == pytest.approx(0, abs=1e-6)
+    assert set(votes.dense) == {"merge", "matched"} and votes.dense["merge"].loss.low > 1
+    assert silent.dense["merge"].loss.high == pytest.approx(0, abs=1e-6)
 
 
-def test_experts_that_agree_in_function_but_not_in_weights_are_not_said_to_merge() -> None:
-    """Their hidden units are permuted: which expert an image gets does not matter, their mean weights do."""
+def test_two_shared_experts_cannot_be_merged() -> None:
+    assert set(vimoe.analyze(Known(num_shared_experts=2), loader()).layers[0].dense) == {"shared"}
+
+
+def test_where_all_experts_are_chosen_none_can_be_left_out() -> None:
+    evidence = vimoe.analyze(Known(top_k=CLASSES), loader())
+    assert evidence.layers[0].experts == () and evidence.routes == (1, 1, 1)
+
+
+def test_experts_that_agree_in_function_but_not_in_weights_merge_when_matched() -> None:
+    """Their hidden units are permuted: which expert an image gets does not matter, their plain mean weights do."""
     model = perturb_experts(upcycle(vit(), config(num_shared_experts=0, top_k=2)))
     with torch.no_grad():
         for layer in layers(model):
@@ -114,52 +157,82 @@ def test_experts_that_agree_in_function_but_not_in_weights_are_not_said_to_merge
                 experts.fc2.weight[e], experts.fc2.bias[e] = experts.fc2.weight[0][:, order], experts.fc2.bias[0]
     x, labels = images(model, batch=12), torch.arange(12) % 5
     for found in vimoe.analyze(model, [(x, labels)]).layers:
-        assert found.permuted_loss_change == pytest.approx(0, abs=1e-5)
-        assert abs(found.merged_loss_change) > 1e-3
-
-
-@pytest.mark.parametrize("routing", ["image", "token"])
-def test_permuting_hands_each_image_the_whole_decision_of_its_donor(routing: str) -> None:
-    model = perturb_experts(upcycle(vit(), config(routing=routing, top_k=2)))
-    layer, donors = layers(model)[1], torch.tensor([2, 0, 1])
-    x = images(model)
-    with torch.no_grad(), vimoe.record(model) as routings:
-        before = model(x)
-        first = routings[1]
-        decisions = first.experts.view(3, -1, 2), first.gates.view(3, -1, 2)
-        with permuted(layer, *decisions, donors):
-            during = model(x)
-        after = model(x)
-    moved = routings[3]
-    assert torch.equal(moved.experts.view(3, -1, 2), decisions[0][donors])
-    assert torch.equal(moved.gates.view(3, -1, 2), decisions[1][donors])
-    assert not torch.equal(decisions[0], decisions[0][donors])
-    assert torch.equal(before, after) and not torch.allclose(before, during)
-
-
-def test_the_shared_expert_alone_is_what_densify_leaves() -> None:
-    model = perturb_experts(upcycle(vit(), config()))
-    with torch.no_grad():
-        with computing(layers(model)[0], layers(model)[0].shared):
-            during = model(images(model))
-        assert not torch.allclose(during, model(images(model)))
-        torch.testing.assert_close(during, vimoe.densify(model, layers=[0])(images(model)))
-
-
-def test_mutual_information_agrees_with_scikit_learn() -> None:
-    counts = np.random.default_rng(0).integers(0, 9, (5, 3))
-    rows, columns = np.nonzero(counts)
-    repeated = [np.repeat(index, counts[rows, columns]) for index in (rows, columns)]
-    assert mutual_information(counts) == pytest.approx(mutual_info_score(*repeated))
+        assert found.permuted.loss.value == pytest.approx(0, abs=1e-5)
+        assert abs(found.dense["merge"].loss.value) > 1e-3
+        assert found.best_dense[0] == "matched" or found.dense["merge"].loss.value < 0
+        assert found.dense["matched"].loss.value == pytest.approx(0, abs=1e-5)
 
 
 def test_evidence_travels_as_json() -> None:
-    import json
+    for overrule in (0, 30):
+        evidence = vimoe.analyze(Known(), loader(), overrule=overrule)
+        text = json.dumps(evidence.to_dict(), allow_nan=False)
+        again = Evidence.from_dict(json.loads(text))
+        assert json.dumps(again.to_dict()) == text and str(again) == str(evidence)
+        assert again.base == evidence.base and again.layers[1].permuted == evidence.layers[1].permuted
 
-    evidence = vimoe.analyze(Known(), loader())
-    again = Evidence.from_dict(json.loads(json.dumps(evidence.to_dict())))
-    assert str(again) == str(evidence) and again.base == evidence.base
-    assert np.array_equal(again.layers[0].counts, evidence.layers[0].counts)
+
+def test_it_draws_as_the_seed_says() -> None:
+    model = perturb_experts(upcycle(vit(), config()))
+    batches = [(images(model, 12), torch.arange(12) % 5)]
+    one, same, other = (vimoe.analyze(model, batches, draws=2, seed=s) for s in (0, 0, 1))
+    assert json.dumps(one.to_dict()) == json.dumps(same.to_dict())
+    assert one.layers[0].permuted != other.layers[0].permuted
+    assert one.layers[0].dense["shared"].loss.value == other.layers[0].dense["shared"].loss.value
+
+
+def test_interventions_can_be_left_out_or_done_on_some() -> None:
+    without = vimoe.analyze(Known(), loader(), overrule=0)
+    assert without.overruled_images == 0 and without.layers[0].permuted is None and without.layers[0].dense == {}
+    some = vimoe.analyze(Known(), loader(), overrule=20)
+    assert some.overruled_images == 20 and some.images == 60 and some.layers[0].permuted.loss.low > 0.5
+    assert vimoe.analyze(Known(), loader(), overrule=None).overruled_images == 60
+
+
+def test_of_more_images_than_are_kept_a_uniform_sample_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "KEPT_IMAGES", 50)
+    kept = np.zeros(200)
+    for seed in range(200):
+        seen = analysis._Seen({}, seed)
+        for start in range(0, 200, 40):
+            routing = SimpleNamespace(layer="a", experts=torch.zeros(40, 1), gates=torch.zeros(40, 1), batch=(40, 3))
+            seen.add(torch.arange(start, start + 40), [routing])
+        seen.close()
+        assert len(set(seen.places)) == 50 and (np.diff(seen.places) > 0).all()
+        assert np.array_equal(seen.labels, seen.places)
+        kept[seen.places] += 1 / 200
+    assert abs(kept[:50].mean() - 0.25) < 0.03 and abs(kept[150:].mean() - 0.25) < 0.03 and kept.max() < 0.45
+    evidence = vimoe.analyze(Known(), loader(images=200, by_class=True))
+    assert evidence.base.images == 200 and evidence.images == evidence.overruled_images == 50
+    assert evidence.layers[0].counts.sum() == 50 and (evidence.layers[0].counts.diagonal() > 0).all()
+    assert evidence.layers[0].dense["shared"].loss.low > 1
+
+
+def test_tokens_that_are_kept_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "KEPT_UNITS", 60)
+    assert vimoe.analyze(Known(routing="token"), loader()).images == 20
+    assert vimoe.analyze(Known(), loader()).images == 60
+
+
+MEMORY = """
+import resource, torch
+from test_analysis import Known, loader
+from vimoe import analysis
+analysis.KEPT_IMAGES = 500
+batch = loader(batch=500, images=500, tokens=20)[0]
+analysis.analyze(Known(), [batch], overrule=100)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+analysis.analyze(Known(), [batch] * {batches}, overrule=100)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_images() -> None:
+    """Of 100,000 images 500 are kept: as much as of the first 500, to a few MB."""
+    grown = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(batches=200)], capture_output=True, text=True, check=True, cwd="tests"
+    )
+    assert int(grown.stdout) < 20_000
 
 
 def test_a_loader_that_shuffles_is_refused() -> None:
@@ -175,14 +248,18 @@ def test_a_loader_that_shuffles_is_refused() -> None:
 
 
 def test_what_cannot_be_analysed_is_refused() -> None:
-    with pytest.raises(DataError, match="60 images, then 0: expected one that can be read again"):
+    with pytest.raises(DataError, match="fewer images when it was read again"):
         vimoe.analyze(Known(), iter(loader()))
     broken = Known()
     with torch.no_grad():
-        broken.blocks[0]["mlp"].shared.fc2.bias[0] = float("nan")
+        broken.blocks[0].mlp.shared.fc2.bias[-1] = float("nan")
     with pytest.raises(VimoeError, match="loss on validation is nan"):
         vimoe.analyze(broken, loader())
     with pytest.raises(VimoeError, match="no MoE layer"):
         vimoe.analyze(vit(), loader())
     with pytest.raises(DataError, match="the loader is empty"):
         vimoe.analyze(Known(), [])
+    with pytest.raises(ConfigError, match="draws=0: expected at least 1"):
+        vimoe.analyze(Known(), loader(), draws=0)
+    with pytest.raises(ConfigError, match="overrule=-1: expected 0 or more"):
+        vimoe.analyze(Known(), loader(), overrule=-1)

@@ -66,12 +66,13 @@ def test_from_images_to_a_pruned_model(
     predictions = call(capsys, "predict", run, photos / "test" / "red", "--top=2")["predictions"]
     assert len(predictions) == 3 and {len(p["classes"]) for p in predictions} == {2}
 
-    found = call(capsys, "analyze", run)
+    found = call(capsys, "analyze", run, "--draws=3")
+    assert found["draws"] == 3 and (run / "figures" / "examples-blocks.1.mlp.png").exists()
     assert [layer["name"] for layer in found["layers"]] == ["blocks.0.mlp", "blocks.1.mlp"]
     assert json.loads((run / "routing.json").read_text())["base"]["images"] == 9
 
     receipt = call(capsys, "prune", run, "--out", tmp_path / "pruned", "--tolerance=100")
-    assert receipt["kept"] == [] and len(receipt["verdicts"]) == 2
+    assert receipt["kept"] == [] and len(receipt["steps"]) == 2 and "text" not in receipt
     assert receipt["before"]["activated_params"] > receipt["after"]["activated_params"] == receipt["after"]["params"]
     again = call(capsys, "evaluate", tmp_path / "pruned")
     assert again["top1"] == receipt["after"]["top1"] and receipt["before"]["top1"] == score["top1"]
@@ -83,6 +84,31 @@ def test_from_images_to_a_pruned_model(
     for folder_, files in ((run, ["metrics.csv", "load.csv"]), (tmp_path / "pruned", [])):
         for name in ["config.yaml", "summary.json", "report.html", "model/config.json", "figures", *files]:
             assert (folder_ / name).exists(), name
+
+
+def test_what_matters_is_kept_with_its_experts_and_recovered(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune = ["prune", run, "--tolerance=-1", "--recover=2", "--out", tmp_path / "kept"]
+    kept = call(capsys, *prune)
+    assert [step["experts"] for step in kept["kept"]] == [8, 8] and not kept["steps"]
+    assert kept["recovery_epochs"] == 2 and kept["recovery_lr"] == pytest.approx(3e-4)  # a tenth of QUICK's
+    assert kept["recovered"]["loss"] != kept["after"]["loss"] == kept["before"]["loss"]
+    assert call(capsys, "evaluate", tmp_path / "kept")["loss"] == kept["recovered"]["loss"]
+    assert len((tmp_path / "kept" / "metrics.csv").read_text().splitlines()) == 3
+    fewer = call(capsys, "prune", run, "--tolerance=0.01", "--experts=true", "--out", tmp_path / "fewer")
+    assert any(step["expert"] is not None for step in fewer["steps"]) or not fewer["kept"]
+    assert call(capsys, "evaluate", tmp_path / "fewer")["loss"] == pytest.approx(fewer["after"]["loss"])
+
+
+def test_reports_of_one_run_and_of_several(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
+    assert Path(call(capsys, "report", run)["report"]) == run / "report.html" and (run / "report.html").exists()
+    out = tmp_path / "both.html"
+    assert call(capsys, "report", run, run, "--out", out) == {"schema": 1, "command": "report", "report": str(out)}
+    assert "<table" in out.read_text()
+    assert "--out is missing" in refused(capsys, "report", run, run)
+    assert "nowhere: no such run" in refused(capsys, "report", run, "nowhere", "--out", out)
 
 
 def test_a_run_can_be_repeated_from_its_config_and_started_from(run: Path, tmp_path: Path) -> None:

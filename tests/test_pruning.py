@@ -8,70 +8,199 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_analysis import CLASSES, Known, loader
 from tiny import config, images, layers, perturb_experts, upcycle, vit
+from torch import nn
 
 import vimoe
-from vimoe.analysis import Evidence, LayerEvidence
 from vimoe.errors import VimoeError
 from vimoe.evaluate import Score
-from vimoe.pruning import receipts, verdicts
+from vimoe.evidence import Effect, Evidence, LayerEvidence
+from vimoe.interventions import Changes
+from vimoe.pruning import receipts
+from vimoe.specialisation import Dependence, Interval
 
 
-def evidence(*changes: float, shared: bool = True) -> Evidence:
-    """For the layers of a tiny ViT with 4 experts, given what making them dense changes."""
-    counts, mass = np.ones((5, 4), dtype=int), np.full(4, 0.25)
-    made = [(change, None) if shared else (None, change) for change in changes]
-    rows = [LayerEvidence(f"blocks.{i}.mlp", counts, mass, 0.0, 0.0, 0.5, *change) for i, change in enumerate(made)]
-    return Evidence(tuple(rows), Score(0.5, 0.9, 1.0, 10), tuple("abcde"))
+def effect(value: float, half: float = 0.0) -> Effect:
+    return Effect(Interval(value, value - half, value + half), Interval(0.0, 0.0, 0.0))
 
 
-def test_what_matters_is_kept_and_what_does_not_goes() -> None:
+def evidence(*changes: Effect, hows: tuple[str, ...] = ("shared", "merge", "matched"), **fields: object) -> Evidence:
+    """For the layers of a tiny ViT with 4 experts, given what making them dense changes by the first way."""
+    rows = []
+    for i, change in enumerate(changes):
+        rows.append(
+            LayerEvidence(
+                name=f"blocks.{i}.mlp", routing="image", num_experts=4, top_k=1, counts=np.ones((5, 4), dtype=int),
+                drawn=np.ones((5, 4), dtype=int), expert_order=np.arange(4), gate_mass=np.full(4, 0.25),
+                adjusted_mutual_information=Dependence(0.0, 0.0, 0.0, 1.0, 0.0), effective_experts=Interval(4, 4, 4),
+                permuted=effect(0.5), frozen=effect(0.5), experts=(effect(0.1),) * 4, comparison=None,
+                dense={how: replace(change, loss=_up(change.loss, 0.1 * j)) for j, how in enumerate(hows)},
+                examples=((),) * 4,
+            )
+        )  # fmt: skip
+    rows = [replace(row, **fields) for row in rows]
+    score, one = Score(0.5, 0.9, 1.0, 10), Interval(1, 1, 1)
+    return Evidence(
+        layers=tuple(rows), base=score, classes=tuple("abcde"), images=10, overruled_images=10, draws=20,
+        class_order=np.arange(5), pairs=(one, 1, 1), routes=(1, 1.0, 16), agreement={"value": np.eye(len(rows))},
+    )  # fmt: skip
+
+
+def _up(interval: Interval, by: float) -> Interval:
+    return Interval(interval.value + by, interval.low + by, interval.high + by)
+
+
+@pytest.mark.parametrize("with_loader", [True, False])
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_what_matters_is_kept_and_what_does_not_goes(routing: str, with_loader: bool) -> None:
     """Measured, not made up: the second layer of the known model specialises but does nothing."""
-    model = Known()
-    decided = vimoe.prune(model, vimoe.analyze(model, loader()))
-    assert [verdict.keep for verdict in decided] == [True, False]
-    assert isinstance(model.blocks[0]["mlp"], vimoe.MoE) and not isinstance(model.blocks[1]["mlp"], vimoe.MoE)
+    model = Known(routing=routing)
+    done = vimoe.prune(model, vimoe.analyze(model, loader()), loader() if with_loader else None)
+    assert [step.layer for step in done.steps] == ["blocks.1.mlp"] and done.steps[0].change.loss.high < 1e-6
+    assert [step.layer for step in done.kept] == ["blocks.0.mlp"] and done.kept[0].change.loss.low > 1
+    assert isinstance(model.blocks[0].mlp, vimoe.MoE) and not isinstance(model.blocks[1].mlp, vimoe.MoE)
     x = torch.cat([x for x, _ in loader()])
-    torch.testing.assert_close(model(x), Known()(x))
-    assert x.shape[-1] == CLASSES
+    torch.testing.assert_close(model(x), Known(routing=routing)(x))
+    assert "kept" in str(done) and "made dense" in str(done)
 
 
-def test_the_tolerance_is_the_largest_change_that_a_removed_layer_may_have() -> None:
-    kept = [[v.keep for v in verdicts(evidence(0.01, 0.011, -0.2), tolerance)] for tolerance in (0.01, 0.02, -1.0)]
-    assert kept == [[False, True, False], [False, False, False], [True, True, True]]
+def test_it_would_be_seen_if_the_measurement_were_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With changes that are all zero the layer that matters goes too: the test above can fail."""
+
+    def nothing(_model: nn.Module, _loader: object, plan: dict, **_: object) -> dict:
+        return {name: Changes(np.zeros((9, len(ways))), np.zeros((9, len(ways)))) for name, ways in plan.items()}
+
+    model = Known()
+    found = vimoe.analyze(model, loader())
+    monkeypatch.setattr("vimoe.pruning.measure", nothing)
+    assert len(vimoe.prune(model, found, loader()).steps) == 2
+
+
+class Twins(Known):
+    """Both layers cast the same vote, so that either can go, and not both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1] = copy.deepcopy(self.blocks[0])
+
+
+def test_each_removal_is_measured_in_the_model_without_those_before() -> None:
+    """Each of the twins alone is superfluous; judged by the evidence both would go, and the model with them."""
+    model = Twins()
+    found = vimoe.analyze(model, loader())
+    assert all(layer.dense["shared"].loss.high < 0.1 for layer in found.layers)
+    greedy, at_once = copy.deepcopy(model), copy.deepcopy(model)
+    done = vimoe.prune(greedy, found, loader(), tolerance=0.1)
+    assert len(done.steps) == len(done.kept) == 1 and done.kept[0].change.loss.low > 1
+    assert len(vimoe.prune(at_once, found, tolerance=0.1).steps) == 2
+    x, labels = (torch.cat(each) for each in zip(*loader(), strict=True))
+    assert (greedy(x).argmax(dim=1) == labels).all() and not (at_once(x).argmax(dim=1) == labels).all()
+
+
+def test_totals_are_of_the_model_that_was_given() -> None:
+    model = perturb_experts(upcycle(vit(), config()))
+    x, labels = images(model, 20), torch.arange(20) % 5
+    batches = list(zip(x.split(8), labels.split(8), strict=True))
+    found = vimoe.analyze(model, batches, draws=1)
+    with torch.no_grad():
+        before = F.cross_entropy(model(x), labels)
+        done = vimoe.prune(model, found, batches, tolerance=100.0, experts=True)
+        after = F.cross_entropy(model(x), labels)
+    assert not layers(model) and len(done.steps) == 2 and not done.kept
+    assert done.steps[-1].total.loss.value == pytest.approx(float(after - before), abs=1e-5)
+    assert sum(step.change.loss.value for step in done.steps) == pytest.approx(float(after - before), abs=1e-5)
+    assert done.steps[0].total == done.steps[0].change
+
+
+def test_the_way_with_the_lowest_loss_is_taken() -> None:
+    """Experts that share a vote which the shared expert lacks: their mean keeps it."""
+    model = Known(combine="sum")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.experts.fc2.bias.zero_()
+        model.blocks[1].mlp.experts.fc2.bias[:, CLASSES] = 5.0
+    batches = [(x, torch.zeros_like(y)) for x, y in loader()]
+    done = vimoe.prune(model, vimoe.analyze(model, batches), batches)
+    assert {step.layer: step.how for step in done.steps}["blocks.1.mlp"] in ("merge", "matched")
+    assert not layers(model)
+    assert (model(batches[0][0]).argmax(dim=1) == 0).all() and done.steps[-1].total.loss.high < 0.01
+
+
+def test_the_upper_bound_decides_not_the_estimate() -> None:
+    def gone(*changes: Effect, tolerance: float = 0.01) -> list[str]:
+        return [
+            step.layer[7] for step in vimoe.prune(upcycle(vit(), config()), evidence(*changes), None, tolerance).steps
+        ]
+
+    assert gone(effect(0.005, 0.005), effect(0.0, 0.02)) == ["0"]
+    assert gone(effect(-0.2), effect(0.011)) == ["0"]
+    assert gone(effect(-0.2), effect(0.011), tolerance=0.011) == ["0", "1"]
+    assert gone(effect(-0.2), effect(0.011), tolerance=-1.0) == []
+
+
+def test_experts_are_dropped_one_after_another() -> None:
+    """Two experts are never chosen and two are copies of one another: three can go but not the last of the twins."""
+    model = Known(num_experts=6)
+    with torch.no_grad():
+        model.blocks[0].mlp.router.weight[CLASSES:] = -1.0
+        model.blocks[0].mlp.router.weight[4, 0] = 19.9  # second choice of class 0, with the same vote
+        model.blocks[0].mlp.experts.fc2.bias[4] = model.blocks[0].mlp.experts.fc2.bias[0]
+    found = vimoe.analyze(model, loader())
+    x = torch.cat([x for x, _ in loader()])
+    before = model(x)
+    done = vimoe.prune(model, found, loader(), tolerance=0.05, experts=True)
+    experts = [step.expert for step in done.steps if step.expert is not None]
+    assert len(experts) == 2 and 5 in experts and set(experts) & {0, 4}
+    kept = model.blocks[0].mlp
+    assert kept.config.num_experts == kept.router.config.num_experts == 4 == len(kept.experts.fc1.weight)
+    assert (model(x).argmax(dim=1) == before.argmax(dim=1)).all()
+    assert vimoe.prune(Known(num_experts=6), found, loader(), tolerance=0.05).steps[-1].expert is None
+
+
+def test_a_model_with_fewer_experts_in_one_layer_is_saved_and_loaded(tmp_path) -> None:
+    model = perturb_experts(upcycle(vit(), config(top_k=2)))
+    layers(model)[0].keep_experts([3, 1])
+    vimoe.save(model, tmp_path / "model")
+    again = vimoe.load(tmp_path / "model")
+    assert [layer.config.num_experts for layer in layers(again)] == [2, 4]
+    torch.testing.assert_close(again(images(model)), model(images(model)))
+    assert vimoe.count(again).params < vimoe.count(upcycle(vit(), config(top_k=2))).params
 
 
 @pytest.mark.parametrize("tolerance", [float("nan"), float("inf")])
 def test_a_tolerance_is_a_number(tolerance: float) -> None:
     with pytest.raises(VimoeError, match="expected a number of nats"):
-        verdicts(evidence(5.0), tolerance)
+        vimoe.prune(vit(), evidence(effect(5.0)), None, tolerance)
 
 
-def test_with_a_shared_expert_it_alone_remains() -> None:
-    model = perturb_experts(upcycle(vit(), config()))
-    expected = vimoe.densify(copy.deepcopy(model), layers=[1], how="shared")
-    assert [str(v.how) for v in vimoe.prune(model, evidence(0.5, 0.0))] == ["shared", "shared"]
-    assert len(layers(model)) == 1 and torch.equal(model(images(model)), expected(images(model)))
-
-
-def test_without_one_experts_are_merged_by_their_gates() -> None:
+def test_by_the_evidence_experts_are_merged_by_their_gates() -> None:
     model = perturb_experts(upcycle(vit(), config(num_shared_experts=0, top_k=2)))
-    found = evidence(0.0, 0.0, shared=False)
+    found = evidence(effect(0.0), effect(0.0), hows=("merge", "matched"), top_k=2)
     mass = np.array([0.7, 0.3, 0.0, 0.0])
     found = replace(found, layers=(replace(found.layers[0], gate_mass=mass), found.layers[1]))
     weight = layers(model)[0].experts.fc1.weight.detach()
-    vimoe.prune(model, found)
+    assert {step.how for step in vimoe.prune(model, found).steps} == {"merge"}
     assert not layers(model)
     torch.testing.assert_close(model.blocks[0].mlp.fc1.weight.detach(), 0.7 * weight[0] + 0.3 * weight[1])
 
 
 def test_evidence_of_another_model_is_refused_and_nothing_changed() -> None:
     model = upcycle(vit(), config(layers=[0]))
-    for other in (evidence(0.0, 0.0), evidence(0.0, shared=False)):
+    zero = effect(0.0)
+    for other in (evidence(zero, zero), evidence(zero, num_experts=8), evidence(zero, routing="token")):
         with pytest.raises(VimoeError, match="run analyze on this model"):
             vimoe.prune(model, other)
         assert len(layers(model)) == 1
+
+
+def test_what_was_not_measured_cannot_decide() -> None:
+    model = upcycle(vit(), config(layers=[0]))
+    with pytest.raises(VimoeError, match="no interventions"):
+        vimoe.prune(model, evidence(effect(0.0), dense={}))
+    with pytest.raises(VimoeError, match="experts=True without a loader"):
+        vimoe.prune(model, evidence(effect(0.0)), experts=True)
 
 
 def test_the_receipt_has_score_cost_and_measured_speed() -> None:

@@ -78,9 +78,11 @@ def test_a_collapsed_layer_has_one_expert_and_no_dependence() -> None:
 def test_layers_that_copy_one_another_agree_and_take_few_routes() -> None:
     first, other = rng(3).integers(0, EXPERTS, (2, IMAGES))
     copied = (first + 3) % EXPERTS  # the same decisions under other names
-    matrix = specialisation.agreement([first, copied, other])
+    found = specialisation.agreement([first, copied, other])
+    matrix = found["value"]
     assert matrix[0, 1] == matrix[1, 0] == pytest.approx(1) and abs(matrix[0, 2]) < 0.02
     assert np.array_equal(np.diag(matrix), np.ones(3))
+    assert found["low"][0, 2] < 0 < found["high"][2, 0] and found["low"][0, 1] > 0.9
     one, two, three = (layer[:, None, None] for layer in (first, copied, other))
     assert routes([one, two]) == (EXPERTS, pytest.approx(EXPERTS, rel=0.01))
     used, effective = routes([one, three])

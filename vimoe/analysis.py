@@ -1,262 +1,286 @@
-"""Which MoE layers specialise, and whether it matters: tables of class and expert, and interventions on the routing.
+"""Which MoE layers specialise, and whether it matters: the evidence that pruning decides on.
 
-Axes: C classes, N experts, R routed units (images or tokens), K chosen experts.
+Two different questions. By number: do the experts of a layer get different classes? By cause: what happens to the loss
+when the routing of a layer is overruled, or the layer is made dense? A layer can specialise without need.
 
-Two interventions answer two questions for each layer, as the change of the validation loss in nats: does it matter
-*which* expert an image gets (whole decisions, experts and gates, are permuted between images), and what would be lost
-if the layer were dense (its output becomes S(x), the shared expert's; without one, that of the merged experts).
+Axes: I images, C classes, N experts, U routed units of an image, K chosen experts, L layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
-from vimoe.errors import DataError, VimoeError
-from vimoe.evaluate import Batches, Score, ScoreCounts, forwards, label_names
+from vimoe import specialisation
+from vimoe.comparison import compare_experts
+from vimoe.config import DRAWS, OVERRULED_IMAGES
+from vimoe.errors import ConfigError, DataError, VimoeError
+from vimoe.evaluate import Batches, Score, ScoreCounts, batches_of, label_names
+from vimoe.evidence import Effect, Evidence, LayerEvidence
+from vimoe.interventions import Frozen, Handed, Intervention, Without, measure
 from vimoe.moe import MoE, Routing, record
+from vimoe.specialisation import mean_intervals
 from vimoe.upcycling import moe_layers
 
-
-@dataclass(frozen=True)
-class LayerEvidence:
-    """What validation images say of one MoE layer.
-
-    Attributes:
-        name: module name of the layer.
-        counts: (C, N), how often the units of each class chose each expert; from it follow heatmap and load.
-        gate_mass: (N,) mean over units of the gate that each expert got, 0 where it was not chosen.
-        mutual_information: of class and expert in nats, plug-in estimate from `counts`. It is biased upwards where
-            images are few: compare it within one data set only.
-        adjusted_mutual_information: of class and the image's most used expert, adjusted for chance: 0 is what
-            independence gives, 1 a function of one another (scikit-learn's, arithmetic mean).
-        permuted_loss_change: nats, when whole routing decisions are permuted between images.
-        shared_loss_change: nats, when the layer's output is S(x); None without a shared expert.
-        merged_loss_change: nats, when the layer is one FFN with the experts' mean weights; None with a shared expert.
-    """
-
-    name: str
-    counts: np.ndarray
-    gate_mass: np.ndarray
-    mutual_information: float
-    adjusted_mutual_information: float
-    permuted_loss_change: float
-    shared_loss_change: float | None
-    merged_loss_change: float | None
-
-    @property
-    def heatmap(self) -> np.ndarray:
-        """(C, N) P(expert | class): each row sums to 1, or is 0 for a class without images."""
-        return self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
-
-    @property
-    def load(self) -> np.ndarray:
-        """(N,) share of all decisions that each expert got; sums to 1."""
-        return self.counts.sum(axis=0) / self.counts.sum()
-
-    @property
-    def removal_loss_change(self) -> float:
-        """What making the layer dense costs, measured as it would be done: S(x) alone, else the experts merged."""
-        change = self.merged_loss_change if self.shared_loss_change is None else self.shared_loss_change
-        assert change is not None
-        return change
+KEPT_IMAGES = 20_000  # whose decisions are kept, at most
+KEPT_UNITS = 2**21  # of each layer, at most: tokens are many
+_COMPARED = 16  # images whose tokens go to all experts of a layer
+_EXAMPLES = 8  # images that are named for each expert
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """The evidence on every MoE layer of a model, with the score of the untouched model on the same images."""
-
-    layers: tuple[LayerEvidence, ...]
-    base: Score
-    classes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it: what `routing.json` holds."""
-        layers = []
-        for layer in self.layers:
-            values = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(layer).items()}
-            layers.append({**values, "load": layer.load.tolist()})
-        return {"base": self.base.to_dict(), "classes": list(self.classes), "layers": layers}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Evidence:
-        """The inverse of `to_dict`."""
-        layers = []
-        for row in values["layers"]:
-            arrays = {"counts": np.array(row["counts"]), "gate_mass": np.array(row["gate_mass"])}
-            layers.append(LayerEvidence(**{k: v for k, v in row.items() if k != "load"} | arrays))
-        return cls(tuple(layers), Score(**values["base"]), tuple(values["classes"]))
-
-    def __str__(self) -> str:
-        head = f"{'layer':<20}{'AMI':>7}{'MI':>8}{'busiest':>9}{'idlest':>8}{'permuted':>10}{'dense':>9}"
-        rows = [
-            f"{e.name:<20}{e.adjusted_mutual_information:>7.3f}{e.mutual_information:>8.3f}{e.load.max():>9.1%}"
-            f"{e.load.min():>8.1%}{e.permuted_loss_change:>+10.4f}{e.removal_loss_change:>+9.4f}"
-            for e in self.layers
-        ]
-        return "\n".join(
-            [f"{self.base.images} images, top-1 {self.base.top1:.2%}, loss {self.base.loss:.4f}", head, *rows]
-        )
-
-
-def analyze(model: nn.Module, loader: Batches, seed: int = 0, progress: bool = False) -> Evidence:
+def analyze(
+    model: nn.Module,
+    loader: Batches,
+    draws: int = DRAWS,
+    overrule: int | None = OVERRULED_IMAGES,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evidence:
     """Measures every MoE layer of a classifier on validation images.
+
+    The loader is read twice: to see the routing, which costs little more than an evaluation, and for the interventions,
+    which cost `draws` + N + 4 times the rest of the model from each layer on. Memory does not depend on how many images
+    there are: the decisions of at most 20,000 are kept, drawn uniformly.
 
     Args:
         model: a model with MoE layers; left in eval mode.
-        loader: validation batches of (images, labels), the same in the same order each time it is read: it is read
-            once to see the routing and once more for each intervention.
-        seed: draws the permutation of the images.
+        loader: validation batches of (images, labels), the same in the same order when it is read again.
+        draws: permutations of the images' decisions.
+        overrule: images that interventions are measured on, drawn uniformly; 0 for no interventions, None for all that
+            are kept.
+        seed: draws images, permutations and resamples.
         progress: show a progress bar on standard error for each pass.
 
     Raises:
-        VimoeError: where the model has no MoE layer.
+        VimoeError: where the model has no MoE layer, or its loss is not finite.
         DataError: where the loader is empty or gives other images when it is read again.
     """
+    if draws < 1:
+        raise ConfigError(f"draws={draws}: expected at least 1")
+    if overrule is not None and overrule < 0:
+        raise ConfigError(f"overrule={overrule}: expected 0 or more images, or None for all")
     layers = moe_layers(model)
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
-    base, labels, tables = _observe(model, loader, layers, "observing the routing" if progress else "")
-    if not math.isfinite(base.loss):
-        raise VimoeError(f"the model's loss on validation is {base.loss}: expected a model whose outputs are finite")
-    donors = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    base, seen = _observe(model, loader, layers, seed, "observing the routing" if progress else "")
+    half = specialisation.halves(seen.labels, seed)
+    classes = label_names(model)
 
-    def loss_change(task: str, intervention: AbstractContextManager[None]) -> float:
-        with intervention:
-            return _score(model, loader, labels, task if progress else "").loss - base.loss
+    counts = {name: seen.per_image(name) for name in layers}
+    tables = {name: _table(seen.labels, counts[name], len(classes)) for name in layers}
+    drawn = {name: _table(seen.labels[~half], counts[name][~half], len(classes)) for name in layers}
+    class_order, expert_orders = specialisation.orders([tables[name] - drawn[name] for name in layers])
+    favourites = {n: specialisation.favourites(counts[n], seen.per_image(n, seen.gates[n])) for n in layers}
+    gate_mass = {n: seen.per_image(n, seen.gates[n]).sum(axis=0) / seen.experts[n][..., 0].size for n in layers}
+    effects = _Effects(model, layers, seen, gate_mass, draws, overrule, seed)
+    if effects.images:
+        effects.measure(loader, "overruling the routing" if progress else "")
 
     evidence = []
-    for name, layer in layers.items():
-        table = tables[name]
-        gate_mass = table.gate_mass / table.units
-        shared = merged = None
-        if layer.shared is not None:
-            shared = loss_change(f"{name} as S(x)", computing(layer, layer.shared))
-        else:
-            merged = loss_change(f"{name} merged", computing(layer, layer.merged(gate_mass)))
+    for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
+        config = layer.config
         evidence.append(
             LayerEvidence(
                 name=name,
-                counts=table.counts.numpy(),
-                gate_mass=gate_mass.numpy(),
-                mutual_information=mutual_information(table.counts.numpy()),
-                adjusted_mutual_information=float(adjusted_mutual_info_score(labels, torch.cat(table.favourites))),
-                permuted_loss_change=loss_change(f"{name} permuted", permuted(layer, *table.decisions(), donors)),
-                shared_loss_change=shared,
-                merged_loss_change=merged,
+                routing=config.routing,
+                num_experts=config.num_experts,
+                top_k=config.top_k,
+                counts=tables[name],
+                drawn=drawn[name],
+                expert_order=expert_order,
+                gate_mass=gate_mass[name],
+                adjusted_mutual_information=specialisation.dependence(seen.labels, counts[name], seed),
+                effective_experts=specialisation.effective_number(counts[name], seed),
+                comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
+                examples=seen.examples(name),
+                **effects.of(name),
             )
         )
-    return Evidence(tuple(evidence), base, tuple(label_names(model)))
+    possible = math.prod(math.comb(layer.config.num_experts, layer.config.top_k) for layer in layers.values())
+    return Evidence(
+        layers=tuple(evidence),
+        base=base,
+        classes=tuple(classes),
+        images=len(seen.labels),
+        overruled_images=effects.images,
+        draws=draws,
+        class_order=class_order,
+        pairs=specialisation.activated_pairs(list(counts.values()), seed),
+        routes=(*specialisation.routes(list(seen.experts.values())), possible),
+        agreement=specialisation.agreement(list(favourites.values()), seed),
+    )
 
 
-def mutual_information(counts: np.ndarray) -> float:
-    """Of the two variables of a contingency table, in nats."""
-    joint = counts / counts.sum()
-    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    seen = joint > 0
-    return float((joint[seen] * np.log(joint[seen] / independent[seen])).sum())
+class _Effects:
+    """The interventions on every layer, and what they were found to change."""
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
+        draws: int, overrule: int | None, seed: int,
+    ) -> None:  # fmt: skip
+        self.model, self.seed, self.draws = model, seed, draws
+        rng = np.random.default_rng(seed)
+        kept = len(seen.labels)
+        self.images = kept if overrule is None else min(overrule, kept)
+        rows = np.sort(rng.choice(kept, self.images, replace=False))
+        self.chosen = seen.places[rows], seen.labels[rows]
+        donors = [torch.from_numpy(rng.permutation(kept)[: self.images]) for _ in range(draws)]
+        self.plan: dict[str, dict[str, list[Intervention]]] = {}
+        for name, layer in layers.items():
+            experts, gates = torch.from_numpy(seen.experts[name]), torch.from_numpy(seen.gates[name])
+            frozen = specialisation.most_frequent(seen.experts[name], seen.gates[name])
+            can_go = layer.config.num_experts > layer.config.top_k
+            mass = torch.from_numpy(gate_mass[name])
+            self.plan[name] = {
+                "permuted": [Handed(experts, gates, donor) for donor in donors],
+                "frozen": [Frozen(*map(torch.from_numpy, frozen))],
+                "experts": [Without(e) for e in range(layer.config.num_experts)] if can_go else [],
+                **{how: [layer.dense(how, mass)] for how in layer.hows},
+            }
+        self._found: dict[str, dict[str, list[Effect]]] = {}
+
+    def measure(self, loader: Batches, task: str) -> None:
+        """One reading of the loader."""
+        flat = {name: [each for group in groups.values() for each in group] for name, groups in self.plan.items()}
+        for name, changes in measure(self.model, loader, flat, self.chosen, task).items():
+            columns = iter(zip(changes.loss.T, changes.right.T, strict=True))
+            groups = {key: [next(columns) for _ in group] for key, group in self.plan[name].items()}
+            groups["permuted"] = [tuple(np.mean(groups["permuted"], axis=0))]  # an image's mean over the draws
+            self._found[name] = {key: _effects(group, self.seed) for key, group in groups.items()}
+
+    def of(self, name: str) -> dict[str, Any]:
+        """Fields of LayerEvidence."""
+        found = self._found.get(name)
+        if found is None:
+            return {"permuted": None, "frozen": None, "dense": {}, "experts": ()}
+        dense = {how: found[how][0] for how in found if how not in ("permuted", "frozen", "experts")}
+        return {
+            "permuted": found["permuted"][0],
+            "frozen": found["frozen"][0],
+            "dense": dense,
+            "experts": tuple(found["experts"]),
+        }
 
 
-@contextmanager
-def permuted(layer: MoE, experts: Tensor, gates: Tensor, donors: Tensor) -> Iterator[None]:
-    """While it holds, image i gets the complete decision (experts and gates) that image donors[i] got.
+class _Seen:
+    """What a uniform sample of the images did: their decisions in each layer, and a few layer inputs.
 
-    Args:
-        layer: whose router is overruled.
-        experts, gates: (images, units of an image, K), the decisions in the order in which images will come.
-        donors: (images,) a permutation.
+    Attributes:
+        places: (I,) places in the loader, in rising order; labels: (I,).
+        experts, gates: by layer, (I, U, K).
+        inputs: by layer, (a few images, tokens, channels).
     """
-    position = 0
 
-    def overrule(_router: nn.Module, _args: Any, routing: Routing) -> Routing:
-        nonlocal position
-        chosen = donors[position : position + routing.batch[0]]
-        position += routing.batch[0]
-        device = routing.gates.device
-        return replace(
-            routing, experts=experts[chosen].flatten(0, 1).to(device), gates=gates[chosen].flatten(0, 1).to(device)
-        )
+    def __init__(self, layers: Mapping[str, MoE], seed: int) -> None:
+        self.layers = layers
+        self.images = 0
+        self.experts: dict[str, np.ndarray] = {}
+        self.gates: dict[str, np.ndarray] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self._rng = np.random.default_rng(seed)
+        self._limit = KEPT_IMAGES
 
-    handle = layer.router.register_forward_hook(overrule)
+    def expect(self, images: int) -> None:
+        """Decides whose inputs to keep of a batch that is about to run."""
+        self._compared = self._slots(images, _COMPARED)
+
+    def add_input(self, name: str, x: Tensor) -> None:
+        """Keeps the inputs (B, T, D) of a layer for the images that were decided on."""
+        slots, rows = self._compared
+        if name not in self.inputs:
+            self.inputs[name] = x.new_empty(_COMPARED, *x.shape[1:])
+        for slot, row in zip(slots, rows, strict=True):
+            self.inputs[name][slot] = x[row]
+
+    def add(self, labels: Tensor, routings: list[Routing]) -> None:
+        """Takes what a batch did: (B,) labels, and the routing of each layer."""
+        arrays = {r.layer: [_per_image(a, r) for a in (r.experts, r.gates)] for r in routings}
+        if not self.images:
+            self._limit = min(KEPT_IMAGES, *(KEPT_UNITS // e.shape[1] for e, _ in arrays.values()))
+            self.places, self.labels = np.empty(self._limit, np.int64), np.empty(self._limit, np.int64)
+            for name, (experts, gates) in arrays.items():  # memory is taken when it is written to
+                self.experts[name] = np.empty((self._limit, *experts.shape[1:]), np.int16)
+                self.gates[name] = np.empty((self._limit, *gates.shape[1:]), np.float32)
+        slots, rows = self._slots(len(labels), self._limit)
+        self.places[slots], self.labels[slots] = self.images + rows, labels.cpu().numpy()[rows]
+        for name, (experts, gates) in arrays.items():
+            self.experts[name][slots], self.gates[name][slots] = experts[rows], gates[rows]
+        self.images += len(labels)
+
+    def close(self) -> None:
+        """Puts the images in the loader's order."""
+        order = np.argsort(self.places[: self.images])
+        self.places, self.labels = self.places[order], self.labels[order]
+        self.experts = {name: kept[order] for name, kept in self.experts.items()}
+        self.gates = {name: kept[order] for name, kept in self.gates.items()}
+        self.inputs = {name: kept[: self.images] for name, kept in self.inputs.items()}
+
+    def per_image(self, name: str, weights: np.ndarray | None = None) -> np.ndarray:
+        """(I, N) how often each image chose each expert, or the sum of weights (I, U, K) of these choices."""
+        experts, n = self.experts[name], self.layers[name].config.num_experts
+        code = np.arange(len(experts))[:, None, None] * n + experts
+        flat = None if weights is None else weights.ravel()
+        return np.bincount(code.ravel(), flat, len(experts) * n).reshape(-1, n)
+
+    def examples(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """For each expert places of the images that gave it most, best first."""
+        gates = self.per_image(name, self.gates[name])
+        best = np.argsort(-gates, axis=0, kind="stable")[:_EXAMPLES].T
+        return tuple(tuple(int(self.places[i]) for i in row if gates[i, e] > 0) for e, row in enumerate(best))
+
+    def _slots(self, images: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Reservoir sampling (Vitter's algorithm R): where to keep which rows of a batch."""
+        nth = np.arange(self.images, self.images + images)
+        slots = np.where(nth < limit, nth, self._rng.integers(0, nth + 1))
+        rows = np.flatnonzero(slots < limit)
+        return slots[rows], rows
+
+
+def _observe(model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seed: int, task: str) -> tuple[Score, _Seen]:
+    score, seen = ScoreCounts(), _Seen(layers, seed)
+    handles = [
+        layer.register_forward_pre_hook(lambda _layer, args, name=name: seen.add_input(name, args[0]))
+        for name, layer in layers.items()
+    ]
     try:
-        yield
+        with torch.no_grad(), record(model) as routings:
+            for x, labels in batches_of(model, loader, task):
+                seen.expect(len(labels))
+                score.add(model(x), labels)
+                seen.add(labels, routings)
+                routings.clear()
     finally:
-        handle.remove()
-
-
-@contextmanager
-def computing(layer: MoE, dense: nn.Module) -> Iterator[None]:
-    """While it holds, the layer's output is that of a dense FFN."""
-    handle = layer.register_forward_hook(lambda _layer, args, _output: dense(*args))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _Table:
-    """What one layer's decisions add up to."""
-
-    def __init__(self, classes: int, experts: int) -> None:
-        self.counts = torch.zeros(classes, experts, dtype=torch.int64)
-        self.gate_mass = torch.zeros(experts, dtype=torch.float64)
-        self.units = 0
-        self.favourites: list[Tensor] = []
-        self._experts: list[Tensor] = []
-        self._gates: list[Tensor] = []
-
-    def add(self, routing: Routing, labels: Tensor) -> None:
-        images, n = routing.batch[0], routing.num_experts
-        experts, gates = routing.experts.cpu(), routing.gates.cpu()
-        image = routing.image.cpu()
-        per_image = torch.zeros(images, n, dtype=torch.int64)
-        per_image.index_put_((image[:, None].expand_as(experts), experts), torch.tensor(1), accumulate=True)
-        self.counts.index_add_(0, labels.cpu(), per_image)
-        self.gate_mass.index_add_(0, experts.flatten(), gates.flatten().double())
-        self.units += len(gates)
-        # of equally used experts the one with the larger gates
-        mass = torch.zeros(images, n).index_put_((image[:, None].expand_as(experts), experts), gates, accumulate=True)
-        self.favourites.append((per_image + mass / (1 + mass.sum(dim=1, keepdim=True))).argmax(dim=1))
-        self._experts.append(experts.view(images, -1, experts.shape[1]))
-        self._gates.append(gates.view(images, -1, gates.shape[1]))
-
-    def decisions(self) -> tuple[Tensor, Tensor]:
-        return torch.cat(self._experts), torch.cat(self._gates)
-
-
-def _observe(
-    model: nn.Module, loader: Batches, layers: dict[str, MoE], task: str
-) -> tuple[Score, Tensor, dict[str, _Table]]:
-    classes = len(label_names(model))
-    tables = {name: _Table(classes, layer.config.num_experts) for name, layer in layers.items()}
-    counts, seen = ScoreCounts(), []
-    with torch.no_grad(), record(model) as routings:
-        for logits, labels in forwards(model, loader, task):
-            counts.add(logits, labels)
-            seen.append(labels.cpu())
-            for routing in routings:
-                tables[routing.layer].add(routing, labels)
-            routings.clear()
-    if not seen:
+        for handle in handles:
+            handle.remove()
+    if not score.images:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")
-    return counts.score(), torch.cat(seen), tables
+    if not math.isfinite(score.score().loss):
+        raise VimoeError(
+            f"the model's loss on validation is {score.score().loss}: expected a model whose outputs are finite"
+        )
+    seen.close()
+    return score.score(), seen
 
 
-def _score(model: nn.Module, loader: Batches, expected: Tensor, task: str) -> Score:
-    counts, position = ScoreCounts(), 0
-    for logits, labels in forwards(model, loader, task):
-        if not torch.equal(labels.cpu(), expected[position : position + len(labels)]):
-            raise DataError("the loader gives its images in another order each time: expected one with shuffle=False")
-        position += len(labels)
-        counts.add(logits, labels)
-    if position != len(expected):
-        raise DataError(f"the loader gave {len(expected)} images, then {position}: expected one that can be read again")
-    return counts.score()
+def _per_image(decisions: Tensor, routing: Routing) -> np.ndarray:
+    """(R, K) of all units to (B, U, K)."""
+    return decisions.view(routing.batch[0], -1, decisions.shape[1]).cpu().numpy()
+
+
+def _table(labels: np.ndarray, counts: np.ndarray, classes: int) -> np.ndarray:
+    """(C, N) sums of (I, N) over the images of each class."""
+    table = np.zeros((classes, counts.shape[1]), dtype=np.int64)
+    np.add.at(table, labels, counts)
+    return table
+
+
+def _effects(columns: list[tuple[np.ndarray, np.ndarray]], seed: int) -> list[Effect]:
+    if not columns:
+        return []
+    losses, tops = (mean_intervals(np.stack(group, axis=1), seed) for group in zip(*columns, strict=True))
+    return [Effect(loss, top1) for loss, top1 in zip(losses, tops, strict=True)]

@@ -7,9 +7,10 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimoe.config import PRUNE_TOLERANCE
+from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.errors import ConfigError, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
@@ -131,11 +132,20 @@ def analyze(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe analyze runs/photos
     """
-    run, _ = _run(verb, argv)
-    evidence, folder = run.analyze(), run.run.path
+    parser = _parser(verb)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="permutations of the images' decisions")
+    overrule = "images to overrule the routing on, drawn at random; 0 for none"
+    parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=overrule)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    options = parser.parse_args(argv)
+    from vimoe.finished import FinishedRun
+
+    run = FinishedRun(options["run"])
+    evidence, folder = run.analyze(options["draws"], options["overrule"], options["seed"]), run.run.path
     values = evidence.to_dict()
     for layer in values["layers"]:
-        del layer["counts"]  # they are in routing.json
+        del layer["counts"], layer["drawn"]  # they are in routing.json
     paths = {"routing": str(folder / "routing.json"), "report": str(folder / "report.html")}
     return f"{evidence}\n{paths['report']}", {**values, **paths}
 
@@ -147,17 +157,45 @@ def prune(verb: str, argv: list[str]) -> Result:
     """
     parser = _parser(verb, out="folder to make for the pruned run")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--tolerance", type=float, default=PRUNE_TOLERANCE, help="largest loss change, nats")
+    tolerance = "largest upper bound of a removal's loss change, nats"
+    parser.add_argument("--tolerance", type=float, default=PRUNE_TOLERANCE, help=tolerance)
+    parser.add_argument("--experts", type=bool, default=False, help="also drop experts of the layers that stay")
+    parser.add_argument("--recover", type=int, default=0, help="epochs to train the pruned model")
+    parser.add_argument("--recover_lr", type=float | None, default=None, help="default: a tenth of the run's")
     options = parser.parse_args(argv)
     out = _required_out(options)
     from vimoe.finished import FinishedRun
     from vimoe.report import RECEIPT_HEADER, receipt_row
 
-    values = FinishedRun(options["run"]).prune(out, options["tolerance"])
-    rows = [RECEIPT_HEADER, *(receipt_row(when, [values[when]]) for when in ("before", "after"))]
+    keys = ("tolerance", "experts", "recover", "recover_lr")
+    values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
+    when = [key for key in ("before", "after", "recovered") if key in values]
+    rows = [RECEIPT_HEADER, *(receipt_row(key, [values[key]]) for key in when)]
     table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
     measured = f"measured on {values['before']['images']} {values['split']} images"
-    return "\n".join([*values["verdicts"], *table, measured, values["report"]]), values
+    return "\n".join([values.pop("text"), *table, measured, values["report"]]), values
+
+
+def report(verb: str, argv: list[str]) -> Result:
+    """Write the page of a run again from its files, or one page of several runs side by side.
+
+    Example: vimoe report runs/dense runs/vimoe --out comparison.html
+    """
+    parser = _parser(verb, out="file to write (default, for one run: report.html in it)")
+    parser.add_argument("runs", nargs="+", help="run folders")
+    options = parser.parse_args(argv)
+    from vimoe.runs import open_run
+
+    folders = [open_run(path).path for path in options["runs"]]
+    if len(folders) == 1 and not options["out"]:
+        from vimoe.report import write_run_report
+
+        page = write_run_report(folders[0])
+    else:
+        from vimoe.side_by_side import write_comparison
+
+        page = write_comparison(folders, Path(_required_out(options, "comparison.html")))
+    return str(page), {"report": str(page)}
 
 
 def demo(verb: str, argv: list[str]) -> Result:
@@ -182,6 +220,7 @@ VERBS: dict[str, Callable[[str, list[str]], Result]] = {
     "predict": predict,
     "analyze": analyze,
     "prune": prune,
+    "report": report,
 }
 
 
@@ -210,9 +249,9 @@ def _settings(verb: str, argv: list[str], *sections: str, **extra: str) -> tuple
     return parser.settings(values), values
 
 
-def _required_out(options: Any) -> str:
+def _required_out(options: Any, example: str = "runs/first") -> str:
     if not options["out"]:
-        raise ConfigError("--out is missing: expected the folder to make, such as --out runs/first")
+        raise ConfigError(f"--out is missing: expected what to make, such as --out {example}")
     return options["out"]
 
 

@@ -13,6 +13,7 @@ Combine = Literal["mix", "sum"]
 LAYER_WORDS = ("all", "none", "last:N", "every:N")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 PRUNE_TOLERANCE = 0.01  # nats of validation loss
+DRAWS, OVERRULED_IMAGES = 20, 1_000  # of the causal scores: permutations, and images that they are measured on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +17,18 @@ from scipy import stats
 from torch import nn
 
 from vimoe import runs
-from vimoe.analysis import Evidence
 from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
 from vimoe.data import Data, eval_loader, load_data, preprocessing
+from vimoe.evidence import Evidence
 from vimoe.experiment import run_training
+from vimoe.figures import curves, loads
+from vimoe.findings import add_routing
 from vimoe.finished import FinishedRun
 from vimoe.folder import load
 from vimoe.options import Settings
-from vimoe.pruning import Receipt, Verdict, prune, receipts
-from vimoe.report import RECEIPT_HEADER, Page, add_routing, curves, loads, receipt_row
+from vimoe.page import Page
+from vimoe.pruning import Pruning, Receipt, prune, receipts
+from vimoe.report import RECEIPT_HEADER, receipt_row
 
 SEEDS = (0, 1, 2)
 DIGITS = DataConfig(path="digits", images_per_class=30, workers=0)
@@ -105,13 +108,13 @@ def _tour(out: str | None) -> tuple[str, dict[str, Any]]:
 
     console.print("analysing and pruning the ViMoEs")
     evidence: list[Evidence] = []
-    decided: list[list[Verdict]] = []
+    decided: list[Pruning] = []
     models[PRUNED] = []
     for seed in SEEDS:
         run = folder / f"vimoe-seed{seed}"
         evidence.append(FinishedRun(run).analyze())
         pruned = load(run / runs.MODEL)
-        decided.append(prune(pruned, evidence[-1]))
+        decided.append(prune(pruned, evidence[-1], _loader(pruned, data.val)))
         models[PRUNED].append(pruned)
 
     everything = [load(parent / runs.MODEL), *(model for group in models.values() for model in group)]
@@ -127,7 +130,7 @@ def _tour(out: str | None) -> tuple[str, dict[str, Any]]:
     summary = {
         "table": {name: [receipt.to_dict() for receipt in group] for name, group in table.items()},
         "comparisons": comparisons,
-        "kept": [[v.layer for v in verdicts if v.keep] for verdicts in decided],
+        "pruned": [done.to_dict() for done in decided],
         "seconds": seconds,
         "report": str(report),
     }
@@ -166,15 +169,15 @@ def compare(table: dict[str, list[Receipt]], name: str, control: str, comparison
     )
 
 
-def keeps(seed: int, verdicts: Sequence[Verdict], evidence: Evidence) -> str:
+def keeps(seed: int, done: Pruning, evidence: Evidence) -> str:
     """Which layers a seed kept, what losing each would have cost, and how many experts no validation image chose."""
-    kept = [f"{v.layer} ({v.loss_change:+.3f})" for v in verdicts if v.keep]
-    gone = max((v.loss_change for v in verdicts if not v.keep), default=None)
-    text = f"seed {seed} keeps {', '.join(kept) or 'no MoE layer'}"
+    kept = [f"{step.layer} ({step.change.loss.value:+.3f})" for step in done.kept]
     why = " (nats of validation loss without its routed experts)" if kept else ""
+    total = done.steps[-1].total if done.steps else None
+    removed = f"; the {len(done.steps)} removed cost {total.loss} together" if total else ""
     idle = sum(int((layer.load == 0).sum()) for layer in evidence.layers)
     experts = sum(len(layer.load) for layer in evidence.layers)
-    removed = "" if gone is None else f"; of those removed none cost more than {gone:+.3f}"
+    text = f"seed {seed} keeps {', '.join(kept) or 'no MoE layer'}"
     return f"{text}{why}{removed}; {idle} of {experts} experts were idle on validation"
 
 
@@ -191,7 +194,7 @@ def _loader(model: nn.Module, samples: Any) -> Any:
 
 def _report(
     folder: Path, data: Data, table: dict[str, list[Receipt]], comparisons: list[str], kept: list[str],
-    decided: list[list[Verdict]], evidence: list[Evidence], seconds: float,
+    decided: list[Pruning], evidence: list[Evidence], seconds: float,
 ) -> Path:  # fmt: skip
     page = Page("vimoe: a tour on handwritten digits", folder / "figures")
     page.text(
@@ -211,9 +214,9 @@ def _report(
     page.items(comparisons)
     page.heading("Layers kept, and why")
     page.items(kept)
-    for seed, verdicts in zip(SEEDS, decided, strict=True):
+    for seed, done in zip(SEEDS, decided, strict=True):
         page.text(f"Seed {seed}", note=True)
-        page.items(str(verdict) for verdict in verdicts)
+        page.items(str(done).splitlines())
     add_routing(page, evidence[0].to_dict(), "Routing")
     page.text("The routing shown is that of seed 0; each run's folder has its own report.", note=True)
     page.heading(f"Training of the {VIMOE}, seed 0")

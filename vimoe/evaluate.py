@@ -76,14 +76,19 @@ def forwards(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tupl
         loader: batches of (images, labels).
         task: what to call this in a progress bar on standard error; none without it.
     """
+    for images, labels in batches_of(model, loader, task):
+        with torch.no_grad():
+            yield model(images), labels
+
+
+def batches_of(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of each batch on the model's device and in its type, the model in eval mode; as `forwards`."""
     model.eval()
     weight = next(model.parameters())
     console = Console(stderr=True)
     hidden = not (task and console.is_terminal)
     for images, labels in track(loader, task or "", console=console, disable=hidden, transient=True):
-        with torch.no_grad():
-            logits = model(images.to(weight.device, weight.dtype, non_blocking=True))
-        yield logits, labels.to(weight.device)
+        yield images.to(weight.device, weight.dtype, non_blocking=True), labels.to(weight.device)
 
 
 def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:

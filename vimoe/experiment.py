@@ -54,6 +54,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     logger.info("%s", data)
     summary = train(model, data, settings.train, prepared, folder, settings.data.workers, converted)
     save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared)
+    summary = {**summary, "versions": runs.versions()}
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})
     report = write_run_report(folder)
     return {**summary, "out": str(folder), "report": str(report)}

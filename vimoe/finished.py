@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +16,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vimoe import runs
-from vimoe.analysis import Evidence, analyze
-from vimoe.data import Data, Sample, eval_loader, load_data, load_folder, preprocessing
-from vimoe.errors import FolderError
+from vimoe.analysis import analyze
+from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, TrainConfig
+from vimoe.data import Data, Sample, eval_loader, load_data, load_folder, open_image, preprocessing
+from vimoe.errors import ConfigError, FolderError
 from vimoe.evaluate import Score, evaluate, label_names
+from vimoe.evidence import Evidence
 from vimoe.experiment import write_validation
+from vimoe.figures import contact_sheet
 from vimoe.folder import load, save
 from vimoe.pruning import prune, receipts
 from vimoe.report import write_run_report
+from vimoe.train import train
+from vimoe.upcycling import moe_layers
 
 
 class FinishedRun:
@@ -55,40 +64,86 @@ class FinishedRun:
         split, samples = load_folder(folder, label_names(self.model)) if folder else self.reported
         return split, evaluate(self.model, self._loader(samples), "evaluating")
 
-    def analyze(self) -> Evidence:
-        """Measures the routing on validation, and writes routing.json and the report."""
-        evidence = analyze(self.model, self._loader(self.data.val), progress=True)
+    def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
+        """Measures the routing on validation, and writes routing.json, example images and the report."""
+        evidence = analyze(self.model, self._loader(self.data.val), draws, overrule, seed, progress=True)
         runs.write_json(self.run.path / runs.ROUTING, evidence.to_dict())
+        self._write_examples(evidence)
         write_run_report(self.run.path)
         return evidence
 
-    def prune(self, out: str | Path, tolerance: float) -> dict[str, Any]:
+    def prune(
+        self, out: str | Path, tolerance: float = PRUNE_TOLERANCE, experts: bool = False, recover: int = 0,
+        recover_lr: float | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Writes a new run with the pruned model and a receipt; analyses first where that was not done.
+
+        Args:
+            out: the folder to make.
+            tolerance, experts: as `vimoe.prune`.
+            recover: epochs to train the pruned model on, with the settings of the run but for `recover_lr`.
+            recover_lr: by default a tenth of the run's.
 
         Returns:
             What summary.json of the new run holds, and the paths of the run and its report.
         """
         runs.check_new(out)
+        recovery = self._recovery(recover, recover_lr)
         known = self.run.path / runs.ROUTING
         evidence = _read_evidence(known) if known.exists() else self.analyze()
         pruned = self._fresh_model()
-        decided = prune(pruned, evidence, tolerance)
-        split, samples = self.reported
-        before, after = receipts([self.model, pruned], self._loader(samples))
-        summary = {
-            "verdicts": [str(verdict) for verdict in decided],
-            "kept": [verdict.layer for verdict in decided if verdict.keep],
-            "split": split,
-            "before": before.to_dict(),
-            "after": after.to_dict(),
-        }
+        done = prune(pruned, evidence, self._loader(self.data.val), tolerance, experts, progress=True)
         folder = runs.new_run(out)
         runs.write_settings(folder, self.run.settings)
         write_validation(folder, self.run.settings, self.data)
-        save(pruned, folder / runs.MODEL, label_names=label_names(pruned))
+        models = {"before": self.model, "after": pruned}
+        if recovery:
+            models["recovered"] = copy.deepcopy(pruned)
+            names, prepared = [layer.name for layer in evidence.layers], preprocessing(pruned)
+            train(models["recovered"], self.data, recovery, prepared, folder, self.run.settings.data.workers, names)
+        split, samples = self.reported
+        measured = receipts(list(models.values()), self._loader(samples))
+        left = moe_layers(pruned)
+        summary = {
+            **done.to_dict(),
+            "kept": [{**asdict(step), "experts": left[step.layer].config.num_experts} for step in done.kept],
+            "recovery_epochs": recover,
+            "recovery_lr": recovery.lr if recovery else None,
+            "split": split,
+            **{when: receipt.to_dict() for when, receipt in zip(models, measured, strict=True)},
+            "versions": runs.versions(),
+        }
+        final = models.get("recovered", pruned)
+        save(final, folder / runs.MODEL, label_names=label_names(final))
         runs.write_json(folder / runs.ROUTING_BEFORE, evidence.to_dict())
+        shutil.copytree(self.run.path / runs.FIGURES, folder / runs.FIGURES, ignore=_all_but_examples)
         runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "prune", **summary})
-        return {**summary, "out": str(folder), "report": str(write_run_report(folder))}
+        return {**summary, "text": str(done), "out": str(folder), "report": str(write_run_report(folder))}
+
+    def _write_examples(self, evidence: Evidence) -> None:
+        """A sheet for each layer: the images that each expert got most of, as figures/examples-LAYER.png."""
+        folder = self.run.path / runs.FIGURES
+        folder.mkdir(exist_ok=True)
+        for layer in evidence.layers:
+            rows = {
+                f"expert {expert}": [self._picture(place, evidence.classes) for place in layer.examples[expert]]
+                for expert in layer.expert_order
+                if layer.examples[expert]
+            }
+            contact_sheet(rows).savefig(folder / runs.EXAMPLES.format(layer.name), dpi=110)
+
+    def _picture(self, place: int, classes: tuple[str, ...]) -> tuple[Any, str]:
+        source, label = self.data.val[place]
+        image = open_image(source).copy()
+        image.thumbnail((96, 96))
+        return image, classes[label]
+
+    def _recovery(self, epochs: int, lr: float | None) -> TrainConfig | None:
+        if epochs < 0:
+            raise ConfigError(f"recover={epochs}: expected a number of epochs, 0 for none")
+        config = self.run.settings.train
+        lr = config.lr / 10 if lr is None else lr
+        return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr), warmup_epochs=0) if epochs else None
 
     def _fresh_model(self) -> nn.Module:
         return load(self.run.model, torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -96,6 +151,10 @@ class FinishedRun:
     def _loader(self, samples: tuple[Sample, ...]) -> DataLoader:
         settings = self.run.settings
         return eval_loader(samples, preprocessing(self.model), 2 * settings.train.batch_size, settings.data.workers)
+
+
+def _all_but_examples(_folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not fnmatch(name, runs.EXAMPLES.format("*"))]
 
 
 def _read_evidence(path: Path) -> Evidence:

@@ -1,37 +1,79 @@
-"""Remove the MoE layers that the evidence does not support, and write down what that cost and saved."""
+"""Remove the MoE layers, and experts, that validation does not support, and write down what that cost and saved."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vimoe.accounting import Cost, count
-from vimoe.analysis import Evidence, LayerEvidence
 from vimoe.config import PRUNE_TOLERANCE
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import Batches, Score, evaluate
-from vimoe.upcycling import densify, moe_layers
+from vimoe.evidence import Effect, Evidence
+from vimoe.interventions import Changes, Intervention, Without, measure
+from vimoe.specialisation import mean_intervals
+from vimoe.surgery import swap
+from vimoe.upcycling import moe_layers
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is to be done with a layer, and why: `loss_change` is the evidence, in nats on validation."""
+class Step:
+    """One removal, or what one would have cost.
+
+    Attributes:
+        layer: module name.
+        expert: which one of those that the layer still had; None for the whole layer.
+        how: what took the layer's place ("shared", "merge", "matched"), or "dropped" for an expert.
+        change: of the model as it was before this step.
+        total: of the model as it was given, None where that was not measured.
+    """
 
     layer: str
-    keep: bool
+    expert: int | None
     how: str
-    loss_change: float
+    change: Effect
+    total: Effect | None = None
 
     def __str__(self) -> str:
-        what = "the shared expert alone" if self.how == "shared" else "the experts merged"
-        decision = "kept" if self.keep else f"made dense ({self.how})"
-        return f"{self.layer}: {decision}; with {what} the loss changes by {self.loss_change:+.4f}"
+        if self.expert is not None:
+            return f"{self.layer}: expert {self.expert} dropped, loss {self.change.loss}"
+        return f"{self.layer}: made dense ({_WORDS[self.how]}), loss {self.change.loss}"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What was removed, in order, and what was kept because removing it would have cost too much."""
+
+    steps: tuple[Step, ...]
+    kept: tuple[Step, ...]
+    tolerance: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kept = [
+            f"{step.layer}: kept; made dense ({_WORDS[step.how]}) it would change the loss by {step.change.loss}"
+            for step in self.kept
+        ]
+        total = self.steps[-1].total if self.steps else None
+        return "\n".join([*map(str, self.steps), *kept, *([f"in all: loss {total.loss}"] if total else [])])
+
+
+_WORDS = {
+    "shared": "its shared expert alone",
+    "merge": "the mean of its experts",
+    "matched": "the mean of its matched experts",
+}
 
 
 @dataclass(frozen=True)
@@ -47,41 +89,116 @@ class Receipt:
         return {**asdict(self.score), **asdict(self.cost), "images_per_second": self.images_per_second}
 
 
-def verdicts(evidence: Evidence, tolerance: float = PRUNE_TOLERANCE) -> list[Verdict]:
-    """Keeps a layer when making it dense costs more than `tolerance` nats on validation, measured as it is done.
+def prune(
+    model: nn.Module,
+    evidence: Evidence,
+    loader: Batches | None = None,
+    tolerance: float = PRUNE_TOLERANCE,
+    experts: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> Pruning:
+    """Makes the MoE layers dense that validation does not support, in place.
 
-    With a shared expert that remains alone, without one the experts are merged. Each layer was measured with the
-    others in place, once and without an interval: look at the receipt.
-    """
-    if not math.isfinite(tolerance):
-        raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")
-    return [_verdict(layer, tolerance) for layer in evidence.layers]
-
-
-def prune(model: nn.Module, evidence: Evidence, tolerance: float = PRUNE_TOLERANCE) -> list[Verdict]:
-    """Makes the layers dense that the evidence does not support, in place; all or nothing.
+    A layer goes when the upper bound of the 95% interval of the loss change is at most `tolerance`, by the way of
+    making it dense that has the lowest loss. With a loader this is greedy: the layer with the lowest bound goes, and
+    all that remain are measured again in the model without it. Without one all layers are judged by the evidence, each
+    as if it were removed alone, which several together may not bear out. Interrupted, the model is left with the
+    removals until then.
 
     Args:
         model: the model that the evidence is of.
-        evidence: from `vimoe.analyze`.
-        tolerance: largest loss change in nats that a removed layer may have.
-
-    Returns:
-        The verdict on every layer.
+        evidence: from `vimoe.analyze`; its gate masses weigh the mean of experts.
+        loader: validation batches of (images, labels), the same in the same order each time it is read.
+        tolerance: in nats, for each removal.
+        experts: also drop experts of the layers that stay, from the last layer to the first, one after another by the
+            same rule. It saves memory but no arithmetic. Needs the loader.
+        seed: draws the bootstrap.
+        progress: show a progress bar on standard error for each reading of the loader.
 
     Raises:
-        VimoeError: where the evidence is of another model.
+        ConfigError: for a tolerance that is no number, or `experts` without a loader.
+        VimoeError: where the evidence is of another model, or has no interventions and there is no loader.
     """
+    if not math.isfinite(tolerance):
+        raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")
+    if experts and loader is None:
+        raise ConfigError("experts=True without a loader: expected one, because each removal is measured; pass loader")
     layers = moe_layers(model)
-    for layer in evidence.layers:
-        if layer.name not in layers or (layers[layer.name].shared is None) != (layer.shared_loss_change is None):
-            raise VimoeError(f"the evidence is of another {layer.name} than this model's: run analyze on this model")
-    decided = verdicts(evidence, tolerance)
-    mass = {layer.name: torch.from_numpy(layer.gate_mass) for layer in evidence.layers}
-    remove = [verdict for verdict in decided if not verdict.keep]
-    for how in {verdict.how for verdict in remove}:
-        densify(model, [verdict.layer for verdict in remove if verdict.how == how], how, mass)
-    return decided
+    known = {e.name: (e.num_experts, e.top_k, e.routing) for e in evidence.layers}
+    ours = {n: (m.config.num_experts, m.config.top_k, m.config.routing) for n, m in layers.items()}
+    if known != ours:
+        odd = sorted(set(known.items()) ^ set(ours.items()))[0][0]
+        raise VimoeError(f"the evidence is of another {odd} than this model's: run analyze on this model")
+    mass = {e.name: torch.from_numpy(e.gate_mass) for e in evidence.layers}
+    if loader is None:
+        return _by_evidence(model, evidence, mass, tolerance)
+    greedy = _Greedy(model, loader, tolerance, seed, progress)
+    kept = greedy.layers(mass)
+    if experts:
+        for name in reversed(moe_layers(model)):
+            greedy.experts(name)
+    return Pruning(tuple(greedy.steps), kept, tolerance)
+
+
+def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:
+    if not all(layer.dense for layer in evidence.layers):
+        raise VimoeError("the evidence has no interventions: expected those of making layers dense; pass the loader")
+    all_steps = [Step(e.name, None, *e.best_dense) for e in evidence.layers]
+    steps = [step for step in all_steps if step.change.loss.high <= tolerance]
+    layers = moe_layers(model)
+    swap(model, {step.layer: layers[step.layer].dense(step.how, mass[step.layer]) for step in steps})
+    return Pruning(tuple(steps), tuple(step for step in all_steps if step not in steps), tolerance)
+
+
+class _Greedy:
+    """Removes one thing after another, and measures what is left after each."""
+
+    def __init__(self, model: nn.Module, loader: Batches, tolerance: float, seed: int, progress: bool) -> None:
+        self.model, self.loader, self.tolerance, self.seed, self.progress = model, loader, tolerance, seed, progress
+        self.steps: list[Step] = []
+        self._so_far = Changes(np.zeros(1), np.zeros(1))  # of each image, by all steps
+
+    def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
+        """Makes layers dense as long as one can go; returns what those that stay would have cost."""
+        layers = moe_layers(self.model)
+        ways = {name: {how: layer.dense(how, mass[name]) for how in layer.hows} for name, layer in layers.items()}
+        while ways:
+            changes = self._measure({name: list(way.values()) for name, way in ways.items()}, "pruning layers")
+            best = []
+            for name, change in changes.items():
+                effects = _effects(change, self.seed)
+                column = min(range(len(effects)), key=lambda i: effects[i].loss.value)
+                best.append((Step(name, None, list(ways[name])[column], effects[column]), change, column))
+            step, change, column = min(best, key=lambda each: each[0].change.loss.high)
+            if step.change.loss.high > self.tolerance:
+                return tuple(step for step, *_ in best)
+            swap(self.model, {step.layer: ways.pop(step.layer)[step.how]})
+            self._took(step, change, column)
+        return ()
+
+    def experts(self, name: str) -> None:
+        """Drops experts of a layer as long as one can go."""
+        layer = moe_layers(self.model)[name]
+        left = list(range(layer.config.num_experts))
+        while len(left) > layer.config.top_k:
+            without: list[Intervention] = [Without(e) for e in range(len(left))]
+            change = self._measure({name: without}, f"pruning experts of {name}")[name]
+            effects = _effects(change, self.seed)
+            column = min(range(len(effects)), key=lambda i: effects[i].loss.high)
+            if effects[column].loss.high > self.tolerance:
+                return
+            layer.keep_experts([e for e in range(len(left)) if e != column])
+            self._took(Step(name, left.pop(column), "dropped", effects[column]), change, column)
+
+    def _measure(self, plan: Mapping[str, list[Intervention]], task: str) -> dict[str, Changes]:
+        return measure(self.model, self.loader, plan, task=task if self.progress else "")
+
+    def _took(self, step: Step, change: Changes, column: int) -> None:
+        total = Changes(self._so_far.loss + change.loss[:, column], self._so_far.right + change.right[:, column])
+        self._so_far = total
+        (effect,) = _effects(Changes(total.loss[:, None], total.right[:, None]), self.seed)
+        self.steps.append(Step(step.layer, step.expert, step.how, step.change, effect))
 
 
 def receipts(models: list[nn.Module], loader: Batches) -> list[Receipt]:
@@ -110,10 +227,10 @@ def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 15)
     return [len(images) / statistics.median(seconds[1:]) for seconds in times]
 
 
-def _verdict(layer: LayerEvidence, tolerance: float) -> Verdict:
-    how = "merge" if layer.shared_loss_change is None else "shared"
-    change = layer.removal_loss_change
-    return Verdict(layer.name, change > tolerance, how, change)
+def _effects(changes: Changes, seed: int) -> list[Effect]:
+    return [
+        Effect(*each) for each in zip(*(mean_intervals(c, seed) for c in (changes.loss, changes.right)), strict=True)
+    ]
 
 
 def _wait_for(device: torch.device) -> None:

@@ -1,125 +1,26 @@
-"""A report page from a run's files: one HTML file with its figures inside, that opens from disk. Imports no torch."""
+"""The report of a run, from the files in its folder. Imports no torch."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import html
-import io
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+import yaml
 
 from vimoe.errors import FolderError
-from vimoe.runs import ROUTING, ROUTING_BEFORE, SUMMARY, write_text
+from vimoe.figures import INTERVENTIONS, curves, loads
+from vimoe.findings import add_routing, told
+from vimoe.page import Page
+from vimoe.runs import CONFIG, EXAMPLES, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-p, ul { max-width: 62rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600; border-bottom: 2px solid #999 }
-img { max-width: 100%; height: auto } figcaption, .note { color: #555; font-size: .9rem } figure { margin: 1rem 0 }
-code { background: #f3f3f3; padding: 0 .2rem }
-"""
-
-
-class Page:
-    """A page that is written from top to bottom."""
-
-    def __init__(self, title: str, figures: Path) -> None:
-        self.title, self.figures = title, figures
-        self._parts: list[str] = []
-
-    def heading(self, text: str) -> None:
-        """Starts a section."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
-
-    def text(self, text: str, note: bool = False) -> None:
-        """Adds a paragraph."""
-        self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
-
-    def items(self, lines: Iterable[str]) -> None:
-        """Adds a list."""
-        self._parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
-
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Adds a table; the first column is the name of the row."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        self._parts.append(f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>")
-
-    def figure(self, figure: Figure, name: str, caption: str) -> None:
-        """Adds a figure, and writes it as figures/NAME.png too."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-        plt.close(figure)
-        self.figures.mkdir(exist_ok=True)
-        (self.figures / f"{name}.png").write_bytes(buffer.getvalue())
-        data, caption = base64.b64encode(buffer.getvalue()).decode(), html.escape(caption)
-        image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
-        self._parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-
-    def write(self, path: Path) -> Path:
-        """Writes the page whole or not at all."""
-        head = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{STYLE}</style></head><body><h1>{html.escape(self.title)}</h1>"
-        )
-        write_text(path, head + "\n".join(self._parts) + "</body></html>\n")
-        return path
-
-
-def write_run_report(run: Path) -> Path:
-    """Writes report.html of a run from the files that are there. Raises FolderError where one of them is damaged."""
-    try:
-        return _run_report(run)
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, IndexError) as error:
-        raise FolderError(f"{run}: a file of the run is damaged ({error}); restore it, or train again") from error
-
-
-def _run_report(run: Path) -> Path:
-    page = Page(f"vimoe run {run.resolve().name}", run / "figures")
-    summary = _json(run / SUMMARY)
-    if "before" in summary:
-        page.heading("Pruning")
-        page.table(RECEIPT_HEADER, [receipt_row(when, [summary[when]]) for when in ("before", "after")])
-        page.text(f"Top-1 on {summary['before']['images']} {summary['split']} images.", note=True)
-        page.items(summary["verdicts"])
-    if "val" in summary:
-        page.heading("Training")
-        val = summary["val"]
-        page.text(
-            f"{summary['train_images']} images, {summary['epochs']} epochs in {summary['seconds']:.0f} s. Best on "
-            f"validation in epoch {summary['best_epoch']}: top-1 {val['top1']:.2%}, loss {val['loss']:.4f}, of "
-            f"{val['images']} images."
-        )
-    if (run / "metrics.csv").exists():
-        page.figure(curves(run / "metrics.csv"), "curves", "Loss and accuracy by epoch.")
-    if (run / "load.csv").exists():
-        page.figure(loads(run / "load.csv"), "load", "Share of each expert in training, by epoch; one panel a layer.")
-    if (run / ROUTING).exists():
-        add_routing(page, _json(run / ROUTING), "Routing")
-    if (run / ROUTING_BEFORE).exists():
-        add_routing(page, _json(run / ROUTING_BEFORE), "Routing before pruning")
-    page.heading("Settings")
-    page.table(("setting", "value"), [(k, v) for k, v in _flat(run / "config.yaml")])
-    return page.write(run / "report.html")
-
-
+METRICS, LOAD = "metrics.csv", "load.csv"
 RECEIPT_HEADER = ("", "top-1, %", "loss", "parameters, M", "activated, M", "MACs, G", "images/s")
+RECEIPTS = {"before": "before pruning", "after": "pruned", "recovered": "pruned, then trained on"}
+PLACE = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIONS.items()} | {"dropped": "other experts"}
 
 
 def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -136,114 +37,214 @@ def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...
     )  # fmt: skip
 
 
-def add_routing(page: Page, evidence: dict[str, Any], heading: str) -> None:
-    """Adds the section on routing: scores of each layer and its heatmap."""
-    page.heading(heading)
-    base = evidence["base"]
-    page.text(
-        f"Measured on {base['images']} validation images, where the model has loss {base['loss']:.4f} and top-1 "
-        f"{base['top1']:.2%}. AMI is the adjusted mutual information of class and expert (0 is chance, 1 is a function "
-        f"of one another). The last two columns are changes of the loss in nats: when whole routing decisions are "
-        f"permuted between images, once, and when the layer is made dense: its shared expert alone, or merged experts."
+def write_run_report(run: Path) -> Path:
+    """Writes report.html of a run from the files that are there. Raises FolderError where one of them is damaged."""
+    page = Page(f"vimoe run {run.resolve().name}", run / FIGURES)
+    settings, what = read_config(run)
+    with damage_named(run / SUMMARY):
+        summary = read_json(run / SUMMARY)
+        versions = [(name, str(version)) for name, version in summary.get("versions", {}).items()]
+        _what_was_done(page, what, settings["data.path"], summary)
+        if "before" in summary:
+            _pruning(page, summary)
+    if (run / METRICS).exists():
+        with damage_named(run / METRICS):
+            _curves(page, run / METRICS, summary)
+    if (run / LOAD).exists():
+        with damage_named(run / LOAD):
+            _loads(page, run / LOAD)
+    for name, heading, prefix in (
+        (ROUTING, "Routing", ""),
+        (ROUTING_BEFORE, "Routing before pruning, which decided", "before-"),
+    ):
+        if (run / name).exists():
+            with damage_named(run / name):
+                evidence = read_json(run / name)
+                add_routing(page, evidence, heading, prefix)
+                _examples(page, run / FIGURES, [layer["name"] for layer in evidence["layers"]])
+    page.heading("Settings and versions")
+    page.text(f"All settings of the run, as in {CONFIG}, by the names of the command's flags; click to see them.")
+    page.table(("setting", "value"), settings.items(), words=True, folded=f"{len(settings)} settings")
+    if versions:
+        page.table(("software", "version"), versions, words=True, folded="Versions of the software that made the run")
+    return page.write(run / "report.html")
+
+
+def describe(config: dict[str, Any]) -> str:
+    """In words, what the settings of a run make of a ViT."""
+    moe, model = config["moe"], config["model"]["name"]
+    if moe["layers"] == "none":
+        return f"{model}, dense"
+    where = "every block" if moe["layers"] == "all" else f"blocks {moe['layers']}"
+    if not moe["num_experts"]:
+        return f"{model} with a dense FFN of {moe['num_shared_experts']} times the width in {where} (a control)"
+    shared = f", {moe['num_shared_experts']} shared" if moe["num_shared_experts"] else ", none shared"
+    return (
+        f"{model} with a mixture of experts in {where}: {moe['num_experts']} experts{shared}, {moe['top_k']} chosen "
+        f"for each {moe['routing']}"
     )
-    rows = []
-    for layer in evidence["layers"]:
-        dense = layer["merged_loss_change" if layer["shared_loss_change"] is None else "shared_loss_change"]
-        rows.append((
-            layer["name"], f"{layer['adjusted_mutual_information']:.3f}", f"{layer['mutual_information']:.3f}",
-            f"{max(layer['load']):.1%}", f"{min(layer['load']):.1%}", f"{layer['permuted_loss_change']:+.4f}",
-            f"{dense:+.4f}",
-        ))  # fmt: skip
-    page.table(("layer", "AMI", "MI, nats", "busiest expert", "idlest", "permuted", "made dense"), rows)
-    caption = (
-        "P(expert | class): a row a class, rows sum to 1. All layers have the order of classes that sorts the deepest "
-        "one, whose diagonal is in part made by that: trust the AMI."
-    )
-    page.figure(heatmaps(evidence), "heatmaps", caption)
 
 
-def heatmaps(evidence: dict[str, Any]) -> Figure:
-    """P(expert | class) of every layer, classes in the order of the deepest layer's favourite experts."""
-    layers = evidence["layers"]
-    shares = [np.array(layer["counts"], dtype=float) for layer in layers]
-    shares = [share / np.maximum(share.sum(axis=1, keepdims=True), 1) for share in shares]
-    order = np.lexsort((-shares[-1].max(axis=1), shares[-1].argmax(axis=1)))
-    columns = min(len(layers), 6)
-    rows = -(-len(layers) // columns)
-    classes = evidence["classes"]
-    height = min(0.25 * len(classes) + 0.8, 4.0)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.9 * columns + 1.6, height * rows), squeeze=False, layout="constrained"
-    )
-    for axis, layer, share in zip(axes.flat, layers, shares, strict=False):
-        image = axis.imshow(share[order], aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-        axis.set_title(layer["name"], fontsize=9)
-        axis.set_xticks(range(share.shape[1]))
-        axis.tick_params(labelsize=7)
-        axis.set_yticks([])
-    for axis in list(axes.flat)[len(layers) :]:
-        axis.axis("off")
-    if len(classes) <= 30:
-        for row in axes:
-            row[0].set_yticks(range(len(classes)), [classes[i] for i in order])
-    figure.supxlabel("expert", fontsize=9)
-    figure.supylabel("class", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="P(expert | class)")
-    return figure
+def receipt_rows(summary: dict[str, Any], name: str = "") -> list[tuple[str, ...]]:
+    """The receipts of a pruned run as rows under RECEIPT_HEADER, with the name of the run before each."""
+    return [
+        receipt_row(f"{name}, {when}" if name else when, [summary[key]])
+        for key, when in RECEIPTS.items()
+        if summary.get(key)
+    ]
 
 
-def curves(metrics: Path) -> Figure:
-    """Loss and accuracy by epoch, from metrics.csv."""
-    rows = _csv(metrics)
-    epochs = [int(row["epoch"]) for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for name, label in (("train_loss", "train (with its augmentation)"), ("val_loss", "validation")):
-        left.plot(epochs, [float(row[name]) for row in rows], label=label, marker=".")
-    right.plot(epochs, [100 * float(row["val_top1"]) for row in rows], label="validation", color="C1", marker=".")
-    left.set(xlabel="epoch", ylabel="cross-entropy, nats")
-    right.set(xlabel="epoch", ylabel="top-1, %")
-    for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend()
-    return figure
+def margin(score: dict[str, Any]) -> float:
+    """Half the 95% interval, in points, of a top-1 as a share of so many images."""
+    return 196 * float((score["top1"] * (1 - score["top1"]) / score["images"]) ** 0.5)
 
 
-def loads(load: Path) -> Figure:
-    """The share of each expert by epoch, one panel a layer, from load.csv."""
-    rows = _csv(load)
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    columns = min(len(layers), 6)
-    height = -(-len(layers) // columns)
-    figure, axes = plt.subplots(
-        height, columns, figsize=(1.9 * columns + 0.8, 1.7 * height), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, layer in zip(axes.flat, layers, strict=False):
-        mine = [row for row in rows if row["layer"] == layer]
-        for expert in dict.fromkeys(row["expert"] for row in mine):
-            points = [(int(row["epoch"]), 100 * float(row["share"])) for row in mine if row["expert"] == expert]
-            axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 3 else None)
-        axis.set_title(layer, fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_ylim(bottom=0)
-    for axis in list(axes.flat)[len(layers) :]:
-        axis.axis("off")
-    figure.supxlabel("epoch", fontsize=9)
-    figure.supylabel("share of an expert, %", fontsize=9)
-    return figure
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Raises FolderError, with the name of the file, where what it holds cannot be shown."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
+        raise FolderError(f"{path} is damaged ({error!r}); restore it, or make it again") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_config(run: Path) -> tuple[dict[str, str], str]:
+    """The settings of a run by flag, and in words what they make."""
+    if not (run / CONFIG).is_file():
+        raise FolderError(f"{run} has no {CONFIG}: expected a folder that vimoe train or vimoe prune made")
+    with damage_named(run / CONFIG):
+        config = yaml.safe_load((run / CONFIG).read_text())
+        flat = {f"{section}.{name}": str(value) for section, v in config.items() for name, value in v.items()}
+        return {"data.path": "?", **flat}, describe(config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing where there is none."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) -> None:
+    page.heading("What was done")
+    if "val" in summary:
+        val = summary["val"]
+        page.text(
+            f"A training of {what}, on {summary['train_images']} images of {data}: {summary['epochs']} epochs in "
+            f"{summary['seconds']:.0f} s. Epoch {summary['best_epoch']} was the best on the {val['images']} validation "
+            f"images and is the model that was kept."
+        )
+        scores = (
+            f"{100 * val['top1']:.2f}\u00a0±\u00a0{margin(val):.2f}",
+            f"{100 * val['top5']:.2f}",
+            f"{val['loss']:.4f}",
+        )
+        page.table(("", "images", "top-1, %", "top-5, %", "loss"), [("validation", str(val["images"]), *scores)])
+        page.text(
+            "± is the 95% margin of so many images. The scores are a little too good, because the epoch was chosen by "
+            "them: vimoe evaluate scores test images, which decided nothing.",
+            note=True,
+        )
+    elif "before" in summary:
+        page.text(
+            f"Pruning of a trained model: {what}, on images of {data}. MoE layers and experts were removed as long as "
+            f"that cost little on validation images."
+        )
+    else:
+        page.text(f"{what}, on images of {data}. There is no {SUMMARY}, so no result can be shown.")
 
 
-def _flat(config: Path) -> list[tuple[str, str]]:
-    import yaml
+def _pruning(page: Page, summary: dict[str, Any]) -> None:
+    before, steps = summary["before"], summary["steps"]
+    page.heading("Result of pruning")
+    page.text(
+        "The same images before and after. Activated parameters are those that one image uses; MACs are the "
+        "multiply-adds of one image; images/s was measured on the machine that pruned."
+    )
+    page.table(RECEIPT_HEADER, receipt_rows(summary))
+    recovery = f" The last row is after {summary['recovery_epochs']} further epochs of training the pruned model."
+    page.text(
+        f"On {before['images']} {summary['split']} images; the 95% margin of a top-1 on so many is ± "
+        f"{margin(before):.2f} points, that of a difference on the same images is mostly "
+        f"smaller.{recovery if summary.get('recovered') else ''}",
+        note=True,
+    )
+    page.heading("What was pruned, and why")
+    tolerance = summary["tolerance"]
+    page.text(
+        f"Removals in the order in which they were made, a row each. The change is that of the validation loss against "
+        f"the step before, the total that against the unpruned model; in brackets 95% bootstrap intervals over "
+        f"validation images. A layer or expert goes when the upper end of that interval is at most the tolerance, "
+        f"{tolerance} nats. Experts are numbered among those that the layer still had."
+    )
+    if steps:
+        page.table(
+            ("removed", "what takes its place", "change, nats", "total, nats", "total top-1, points"),
+            [
+                (
+                    f"{i}. {_removed(step)}", PLACE.get(step["how"], step["how"]), told(step["change"]["loss"]),
+                    *_total(step["total"]),
+                )
+                for i, step in enumerate(steps, start=1)
+            ],
+        )  # fmt: skip
+    else:
+        page.text("Nothing was removed: of no layer was it clear that removing it costs at most the tolerance.")
+    if summary["kept"]:
+        page.subheading("What was kept")
+        page.text(
+            "MoE layers that stayed, and what removing them from the pruned model would have cost on validation by the "
+            "cheapest way, with the same intervals: their upper ends are above the tolerance. Where a change cannot be "
+            "told from 0, these images are too few to say whether the layer is needed."
+        )
+        page.table(
+            ("layer", "experts left", "cheapest way", "loss, nats", "top-1, points"),
+            [
+                (
+                    kept["layer"], str(kept["experts"]), PLACE.get(kept["how"], kept["how"]),
+                    told(kept["change"]["loss"]), told(kept["change"]["top1"], "+z.2f", 0.01),
+                )
+                for kept in summary["kept"]
+            ],
+        )  # fmt: skip
+    else:
+        page.text("No MoE layer was kept: the pruned model is dense.")
 
-    sections = yaml.safe_load(config.read_text())
-    return [(f"{section}.{name}", str(value)) for section, v in sections.items() for name, value in v.items()]
+
+def _curves(page: Page, metrics: Path, summary: dict[str, Any]) -> None:
+    page.heading("Training" if "val" in summary else "Training after pruning")
+    images = f"{summary['val']['images']} " if "val" in summary else ""
+    page.text(
+        "Down is better on the left, up on the right. Where training goes on to fall and validation does not, the "
+        "model learns its images by heart."
+    )
+    caption = f"Loss and top-1 by epoch; validation is of {images}images. One training, so there is no interval."
+    page.figure(curves(metrics), "curves", caption)
+
+
+def _loads(page: Page, load: Path) -> None:
+    page.figure(
+        loads(load),
+        "load",
+        "The share of the training images (or tokens) that each expert got, by epoch: a panel a layer, a line an "
+        "expert. Equal lines are a balanced layer; a line at 0 is an idle expert. Counts, so without interval.",
+    )
+
+
+def _examples(page: Page, folder: Path, layers: Sequence[str]) -> None:
+    sheets = {layer: folder / EXAMPLES.format(layer) for layer in layers if (folder / EXAMPLES.format(layer)).exists()}
+    if sheets:
+        page.subheading("Images and their experts")
+        page.text(
+            "The validation images that gave each expert most, by the sum of the gates: a row an expert. They show the "
+            "extremes, not the usual image, and are no score."
+        )
+    for layer, path in sheets.items():
+        page.picture(path, f"{layer}: validation images by the expert that they went to.")
+
+
+def _removed(step: dict[str, Any]) -> str:
+    return step["layer"] if step["expert"] is None else f"{step['layer']}, expert {step['expert']}"
+
+
+def _total(total: dict[str, Any] | None) -> tuple[str, str]:
+    """The change of loss and top-1; dashes where it was not measured."""
+    return (told(total["loss"]), told(total["top1"], "+z.2f", 0.01)) if total else ("–", "–")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from vimoe.options import Settings, read_settings
 SCHEMA = 1  # of what --json prints and summary.json holds
 CONFIG, MODEL, VALIDATION = "config.yaml", "model", "validation.txt"
 ROUTING, ROUTING_BEFORE, SUMMARY = "routing.json", "routing-before-pruning.json", "summary.json"
+FIGURES, EXAMPLES = "figures", "examples-{}.png"  # a sheet of images for each MoE layer
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,12 @@ def open_run(path: str | Path) -> Run:
         return Run(path, read_settings((path / CONFIG).read_text()))
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         raise FolderError(f"{path / CONFIG} cannot be read: {error}; restore it, or train again") from error
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that figures depend on."""
+    names = ("vimoe", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def write_settings(path: Path, settings: Settings) -> None:

@@ -1,0 +1,146 @@
+"""Figures show the numbers of routing.json, in its order, and tell changes from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vimoe import figures, interactive
+
+
+def change(value: float, half: float) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def effect(value: float, half: float = 0.01) -> dict[str, Any]:
+    return {"loss": change(value, half), "top1": change(-value / 10, half / 10)}
+
+
+def evidence(layers: int = 6, classes: int = 10, experts: int = 8, overruled: bool = True) -> dict[str, Any]:
+    """What routing.json holds: the deepest layer specialises and matters most, the first does neither."""
+    rng = np.random.default_rng(0)
+    per_class, names = 40, [f"class {i}" for i in range(classes)]
+
+    def layer(depth: int) -> dict[str, Any]:
+        strength = depth / max(layers - 1, 1)
+        likes = (1 - strength) * np.ones((classes, experts)) / experts + strength * np.eye(experts)[
+            np.arange(classes) % experts
+        ]
+        drawn = np.stack([rng.multinomial(per_class // 2, row) for row in likes])
+        counts = drawn + np.stack([rng.multinomial(per_class // 2, row) for row in likes])
+        load = counts.sum(axis=0) / counts.sum()
+        return {
+            "name": f"blocks.{depth}.mlp", "routing": "image", "num_experts": experts, "top_k": 1,
+            "counts": counts.tolist(), "drawn": drawn.tolist(), "expert_order": rng.permutation(experts).tolist(),
+            "gate_mass": load.tolist(), "load": load.tolist(),
+            "adjusted_mutual_information":
+                {**change(0.9 * strength, 0.05), "p": 0.002 if strength else 0.4, "nats": 2 * strength},
+            "effective_experts": change(7.5, 0.2),
+            "permuted": effect(0.3 * strength) if overruled else None,
+            "frozen": effect(0.2 * strength, 0.02) if overruled else None,
+            "dense": {k: effect(0.1 * strength) for k in ("shared", "merge", "matched")} if overruled else {},
+            "experts": [effect(0.02 * strength * e, 0.015) for e in range(experts)] if overruled else [],
+            "comparison": {"num_experts": experts, "weight_similarity": 1 - strength / 9, "deviation_similarity": None}
+            if overruled else None,
+        }  # fmt: skip
+
+    images = classes * per_class
+    return {
+        "base": {"top1": 0.8123, "top5": 0.95, "loss": 0.7, "images": images},
+        "classes": names, "confidence": 0.95, "images": images, "draws": 20,
+        "overruled_images": images if overruled else 0,
+        "class_order": sorted(range(classes), key=lambda c: (c % experts, c)),
+        "pairs": {"mean": change(layers * 0.9, 0.1), "low": layers - 1, "high": layers},
+        "routes": {"used": 123, "effective": 45.6, "possible": experts**layers},
+        "agreement": {key: (0.5 * np.eye(layers) + 0.5).tolist() for key in ("value", "low", "high")},
+        "layers": [layer(i) for i in range(layers)],
+    }  # fmt: skip
+
+
+def test_heatmaps_draw_the_counts_that_did_not_make_the_order() -> None:
+    found = evidence(layers=1, classes=3, experts=2)
+    layer = found["layers"][0]
+    found["class_order"], layer["expert_order"] = [2, 0, 1], [1, 0]
+    layer["drawn"], layer["counts"] = [[3, 1], [0, 0], [0, 5]], [[9, 9]] * 3
+    expected = [[1, 0], [0.25, 0.75], [np.nan, np.nan]]
+    np.testing.assert_array_equal(figures.shares(found, layer), expected)
+    axis = figures.heatmap(found, layer["name"])
+    np.testing.assert_array_equal(np.ma.filled(axis.images[0].get_array().astype(float), np.nan), expected)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["class 2", "class 0", "class 1"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "0"]
+    plot = interactive.heatmaps(found)
+    np.testing.assert_array_equal(plot.data[0].z, expected)
+    assert list(plot.layout.yaxis.ticktext) == ["class 2", "class 0", "class 1"]
+    assert list(plot.layout.xaxis.ticktext) == ["1", "0"]
+    assert [list(cell) for cell in plot.data[0].customdata[1]] == [["class 0", 1, 1, 4], ["class 0", 0, 3, 4]]
+
+
+def test_the_layer_with_the_largest_ami_comes_first_and_each_can_be_chosen() -> None:
+    found = evidence(layers=3)
+    found["layers"][1]["adjusted_mutual_information"]["value"] = 0.99
+    plot = interactive.heatmaps(found)
+    assert [trace.visible for trace in plot.data] == [False, True, False]
+    buttons = plot.layout.updatemenus[0].buttons
+    assert [button.args[0]["visible"].index(True) for button in buttons] == [0, 1, 2]
+    assert buttons[2].args[1]["xaxis.ticktext"] == [str(e) for e in found["layers"][2]["expert_order"]]
+
+
+def test_a_dot_is_hollow_where_its_interval_holds_zero() -> None:
+    found = evidence(layers=2)
+    found["layers"][0]["dense"], found["layers"][1]["dense"] = {}, {"shared": effect(0.5, 0.1)}
+    found["layers"][0]["permuted"], found["layers"][1]["permuted"] = effect(0.1, 0.2), effect(-0.3, 0.1)
+    plot = interactive.effects(found)
+    assert [trace.name for trace in plot.data if trace.name] == [
+        figures.INTERVENTIONS[k] for k in ("permuted", "frozen", "shared")
+    ]
+    permuted = plot.data[0]
+    assert list(permuted.x) == [0.1, -0.3] and list(permuted.marker.symbol) == ["circle-open", "circle"]
+    assert "cannot be told from 0" in permuted.text[0] and "cannot" not in permuted.text[1]
+    np.testing.assert_allclose(permuted.error_x.array, [0.2, 0.1])
+    (axis,) = figures.effects(found).axes
+    faces = [container.lines[0].get_markerfacecolor() for container in axis.containers]
+    assert faces == [
+        "w",
+        figures.COLOURS[0],
+        "w",
+        figures.COLOURS[1],
+        figures.COLOURS[2],
+    ]  # permuted, frozen, shared; layer 0 first
+
+
+def test_single_experts_are_named_with_their_load() -> None:
+    found = evidence(layers=2, experts=4)
+    dots = figures.expert_dots(found)
+    assert [round(dot.y) for dot in dots] == [0] * 4 + [1] * 4 and dots == sorted(dots, key=lambda dot: dot.y)
+    assert dots[6].label.startswith("blocks.1.mlp, expert 2 (load ")
+    assert dots[6].change == found["layers"][1]["experts"][2]["loss"]
+
+
+def test_curves_of_one_run_and_of_several(tmp_path: Path) -> None:
+    paths = {}
+    for name, top1 in (("one", 0.5), ("two", 0.7)):
+        paths[name] = tmp_path / f"{name}.csv"
+        paths[name].write_text(f"epoch,train_loss,val_loss,val_top1\n1,2,3,0.25\n2,1,2,{top1}\n")
+    left, right = figures.curves(paths["one"]).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[2, 1], [3, 2]]
+    left, right = figures.curves(paths).axes
+    assert [line.get_label() for line in left.lines] == ["one", "two"]
+    assert [list(line.get_ydata()) for line in right.lines] == [[25, 50], [25, 70]]
+
+
+def test_loads_have_a_panel_a_layer_and_a_line_an_expert(tmp_path: Path) -> None:
+    rows = [f"{epoch},blocks.{layer}.mlp,{expert},0.5" for epoch in (1, 2) for layer in range(7) for expert in (0, 1)]
+    (tmp_path / "load.csv").write_text("\n".join(["epoch,layer,expert,share", *rows]))
+    axes = figures.loads(tmp_path / "load.csv").axes
+    assert [len(axis.lines) for axis in axes if axis.axison] == [2] * 7
+
+
+@pytest.mark.parametrize("name", ["dependence", "effects", "experts", "agreement", "heatmaps"])
+def test_every_figure_can_be_drawn_of_one_layer_and_of_twelve(name: str) -> None:
+    for layers in (1, 12):
+        figure = getattr(figures, name)(evidence(layers=layers, classes=3, experts=2))
+        figure.draw_without_rendering()
+        assert len(figure.axes) >= (layers if name == "heatmaps" else 1)

@@ -1,0 +1,204 @@
+"""What changes, image by image, when an MoE layer is overruled: other decisions, or a dense FFN in its place.
+
+All interventions on a layer are computed in one forward: up to the layer's block the images run once, there they are
+repeated for each intervention. So an intervention costs the rest of the model, and images are read from disk once.
+
+Axes: I images, B images of a batch, V interventions on a layer, U routed units of an image, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimoe.errors import DataError
+from vimoe.evaluate import Batches, batches_of
+from vimoe.moe import MoE, Routing
+
+_ROWS = 512  # images that run through the rest of the model at a time
+
+
+class Decision(Protocol):
+    """Other decisions for a layer."""
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        """Given the routing of a batch, and which (B,) of the images that are measured they are."""
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Each image gets the complete decisions (experts and gates) of another one.
+
+    Attributes:
+        experts, gates: (I, U, K) decisions of those who give.
+        donors: who gives to each image that is measured.
+    """
+
+    experts: Tensor
+    gates: Tensor
+    donors: Tensor
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        chosen, device = self.donors[images], routing.experts.device
+        experts = self.experts[chosen].flatten(0, 1).to(device, routing.experts.dtype)
+        return replace(routing, experts=experts, gates=self.gates[chosen].flatten(0, 1).to(device))
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Every unit gets the same decision: experts (K,) and gates (K,)."""
+
+    experts: Tensor
+    gates: Tensor
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        shape, device = routing.experts.shape, routing.experts.device
+        experts = self.experts.to(device, routing.experts.dtype).expand(shape)
+        return replace(routing, experts=experts, gates=self.gates.to(device).expand(shape))
+
+
+@dataclass(frozen=True)
+class Without:
+    """An expert cannot be chosen: its units go to their next choice."""
+
+    expert: int
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        logits = routing.logits.clone()
+        logits[:, self.expert] = -torch.inf
+        return layer.router.decide(logits, routing.batch)
+
+
+Intervention = Decision | nn.Module  # a module takes the layer's place
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What interventions on a layer change for each image: the loss in nats, and being right (-1, 0 or 1), (I, V)."""
+
+    loss: np.ndarray
+    right: np.ndarray
+
+
+def measure(
+    model: nn.Module,
+    loader: Batches,
+    plan: Mapping[str, Sequence[Intervention]],
+    chosen: tuple[np.ndarray, np.ndarray] | None = None,
+    task: str = "",
+) -> dict[str, Changes]:
+    """Overrules one layer at a time and compares with the untouched model.
+
+    Args:
+        model: a classifier; left in eval mode.
+        loader: batches of (images, labels).
+        plan: for each layer, by module name, the interventions on it.
+        chosen: places in the loader, in rising order, and labels of the images to measure on; by default all.
+        task: what to call this in a progress bar; none without it.
+
+    Returns:
+        For each layer the changes, a column an intervention in the order of the plan.
+
+    Raises:
+        DataError: where the loader gives other images than `chosen` says.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in plan}
+    seen = measured = 0
+    for x, labels in batches_of(model, loader, task):
+        if chosen is not None:
+            first, last = np.searchsorted(chosen[0], [seen, seen + len(x)])
+            rows = torch.from_numpy(chosen[0][first:last] - seen).to(x.device)
+            seen, x, labels = seen + len(x), x[rows], labels[rows]
+            if not np.array_equal(labels.cpu().numpy(), chosen[1][first:last]):
+                raise DataError("the loader gives its images in another order each time: expected shuffle=False")
+        index = torch.arange(measured, measured + len(x))
+        measured += len(x)
+        if not len(x):
+            continue
+        with torch.no_grad():
+            base = _losses(model(x), labels)
+        for name, interventions in plan.items():
+            size = max(1, _ROWS // max(1, len(interventions)))
+            for part in zip(*(each.split(size) for each in (x, labels, index, *base)), strict=True):
+                found[name].append(_changes(model, name, interventions, *part))
+    if chosen is not None and measured != len(chosen[0]):
+        raise DataError("the loader gave fewer images when it was read again: expected the same each time")
+    return {
+        name: Changes(*(torch.cat(column).double().numpy() for column in zip(*parts, strict=True)))
+        for name, parts in found.items()
+    }
+
+
+def _changes(
+    model: nn.Module, name: str, interventions: Sequence[Intervention], x: Tensor, labels: Tensor, index: Tensor,
+    loss: Tensor, right: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(B, V) change of the loss and of being right."""
+    with torch.no_grad(), overruled(model, name, interventions, index):
+        other_loss, other_right = _losses(model(x), labels.repeat(len(interventions)))
+    columns = ((other_loss.view(-1, len(x)) - loss).T, (other_right.view(-1, len(x)) - right).T)
+    return columns[0].cpu(), columns[1].cpu()
+
+
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each image the loss, and whether the model is right."""
+    return F.cross_entropy(logits.float(), labels, reduction="none"), (logits.argmax(dim=-1) == labels).float()
+
+
+@contextmanager
+def overruled(model: nn.Module, name: str, interventions: Sequence[Intervention], index: Tensor) -> Iterator[None]:
+    """While it holds, a forward of B images gives V x B outputs: those of the first intervention, of the second, ...
+
+    Args:
+        model: with an MoE layer of that name.
+        name: of the layer.
+        interventions: V of them.
+        index: (B,) which of the images that are measured will come.
+    """
+    layer: Any = model.get_submodule(name)
+    count = len(interventions)
+
+    def repeat(_block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].repeat(count, *[1] * (args[0].ndim - 1)), *args[1:])
+
+    def decide(_router: nn.Module, _args: Any, routing: Routing) -> Routing:
+        parts = []
+        units = len(routing.experts) // count
+        batch = (routing.batch[0] // count, routing.batch[1])
+        for v, intervention in enumerate(interventions):
+            rows = slice(v * units, (v + 1) * units)
+            part = replace(
+                routing, logits=routing.logits[rows], gates=routing.gates[rows], experts=routing.experts[rows],
+                batch=batch,
+            )  # fmt: skip
+            parts.append(part if isinstance(intervention, nn.Module) else intervention(layer, part, index))
+        gates, experts = (torch.cat([getattr(part, key) for part in parts]) for key in ("gates", "experts"))
+        return replace(routing, gates=gates, experts=experts)
+
+    def compute(_layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        pairs = zip(interventions, args[0].chunk(count), output.chunk(count), strict=True)
+        return torch.cat([module(x) if isinstance(module, nn.Module) else y for module, x, y in pairs])
+
+    with ExitStack() as stack:
+        for handle in (
+            _block(model, name).register_forward_pre_hook(repeat),
+            layer.router.register_forward_hook(decide),
+            layer.register_forward_hook(compute),
+        ):
+            stack.callback(handle.remove)
+        yield
+
+
+def _block(model: nn.Module, name: str) -> nn.Module:
+    """The block that holds the layer: "blocks.3" of "blocks.3.mlp"."""
+    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+    assert numbered  # surgery converts nothing else
+    return model.get_submodule(numbered.group())

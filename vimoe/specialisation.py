@@ -1,0 +1,226 @@
+"""Who goes where, in numbers with intervals: pure functions of how often each image used each expert.
+
+What is independent of one another is images, not tokens. So intervals come from resampling whole images, and what
+chance alone would give from permuting the classes of whole images: by tokens, experts that follow the image but not
+its class would look specialised.
+
+Axes: I images, C classes, N experts, U routed units of an image (1, or its tokens), K chosen experts, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.cluster import SpectralCoclustering
+from sklearn.metrics.cluster import expected_mutual_information
+
+CONFIDENCE = 0.95
+Z = 1.959964  # half the width of a normal interval of that confidence, in standard deviations
+RESAMPLES = 500
+_CHUNK = 2_000_000  # resampled images at a time, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95% interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+@dataclass(frozen=True)
+class Dependence(Interval):
+    """How much two variables have to do with one another.
+
+    Attributes:
+        value: adjusted mutual information: 0 is what chance gives, 1 is a function of one another.
+        low, high: value -/+ 1.96 bootstrap standard deviations. It is an interval for what as many images would give:
+            with few images a class the AMI of all images there are can be somewhat higher.
+        p: share of permutations of whole images with at least as much mutual information.
+        nats: mutual information, plug-in estimate; biased upwards where images are few.
+    """
+
+    p: float
+    nats: float
+
+
+def mean_intervals(values: np.ndarray, seed: int = 0) -> list[Interval]:
+    """Of each column of (I, Q), the mean over images and its bootstrap percentiles."""
+    means = np.concatenate([w @ values / len(values) for w in _resamples(len(values), seed)])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return [Interval(*map(float, each)) for each in zip(values.mean(axis=0), low, high, strict=True)]
+
+
+def dependence(labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutations: int = RESAMPLES) -> Dependence:
+    """Adjusted mutual information of an image's class and its experts (Vinh et al., JMLR 2010, arithmetic mean).
+
+    Where each image chose one expert it is scikit-learn's `adjusted_mutual_info_score`. Else it is that of class and
+    expert over all choices, and what chance gives is the mean over permutations of whole images.
+
+    Args:
+        labels: (I,) class of each image.
+        counts: (I, N) how often it chose each expert; each row has the same sum.
+        seed: draws resamples and permutations.
+        permutations: for p, and for what chance gives where images chose several experts.
+    """
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    ordered = counts[order].astype(np.int64)
+    table = np.add.reduceat(ordered, starts)
+    nats = float(_mutual_information(table))
+    rng = np.random.default_rng(seed)
+    null = np.array(
+        [_mutual_information(np.add.reduceat(rng.permutation(ordered), starts)) for _ in range(permutations)]
+    )
+    if (counts.sum(axis=1) == 1).all():
+        used = np.ascontiguousarray(table[:, table.any(axis=0)])
+        expected = float(expected_mutual_information(used, int(used.sum())))
+    else:
+        expected = float(null.mean())
+    scale = (_entropy(table.sum(axis=1)) + _entropy(table.sum(axis=0))) / 2 - expected
+    scale = max(scale, np.finfo(float).eps)
+    resampled = [_mutual_information(np.stack([w[:, s] @ ordered[s] for s in _slices(starts, len(labels))], axis=1))
+                 for w in _resamples(len(labels), seed)]  # fmt: skip
+    value, half = (nats - expected) / scale, Z * float(np.concatenate(resampled).std()) / scale
+    p = (1 + int((null >= nats - 1e-12).sum())) / (1 + permutations)
+    return Dependence(float(value), float(value - half), float(value + half), p, nats)
+
+
+def effective_number(counts: np.ndarray, seed: int = 0) -> Interval:
+    """exp(entropy of the load) of (I, N) counts: N where all experts are used alike, 1 where only one is."""
+    sums = np.concatenate([w @ counts for w in _resamples(len(counts), seed)])
+    low, high = np.quantile(np.exp(_entropy(sums)), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(np.exp(_entropy(counts.sum(axis=0)))), float(low), float(high))
+
+
+def favourites(counts: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    """(I,) each image's most used expert; of equally used ones that with the larger sum of gates (I, N)."""
+    return (counts + gates / (1 + gates.sum(axis=1, keepdims=True))).argmax(axis=1)
+
+
+def agreement(favourites: Sequence[np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """Adjusted mutual information between the images' favourite experts of each two layers.
+
+    Returns:
+        "value", "low" and "high", each (L, L).
+    """
+    found = {key: np.eye(len(favourites)) for key in ("value", "low", "high")}
+    for i, first in enumerate(favourites):
+        for j, second in enumerate(favourites[:i]):
+            chosen = second[:, None] == np.arange(second.max() + 1)
+            pair = dependence(first, chosen, seed, permutations=0)
+            for key, matrix in found.items():
+                matrix[i, j] = matrix[j, i] = getattr(pair, key)
+    return found
+
+
+def activated_pairs(counts: Sequence[np.ndarray], seed: int = 0) -> tuple[Interval, int, int]:
+    """Distinct (layer, expert) pairs that an image activates, from (I, N) counts of each layer: mean, least, most."""
+    pairs = sum((layer > 0).sum(axis=1) for layer in counts)
+    assert isinstance(pairs, np.ndarray)
+    (mean,) = mean_intervals(pairs[:, None], seed)
+    return mean, int(pairs.min()), int(pairs.max())
+
+
+def routes(decisions: Sequence[np.ndarray]) -> tuple[int, float]:
+    """Distinct combinations of experts over depth, and their effective number, exp(entropy).
+
+    Args:
+        decisions: for each layer (I, U, K) chosen experts. A layer that routes whole images sends all its tokens there.
+    """
+    units = max(layer.shape[1] for layer in decisions)
+    spread = [
+        np.broadcast_to(layer, (len(layer), units, layer.shape[2])).reshape(len(layer) * units, -1)
+        for layer in decisions
+    ]
+    taken = np.bincount(_codes(np.concatenate([np.sort(layer, axis=1) for layer in spread], axis=1)))
+    return len(taken), float(np.exp(_entropy(taken)))
+
+
+def most_frequent(experts: np.ndarray, gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most frequent combination (K,) of the decisions (I, U, K), and its mean gates (K,)."""
+    order = np.argsort(experts, axis=-1)
+    experts, gates = (np.take_along_axis(a, order, -1).reshape(-1, a.shape[-1]) for a in (experts, gates))
+    codes = _codes(experts)
+    mine = codes == np.bincount(codes).argmax()
+    return experts[mine][0], gates[mine].mean(axis=0)
+
+
+def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(I,) True for a random half of the images of each class, the larger one where their number is odd."""
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    order = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[order] = rank % 2 == 0
+    return mask
+
+
+def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """One order of the classes for all layers, and one of each layer's experts, that bring out blocks.
+
+    Spectral co-clustering (Dhillon, KDD 2001) of P(expert | class) of all layers side by side. Draw the result on other
+    images than those that it was found on: sorting makes structure of noise.
+
+    Args:
+        tables: for each layer (C, N) how often the units of a class chose each expert.
+    """
+    shares = [table / np.maximum(table.sum(axis=1, keepdims=True), 1) for table in tables]
+    together = np.concatenate(shares, axis=1)
+    classes = len(together)
+    clusters = min(classes, *(share.shape[1] for share in shares))
+    rows = np.zeros(classes, dtype=int)
+    if clusters > 1:
+        found = SpectralCoclustering(clusters, random_state=0).fit(together + 1e-6)  # no row or column may be empty
+        rows = found.row_labels_
+        closeness = np.array([together[r, found.column_labels_ == c].sum() for r, c in enumerate(rows)])
+    else:
+        closeness = together.max(axis=1)
+    order = np.lexsort((-closeness, rows))
+    position = np.empty(classes)
+    position[order] = np.arange(classes)
+    centres = [(position[:, None] * share).sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12) for share in shares]
+    idle = [share.sum(axis=0) == 0 for share in shares]  # they stand last
+    return order, [np.lexsort((centre, none)) for centre, none in zip(centres, idle, strict=True)]
+
+
+def _resamples(images: int, seed: int) -> Iterator[np.ndarray]:
+    """Bootstrap weights (s, I), RESAMPLES of them in all: how often each image was drawn."""
+    rng = np.random.default_rng(seed)
+    size = max(1, min(RESAMPLES, _CHUNK // images))
+    for start in range(0, RESAMPLES, size):
+        drawn = rng.integers(0, images, (min(size, RESAMPLES - start), images))
+        yield np.stack([np.bincount(row, minlength=images) for row in drawn]).astype(np.float64)
+
+
+def _codes(rows: np.ndarray) -> np.ndarray:
+    """A number for each row of small numbers, equal where the rows are."""
+    codes = np.zeros(len(rows), dtype=np.int64)
+    for column in rows.T:
+        _, codes = np.unique(codes * (int(column.max()) + 1) + column, return_inverse=True)  # renumbered: stays small
+    return codes
+
+
+def _slices(starts: np.ndarray, end: int) -> list[slice]:
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+
+
+def _mutual_information(table: np.ndarray) -> np.ndarray:
+    """In nats, of the two variables of contingency tables (..., C, N)."""
+    joint = table / table.sum(axis=(-2, -1), keepdims=True)
+    independent = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
+    ratio = np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0)
+    return (joint * np.log(ratio)).sum(axis=(-2, -1))
+
+
+def _entropy(counts: np.ndarray) -> np.ndarray:
+    """In nats, over the last axis."""
+    shares = counts / counts.sum(axis=-1, keepdims=True)
+    return -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=-1)
