@@ -14,11 +14,13 @@ from tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
 
 import vimoe
-from vimoe import analysis
+from vimoe import analysis, specialisation
 from vimoe.config import MoEConfig
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.evidence import Evidence
+from vimoe.interventions import Changes, Handed, Images
 from vimoe.moe.router import TokenLayout
+from vimoe.upcycling import moe_layers
 
 CLASSES = 4
 
@@ -163,6 +165,114 @@ def test_experts_that_agree_in_function_but_not_in_weights_merge_when_matched() 
         assert found.dense["matched"].loss.value == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_what_is_kept_is_what_the_model_did(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer kept than there are, each row is of the image whose place it names."""
+    model = perturb_experts(upcycle(vit(), config(routing=routing, top_k=2)))
+    x, labels = images(model, 40), torch.arange(40) % 5
+    units = 5 if routing == "token" else 1
+    monkeypatch.setattr(analysis, "KEPT_IMAGES", 15)
+    monkeypatch.setattr(analysis, "_COMPARED", 4)
+    inputs: list[Tensor] = []
+    batches = list(zip(x.split(7), labels.split(7), strict=True))
+    _, seen = analysis._observe(model, batches, moe_layers(model), 0, "")
+    handle = layers(model)[1].register_forward_pre_hook(lambda _layer, args: inputs.append(args[0]))
+    with torch.no_grad(), vimoe.record(model) as routings:
+        model(x)
+    handle.remove()
+    routing_ = routings[1]
+    name = routing_.layer
+    assert len(seen.places) == 15 and seen.places[-1] > 20 and seen.experts[name].shape == (15, units, 2)
+    assert np.array_equal(seen.labels, labels.numpy()[seen.places])
+    experts, gates = (a.view(40, units, 2).numpy()[seen.places] for a in (routing_.experts, routing_.gates))
+    assert np.array_equal(seen.experts[name], experts) and seen.gates[name] == pytest.approx(gates, abs=1e-6)
+    # each compared input is that of some image, and they are of different ones
+    distances = torch.cdist(seen.inputs[name].flatten(1), inputs[0].flatten(1))
+    assert distances.min(dim=1).values.max() < 0.1 and len(set(distances.argmin(dim=1).tolist())) == 4
+    by_hand = np.zeros((15, 4))
+    for i, u, k in np.ndindex(15, units, 2):
+        by_hand[i, experts[i, u, k]] += gates[i, u, k]
+    assert seen.per_image(name, seen.gates[name]) == pytest.approx(by_hand, abs=1e-6)
+    assert seen.per_image(name).sum() == 15 * units * 2
+    best = seen.examples(by_hand)
+    assert [row[0] for row in best] == seen.places[by_hand.argmax(axis=0)].tolist()
+
+
+def test_examples_are_of_images_that_went_there() -> None:
+    model = Known(num_experts=6)  # of whom two are never chosen
+    assert [len(row) for row in vimoe.analyze(model, loader()).layers[0].examples] == [8, 8, 8, 8, 0, 0]
+
+
+def test_gates_are_weighed_by_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over units: with k = 2 the masses sum to the mean sum of the two gates, and the merge goes by them."""
+    model = perturb_experts(upcycle(vit(), config(top_k=2, num_shared_experts=0, routing="token")))
+    x, labels = images(model, 12), torch.arange(12) % 5
+    handed = {}
+
+    def dense(self: vimoe.MoE, how: str, mass: Tensor) -> nn.Module:
+        handed[self] = mass
+        return nn.Identity()
+
+    monkeypatch.setattr(vimoe.MoE, "dense", dense)
+    found = vimoe.analyze(model, [(x, labels)], draws=1)
+    for layer, evidence in zip(layers(model), found.layers, strict=True):
+        assert evidence.gate_mass.sum() == pytest.approx(1)
+        assert handed[layer].numpy() == pytest.approx(evidence.gate_mass)
+        assert evidence.gate_mass.std() > 0.01
+
+
+def test_orders_come_from_the_half_that_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed = []
+    real = specialisation.orders
+    monkeypatch.setattr(specialisation, "orders", lambda tables: handed.extend(tables) or real(tables))
+    evidence = vimoe.analyze(Known(), loader(), overrule=0)
+    for table, layer in zip(handed, evidence.layers, strict=True):
+        assert np.array_equal(table + layer.drawn, layer.counts) and not np.array_equal(table, layer.drawn)
+
+
+def test_every_draw_is_another_permutation_of_the_measured_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = {}
+
+    def look(_model: nn.Module, _loader: object, plan: dict, chosen: Images, _task: str) -> tuple[dict, Images]:
+        plans.update(plan, chosen=chosen)
+        columns = {name: np.arange(len(each)) * np.ones((20, 1)) for name, each in plan.items()}
+        return {name: Changes(values, -values) for name, values in columns.items()}, chosen
+
+    monkeypatch.setattr(analysis, "measure", look)
+    found = vimoe.analyze(Known(), loader(by_class=True), draws=4, overrule=20)
+    places = plans["chosen"].places
+    assert len(places) == 20 and (np.diff(places) > 0).all() and places[-1] > 40  # of all, not the first
+    handed = [each for each in plans["blocks.1.mlp"] if isinstance(each, Handed)]
+    donors = [each.donors.tolist() for each in handed]
+    assert all(sorted(d) == sorted(places) for d in donors) and len({tuple(d) for d in donors}) == 4
+    layer = found.layers[0]
+    assert layer.permuted.loss.value == 1.5 and layer.permuted.top1.value == -1.5  # the mean of columns 0 to 3
+    assert layer.frozen.loss.value == 4
+    assert [effect.loss.value for effect in layer.experts] == [5, 6, 7, 8]
+    assert [effect.loss.value for effect in layer.dense.values()] == [9, 10, 11]
+    assert list(layer.dense) == ["shared", "merge", "matched"]
+
+
+def test_frozen_is_the_most_frequent_decision() -> None:
+    """Most images are of class 2: frozen to its expert they stay right, and all others become wrong."""
+    x = torch.eye(CLASSES, 2 * CLASSES)[torch.tensor([0, 2, 2, 1, 2, 3])][:, None].expand(-1, 3, -1)
+    found = vimoe.analyze(Known(), [(x, torch.tensor([0, 2, 2, 1, 2, 3]))]).layers[0]
+    assert found.frozen.top1.value == -0.5
+
+
+def test_recorded_routings_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    real = analysis._Seen.add
+
+    def add(self: analysis._Seen, labels: Tensor, routings: list) -> None:
+        held.append(len(routings))
+        real(self, labels, routings)
+
+    monkeypatch.setattr(analysis._Seen, "add", add)
+    vimoe.analyze(Known(), loader(), overrule=0)
+    assert held == [2] * 6
+
+
 def test_evidence_travels_as_json() -> None:
     for overrule in (0, 30):
         evidence = vimoe.analyze(Known(), loader(), overrule=overrule)
@@ -217,7 +327,7 @@ def test_tokens_that_are_kept_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -
 MEMORY = """
 import resource, torch
 from test_analysis import Known, loader
-from vimoe import analysis
+from vimoe import analysis, specialisation
 analysis.KEPT_IMAGES = 500
 batch = loader(batch=500, images=500, tokens=20)[0]
 analysis.analyze(Known(), [batch], overrule=100)
@@ -259,6 +369,9 @@ def test_what_cannot_be_analysed_is_refused() -> None:
         vimoe.analyze(vit(), loader())
     with pytest.raises(DataError, match="the loader is empty"):
         vimoe.analyze(Known(), [])
+    for odd in (-100, CLASSES):
+        with pytest.raises(DataError, match=f"gives the label {odd}: expected 0 to 3, the model has 4 classes"):
+            vimoe.analyze(Known(), [(x, y.index_fill(0, torch.tensor([1]), odd)) for x, y in loader()])
     with pytest.raises(ConfigError, match="draws=0: expected at least 1"):
         vimoe.analyze(Known(), loader(), draws=0)
     with pytest.raises(ConfigError, match="overrule=-1: expected 0 or more"):

@@ -12,8 +12,8 @@ from tiny import FAMILIES, config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.errors import DataError
-from vimoe.interventions import Frozen, Handed, Without, measure, overruled
+from vimoe.errors import DataError, VimoeError
+from vimoe.interventions import Frozen, Handed, Images, Without, measure, overruled
 from vimoe.upcycling import moe_layers
 
 
@@ -105,6 +105,24 @@ def test_frozen_is_one_decision_for_all() -> None:
     assert not (routings[1].experts == torch.tensor([3, 1])).all()
 
 
+def test_a_decision_sees_the_routing_of_its_own_images() -> None:
+    model, x = model_and_images(routing="token")
+    seen = []
+
+    def look(_layer: nn.Module, routing: vimoe.Routing, index: Tensor) -> vimoe.Routing:
+        seen.append((routing, index))
+        return routing
+
+    with torch.no_grad(), vimoe.record(model) as routings:
+        model(x)
+        with overruled(model, "blocks.0.mlp", [look, look], torch.tensor([4, 7, 9])):
+            model(x)
+    for routing, index in seen:
+        assert routing.batch == routings[0].batch and index.tolist() == [4, 7, 9]
+        assert torch.equal(routing.experts, routings[0].experts) and len(routing.image) == len(routing.logits)
+        torch.testing.assert_close(routing.logits, routings[0].logits)
+
+
 def test_nothing_outlives_it() -> None:
     model, x = model_and_images()
     name, layer = next(iter(moe_layers(model).items()))
@@ -124,7 +142,7 @@ def test_changes_are_those_of_each_image(rows: int, monkeypatch: pytest.MonkeyPa
     x, labels = images(model, batch=9), torch.arange(9) % 5
     name, layer = list(moe_layers(model).items())[1]
     dense = layer.dense("shared", torch.zeros(4))
-    found = measure(model, list(zip(x.split(4), labels.split(4), strict=True)), {name: [dense, Without(1)]})[name]
+    found = measure(model, list(zip(x.split(4), labels.split(4), strict=True)), {name: [dense, Without(1)]})[0][name]
     other = vimoe.densify(copy.deepcopy(model), [name])
     with torch.no_grad():
         logits = [m(x) for m in (model, other)]
@@ -142,9 +160,55 @@ def test_chosen_images_alone_are_measured() -> None:
     name, layer = list(moe_layers(model).items())[0]
     plan = {name: [layer.dense("shared", torch.zeros(4))]}
     places = np.array([1, 4, 5, 8])
-    some = measure(model, batches, plan, (places, labels.numpy()[places]))[name]
-    assert some.loss == pytest.approx(measure(model, batches, plan)[name].loss[places], abs=1e-6)
+    some, same = measure(model, batches, plan, Images(places, labels.numpy()[places]))
+    every, seen = measure(model, batches, plan)
+    assert some[name].loss == pytest.approx(every[name].loss[places], abs=1e-6)
+    assert same.places is places and np.array_equal(seen.places, range(9)) and np.array_equal(seen.labels, labels)
     with pytest.raises(DataError, match="another order each time"):
-        measure(model, batches, plan, (places, labels.numpy()[places][::-1]))
+        measure(model, batches, plan, Images(places, labels.numpy()[places][::-1]))
     with pytest.raises(DataError, match="fewer images"):
-        measure(model, batches[:3], plan, (places, labels.numpy()[places]))
+        measure(model, batches[:3], plan, Images(places, labels.numpy()[places]))
+    with pytest.raises(DataError, match="the loader is empty"):
+        measure(model, [], plan)
+
+
+def test_donors_are_found_by_the_number_of_the_image_in_every_batch() -> None:
+    """A restart of the numbers with each batch would give all batches the donors of the first."""
+    model, _ = model_and_images()
+    x, labels = images(model, batch=6), torch.arange(6) % 5
+    name = list(moe_layers(model))[1]
+    experts, gates = decisions(model, x, name)
+    itself = {name: [Handed(experts, gates, torch.arange(6))]}
+    chosen = Images(np.array([1, 3, 4, 5]), labels.numpy()[[1, 3, 4, 5]])
+    others = {name: [Handed(experts, gates, torch.tensor([1, 3, 4, 5]))]}
+    batches = list(zip(x.split(2), labels.split(2), strict=True))
+    for changes, _ in (measure(model, batches, itself), measure(model, batches, others, chosen)):
+        assert changes[name].loss == pytest.approx(0, abs=1e-6)
+    shifted = {name: [Handed(experts, gates, torch.arange(6).roll(1))]}
+    assert abs(measure(model, batches, shifted)[0][name].loss).max() > 1e-3
+
+
+def test_few_images_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many interventions there are: memory is bounded."""
+    monkeypatch.setattr("vimoe.interventions._ROWS", 12)
+    model, _ = model_and_images()
+    sizes: list[int] = []
+    layers(model)[1].register_forward_pre_hook(lambda _layer, args: sizes.append(len(args[0])))
+    batch = [(images(model, 8), torch.zeros(8, dtype=torch.long))]
+    measure(model, batch, {"blocks.1.mlp": [Without(e) for e in range(4)]})
+    assert sizes == [8, 12, 12, 8]  # the untouched model; then 3, 3 and 2 images, four times each
+
+
+def test_what_breaks_the_model_does_not_seem_to_cost_nothing() -> None:
+    model, x = model_and_images()
+    name, layer = next(iter(moe_layers(model).items()))
+    broken = layer.dense("shared", torch.zeros(4))
+    with torch.no_grad():
+        broken = copy.deepcopy(broken)
+        broken.fc2.bias[0] = float("nan")
+    changes, _ = measure(model, [(x, torch.arange(3))], {name: [broken]})
+    assert (changes[name].loss > 100_000).all()
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(VimoeError, match="expected a model whose outputs are finite"):
+        measure(model, [(x, torch.arange(3))], {name: [broken]})

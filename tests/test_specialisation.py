@@ -132,6 +132,69 @@ def test_classes_without_images_play_no_part() -> None:
     assert dependence(10 * y + 3, chosen(y % EXPERTS)) == dependence(y, chosen(y % EXPERTS))
 
 
+def test_effective_numbers_have_intervals_around_them() -> None:
+    """Resampled loads are less even than loads are: their percentiles would lie below the estimate."""
+    few = (rng(3).integers(0, 64, 100)[:, None] == np.arange(64)).astype(int)
+    found = effective_number(few)
+    assert 1 <= found.low < found.value < found.high <= 64
+    shares = np.array([0.4, 0.3, 0.2, 0.1])
+    truth = np.exp(-(shares * np.log(shares)).sum())
+    drawn = [effective_number(rng(s).multinomial(1, shares, 400), s) for s in range(200)]
+    assert 0.9 <= np.mean([i.low <= truth <= i.high for i in drawn]) <= 0.99
+
+
+def test_favourites_are_by_number_and_then_by_gates() -> None:
+    counts = np.array([[2, 2, 1], [0, 3, 2], [1, 0, 1]])
+    gates = np.array([[0.5, 0.9, 8.0], [0.0, 0.3, 1.9], [0.2, 0.0, 0.3]])
+    assert favourites(counts, gates).tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["who takes", "who gives", "both"])
+def test_intervals_of_permutations_cover_whoever_makes_the_difference(kind: str) -> None:
+    """Resampling only those who take would miss that other images would give other decisions."""
+    covered, narrow, n = [], [], 80
+    for seed in range(200):
+        draw = rng(1000 + seed)
+        partners = np.stack([draw.permutation(n) for _ in range(5)], axis=1)
+        takes, gives = draw.exponential(size=(2, n)) - 1
+        if kind == "who takes":
+            gives = 0 * gives
+        elif kind == "who gives":
+            takes = 0 * takes
+        values = takes[:, None] + gives[partners] + 0.5
+        found = specialisation.pair_interval(values, partners, seed)
+        covered.append(found.low <= 0.5 <= found.high)
+        one_sided = mean_intervals(values.mean(axis=1, keepdims=True), seed)[0]
+        narrow.append(one_sided.low <= 0.5 <= one_sided.high)
+        assert found.value == pytest.approx(values.mean())
+    assert 0.90 <= np.mean(covered) <= 1.0
+    if kind == "who gives":
+        assert np.mean(narrow) < 0.7  # the check can fail
+
+
+def test_orders_look_at_shares_not_at_numbers_of_images() -> None:
+    """A class with a hundred times the images does not decide for the others; idle experts stand last."""
+    table = np.zeros((6, 5), int)
+    table[[0, 1], 3] = 9
+    table[[2, 3], 1] = 9
+    table[[4, 5], 4] = 9
+    table[1] *= 100
+    table = np.insert(table, 2, 0, axis=0)  # a class without images stands last
+    order, (columns,) = specialisation.orders([table])
+    blocks = [set(order[i : i + 2]) for i in (0, 2, 4)]
+    assert all(block in ({0, 1}, {3, 4}, {5, 6}) for block in blocks) and order[-1] == 2
+    assert sorted(columns[:3]) == [1, 3, 4] and sorted(columns[3:]) == [0, 2]
+    drawn = table[order][:, columns] > 0
+    assert drawn.argmax(axis=1).tolist() == [0, 0, 1, 1, 2, 2, 0]
+
+
+def test_within_a_block_the_clearest_class_comes_first() -> None:
+    table = np.array([[6, 4, 0, 0], [9, 1, 0, 0], [0, 0, 1, 9], [0, 0, 4, 6], [10, 0, 0, 0], [0, 0, 0, 10]])
+    order, _ = specialisation.orders([table])
+    rank = {int(c): i for i, c in enumerate(order)}
+    assert rank[1] == rank[4] + 1 and rank[2] == rank[5] + 1
+
+
 def test_intervals_of_means_cover_at_the_stated_rate() -> None:
     """Skewed as changes of a loss are: nothing for most images, much for some."""
     draws = rng(7).exponential(size=(400, 150)) * (rng(8).random((400, 150)) < 0.5)

@@ -22,9 +22,9 @@ from vimoe.config import DRAWS, OVERRULED_IMAGES
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.evaluate import Batches, Score, ScoreCounts, batches_of, label_names
 from vimoe.evidence import Effect, Evidence, LayerEvidence
-from vimoe.interventions import Frozen, Handed, Intervention, Without, measure
+from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, Without, measure
 from vimoe.moe import MoE, Routing, record
-from vimoe.specialisation import mean_intervals
+from vimoe.specialisation import pair_interval
 from vimoe.upcycling import moe_layers
 
 KEPT_IMAGES = 20_000  # whose decisions are kept, at most
@@ -72,14 +72,14 @@ def analyze(
     classes = label_names(model)
 
     counts = {name: seen.per_image(name) for name in layers}
+    gates = {name: seen.per_image(name, seen.gates[name]) for name in layers}
+    gate_mass = {name: gates[name].sum(axis=0) / seen.experts[name][..., 0].size for name in layers}
     tables = {name: _table(seen.labels, counts[name], len(classes)) for name in layers}
     drawn = {name: _table(seen.labels[~half], counts[name][~half], len(classes)) for name in layers}
     class_order, expert_orders = specialisation.orders([tables[name] - drawn[name] for name in layers])
-    favourites = {n: specialisation.favourites(counts[n], seen.per_image(n, seen.gates[n])) for n in layers}
-    gate_mass = {n: seen.per_image(n, seen.gates[n]).sum(axis=0) / seen.experts[n][..., 0].size for n in layers}
-    effects = _Effects(model, layers, seen, gate_mass, draws, overrule, seed)
-    if effects.images:
-        effects.measure(loader, "overruling the routing" if progress else "")
+    overruled = min(len(seen.labels), len(seen.labels) if overrule is None else overrule)
+    task = "overruling the routing" if progress else ""
+    effects = _effects(model, loader, layers, seen, gate_mass, draws, overruled, seed, task) if overruled else {}
 
     evidence = []
     for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
@@ -97,8 +97,8 @@ def analyze(
                 adjusted_mutual_information=specialisation.dependence(seen.labels, counts[name], seed),
                 effective_experts=specialisation.effective_number(counts[name], seed),
                 comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
-                examples=seen.examples(name),
-                **effects.of(name),
+                examples=seen.examples(gates[name]),
+                **effects.get(name, {"permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
         )
     possible = math.prod(math.comb(layer.config.num_experts, layer.config.top_k) for layer in layers.values())
@@ -107,64 +107,53 @@ def analyze(
         base=base,
         classes=tuple(classes),
         images=len(seen.labels),
-        overruled_images=effects.images,
+        overruled_images=overruled,
         draws=draws,
         class_order=class_order,
         pairs=specialisation.activated_pairs(list(counts.values()), seed),
         routes=(*specialisation.routes(list(seen.experts.values())), possible),
-        agreement=specialisation.agreement(list(favourites.values()), seed),
+        agreement=specialisation.agreement([specialisation.favourites(counts[n], gates[n]) for n in layers], seed),
     )
 
 
-class _Effects:
-    """The interventions on every layer, and what they were found to change."""
-
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
-        draws: int, overrule: int | None, seed: int,
-    ) -> None:  # fmt: skip
-        self.model, self.seed, self.draws = model, seed, draws
-        rng = np.random.default_rng(seed)
-        kept = len(seen.labels)
-        self.images = kept if overrule is None else min(overrule, kept)
-        rows = np.sort(rng.choice(kept, self.images, replace=False))
-        self.chosen = seen.places[rows], seen.labels[rows]
-        donors = [torch.from_numpy(rng.permutation(kept)[: self.images]) for _ in range(draws)]
-        self.plan: dict[str, dict[str, list[Intervention]]] = {}
-        for name, layer in layers.items():
-            experts, gates = torch.from_numpy(seen.experts[name]), torch.from_numpy(seen.gates[name])
-            frozen = specialisation.most_frequent(seen.experts[name], seen.gates[name])
-            can_go = layer.config.num_experts > layer.config.top_k
-            mass = torch.from_numpy(gate_mass[name])
-            self.plan[name] = {
-                "permuted": [Handed(experts, gates, donor) for donor in donors],
-                "frozen": [Frozen(*map(torch.from_numpy, frozen))],
-                "experts": [Without(e) for e in range(layer.config.num_experts)] if can_go else [],
-                **{how: [layer.dense(how, mass)] for how in layer.hows},
-            }
-        self._found: dict[str, dict[str, list[Effect]]] = {}
-
-    def measure(self, loader: Batches, task: str) -> None:
-        """One reading of the loader."""
-        flat = {name: [each for group in groups.values() for each in group] for name, groups in self.plan.items()}
-        for name, changes in measure(self.model, loader, flat, self.chosen, task).items():
-            columns = iter(zip(changes.loss.T, changes.right.T, strict=True))
-            groups = {key: [next(columns) for _ in group] for key, group in self.plan[name].items()}
-            groups["permuted"] = [tuple(np.mean(groups["permuted"], axis=0))]  # an image's mean over the draws
-            self._found[name] = {key: _effects(group, self.seed) for key, group in groups.items()}
-
-    def of(self, name: str) -> dict[str, Any]:
-        """Fields of LayerEvidence."""
-        found = self._found.get(name)
-        if found is None:
-            return {"permuted": None, "frozen": None, "dense": {}, "experts": ()}
-        dense = {how: found[how][0] for how in found if how not in ("permuted", "frozen", "experts")}
-        return {
-            "permuted": found["permuted"][0],
-            "frozen": found["frozen"][0],
-            "dense": dense,
-            "experts": tuple(found["experts"]),
+def _effects(
+    model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
+    draws: int, images: int, seed: int, task: str,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The fields of LayerEvidence that tell of interventions, by layer, from one reading of the loader."""
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(len(seen.labels), images, replace=False))
+    donors = np.stack([rng.permutation(images) for _ in range(draws)], axis=1)  # of the images that are measured
+    plan = {name: _interventions(layer, seen, name, rows[donors], gate_mass[name]) for name, layer in layers.items()}
+    flat = {name: [each for group in groups.values() for each in group] for name, groups in plan.items()}
+    changes, _ = measure(model, loader, flat, Images(seen.places[rows], seen.labels[rows]), task)
+    fields = {}
+    for name, groups in plan.items():
+        loss, right = (pair_interval(v[:, :draws], donors, seed) for v in (changes[name].loss, changes[name].right))
+        rest = iter(Effect.each(Changes(changes[name].loss[:, draws:], changes[name].right[:, draws:]), seed))
+        found = {key: [next(rest) for _ in group] for key, group in groups.items() if key != "permuted"}
+        fields[name] = {
+            "permuted": Effect(loss, right),
+            "frozen": found.pop("frozen")[0],
+            "experts": tuple(found.pop("experts")),
+            "dense": {how: effect for how, (effect,) in found.items()},
         }
+    return fields
+
+
+def _interventions(
+    layer: MoE, seen: _Seen, name: str, donors: np.ndarray, gate_mass: np.ndarray
+) -> dict[str, list[Intervention]]:
+    """All interventions on a layer by kind, the permutations first. Donors are (images, draws)."""
+    experts, gates = torch.from_numpy(seen.experts[name]), torch.from_numpy(seen.gates[name])
+    frozen = specialisation.most_frequent(seen.experts[name], seen.gates[name])
+    n, k = layer.config.num_experts, layer.config.top_k
+    return {
+        "permuted": [Handed(experts, gates, torch.from_numpy(draw)) for draw in donors.T],
+        "frozen": [Frozen(*map(torch.from_numpy, frozen))],
+        "experts": [Without(expert) for expert in range(n)] if n > k else [],
+        **{how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.hows},
+    }
 
 
 class _Seen:
@@ -227,9 +216,8 @@ class _Seen:
         flat = None if weights is None else weights.ravel()
         return np.bincount(code.ravel(), flat, len(experts) * n).reshape(-1, n)
 
-    def examples(self, name: str) -> tuple[tuple[int, ...], ...]:
-        """For each expert places of the images that gave it most, best first."""
-        gates = self.per_image(name, self.gates[name])
+    def examples(self, gates: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        """For each expert places of the images that gave it most of (I, N) gates, best first."""
         best = np.argsort(-gates, axis=0, kind="stable")[:_EXAMPLES].T
         return tuple(tuple(int(self.places[i]) for i in row if gates[i, e] > 0) for e, row in enumerate(best))
 
@@ -250,6 +238,7 @@ def _observe(model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seed:
     try:
         with torch.no_grad(), record(model) as routings:
             for x, labels in batches_of(model, loader, task):
+                _check_labels(labels, len(label_names(model)))
                 seen.expect(len(labels))
                 score.add(model(x), labels)
                 seen.add(labels, routings)
@@ -267,6 +256,15 @@ def _observe(model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seed:
     return score.score(), seen
 
 
+def _check_labels(labels: Tensor, classes: int) -> None:
+    low, high = (int(each) for each in labels.aminmax())
+    if low < 0 or high >= classes:
+        odd = low if low < 0 else high
+        raise DataError(
+            f"the loader gives the label {odd}: expected 0 to {classes - 1}, the model has {classes} classes"
+        )
+
+
 def _per_image(decisions: Tensor, routing: Routing) -> np.ndarray:
     """(R, K) of all units to (B, U, K)."""
     return decisions.view(routing.batch[0], -1, decisions.shape[1]).cpu().numpy()
@@ -277,10 +275,3 @@ def _table(labels: np.ndarray, counts: np.ndarray, classes: int) -> np.ndarray:
     table = np.zeros((classes, counts.shape[1]), dtype=np.int64)
     np.add.at(table, labels, counts)
     return table
-
-
-def _effects(columns: list[tuple[np.ndarray, np.ndarray]], seed: int) -> list[Effect]:
-    if not columns:
-        return []
-    losses, tops = (mean_intervals(np.stack(group, axis=1), seed) for group in zip(*columns, strict=True))
-    return [Effect(loss, top1) for loss, top1 in zip(losses, tops, strict=True)]

@@ -14,8 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vimoe import figures
+from vimoe.errors import ConfigError, nearest
 from vimoe.evaluate import Score
-from vimoe.specialisation import CONFIDENCE, Dependence, Interval
+from vimoe.interventions import Changes
+from vimoe.specialisation import CONFIDENCE, Dependence, Interval, mean_intervals
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Effect:
 
     loss: Interval
     top1: Interval
+
+    @classmethod
+    def each(cls, changes: Changes, seed: int) -> list[Effect]:
+        """Of every intervention."""
+        losses, tops = (mean_intervals(columns, seed) for columns in (changes.loss, changes.right))
+        return [cls(loss, top1) for loss, top1 in zip(losses, tops, strict=True)]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Effect:
@@ -44,7 +52,8 @@ class LayerEvidence:
         gate_mass: (N,) mean over units of the gate that each expert got, 0 where it was not chosen.
         adjusted_mutual_information: of class and expert, with its p-value and the mutual information in nats.
         effective_experts: exp(entropy of the load), 1 to N.
-        permuted: when whole decisions (experts and gates) are permuted between images, mean of several draws.
+        permuted: when whole decisions (experts and gates) are permuted between images, mean of several draws. Its
+            interval is over both images, the one that takes and the one that gives.
         frozen: when every unit gets the most frequent decision.
         dense: when a dense FFN is in the layer's place, by `how` of `vimoe.densify`: those that the layer allows.
         experts: when expert e cannot be chosen, for each e; empty where N = k.
@@ -166,6 +175,9 @@ class Evidence:
 
     def plot_heatmap(self, layer: str, axis: Axes | None = None) -> Axes:
         """Draws P(expert | class) of a layer, by module name, on an axis of yours or a new one."""
+        names = [each.name for each in self.layers]
+        if layer not in names:
+            raise ConfigError(f"layer={layer!r}: expected one of {', '.join(names)}; {nearest(layer, names)}")
         return figures.heatmap(self.to_dict(), layer, axis)
 
     def plot_heatmaps(self) -> Figure:

@@ -241,7 +241,8 @@ def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
     shift_P = target_FP.mean(dim=0)
     units_FP, target_FP = units_FP - shift_P, target_FP - shift_P
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab, of which the order changes ab alone
-    similarity_FF = (target_FP @ units_FP.T).nan_to_num()
+    with torch.autocast(units_FP.device.type, enabled=False):
+        similarity_FF = (target_FP @ units_FP.T).nan_to_num()
     order = torch.from_numpy(linear_sum_assignment(similarity_FF.cpu().numpy(), maximize=True)[1]).to(units_FP.device)
     # units move for a gain only: rounding shall not swap twins, and what has diverged (NaN) has no order
     if not (target_FP - units_FP[order]).square().sum() < (target_FP - units_FP).square().sum():

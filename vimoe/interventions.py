@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimoe.errors import DataError
+from vimoe.errors import DataError, VimoeError
 from vimoe.evaluate import Batches, batches_of
 from vimoe.moe import MoE, Routing
 
+_BROKEN = 1e6  # nats, of an image for which an intervention gives no finite loss
 _ROWS = 512  # images that run through the rest of the model at a time
 
 
@@ -77,6 +78,14 @@ class Without:
         return layer.router.decide(logits, routing.batch)
 
 
+@dataclass(frozen=True)
+class Images:
+    """Which images of a loader: places (I,) in rising order, and labels (I,) by which another order is noticed."""
+
+    places: np.ndarray
+    labels: np.ndarray
+
+
 Intervention = Decision | nn.Module  # a module takes the layer's place
 
 
@@ -92,49 +101,58 @@ def measure(
     model: nn.Module,
     loader: Batches,
     plan: Mapping[str, Sequence[Intervention]],
-    chosen: tuple[np.ndarray, np.ndarray] | None = None,
+    chosen: Images | None = None,
     task: str = "",
-) -> dict[str, Changes]:
+) -> tuple[dict[str, Changes], Images]:
     """Overrules one layer at a time and compares with the untouched model.
 
     Args:
         model: a classifier; left in eval mode.
         loader: batches of (images, labels).
         plan: for each layer, by module name, the interventions on it.
-        chosen: places in the loader, in rising order, and labels of the images to measure on; by default all.
+        chosen: the images to measure on; by default all.
         task: what to call this in a progress bar; none without it.
 
     Returns:
-        For each layer the changes, a column an intervention in the order of the plan.
+        For each layer the changes, a column an intervention in the order of the plan; and the images they are of, which
+        another reading of the loader must give again.
 
     Raises:
-        DataError: where the loader gives other images than `chosen` says.
+        DataError: where the loader is empty, or gives other images than `chosen` says.
+        VimoeError: where the loss of the untouched model is not finite.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in plan}
-    seen = measured = 0
+    seen, measured, places, classes = 0, 0, [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for x, labels in batches_of(model, loader, task):
         if chosen is not None:
-            first, last = np.searchsorted(chosen[0], [seen, seen + len(x)])
-            rows = torch.from_numpy(chosen[0][first:last] - seen).to(x.device)
+            first, last = np.searchsorted(chosen.places, [seen, seen + len(x)])
+            rows = torch.from_numpy(chosen.places[first:last] - seen).to(x.device)
             seen, x, labels = seen + len(x), x[rows], labels[rows]
-            if not np.array_equal(labels.cpu().numpy(), chosen[1][first:last]):
+            if not np.array_equal(labels.cpu().numpy(), chosen.labels[first:last]):
                 raise DataError("the loader gives its images in another order each time: expected shuffle=False")
-        index = torch.arange(measured, measured + len(x))
-        measured += len(x)
         if not len(x):
             continue
+        index = torch.arange(measured, measured + len(x))
+        measured += len(x)
+        places.append(index.numpy())
+        classes.append(labels.cpu().numpy())
         with torch.no_grad():
             base = _losses(model(x), labels)
+        if not base[0].isfinite().all():
+            raise VimoeError(f"the model's loss is {float(base[0].sum())}: expected a model whose outputs are finite")
         for name, interventions in plan.items():
             size = max(1, _ROWS // max(1, len(interventions)))
             for part in zip(*(each.split(size) for each in (x, labels, index, *base)), strict=True):
                 found[name].append(_changes(model, name, interventions, *part))
-    if chosen is not None and measured != len(chosen[0]):
+    if chosen is not None and measured != len(chosen.places):
         raise DataError("the loader gave fewer images when it was read again: expected the same each time")
-    return {
+    if not measured:
+        raise DataError("the loader is empty: expected validation images")
+    changes = {
         name: Changes(*(torch.cat(column).double().numpy() for column in zip(*parts, strict=True)))
         for name, parts in found.items()
     }
+    return changes, chosen or Images(np.concatenate(places), np.concatenate(classes))
 
 
 def _changes(
@@ -144,6 +162,7 @@ def _changes(
     """(B, V) change of the loss and of being right."""
     with torch.no_grad(), overruled(model, name, interventions, index):
         other_loss, other_right = _losses(model(x), labels.repeat(len(interventions)))
+    other_loss = other_loss.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
     columns = ((other_loss.view(-1, len(x)) - loss).T, (other_right.view(-1, len(x)) - right).T)
     return columns[0].cpu(), columns[1].cpu()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,7 @@ from vimoe.config import PRUNE_TOLERANCE
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import Batches, Score, evaluate
 from vimoe.evidence import Effect, Evidence
-from vimoe.interventions import Changes, Intervention, Without, measure
-from vimoe.specialisation import mean_intervals
+from vimoe.interventions import Changes, Images, Intervention, Without, measure
 from vimoe.surgery import swap
 from vimoe.upcycling import moe_layers
 
@@ -107,10 +107,11 @@ def prune(
     removals until then.
 
     Args:
-        model: the model that the evidence is of.
+        model: the model that the evidence is of; left in eval mode.
         evidence: from `vimoe.analyze`; its gate masses weigh the mean of experts.
         loader: validation batches of (images, labels), the same in the same order each time it is read.
-        tolerance: in nats, for each removal.
+        tolerance: in nats, for each removal. The bounds are of the images that also choose what goes, so several
+            removals cost a little more on other images: look at the receipt.
         experts: also drop experts of the layers that stay, from the last layer to the first, one after another by the
             same rule. It saves memory but no arithmetic. Needs the loader.
         seed: draws the bootstrap.
@@ -129,7 +130,10 @@ def prune(
     ours = {n: (m.config.num_experts, m.config.top_k, m.config.routing) for n, m in layers.items()}
     if known != ours:
         odd = sorted(set(known.items()) ^ set(ours.items()))[0][0]
-        raise VimoeError(f"the evidence is of another {odd} than this model's: run analyze on this model")
+        raise VimoeError(
+            f"the evidence is of another model: {odd} has (experts, top_k, routing) {known.get(odd, 'none')} in it and "
+            f"{ours.get(odd, 'none')} in this model; run analyze on this model"
+        )
     mass = {e.name: torch.from_numpy(e.gate_mass) for e in evidence.layers}
     if loader is None:
         return _by_evidence(model, evidence, mass, tolerance)
@@ -146,6 +150,12 @@ def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor
         raise VimoeError("the evidence has no interventions: expected those of making layers dense; pass the loader")
     all_steps = [Step(e.name, None, *e.best_dense) for e in evidence.layers]
     steps = [step for step in all_steps if step.change.loss.high <= tolerance]
+    if len(steps) > 1:
+        warnings.warn(
+            f"{len(steps)} layers are made dense, each measured as if it were the only one; what they cost together "
+            f"is not known: pass the loader, and it is measured after each",
+            stacklevel=3,
+        )
     layers = moe_layers(model)
     swap(model, {step.layer: layers[step.layer].dense(step.how, mass[step.layer]) for step in steps})
     return Pruning(tuple(steps), tuple(step for step in all_steps if step not in steps), tolerance)
@@ -155,9 +165,11 @@ class _Greedy:
     """Removes one thing after another, and measures what is left after each."""
 
     def __init__(self, model: nn.Module, loader: Batches, tolerance: float, seed: int, progress: bool) -> None:
-        self.model, self.loader, self.tolerance, self.seed, self.progress = model, loader, tolerance, seed, progress
+        self.model = model.eval()  # what is built in a layer's place has its mode
+        self.loader, self.tolerance, self.seed, self.progress = loader, tolerance, seed, progress
         self.steps: list[Step] = []
-        self._so_far = Changes(np.zeros(1), np.zeros(1))  # of each image, by all steps
+        self._images: Images | None = None  # of the first reading, which others must give again
+        self._total = Changes(np.zeros(1), np.zeros(1))  # (I,) of each image, by all steps
 
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
         """Makes layers dense as long as one can go; returns what those that stay would have cost."""
@@ -165,16 +177,16 @@ class _Greedy:
         ways = {name: {how: layer.dense(how, mass[name]) for how in layer.hows} for name, layer in layers.items()}
         while ways:
             changes = self._measure({name: list(way.values()) for name, way in ways.items()}, "pruning layers")
-            best = []
+            best: dict[str, tuple[Step, int]] = {}
             for name, change in changes.items():
-                effects = _effects(change, self.seed)
+                effects = Effect.each(change, self.seed)
                 column = min(range(len(effects)), key=lambda i: effects[i].loss.value)
-                best.append((Step(name, None, list(ways[name])[column], effects[column]), change, column))
-            step, change, column = min(best, key=lambda each: each[0].change.loss.high)
+                best[name] = Step(name, None, list(ways[name])[column], effects[column]), column
+            step, column = min(best.values(), key=lambda each: each[0].change.loss.high)
             if step.change.loss.high > self.tolerance:
-                return tuple(step for step, *_ in best)
+                return tuple(step for step, _ in best.values())
             swap(self.model, {step.layer: ways.pop(step.layer)[step.how]})
-            self._took(step, change, column)
+            self._took(step, changes[step.layer], column)
         return ()
 
     def experts(self, name: str) -> None:
@@ -183,22 +195,23 @@ class _Greedy:
         left = list(range(layer.config.num_experts))
         while len(left) > layer.config.top_k:
             without: list[Intervention] = [Without(e) for e in range(len(left))]
-            change = self._measure({name: without}, f"pruning experts of {name}")[name]
-            effects = _effects(change, self.seed)
+            changes = self._measure({name: without}, f"pruning experts of {name}")
+            effects = Effect.each(changes[name], self.seed)
             column = min(range(len(effects)), key=lambda i: effects[i].loss.high)
             if effects[column].loss.high > self.tolerance:
                 return
             layer.keep_experts([e for e in range(len(left)) if e != column])
-            self._took(Step(name, left.pop(column), "dropped", effects[column]), change, column)
+            self._took(Step(name, left.pop(column), "dropped", effects[column]), changes[name], column)
 
     def _measure(self, plan: Mapping[str, list[Intervention]], task: str) -> dict[str, Changes]:
-        return measure(self.model, self.loader, plan, task=task if self.progress else "")
+        task = task if self.progress else ""
+        changes, self._images = measure(self.model, self.loader, plan, self._images, task)
+        return changes
 
     def _took(self, step: Step, change: Changes, column: int) -> None:
-        total = Changes(self._so_far.loss + change.loss[:, column], self._so_far.right + change.right[:, column])
-        self._so_far = total
-        (effect,) = _effects(Changes(total.loss[:, None], total.right[:, None]), self.seed)
-        self.steps.append(Step(step.layer, step.expert, step.how, step.change, effect))
+        self._total = Changes(self._total.loss + change.loss[:, column], self._total.right + change.right[:, column])
+        (total,) = Effect.each(Changes(self._total.loss[:, None], self._total.right[:, None]), self.seed)
+        self.steps.append(replace(step, total=total))
 
 
 def receipts(models: list[nn.Module], loader: Batches) -> list[Receipt]:
@@ -225,12 +238,6 @@ def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 15)
                 _wait_for(device)
                 seconds.append(time.perf_counter() - start)
     return [len(images) / statistics.median(seconds[1:]) for seconds in times]
-
-
-def _effects(changes: Changes, seed: int) -> list[Effect]:
-    return [
-        Effect(*each) for each in zip(*(mean_intervals(c, seed) for c in (changes.loss, changes.right)), strict=True)
-    ]
 
 
 def _wait_for(device: torch.device) -> None:

@@ -39,7 +39,8 @@ class Dependence(Interval):
     """How much two variables have to do with one another.
 
     Attributes:
-        value: adjusted mutual information: 0 is what chance gives, 1 is a function of one another.
+        value: adjusted mutual information: 0 is what chance gives, 1 is a function of one another. Where an image makes
+            several choices it stays below 1, because its class does not tell which choice is meant.
         low, high: value -/+ 1.96 bootstrap standard deviations. It is an interval for what as many images would give:
             with few images a class the AMI of all images there are can be somewhat higher.
         p: share of permutations of whole images with at least as much mutual information.
@@ -55,6 +56,24 @@ def mean_intervals(values: np.ndarray, seed: int = 0) -> list[Interval]:
     means = np.concatenate([w @ values / len(values) for w in _resamples(len(values), seed)])
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return [Interval(*map(float, each)) for each in zip(values.mean(axis=0), low, high, strict=True)]
+
+
+def pair_interval(values: np.ndarray, partners: np.ndarray, seed: int = 0) -> Interval:
+    """The mean of (I, D) values that depend on two images each, and its interval.
+
+    Value (i, d) is of image i and image partners[i, d]. Both are resampled: in a bootstrap sample a pair counts as
+    often as both of its images together, the product of their weights.
+    """
+    means = []
+    for w in _resamples(len(values), seed):
+        sums, weights = np.zeros(len(w)), np.zeros(len(w))
+        for value, partner in zip(values.T, partners.T, strict=True):
+            pairs = w * w[:, partner]
+            sums += pairs @ value
+            weights += pairs.sum(axis=1)
+        means.append(sums / weights)
+    low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 def dependence(labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutations: int = RESAMPLES) -> Dependence:
@@ -78,25 +97,27 @@ def dependence(labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutatio
     null = np.array(
         [_mutual_information(np.add.reduceat(rng.permutation(ordered), starts)) for _ in range(permutations)]
     )
-    if (counts.sum(axis=1) == 1).all():
+    if _single(counts):
         used = np.ascontiguousarray(table[:, table.any(axis=0)])
         expected = float(expected_mutual_information(used, int(used.sum())))
     else:
         expected = float(null.mean())
     scale = (_entropy(table.sum(axis=1)) + _entropy(table.sum(axis=0))) / 2 - expected
     scale = max(scale, np.finfo(float).eps)
-    resampled = [_mutual_information(np.stack([w[:, s] @ ordered[s] for s in _slices(starts, len(labels))], axis=1))
-                 for w in _resamples(len(labels), seed)]  # fmt: skip
-    value, half = (nats - expected) / scale, Z * float(np.concatenate(resampled).std()) / scale
+    resampled = np.concatenate([_mutual_information(t) for t in _resampled_tables(ordered, starts, table, seed)])
+    value, half = (nats - expected) / scale, Z * float(resampled.std()) / scale
     p = (1 + int((null >= nats - 1e-12).sum())) / (1 + permutations)
-    return Dependence(float(value), float(value - half), float(value + half), p, nats)
+    return Dependence(float(value), float(value - half), float(min(value + half, max(value, 1.0))), p, nats)
 
 
 def effective_number(counts: np.ndarray, seed: int = 0) -> Interval:
-    """exp(entropy of the load) of (I, N) counts: N where all experts are used alike, 1 where only one is."""
-    sums = np.concatenate([w @ counts for w in _resamples(len(counts), seed)])
-    low, high = np.quantile(np.exp(_entropy(sums)), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(np.exp(_entropy(counts.sum(axis=0)))), float(low), float(high))
+    """exp(entropy of the load) of (I, N) counts: N where all experts are used alike, 1 where only one is.
+
+    With the estimate and 1.96 bootstrap standard deviations, because resampled loads are less even than loads are.
+    """
+    numbers = np.exp(_entropy(np.concatenate([w @ counts for w in _resamples(len(counts), seed)])))
+    value, half = float(np.exp(_entropy(counts.sum(axis=0)))), Z * float(numbers.std())
+    return Interval(value, max(value - half, 1.0), min(value + half, float(counts.shape[1])))
 
 
 def favourites(counts: np.ndarray, gates: np.ndarray) -> np.ndarray:
@@ -174,18 +195,17 @@ def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """
     shares = [table / np.maximum(table.sum(axis=1, keepdims=True), 1) for table in tables]
     together = np.concatenate(shares, axis=1)
-    classes = len(together)
-    clusters = min(classes, *(share.shape[1] for share in shares))
-    rows = np.zeros(classes, dtype=int)
+    seen, used = together.any(axis=1), together.any(axis=0)  # what is empty would make clusters of its own
+    rows, closeness = np.full(len(together), np.inf), together.max(axis=1)
+    clusters = min(seen.sum(), max(share.any(axis=0).sum() for share in shares))
     if clusters > 1:
-        found = SpectralCoclustering(clusters, random_state=0).fit(together + 1e-6)  # no row or column may be empty
-        rows = found.row_labels_
-        closeness = np.array([together[r, found.column_labels_ == c].sum() for r, c in enumerate(rows)])
-    else:
-        closeness = together.max(axis=1)
+        found = SpectralCoclustering(clusters, random_state=0).fit(together[seen][:, used] + 1e-6)
+        rows[seen] = found.row_labels_
+        same = rows[seen][:, None] == found.column_labels_
+        closeness[seen] = (together[seen][:, used] * same).sum(axis=1)
     order = np.lexsort((-closeness, rows))
-    position = np.empty(classes)
-    position[order] = np.arange(classes)
+    position = np.empty(len(order))
+    position[order] = np.arange(len(order))
     centres = [(position[:, None] * share).sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12) for share in shares]
     idle = [share.sum(axis=0) == 0 for share in shares]  # they stand last
     return order, [np.lexsort((centre, none)) for centre, none in zip(centres, idle, strict=True)]
@@ -208,8 +228,23 @@ def _codes(rows: np.ndarray) -> np.ndarray:
     return codes
 
 
-def _slices(starts: np.ndarray, end: int) -> list[slice]:
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+def _single(counts: np.ndarray) -> bool:
+    """Whether each image chose one expert once."""
+    return bool((counts.sum(axis=1) == 1).all())
+
+
+def _resampled_tables(ordered: np.ndarray, starts: np.ndarray, table: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Contingency tables (s, C, N) of RESAMPLES bootstrap samples of the images (I, N), which are ordered by class."""
+    images = len(ordered)
+    if _single(ordered):  # then the table knows all that there is to know
+        rng, size = np.random.default_rng(seed), max(1, _CHUNK // table.size)
+        for start in range(0, RESAMPLES, size):
+            drawn = rng.multinomial(images, table.ravel() / images, size=min(size, RESAMPLES - start))
+            yield drawn.reshape(-1, *table.shape)
+        return
+    slices = [slice(a, b) for a, b in zip(starts, [*starts[1:], images], strict=True)]
+    for w in _resamples(images, seed):
+        yield np.stack([w[:, s] @ ordered[s] for s in slices], axis=1)
 
 
 def _mutual_information(table: np.ndarray) -> np.ndarray:
