@@ -159,6 +159,9 @@ def test_an_analysis_is_told_with_its_doubts(tmp_path: Path) -> None:
     assert "Of 24 experts the change of 11 cannot be told from 0" in read.text
     assert "about 1 would miss 0" in read.text and "123 are used of 512 possible" in read.text
     assert "on 400 validation images, with 95% bootstrap intervals" in read.text
+    assert "more than chance gives (AMI) in: blocks.1.mlp (0.450), blocks.2.mlp (0.900)." in read.text
+    assert "the interval above 0) in: blocks.1.mlp (+0.1500), blocks.2.mlp (+0.3000)." in read.text
+    assert "The rank correlation of the two over 3 layers is +1.00" in read.text
     assert "weight similarity blocks.0.mlp 1.000" in read.text and "deviation similarity" not in read.text
     assert (
         "blocks.2.mlp: validation images by the expert" in read.text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from vimoe import figures, interactive
 from vimoe.figures import CHANCE, INTERVENTIONS, doubt, doubt_of_dependence, interventions
 from vimoe.page import Page
@@ -47,12 +49,38 @@ def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str 
         f"{evidence['confidence']:.0%} bootstrap intervals over images: they say what other images might have given, "
         f"not what another training would."
     )
+    page.items(in_short(evidence))
     _who_goes_where(page, evidence, prefix)
     _dependence(page, evidence, prefix)
     _does_it_matter(page, evidence, prefix)
     _single_experts(page, evidence, prefix)
     _over_depth(page, evidence, prefix)
     _how_alike(page, evidence)
+
+
+def in_short(evidence: dict[str, Any]) -> list[str]:
+    """Which layers specialise by number, which by cause, and whether the two agree."""
+    layers = evidence["layers"]
+    amis = {layer["name"]: layer["adjusted_mutual_information"] for layer in layers}
+    follow = [f"{name} ({ami['value']:.3f})" for name, ami in amis.items() if not doubt_of_dependence(ami)]
+    lines = [
+        f"By number, the expert follows the class more than chance gives (AMI) in: {', '.join(follow) or 'no layer'}."
+    ]
+    causes = {layer["name"]: layer["permuted"]["loss"] for layer in layers if layer["permuted"]}
+    if causes:
+        matter = [f"{name} ({cause['value']:+.4f})" for name, cause in causes.items() if cause["low"] > 0]
+        lines.append(
+            f"By cause, the loss rises when decisions are permuted between images (nats, the interval above 0) in: "
+            f"{', '.join(matter) or 'no layer'}."
+        )
+    numbers, changes = [amis[name]["value"] for name in causes], [cause["value"] for cause in causes.values()]
+    if len(set(numbers)) > 2 and len(set(changes)) > 2:
+        agree = spearmanr(numbers, changes).statistic
+        lines.append(
+            f"The rank correlation of the two over {len(causes)} layers is {agree:+.2f}; 1 says that the layers which "
+            f"follow the class most matter most, and of so few layers it is a rough figure."
+        )
+    return lines
 
 
 def interval(change: dict[str, float], form: str = "+z.4f", unit: float = 1) -> str:
