@@ -224,9 +224,10 @@ def test_an_unreadable_image_in_a_worker_is_one_line_too(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = folder(tmp_path / "bad", 3)
-    (bad / "red" / "001.png").write_bytes(b"no image")
     train = ["train", "--data.path", bad, *TINY, *QUICK, "--data.workers=1", "--train.batch_size=4"]
-    assert "001.png cannot be read as an image" in refused(capsys, *train, "--out", tmp_path / "run")
+    call(capsys, *train, "--out", tmp_path / "run")
+    (bad / "red" / "001.png").write_bytes(b"no image")
+    assert "001.png cannot be read as an image" in refused(capsys, "evaluate", tmp_path / "run", "--data.path", bad)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_a_run_that_did_not_finish_says_so(
         assert main(train) == 130
     assert capsys.readouterr().err.endswith("vimoe: interrupted\n")
     assert "its training did not finish" in refused(capsys, "evaluate", tmp_path / "run")
-    assert "holds a run that did not finish: remove it" in refused(capsys, *train)
+    assert "holds a run that did not finish: go on with --resume" in refused(capsys, *train)
 
 
 def test_damaged_files_of_a_run_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from pictures import folder, roles
-from PIL import Image
 from tiny import vit
 
 from vimoe.config import DataConfig, TrainConfig
-from vimoe.data import eval_loader, list_images, load_data, load_folder, open_image, preprocessing, train_loader
+from vimoe.data import eval_loader, list_images, load_data, load_folder, preprocessing, train_loader
 from vimoe.errors import ConfigError, DataError
 
 
@@ -110,28 +108,6 @@ def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
         load_data(DataConfig(path=str(tmp_path)))
 
 
-def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
-    whole = folder(tmp_path, 1) / "red" / "000.png"
-    whole.write_bytes(whole.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"000\.png cannot be read"):
-        open_image(whole)
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    Image.new("RGB", (4, 4), (200, 200, 200)).convert(mode).save(path)
-    assert open_image(path).mode == "RGB"
-
-
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = Image.fromarray(np.zeros((2, 6, 3), "uint8"))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    image.save(tmp_path / "x.jpg", exif=exif)
-    assert open_image(tmp_path / "x.jpg").size == (2, 6)
-
-
 def test_the_digits_have_three_disjoint_roles() -> None:
     data = load_data(DataConfig(path="digits"))
     assert len(data.train) + len(data.val) + len(data.test) == 1797
@@ -175,12 +151,6 @@ def test_a_folder_says_which_images_it_gave(tmp_path: Path) -> None:
     assert load_folder(roles(tmp_path / "roles", test=1), classes)[0] == "test"
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.array([[0, 257, 25700, 65535]], dtype="uint16")
-    Image.fromarray(values).save(tmp_path / "x.png")
-    assert np.asarray(open_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 1, 100, 255]
-
-
 def test_digits_are_the_embedded_ones_whatever_is_in_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,3 +158,23 @@ def test_digits_are_the_embedded_ones_whatever_is_in_the_working_directory(
     folder(tmp_path / "digits", 2)
     assert len(load_data(DataConfig(path="digits")).classes) == 10
     assert len(load_data(DataConfig(path="./digits")).classes) == 3
+
+
+@pytest.mark.parametrize(("one", "other"), [("red", "Red"), ("caf\u00e9", "cafe\u0301"), ("CAF\u00c9", "cafe\u0301")])
+def test_classes_that_differ_by_case_or_normalisation_are_both_named(tmp_path: Path, one: str, other: str) -> None:
+    folder(tmp_path / "plain", 2, classes=("blue", one, other))
+    with pytest.raises(DataError, match="differ only by case") as error:
+        load_data(DataConfig(path=str(tmp_path / "plain")))
+    assert ascii(one) in str(error.value) and ascii(other) in str(error.value)
+    folder(tmp_path / "roles" / "train", 2, classes=("blue", one))
+    folder(tmp_path / "roles" / "val", 2, classes=("blue", other))
+    with pytest.raises(DataError, match="differ only by case"):
+        load_data(DataConfig(path=str(tmp_path / "roles")))
+
+
+def test_an_image_of_the_listed_validation_that_was_damaged_since_is_missed(tmp_path: Path) -> None:
+    config = DataConfig(path=str(folder(tmp_path, 20)), skip_unreadable=True)
+    listed = [str(path.relative_to(tmp_path)) for path, _ in load_data(config).val]
+    (tmp_path / listed[0]).write_bytes(b"")
+    with pytest.raises(DataError, match="1 of the run's 6 validation images are gone or damaged"):
+        load_data(config, validation=listed)

@@ -75,6 +75,7 @@ def trained(folder: Path, top1: float = 0.5, **moe: Any) -> Path:
         "val": val,
         "seconds": 9.0,
         "train_images": 77,
+        "alarms": [f"epoch {i}: blocks.0.mlp: the router is <odd>" for i in range(9)],
         "versions": {"torch": "9.9"},
     }
     (folder / "summary.json").write_text(json.dumps({"schema": 1, "command": "train", **summary}))
@@ -144,6 +145,8 @@ def test_a_training_is_told(tmp_path: Path) -> None:
     assert "blocks last:2: 6 experts, 1 shared, 1 chosen for each image, on 77 images" in read.text
     assert "50.00 ± 9.80" in read.text and "100 validation images" in read.text
     assert "moe.num_experts 6" in read.text and "torch 9.9" in read.text
+    assert "9 alarms were raised" in read.text and "epoch 8: blocks.0.mlp: the router is <odd>" in read.text
+    assert "epoch 2: blocks.0.mlp" not in read.text
 
 
 def test_an_analysis_is_told_with_its_doubts(tmp_path: Path) -> None:

@@ -149,6 +149,13 @@ def test_favourites_are_by_number_and_then_by_gates() -> None:
     assert favourites(counts, gates).tolist() == [1, 1, 2]
 
 
+def test_so_few_images_that_a_sample_may_hold_no_pair() -> None:
+    found = specialisation.pair_interval(np.array([[1.0], [2.0], [3.0]]), np.array([[1], [2], [0]]))
+    assert found.value == 2 and 1 <= found.low <= found.high <= 3
+    alone = specialisation.pair_interval(np.array([[4.0]]), np.array([[0]]))
+    assert (alone.value, alone.low, alone.high) == (4, 4, 4)
+
+
 @pytest.mark.parametrize("kind", ["who takes", "who gives", "both"])
 def test_intervals_of_permutations_cover_whoever_makes_the_difference(kind: str) -> None:
     """Resampling only those who take would miss that other images would give other decisions."""

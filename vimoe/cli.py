@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
-from vimoe.errors import ConfigError, VimoeError, nearest
+from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
 
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         _log_to_stderr()
         verb = VERBS[argv[0]]
         text, values = verb(argv[0], argv[1:])
+    except Stopped as stopped:
+        print(f"vimoe: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("vimoe: interrupted", file=sys.stderr)
         return 130
@@ -81,10 +84,19 @@ def train(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe train --data.path photos/ --model.name vit_tiny_patch16_224 --moe.layers last:2 --out runs/photos
     """
-    settings, options = _settings(verb, argv, "model", "moe", "data", "train", out="folder to make for the run")
-    from vimoe.experiment import run_training
+    go_on = "run folder whose stopped or killed training goes on; takes no other option"
+    parser = _parser(verb, out="folder to make for the run", resume=go_on)
+    parser.add_sections("model", "moe", "data", "train")
+    options = parser.parse_args(argv)
+    if not options["resume"]:
+        _required_out(options)
+    elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
+        raise ConfigError(f"{others[0]} with --resume: expected none, the run has its own settings; leave it out")
+    settings = parser.settings(options)
+    from vimoe.experiment import resume_training, run_training
 
-    summary = run_training(settings, options["out"])
+    resumed = options["resume"]
+    summary = resume_training(resumed) if resumed else run_training(settings, options["out"])
     val = summary["val"]
     text = (
         f"validation top-1 {val['top1']:.2%}, loss {val['loss']:.4f} ({val['images']} images) "

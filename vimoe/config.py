@@ -136,6 +136,7 @@ class DataConfig:
         val_fraction: share of each class that is split off train where there is no validation folder.
         images_per_class: train on at most this many images of each class (drawn by `seed`).
         seed: draws the split and the subset.
+        skip_unreadable: leave out images that cannot be read, instead of stopping before training.
         workers: processes that decode images; by default one a core where a GPU computes and none where the CPU does.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
         interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
@@ -149,6 +150,7 @@ class DataConfig:
     val_fraction: float = 0.1
     images_per_class: int | None = None
     seed: int = 0
+    skip_unreadable: bool = False
     workers: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
@@ -201,6 +203,7 @@ class TrainConfig:
         clip_grad: largest gradient norm; 0 is off.
         precision: "no" (float32), "bf16" or "fp16".
         seed: of initialisation, order and augmentation.
+        checkpoint_minutes: time between checkpoints within an epoch; there is one at the end of each epoch anyway.
         tensorboard: write TensorBoard event files beside metrics.csv.
     """
 
@@ -229,6 +232,7 @@ class TrainConfig:
     clip_grad: float = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
+    checkpoint_minutes: float = 10.0
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -236,7 +240,7 @@ class TrainConfig:
             _check_count(name, getattr(self, name), 1)
         for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "router_lr_scale", "router_weight_decay"):
             _check_at_least(name, getattr(self, name), 0)
-        for name in ("balance_loss", "z_loss", "importance_loss", "mixup", "cutmix", "clip_grad"):
+        for name in ("balance_loss", "z_loss", "importance_loss", "mixup", "cutmix", "clip_grad", "checkpoint_minutes"):
             _check_at_least(name, getattr(self, name), 0)
         for name in ("random_erasing", "hflip"):
             _check_range(name, getattr(self, name), 0.0, 1.0)

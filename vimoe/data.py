@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import create_transform, get_img_extensions
+from PIL import Image
+from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vimoe.config import DataConfig, TrainConfig
 from vimoe.errors import DataError, beside, nearest
+from vimoe.images import Tried, find_images, is_hidden, kind_of_junk, open_image, try_images
+
+logger = logging.getLogger(__name__)
 
 # other names that data sets in the wild use for a role; the configured name comes first
 SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
 Sample = tuple["Path | Image.Image", int]
+LOOSE = "images beside the class folders"  # the kind of junk that may be meant as data
+ClassFiles = dict[str, list[Path]]  # the image files of each class folder, by its name
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images of each role; labels index `classes`, which train defines for all roles."""
+    """The images of each role; labels index `classes`, which train defines for all roles.
+
+    Args:
+        classes: their names.
+        train, val, test: (image or file, label) of each image.
+        split_off: whether validation was taken from train.
+        junk: what lies in the folders beside images, as `find_images` counts it.
+        tried: what came of opening all images, where that was needed to leave out those that cannot be read.
+    """
 
     classes: tuple[str, ...]
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
-    split_off: bool = False  # whether validation was taken from train
+    split_off: bool = False
+    junk: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    tried: Tried | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
@@ -55,18 +72,49 @@ class Images(Dataset):
         return self.transform(open_image(source)), label
 
 
-def open_image(source: Path | Image.Image) -> Image.Image:
-    """An RGB image, turned as its EXIF tag says. Raises DataError, naming the file, where it cannot be read."""
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        with Image.open(source) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):  # convert would clip what is above 255, and so nearly everything
-                image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{source} cannot be read as an image ({error}): expected a whole one; remove it") from error
+class Augmented(Images):
+    """Images whose transform draws from the seed that comes with the index, whichever process it runs in."""
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+        index, seed = key
+        seed_everything(seed)
+        return super().__getitem__(index)
+
+
+class Shuffled(Sampler):
+    """(index, seed) of each image, in an order and with seeds that follow from the seed and the epoch alone."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.start(epoch=1)
+
+    def start(self, epoch: int, skip: int = 0) -> None:
+        """The next iteration is of this epoch, without its first `skip` images."""
+        self.epoch, self.skip = epoch, skip
+
+    def images_at(self, start: int, count: int) -> list[int]:
+        """Which images come at these places of the epoch."""
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
+        return order[start : start + count].tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in self.images_at(self.skip, self.images):
+            yield index, mix(self.seed, self.epoch, index)
+
+    def __len__(self) -> int:
+        return self.images - self.skip
+
+
+def mix(*numbers: int) -> int:
+    """One 32-bit seed of several numbers, unlike that of any near them."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch, which all take part in augmentation and training."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the generator that timm's transforms draw from
+    torch.manual_seed(seed)
 
 
 def load_data(config: DataConfig, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Data:
@@ -78,7 +126,8 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
         validation: files (relative to `config.path`) that a run split off train, so that it finds the same again.
 
     Raises:
-        DataError: where folders are missing, empty, or hold a class that is not in the map.
+        DataError: where folders are missing, empty, or hold a class that is not in the map; or where a class has no
+            image left of those that can be read.
     """
     if not config.path:
         raise DataError("data.path is empty: expected a folder of class folders, or 'digits'")
@@ -91,22 +140,36 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     train_folder = folders["train"] or root
     if folders["train"] is None and any(folders.values()):
         raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {_inside(root)}")
-    found = _scan(train_folder)
-    names = tuple(classes or found)
-    if empty := [name for name, files in found.items() if not files]:
-        raise DataError(f"{train_folder / empty[0]} holds no image that can be read: expected some, or no such folder")
+    present = {role: folder for role, folder in {**folders, "train": train_folder}.items() if folder}
+    junk: Counter[str] = Counter()
+    found = {role: _class_files(folder, junk) for role, folder in present.items()}
+    names = tuple(classes or found["train"])
+    _check_names(train_folder, found["train"])
+    if empty := [name for name, files in found["train"].items() if not files]:
+        raise DataError(f"{train_folder / empty[0]} holds no image: expected some, or no such folder")
     if len(names) < 2 and classes is None:
         raise DataError(f"{train_folder}: {len(names)} class folders with images: expected at least 2; {_inside(root)}")
-    train = _samples(train_folder, found, names)
-    val, test = (_samples(f, _scan(f), names) if f else [] for f in (folders["val"], folders["test"]))
+    tried = None
+    if config.skip_unreadable:
+        found, tried = _leave_out_unreadable(found, root)
+    train, val, test = (
+        _samples(present[role], found[role], names) if role in present else [] for role in ("train", "val", "test")
+    )
     split_off = not val
     if split_off:
         train, val = _split_off(train, root, config, set(validation))
-    return Data(names, tuple(_subset(train, config)), tuple(val), tuple(test), split_off)
+    return Data(names, tuple(_subset(train, config)), tuple(val), tuple(test), split_off, junk, tried)
 
 
-def load_folder(path: str | Path, classes: Sequence[str]) -> tuple[str, tuple[Sample, ...]]:
+def load_folder(
+    path: str | Path, classes: Sequence[str], skip_unreadable: bool = False
+) -> tuple[str, tuple[Sample, ...]]:
     """All images of one folder of class folders, or of its test (else validation) folder, by a model's class map.
+
+    Args:
+        path: the folder.
+        classes: the class map.
+        skip_unreadable: open all images first, and leave out those that cannot be read.
 
     Returns:
         Which they are ("test", "validation", or "all" for a plain folder), and the images.
@@ -114,10 +177,12 @@ def load_folder(path: str | Path, classes: Sequence[str]) -> tuple[str, tuple[Sa
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder: expected class folders with images; {beside(root)}")
-    for role, name in (("test", "test"), ("val", "validation")):
-        if folder := _role_folder(root, role, role):
-            return name, tuple(_samples(folder, _scan(folder), tuple(classes)))
-    return "all", tuple(_samples(root, _scan(root), tuple(classes)))
+    roles = {"test": _role_folder(root, "test", "test"), "validation": _role_folder(root, "val", "val"), "all": root}
+    name, folder = next((name, folder) for name, folder in roles.items() if folder)
+    found = {name: _class_files(folder, Counter())}
+    if skip_unreadable:
+        found, _ = _leave_out_unreadable(found, root)
+    return name, tuple(_samples(folder, found[name], tuple(classes)))
 
 
 def list_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -125,7 +190,7 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = _image_files(path)
+            inside, _ = find_images(path)
             if not inside:
                 raise DataError(f"{path} holds no image: expected files such as .jpg or .png")
             found += inside
@@ -152,7 +217,7 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
 def train_loader(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
 ) -> DataLoader:
-    """Shuffled batches with timm's augmentation; an incomplete last batch is dropped."""
+    """Shuffled batches with timm's augmentation, the same for an epoch of a seed; an incomplete last one is dropped."""
     whole = config.min_crop == 1
     try:
         transform = create_transform(
@@ -170,11 +235,10 @@ def train_loader(
         raise DataError(
             f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
         ) from error
-    generator = torch.Generator().manual_seed(config.seed)
+    order = Shuffled(len(samples), config.seed)
     return DataLoader(
-        Images(samples, transform), config.batch_size, shuffle=True, drop_last=True, generator=generator,
-        **_processes(workers),
-    )  # fmt: skip
+        Augmented(samples, transform), config.batch_size, sampler=order, drop_last=True, **_processes(workers)
+    )
 
 
 def eval_loader(
@@ -206,21 +270,60 @@ def _inside(root: Path, word: str = "") -> str:
     return nearest(word, sorted(p.name for p in root.iterdir() if p.is_dir()))
 
 
-def _scan(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each folder inside, by name in sorted order: one walk, since a walk of millions is slow."""
-    return {p.name: _image_files(p) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+def _class_files(folder: Path, junk: Counter[str]) -> ClassFiles:
+    """The image files of each folder inside, in sorted order; adds what else is there to `junk`.
+
+    One walk, since a walk of millions is slow.
+    """
+    found: ClassFiles = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            junk[kind_of_junk(path.name) or LOOSE] += 1
+        elif is_hidden(path.name):
+            junk["hidden folders"] += 1
+        elif folder.resolve().is_relative_to(path.resolve()):  # it would hold the images of all classes
+            junk["links to folders"] += 1
+        else:
+            found[path.name], others = find_images(path)
+            junk.update(others)
+    return found
 
 
-def _image_files(folder: Path) -> list[Path]:
-    endings = set(get_img_extensions())
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
-    return sorted(p for p in files if p.is_file())
+def _leave_out_unreadable(found: dict[str, ClassFiles], folder: Path) -> tuple[dict[str, ClassFiles], Tried]:
+    tried = try_images([file for files in found.values() for names in files.values() for file in names], folder)
+    if tried.errors:
+        logger.warning("%s; left out", tried)
+    readable = {
+        role: {name: [file for file in listed if file in tried.digests] for name, listed in files.items()}
+        for role, files in found.items()
+    }
+    for name, files in readable.get("train", {}).items():
+        if not files:
+            raise DataError(f"no image of class {name!r} can be read: expected some, or no such folder; {tried}")
+    return readable, tried
+
+
+def _check_names(folder: Path, names: Iterable[str]) -> None:
+    known: dict[str, str] = {}
+    for name in names:
+        twin = known.setdefault(_folded(name), name)
+        if twin != name:
+            raise DataError(
+                f"{folder}: classes {twin!a} and {name!a} differ only by case or Unicode normalisation: expected one "
+                f"folder for each class; merge or rename them"
+            )
+
+
+def _folded(name: str) -> str:
+    """What names have in common that some file systems and most people take for the same."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
 
 
 def _samples(folder: Path, found: dict[str, list[Path]], classes: tuple[str, ...]) -> list[Sample]:
     known = set(classes)
     for name, files in found.items():
         if files and name not in known:
+            _check_names(folder, (*classes, name))
             raise DataError(f"{folder / name}: no class {name!r} in the class map from train; {nearest(name, classes)}")
     samples: list[Sample] = [(f, label) for label, name in enumerate(classes) for f in found.get(name, [])]
     if not samples:
@@ -236,7 +339,7 @@ def _split_off(
         val = [s for s in train if isinstance(s[0], Path) and str(s[0].relative_to(root)) in listed]
         if len(val) != len(listed):
             raise DataError(
-                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone: "
+                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone or damaged: "
                 f"expected the folder as it was in training; restore it, or train again"
             )
         held_out = {id(sample) for sample in val}

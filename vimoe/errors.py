@@ -27,6 +27,18 @@ class FolderError(VimoeError):
     """A model folder or run folder is missing, incomplete or would not rebuild its model."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A training that was asked to end, and left a checkpoint to go on from.
+
+    Attributes:
+        status: exit status of a process that a signal ended, 128 and its number.
+    """
+
+    def __init__(self, run: Path, signal: int) -> None:
+        super().__init__(f"stopped, with a checkpoint; go on with: vimoe train --resume {run}")
+        self.status = 128 + signal
+
+
 def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
     """The remedy for a misspelt name: ``did you mean 'image'?``, or what is known where nothing is near.
 

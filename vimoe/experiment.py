@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.utils import set_seed
+from torch import nn
 
-from vimoe import runs
+from vimoe import checkpoint, runs
 from vimoe.backbone import check_name, create
 from vimoe.data import Data, load_data, preprocessing, train_loader
 from vimoe.errors import ConfigError
 from vimoe.folder import save
 from vimoe.options import Settings
 from vimoe.report import write_run_report
+from vimoe.scan import Scan, scan
 from vimoe.surgery import select
 from vimoe.train import check, train
 from vimoe.upcycling import sites, upcycle
@@ -41,21 +43,52 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"model.num_classes={settings.model.num_classes}: the data has {len(data.classes)} classes; leave it out"
         )
-    set_seed(settings.train.seed)
-    model = upcycle(create(settings.model, len(data.classes)), settings.moe)
+    model = _model(settings, data)
     prepared = preprocessing(model, settings.data)
     train_loader(data.train, prepared, settings.train, workers=0)  # refuses an augmentation that timm does not know
-    converted = [site.name for site in select(sites(model), settings.moe.layers)]
+    scanned = scan(data, settings.data.path)
     folder = runs.new_run(out)
-    runs.write_settings(folder, _with_absolute_path(settings))
+    settings = _with_absolute_path(settings)
+    runs.write_settings(folder, settings)
+    with TemporaryDirectory(dir=folder, prefix=".proof-") as proof:  # what could not be saved should not be trained
+        save(model, Path(proof) / runs.MODEL, label_names=data.classes, preprocessing=prepared)
+    return _train(settings, data, scanned, model, prepared, folder)
+
+
+def resume_training(path: str | Path) -> dict[str, Any]:
+    """Goes on with a training that was killed or stopped, from its last checkpoint, as `run_training` would have.
+
+    Raises:
+        FolderError: where the folder is no run, or its training is finished.
+    """
+    run = runs.open_unfinished(path)
+    data = load_data(run.settings.data, validation=run.validation())
+    check(run.settings.train, data)
+    settings = run.settings
+    if checkpoint.exists(run.path):  # which has the weights
+        settings = replace(settings, model=replace(settings.model, pretrained=False))
+    model = _model(settings, data)
+    scanned = scan(data, settings.data.path)
+    return _train(run.settings, data, scanned, model, preprocessing(model, settings.data), run.path)
+
+
+def _model(settings: Settings, data: Data) -> nn.Module:
+    set_seed(settings.train.seed)
+    return upcycle(create(settings.model, len(data.classes)), settings.moe)
+
+
+def _train(
+    settings: Settings, data: Data, scanned: Scan, model: nn.Module, prepared: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Trains in a run folder that has its settings, and finishes it."""
     write_validation(folder, settings, data)
-    with TemporaryDirectory(dir=folder) as nowhere:  # what could not be saved should not be trained first
-        save(model, Path(nowhere) / runs.MODEL, label_names=data.classes, preprocessing=prepared)
-    logger.info("%s", data)
+    logger.info("%s", scanned)
+    converted = [site.name for site in select(sites(model), settings.moe.layers)]
     summary = train(model, data, settings.train, prepared, folder, settings.data.workers, converted)
-    save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared)
-    summary = {**summary, "versions": runs.versions()}
+    save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared, overwrite=True)
+    summary = {**summary, "scan": scanned.to_dict(), "versions": runs.versions()}
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})
+    checkpoint.remove(folder)
     report = write_run_report(folder)
     return {**summary, "out": str(folder), "report": str(report)}
 
@@ -73,4 +106,4 @@ def _with_absolute_path(settings: Settings) -> Settings:
     path = Path(settings.data.path)
     if not path.exists():  # the embedded digits
         return settings
-    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, path=str(path.resolve())))
+    return replace(settings, data=replace(settings.data, path=str(path.resolve())))

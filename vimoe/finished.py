@@ -15,16 +15,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vimoe import runs
+from vimoe import checkpoint, runs
 from vimoe.analysis import analyze
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, TrainConfig
-from vimoe.data import Data, Sample, eval_loader, load_data, load_folder, open_image, preprocessing
+from vimoe.data import Data, Sample, eval_loader, load_data, load_folder, preprocessing
 from vimoe.errors import ConfigError, FolderError
 from vimoe.evaluate import Score, evaluate, label_names
 from vimoe.evidence import Evidence
 from vimoe.experiment import write_validation
 from vimoe.figures import contact_sheet
 from vimoe.folder import load, save
+from vimoe.images import open_image
 from vimoe.pruning import prune, receipts
 from vimoe.report import write_run_report
 from vimoe.train import train
@@ -61,7 +62,7 @@ class FinishedRun:
 
     def score(self, folder: str | None = None) -> tuple[str, Score]:
         """The model's score on the reported images, or on those of another folder; and which images they are."""
-        split, samples = load_folder(folder, label_names(self.model)) if folder else self.reported
+        split, samples = self._other_images(folder) if folder else self.reported
         return split, evaluate(self.model, self._loader(samples), "evaluating")
 
     def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
@@ -94,13 +95,12 @@ class FinishedRun:
         pruned = self._fresh_model()
         done = prune(pruned, evidence, self._loader(self.data.val), tolerance, experts, progress=True)
         folder = runs.new_run(out)
-        runs.write_settings(folder, self.run.settings)
-        write_validation(folder, self.run.settings, self.data)
         models = {"before": self.model, "after": pruned}
         if recovery:
             models["recovered"] = copy.deepcopy(pruned)
             names, prepared = [layer.name for layer in evidence.layers], preprocessing(pruned)
             train(models["recovered"], self.data, recovery, prepared, folder, self.run.settings.data.workers, names)
+            checkpoint.remove(folder)
         split, samples = self.reported
         measured = receipts(list(models.values()), self._loader(samples))
         left = moe_layers(pruned)
@@ -113,6 +113,8 @@ class FinishedRun:
             **{when: receipt.to_dict() for when, receipt in zip(models, measured, strict=True)},
             "versions": runs.versions(),
         }
+        runs.write_settings(folder, self.run.settings)  # late: a pruning that was killed is no training to go on with
+        write_validation(folder, self.run.settings, self.data)
         final = models.get("recovered", pruned)
         save(final, folder / runs.MODEL, label_names=label_names(final))
         runs.write_json(folder / runs.ROUTING_BEFORE, evidence.to_dict())
@@ -131,6 +133,9 @@ class FinishedRun:
                 if layer.examples[expert]
             }
             contact_sheet(rows).savefig(folder / runs.EXAMPLES.format(layer.name), dpi=110)
+
+    def _other_images(self, folder: str) -> tuple[str, tuple[Sample, ...]]:
+        return load_folder(folder, label_names(self.model), self.run.settings.data.skip_unreadable)
 
     def _picture(self, place: int, classes: tuple[str, ...]) -> tuple[Any, str]:
         source, label = self.data.val[place]

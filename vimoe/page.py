@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from vimoe.runs import write_text
+from vimoe.files import write_text
 
 STYLE = """
 * { box-sizing: border-box }

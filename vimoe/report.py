@@ -143,6 +143,9 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
             "them: vimoe evaluate scores test images, which decided nothing.",
             note=True,
         )
+        if alarms := summary.get("alarms"):
+            page.text(f"{len(alarms)} alarms were raised in training; the last ones:")
+            page.items(alarms[-6:])
     elif "before" in summary:
         page.text(
             f"Pruning of a trained model: {what}, on images of {data}. MoE layers and experts were removed as long as "

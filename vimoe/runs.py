@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
+import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from vimoe.errors import ConfigError, FolderError, beside
+from vimoe.files import write_json as write_json
+from vimoe.files import write_text as write_text
 from vimoe.options import Settings, read_settings
 
 SCHEMA = 1  # of what --json prints and summary.json holds
@@ -44,7 +44,9 @@ def check_new(path: str | Path) -> Path:
     """Raises FolderError where something is there already."""
     path = Path(path)
     if (path / CONFIG).exists() and not (path / SUMMARY).exists():
-        raise FolderError(f"--out {path} holds a run that did not finish: remove it, or name another one")
+        raise FolderError(
+            f"--out {path} holds a run that did not finish: go on with --resume {path}, remove it, or name another one"
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FolderError(f"--out {path} is there already: expected a new folder; name another one")
     return path
@@ -68,9 +70,33 @@ def open_run(path: str | Path) -> Run:
     if not (path / CONFIG).is_file():
         raise FolderError(f"{path} has no {CONFIG}: expected a folder that vimoe train made")
     if not (path / MODEL).is_dir():
-        raise FolderError(f"{path} has no {MODEL}/: its training did not finish; train again")
+        raise FolderError(
+            f"{path} has no {MODEL}/: its training did not finish; go on with: vimoe train --resume {path}"
+        )
+    return Run(path, _settings(path))
+
+
+def open_unfinished(path: str | Path) -> Run:
+    """Reads a run folder whose training is to go on, and clears away what a kill left half-written.
+
+    Raises:
+        FolderError: where it is no run, or is finished.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FolderError(f"{path}: no such run; {beside(path)}")
+    if not (path / CONFIG).is_file():
+        raise FolderError(f"{path} has no {CONFIG}: expected a run that was stopped; train with --out {path}")
+    if (path / SUMMARY).exists():
+        raise FolderError(f"{path} is finished: expected a run that was stopped; train with another --out")
+    for leftover in path.rglob(".*-*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return Run(path, _settings(path))
+
+
+def _settings(path: Path) -> Settings:
     try:
-        return Run(path, read_settings((path / CONFIG).read_text()))
+        return read_settings((path / CONFIG).read_text())
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         raise FolderError(f"{path / CONFIG} cannot be read: {error}; restore it, or train again") from error
 
@@ -85,21 +111,3 @@ def write_settings(path: Path, settings: Settings) -> None:
     """Writes the run's config.yaml, with the sections and names that the flags have."""
     values = {**asdict(settings), "moe": settings.moe.to_dict()}
     write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes figures, unrounded."""
-    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -19,7 +19,7 @@ from sklearn.metrics.cluster import expected_mutual_information
 CONFIDENCE = 0.95
 Z = 1.959964  # half the width of a normal interval of that confidence, in standard deviations
 RESAMPLES = 500
-_CHUNK = 2_000_000  # resampled images at a time, which bounds the memory
+_CHUNK = 400_000  # resampled images at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def pair_interval(values: np.ndarray, partners: np.ndarray, seed: int = 0) -> In
             pairs = w * w[:, partner]
             sums += pairs @ value
             weights += pairs.sum(axis=1)
-        means.append(sums / weights)
+        means.append(sums[weights > 0] / weights[weights > 0])  # of few images a sample may hold no pair
     low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup
@@ -25,12 +25,15 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from vimoe import checkpoint
 from vimoe.config import TrainConfig
-from vimoe.data import Data, eval_loader, train_loader
-from vimoe.errors import ConfigError, VimoeError
+from vimoe.data import Data, Sample, Shuffled, eval_loader, mix, seed_everything, train_loader
+from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError
 from vimoe.evaluate import Score, evaluate
+from vimoe.files import write_text
+from vimoe.health import Health
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
-from vimoe.moe.routing import Routing, record
+from vimoe.moe import MoE, Routing, record
 from vimoe.optim import adamw, freeze_all_but
 from vimoe.upcycling import moe_layers
 
@@ -48,8 +51,11 @@ def train(
 ) -> dict[str, Any]:
     """Trains in place; the model ends with the weights of the epoch that was best on validation, in eval mode.
 
-    Writes, as they come, metrics.csv (a row an epoch), load.csv (the share of each expert in each epoch) and
-    TensorBoard events into `out`. Under `precision="bf16"` metrics.csv is of bfloat16, what is returned is not.
+    Writes into `out`, as they come, metrics.csv (a row an epoch), load.csv (the share of each expert in each epoch),
+    TensorBoard events, and a checkpoint at every epoch's end and every `config.checkpoint_minutes`. Where a checkpoint
+    is there, it goes on from it to the weights that it would have reached without a stop, on the same device with the
+    same threads and versions (`vimoe.checkpoint.remove` forgets it). Under `precision="bf16"` metrics.csv is of
+    bfloat16, what is returned is not.
 
     Args:
         model: a classifier, dense or with MoE layers.
@@ -61,60 +67,76 @@ def train(
         converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
 
     Returns:
-        {"epochs", "best_epoch", "val": the Score of the returned model as a dict, "seconds", "train_images"}.
+        {"epochs", "best_epoch", "val": the Score of the returned model as a dict, "seconds", "train_images", "alarms"}.
 
     Raises:
         ConfigError: for settings that contradict the data or the machine, before anything is trained.
+        FolderError: where the disk has no room for checkpoints, or the one that is there is damaged or of other images.
         VimoeError: where the loss is no longer finite.
+        Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     check(config, data)
-    set_seed(config.seed)
     loader = train_loader(data.train, prepared, config, workers)
+    order = loader.sampler
+    assert isinstance(order, Shuffled)
     val_loader = eval_loader(data.val, prepared, 2 * config.batch_size, workers)
     if config.train_only == "moe":
         freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
     accelerator = _accelerator(config, out)
     optimizer = adamw(model, config)
     schedule = _schedule(optimizer, config, math.ceil(len(loader) / config.accumulation))
-    mixup = _mixup(config, len(data.classes))
+    checkpoint.check_space(out, model, bool(config.ema_decay))
     plain = model
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ema = ModelEmaV3(plain, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     judged = ema.module if ema else plain
+    mixup = _mixup(config, len(data.classes))
+    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train)
+    state = _State(images=_fingerprint(data))
+    if stored := checkpoint.read(out):
+        state.restore(stored, steps, out)
+        logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
 
-    best, start = _Best(), time.perf_counter()
-    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config)
+    def save() -> None:
+        checkpoint.write(out, state.stored(steps))
+
+    batches, started = len(loader), time.perf_counter() - state.seconds
     try:
-        with _progress(config.epochs * len(loader)) as step_done, _rows(out / "metrics.csv") as write_row:
-            for epoch in range(1, config.epochs + 1):
-                totals, load = steps.epoch(loader, partial(step_done, f"epoch {epoch}/{config.epochs}"))
+        with checkpoint.stopping() as stop, _progress(config.epochs * batches, state.done(batches)) as step_done:
+            while state.epoch <= config.epochs:
+                order.start(state.epoch, state.step * config.batch_size)
+                for _ in steps.epoch(loader, state):
+                    step_done(f"epoch {state.epoch}/{config.epochs}")
+                    state.seconds = time.perf_counter() - started
+                    if steps.synced and (stop.signal or state.seconds - state.saved > 60 * config.checkpoint_minutes):
+                        save()
+                    if steps.synced and stop.signal:
+                        raise Stopped(out, stop.signal)
                 score = evaluate(judged, val_loader)
-                row = {
-                    "lr": max(group["lr"] for group in optimizer.param_groups),
-                    **{f"train_{name}": value for name, value in totals.means().items()},
-                    **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
-                    "images_per_second": totals.images / totals.seconds,
-                }
-                write_row({"epoch": epoch, **row})
-                load.append_to(out / "load.csv", epoch)
-                load.warn_of_idle(epoch)
-                accelerator.log(row | load.scalars(), step=epoch)
-                if not math.isfinite(row["train_loss"] + score.loss):
-                    remedy = "lower train.lr, or set train.clip_grad"
-                    losses = f"{row['train_loss']} in training and {score.loss} on validation"
-                    raise VimoeError(f"the loss is {losses} in epoch {epoch}: {remedy}")
-                logger.info("epoch %d of %d: %s", epoch, config.epochs, score)
-                best.offer(epoch, score, judged)
+                rate = max(group["lr"] for group in optimizer.param_groups)
+                row = state.finish_epoch(score, rate, moe_layers(plain), out)
+                accelerator.log({**row, **state.scalars()}, step=state.epoch)
+                if not math.isfinite(score.loss):
+                    remedy = (
+                        "lower train.lr, or set train.clip_grad; the last checkpoint is from before this epoch's end"
+                    )
+                    raise VimoeError(f"the loss is {score.loss} on validation in epoch {state.epoch}: {remedy}")
+                logger.info("epoch %d of %d: %s", state.epoch, config.epochs, score)
+                state.best.offer(state.epoch, score, judged)
+                state.next_epoch()
+                save()
     finally:  # whatever happens, the caller's model is to be as it computes, without autocast around its forward
         accelerator.end_training()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    best = state.best
     plain.load_state_dict(best.state)
     return {
         "epochs": config.epochs,
         "best_epoch": best.epoch,
         "val": (best.score if config.precision == "no" else evaluate(plain, val_loader)).to_dict(),
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - started,
         "train_images": len(data.train),
+        "alarms": state.alarms,
     }
 
 
@@ -130,12 +152,15 @@ class _Steps:
     mixup: Mixup | None
     ema: ModelEmaV3 | None
     config: TrainConfig
-    updates: int = 0
+    order: Shuffled
+    samples: Sequence[Sample]
 
-    def epoch(self, loader: Iterable[tuple[Tensor, Tensor]], step_done: Callable[[], None]) -> tuple[_Totals, _Load]:
-        start, totals, load = time.perf_counter(), _Totals(), _Load()
+    def epoch(self, loader: Iterable[tuple[Tensor, Tensor]], state: _State) -> Iterator[None]:
+        """Yields after each step."""
+        start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         self.model.train()
         for images, labels in loader:
+            seed_everything(mix(self.config.seed, state.epoch, state.step))
             with self.accelerator.accumulate(self.model):
                 images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
                 with record(self.plain) as routings:
@@ -143,22 +168,151 @@ class _Steps:
                 smoothing = 0.0 if self.mixup else self.config.label_smoothing
                 task = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 extra, parts = auxiliary_losses(routings, self.config)
-                self.accelerator.backward(task + extra)
-                if self.accelerator.sync_gradients:
+                loss = task + extra
+                if not loss.isfinite():
+                    raise VimoeError(self._not_finite(loss.item(), state, len(images)))
+                self.accelerator.backward(loss)
+                if self.synced:
+                    state.health.add_gradients(layers)
                     if self.config.clip_grad:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-                    self.schedule.step_update(self.updates + 1)
+                    self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            if self.accelerator.sync_gradients:
-                self.updates += 1
+            if self.synced:
+                state.updates += 1
                 if self.ema:
-                    self.ema.update(self.plain, step=self.updates)
-            totals.add(len(images), loss=task, **parts)
-            load.add(routings)
-            step_done()
-        totals.seconds = time.perf_counter() - start
-        return totals, load
+                    self.ema.update(self.plain, step=state.updates)
+            state.step += 1
+            state.totals.add(len(images), loss=task, **parts)
+            state.health.add(routings)
+            state.totals.seconds = before + time.perf_counter() - start
+            yield
+
+    def _not_finite(self, loss: float, state: _State, batch: int) -> str:
+        images = self.order.images_at(state.step * batch, batch)
+        names = [str(self.samples[i][0]) if isinstance(self.samples[i][0], Path) else f"image {i}" for i in images]
+        return (
+            f"the loss is {loss} in epoch {state.epoch}, step {state.step + 1}, of {', '.join(names[:8])}"
+            f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
+            f"train.clip_grad; the last checkpoint is from before"
+        )
+
+    @property
+    def synced(self) -> bool:
+        """Whether no gradient waits to be added to."""
+        return bool(self.accelerator.sync_gradients)
+
+    def stateful(self) -> dict[str, Any]:
+        """What has a state, by the name that a checkpoint gives it."""
+        parts = {"model": self.plain, "optimizer": self.optimizer}
+        return (
+            parts
+            | ({"ema": self.ema.module} if self.ema else {})
+            | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
+        )
+
+
+@dataclass
+class _State:
+    """Where a training is: all that a checkpoint holds besides the states of model and optimizer."""
+
+    images: int  # fingerprint of the training images
+    epoch: int = 1
+    step: int = 0  # batches of this epoch that are done
+    updates: int = 0
+    seconds: float = 0.0
+    saved: float = 0.0  # seconds at the last checkpoint
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    shares: list[dict[str, Any]] = field(default_factory=list)
+    health_rows: list[dict[str, Any]] = field(default_factory=list)
+    totals: _Totals = field(default_factory=lambda: _Totals())
+    health: Health = field(default_factory=Health)
+    alarms: list[str] = field(default_factory=list)
+    best: _Best = field(default_factory=lambda: _Best())
+
+    def done(self, batches: int) -> int:
+        """Steps that are done, of epochs with so many batches."""
+        return (self.epoch - 1) * batches + self.step
+
+    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
+        """Writes the epoch's rows and raises its alarms; returns the row of metrics.csv."""
+        row = {
+            "lr": lr,
+            **{f"train_{name}": value for name, value in self.totals.means().items()},
+            **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
+            "images_per_second": self.totals.images / self.totals.seconds,
+        }
+        self.metrics.append({"epoch": self.epoch, **row})
+        self.shares += [
+            {"epoch": self.epoch, "layer": layer, "expert": expert, "share": share}
+            for layer, shares in self.health.shares().items()
+            for expert, share in enumerate(shares)
+        ]
+        self.health_rows += [{"epoch": self.epoch, **row} for row in self.health.rows()]
+        for alarm in self.health.alarms(layers):
+            self.alarms.append(f"epoch {self.epoch}: {alarm}")
+            logger.warning(self.alarms[-1])
+        self.write_logs(out)
+        return row
+
+    def write_logs(self, out: Path) -> None:
+        """Writes metrics.csv, load.csv and health.csv."""
+        for name, rows in (("metrics.csv", self.metrics), ("load.csv", self.shares), ("health.csv", self.health_rows)):
+            if rows:
+                text = io.StringIO()
+                writer = csv.DictWriter(text, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+                write_text(out / name, text.getvalue())
+
+    def scalars(self) -> dict[str, float]:
+        """Of this epoch's health, by a name for each."""
+        load = {f"load/{layer}/{i}": s for layer, shares in self.health.shares().items() for i, s in enumerate(shares)}
+        rows = ((f"{key}/{row['layer']}", value) for row in self.health.rows() for key, value in row.items())
+        return load | {name: value for name, value in rows if not isinstance(value, str)}
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.totals, self.health = self.epoch + 1, 0, _Totals(), Health()
+
+    def stored(self, steps: _Steps) -> dict[str, Any]:
+        """For a checkpoint."""
+        self.saved = self.seconds
+        return {
+            "images": self.images,
+            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: vars(getattr(self, name)) for name in ("totals", "health")},
+            "best": {"epoch": self.best.epoch, "score": self.best.score.to_dict(), "state": self.best.state},
+            **{name: part.state_dict() for name, part in steps.stateful().items()},
+        }
+
+    def restore(self, stored: dict[str, Any], steps: _Steps, out: Path) -> None:
+        """Goes back to what was stored, in the logs too."""
+        if stored["images"] != self.images:
+            raise FolderError(
+                f"{out}: its checkpoint is of other training images than those that are there now: expected the data "
+                f"as it was; restore it, or train again in another folder"
+            )
+        for name in _PLAIN:
+            setattr(self, name, stored[name])
+        self.saved = self.seconds
+        vars(self.totals).update(stored["totals"])
+        self.health.sums = stored["health"]["sums"]
+        best = stored["best"]
+        self.best.epoch, self.best.score, self.best.state = best["epoch"], Score(**best["score"]), best["state"]
+        for name, part in steps.stateful().items():
+            part.load_state_dict(stored[name])
+        self.write_logs(out)
+
+
+_PLAIN = ("epoch", "step", "updates", "seconds", "metrics", "shares", "health_rows", "alarms")
+
+
+def _fingerprint(data: Data) -> int:
+    """Of the training images and their labels, as far as names tell; the folder may have moved."""
+    names = ("/".join(source.parts[-2:]) if isinstance(source, Path) else "" for source, _ in data.train)
+    names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
+    return zlib.crc32("\n".join(names).encode())
 
 
 def check(config: TrainConfig, data: Data) -> None:
@@ -218,41 +372,6 @@ class _Totals:
         return {name: float(total) / self.images for name, total in self.sums.items()}
 
 
-class _Load:
-    """How many images or tokens each expert of each layer received in an epoch."""
-
-    def __init__(self) -> None:
-        self.units: dict[str, Tensor] = {}
-
-    def add(self, routings: list[Routing]) -> None:
-        for routing in routings:
-            self.units[routing.layer] = self.units.get(routing.layer, 0) + routing.load
-
-    def shares(self) -> dict[str, list[float]]:
-        return {layer: (units / units.sum()).tolist() for layer, units in self.units.items()}
-
-    def scalars(self) -> dict[str, float]:
-        return {f"load/{layer}/{i}": s for layer, shares in self.shares().items() for i, s in enumerate(shares)}
-
-    def warn_of_idle(self, epoch: int) -> None:
-        idle = {name: [i for i, share in enumerate(shares) if share == 0] for name, shares in self.shares().items()}
-        named = [f"expert {i} of {name}" for name, experts in idle.items() for i in experts]
-        if named:
-            remedy = "raise train.balance_loss, or use fewer experts"
-            logger.warning("idle for the whole of epoch %d: %s; %s", epoch, ", ".join(named), remedy)
-
-    def append_to(self, path: Path, epoch: int) -> None:
-        if not self.units:
-            return
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["epoch", "layer", "expert", "share"])
-            for layer, shares in self.shares().items():
-                writer.writerows([epoch, layer, expert, share] for expert, share in enumerate(shares))
-
-
 def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
@@ -282,26 +401,9 @@ def _mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Any]:
+def _progress(steps: int, done: int) -> Iterator[Callable[[str], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=steps)
+        task = progress.add_task("training", total=steps, completed=done)
         yield lambda description: progress.update(task, advance=1, description=description)
-
-
-@contextmanager
-def _rows(path: Path) -> Iterator[Any]:
-    """A CSV file that takes its header from the first row and is whole after each row."""
-    with path.open("w", newline="") as file:
-        writer: csv.DictWriter | None = None
-
-        def write(row: dict[str, Any]) -> None:
-            nonlocal writer
-            if writer is None:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-
-        yield write

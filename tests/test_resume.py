@@ -1,0 +1,277 @@
+"""A training that was killed at any moment ends as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import roles
+from safetensors.torch import load_file
+from test_train import QUICK, model, rows, run, weights
+
+import vimoe.train
+from vimoe import checkpoint
+from vimoe.cli import main
+from vimoe.config import DataConfig
+from vimoe.data import Data, Shuffled, load_data, mix, preprocessing, train_loader
+from vimoe.errors import FolderError, Stopped
+
+ALL = {"epochs": 3, "ema_decay": 0.8, "mixup": 0.4, "hflip": 0.5, "min_crop": 0.5, "checkpoint_minutes": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return load_data(DataConfig(path=str(roles(tmp_path_factory.mktemp("pictures"), train=14))))
+
+
+class Killed(Exception):
+    """A kill that the test survives."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Makes the next training die after so many steps, before or after the checkpoint that follows."""
+    real = vimoe.train._Steps.epoch
+
+    def arm(steps: int) -> None:
+        left = steps
+
+        def epoch(self: object, loader: object, state: object) -> Iterator[None]:
+            nonlocal left
+            for _ in real(self, loader, state):
+                if left == 0:
+                    raise Killed
+                left -= 1
+                yield
+
+        monkeypatch.setattr(vimoe.train._Steps, "epoch", epoch)
+
+    yield arm
+    monkeypatch.setattr(vimoe.train._Steps, "epoch", real)
+
+
+def logs(out: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(out / "metrics.csv")]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("killed_after", [0, 1, 5, 8, 13])
+def test_a_killed_training_ends_as_if_it_had_not_been(
+    data: Data, tmp_path: Path, kill_after: object, killed_after: int, accumulation: int
+) -> None:
+    """Killed in the first epoch, at the end of one (5 steps), in the midst of the last; twice."""
+    settings = {**ALL, "accumulation": accumulation}
+    whole, summary = run(data, tmp_path / "whole", **settings)
+    for steps in (killed_after, 1):
+        kill_after(steps)
+        with pytest.raises(Killed):
+            run(data, tmp_path / "killed", **settings)
+    kill_after(1000)
+    again, resumed = run(data, tmp_path / "killed", **settings)
+    assert torch.equal(weights(whole), weights(again))
+    assert summary["val"] == resumed["val"] and summary["best_epoch"] == resumed["best_epoch"]
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+    assert (tmp_path / "whole" / "load.csv").read_text() == (tmp_path / "killed" / "load.csv").read_text()
+    stored = [checkpoint.read(tmp_path / name) for name in ("whole", "killed")]
+    for name in ("model", "ema"):
+        assert all(torch.equal(stored[0][name][k], stored[1][name][k]) for k in stored[0][name])
+
+
+def test_it_would_be_seen_if_the_state_were_not_restored(
+    data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the moments of the optimiser, or with a step repeated, the end is another."""
+    whole, _ = run(data, tmp_path / "whole", **ALL)
+    for broken in ("optimizer", "step"):
+        kill_after(7)
+        with pytest.raises(Killed):
+            run(data, tmp_path / broken, **ALL)
+        kill_after(1000)
+        state = checkpoint.read(tmp_path / broken)
+        if broken == "optimizer":
+            state["optimizer"]["state"] = {}
+        else:
+            state["step"] -= 1
+        checkpoint.write(tmp_path / broken, state)
+        assert not torch.equal(weights(whole), weights(run(data, tmp_path / broken, **ALL)[0]))
+
+
+def test_workers_and_batches_do_not_change_what_is_drawn(data: Data) -> None:
+    network = model()
+    config = replace(QUICK, hflip=0.5, min_crop=0.5, seed=3)
+    alone, helped = (train_loader(data.train, preprocessing(network), config, workers) for workers in (0, 2))
+    for (x, y), (other_x, other_y) in zip(alone, helped, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+    first = torch.cat([x for x, _ in alone])
+    alone.sampler.start(epoch=2)
+    second = torch.cat([x for x, _ in alone])
+    assert not torch.equal(first, second)
+    alone.sampler.start(epoch=1, skip=2 * config.batch_size)
+    assert torch.equal(torch.cat([x for x, _ in alone]), first[2 * config.batch_size :])
+
+
+def test_an_order_is_of_its_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = Shuffled(50, seed)
+        sampler.start(epoch)
+        return [index for index, _ in sampler]
+
+    assert sorted(order(0, 1)) == list(range(50)) and order(0, 1) == order(0, 1)
+    assert len({tuple(order(*each)) for each in ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1))}) == 5
+    assert len({mix(a, b) for a in range(50) for b in range(50)}) == 2500
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint(data: Data, tmp_path: Path, number: int, monkeypatch: object) -> None:
+    settings = {**ALL, "checkpoint_minutes": 60}
+    whole, _ = run(data, tmp_path / "whole", **settings)
+    real, calls = vimoe.train.auxiliary_losses, []
+
+    def interrupted(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(vimoe.train, "auxiliary_losses", interrupted)
+    with pytest.raises(Stopped, match="go on with: vimoe train --resume") as stopped:
+        run(data, tmp_path / "stopped", **settings)
+    assert stopped.value.status == 128 + number and signal.getsignal(number) is before
+    state = checkpoint.read(tmp_path / "stopped")
+    assert (state["epoch"], state["step"]) == (2, 2)
+    assert torch.equal(weights(whole), weights(run(data, tmp_path / "stopped", **settings)[0]))
+
+
+def test_the_last_good_checkpoint_is_kept_where_the_disk_is_full(data: Data, tmp_path: Path) -> None:
+    run(data, tmp_path, **{**ALL, "epochs": 1})
+    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(FolderError, match=r"last.pt could not be written: .*make room"):
+            run(data, tmp_path, **ALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
+    assert checkpoint.read(tmp_path)["epoch"] == 2
+
+
+def test_room_is_asked_for_before_training(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(FolderError, match=r"0.00 GB are free: expected .* GB for the checkpoints"):
+        run(data, tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."
+
+
+def test_no_pickle_is_executed(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for content in (PICKLE, b"", b"garbage"):
+        (tmp_path / "checkpoints" / "last.pt").write_bytes(content)
+        with pytest.raises(FolderError, match=r"last.pt cannot be read: .*; train again"):
+            run(data, tmp_path)
+    assert not (tmp_path / "executed").exists()
+    torch.save({"format": 99}, tmp_path / "checkpoints" / "last.pt")
+    with pytest.raises(FolderError, match="not a checkpoint of format 1"):
+        run(data, tmp_path)
+
+
+def test_other_images_are_refused(data: Data, tmp_path: Path, kill_after: object) -> None:
+    kill_after(6)
+    with pytest.raises(Killed):
+        run(data, tmp_path, **ALL)
+    kill_after(1000)
+    with pytest.raises(FolderError, match="of other training images"):
+        run(replace(data, train=data.train[1:]), tmp_path, **ALL)
+
+
+TRAIN = [
+    "--model.name=vit_tiny_patch16_224", "--model.pretrained=false", "--model.img_size=16",
+    '--model.args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}', "--moe.layers=all",
+    "--moe.num_experts=4", "--train.epochs=3", "--train.batch_size=8", "--train.lr=3e-3", "--train.ema_decay=0.8",
+    "--train.checkpoint_minutes=0", "--train.tensorboard=false",
+]  # fmt: skip
+
+
+def test_the_command_goes_on(
+    tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = roles(tmp_path / "photos", train=14, val=0)
+    command = ["train", f"--data.path={photos}", *TRAIN]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    kill_after(6)
+    with pytest.raises(Killed):
+        main([*command, "--out", str(tmp_path / "killed")])
+    kill_after(1000)
+    (tmp_path / "killed" / ".model-abc").mkdir()  # what a kill while saving leaves behind
+    assert main(["train", "--resume", str(tmp_path / "killed")]) == 0
+    first, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    files = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("whole", "killed")]
+    assert files[0] == files[1] and "checkpoints" not in files[0]
+    for name in ("validation.txt", "config.yaml", "load.csv"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "killed" / name).read_text()
+    capsys.readouterr()
+    for wrong, said in (
+        (["--resume", str(tmp_path / "killed")], "is finished: expected a run that was stopped"),
+        (["--resume", str(tmp_path / "nowhere")], "no such run"),
+        (["--resume", str(photos)], "has no config.yaml"),
+        (["--resume", str(tmp_path / "killed"), "--train.lr=1"], "--train.lr=1 with --resume: expected none"),
+    ):
+        assert main(["train", *wrong]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_thirty_kills(tmp_path: Path, workers: int) -> None:
+    """Fifteen trainings, killed by SIGKILL at random moments, also while a checkpoint is written, until they end."""
+    photos = roles(tmp_path / "photos", train=30)
+    command = [sys.executable, "-m", "vimoe.cli", "train"]
+    settings = [f"--data.path={photos}", f"--data.workers={workers}", *TRAIN, "--train.epochs=12"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *settings, "--out", str(tmp_path / "whole")], check=True, env=environment)
+    whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    draw, kills = random.Random(workers), 0
+    for number in range(15):
+        out = tmp_path / f"run{number}"
+        arguments = [*settings, "--out", str(out)]
+        while True:
+            process = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
+            started = time.perf_counter()
+            while not (out / "checkpoints").exists() and process.poll() is None:
+                time.sleep(0.01)  # python and torch are long in starting
+            time.sleep(draw.uniform(0, 2.5))
+            if process.poll() is not None or time.perf_counter() - started > 300:
+                break
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            arguments = ["--resume", str(out)] if (out / "config.yaml").exists() else arguments
+            if (out / "summary.json").exists():
+                break
+            if kills > 2 * (number + 1):  # often enough: let it end
+                process = subprocess.Popen([*command, *arguments], env=environment)
+                assert process.wait() == 0
+                break
+        ended = load_file(out / "model" / "model.safetensors")
+        assert all(torch.equal(whole[k], ended[k]) for k in whole), f"run {number}"
+        assert logs(out) == logs(tmp_path / "whole")
+    assert kills >= 15

@@ -1,0 +1,110 @@
+"""The state of a training on disk, so that a killed one goes on to the very weights it would have reached.
+
+A step depends on the seed, the epoch and its number alone, and an image's augmentation on the seed, the epoch and the
+image (see `vimoe.data.Shuffled`). So no state of a random generator is stored, and no worker process has one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vimoe.errors import FolderError, first_line
+from vimoe.files import written_whole
+
+FOLDER, LAST = "checkpoints", "last.pt"
+FORMAT = 1
+
+
+def write(run: Path, state: dict[str, Any]) -> None:
+    """Writes the last checkpoint of a run; the one before stays until this one is whole.
+
+    Args:
+        run: the run folder.
+        state: tensors, numbers, strings, and lists and dicts of them.
+
+    Raises:
+        FolderError: where it cannot be written; the checkpoint before is as it was.
+    """
+    path = run / FOLDER / LAST
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with written_whole(path) as file:
+            torch.save({"format": FORMAT, **state}, file)
+    except RuntimeError as error:  # torch's zip writer, where the disk is full
+        raise FolderError(f"{path} could not be written: {first_line(error)}; make room and resume the run") from error
+
+
+def read(run: Path) -> dict[str, Any] | None:
+    """The last checkpoint, or None where there is none. Nothing is unpickled but tensors and plain values.
+
+    Raises:
+        FolderError: where it is damaged, or from another version.
+    """
+    path = run / FOLDER / LAST
+    if not exists(run):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise FolderError(f"{path} cannot be read: {first_line(error)}; train again in another folder") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise FolderError(f"{path} is not a checkpoint of format {FORMAT}: expected one of this version; train again")
+    return state
+
+
+def exists(run: Path) -> bool:
+    """Whether there is one to go on from."""
+    return (run / FOLDER / LAST).exists()
+
+
+def remove(run: Path) -> None:
+    """Forgets a finished training."""
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def check_space(run: Path, model: nn.Module, ema: bool) -> None:
+    """Raises FolderError where the disk has no room for two checkpoints and the model."""
+    weights = sum(p.numel() * p.element_size() for p in model.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = 2 * (moments + (3 if ema else 2) * weights) + weights
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise FolderError(
+            f"{run}: {free / 1e9:.2f} GB are free: expected {needed / 1e9:.2f} GB for the checkpoints of this "
+            f"training; make room, or name another --out"
+        )
+
+
+class Stop:
+    """Whether somebody asked the training to end; `signal` says which way."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """While it holds, SIGTERM and the first Ctrl-C are noted, to be heeded after a step; a second one ends it."""
+    stop, before = Stop(), {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,117 @@
+"""Are routers and experts healthy: what is watched in every step, and alarms that say what to try.
+
+MoE training fails silently: an expert that gets nothing, a router that sends everything to one, a loss that never
+reaches the router. Sums stay on the device until the end of an epoch, so that watching costs no waiting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vimoe.moe import MoE, Routing
+
+CONFIDENT = 0.99  # mean probability of a router's first choice, above which its gradient all but vanishes
+COLLAPSED = 1.25  # times k: that many experts in effect, or fewer, get everything
+
+
+class Health:
+    """Sums over the steps of an epoch, by layer."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, routings: list[Routing]) -> None:
+        """Takes the routing of a step."""
+        for routing in routings:
+            logits, probabilities = routing.logits, routing.probabilities
+            self._add(
+                routing.layer,
+                load=routing.load,
+                units=torch.tensor(len(logits)),
+                entropy=-torch.xlogy(probabilities, probabilities).sum(),
+                confidence=probabilities.amax(dim=-1).sum(),
+                squares=logits.square().mean(dim=-1).sum(),
+            )
+
+    @torch.no_grad()
+    def add_gradients(self, layers: Mapping[str, MoE]) -> None:
+        """Takes the gradients that a step is about to use, before they are clipped."""
+        for name, layer in layers.items():
+            self._add(
+                name,
+                steps=torch.tensor(1),
+                router_gradient=_norm(layer.router.parameters()),
+                expert_gradient=_norm(layer.experts.parameters()),
+            )
+
+    def _add(self, layer: str, **values: Tensor) -> None:
+        sums = self.sums.setdefault(layer, {})
+        for name, value in values.items():
+            sums[name] = sums[name] + value if name in sums else value
+
+    def shares(self) -> dict[str, list[float]]:
+        """Of each layer, the share of all decisions that each expert got."""
+        return {layer: (sums["load"] / sums["load"].sum()).tolist() for layer, sums in self.sums.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a layer: means over the epoch.
+
+        effective_experts is exp(entropy of the load), busiest the largest share, router_entropy in nats (0 is certain,
+        log N undecided), router_confidence the probability of the first choice, logit_rms the size of the router's
+        scores, and the gradients' norms are means over steps.
+        """
+        rows = []
+        for (layer, sums), shares in zip(self.sums.items(), self.shares().values(), strict=True):
+            units = int(sums["units"])
+            steps = max(int(sums.get("steps", torch.tensor(0))), 1)
+            zero = torch.tensor(0.0)
+            rows.append({
+                "layer": layer,
+                "effective_experts": math.exp(-sum(s * math.log(s) for s in shares if s > 0)),
+                "busiest": max(shares),
+                "router_entropy": float(sums["entropy"]) / units,
+                "router_confidence": float(sums["confidence"]) / units,
+                "logit_rms": math.sqrt(float(sums["squares"]) / units),
+                "router_gradient": float(sums.get("router_gradient", zero)) / steps,
+                "expert_gradient": float(sums.get("expert_gradient", zero)) / steps,
+            })  # fmt: skip
+        return rows
+
+    def alarms(self, layers: Mapping[str, MoE]) -> list[str]:
+        """What is wrong, and what to try; nothing where all is well."""
+        found = []
+        for row, shares in zip(self.rows(), self.shares().values(), strict=True):
+            name, config = row["layer"], layers[row["layer"]].config
+            idle = [str(expert) for expert, share in enumerate(shares) if share == 0]
+            used = row["effective_experts"]
+            if used < COLLAPSED * config.top_k and config.num_experts > 2 * config.top_k:
+                found.append(
+                    f"{name} has collapsed: in effect {used:.2f} of its {config.num_experts} experts get everything; "
+                    f"raise train.balance_loss, or lower train.router_lr_scale"
+                )
+            elif idle:
+                found.append(
+                    f"{name}: expert{'s' * (len(idle) > 1)} {', '.join(idle)} got nothing; raise train.balance_loss, "
+                    f"or use fewer experts"
+                )
+            sure = row["router_confidence"]
+            if sure > CONFIDENT and config.num_experts > 1:
+                found.append(
+                    f"{name}: the router is saturated, its first choice has probability {sure:.4f} and its scores have "
+                    f"size {row['logit_rms']:.1f}; set train.z_loss=0.001, or lower train.router_lr_scale"
+                )
+            trained = layers[name].router.weight.requires_grad
+            if trained and row["router_gradient"] == 0 and not config.router_is_blind:
+                found.append(f"{name}: the router got no gradient; check that the losses reach it")
+        return found
+
+
+def _norm(parameters: Any) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.tensor(0.0)

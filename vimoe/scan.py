@@ -1,0 +1,123 @@
+"""What is wrong with the images, found before anything is trained on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vimoe.data import LOOSE, Data, Sample
+from vimoe.errors import DataError
+from vimoe.images import Tried, try_images
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """Counts of images, and of what else was found.
+
+    Args:
+        train, validation, test: images of each role.
+        classes: in the class map.
+        opened: images that were opened, now or in an earlier scan of the unchanged file; none of those in memory.
+        unreadable: images that were left out because they cannot be read.
+        validation_in_train, test_in_train: images of the role whose bytes a train image has too.
+        contradicting: train images whose bytes are in another class of train too.
+        junk: files and folders that were passed over, by kind.
+    """
+
+    train: int
+    validation: int
+    test: int
+    classes: int
+    opened: int
+    unreadable: int
+    validation_in_train: int
+    test_in_train: int
+    contradicting: int
+    junk: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kinds = sorted(self.junk, key=lambda kind: (kind != LOOSE, -self.junk[kind], kind))
+        kinds = [f"{kind} ({self.junk[kind]})" for kind in kinds]
+        junk = ", ".join([*kinds[:6], "..."] if len(kinds) > 6 else kinds) or "none"
+        return (
+            f"{self.train} train, {self.validation} validation, {self.test} test images of {self.classes} classes; "
+            f"{self.opened} opened, {self.unreadable} unreadable; duplicates of train: {self.validation_in_train} in "
+            f"validation, {self.test_in_train} in test, {self.contradicting} in other classes; passed over: {junk}"
+        )
+
+
+def scan(data: Data, folder: str | Path) -> Scan:
+    """Opens every image that has a role, or asks the cache, and warns of duplicates.
+
+    Args:
+        data: the images; those in memory are not opened.
+        folder: the data folder.
+
+    Raises:
+        DataError: where images cannot be read and were not left out already (`DataConfig.skip_unreadable`).
+    """
+    root = Path(folder)
+    tried = data.tried or _try(data, root)
+    roles = {"validation": data.val, "test": data.test}
+    shared = {role: _shared(samples, data.train, tried) for role, samples in roles.items()}
+    for role, pairs in shared.items():
+        if pairs:
+            logger.warning(
+                "%d of %d %s images are in train too, such as %s: the model will have seen them; keep one of each",
+                len(pairs), len(roles[role]), role, _names(pairs[0], root),
+            )  # fmt: skip
+    contradicting = _contradicting(data.train, tried)
+    if contradicting:
+        logger.warning(
+            "%d of %d train images contradict one another, with the same content in several classes, such as %s; "
+            "keep them in the right one",
+            sum(map(len, contradicting)), len(data.train), _names(contradicting[0][:2], root),
+        )  # fmt: skip
+    return Scan(
+        train=len(data.train), validation=len(data.val), test=len(data.test), classes=len(data.classes),
+        opened=len(tried.digests) + len(tried.errors), unreadable=len(tried.errors),
+        validation_in_train=len(shared["validation"]), test_in_train=len(shared["test"]),
+        contradicting=sum(map(len, contradicting)), junk=dict(data.junk),
+    )  # fmt: skip
+
+
+def _try(data: Data, root: Path) -> Tried:
+    files = [source for source, _ in (*data.train, *data.val, *data.test) if isinstance(source, Path)]
+    if not files:
+        return Tried(root)
+    tried = try_images(files, root)
+    if tried.errors:
+        raise DataError(f"{tried}; remove them, or leave them out with --data.skip_unreadable true")
+    return tried
+
+
+def _shared(samples: Iterable[Sample], train: Iterable[Sample], tried: Tried) -> list[tuple[Path, Path]]:
+    """(image, the train image that it equals) of each image that does."""
+    known = {digest: file for file, _, digest in _on_disk(train, tried)}
+    return [(file, known[digest]) for file, _, digest in _on_disk(samples, tried) if digest in known]
+
+
+def _contradicting(train: Iterable[Sample], tried: Tried) -> list[list[Path]]:
+    """Train images of the same content and several labels, by content; the first two of each differ in their label."""
+    alike: dict[str, dict[int, list[Path]]] = {}
+    for file, label, digest in _on_disk(train, tried):
+        alike.setdefault(digest, {}).setdefault(label, []).append(file)
+    several = [list(labels.values()) for labels in alike.values() if len(labels) > 1]
+    return [[files[0] for files in groups] + [file for files in groups for file in files[1:]] for groups in several]
+
+
+def _on_disk(samples: Iterable[Sample], tried: Tried) -> list[tuple[Path, int, str]]:
+    return [(source, label, tried.digests[source]) for source, label in samples if isinstance(source, Path)]
+
+
+def _names(pair: Iterable[Path], root: Path) -> str:
+    return " = ".join(str(file.relative_to(root)) for file in pair)
