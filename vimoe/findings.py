@@ -126,7 +126,8 @@ def _dependence(page: Page, evidence: dict[str, Any], prefix: str) -> None:
         "AMI, the adjusted mutual information of class and expert, is 0 where the expert has to do with the class no "
         "more than chance gives, and 1 where one tells the other. p is the share of random reassignments of classes "
         f"to whole images with at least as much mutual information; above {CHANCE} the layer is not distinguishable "
-        "from chance. Effective experts count how many are in use: all of them if loads are equal, 1 if one gets all."
+        "from chance. Effective experts count how many are in use: all of them if loads are equal, 1 if one gets all. "
+        "Gates is the mean sum of the chosen experts' gates: the weight that they have in the layer's output."
     )
     rows = []
     for layer in evidence["layers"]:
@@ -134,9 +135,9 @@ def _dependence(page: Page, evidence: dict[str, Any], prefix: str) -> None:
         rows.append((
             layer["name"], told_dependence(found), f"{found['p']:.3f}", f"{found['nats']:.3f}",
             f"{interval(layer['effective_experts'], '.2f')} of {layer['num_experts']}", f"{max(load):.1%}",
-            f"{min(load):.1%}", str(sum(share == 0 for share in load)),
+            f"{min(load):.1%}", str(sum(share == 0 for share in load)), f"{sum(layer['gate_mass']):.3f}",
         ))  # fmt: skip
-    header = ("layer", "AMI", "p", "MI, nats", "effective experts", "busiest expert", "idlest", "idle experts")
+    header = ("layer", "AMI", "p", "MI, nats", "effective experts", "busiest expert", "idlest", "idle experts", "gates")
     page.table(header, rows)
     caption = (
         f"AMI by layer on {evidence['images']} validation images, with {evidence['confidence']:.0%} bootstrap "
