@@ -109,6 +109,7 @@ class FinishedRun:
             "kept": [{**asdict(step), "experts": left[step.layer].config.num_experts} for step in done.kept],
             "recovery_epochs": recover,
             "recovery_lr": recovery.lr if recovery else None,
+            "validation_images": len(self.data.val),
             "split": split,
             **{when: receipt.to_dict() for when, receipt in zip(models, measured, strict=True)},
             "versions": runs.versions(),

@@ -214,12 +214,12 @@ def _pruning(page: Page, summary: dict[str, Any]) -> None:
 
 def _curves(page: Page, metrics: Path, summary: dict[str, Any]) -> None:
     page.heading("Training" if "val" in summary else "Training after pruning")
-    images = f"{summary['val']['images']} " if "val" in summary else ""
+    images = summary["val"]["images"] if "val" in summary else summary.get("validation_images", "the run's")
     page.text(
         "Down is better on the left, up on the right. Where training goes on to fall and validation does not, the "
         "model learns its images by heart."
     )
-    caption = f"Loss and top-1 by epoch; validation is of {images}images. One training, so there is no interval."
+    caption = f"Loss and top-1 by epoch; validation is of {images} images. One training, so there is no interval."
     page.figure(curves(metrics), "curves", caption)
 
 
