@@ -77,7 +77,7 @@ class Augmented(Images):
 
     def __getitem__(self, key: Any) -> tuple[Tensor, int]:
         index, seed = key
-        seed_everything(seed)
+        seed_host(seed)
         return super().__getitem__(index)
 
 
@@ -110,10 +110,16 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds python, numpy and torch, which all take part in augmentation and training."""
+def seed_host(seed: int) -> None:
+    """Seeds what augmentation draws from: python, numpy and torch on the CPU."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the generator that timm's transforms draw from
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would go round all devices for each image
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds what a training step draws from: python, numpy and torch on all devices."""
+    seed_host(seed)
     torch.manual_seed(seed)
 
 

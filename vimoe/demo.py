@@ -112,7 +112,7 @@ def _tour(out: str | None) -> tuple[str, dict[str, Any]]:
     models[PRUNED] = []
     for seed in SEEDS:
         run = folder / f"vimoe-seed{seed}"
-        evidence.append(FinishedRun(run).analyze())
+        evidence.append(FinishedRun(run).analyze(draws=5))
         pruned = load(run / runs.MODEL)
         decided.append(prune(pruned, evidence[-1], _loader(pruned, data.val)))
         models[PRUNED].append(pruned)
