@@ -260,7 +260,7 @@ def test_a_run_that_did_not_finish_says_so(
 
     train = ["train", "--data.path", str(photos), *TINY, *QUICK, "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr("vimoe.train._Best.offer", interrupt)
+        patch.setattr("vimoe.progress.Best.offer", interrupt)
         assert main(train) == 130
     assert capsys.readouterr().err.endswith("vimoe: interrupted\n")
     assert "its training did not finish" in refused(capsys, "evaluate", tmp_path / "run")

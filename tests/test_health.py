@@ -55,11 +55,11 @@ def test_an_idle_expert_is_named_and_a_busy_one_is_not(
         layers(network)[0].router.weight[2] = 0  # never the largest logit unless all others are negative
         layers(network)[0].router.weight[1] = 10 * layers(network)[0].router.weight[0]
         layers(network)[0].router.weight[3] = -layers(network)[0].router.weight[1]
-    with caplog.at_level(logging.WARNING, "vimoe.train"):
+    with caplog.at_level(logging.WARNING, "vimoe"):
         found = alarms(data, tmp_path, network)
     load = {(row["layer"], row["expert"]): float(row["share"]) for row in rows(tmp_path / "load.csv")}
     assert load["blocks.0.mlp", "2"] == 0 and load["blocks.0.mlp", "1"] > 0
-    assert [record.getMessage() for record in caplog.records if record.name == "vimoe.train"] == found
+    assert [record.getMessage() for record in caplog.records if record.name == "vimoe.progress"] == found
     for layer in ("blocks.0.mlp", "blocks.1.mlp"):
         named = " ".join(re.findall(rf"{layer}: experts? ([\d, ]+) got nothing", " ".join(found)))
         if "collapsed" not in " ".join(alarm for alarm in found if layer in alarm):

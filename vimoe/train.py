@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,12 @@ from torch import Tensor, nn
 from vimoe import checkpoint
 from vimoe.config import TrainConfig
 from vimoe.data import Data, Sample, Shuffled, eval_loader, mix, seed_everything, train_loader
-from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError
-from vimoe.evaluate import Score, evaluate
-from vimoe.files import write_text
-from vimoe.health import Health
+from vimoe.errors import ConfigError, Stopped, VimoeError
+from vimoe.evaluate import evaluate
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
-from vimoe.moe import MoE, Routing, record
+from vimoe.moe import Routing, record
 from vimoe.optim import adamw, freeze_all_but
+from vimoe.progress import State, fingerprint
 from vimoe.upcycling import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -92,13 +88,13 @@ def train(
     judged = ema.module if ema else plain
     mixup = _mixup(config, len(data.classes))
     steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train)
-    state = _State(images=_fingerprint(data))
+    state = State(images=fingerprint(data))
     if stored := checkpoint.read(out):
-        state.restore(stored, steps, out)
+        state.restore(stored, steps.stateful(), out)
         logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
 
     def save() -> None:
-        checkpoint.write(out, state.stored(steps))
+        checkpoint.write(out, state.stored(steps.stateful()))
 
     batches, started = len(loader), time.perf_counter() - state.seconds
     try:
@@ -155,7 +151,7 @@ class _Steps:
     order: Shuffled
     samples: Sequence[Sample]
 
-    def epoch(self, loader: Iterable[tuple[Tensor, Tensor]], state: _State) -> Iterator[None]:
+    def epoch(self, loader: Iterable[tuple[Tensor, Tensor]], state: State) -> Iterator[None]:
         """Yields after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         self.model.train()
@@ -189,7 +185,7 @@ class _Steps:
             state.totals.seconds = before + time.perf_counter() - start
             yield
 
-    def _not_finite(self, loss: float, state: _State, batch: int) -> str:
+    def _not_finite(self, loss: float, state: State, batch: int) -> str:
         images = self.order.images_at(state.step * batch, batch)
         names = [str(self.samples[i][0]) if isinstance(self.samples[i][0], Path) else f"image {i}" for i in images]
         return (
@@ -211,108 +207,6 @@ class _Steps:
             | ({"ema": self.ema.module} if self.ema else {})
             | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
         )
-
-
-@dataclass
-class _State:
-    """Where a training is: all that a checkpoint holds besides the states of model and optimizer."""
-
-    images: int  # fingerprint of the training images
-    epoch: int = 1
-    step: int = 0  # batches of this epoch that are done
-    updates: int = 0
-    seconds: float = 0.0
-    saved: float = 0.0  # seconds at the last checkpoint
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    shares: list[dict[str, Any]] = field(default_factory=list)
-    health_rows: list[dict[str, Any]] = field(default_factory=list)
-    totals: _Totals = field(default_factory=lambda: _Totals())
-    health: Health = field(default_factory=Health)
-    alarms: list[str] = field(default_factory=list)
-    best: _Best = field(default_factory=lambda: _Best())
-
-    def done(self, batches: int) -> int:
-        """Steps that are done, of epochs with so many batches."""
-        return (self.epoch - 1) * batches + self.step
-
-    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
-        """Writes the epoch's rows and raises its alarms; returns the row of metrics.csv."""
-        row = {
-            "lr": lr,
-            **{f"train_{name}": value for name, value in self.totals.means().items()},
-            **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
-            "images_per_second": self.totals.images / self.totals.seconds,
-        }
-        self.metrics.append({"epoch": self.epoch, **row})
-        self.shares += [
-            {"epoch": self.epoch, "layer": layer, "expert": expert, "share": share}
-            for layer, shares in self.health.shares().items()
-            for expert, share in enumerate(shares)
-        ]
-        self.health_rows += [{"epoch": self.epoch, **row} for row in self.health.rows()]
-        for alarm in self.health.alarms(layers):
-            self.alarms.append(f"epoch {self.epoch}: {alarm}")
-            logger.warning(self.alarms[-1])
-        self.write_logs(out)
-        return row
-
-    def write_logs(self, out: Path) -> None:
-        """Writes metrics.csv, load.csv and health.csv."""
-        for name, rows in (("metrics.csv", self.metrics), ("load.csv", self.shares), ("health.csv", self.health_rows)):
-            if rows:
-                text = io.StringIO()
-                writer = csv.DictWriter(text, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-                write_text(out / name, text.getvalue())
-
-    def scalars(self) -> dict[str, float]:
-        """Of this epoch's health, by a name for each."""
-        load = {f"load/{layer}/{i}": s for layer, shares in self.health.shares().items() for i, s in enumerate(shares)}
-        rows = ((f"{key}/{row['layer']}", value) for row in self.health.rows() for key, value in row.items())
-        return load | {name: value for name, value in rows if not isinstance(value, str)}
-
-    def next_epoch(self) -> None:
-        self.epoch, self.step, self.totals, self.health = self.epoch + 1, 0, _Totals(), Health()
-
-    def stored(self, steps: _Steps) -> dict[str, Any]:
-        """For a checkpoint."""
-        self.saved = self.seconds
-        return {
-            "images": self.images,
-            **{name: getattr(self, name) for name in _PLAIN},
-            **{name: vars(getattr(self, name)) for name in ("totals", "health")},
-            "best": {"epoch": self.best.epoch, "score": self.best.score.to_dict(), "state": self.best.state},
-            **{name: part.state_dict() for name, part in steps.stateful().items()},
-        }
-
-    def restore(self, stored: dict[str, Any], steps: _Steps, out: Path) -> None:
-        """Goes back to what was stored, in the logs too."""
-        if stored["images"] != self.images:
-            raise FolderError(
-                f"{out}: its checkpoint is of other training images than those that are there now: expected the data "
-                f"as it was; restore it, or train again in another folder"
-            )
-        for name in _PLAIN:
-            setattr(self, name, stored[name])
-        self.saved = self.seconds
-        vars(self.totals).update(stored["totals"])
-        self.health.sums = stored["health"]["sums"]
-        best = stored["best"]
-        self.best.epoch, self.best.score, self.best.state = best["epoch"], Score(**best["score"]), best["state"]
-        for name, part in steps.stateful().items():
-            part.load_state_dict(stored[name])
-        self.write_logs(out)
-
-
-_PLAIN = ("epoch", "step", "updates", "seconds", "metrics", "shares", "health_rows", "alarms")
-
-
-def _fingerprint(data: Data) -> int:
-    """Of the training images and their labels, as far as names tell; the folder may have moved."""
-    names = ("/".join(source.parts[-2:]) if isinstance(source, Path) else "" for source, _ in data.train)
-    names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
-    return zlib.crc32("\n".join(names).encode())
 
 
 def check(config: TrainConfig, data: Data) -> None:
@@ -342,34 +236,6 @@ def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tens
         parts["importance_loss"] = (importance_loss(routings), config.importance_loss)
     total = sum(weight * loss for loss, weight in parts.values())
     return total, {name: loss for name, (loss, _) in parts.items()}
-
-
-class _Best:
-    """The weights of the epoch with the best top-1 on validation; of equal ones that with the lower loss."""
-
-    def __init__(self) -> None:
-        self.epoch, self.score, self.state = 0, Score(-1.0, 0.0, 0.0, 0), dict[str, Tensor]()
-
-    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
-        if (score.top1, -score.loss) > (self.score.top1, -self.score.loss):
-            self.epoch, self.score = epoch, score
-            self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-class _Totals:
-    """Means over an epoch of what each batch reports, without waiting for the device at each step."""
-
-    def __init__(self) -> None:
-        self.images, self.seconds = 0, 0.0
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, images: int, **values: Tensor) -> None:
-        self.images += images
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + images * value.detach()
-
-    def means(self) -> dict[str, float]:
-        return {name: float(total) / self.images for name, total in self.sums.items()}
 
 
 def _accelerator(config: TrainConfig, out: Path) -> Accelerator:

@@ -1,0 +1,153 @@
+"""Where a training is: what has been counted and logged, the best weights so far, and both in a checkpoint and back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vimoe.data import Data
+from vimoe.errors import FolderError
+from vimoe.evaluate import Score
+from vimoe.files import write_text
+from vimoe.health import Health
+from vimoe.moe import MoE
+
+logger = logging.getLogger(__name__)
+
+
+class Best:
+    """The weights of the epoch with the best top-1 on validation; of equal ones that with the lower loss."""
+
+    def __init__(self) -> None:
+        self.epoch, self.score, self.state = 0, Score(-1.0, 0.0, 0.0, 0), dict[str, Tensor]()
+
+    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
+        if (score.top1, -score.loss) > (self.score.top1, -self.score.loss):
+            self.epoch, self.score = epoch, score
+            self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+class Totals:
+    """Means over an epoch of what each batch reports, without waiting for the device at each step."""
+
+    def __init__(self) -> None:
+        self.images, self.seconds = 0, 0.0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, images: int, **values: Tensor) -> None:
+        self.images += images
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + images * value.detach()
+
+    def means(self) -> dict[str, float]:
+        return {name: float(total) / self.images for name, total in self.sums.items()}
+
+
+@dataclass
+class State:
+    """Where a training is: all that a checkpoint holds besides the states of model and optimizer."""
+
+    images: int  # fingerprint of the training images
+    epoch: int = 1
+    step: int = 0  # batches of this epoch that are done
+    updates: int = 0
+    seconds: float = 0.0
+    saved: float = 0.0  # seconds at the last checkpoint
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    shares: list[dict[str, Any]] = field(default_factory=list)
+    health_rows: list[dict[str, Any]] = field(default_factory=list)
+    totals: Totals = field(default_factory=Totals)
+    health: Health = field(default_factory=Health)
+    alarms: list[str] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
+
+    def done(self, batches: int) -> int:
+        """Steps that are done, of epochs with so many batches."""
+        return (self.epoch - 1) * batches + self.step
+
+    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
+        """Writes the epoch's rows and raises its alarms; returns the row of metrics.csv."""
+        row = {
+            "lr": lr,
+            **{f"train_{name}": value for name, value in self.totals.means().items()},
+            **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
+            "images_per_second": self.totals.images / self.totals.seconds,
+        }
+        self.metrics.append({"epoch": self.epoch, **row})
+        self.shares += [
+            {"epoch": self.epoch, "layer": layer, "expert": expert, "share": share}
+            for layer, shares in self.health.shares().items()
+            for expert, share in enumerate(shares)
+        ]
+        self.health_rows += [{"epoch": self.epoch, **row} for row in self.health.rows()]
+        for alarm in self.health.alarms(layers):
+            self.alarms.append(f"epoch {self.epoch}: {alarm}")
+            logger.warning(self.alarms[-1])
+        self.write_logs(out)
+        return row
+
+    def write_logs(self, out: Path) -> None:
+        """Writes metrics.csv, load.csv and health.csv."""
+        for name, rows in (("metrics.csv", self.metrics), ("load.csv", self.shares), ("health.csv", self.health_rows)):
+            if rows:
+                text = io.StringIO()
+                writer = csv.DictWriter(text, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+                write_text(out / name, text.getvalue())
+
+    def scalars(self) -> dict[str, float]:
+        """Of this epoch's health, by a name for each."""
+        load = {f"load/{layer}/{i}": s for layer, shares in self.health.shares().items() for i, s in enumerate(shares)}
+        rows = ((f"{key}/{row['layer']}", value) for row in self.health.rows() for key, value in row.items())
+        return load | {name: value for name, value in rows if not isinstance(value, str)}
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.totals, self.health = self.epoch + 1, 0, Totals(), Health()
+
+    def stored(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """For a checkpoint, with the states of the parts: model, optimizer, ..."""
+        self.saved = self.seconds
+        return {
+            "images": self.images,
+            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: vars(getattr(self, name)) for name in ("totals", "health")},
+            "best": {"epoch": self.best.epoch, "score": self.best.score.to_dict(), "state": self.best.state},
+            **{name: part.state_dict() for name, part in parts.items()},
+        }
+
+    def restore(self, stored: dict[str, Any], parts: Mapping[str, Any], out: Path) -> None:
+        """Goes back to what was stored, in the logs too."""
+        if stored["images"] != self.images:
+            raise FolderError(
+                f"{out}: its checkpoint is of other training images than those that are there now: expected the data "
+                f"as it was; restore it, or train again in another folder"
+            )
+        for name in _PLAIN:
+            setattr(self, name, stored[name])
+        self.saved = self.seconds
+        vars(self.totals).update(stored["totals"])
+        self.health.sums = stored["health"]["sums"]
+        best = stored["best"]
+        self.best.epoch, self.best.score, self.best.state = best["epoch"], Score(**best["score"]), best["state"]
+        for name, part in parts.items():
+            part.load_state_dict(stored[name])
+        self.write_logs(out)
+
+
+_PLAIN = ("epoch", "step", "updates", "seconds", "metrics", "shares", "health_rows", "alarms")
+
+
+def fingerprint(data: Data) -> int:
+    """Of the training images and their labels, as far as names tell; the folder may have moved."""
+    names = ("/".join(source.parts[-2:]) if isinstance(source, Path) else "" for source, _ in data.train)
+    names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
+    return zlib.crc32("\n".join(names).encode())
