@@ -22,9 +22,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from vimoe.analysis import analyze
-from vimoe.data import eval_loader, load_folder, preprocessing
+from vimoe.data import load_folder
 from vimoe.evaluate import evaluate, label_names
 from vimoe.folder import load
+from vimoe.loading import eval_loader, preprocessing
 from vimoe.runs import open_run, versions
 
 

@@ -11,8 +11,9 @@ from pictures import folder, roles
 from tiny import vit
 
 from vimoe.config import DataConfig, TrainConfig
-from vimoe.data import eval_loader, list_images, load_data, load_folder, preprocessing, train_loader
+from vimoe.data import list_images, load_data, load_folder
 from vimoe.errors import ConfigError, DataError
+from vimoe.loading import eval_loader, preprocessing, train_loader
 
 
 def test_folders_give_roles_and_sorted_classes(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_named_images_are_those_of_the_batch(data: Data, tmp_path: Path, mon
     with pytest.raises(VimoeError, match="in epoch 2, step 2, of ") as raised:
         run(data, tmp_path, network, checkpoint_minutes=0, hflip=0.0)
     named = re.findall(r"[^ ,]+\.png", str(raised.value))
-    from vimoe.data import eval_loader, preprocessing
+    from vimoe.loading import eval_loader, preprocessing
 
     samples = {str(path): (path, label) for path, label in data.train}
     prepared = preprocessing(network)

@@ -24,8 +24,9 @@ import vimoe.train
 from vimoe import checkpoint
 from vimoe.cli import main
 from vimoe.config import DataConfig
-from vimoe.data import Data, Shuffled, load_data, mix, preprocessing, train_loader
+from vimoe.data import Data, load_data
 from vimoe.errors import FolderError, Stopped
+from vimoe.loading import Shuffled, mix, preprocessing, train_loader
 
 ALL = {"epochs": 3, "ema_decay": 0.8, "mixup": 0.4, "hflip": 0.5, "min_crop": 0.5, "checkpoint_minutes": 0}
 

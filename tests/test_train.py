@@ -14,9 +14,10 @@ from torch import nn
 
 import vimoe
 from vimoe.config import DataConfig, TrainConfig
-from vimoe.data import Data, eval_loader, load_data, preprocessing
+from vimoe.data import Data, load_data
 from vimoe.errors import ConfigError
 from vimoe.evaluate import evaluate
+from vimoe.loading import eval_loader, preprocessing
 from vimoe.train import auxiliary_losses, train
 
 QUICK = TrainConfig(epochs=2, batch_size=8, lr=3e-3, warmup_epochs=0.5, min_crop=1, tensorboard=False)

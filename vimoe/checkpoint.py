@@ -1,7 +1,7 @@
 """The state of a training on disk, so that a killed one goes on to the very weights it would have reached.
 
 A step depends on the seed, the epoch and its number alone, and an image's augmentation on the seed, the epoch and the
-image (see `vimoe.data.Shuffled`). So no state of a random generator is stored, and no worker process has one.
+image (see `vimoe.loading.Shuffled`). So no state of a random generator is stored, and no worker process has one.
 """
 
 from __future__ import annotations

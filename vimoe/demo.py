@@ -18,13 +18,14 @@ from torch import nn
 
 from vimoe import runs
 from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
-from vimoe.data import Data, eval_loader, load_data, preprocessing
+from vimoe.data import Data, load_data
 from vimoe.evidence import Evidence
 from vimoe.experiment import run_training
 from vimoe.figures import curves, loads
 from vimoe.findings import add_routing
 from vimoe.finished import FinishedRun
 from vimoe.folder import load
+from vimoe.loading import eval_loader, preprocessing
 from vimoe.options import Settings
 from vimoe.page import Page
 from vimoe.pruning import Pruning, Receipt, prune, receipts

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vimoe.data import eval_loader, preprocessing
 from vimoe.errors import VimoeError
+from vimoe.loading import eval_loader, preprocessing
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from vimoe import checkpoint, runs
 from vimoe.backbone import check_name, create
-from vimoe.data import Data, load_data, preprocessing, train_loader
+from vimoe.data import Data, load_data
 from vimoe.errors import ConfigError
 from vimoe.folder import save
+from vimoe.loading import preprocessing, train_loader
 from vimoe.options import Settings
 from vimoe.report import write_run_report
 from vimoe.scan import Scan, scan

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from vimoe import checkpoint, runs
 from vimoe.analysis import analyze
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, TrainConfig
-from vimoe.data import Data, Sample, eval_loader, load_data, load_folder, preprocessing
+from vimoe.data import Data, Sample, load_data, load_folder
 from vimoe.errors import ConfigError, FolderError
 from vimoe.evaluate import Score, evaluate, label_names
 from vimoe.evidence import Evidence
@@ -26,6 +26,7 @@ from vimoe.experiment import write_validation
 from vimoe.figures import contact_sheet
 from vimoe.folder import load, save
 from vimoe.images import open_image
+from vimoe.loading import eval_loader, preprocessing
 from vimoe.pruning import prune, receipts
 from vimoe.report import write_run_report
 from vimoe.train import train

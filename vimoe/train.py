@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from vimoe import checkpoint
 from vimoe.config import TrainConfig
-from vimoe.data import Data, Sample, Shuffled, eval_loader, mix, seed_everything, train_loader
+from vimoe.data import Data, Sample
 from vimoe.errors import ConfigError, Stopped, VimoeError
 from vimoe.evaluate import evaluate
+from vimoe.loading import Shuffled, eval_loader, mix, seed_everything, train_loader
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.moe import Routing, record
 from vimoe.optim import adamw, freeze_all_but
@@ -57,7 +58,7 @@ def train(
         model: a classifier, dense or with MoE layers.
         data: only train and val are read.
         config: how.
-        prepared: preprocessing, as `vimoe.data.preprocessing` gives it.
+        prepared: preprocessing, as `vimoe.loading.preprocessing` gives it.
         out: an existing folder.
         workers: processes that decode images, as `DataConfig.workers`.
         converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.

@@ -1,0 +1,139 @@
+"""Batches of images for training and evaluation: the transforms, and an order and draws that follow from seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from timm.data.model_config import resolve_input_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vimoe.config import DataConfig, TrainConfig
+from vimoe.data import Sample
+from vimoe.errors import DataError
+from vimoe.images import open_image
+
+
+class Images(Dataset):
+    """Images on disk or in memory, opened as RGB the way they are meant to be seen."""
+
+    def __init__(self, samples: Sequence[Sample], transform: Any) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        source, label = self.samples[index]
+        return self.transform(open_image(source)), label
+
+
+class Augmented(Images):
+    """Images whose transform draws from the seed that comes with the index, whichever process it runs in."""
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+        index, seed = key
+        seed_host(seed)
+        return super().__getitem__(index)
+
+
+class Shuffled(Sampler):
+    """(index, seed) of each image, in an order and with seeds that follow from the seed and the epoch alone."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.start(epoch=1)
+
+    def start(self, epoch: int, skip: int = 0) -> None:
+        """The next iteration is of this epoch, without its first `skip` images."""
+        self.epoch, self.skip = epoch, skip
+
+    def images_at(self, start: int, count: int) -> list[int]:
+        """Which images come at these places of the epoch."""
+        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
+        return order[start : start + count].tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in self.images_at(self.skip, self.images):
+            yield index, mix(self.seed, self.epoch, index)
+
+    def __len__(self) -> int:
+        return self.images - self.skip
+
+
+def mix(*numbers: int) -> int:
+    """One 32-bit seed of several numbers, unlike that of any near them."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_host(seed: int) -> None:
+    """Seeds what augmentation draws from: python, numpy and torch on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  the generator that timm's transforms draw from
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would go round all devices for each image
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds what a training step draws from: python, numpy and torch on all devices."""
+    seed_host(seed)
+    torch.manual_seed(seed)
+
+
+def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
+    """The data config of timm (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
+    names = ("crop_pct", "interpolation", "mean", "std")
+    given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
+    try:
+        prepared = resolve_input_data_config(model, given)
+    except ValueError as error:
+        raise DataError(f"data settings {given} do not fit the model: {error}") from error
+    if prepared["input_size"][0] != 3:
+        raise DataError(f"the model takes {prepared['input_size'][0]} channels: expected 3, since images become RGB")
+    return prepared
+
+
+def train_loader(
+    samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
+) -> DataLoader:
+    """Shuffled batches with timm's augmentation, the same for an epoch of a seed; an incomplete last one is dropped."""
+    whole = config.min_crop == 1
+    try:
+        transform = create_transform(
+            **{name: prepared[name] for name in ("input_size", "mean", "std", "interpolation")},
+            is_training=True,
+            scale=(config.min_crop, 1.0),
+            ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
+            hflip=config.hflip,
+            color_jitter=0.0,
+            auto_augment=config.auto_augment,
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise DataError(
+            f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
+        ) from error
+    order = Shuffled(len(samples), config.seed)
+    return DataLoader(
+        Augmented(samples, transform), config.batch_size, sampler=order, drop_last=True, **_processes(workers)
+    )
+
+
+def eval_loader(
+    samples: Sequence[Sample], prepared: dict[str, Any], batch_size: int, workers: int | None
+) -> DataLoader:
+    """Batches in order, resized and centre-cropped."""
+    transform = create_transform(**prepared, is_training=False)
+    return DataLoader(Images(samples, transform), batch_size, **_processes(workers))
+
+
+def _processes(workers: int | None) -> dict[str, Any]:
+    if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
+        workers = min(os.cpu_count() or 1, 8) if torch.accelerator.is_available() else 0
+    return {"num_workers": workers, "persistent_workers": workers > 0}
