@@ -18,8 +18,9 @@ import pytest
 import torch
 from pictures import roles
 from safetensors.torch import load_file
-from test_train import QUICK, model, rows, run, weights
+from test_train import QUICK, model, rows, run, run_cached, weights
 
+import vimoe.loading
 import vimoe.train
 from vimoe import checkpoint
 from vimoe.cli import main
@@ -64,6 +65,23 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 def logs(out: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(out / "metrics.csv")]
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_training_on_batched_crops_goes_on_too(
+    data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(vimoe.loading, "_gpu", lambda: True)
+    settings = {**ALL, "random_erasing": 0.5}
+    whole, _ = run_cached(data, tmp_path / "whole", cache, **settings)
+    kill_after(7)
+    with pytest.raises(Killed):
+        run_cached(data, tmp_path / "killed", cache, **settings)
+    kill_after(1000)
+    resumed, _ = run_cached(data, tmp_path / "killed", cache, **settings)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

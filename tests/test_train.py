@@ -13,6 +13,8 @@ from tiny import config, upcycle, vit
 from torch import nn
 
 import vimoe
+import vimoe.images
+import vimoe.loading
 from vimoe.config import DataConfig, TrainConfig
 from vimoe.data import Data, load_data
 from vimoe.errors import ConfigError
@@ -37,6 +39,13 @@ def run(data: Data, out: Path, network: nn.Module | None = None, **changes: obje
     network = model() if network is None else network
     out.mkdir(exist_ok=True)
     return network, train(network, data, replace(QUICK, **changes), preprocessing(network), out)
+
+
+def run_cached(data: Data, out: Path, cache: str, **changes: object) -> tuple[nn.Module, dict]:
+    network = model()
+    out.mkdir(exist_ok=True)
+    settings = replace(QUICK, **changes)
+    return network, train(network, data, settings, preprocessing(network), out, workers=0, cache=cache)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -169,3 +178,43 @@ def test_auxiliary_losses_are_weighted_and_none_without_moe() -> None:
     total, parts = auxiliary_losses(routings, replace(QUICK, balance_loss=0.5, z_loss=0.25))
     torch.testing.assert_close(total, 0.5 * parts["balance_loss"] + 0.25 * parts["z_loss"])
     assert auxiliary_losses([], QUICK) == (0.0, {})
+
+
+def rows_but_speed(path: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(path)]
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("policy", [None, "rand-m5-inc1"])
+def test_decoded_images_train_the_same_weights_on_a_cpu(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, policy: str | None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = {"min_crop": 0.5, "auto_augment": policy}
+    plain, summary = run(data, tmp_path / "plain", **settings)
+    cached, other = run_cached(data, tmp_path / "cached", cache, **settings)
+    assert torch.equal(weights(plain), weights(cached))
+    assert summary["val"] == other["val"]
+    assert rows_but_speed(tmp_path / "plain/metrics.csv") == rows_but_speed(tmp_path / "cached/metrics.csv")
+    monkeypatch.setattr(vimoe.images, "_decode", None)  # nothing is left to be decoded
+    if cache == "disk":
+        again, _ = run_cached(data, tmp_path / "again", cache, **settings)
+        assert torch.equal(weights(plain), weights(again))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_that_are_resized_in_batches_train_nearly_the_same_weights(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """As on a GPU. Pillow's rounding is all that differs, so the first epoch's loss is nearly the same."""
+    settings = {"min_crop": 0.5, "epochs": 3, "random_erasing": 0.0}
+    run_cached(data, tmp_path / "host", "memory", **settings)
+    monkeypatch.setattr(vimoe.loading, "_gpu", lambda: True)
+    network = model()
+    (tmp_path / "device").mkdir()
+    config = replace(QUICK, **settings)
+    summary = train(network, data, config, preprocessing(network), tmp_path / "device", workers=workers, cache="memory")
+    host, device = rows(tmp_path / "host/metrics.csv"), rows(tmp_path / "device/metrics.csv")
+    assert float(host[0]["train_loss"]) != float(device[0]["train_loss"])  # it was the other path
+    assert float(host[0]["train_loss"]) == pytest.approx(float(device[0]["train_loss"]), abs=0.01)
+    assert summary["val"]["images"] == len(data.val)

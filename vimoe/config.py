@@ -10,6 +10,7 @@ from vimoe.errors import ConfigError, nearest
 
 RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
+Cache = Literal["none", "memory", "disk"]
 LAYER_WORDS = ("all", "none", "last:N", "every:N")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 PRUNE_TOLERANCE = 0.01  # nats of validation loss
@@ -137,6 +138,7 @@ class DataConfig:
         images_per_class: train on at most this many images of each class (drawn by `seed`).
         seed: draws the split and the subset.
         skip_unreadable: leave out images that cannot be read, instead of stopping before training.
+        cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache).
         workers: processes that decode images; by default one a core where a GPU computes and none where the CPU does.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
         interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
@@ -151,6 +153,7 @@ class DataConfig:
     images_per_class: int | None = None
     seed: int = 0
     skip_unreadable: bool = False
+    cache: Cache = "none"
     workers: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
@@ -159,6 +162,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_range("val_fraction", self.val_fraction, 0.001, 0.9)
+        _check_choice("cache", self.cache, get_args(Cache))
         if self.crop_pct is not None:
             _check_range("crop_pct", self.crop_pct, 0.1, 1.0)
         if self.std is not None and not all(value > 0 for value in self.std):

@@ -85,7 +85,9 @@ def _train(
     write_validation(folder, settings, data)
     logger.info("%s", scanned)
     converted = [site.name for site in select(sites(model), settings.moe.layers)]
-    summary = train(model, data, settings.train, prepared, folder, settings.data.workers, converted)
+    summary = train(
+        model, data, settings.train, prepared, folder, settings.data.workers, converted, settings.data.cache
+    )
     save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared, overwrite=True)
     summary = {**summary, "scan": scanned.to_dict(), "versions": runs.versions()}
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})

@@ -100,7 +100,8 @@ class FinishedRun:
         if recovery:
             models["recovered"] = copy.deepcopy(pruned)
             names, prepared = [layer.name for layer in evidence.layers], preprocessing(pruned)
-            train(models["recovered"], self.data, recovery, prepared, folder, self.run.settings.data.workers, names)
+            data = self.run.settings.data
+            train(models["recovered"], self.data, recovery, prepared, folder, data.workers, names, data.cache)
             checkpoint.remove(folder)
         split, samples = self.reported
         measured = receipts(list(models.values()), self._loader(samples))

@@ -68,6 +68,21 @@ def open_image(source: Path | Image.Image) -> Image.Image:
         raise DataError(f"{source} cannot be read as an image ({_reason(error)}): expected a whole one") from error
 
 
+def identity(source: Path | Image.Image) -> bytes:
+    """What tells an image from others, and a file from what it was before it was changed.
+
+    Raises:
+        DataError: where the file is gone.
+    """
+    if isinstance(source, Image.Image):
+        return hashlib.blake2b(source.tobytes(), digest_size=16).digest() + repr(source.size).encode()
+    try:
+        status = source.stat()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}): expected an image") from error
+    return f"{source.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
+
+
 def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The image files in a folder and below, sorted, and a count of what else is there, by kind.
 

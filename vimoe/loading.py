@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,12 @@ from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import Compose
 
 from vimoe.config import DataConfig, TrainConfig
+from vimoe.crops import KERNELS, RandomCrops, pad
 from vimoe.data import Sample
+from vimoe.decoded import Decoded, Shrink, Where, decode
 from vimoe.errors import DataError
 from vimoe.images import open_image
 
@@ -41,6 +45,29 @@ class Augmented(Images):
         index, seed = key
         seed_host(seed)
         return super().__getitem__(index)
+
+
+class Crops(Dataset):
+    """Batches of random crops of decoded images, for `vimoe.crops.Finish` to resize; seeded as `Augmented`."""
+
+    def __init__(self, samples: Decoded, config: TrainConfig) -> None:
+        self.samples, self.cut = samples, RandomCrops(config)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """((padded crops, boxes), labels) of a batch."""
+        crops = []
+        for index, seed in keys:
+            seed_host(seed)
+            crops.append(self.cut(self.samples.pixels[index]))
+        return pad(crops), torch.tensor([self.samples.labels[index] for index, _ in keys])
+
+    @staticmethod
+    def collate(batch: Any) -> Any:
+        """For a DataLoader: it is a batch already."""
+        return batch
 
 
 class Shuffled(Sampler):
@@ -98,10 +125,27 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
     return prepared
 
 
+def decoded_for_training(
+    samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, where: Where
+) -> Decoded:
+    """The images decoded once, as large as the smallest crop needs them to have all the model's pixels."""
+    return decode(samples, Shrink(math.ceil(max(prepared["input_size"][1:]) / math.sqrt(config.min_crop))), where)
+
+
+def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], where: Where) -> Decoded:
+    """The images decoded, resized and cropped once; with `crop_pct` 1 `eval_loader` does nothing more to them."""
+    steps = create_transform(**prepared, is_training=False, use_prefetcher=True).transforms
+    return decode(samples, Compose(steps[:-1]), where)  # the last makes a tensor of it
+
+
 def train_loader(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
 ) -> DataLoader:
-    """Shuffled batches with timm's augmentation, the same for an epoch of a seed; an incomplete last one is dropped."""
+    """Shuffled batches with timm's augmentation, the same for an epoch of a seed; an incomplete last one is dropped.
+
+    Of decoded images a GPU gets `Crops`, which `vimoe.crops.Finish` makes images of. A policy of augmentation needs
+    images of Pillow, and so does a CPU, which would gain nothing.
+    """
     whole = config.min_crop == 1
     try:
         transform = create_transform(
@@ -120,9 +164,11 @@ def train_loader(
             f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
         ) from error
     order = Shuffled(len(samples), config.seed)
-    return DataLoader(
-        Augmented(samples, transform), config.batch_size, sampler=order, drop_last=True, **_processes(workers)
-    )
+    batches: dict[str, Any] = {"batch_size": config.batch_size, "sampler": order, "drop_last": True}
+    batchwise = not config.auto_augment and prepared["interpolation"] in KERNELS and _gpu()
+    if isinstance(samples, Decoded) and batchwise:
+        return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **_processes(workers))
+    return DataLoader(Augmented(samples, transform), **batches, **_processes(workers))
 
 
 def eval_loader(
@@ -135,5 +181,9 @@ def eval_loader(
 
 def _processes(workers: int | None) -> dict[str, Any]:
     if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
-        workers = min(os.cpu_count() or 1, 8) if torch.accelerator.is_available() else 0
+        workers = min(os.cpu_count() or 1, 8) if _gpu() else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}
+
+
+def _gpu() -> bool:
+    return torch.accelerator.is_available()

@@ -21,13 +21,24 @@ from timm.data import Mixup
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vimoe import checkpoint
-from vimoe.config import TrainConfig
+from vimoe.config import Cache, TrainConfig
+from vimoe.crops import Finish
 from vimoe.data import Data, Sample
 from vimoe.errors import ConfigError, Stopped, VimoeError
 from vimoe.evaluate import evaluate
-from vimoe.loading import Shuffled, eval_loader, mix, seed_everything, train_loader
+from vimoe.loading import (
+    Crops,
+    Shuffled,
+    decoded_for_evaluation,
+    decoded_for_training,
+    eval_loader,
+    mix,
+    seed_everything,
+    train_loader,
+)
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.moe import Routing, record
 from vimoe.optim import adamw, freeze_all_but
@@ -45,6 +56,7 @@ def train(
     out: Path,
     workers: int | None = None,
     converted: Sequence[str] | None = None,
+    cache: Cache = "none",
 ) -> dict[str, Any]:
     """Trains in place; the model ends with the weights of the epoch that was best on validation, in eval mode.
 
@@ -62,6 +74,7 @@ def train(
         out: an existing folder.
         workers: processes that decode images, as `DataConfig.workers`.
         converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
+        cache: where decoded images are kept, as `DataConfig.cache`.
 
     Returns:
         {"epochs", "best_epoch", "val": the Score of the returned model as a dict, "seconds", "train_images", "alarms"}.
@@ -73,10 +86,10 @@ def train(
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     check(config, data)
-    loader = train_loader(data.train, prepared, config, workers)
+    loader, val_loader = _loaders(data, prepared, config, workers, cache)
     order = loader.sampler
     assert isinstance(order, Shuffled)
-    val_loader = eval_loader(data.val, prepared, 2 * config.batch_size, workers)
+    finish = Finish(prepared, config) if isinstance(loader.dataset, Crops) else None
     if config.train_only == "moe":
         freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
     accelerator = _accelerator(config, out)
@@ -88,7 +101,7 @@ def train(
     ema = ModelEmaV3(plain, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     judged = ema.module if ema else plain
     mixup = _mixup(config, len(data.classes))
-    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train)
+    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train, finish)
     state = State(images=fingerprint(data))
     if stored := checkpoint.read(out):
         state.restore(stored, steps.stateful(), out)
@@ -151,13 +164,16 @@ class _Steps:
     config: TrainConfig
     order: Shuffled
     samples: Sequence[Sample]
+    finish: Finish | None  # where crops come in place of images
 
-    def epoch(self, loader: Iterable[tuple[Tensor, Tensor]], state: State) -> Iterator[None]:
+    def epoch(self, loader: Iterable[tuple[Any, Tensor]], state: State) -> Iterator[None]:
         """Yields after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         self.model.train()
         for images, labels in loader:
             seed_everything(mix(self.config.seed, state.epoch, state.step))
+            if self.finish:
+                images = self.finish.to(labels.device)(*images)
             with self.accelerator.accumulate(self.model):
                 images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
                 with record(self.plain) as routings:
@@ -237,6 +253,19 @@ def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tens
         parts["importance_loss"] = (importance_loss(routings), config.importance_loss)
     total = sum(weight * loss for loss, weight in parts.values())
     return total, {name: loss for name, (loss, _) in parts.items()}
+
+
+def _loaders(
+    data: Data, prepared: dict[str, Any], config: TrainConfig, workers: int | None, cache: Cache
+) -> tuple[DataLoader, DataLoader]:
+    train: Sequence[Sample] = data.train
+    val: Sequence[Sample] = data.val
+    val_prepared = prepared
+    if cache != "none":
+        train = decoded_for_training(train, prepared, config, cache)
+        val, val_prepared = decoded_for_evaluation(val, prepared, cache), {**prepared, "crop_pct": 1.0}
+    batch = 2 * config.batch_size
+    return train_loader(train, prepared, config, workers), eval_loader(val, val_prepared, batch, workers)
 
 
 def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
