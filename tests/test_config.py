@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vimoe.config import MoEConfig
+from vimoe.config import MoEConfig, TrainConfig
 from vimoe.errors import VimoeError, nearest
 
 REFUSED = {
@@ -30,6 +30,14 @@ REFUSED = {
     "more choices than experts": ({"num_experts": 2, "top_k": 3}, "top_k=3: expected at most num_experts=2"),
     "negative shared": ({"num_shared_experts": -1}, "num_shared_experts=-1"),
     "dense of the parent's width": ({"num_experts": 0}, "num_shared_experts of at least 2, got 1"),
+    "negative noise": ({"router_noise": -0.5}, "router_noise=-0.5: expected at least 0"),
+    "noise as text": ({"router_noise": "1"}, "router_noise='1': expected at least 0"),
+    "no number as noise": ({"router_noise": float("nan")}, "router_noise=nan: expected at least 0"),
+    "negative bias rate": ({"bias_update_rate": -0.001}, "bias_update_rate=-0.001: expected 0 to 1"),
+    "true bias rate": ({"bias_update_rate": True}, "bias_update_rate=True: expected 0 to 1"),
+    "a bias rate above all probabilities": ({"bias_update_rate": 2}, "bias_update_rate=2: expected 0 to 1"),
+    "negative dropout": ({"expert_dropout": -0.1}, "expert_dropout=-0.1: expected 0 to 0.99"),
+    "dropout of everything": ({"expert_dropout": 1.0}, "expert_dropout=1.0: expected 0 to 0.99"),
     "normalised mix": ({"normalize_gates": True}, "normalize_gates=True with combine='mix'"),
 }
 
@@ -41,8 +49,22 @@ def test_impossible_settings_are_refused_with_their_value_and_the_remedy(case: s
         MoEConfig(**settings)
 
 
+REFUSED_IN_TRAINING = {
+    "negative router warm-up": ({"router_warmup_epochs": -1}, "router_warmup_epochs=-1: expected at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_IN_TRAINING)
+def test_impossible_settings_of_the_training_are_refused(case: str) -> None:
+    settings, message = REFUSED_IN_TRAINING[case]
+    with pytest.raises(VimoeError, match=message) as raised:
+        TrainConfig(**settings)
+    assert "\n" not in str(raised.value)
+
+
 ACCEPTED = [
     {},
+    {"router_noise": 1.0, "bias_update_rate": 0.001, "expert_dropout": 0.4},
     {"layers": "all"},
     {"layers": "every:2", "routing": "token"},
     {"layers": [0, -1], "combine": "sum", "normalize_gates": True},
@@ -63,6 +85,10 @@ def test_settings_round_trip_through_json(settings: dict) -> None:
 def test_a_misspelt_setting_in_a_file_is_refused() -> None:
     with pytest.raises(VimoeError, match="unknown MoE setting 'num_expert': did you mean 'num_experts'"):
         MoEConfig.from_dict({"num_expert": 8})
+
+
+def test_a_file_may_have_fewer_settings() -> None:
+    assert MoEConfig.from_dict({"num_experts": 4}) == MoEConfig(num_experts=4)
 
 
 def test_a_config_cannot_be_changed_nor_given_by_position() -> None:

@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,9 @@ from tiny import layers
 from torch import nn
 
 import vimoe
+import vimoe.health
 from vimoe import checkpoint
+from vimoe.config import MoEConfig, TrainConfig
 from vimoe.data import Data
 from vimoe.errors import VimoeError
 from vimoe.health import Health
@@ -169,6 +171,13 @@ def test_rows_are_means_over_the_steps() -> None:
     assert found["router_entropy"] == pytest.approx(float(-(p * p.log()).sum()))
     assert found["effective_experts"] == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
     assert found["logit_rms"] == pytest.approx(float(p.log().square().mean().sqrt()))
+
+
+def test_what_alarms_say_to_set_is_a_setting() -> None:
+    named = set(re.findall(r"\b(moe|train)\.(\w+)", Path(vimoe.health.__file__).read_text()))
+    assert ("moe", "bias_update_rate") in named and ("train", "router_warmup_epochs") in named
+    known = {"moe": {f.name for f in fields(MoEConfig)}, "train": {f.name for f in fields(TrainConfig)}}
+    assert all(name in known[section] for section, name in named)
 
 
 def test_alarms_are_in_the_checkpoint_too(data: Data, tmp_path: Path) -> None:

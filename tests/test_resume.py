@@ -107,6 +107,33 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
         assert all(torch.equal(stored[0][name][k], stored[1][name][k]) for k in stored[0][name])
 
 
+OPTIONS = {"router_noise": 1.0, "bias_update_rate": 0.05, "expert_dropout": 0.3}
+
+
+@pytest.mark.parametrize(("killed_after", "accumulation"), [(2, 1), (7, 2)])
+def test_with_all_options_of_routing_too(
+    data: Data, tmp_path: Path, kill_after: object, killed_after: int, accumulation: int
+) -> None:
+    """Killed while decisions are partly random; the bias counts, and is another one in each epoch."""
+    settings = {**ALL, "accumulation": accumulation, "router_warmup_epochs": 2.5}
+    whole, summary = run(data, tmp_path / "whole", model(**OPTIONS), **settings)
+    kill_after(killed_after)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "killed", model(**OPTIONS), **settings)
+    kill_after(1000)
+    shutil.copytree(tmp_path / "killed", tmp_path / "broken")
+    again, resumed = run(data, tmp_path / "killed", model(**OPTIONS), **settings)
+    states = whole.state_dict(), again.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert sum(name.endswith("choice_bias") and bool(bias.any()) for name, bias in states[0].items()) == 2
+    assert summary["val"] == resumed["val"] and logs(tmp_path / "whole") == logs(tmp_path / "killed")
+    assert (tmp_path / "whole" / "load.csv").read_text() == (tmp_path / "killed" / "load.csv").read_text()
+    state = checkpoint.read(tmp_path / "broken")  # the check would see a bias that was not restored
+    state["model"] = {n: torch.zeros_like(w) if n.endswith("choice_bias") else w for n, w in state["model"].items()}
+    checkpoint.write(tmp_path / "broken", state)
+    assert not torch.equal(weights(whole), weights(run(data, tmp_path / "broken", model(**OPTIONS), **settings)[0]))
+
+
 def test_it_would_be_seen_if_the_state_were_not_restored(
     data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import roles
-from tiny import config, upcycle, vit
+from tiny import config, layers, upcycle, vit
 from torch import nn
 
 import vimoe
@@ -17,10 +17,11 @@ import vimoe.images
 import vimoe.loading
 from vimoe.config import DataConfig, TrainConfig
 from vimoe.data import Data, load_data
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import evaluate
 from vimoe.loading import eval_loader, preprocessing
 from vimoe.train import auxiliary_losses, train
+from vimoe.upcycling import moe_layers
 
 QUICK = TrainConfig(epochs=2, batch_size=8, lr=3e-3, warmup_epochs=0.5, min_crop=1, tensorboard=False)
 
@@ -98,6 +99,7 @@ def test_the_model_that_comes_back_computes_in_its_own_precision(data: Data, tmp
 SETTINGS = {
     "epochs": 3, "batch_size": 6, "accumulation": 2, "lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 1.5,
     "weight_decay": 0.5, "layer_decay": 0.5, "router_lr_scale": 5.0, "router_weight_decay": 9.0, "train_only": "moe",
+    "router_warmup_epochs": 1.0,
     "balance_loss": 1.0, "z_loss": 0.1, "importance_loss": 0.5, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0,
     "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9, "min_crop": 0.35, "hflip": 0.0, "ema_decay": 0.9,
     "clip_grad": 0.01, "precision": "bf16", "seed": 1,
@@ -114,6 +116,16 @@ def test_every_setting_changes_the_training(data: Data, tmp_path: Path, name: st
     changed, summary = run(data, tmp_path / "changed", **{name: SETTINGS[name]})
     assert torch.isfinite(weights(changed)).all() and 0 <= summary["val"]["top1"] <= 1
     assert not torch.equal(weights(plain), weights(changed))
+
+
+MOE_SETTINGS = {"router_noise": 4.0, "bias_update_rate": 0.5, "expert_dropout": 0.5}
+
+
+@pytest.mark.parametrize("name", MOE_SETTINGS)
+def test_every_option_of_the_layer_changes_the_training(data: Data, tmp_path: Path, name: str) -> None:
+    plain, _ = run(data, tmp_path / "plain")
+    changed, _ = run(data, tmp_path / "changed", model(**{name: MOE_SETTINGS[name]}))
+    assert torch.isfinite(weights(changed)).all() and not torch.equal(weights(plain), weights(changed))
 
 
 def test_tensorboard_is_written_where_it_is_asked_for(data: Data, tmp_path: Path) -> None:
@@ -162,9 +174,73 @@ def test_the_first_step_learns_and_the_rate_ends_low(data: Data, tmp_path: Path)
     assert rates[0] == pytest.approx(QUICK.lr) and rates[-1] == pytest.approx(QUICK.min_lr)
 
 
+@pytest.mark.parametrize(("accumulation", "updates"), [(1, 3), (2, 2), (3, 1)])
+def test_the_bias_moves_once_an_update_by_the_load_of_all_its_steps(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, updates: int
+) -> None:
+    network, seen, real = model(bias_update_rate=0.125), [], vimoe.train.update_bias
+    monkeypatch.setattr(vimoe.train, "update_bias", lambda *given: (seen.append(list(given[1])), real(*given)))
+    run(data, tmp_path, network, epochs=1, warmup_epochs=0, accumulation=accumulation)
+    assert [len(routings) for routings in seen] == [2 * n for n in _parts(3, accumulation)] and len(seen) == updates
+    assert not any(routing.logits.requires_grad or routing.gates.requires_grad for step in seen for routing in step)
+    for name, layer in moe_layers(network).items():
+        expected = torch.zeros(4)
+        for step in seen:
+            load = sum(routing.load for routing in step if routing.layer == name)
+            assert load.sum() == 8 * len(step) / 2
+            expected += 0.125 * (load.float().mean() - load).sign()
+        assert expected.any() and torch.equal(layer.router.choice_bias, expected)
+
+
+def _parts(steps: int, accumulation: int) -> list[int]:
+    return [min(accumulation, steps - done) for done in range(0, steps, accumulation)]
+
+
+def test_the_routers_warm_up_is_linear_in_steps_and_over_in_the_end(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, shares, real = model(), [], vimoe.train.set_random_share
+
+    def see(plain: nn.Module, share: float) -> None:
+        real(plain, share)
+        at = layers(plain)[0].router.random_share
+        shares.append(0.0 if at is None else float(at))
+
+    monkeypatch.setattr(vimoe.train, "set_random_share", see)
+    run(data, tmp_path, network, router_warmup_epochs=1.5)  # two epochs of three steps
+    assert shares == pytest.approx([1, 1 - 1 / 4.5, 1 - 2 / 4.5, 1 - 3 / 4.5, 1 - 4 / 4.5, 0, 0])
+    assert [layer.router.random_share for layer in layers(network)] == [None, None]
+
+
+def test_the_warm_up_is_over_where_training_fails_too(data: Data, tmp_path: Path) -> None:
+    network = model()
+    with torch.no_grad():
+        network.head.bias[0] = float("nan")
+    with pytest.raises(VimoeError, match="the loss is nan"):
+        run(data, tmp_path, network, router_warmup_epochs=1)
+    assert [layer.router.random_share for layer in layers(network)] == [None, None]
+
+
+def test_in_the_warm_up_every_expert_gets_its_part(data: Data, tmp_path: Path) -> None:
+    """Of a router that sends all to one expert."""
+    for warmup, idle in ((0, 3), (1, 0)):
+        network = model(routing="token")
+        with torch.no_grad():
+            for block in network.blocks:
+                block.norm2.bias[0] = 50.0  # what all images have in common decides
+                block.mlp.router.weight.zero_()
+                block.mlp.router.weight[1, 0] = 1.0
+        still = {"epochs": 1, "warmup_epochs": 0, "lr": 0.0, "min_lr": 0.0, "batch_size": 2}
+        run(data, tmp_path / str(warmup), network, **still, router_warmup_epochs=warmup)
+        load = [float(row["share"]) for row in rows(tmp_path / str(warmup) / "load.csv")[:4]]
+        assert sum(share == 0 for share in load) == idle
+
+
 def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="warmup_epochs=2 of train.epochs=2"):
         run(data, tmp_path, warmup_epochs=2)
+    with pytest.raises(ConfigError, match=r"router_warmup_epochs=2.5 of train.epochs=2: expected at most as many"):
+        run(data, tmp_path, router_warmup_epochs=2.5)
     with pytest.raises(ConfigError, match="batch_size=64 with 24 training images"):
         run(data, tmp_path, batch_size=64)
     with pytest.raises(ConfigError, match="expected an even number"):

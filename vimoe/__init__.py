@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vimoe.moe.routing import Routing as Routing
     from vimoe.moe.routing import record as record
     from vimoe.pruning import prune as prune
+    from vimoe.steering import set_random_share as set_random_share
+    from vimoe.steering import update_bias as update_bias
     from vimoe.upcycling import densify as densify
     from vimoe.upcycling import plan as plan
     from vimoe.upcycling import upcycle as upcycle
@@ -41,6 +43,8 @@ _HOME = {
     "plan": "upcycling",
     "upcycle": "upcycling",
     "densify": "upcycling",
+    "update_bias": "steering",
+    "set_random_share": "steering",
     "save": "folder",
     "load": "folder",
     "analyze": "analysis",

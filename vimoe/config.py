@@ -31,6 +31,13 @@ class MoEConfig:
         num_shared_experts: n experts that every token passes; n of them are one FFN of n times the width.
         combine: "mix" is S(x) + sum g_i (E_i(x) - S(x)), "sum" is S(x) + sum g_i E_i(x) (the ViMoE paper).
         normalize_gates: divide the gates by their sum over the chosen experts; goes with "sum".
+        router_noise: in training, normal noise on the router's scores, its standard deviation in units of
+            1 / num_experts (V-MoE, arXiv 2106.05974, has 1).
+        bias_update_rate: step by which each update of the weights moves a bias on the choice of experts, up for
+            experts with less than the mean load and down for those with more; gates stay without it (loss-free
+            balancing, arXiv 2408.15664, has 0.001). 0 makes no bias.
+        expert_dropout: dropout rate on the hidden units of the routed experts in training (Switch Transformers,
+            arXiv 2101.03961, section 2.4); where the FFN has a larger one of its own, that one holds.
 
     Raises:
         ConfigError: for a value outside of these, or values that contradict one another.
@@ -43,6 +50,9 @@ class MoEConfig:
     num_shared_experts: int = 1
     combine: Combine = "mix"
     normalize_gates: bool = False
+    router_noise: float = 0.0
+    bias_update_rate: float = 0.0
+    expert_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, list):
@@ -53,6 +63,9 @@ class MoEConfig:
         _check_count("num_experts", self.num_experts, 0)
         _check_count("num_shared_experts", self.num_shared_experts, 0)
         _check_count("top_k", self.top_k, 1)
+        _check_at_least("router_noise", self.router_noise, 0)
+        _check_range("bias_update_rate", self.bias_update_rate, 0.0, 1.0)
+        _check_range("expert_dropout", self.expert_dropout, 0.0, 0.99)
         if self.num_experts == 0 and self.num_shared_experts < 2:
             raise ConfigError(
                 f"num_experts=0 makes a dense FFN of num_shared_experts times the width: expected "
@@ -195,6 +208,8 @@ class TrainConfig:
         layer_decay: learning rate of a block relative to the block after it (1 is the same rate everywhere).
         router_lr_scale: learning rate of the routers relative to the block they are in.
         router_weight_decay: weight decay of the routers.
+        router_warmup_epochs: epochs over which a share of the routers' decisions, falling linearly from 1 to 0, is
+            taken at random, so that every expert is trained before a router has an opinion.
         train_only: "all", or "moe" for the MoE layers and the classifier alone.
         balance_loss, z_loss, importance_loss: weights of the auxiliary losses of the routers.
         label_smoothing: mass given to the other classes.
@@ -221,6 +236,7 @@ class TrainConfig:
     layer_decay: float = 1.0
     router_lr_scale: float = 1.0
     router_weight_decay: float = 0.0
+    router_warmup_epochs: float = 0.0
     train_only: Literal["all", "moe"] = "all"
     balance_loss: float = 0.01
     z_loss: float = 0.0
@@ -246,6 +262,7 @@ class TrainConfig:
             _check_at_least(name, getattr(self, name), 0)
         for name in ("balance_loss", "z_loss", "importance_loss", "mixup", "cutmix", "clip_grad", "checkpoint_minutes"):
             _check_at_least(name, getattr(self, name), 0)
+        _check_at_least("router_warmup_epochs", self.router_warmup_epochs, 0)
         for name in ("random_erasing", "hflip"):
             _check_range(name, getattr(self, name), 0.0, 1.0)
         for name in ("layer_decay", "min_crop"):

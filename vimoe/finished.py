@@ -151,7 +151,10 @@ class FinishedRun:
             raise ConfigError(f"recover={epochs}: expected a number of epochs, 0 for none")
         config = self.run.settings.train
         lr = config.lr / 10 if lr is None else lr
-        return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr), warmup_epochs=0) if epochs else None
+        if not epochs:
+            return None
+        config = replace(config, warmup_epochs=0, router_warmup_epochs=0)  # what it starts from is trained
+        return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr))
 
     def _fresh_model(self) -> nn.Module:
         return load(self.run.model, torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -93,12 +93,12 @@ class Health:
             if used < COLLAPSED * config.top_k and config.num_experts > 2 * config.top_k:
                 found.append(
                     f"{name} has collapsed: in effect {used:.2f} of its {config.num_experts} experts get everything; "
-                    f"raise train.balance_loss, or lower train.router_lr_scale"
+                    f"raise train.balance_loss or moe.bias_update_rate, or lower train.router_lr_scale"
                 )
             elif idle:
                 found.append(
-                    f"{name}: expert{'s' * (len(idle) > 1)} {', '.join(idle)} got nothing; raise train.balance_loss, "
-                    f"or use fewer experts"
+                    f"{name}: expert{'s' * (len(idle) > 1)} {', '.join(idle)} got nothing; raise train.balance_loss "
+                    f"or moe.bias_update_rate, set train.router_warmup_epochs=1, or use fewer experts"
                 )
             sure = row["router_confidence"]
             if sure > CONFIDENT and config.num_experts > 1:

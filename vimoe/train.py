@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from vimoe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.moe import Routing, record
 from vimoe.optim import adamw, freeze_all_but
 from vimoe.progress import State, fingerprint
+from vimoe.steering import set_random_share, update_bias
 from vimoe.upcycling import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ def train(
     ema = ModelEmaV3(plain, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     judged = ema.module if ema else plain
     mixup = _mixup(config, len(data.classes))
-    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train, finish)
+    batches = len(loader)
+    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train, batches, finish)
     state = State(images=fingerprint(data))
     if stored := checkpoint.read(out):
         state.restore(stored, steps.stateful(), out)
@@ -110,7 +112,7 @@ def train(
     def save() -> None:
         checkpoint.write(out, state.stored(steps.stateful()))
 
-    batches, started = len(loader), time.perf_counter() - state.seconds
+    started = time.perf_counter() - state.seconds
     try:
         with checkpoint.stopping() as stop, _progress(config.epochs * batches, state.done(batches)) as step_done:
             while state.epoch <= config.epochs:
@@ -136,6 +138,7 @@ def train(
                 state.next_epoch()
                 save()
     finally:  # whatever happens, the caller's model is to be as it computes, without autocast around its forward
+        set_random_share(plain, 0)
         accelerator.end_training()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     best = state.best
@@ -164,7 +167,9 @@ class _Steps:
     config: TrainConfig
     order: Shuffled
     samples: Sequence[Sample]
+    batches: int  # of an epoch
     finish: Finish | None  # where crops come in place of images
+    decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
 
     def epoch(self, loader: Iterable[tuple[Any, Tensor]], state: State) -> Iterator[None]:
         """Yields after each step."""
@@ -174,6 +179,8 @@ class _Steps:
             seed_everything(mix(self.config.seed, state.epoch, state.step))
             if self.finish:
                 images = self.finish.to(labels.device)(*images)
+            if self.config.router_warmup_epochs:
+                set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
             with self.accelerator.accumulate(self.model):
                 images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
                 with record(self.plain) as routings:
@@ -192,8 +199,11 @@ class _Steps:
                     self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            self.decided += [routing.detach() for routing in routings]
             if self.synced:
                 state.updates += 1
+                update_bias(self.plain, self.decided)
+                self.decided.clear()
                 if self.ema:
                     self.ema.update(self.plain, step=state.updates)
             state.step += 1
@@ -238,8 +248,18 @@ def check(config: TrainConfig, data: Data) -> None:
         raise ConfigError(
             f"train.warmup_epochs={config.warmup_epochs:g} of train.epochs={config.epochs}: expected less; lower it"
         )
+    if config.router_warmup_epochs > config.epochs:
+        raise ConfigError(
+            f"train.router_warmup_epochs={config.router_warmup_epochs:g} of train.epochs={config.epochs}: expected at "
+            f"most as many; lower it"
+        )
     if config.precision == "fp16" and not torch.accelerator.is_available():
         raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'bf16' or 'no'")
+
+
+def random_share(config: TrainConfig, epochs: float) -> float:
+    """The share of the decisions that is random after so many epochs: from 1 to 0 over the routers' warm-up."""
+    return max(0.0, 1 - epochs / config.router_warmup_epochs) if config.router_warmup_epochs else 0.0
 
 
 def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tensor | float, dict[str, Tensor]]:

@@ -38,17 +38,22 @@ class Stacked(nn.Module):
 class Experts(nn.Module):
     """N copies of a dense FFN, which drift apart as they are trained on different rows.
 
+    Args:
+        dense: the FFN.
+        num_experts: N.
+        dropout: rate on the hidden units; where the FFN has a larger one, that one holds.
+
     Raises:
         SurgeryError: where the FFN has a part that experts could not reproduce.
     """
 
-    def __init__(self, dense: nn.Module, num_experts: int) -> None:
+    def __init__(self, dense: nn.Module, num_experts: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.kind = ffn.describe(dense)
         weights = ffn.read(dense)
         self.fc1 = Stacked(weights["fc1.weight"], weights.get("fc1.bias"), num_experts)
         self.act = copy.deepcopy(self.kind.act)
-        self.drop1 = nn.Dropout(self.kind.drop[0])
+        self.drop1 = nn.Dropout(max(self.kind.drop[0], dropout))
         has_norm = self.kind.norm_eps is not None
         self.norm = Stacked(weights["norm.weight"], weights["norm.bias"], num_experts) if has_norm else None
         self.fc2 = Stacked(weights["fc2.weight"], weights.get("fc2.bias"), num_experts)

@@ -41,7 +41,7 @@ class MoE(nn.Module):
         n = config.num_shared_experts
         self.config = config
         self.router = Router(ffn.describe(dense).dim, config, layout, like=next(dense.parameters()))
-        self.experts = Experts(dense, config.num_experts)
+        self.experts = Experts(dense, config.num_experts, config.expert_dropout)
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
         # what densify rebuilds the FFN from; in a tuple, because it is no part of this model
         self._template = (copy.deepcopy(dense).to("meta"),)
@@ -101,6 +101,8 @@ class MoE(nn.Module):
         """Removes all other experts, in place: what went to them goes to the next choice. At least top_k must stay."""
         assert len(kept) >= self.config.top_k
         self.config = self.router.config = replace(self.config, num_experts=len(kept))
+        if self.router.choice_bias is not None:
+            self.router.choice_bias = self.router.choice_bias[list(kept)]
         for module in (self.router, *(m for m in self.experts.modules() if isinstance(m, Stacked))):
             for name, stacked in module.named_parameters(recurse=False):
                 chosen = stacked.detach()[list(kept)]

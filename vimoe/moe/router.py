@@ -5,7 +5,9 @@ Axes: B images, T tokens of an image, D channels, R routed units (B, or B * T), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,28 @@ class Router(nn.Module):
 
     With "image" routing the feature is the class token where the model has one, else the mean of the patch tokens
     (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast.
+
+    In training `router_noise` moves scores, and by them choices and gates. What is recorded are the scores without it:
+    losses are to shape what the router thinks (V-MoE's importance loss, too, is of these).
+
+    Attributes:
+        choice_bias: (N,) float32, added to the probabilities where experts are chosen, and nowhere else; None where
+            `bias_update_rate` is 0. It is a part of the model as weights are; `vimoe.update_bias` moves it.
+        random_share: scalar, the share of the decisions that is random in training; None for none. Not saved, and a
+            tensor, because torch.compile would compile again for each number; `vimoe.set_random_share` sets it.
     """
+
+    choice_bias: Tensor | None
+    random_share: Tensor | None
 
     def __init__(self, dim: int, config: MoEConfig, layout: TokenLayout, like: Tensor) -> None:
         super().__init__()
         self.config, self.layout = config, layout
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim, dtype=like.dtype, device=like.device))
         nn.init.trunc_normal_(self.weight, std=INIT_STD)
+        bias_N = torch.zeros(config.num_experts, dtype=torch.float32, device=like.device)
+        self.register_buffer("choice_bias", bias_N if config.bias_update_rate else None)
+        self.register_buffer("random_share", None, persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Routing:
         """Decides where the tokens (B, T, D) go."""
@@ -48,14 +65,36 @@ class Router(nn.Module):
             feature_RD = self._feature(x_BTD)
             precise = torch.promote_types(feature_RD.dtype, torch.float32)
             logits_RN = F.linear(feature_RD.to(precise), self.weight.to(precise))
-            return self.decide(logits_RN, batch)
+            noisy_RN = logits_RN
+            if self.training and self.config.router_noise:
+                std = self.config.router_noise / self.config.num_experts
+                noisy_RN = logits_RN + std * torch.randn_like(logits_RN)
+            return replace(self.decide(noisy_RN, batch), logits=logits_RN)
 
     def decide(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
         """The decisions that follow from the scores. A score of -inf keeps an expert from being chosen."""
-        gates_RK, experts_RK = logits_RN.softmax(dim=-1).topk(self.config.top_k, dim=-1)
-        if self.config.gates_sum_to_one:
+        probabilities_RN = logits_RN.softmax(dim=-1)
+        preferred_RN = self._preferred(probabilities_RN.detach())
+        experts_RK = preferred_RN.masked_fill(logits_RN == -torch.inf, -torch.inf).topk(self.config.top_k).indices
+        gates_RK = probabilities_RN.gather(-1, experts_RK)
+        if self.config.gates_sum_to_one and self._overrules:  # of unlikely experts all k gates may have rounded to 0
+            gates_RK = logits_RN.gather(-1, experts_RK).softmax(dim=-1)
+        elif self.config.gates_sum_to_one:
             gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)
         return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch)
+
+    @property
+    def _overrules(self) -> bool:
+        """Whether experts may be chosen by something else than their probabilities."""
+        return self.choice_bias is not None or (self.training and self.random_share is not None)
+
+    def _preferred(self, probabilities_RN: Tensor) -> Tensor:
+        """(R, N) what the k largest of are chosen: k distinct experts too where the choice is random."""
+        preferred_RN = probabilities_RN if self.choice_bias is None else probabilities_RN + self.choice_bias
+        if not self.training or self.random_share is None:
+            return preferred_RN
+        random_R1 = torch.rand(len(preferred_RN), 1, device=preferred_RN.device) < self.random_share
+        return torch.where(random_R1, torch.rand_like(preferred_RN), preferred_RN)
 
     def _feature(self, x_BTD: Tensor) -> Tensor:
         if self.config.routing == "token":
@@ -64,6 +103,13 @@ class Router(nn.Module):
             return x_BTD[:, 0]
         patches = x_BTD[:, self.layout.num_prefix_tokens :]
         return patches.mean(dim=1, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        bias_N = self.choice_bias
+        super()._apply(fn, recurse)
+        if bias_N is not None and self.choice_bias is not None and self.choice_bias.dtype != bias_N.dtype:
+            self.choice_bias = bias_N.to(self.choice_bias.device)  # in bfloat16 its steps would be rounded away
+        return self
 
     def extra_repr(self) -> str:
         num_experts, dim = self.weight.shape

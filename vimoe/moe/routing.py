@@ -22,9 +22,9 @@ class Routing:
     """The decision of one MoE layer for one batch.
 
     Attributes:
-        logits: (R, N) the router's scores, float32 (float64 in a float64 model).
+        logits: (R, N) the router's scores without noise, float32 (float64 in a float64 model).
         gates: (R, K) the weight of each chosen expert, in the type of the logits.
-        experts: (R, K) int64, the chosen experts, best first.
+        experts: (R, K) int64, the chosen experts, the first choice first.
         unit: what was routed. Row r of the above is image r, or token r % T of image r // T.
         batch: (B, T), images and tokens of an image.
         layer: module name of the layer, where a recorder knows it.
@@ -56,6 +56,10 @@ class Routing:
     def load(self) -> Tensor:
         """(N,) units that each expert received."""
         return torch.bincount(self.experts.flatten(), minlength=self.num_experts)
+
+    def detach(self) -> Routing:
+        """The same without gradient, to be kept beyond the step that it is of."""
+        return replace(self, logits=self.logits.detach(), gates=self.gates.detach())
 
     @property
     def image(self) -> Tensor:
