@@ -51,6 +51,8 @@ def test_impossible_settings_are_refused_with_their_value_and_the_remedy(case: s
 
 REFUSED_IN_TRAINING = {
     "negative router warm-up": ({"router_warmup_epochs": -1}, "router_warmup_epochs=-1: expected at least 0"),
+    "negative expert decay": ({"expert_weight_decay": -0.1}, "expert_weight_decay=-0.1: expected at least 0"),
+    "true expert decay": ({"expert_weight_decay": True}, "expert_weight_decay=True: expected at least 0"),
 }
 
 

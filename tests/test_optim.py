@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from tiny import config, layers, upcycle, vit
@@ -15,9 +16,9 @@ from vimoe.optim import freeze_all_but, parameter_groups
 TRAIN = TrainConfig(weight_decay=0.05, layer_decay=0.5, router_lr_scale=3.0, router_weight_decay=0.01)
 
 
-def settings_of(model: nn.Module) -> dict[str, tuple[float, float]]:
+def settings_of(model: nn.Module, settings: TrainConfig = TRAIN) -> dict[str, tuple[float, float]]:
     """(weight decay, rate) of every parameter by name."""
-    groups = parameter_groups(model, TRAIN)
+    groups = parameter_groups(model, settings)
     by_id = {id(p): (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}
     counts = Counter(id(p) for group in groups for p in group["params"])
     assert set(counts.values()) == {1}
@@ -45,6 +46,28 @@ def test_stacked_biases_are_biases() -> None:
     assert model.blocks[0].mlp.experts.fc1.bias.ndim == 2
     decay = {name: values[0] for name, values in settings_of(model).items()}
     assert decay["blocks.0.mlp.experts.fc1.bias"] == 0 and decay["blocks.0.mlp.experts.fc1.weight"] == 0.05
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["vit", "eva02, SwiGLU with inner norm"])
+def test_the_matrices_of_routed_experts_can_have_a_decay_of_their_own(family: str, decay: float) -> None:
+    """And nothing else: no bias or norm of theirs, no shared expert, no router, no rate."""
+    model = upcycle(vit(family), config())
+    before, after = settings_of(model), settings_of(model, replace(TRAIN, expert_weight_decay=decay))
+    changed = {name for name in after if after[name] != before[name]}
+    matrices = {f"blocks.{b}.mlp.experts.{layer}.weight" for b in (0, 1) for layer in ("fc1", "fc2")}
+    assert changed == matrices
+    assert all(after[name] == (decay, before[name][1]) for name in matrices)
+
+
+def test_without_one_the_groups_are_the_same() -> None:
+    """In number and order too, which the optimiser's state in a checkpoint goes by."""
+    model = upcycle(vit(), config())
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in parameter_groups(model, TRAIN)]
+    ours = [[name for name in group if ".experts." in name or ".shared." in name] for group in groups]
+    matrices = [f"blocks.0.mlp.{part}.weight" for part in ("experts.fc1", "experts.fc2", "shared.fc1", "shared.fc2")]
+    assert matrices in ours
 
 
 def test_nothing_to_train_but_the_classifier_is_refused() -> None:

@@ -115,7 +115,7 @@ def test_with_all_options_of_routing_too(
     data: Data, tmp_path: Path, kill_after: object, killed_after: int, accumulation: int
 ) -> None:
     """Killed while decisions are partly random; the bias counts, and is another one in each epoch."""
-    settings = {**ALL, "accumulation": accumulation, "router_warmup_epochs": 2.5}
+    settings = {**ALL, "accumulation": accumulation, "router_warmup_epochs": 2.5, "expert_weight_decay": 0.2}
     whole, summary = run(data, tmp_path / "whole", model(**OPTIONS), **settings)
     kill_after(killed_after)
     with pytest.raises(Killed):

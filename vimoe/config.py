@@ -210,6 +210,7 @@ class TrainConfig:
         router_weight_decay: weight decay of the routers.
         router_warmup_epochs: epochs over which a share of the routers' decisions, falling linearly from 1 to 0, is
             taken at random, so that every expert is trained before a router has an opinion.
+        expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
         train_only: "all", or "moe" for the MoE layers and the classifier alone.
         balance_loss, z_loss, importance_loss: weights of the auxiliary losses of the routers.
         label_smoothing: mass given to the other classes.
@@ -237,6 +238,7 @@ class TrainConfig:
     router_lr_scale: float = 1.0
     router_weight_decay: float = 0.0
     router_warmup_epochs: float = 0.0
+    expert_weight_decay: float | None = None
     train_only: Literal["all", "moe"] = "all"
     balance_loss: float = 0.01
     z_loss: float = 0.0
@@ -263,6 +265,8 @@ class TrainConfig:
         for name in ("balance_loss", "z_loss", "importance_loss", "mixup", "cutmix", "clip_grad", "checkpoint_minutes"):
             _check_at_least(name, getattr(self, name), 0)
         _check_at_least("router_warmup_epochs", self.router_warmup_epochs, 0)
+        if self.expert_weight_decay is not None:
+            _check_at_least("expert_weight_decay", self.expert_weight_decay, 0)
         for name in ("random_erasing", "hflip"):
             _check_range(name, getattr(self, name), 0.0, 1.0)
         for name in ("layer_decay", "min_crop"):

@@ -1,7 +1,8 @@
 """Parameter groups: experts are treated as the parent's FFN was, routers have a rate and decay of their own.
 
-Stacked biases (N, F) are biases: no weight decay. An expert that is idle in a step has a gradient of zero, not none:
-AdamW still moves it by what is left of its momentum and decays its weights, as it does any weight with zero gradient.
+Experts' matrices have another decay where one is asked for. Stacked biases (N, F) are biases: no weight decay. An
+expert that is idle in a step has a gradient of zero, not none: AdamW still moves it by what is left of its momentum
+and decays its weights, as it does any weight with zero gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     groups = param_groups_layer_decay(
         model, config.weight_decay, no_weight_decay_list=no_decay, layer_decay=config.layer_decay
     )
-    routers = {id(p) for layer in moe_layers(model).values() for p in layer.router.parameters()}
+    layers = moe_layers(model).values()
+    routers = {id(p) for layer in layers for p in layer.router.parameters()}
+    matrices = {id(p) for layer in layers for p in layer.experts.parameters() if p.ndim == 3}
+    own_decay = matrices if config.expert_weight_decay is not None else set()
     result: list[dict[str, Any]] = []
     for group in groups:
         kind = {key: value for key, value in group.items() if key in ("weight_decay", "lr_scale")}
@@ -40,8 +44,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
             "weight_decay": config.router_weight_decay,
             "lr_scale": kind["lr_scale"] * config.router_lr_scale,
         }
-        result.append({**kind, "params": [p for p in group["params"] if id(p) not in routers]})
+        expert_kind = {**kind, "weight_decay": config.expert_weight_decay}
+        result.append({**kind, "params": [p for p in group["params"] if id(p) not in routers | own_decay]})
         result.append({**router_kind, "params": [p for p in group["params"] if id(p) in routers]})
+        result.append({**expert_kind, "params": [p for p in group["params"] if id(p) in own_decay]})
     return [group for group in result if group["params"]]
 
 
