@@ -86,6 +86,28 @@ def test_from_images_to_a_pruned_model(
             assert (folder_ / name).exists(), name
 
 
+def test_options_of_routing_are_flags_and_a_recovery_starts_from_trained_routers(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--moe.router_noise=1", "--moe.expert_dropout=0.2", "--moe.bias_update_rate=0", "--train.epochs=4",
+        "--train.router_warmup_epochs=2", "--train.expert_weight_decay=0.1", "--train.early_stopping=1",
+        "--train.lr=0", "--train.min_lr=0",
+    ]  # fmt: skip
+    flags = [*TINY, *QUICK, "--moe.layers=all", *options, "--out", tmp_path / "run"]
+    trained = call(capsys, "train", "--data.path", photos, *flags)
+    assert trained["epochs"] == 2 and trained["stopped_early"] and trained["best_epoch"] == 1
+    assert "2 epochs in" in (page := (tmp_path / "run" / "report.html").read_text()) and "stopped early" in page
+    layer = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["vimoe"]["layers"]["blocks.0.mlp"]
+    assert (layer["router_noise"], layer["expert_dropout"]) == (1, 0.2)
+    for epochs, trained_epochs in ((1, 1), (3, 2)):  # one is less than the routers' warm-up was
+        prune = ["prune", tmp_path / "run", "--tolerance=-1", f"--recover={epochs}", "--out", tmp_path / str(epochs)]
+        assert call(capsys, *prune)["recovery_epochs"] == trained_epochs
+    said = refused(capsys, "train", "--data.path", photos, *flags[:-1], tmp_path / "other", "--train.epochs=1")
+    assert "train.router_warmup_epochs=2 of train.epochs=1: expected at most as many; lower it" in said
+    assert "expert_dropout=2" in refused(capsys, "train", *flags[:-1], tmp_path / "other", "--moe.expert_dropout=2")
+
+
 def test_what_matters_is_kept_with_its_experts_and_recovered(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,18 @@ def test_with_all_options_of_routing_too(
     assert not torch.equal(weights(whole), weights(run(data, tmp_path / "broken", model(**OPTIONS), **settings)[0]))
 
 
+def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path: Path, kill_after: object) -> None:
+    still = {**ALL, "epochs": 6, "lr": 0.0, "min_lr": 0.0, "early_stopping": 2}  # no epoch is better than the first
+    _, summary = run(data, tmp_path / "whole", **still)
+    kill_after(12)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "killed", **still)
+    kill_after(1000)
+    _, resumed = run(data, tmp_path / "killed", **still)
+    assert [s["epochs"] for s in (summary, resumed)] == [3, 3] and resumed["stopped_early"]
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+
+
 def test_it_would_be_seen_if_the_state_were_not_restored(
     data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

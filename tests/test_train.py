@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import vimoe.loading
 from vimoe.config import DataConfig, TrainConfig
 from vimoe.data import Data, load_data
 from vimoe.errors import ConfigError, VimoeError
-from vimoe.evaluate import evaluate
+from vimoe.evaluate import Score, evaluate
 from vimoe.loading import eval_loader, preprocessing
 from vimoe.train import auxiliary_losses, train
 from vimoe.upcycling import moe_layers
@@ -107,7 +108,9 @@ SETTINGS = {
 
 
 def test_every_setting_is_tried_below() -> None:
-    assert {field.name for field in fields(TrainConfig)} == {*SETTINGS, "tensorboard", "checkpoint_minutes"}
+    assert {field.name for field in fields(TrainConfig)} == {
+        *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -234,6 +237,64 @@ def test_in_the_warm_up_every_expert_gets_its_part(data: Data, tmp_path: Path) -
         run(data, tmp_path / str(warmup), network, **still, router_warmup_epochs=warmup)
         load = [float(row["share"]) for row in rows(tmp_path / str(warmup) / "load.csv")[:4]]
         assert sum(share == 0 for share in load) == idle
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]]) -> None:
+    """Validation gives these (top1, loss), one an epoch."""
+    left = iter(scores)
+
+    def evaluate_next(_model: nn.Module, _loader: object) -> Score:
+        top1, loss = next(left)
+        return Score(top1, 1.0, loss, 9)
+
+    monkeypatch.setattr(vimoe.train, "evaluate", evaluate_next)
+
+
+BETTER_LATE = [(0.5, 1.0), (0.4, 0.5), (0.5, 0.9), (0.5, 0.9), (0.3, 0.1), (0.9, 0.1)]
+STOPS = {
+    "never without": (None, BETTER_LATE, 6, 6),
+    "after one that is no better, whatever its loss": (1, BETTER_LATE, 2, 1),
+    "a lower loss at equal top-1 is better, equal ones are not": (2, BETTER_LATE, 5, 3),
+    "not while the patience lasts": (3, BETTER_LATE, 6, 6),
+    "where all get better": (1, [(i / 10, 1.0) for i in range(6)], 6, 6),
+    "where the first is best": (4, [(0.5, 1.0)] * 6, 5, 1),
+    "at the end there is nothing to stop": (5, [(0.5, 1.0)] * 6, 6, 1),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_it_stops_early_when_and_only_when_it_should(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    patience, scores, trained, best = STOPS[case]
+    scripted(monkeypatch, scores)
+    with caplog.at_level(logging.INFO, "vimoe"):
+        _, summary = run(data, tmp_path, model(layers="none"), epochs=6, early_stopping=patience, hflip=0.0)
+    assert (summary["epochs"], summary["best_epoch"]) == (trained, best)
+    assert summary["stopped_early"] == (trained < 6) and len(rows(tmp_path / "metrics.csv")) == trained
+    assert summary["val"]["top1"] == scores[best - 1][0]
+    said = [record.getMessage() for record in caplog.records if "stopped" in record.getMessage()]
+    why = f"stopped after epoch {trained}, the best is {best}: none of the last {patience} was better"
+    assert said == ([why] if trained < 6 else [])
+
+
+def test_it_ends_with_the_weights_of_the_best_epoch(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0), (0.1, 1.0)])
+    early, _ = run(data, tmp_path / "early", epochs=5, early_stopping=2)
+    scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0), (0.1, 1.0)])
+    whole, _ = run(data, tmp_path / "whole", epochs=5)
+    assert torch.equal(weights(early), weights(whole))
+
+
+def test_a_run_whose_stop_is_due_trains_no_further(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0)])
+    first, summary = run(data, tmp_path, epochs=6, early_stopping=2)
+    monkeypatch.setattr(vimoe.train, "evaluate", lambda *_: pytest.fail("another epoch was trained"))
+    again, resumed = run(data, tmp_path, epochs=6, early_stopping=2)  # the checkpoint of its last epoch is there
+    assert torch.equal(weights(first), weights(again))
+    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0} and resumed["epochs"] == 4
 
 
 def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ class TrainConfig:
         hflip: probability of a horizontal flip.
         ema_decay: decay of the weights' moving average, which is then what is evaluated and saved; 0 is off.
         clip_grad: largest gradient norm; 0 is off.
+        early_stopping: epochs without a better validation score after which the training ends; none is off.
         precision: "no" (float32), "bf16" or "fp16".
         seed: of initialisation, order and augmentation.
         checkpoint_minutes: time between checkpoints within an epoch; there is one at the end of each epoch anyway.
@@ -252,6 +253,7 @@ class TrainConfig:
     hflip: float = 0.5
     ema_decay: float = 0.0
     clip_grad: float = 1.0
+    early_stopping: int | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
     checkpoint_minutes: float = 10.0
@@ -267,6 +269,8 @@ class TrainConfig:
         _check_at_least("router_warmup_epochs", self.router_warmup_epochs, 0)
         if self.expert_weight_decay is not None:
             _check_at_least("expert_weight_decay", self.expert_weight_decay, 0)
+        if self.early_stopping is not None:
+            _check_count("early_stopping", self.early_stopping, 1)
         for name in ("random_erasing", "hflip"):
             _check_range(name, getattr(self, name), 0.0, 1.0)
         for name in ("layer_decay", "min_crop"):

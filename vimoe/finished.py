@@ -101,7 +101,10 @@ class FinishedRun:
             models["recovered"] = copy.deepcopy(pruned)
             names, prepared = [layer.name for layer in evidence.layers], preprocessing(pruned)
             data = self.run.settings.data
-            train(models["recovered"], self.data, recovery, prepared, folder, data.workers, names, data.cache)
+            recovered = train(
+                models["recovered"], self.data, recovery, prepared, folder, data.workers, names, data.cache
+            )
+            recover = recovered["epochs"]  # fewer where it stopped early
             checkpoint.remove(folder)
         split, samples = self.reported
         measured = receipts(list(models.values()), self._loader(samples))

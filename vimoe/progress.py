@@ -73,6 +73,10 @@ class State:
         """Steps that are done, of epochs with so many batches."""
         return (self.epoch - 1) * batches + self.step
 
+    def stalled(self, patience: int | None) -> bool:
+        """Whether that many epochs, the last ones, were all no better than one before; never without a patience."""
+        return patience is not None and self.epoch - 1 - self.best.epoch >= patience
+
     def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
         """Writes the epoch's rows and raises its alarms; returns the row of metrics.csv."""
         row = {

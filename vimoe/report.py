@@ -127,10 +127,11 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
     page.heading("What was done")
     if "val" in summary:
         val = summary["val"]
+        early = ", stopped early because further ones were no better" if summary.get("stopped_early") else ""
         page.text(
             f"A training of {what}, on {summary['train_images']} images of {data}: {summary['epochs']} epochs in "
-            f"{summary['seconds']:.0f} s. Epoch {summary['best_epoch']} was the best on the {val['images']} validation "
-            f"images and is the model that was kept."
+            f"{summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} was the best on the {val['images']} "
+            f"validation images and is the model that was kept."
         )
         scores = (
             f"{100 * val['top1']:.2f}\u00a0±\u00a0{margin(val):.2f}",

@@ -78,7 +78,8 @@ def train(
         cache: where decoded images are kept, as `DataConfig.cache`.
 
     Returns:
-        {"epochs", "best_epoch", "val": the Score of the returned model as a dict, "seconds", "train_images", "alarms"}.
+        {"epochs": those that were trained, "stopped_early": whether they are fewer than asked for, "best_epoch", "val":
+        the Score of the returned model as a dict, "seconds", "train_images", "alarms"}.
 
     Raises:
         ConfigError: for settings that contradict the data or the machine, before anything is trained.
@@ -114,11 +115,11 @@ def train(
 
     started = time.perf_counter() - state.seconds
     try:
-        with checkpoint.stopping() as stop, _progress(config.epochs * batches, state.done(batches)) as step_done:
-            while state.epoch <= config.epochs:
+        with checkpoint.stopping() as stop, _progress(config.epochs * batches, state.done(batches)) as show:
+            while state.epoch <= config.epochs and not state.stalled(config.early_stopping):
                 order.start(state.epoch, state.step * config.batch_size)
                 for _ in steps.epoch(loader, state):
-                    step_done(f"epoch {state.epoch}/{config.epochs}")
+                    show(f"epoch {state.epoch}/{config.epochs}", 1)
                     state.seconds = time.perf_counter() - started
                     if steps.synced and (stop.signal or state.seconds - state.saved > 60 * config.checkpoint_minutes):
                         save()
@@ -137,6 +138,10 @@ def train(
                 state.best.offer(state.epoch, score, judged)
                 state.next_epoch()
                 save()
+            if stopped_early := state.epoch <= config.epochs:
+                why = f"stopped after epoch {state.epoch - 1}, the best is {state.best.epoch}"
+                show(why, 0)
+                logger.info("%s: none of the last %d was better", why, config.early_stopping)
     finally:  # whatever happens, the caller's model is to be as it computes, without autocast around its forward
         set_random_share(plain, 0)
         accelerator.end_training()
@@ -144,7 +149,8 @@ def train(
     best = state.best
     plain.load_state_dict(best.state)
     return {
-        "epochs": config.epochs,
+        "epochs": state.epoch - 1,
+        "stopped_early": stopped_early,
         "best_epoch": best.epoch,
         "val": (best.score if config.precision == "no" else evaluate(plain, val_loader)).to_dict(),
         "seconds": time.perf_counter() - started,
@@ -317,9 +323,9 @@ def _mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
 
 
 @contextmanager
-def _progress(steps: int, done: int) -> Iterator[Callable[[str], None]]:
+def _progress(steps: int, done: int) -> Iterator[Callable[[str, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("training", total=steps, completed=done)
-        yield lambda description: progress.update(task, advance=1, description=description)
+        yield lambda description, steps: progress.update(task, advance=steps, description=description)
