@@ -200,6 +200,8 @@ MISTAKES = {
     "count --moe.routing imgae": "did you mean 'image'?",
     "count --model.img_sise 32": "did you mean '--model.img_size'?",
     "count --config nowhere.yaml": "nowhere.yaml",
+    "train --config frozen-trunc --out never": "did you mean 'frozen-trunk'?",
+    "train --config nonsense --out never": "expected a YAML file or a preset; known: frozen-trunk, small-data",
     "count more": "unknown option more",
     "trian": "did you mean 'train'?",
     "train --data.path nowhere": "--out is missing",
@@ -307,3 +309,29 @@ def test_damaged_files_of_a_run_are_one_line(run: Path, tmp_path: Path, capsys: 
 def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["count", "--moe.layers=lst", "--json"]) == 2
     assert "did you mean" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+
+
+def test_a_preset_is_a_file_whose_settings_flags_override() -> None:
+    from vimoe.options import PRESETS, Parser
+
+    assert set(PRESETS) == {"frozen-trunk", "small-data"}
+    for form in (["--config", "frozen-trunk"], ["--config=frozen-trunk"]):
+        parser = Parser(prog="test")
+        parser.add_sections("model", "moe", "train")
+        settings = parser.settings(parser.parse_args([*form, "--train.epochs", "7"]))
+        assert settings.train.train_only == "moe"
+        assert settings.train.epochs == 7
+
+
+@pytest.mark.parametrize("name", ["frozen-trunk", "small-data"])
+def test_a_file_of_the_users_goes_before_a_preset_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from vimoe.options import Parser
+
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("train:\n  epochs: 3\n")
+    parser = Parser(prog="test")
+    parser.add_sections("model", "moe", "train")
+    settings = parser.settings(parser.parse_args(["--config", name]))
+    assert (settings.train.epochs, settings.train.early_stopping) == (3, None)

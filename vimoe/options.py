@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -13,6 +15,7 @@ from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
 from vimoe.errors import ConfigError, nearest
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": DataConfig, "train": TrainConfig}
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,26 @@ class Parser(ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **kwargs})
 
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
+        """Parses flags; a preset's name after --config stands for its file."""
+        given = list(sys.argv[1:] if args is None else args)
+        for place, arg in enumerate(given):
+            flag, equals, name = arg.partition("=")
+            if arg == "--config" and place + 1 < len(given):
+                given[place + 1] = _preset(given[place + 1])
+            elif flag == "--config" and equals:
+                given[place] = f"--config={_preset(name)}"
+        return super().parse_args(given, *more, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ConfigError in place of printing a usage text."""
         raise ConfigError(self._one_line(message)) from ex
 
     def add_sections(self, *names: str) -> None:
         """Adds --SECTION.OPTION for every setting of the named sections, and --config for a YAML file of them."""
-        self.add_argument("--config", action="config", help="YAML file with the same sections and names as the flags")
+        presets = ", ".join(PRESETS)
+        text = f"YAML file with the same sections and names as the flags, or a preset: {presets}; flags after it win"
+        self.add_argument("--config", action="config", help=text)
         for name in names:
             self.add_class_arguments(SECTIONS[name], name)
 
@@ -69,6 +85,15 @@ class Parser(ArgumentParser):
         if difflib.get_close_matches(name, known, n=1):
             return f"unknown option {name}: {nearest(name, known)}"
         return f"unknown option {name}: see {self.prog} --help"
+
+
+def _preset(name: str) -> str:
+    """The file of a preset; any other name as it is. Raises ConfigError where there is neither."""
+    if name in PRESETS and not Path(name).exists():
+        return str(PRESETS[name])
+    if not Path(name).exists() and not Path(name).suffix:
+        raise ConfigError(f"--config {name}: expected a YAML file or a preset; {nearest(name, PRESETS)}")
+    return name
 
 
 # what jsonargparse calls an option that there is not: on the command line, in a section of a file, in no section

@@ -104,7 +104,9 @@ def train(
     judged = ema.module if ema else plain
     mixup = _mixup(config, len(data.classes))
     batches = len(loader)
-    steps = _Steps(accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train, batches, finish)
+    steps = _Steps(
+        accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train, batches, finish
+    )
     state = State(images=fingerprint(data))
     if stored := checkpoint.read(out):
         state.restore(stored, steps.stateful(), out)
