@@ -246,7 +246,7 @@ def test_no_pickle_is_executed(data: Data, tmp_path: Path, monkeypatch: pytest.M
             run(data, tmp_path)
     assert not (tmp_path / "executed").exists()
     torch.save({"format": 99}, tmp_path / "checkpoints" / "last.pt")
-    with pytest.raises(FolderError, match="not a checkpoint of format 1"):
+    with pytest.raises(FolderError, match="not a checkpoint of format 2"):
         run(data, tmp_path)
 
 

@@ -21,6 +21,7 @@ from vimoe.data import Data, load_data
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import Score, evaluate
 from vimoe.loading import eval_loader, preprocessing
+from vimoe.task import classification
 from vimoe.train import auxiliary_losses, train
 from vimoe.upcycling import moe_layers
 
@@ -40,14 +41,16 @@ def model(**settings: object) -> nn.Module:
 def run(data: Data, out: Path, network: nn.Module | None = None, **changes: object) -> tuple[nn.Module, dict]:
     network = model() if network is None else network
     out.mkdir(exist_ok=True)
-    return network, train(network, data, replace(QUICK, **changes), preprocessing(network), out)
+    settings = replace(QUICK, **changes)
+    return network, train(network, classification(data, preprocessing(network), settings), settings, out)
 
 
 def run_cached(data: Data, out: Path, cache: str, **changes: object) -> tuple[nn.Module, dict]:
     network = model()
     out.mkdir(exist_ok=True)
     settings = replace(QUICK, **changes)
-    return network, train(network, data, settings, preprocessing(network), out, workers=0, cache=cache)
+    task = classification(data, preprocessing(network), settings, workers=0, cache=cache)
+    return network, train(network, task, settings, out)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -160,7 +163,7 @@ def test_training_them_alone_is_the_same_budget_for_the_dense_control(data: Data
     frozen = {name: p.clone() for name, p in control.named_parameters()}
     tmp_path.mkdir(exist_ok=True)
     settings = replace(QUICK, train_only="moe")
-    train(control, data, settings, preprocessing(control), tmp_path, converted=["blocks.1.mlp"])
+    train(control, classification(data, preprocessing(control), settings), settings, tmp_path, ["blocks.1.mlp"])
     moved = {name for name, p in control.named_parameters() if not torch.equal(p, frozen[name])}
     assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
     with pytest.raises(ConfigError, match="no MoE layer"):
@@ -247,7 +250,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]])
         top1, loss = next(left)
         return Score(top1, 1.0, loss, 9)
 
-    monkeypatch.setattr(vimoe.train, "evaluate", evaluate_next)
+    monkeypatch.setattr(vimoe.task, "evaluate", evaluate_next)
 
 
 BETTER_LATE = [(0.5, 1.0), (0.4, 0.5), (0.5, 0.9), (0.5, 0.9), (0.3, 0.1), (0.9, 0.1)]
@@ -291,7 +294,7 @@ def test_it_ends_with_the_weights_of_the_best_epoch(
 def test_a_run_whose_stop_is_due_trains_no_further(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0)])
     first, summary = run(data, tmp_path, epochs=6, early_stopping=2)
-    monkeypatch.setattr(vimoe.train, "evaluate", lambda *_: pytest.fail("another epoch was trained"))
+    monkeypatch.setattr(vimoe.task, "evaluate", lambda *_: pytest.fail("another epoch was trained"))
     again, resumed = run(data, tmp_path, epochs=6, early_stopping=2)  # the checkpoint of its last epoch is there
     assert torch.equal(weights(first), weights(again))
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0} and resumed["epochs"] == 4
@@ -350,7 +353,8 @@ def test_crops_that_are_resized_in_batches_train_nearly_the_same_weights(
     network = model()
     (tmp_path / "device").mkdir()
     config = replace(QUICK, **settings)
-    summary = train(network, data, config, preprocessing(network), tmp_path / "device", workers=workers, cache="memory")
+    task = classification(data, preprocessing(network), config, workers, "memory")
+    summary = train(network, task, config, tmp_path / "device")
     host, device = rows(tmp_path / "host/metrics.csv"), rows(tmp_path / "device/metrics.csv")
     assert float(host[0]["train_loss"]) != float(device[0]["train_loss"])  # it was the other path
     assert float(host[0]["train_loss"]) == pytest.approx(float(device[0]["train_loss"]), abs=0.01)

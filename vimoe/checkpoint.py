@@ -22,7 +22,7 @@ from vimoe.errors import FolderError, first_line
 from vimoe.files import written_whole
 
 FOLDER, LAST = "checkpoints", "last.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def write(run: Path, state: dict[str, Any]) -> None:

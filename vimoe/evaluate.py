@@ -28,6 +28,16 @@ class Score:
     loss: float
     images: int
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Of two scores the better one has the larger: by top-1, then by loss."""
+        return self.top1, -self.loss
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What the logs show."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
         return asdict(self)

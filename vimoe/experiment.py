@@ -21,6 +21,7 @@ from vimoe.options import Settings
 from vimoe.report import write_run_report
 from vimoe.scan import Scan, scan
 from vimoe.surgery import select
+from vimoe.task import classification
 from vimoe.train import check, train
 from vimoe.upcycling import sites, upcycle
 
@@ -39,7 +40,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_name(settings.model)
     runs.check_new(out)
     data = load_data(settings.data)
-    check(settings.train, data)
+    check(settings.train, len(data.train))
     if settings.model.num_classes not in (None, len(data.classes)):
         raise ConfigError(
             f"model.num_classes={settings.model.num_classes}: the data has {len(data.classes)} classes; leave it out"
@@ -64,7 +65,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     """
     run = runs.open_unfinished(path)
     data = load_data(run.settings.data, validation=run.validation())
-    check(run.settings.train, data)
+    check(run.settings.train, len(data.train))
     settings = run.settings
     if checkpoint.exists(run.path):  # which has the weights
         settings = replace(settings, model=replace(settings.model, pretrained=False))
@@ -85,9 +86,8 @@ def _train(
     write_validation(folder, settings, data)
     logger.info("%s", scanned)
     converted = [site.name for site in select(sites(model), settings.moe.layers)]
-    summary = train(
-        model, data, settings.train, prepared, folder, settings.data.workers, converted, settings.data.cache
-    )
+    task = classification(data, prepared, settings.train, settings.data.workers, settings.data.cache)
+    summary = train(model, task, settings.train, folder, converted)
     save(model, folder / runs.MODEL, label_names=data.classes, preprocessing=prepared, overwrite=True)
     summary = {**summary, "scan": scanned.to_dict(), "versions": runs.versions()}
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})

@@ -29,6 +29,7 @@ from vimoe.images import open_image
 from vimoe.loading import eval_loader, preprocessing
 from vimoe.pruning import prune, receipts
 from vimoe.report import write_run_report
+from vimoe.task import classification
 from vimoe.train import train
 from vimoe.upcycling import moe_layers
 
@@ -101,9 +102,8 @@ class FinishedRun:
             models["recovered"] = copy.deepcopy(pruned)
             names, prepared = [layer.name for layer in evidence.layers], preprocessing(pruned)
             data = self.run.settings.data
-            recovered = train(
-                models["recovered"], self.data, recovery, prepared, folder, data.workers, names, data.cache
-            )
+            task = classification(self.data, prepared, recovery, data.workers, data.cache)
+            recovered = train(models["recovered"], task, recovery, folder, names)
             recover = recovered["epochs"]  # fewer where it stopped early
             checkpoint.remove(folder)
         split, samples = self.reported

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,25 +12,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vimoe.data import Data
 from vimoe.errors import FolderError
-from vimoe.evaluate import Score
 from vimoe.files import write_text
 from vimoe.health import Health
 from vimoe.moe import MoE
+from vimoe.task import Scored
 
 logger = logging.getLogger(__name__)
 
 
 class Best:
-    """The weights of the epoch with the best top-1 on validation; of equal ones that with the lower loss."""
+    """The weights of the epoch with the best score on validation, and that score as a dict."""
 
     def __init__(self) -> None:
-        self.epoch, self.score, self.state = 0, Score(-1.0, 0.0, 0.0, 0), dict[str, Tensor]()
+        self.epoch, self.rank = 0, tuple[float, ...]()
+        self.score, self.state = dict[str, Any](), dict[str, Tensor]()
 
-    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
-        if (score.top1, -score.loss) > (self.score.top1, -self.score.loss):
-            self.epoch, self.score = epoch, score
+    def offer(self, epoch: int, score: Scored, model: nn.Module) -> None:
+        if score.rank > self.rank:
+            self.epoch, self.rank, self.score = epoch, score.rank, score.to_dict()
             self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -77,12 +76,12 @@ class State:
         """Whether that many epochs, the last ones, were all no better than one before; never without a patience."""
         return patience is not None and self.epoch - 1 - self.best.epoch >= patience
 
-    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
+    def finish_epoch(self, score: Scored, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
         """Writes the epoch's rows and raises its alarms; returns the row of metrics.csv."""
         row = {
             "lr": lr,
             **{f"train_{name}": value for name, value in self.totals.means().items()},
-            **{f"val_{name}": getattr(score, name) for name in ("loss", "top1", "top5")},
+            **{f"val_{name}": value for name, value in score.columns.items()},
             "images_per_second": self.totals.images / self.totals.seconds,
         }
         self.metrics.append({"epoch": self.epoch, **row})
@@ -124,7 +123,7 @@ class State:
             "images": self.images,
             **{name: getattr(self, name) for name in _PLAIN},
             **{name: vars(getattr(self, name)) for name in ("totals", "health")},
-            "best": {"epoch": self.best.epoch, "score": self.best.score.to_dict(), "state": self.best.state},
+            "best": vars(self.best),
             **{name: part.state_dict() for name, part in parts.items()},
         }
 
@@ -140,18 +139,10 @@ class State:
         self.saved = self.seconds
         vars(self.totals).update(stored["totals"])
         self.health.sums = stored["health"]["sums"]
-        best = stored["best"]
-        self.best.epoch, self.best.score, self.best.state = best["epoch"], Score(**best["score"]), best["state"]
+        vars(self.best).update(stored["best"])
         for name, part in parts.items():
             part.load_state_dict(stored[name])
         self.write_logs(out)
 
 
 _PLAIN = ("epoch", "step", "updates", "seconds", "metrics", "shares", "health_rows", "alarms")
-
-
-def fingerprint(data: Data) -> int:
-    """Of the training images and their labels, as far as names tell; the folder may have moved."""
-    names = ("/".join(source.parts[-2:]) if isinstance(source, Path) else "" for source, _ in data.train)
-    names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
-    return zlib.crc32("\n".join(names).encode())

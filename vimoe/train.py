@@ -12,52 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import Mixup
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vimoe import checkpoint
-from vimoe.config import Cache, TrainConfig
-from vimoe.crops import Finish
-from vimoe.data import Data, Sample
+from vimoe.config import TrainConfig
 from vimoe.errors import ConfigError, Stopped, VimoeError
-from vimoe.evaluate import evaluate
-from vimoe.loading import (
-    Crops,
-    Shuffled,
-    decoded_for_evaluation,
-    decoded_for_training,
-    eval_loader,
-    mix,
-    seed_everything,
-    train_loader,
-)
+from vimoe.loading import Shuffled, mix, seed_everything
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.moe import Routing, record
 from vimoe.optim import adamw, freeze_all_but
-from vimoe.progress import State, fingerprint
+from vimoe.progress import State
 from vimoe.steering import set_random_share, update_bias
+from vimoe.task import Task
 from vimoe.upcycling import moe_layers
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    model: nn.Module,
-    data: Data,
-    config: TrainConfig,
-    prepared: dict[str, Any],
-    out: Path,
-    workers: int | None = None,
-    converted: Sequence[str] | None = None,
-    cache: Cache = "none",
+    model: nn.Module, task: Task, config: TrainConfig, out: Path, converted: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Trains in place; the model ends with the weights of the epoch that was best on validation, in eval mode.
 
@@ -68,18 +47,15 @@ def train(
     bfloat16, what is returned is not.
 
     Args:
-        model: a classifier, dense or with MoE layers.
-        data: only train and val are read.
+        model: dense or with MoE layers.
+        task: what to learn.
         config: how.
-        prepared: preprocessing, as `vimoe.loading.preprocessing` gives it.
         out: an existing folder.
-        workers: processes that decode images, as `DataConfig.workers`.
         converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
-        cache: where decoded images are kept, as `DataConfig.cache`.
 
     Returns:
         {"epochs": those that were trained, "stopped_early": whether they are fewer than asked for, "best_epoch", "val":
-        the Score of the returned model as a dict, "seconds", "train_images", "alarms"}.
+        the score of the returned model as a dict, "seconds", "train_images", "alarms"}.
 
     Raises:
         ConfigError: for settings that contradict the data or the machine, before anything is trained.
@@ -87,27 +63,22 @@ def train(
         VimoeError: where the loss is no longer finite.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    check(config, data)
-    loader, val_loader = _loaders(data, prepared, config, workers, cache)
-    order = loader.sampler
+    order = task.loader.sampler
     assert isinstance(order, Shuffled)
-    finish = Finish(prepared, config) if isinstance(loader.dataset, Crops) else None
+    check(config, len(task.names))
     if config.train_only == "moe":
         freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
     accelerator = _accelerator(config, out)
     optimizer = adamw(model, config)
-    schedule = _schedule(optimizer, config, math.ceil(len(loader) / config.accumulation))
+    schedule = _schedule(optimizer, config, math.ceil(len(task.loader) / config.accumulation))
     checkpoint.check_space(out, model, bool(config.ema_decay))
     plain = model
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, task.loader)
     ema = ModelEmaV3(plain, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     judged = ema.module if ema else plain
-    mixup = _mixup(config, len(data.classes))
     batches = len(loader)
-    steps = _Steps(
-        accelerator, model, plain, optimizer, schedule, mixup, ema, config, order, data.train, batches, finish
-    )
-    state = State(images=fingerprint(data))
+    steps = _Steps(accelerator, model, plain, optimizer, schedule, ema, task, config, order, batches)
+    state = State(images=task.fingerprint)
     if stored := checkpoint.read(out):
         state.restore(stored, steps.stateful(), out)
         logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
@@ -127,7 +98,7 @@ def train(
                         save()
                     if steps.synced and stop.signal:
                         raise Stopped(out, stop.signal)
-                score = evaluate(judged, val_loader)
+                score = task.evaluate(judged)
                 rate = max(group["lr"] for group in optimizer.param_groups)
                 row = state.finish_epoch(score, rate, moe_layers(plain), out)
                 accelerator.log({**row, **state.scalars()}, step=state.epoch)
@@ -150,13 +121,14 @@ def train(
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     best = state.best
     plain.load_state_dict(best.state)
+    plain.eval()
     return {
         "epochs": state.epoch - 1,
         "stopped_early": stopped_early,
         "best_epoch": best.epoch,
-        "val": (best.score if config.precision == "no" else evaluate(plain, val_loader)).to_dict(),
+        "val": best.score if config.precision == "no" else task.evaluate(plain).to_dict(),
         "seconds": time.perf_counter() - started,
-        "train_images": len(data.train),
+        "train_images": len(task.names),
         "alarms": state.alarms,
     }
 
@@ -170,31 +142,26 @@ class _Steps:
     plain: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: CosineLRScheduler
-    mixup: Mixup | None
     ema: ModelEmaV3 | None
+    task: Task
     config: TrainConfig
     order: Shuffled
-    samples: Sequence[Sample]
     batches: int  # of an epoch
-    finish: Finish | None  # where crops come in place of images
     decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
 
     def epoch(self, loader: Iterable[tuple[Any, Tensor]], state: State) -> Iterator[None]:
         """Yields after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         self.model.train()
-        for images, labels in loader:
+        for inputs, targets in loader:
             seed_everything(mix(self.config.seed, state.epoch, state.step))
-            if self.finish:
-                images = self.finish.to(labels.device)(*images)
             if self.config.router_warmup_epochs:
                 set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
             with self.accelerator.accumulate(self.model):
-                images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+                images, targets = self.task.prepare(inputs, targets)
                 with record(self.plain) as routings:
-                    logits = self.model(images)
-                smoothing = 0.0 if self.mixup else self.config.label_smoothing
-                task = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                    outputs = self.model(images)
+                task = self.task.loss(outputs, targets)
                 extra, parts = auxiliary_losses(routings, self.config)
                 loss = task + extra
                 if not loss.isfinite():
@@ -221,8 +188,7 @@ class _Steps:
             yield
 
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
-        images = self.order.images_at(state.step * batch, batch)
-        names = [str(self.samples[i][0]) if isinstance(self.samples[i][0], Path) else f"image {i}" for i in images]
+        names = [self.task.names[i] for i in self.order.images_at(state.step * batch, batch)]
         return (
             f"the loss is {loss} in epoch {state.epoch}, step {state.step + 1}, of {', '.join(names[:8])}"
             f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
@@ -244,13 +210,13 @@ class _Steps:
         )
 
 
-def check(config: TrainConfig, data: Data) -> None:
-    """Raises ConfigError for settings that contradict the data, one another or the machine."""
+def check(config: TrainConfig, images: int) -> None:
+    """Raises ConfigError for settings that contradict the number of training images, one another or the machine."""
     if PartialState().num_processes > 1:
         raise ConfigError(f"{PartialState().num_processes} processes: expected 1, training in more is not there yet")
-    if config.batch_size > len(data.train):
+    if config.batch_size > images:
         raise ConfigError(
-            f"train.batch_size={config.batch_size} with {len(data.train)} training images: expected at most that many"
+            f"train.batch_size={config.batch_size} with {images} training images: expected at most that many"
         )
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
@@ -283,19 +249,6 @@ def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tens
     return total, {name: loss for name, (loss, _) in parts.items()}
 
 
-def _loaders(
-    data: Data, prepared: dict[str, Any], config: TrainConfig, workers: int | None, cache: Cache
-) -> tuple[DataLoader, DataLoader]:
-    train: Sequence[Sample] = data.train
-    val: Sequence[Sample] = data.val
-    val_prepared = prepared
-    if cache != "none":
-        train = decoded_for_training(train, prepared, config, cache)
-        val, val_prepared = decoded_for_evaluation(val, prepared, cache), {**prepared, "crop_pct": 1.0}
-    batch = 2 * config.batch_size
-    return train_loader(train, prepared, config, workers), eval_loader(val, val_prepared, batch, workers)
-
-
 def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
@@ -316,12 +269,6 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: in
         optimizer, t_initial=total - warmup, lr_min=config.min_lr, warmup_t=warmup, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip
-
-
-def _mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    if not (config.mixup or config.cutmix):
-        return None
-    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes)
 
 
 @contextmanager

@@ -1,0 +1,103 @@
+"""What a training needs to know of its task: batches, a loss, a score."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vimoe.config import Cache, TrainConfig
+from vimoe.crops import Finish
+from vimoe.data import Data, Sample
+from vimoe.evaluate import evaluate
+from vimoe.loading import Crops, decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
+
+
+class Scored(Protocol):
+    """How good a model is on validation.
+
+    Attributes:
+        loss: mean, in nats.
+        rank: of two scores the better one has the larger.
+        columns: what the logs show.
+    """
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def rank(self) -> tuple[float, ...]: ...
+    @property
+    def columns(self) -> dict[str, float]: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set to learn, and how.
+
+    Args:
+        loader: of training batches (inputs, targets), with a `vimoe.loading.Shuffled` for a sampler.
+        names: of the training images, for messages.
+        fingerprint: of training images and targets, so that a training does not go on with others.
+        prepare: a batch as it was loaded, on the device, to what the model takes and what the loss takes.
+        loss: outputs and prepared targets to a scalar.
+        evaluate: scores a model on validation, and leaves it in eval mode.
+    """
+
+    loader: DataLoader
+    names: Sequence[str]
+    fingerprint: int
+    prepare: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    evaluate: Callable[[nn.Module], Scored]
+
+
+def classification(
+    data: Data, prepared: dict[str, Any], config: TrainConfig, workers: int | None = None, cache: Cache = "none"
+) -> Task:
+    """To name the class of an image: cross-entropy, mixup and cutmix, top-1.
+
+    Args:
+        data: only train and val are read.
+        prepared: preprocessing, as `vimoe.loading.preprocessing` gives it.
+        config: augmentation and batches.
+        workers: processes that decode images, as `DataConfig.workers`.
+        cache: where decoded images are kept, as `DataConfig.cache`.
+    """
+    train: Sequence[Sample] = data.train
+    val: Sequence[Sample] = data.val
+    val_prepared = prepared
+    if cache != "none":
+        train = decoded_for_training(train, prepared, config, cache)
+        val, val_prepared = decoded_for_evaluation(val, prepared, cache), {**prepared, "crop_pct": 1.0}
+    loader = train_loader(train, prepared, config, workers)
+    val_loader = eval_loader(val, val_prepared, 2 * config.batch_size, workers)
+    finish = Finish(prepared, config) if isinstance(loader.dataset, Crops) else None
+    smoothing, classes = config.label_smoothing, len(data.classes)
+    mixed = config.mixup or config.cutmix
+    mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes) if mixed else None
+
+    def prepare(images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if finish:
+            images = finish.to(labels.device)(*images)
+        return mixup(images, labels) if mixup else (images, labels)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else smoothing)
+
+    names = [str(source) if isinstance(source, Path) else f"image {i}" for i, (source, _) in enumerate(data.train)]
+    return Task(loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader))
+
+
+def fingerprint(data: Data) -> int:
+    """Of the training images and their labels, as far as names tell; the folder may have moved."""
+    names = ("/".join(source.parts[-2:]) if isinstance(source, Path) else "" for source, _ in data.train)
+    names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
+    return zlib.crc32("\n".join(names).encode())
