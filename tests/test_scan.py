@@ -20,7 +20,7 @@ from vimoe.scan import scan
 
 
 def scanned(root: Path, **settings: object) -> dict:
-    return scan(load_data(DataConfig(path=str(root), **settings)), root).to_dict()
+    return scan(load_data(DataConfig(path=str(root), **settings))).to_dict()
 
 
 def damage(root: Path, *names: str) -> Path:
@@ -78,7 +78,7 @@ def test_images_of_another_folder_are_skipped_where_the_run_skips(tmp_path: Path
     classes = ("blue", "green", "red")
     damage(roles(tmp_path), "test/red/001.png")
     assert len(load_folder(tmp_path, classes)[1]) == 9
-    assert len(load_folder(tmp_path, classes, skip_unreadable=True)[1]) == 8
+    assert len(load_folder(tmp_path, classes, DataConfig(skip_unreadable=True))[1]) == 8
 
 
 def test_junk_is_counted_and_loose_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -91,7 +91,7 @@ def test_junk_is_counted_and_loose_images_are_named(tmp_path: Path, caplog: pyte
     expected = {"images beside the class folders": 2, ".txt files": 2, "links to folders": 1, ".db files": 1}
     expected |= {"hidden files": 1, "hidden folders": 1, "empty folders": 1}
     assert scanned(root)["junk"] == expected
-    line = str(scan(load_data(DataConfig(path=str(root))), root))
+    line = str(scan(load_data(DataConfig(path=str(root)))))
     assert line.startswith("3 train, 3 validation, 0 test images of 3 classes; 6 opened, 0 unreadable;")
     assert (
         "passed over: images beside the class folders (2), .txt files (2), .db files (1), " in line
@@ -128,10 +128,10 @@ def test_one_content_of_several_labels_is_warned_of(tmp_path: Path, caplog: pyte
 
 def test_images_in_memory_are_not_opened(tmp_path: Path) -> None:
     data = load_data(DataConfig(path="digits", skip_unreadable=True))
-    found = scan(data, "digits").to_dict()
+    found = scan(data).to_dict()
     assert found["opened"] == 0 and found["train"] + found["validation"] + found["test"] == 1797
     mixed = Data(data.classes, data.train[:2], data.val[:1], ((folder(tmp_path, 1) / "red" / "000.png", 0),))
-    assert scan(mixed, tmp_path).opened == 1
+    assert scan(mixed).opened == 1
 
 
 def test_training_stops_before_it_leaves_anything_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def count(verb: str, argv: list[str]) -> Result:
 
 
 def train(verb: str, argv: list[str]) -> Result:
-    """Train a ViT, or the ViMoE that is made of it, on a folder of images; writes a run folder.
+    """Train a ViT, or the ViMoE that is made of it, on your images; writes a run folder.
 
     Example: vimoe train --data.path photos/ --model.name vit_tiny_patch16_224 --moe.layers last:2 --out runs/photos
     """
@@ -106,11 +106,11 @@ def train(verb: str, argv: list[str]) -> Result:
 
 
 def evaluate(verb: str, argv: list[str]) -> Result:
-    """Score a run's model on its test images (on validation where it has none), or on another folder's.
+    """Score a run's model on its test images (on validation where it has none), or on other data.
 
     Example: vimoe evaluate runs/photos --data.path other/photos
     """
-    run, options = _run(verb, argv, **{"data.path": "folder with the same classes (default: the run's data)"})
+    run, options = _run(verb, argv, **{"data.path": "other data with the same classes (default: the run's)"})
     split, score = run.score(options["data.path"])
     return f"{split}: {score}", {**score.to_dict(), "split": split}
 

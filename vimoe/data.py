@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,12 @@ from PIL import Image
 
 from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside, nearest
-from vimoe.images import Tried, find_images, is_hidden, kind_of_junk, try_images
+from vimoe.images import Source, Tried, find_images, name_within, try_images
+from vimoe.sources import SYNONYMS, ClassImages, Listing, folder
 
 logger = logging.getLogger(__name__)
 
-# other names that data sets in the wild use for a role; the configured name comes first
-SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
-Sample = tuple["Path | Image.Image", int]
-LOOSE = "images beside the class folders"  # the kind of junk that may be meant as data
-ClassFiles = dict[str, list[Path]]  # the image files of each class folder, by its name
+Sample = tuple[Source | Image.Image, int]
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,10 @@ class Data:
 
     Args:
         classes: their names.
-        train, val, test: (image or file, label) of each image.
+        train, val, test: (image or where it is, label) of each image.
+        root: the data folder or file, from which images are named.
         split_off: whether validation was taken from train.
-        junk: what lies in the folders beside images, as `find_images` counts it.
+        junk: what is there beside images, as `find_images` counts it.
         tried: what came of opening all images, where that was needed to leave out those that cannot be read.
     """
 
@@ -42,6 +40,7 @@ class Data:
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
+    root: Path = Path()
     split_off: bool = False
     junk: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     tried: Tried | None = field(default=None, compare=False, repr=False)
@@ -50,73 +49,110 @@ class Data:
         roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
         return f"{roles} images of {len(self.classes)} classes"
 
+    def names(self, samples: Iterable[Sample]) -> list[str]:
+        """What images that are not in memory are called, in lists that outlast this process."""
+        return [name_within(self.root, source) for source, _ in on_disk(samples)]
+
 
 def load_data(config: DataConfig, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Data:
     """Finds the images and gives each a role.
 
     Args:
         config: where they are.
-        classes: the class map of a trained model; without it, train's class folders in sorted order.
-        validation: files (relative to `config.path`) that a run split off train, so that it finds the same again.
+        classes: the class map of a trained model; without it, train's classes in the order of the data.
+        validation: names (as `Data.names` gives them) that a run split off train, so that it finds the same again.
 
     Raises:
-        DataError: where folders are missing, empty, or hold a class that is not in the map; or where a class has no
-            image left of those that can be read.
+        DataError: where images, splits or labels are missing, damaged, or of a class that is not in the map; or where a
+            class has no image left of those that can be read.
     """
-    if not config.path:
-        raise DataError("data.path is empty: expected a folder of class folders, or 'digits'")
-    root = Path(config.path)
     if config.path == "digits":
         return _digits(config)
-    if not root.is_dir():
-        raise DataError(f"data.path={config.path!r}: no such folder; {beside(root)}")
-    folders = {role: _role_folder(root, role, getattr(config, f"{role}_split")) for role in ("train", "val", "test")}
-    train_folder = folders["train"] or root
-    if folders["train"] is None and any(folders.values()):
-        raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {_inside(root)}")
-    present = {role: folder for role, folder in {**folders, "train": train_folder}.items() if folder}
-    junk: Counter[str] = Counter()
-    found = {role: _class_files(folder, junk) for role, folder in present.items()}
+    listing = list_data(config)
+    chosen = {role: _split(listing, role, getattr(config, f"{role}_split")) for role in ("train", "val", "test")}
+    if chosen["train"] is None and any(chosen.values()):
+        raise DataError(
+            f"{listing.name} has no {listing.word} {config.train_split!r}: expected one beside the others; "
+            f"{nearest('', listing.splits)}"
+        )
+    present = {role: split for role, split in chosen.items() if split or role == "train"}
+    found = {role: listing.classes(split) for role, split in present.items()}
+    where = {role: listing.where(split) for role, split in present.items()}
     names = tuple(classes or found["train"])
-    _check_names(train_folder, found["train"])
-    if empty := [name for name, files in found["train"].items() if not files]:
-        raise DataError(f"{train_folder / empty[0]} holds no image: expected some, or no such folder")
+    _check_names(where["train"], found["train"])
+    if empty := [name for name, images in found["train"].items() if not images]:
+        raise DataError(f"{where['train']}/{empty[0]} holds no image: expected some, or no such folder")
     if len(names) < 2 and classes is None:
-        raise DataError(f"{train_folder}: {len(names)} class folders with images: expected at least 2; {_inside(root)}")
+        raise DataError(
+            f"{where['train']}: {len(names)} classes with images: expected at least 2; {nearest('', listing.splits)}"
+        )
     tried = None
     if config.skip_unreadable:
-        found, tried = _leave_out_unreadable(found, root)
+        found, tried = _leave_out_unreadable(found, listing.root)
     train, val, test = (
-        _samples(present[role], found[role], names) if role in present else [] for role in ("train", "val", "test")
+        _samples(where[role], found[role], names) if role in present else [] for role in ("train", "val", "test")
     )
     split_off = not val
     if split_off:
-        train, val = _split_off(train, root, config, set(validation))
-    return Data(names, tuple(_subset(train, config)), tuple(val), tuple(test), split_off, junk, tried)
+        train, val = _split_off(train, listing, config, set(validation))
+    return Data(
+        names, tuple(_subset(train, config)), tuple(val), tuple(test), listing.root, split_off, listing.junk, tried
+    )
 
 
 def load_folder(
-    path: str | Path, classes: Sequence[str], skip_unreadable: bool = False
+    path: str | Path, classes: Sequence[str], config: DataConfig | None = None
 ) -> tuple[str, tuple[Sample, ...]]:
-    """All images of one folder of class folders, or of its test (else validation) folder, by a model's class map.
+    """All images at a data path without roles, or those of its test (else validation) split, by a model's class map.
 
     Args:
-        path: the folder.
+        path: as `DataConfig.path`.
         classes: the class map.
-        skip_unreadable: open all images first, and leave out those that cannot be read.
+        config: how to read them: the names of columns, and whether to leave out what cannot be read.
 
     Returns:
-        Which they are ("test", "validation", or "all" for a plain folder), and the images.
+        Which they are ("test", "validation", or "all" for data without roles), and the images.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder: expected class folders with images; {beside(root)}")
-    roles = {"test": _role_folder(root, "test", "test"), "validation": _role_folder(root, "val", "val"), "all": root}
-    name, folder = next((name, folder) for name, folder in roles.items() if folder)
-    found = {name: _class_files(folder, Counter())}
-    if skip_unreadable:
-        found, _ = _leave_out_unreadable(found, root)
-    return name, tuple(_samples(folder, found[name], tuple(classes)))
+    config = replace(config or DataConfig(), path=str(path))
+    listing = list_data(config)
+    splits = {"test": _split(listing, "test", "test"), "validation": _split(listing, "val", "val"), "all": None}
+    name, split = next((name, split) for name, split in splits.items() if split or name == "all")
+    found = {name: listing.classes(split)}
+    if config.skip_unreadable:
+        found, _ = _leave_out_unreadable(found, listing.root)
+    return name, tuple(_samples(listing.where(split), found[name], tuple(classes)))
+
+
+def list_data(config: DataConfig) -> Listing:
+    """What is at `config.path`: any of the kinds that it can be.
+
+    Raises:
+        DataError: where it is none of them, or cannot be read as the one that it is.
+    """
+    path, root = config.path, Path(config.path)
+    if not path:
+        raise DataError("data.path is empty: expected a folder of class folders, or 'digits'")
+    if root.is_dir():
+        return folder(root)
+    if not root.is_file():
+        raise DataError(f"data.path={path!r}: no such folder or file; {beside(root)}")
+    raise DataError(f"data.path={path!r} is a file: expected a folder; unpack it")
+
+
+def absolute(path: str) -> str:
+    """A data path that means the same from any working directory."""
+    if path == "digits":
+        return path
+    start = path.index(":") + 1 if path.startswith("torch/") and ":" in path else 5 if path.startswith("hfds/") else 0
+    place = Path(path[start:])
+    if not place.exists():  # of the hub
+        return path
+    return path[:start] + str(place.resolve() if place.is_dir() else place.parent.resolve() / place.name)
+
+
+def on_disk(samples: Iterable[Sample]) -> list[tuple[Source, int]]:
+    """Those of the images that are not in memory."""
+    return [(source, label) for source, label in samples if not isinstance(source, Image.Image)]
 
 
 def list_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -135,62 +171,42 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _role_folder(root: Path, role: str, name: str) -> Path | None:
+def _split(listing: Listing, role: str, name: str) -> str | None:
+    """Which of the splits has a role, by the name that is configured for it."""
     if name == "none":
         return None
     for candidate in (name, *(SYNONYMS[role] if name == role else ())):
-        if (root / candidate).is_dir():
-            return root / candidate
+        if candidate in listing.splits:
+            return candidate
     if name != role:
-        raise DataError(f"data.{role}_split={name!r}: no such folder in {root}; {_inside(root, name)}")
+        raise DataError(
+            f"data.{role}_split={name!r}: no such {listing.word} in {listing.name}; {nearest(name, listing.splits)}"
+        )
     return None
 
 
-def _inside(root: Path, word: str = "") -> str:
-    return nearest(word, sorted(p.name for p in root.iterdir() if p.is_dir()))
-
-
-def _class_files(folder: Path, junk: Counter[str]) -> ClassFiles:
-    """The image files of each folder inside, in sorted order; adds what else is there to `junk`.
-
-    One walk, since a walk of millions is slow.
-    """
-    found: ClassFiles = {}
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir():
-            junk[kind_of_junk(path.name) or LOOSE] += 1
-        elif is_hidden(path.name):
-            junk["hidden folders"] += 1
-        elif folder.resolve().is_relative_to(path.resolve()):  # it would hold the images of all classes
-            junk["links to folders"] += 1
-        else:
-            found[path.name], others = find_images(path)
-            junk.update(others)
-    return found
-
-
-def _leave_out_unreadable(found: dict[str, ClassFiles], folder: Path) -> tuple[dict[str, ClassFiles], Tried]:
-    tried = try_images([file for files in found.values() for names in files.values() for file in names], folder)
+def _leave_out_unreadable(found: dict[str, ClassImages], root: Path) -> tuple[dict[str, ClassImages], Tried]:
+    tried = try_images([image for classes in found.values() for images in classes.values() for image in images], root)
     if tried.errors:
         logger.warning("%s; left out", tried)
     readable = {
-        role: {name: [file for file in listed if file in tried.digests] for name, listed in files.items()}
-        for role, files in found.items()
+        role: {name: [image for image in images if image in tried.digests] for name, images in classes.items()}
+        for role, classes in found.items()
     }
-    for name, files in readable.get("train", {}).items():
-        if not files:
+    for name, images in readable.get("train", {}).items():
+        if not images:
             raise DataError(f"no image of class {name!r} can be read: expected some, or no such folder; {tried}")
     return readable, tried
 
 
-def _check_names(folder: Path, names: Iterable[str]) -> None:
+def _check_names(where: str, names: Iterable[str]) -> None:
     known: dict[str, str] = {}
     for name in names:
         twin = known.setdefault(_folded(name), name)
         if twin != name:
             raise DataError(
-                f"{folder}: classes {twin!a} and {name!a} differ only by case or Unicode normalisation: expected one "
-                f"folder for each class; merge or rename them"
+                f"{where}: classes {twin!a} and {name!a} differ only by case or Unicode normalisation: expected one "
+                f"name for each class; merge or rename them"
             )
 
 
@@ -199,34 +215,37 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
 
 
-def _samples(folder: Path, found: dict[str, list[Path]], classes: tuple[str, ...]) -> list[Sample]:
+def _samples(where: str, found: ClassImages, classes: tuple[str, ...]) -> list[Sample]:
     known = set(classes)
-    for name, files in found.items():
-        if files and name not in known:
-            _check_names(folder, (*classes, name))
-            raise DataError(f"{folder / name}: no class {name!r} in the class map from train; {nearest(name, classes)}")
-    samples: list[Sample] = [(f, label) for label, name in enumerate(classes) for f in found.get(name, [])]
+    for name, images in found.items():
+        if images and name not in known:
+            _check_names(where, (*classes, name))
+            raise DataError(f"{where}: no class {name!r} in the class map from train; {nearest(name, classes)}")
+    samples: list[Sample] = [(i, label) for label, name in enumerate(classes) for i in found.get(name, [])]
     if not samples:
-        raise DataError(f"{folder}: no image in any class folder; expected folders named {', '.join(classes[:3])}, ...")
+        raise DataError(f"{where}: no image in any class; expected classes named {', '.join(classes[:3])}, ...")
     return samples
 
 
 def _split_off(
-    train: list[Sample], root: Path, config: DataConfig, listed: set[str]
+    train: list[Sample], listing: Listing, config: DataConfig, listed: set[str]
 ) -> tuple[list[Sample], list[Sample]]:
-    """Takes validation from train: the listed files where a run names them, else a seeded share of each class."""
+    """Takes validation from train: the listed images where a run names them, else a seeded share of each class."""
     if listed:
-        val = [s for s in train if isinstance(s[0], Path) and str(s[0].relative_to(root)) in listed]
+        val = [s for s in train if not isinstance(s[0], Image.Image) and name_within(listing.root, s[0]) in listed]
         if len(val) != len(listed):
             raise DataError(
-                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone or damaged: "
-                f"expected the folder as it was in training; restore it, or train again"
+                f"{listing.name}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone or "
+                f"damaged: expected the data as they were in training; restore them, or train again"
             )
         held_out = {id(sample) for sample in val}
         return [s for s in train if id(s) not in held_out], val
     kept, val = _draw(train, lambda n: min(n - 1, max(1, round(n * config.val_fraction))), config.seed)
     if not val:
-        raise DataError(f"{root}: no class has two images: expected some to split validation off; add {root / 'val'}")
+        raise DataError(
+            f"{listing.name}: no class has two images: expected some to split validation off; add a "
+            f"{listing.word} 'val'"
+        )
     return kept, val
 
 

@@ -59,7 +59,7 @@ def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
     return f"known: {', '.join(names[:listed])}{', ...' if len(names) > listed else ''}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its class where it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from vimoe import checkpoint, runs
 from vimoe.backbone import check_name, create
-from vimoe.data import Data, load_data
+from vimoe.data import Data, absolute, load_data
 from vimoe.errors import ConfigError
 from vimoe.folder import save
 from vimoe.loading import preprocessing, train_loader
@@ -48,9 +48,9 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     model = _model(settings, data)
     prepared = preprocessing(model, settings.data)
     train_loader(data.train, prepared, settings.train, workers=0)  # refuses an augmentation that timm does not know
-    scanned = scan(data, settings.data.path)
+    scanned = scan(data)
     folder = runs.new_run(out)
-    settings = _with_absolute_path(settings)
+    settings = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
     runs.write_settings(folder, settings)
     with TemporaryDirectory(dir=folder, prefix=".proof-") as proof:  # what could not be saved should not be trained
         save(model, Path(proof) / runs.MODEL, label_names=data.classes, preprocessing=prepared)
@@ -70,7 +70,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     if checkpoint.exists(run.path):  # which has the weights
         settings = replace(settings, model=replace(settings.model, pretrained=False))
     model = _model(settings, data)
-    scanned = scan(data, settings.data.path)
+    scanned = scan(data)
     return _train(run.settings, data, scanned, model, preprocessing(model, settings.data), run.path)
 
 
@@ -83,7 +83,7 @@ def _train(
     settings: Settings, data: Data, scanned: Scan, model: nn.Module, prepared: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Trains in a run folder that has its settings, and finishes it."""
-    write_validation(folder, settings, data)
+    write_validation(folder, data)
     logger.info("%s", scanned)
     converted = [site.name for site in select(sites(model), settings.moe.layers)]
     task = classification(data, prepared, settings.train, settings.data.workers, settings.data.cache)
@@ -96,17 +96,7 @@ def _train(
     return {**summary, "out": str(folder), "report": str(report)}
 
 
-def write_validation(folder: Path, settings: Settings, data: Data) -> None:
-    """Lists the files that were split off train, so that every later verb decides on the same ones."""
+def write_validation(folder: Path, data: Data) -> None:
+    """Lists the images that were split off train, so that every later verb decides on the same ones."""
     if data.split_off:
-        root = Path(settings.data.path)
-        names = sorted(str(source.relative_to(root)) for source, _ in data.val if isinstance(source, Path))
-        runs.write_text(folder / runs.VALIDATION, "\n".join(names) + "\n")
-
-
-def _with_absolute_path(settings: Settings) -> Settings:
-    """So that later verbs find the data from any working directory."""
-    path = Path(settings.data.path)
-    if not path.exists():  # the embedded digits
-        return settings
-    return replace(settings, data=replace(settings.data, path=str(path.resolve())))
+        runs.write_text(folder / runs.VALIDATION, "\n".join(sorted(data.names(data.val))) + "\n")

@@ -63,7 +63,7 @@ class FinishedRun:
         return ("test", self.data.test) if self.data.test else ("validation", self.data.val)
 
     def score(self, folder: str | None = None) -> tuple[str, Score]:
-        """The model's score on the reported images, or on those of another folder; and which images they are."""
+        """The model's score on the reported images, or on those of other data; and which images they are."""
         split, samples = self._other_images(folder) if folder else self.reported
         return split, evaluate(self.model, self._loader(samples), "evaluating")
 
@@ -120,7 +120,7 @@ class FinishedRun:
             "versions": runs.versions(),
         }
         runs.write_settings(folder, self.run.settings)  # late: a pruning that was killed is no training to go on with
-        write_validation(folder, self.run.settings, self.data)
+        write_validation(folder, self.data)
         final = models.get("recovered", pruned)
         save(final, folder / runs.MODEL, label_names=label_names(final))
         runs.write_json(folder / runs.ROUTING_BEFORE, evidence.to_dict())
@@ -141,7 +141,7 @@ class FinishedRun:
             contact_sheet(rows).savefig(folder / runs.EXAMPLES.format(layer.name), dpi=110)
 
     def _other_images(self, folder: str) -> tuple[str, tuple[Sample, ...]]:
-        return load_folder(folder, label_names(self.model), self.run.settings.data.skip_unreadable)
+        return load_folder(folder, label_names(self.model), self.run.settings.data)
 
     def _picture(self, place: int, classes: tuple[str, ...]) -> tuple[Any, str]:
         source, label = self.data.val[place]

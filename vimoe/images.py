@@ -1,4 +1,4 @@
-"""Image files: those in a folder, one as a model sees it, and all of them tried once and remembered."""
+"""Images: the files in a folder, one as a model sees it, and all of them tried once and remembered."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import PIL
@@ -26,46 +26,84 @@ from vimoe.files import write_text
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")  # copies and thumbnails that macOS and Synology leave beside the images
+UNKNOWN = (-1, -1)  # the stamp of an image of which nothing says when it changes
 MADE_BY = f"vimoe 1, Pillow {PIL.__version__}"  # another Pillow may read what this one does not
-Entry = tuple[int, int, str]  # of a whole image in the cache: bytes, modification time in ns, hash
+Item = TypeVar("Item")
+Stamp = tuple[int, int]  # of a file: bytes, modification time in ns
+Entry = tuple[int, int, str]  # of a whole image in the cache: the stamp of its file, hash
 
 logger = logging.getLogger(__name__)
 
 
+class Packed(Protocol):
+    """An image that is no file of its own, but a part of one: a member of an archive, a row of a table.
+
+    It says where its bytes are and holds none of them, nor an open file: so it can be copied into any process.
+    """
+
+    @property
+    def path(self) -> Path:
+        """What it goes by in messages, lists and the cache: its file, and its name within."""
+
+    @property
+    def file(self) -> Path | None:
+        """The file whose size and time change when the image does; None where that is not known."""
+
+    def read(self) -> bytes:
+        """The image as the bytes of an image file. May raise anything: `open_image` gives the reason."""
+
+
+Source = Path | Packed
+
+
 @dataclass(frozen=True)
 class Tried:
-    """What trying the image files of a folder found.
+    """What trying images found.
 
     Args:
-        folder: the folder.
-        digests: a hash of the bytes of each file that is a whole image.
+        folder: the data folder, or the file that holds them all.
+        digests: a hash of the bytes of each whole image.
         errors: why each of the others cannot be read.
     """
 
     folder: Path
-    digests: dict[Path, str] = field(default_factory=dict)
-    errors: dict[Path, str] = field(default_factory=dict)
+    digests: dict[Source, str] = field(default_factory=dict)
+    errors: dict[Source, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        first = [f"{file.relative_to(self.folder)} ({why})" for file, why in list(self.errors.items())[:3]]
+        first = [f"{name_within(self.folder, source)} ({why})" for source, why in list(self.errors.items())[:3]]
         rest = [f"{len(self.errors) - 3} more"] if len(self.errors) > 3 else []
         all_files = len(self.digests) + len(self.errors)
         return f"{len(self.errors)} of {all_files} images cannot be read: {', '.join([*first, *rest])}"
 
 
-def open_image(source: Path | Image.Image) -> Image.Image:
+def place(source: Source) -> Path:
+    """Where an image is: its file, or what it goes by as a part of one."""
+    return source if isinstance(source, Path) else source.path
+
+
+def name_within(folder: Path, source: Source) -> str:
+    """What an image is called in lists and in the cache: its path from the data folder; whole where it is elsewhere."""
+    path, depth = place(source), len(folder.parts)
+    inside = path.parts[:depth] == folder.parts  # relative_to says the same, ten times as slowly
+    return "/".join(path.parts[depth:]) if inside else str(path)
+
+
+def open_image(source: Source | Image.Image) -> Image.Image:
     """An RGB image, turned as its EXIF tag says, on white where it is transparent; of an animation the first frame.
 
     Raises:
-        DataError: naming the file and the reason, where it cannot be read.
+        DataError: naming the file (and the part of it) and the reason, where it cannot be read.
     """
     if isinstance(source, Image.Image):
         return source
     try:
-        with source.open("rb") as file:
+        with source.open("rb") if isinstance(source, Path) else BytesIO(source.read()) as file:
             return _decode(file)
     except Exception as error:  # what decoders raise on damaged files has no common class
-        raise DataError(f"{source} cannot be read as an image ({_reason(error)}): expected a whole one") from error
+        raise DataError(
+            f"{place(source)} cannot be read as an image ({_reason(error)}): expected a whole one"
+        ) from error
 
 
 def identity(source: Path | Image.Image) -> bytes:
@@ -116,55 +154,57 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
-def try_images(files: Sequence[Path], folder: Path) -> Tried:
-    """Opens and decodes image files, in threads because Pillow decodes without the GIL.
+def try_images(sources: Sequence[Source], folder: Path) -> Tried:
+    """Reads and decodes images, in threads because Pillow decodes without the GIL.
 
-    Files that were whole are remembered in the user's cache, by path, size and modification time. Others are tried
+    Those that were whole are remembered in the user's cache, by path, size and modification time. Others are tried
     again each time: permissions and mounts are mended without a new modification time.
 
     Args:
-        files: image files in `folder`.
-        folder: the data folder, which has one cache file.
+        sources: images in `folder`.
+        folder: the data folder or file, which has one cache file.
     """
-    depth = len(folder.parts)
-    names = ["/".join(file.parts[depth:]) for file in files]  # what relative_to gives, ten times as fast
+    names = [name_within(folder, source) for source in sources]
     known = _read_cache(folder)
     fresh: dict[str, Entry] = {}
     tried = Tried(folder)
 
-    def attempt(file: Path, name: str) -> Entry | str:
+    def attempt(source: Source, name: str) -> Entry | str:
         try:
-            status = file.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError("not a regular file")
+            file = source if isinstance(source, Path) else source.file
+            stamp = _stamp(file) if file else None
             entry = known.get(name)
-            if entry and entry[:2] == (status.st_size, status.st_mtime_ns):
+            if entry and entry[:2] == stamp:
                 return entry
-            content = file.read_bytes()
+            content = source.read_bytes() if isinstance(source, Path) else source.read()
             _decode(BytesIO(content))
-            return status.st_size, status.st_mtime_ns, hashlib.blake2b(content, digest_size=16).hexdigest()
+            return *(stamp or UNKNOWN), hashlib.blake2b(content, digest_size=16).hexdigest()
         except Exception as error:  # as in open_image
             return _reason(error)
 
-    console = Console(stderr=True)
     try:
         with ThreadPool() as pool:
-            results = pool.imap(lambda item: attempt(*item), zip(files, names, strict=True), chunksize=16)
-            shown = track(
-                results, "scanning images", len(files), console=console, disable=not console.is_terminal, transient=True
-            )
-            for file, name, result in zip(files, names, shown, strict=True):
+            results = pool.imap(lambda item: attempt(*item), zip(sources, names, strict=True), chunksize=16)
+            shown = with_progress(results, "scanning images", len(sources))
+            for source, name, result in zip(sources, names, shown, strict=True):
                 if isinstance(result, str):
-                    tried.errors[file] = result
+                    tried.errors[source] = result
                 else:
-                    tried.digests[file] = result[2]
-                    fresh[name] = result
+                    tried.digests[source] = result[2]
+                    if result[:2] != UNKNOWN:
+                        fresh[name] = result
     finally:  # what an interrupted scan has done is kept too
-        others = known.keys() - fresh.keys()  # files of another role or a class, or gone, or damaged since
-        entries = {**{name: known[name] for name in others if (folder / name).exists()}, **fresh}
+        others = known.keys() - fresh.keys()  # images of another role or a class, or gone, or damaged since
+        entries = {**{name: known[name] for name in others if _is_there(folder / name, known[name])}, **fresh}
         if entries != known:
             _write_cache(folder, entries)
     return tried
+
+
+def with_progress(work: Iterable[Item], what: str, total: int) -> Iterable[Item]:
+    """The same, with a bar on standard error where a person looks at it."""
+    console = Console(stderr=True)
+    return track(work, what, total, console=console, disable=not console.is_terminal, transient=True)
 
 
 def cache_folder() -> Path:
@@ -188,6 +228,19 @@ def _decode(file: BinaryIO) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _stamp(file: Path) -> Stamp:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError("not a regular file")
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_there(path: Path, entry: Entry) -> bool:
+    """Whether an image is a file still, or in a file that is what it was."""
+    holder = next((file for file in path.parents if file.is_file()), None)
+    return _stamp(holder) == entry[:2] if holder else path.exists()
 
 
 def _reason(error: Exception) -> str:

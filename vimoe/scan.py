@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from vimoe.data import LOOSE, Data, Sample
+from vimoe.data import Data, Sample, on_disk
 from vimoe.errors import DataError
-from vimoe.images import Tried, try_images
+from vimoe.images import Source, Tried, try_images
+from vimoe.sources import LOOSE
 
 logger = logging.getLogger(__name__)
 
@@ -55,32 +55,30 @@ class Scan:
         )
 
 
-def scan(data: Data, folder: str | Path) -> Scan:
+def scan(data: Data) -> Scan:
     """Opens every image that has a role, or asks the cache, and warns of duplicates.
 
     Args:
         data: the images; those in memory are not opened.
-        folder: the data folder.
 
     Raises:
         DataError: where images cannot be read and were not left out already (`DataConfig.skip_unreadable`).
     """
-    root = Path(folder)
-    tried = data.tried or _try(data, root)
+    tried = data.tried or _try(data)
     roles = {"validation": data.val, "test": data.test}
     shared = {role: _shared(samples, data.train, tried) for role, samples in roles.items()}
     for role, pairs in shared.items():
         if pairs:
             logger.warning(
                 "%d of %d %s images are in train too, such as %s: the model will have seen them; keep one of each",
-                len(pairs), len(roles[role]), role, _names(pairs[0], root),
+                len(pairs), len(roles[role]), role, _names(pairs[0], data),
             )  # fmt: skip
     contradicting = _contradicting(data.train, tried)
     if contradicting:
         logger.warning(
             "%d of %d train images contradict one another, with the same content in several classes, such as %s; "
             "keep them in the right one",
-            sum(map(len, contradicting)), len(data.train), _names(contradicting[0][:2], root),
+            sum(map(len, contradicting)), len(data.train), _names(contradicting[0][:2], data),
         )  # fmt: skip
     return Scan(
         train=len(data.train), validation=len(data.val), test=len(data.test), classes=len(data.classes),
@@ -90,34 +88,27 @@ def scan(data: Data, folder: str | Path) -> Scan:
     )  # fmt: skip
 
 
-def _try(data: Data, root: Path) -> Tried:
-    files = [source for source, _ in (*data.train, *data.val, *data.test) if isinstance(source, Path)]
-    if not files:
-        return Tried(root)
-    tried = try_images(files, root)
+def _try(data: Data) -> Tried:
+    tried = try_images([source for source, _ in on_disk((*data.train, *data.val, *data.test))], data.root)
     if tried.errors:
         raise DataError(f"{tried}; remove them, or leave them out with --data.skip_unreadable true")
     return tried
 
 
-def _shared(samples: Iterable[Sample], train: Iterable[Sample], tried: Tried) -> list[tuple[Path, Path]]:
+def _shared(samples: Iterable[Sample], train: Iterable[Sample], tried: Tried) -> list[tuple[Source, Source]]:
     """(image, the train image that it equals) of each image that does."""
-    known = {digest: file for file, _, digest in _on_disk(train, tried)}
-    return [(file, known[digest]) for file, _, digest in _on_disk(samples, tried) if digest in known]
+    known = {tried.digests[source]: source for source, _ in on_disk(train)}
+    return [(s, known[tried.digests[s]]) for s, _ in on_disk(samples) if tried.digests[s] in known]
 
 
-def _contradicting(train: Iterable[Sample], tried: Tried) -> list[list[Path]]:
+def _contradicting(train: Iterable[Sample], tried: Tried) -> list[list[Source]]:
     """Train images of the same content and several labels, by content; the first two of each differ in their label."""
-    alike: dict[str, dict[int, list[Path]]] = {}
-    for file, label, digest in _on_disk(train, tried):
-        alike.setdefault(digest, {}).setdefault(label, []).append(file)
+    alike: dict[str, dict[int, list[Source]]] = {}
+    for source, label in on_disk(train):
+        alike.setdefault(tried.digests[source], {}).setdefault(label, []).append(source)
     several = [list(labels.values()) for labels in alike.values() if len(labels) > 1]
-    return [[files[0] for files in groups] + [file for files in groups for file in files[1:]] for groups in several]
+    return [[images[0] for images in groups] + [i for images in groups for i in images[1:]] for groups in several]
 
 
-def _on_disk(samples: Iterable[Sample], tried: Tried) -> list[tuple[Path, int, str]]:
-    return [(source, label, tried.digests[source]) for source, label in samples if isinstance(source, Path)]
-
-
-def _names(pair: Iterable[Path], root: Path) -> str:
-    return " = ".join(str(file.relative_to(root)) for file in pair)
+def _names(pair: Iterable[Source], data: Data) -> str:
+    return " = ".join(data.names((source, 0) for source in pair))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch.nn.functional as F
+from PIL.Image import Image
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -17,6 +17,7 @@ from vimoe.config import Cache, TrainConfig
 from vimoe.crops import Finish
 from vimoe.data import Data, Sample
 from vimoe.evaluate import evaluate
+from vimoe.images import place
 from vimoe.loading import Crops, decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
 
 
@@ -92,12 +93,12 @@ def classification(
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else smoothing)
 
-    names = [str(source) if isinstance(source, Path) else f"image {i}" for i, (source, _) in enumerate(data.train)]
+    names = [f"image {i}" if isinstance(image, Image) else str(place(image)) for i, (image, _) in enumerate(data.train)]
     return Task(loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader))
 
 
 def fingerprint(data: Data) -> int:
-    """Of the training images and their labels, as far as names tell; the folder may have moved."""
-    names = ("/".join(source.parts[-2:]) if isinstance(source, Path) else "" for source, _ in data.train)
+    """Of the training images and their labels, as far as names tell; the data may have moved."""
+    names = ("" if isinstance(source, Image) else "/".join(place(source).parts[-2:]) for source, _ in data.train)
     names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
     return zlib.crc32("\n".join(names).encode())
