@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from vimoe.archives import archives, find_archives, is_archive
 from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside, nearest
 from vimoe.images import Source, Tried, find_images, name_within, try_images
@@ -131,12 +132,15 @@ def list_data(config: DataConfig) -> Listing:
     """
     path, root = config.path, Path(config.path)
     if not path:
-        raise DataError("data.path is empty: expected a folder of class folders, or 'digits'")
+        raise DataError("data.path is empty: expected a folder of class folders, a .tar file, or 'digits'")
     if root.is_dir():
-        return folder(root)
+        inside = find_archives(root)
+        return archives(root, inside) if inside else folder(root)
     if not root.is_file():
         raise DataError(f"data.path={path!r}: no such folder or file; {beside(root)}")
-    raise DataError(f"data.path={path!r} is a file: expected a folder; unpack it")
+    if is_archive(root):
+        return archives(root, [root])
+    raise DataError(f"data.path={path!r} is a file: expected a folder or a .tar file; unpack it")
 
 
 def absolute(path: str) -> str:
