@@ -142,12 +142,15 @@ class DataConfig:
     """Where the images are and which roles they have.
 
     Args:
-        path: a folder of class folders, or one that holds a folder of class folders for each role;
-            "digits" is scikit-learn's handwritten digits ("./digits" is a folder).
-        train_split: name of the folder to train on.
-        val_split: name of the folder that decides; where it is missing or "none", validation is split off train.
-        test_split: name of the folder that only `evaluate` and the receipt of `prune` read.
-        val_fraction: share of each class that is split off train where there is no validation folder.
+        path: a folder of class folders, or one that holds a folder of class folders for each role; a CSV file of
+            paths and labels; a tar file or a folder of them, also of WebDataset; "hfds/NAME" or "hfds/FOLDER" of
+            Hugging Face; "torch/mnist:FOLDER"; "digits" is scikit-learn's handwritten digits ("./digits" is a folder).
+        train_split: name of the folder or split to train on.
+        val_split: name of the one that decides; where it is missing or "none", validation is split off train.
+        test_split: name of the one that only `evaluate` and the receipt of `prune` read.
+        image_column, label_column: of a CSV file ("path" and "label") or a Hugging Face table (the only ones of images
+            and of class labels).
+        val_fraction: share of each class that is split off train where there is no validation.
         images_per_class: train on at most this many images of each class (drawn by `seed`).
         seed: draws the split and the subset.
         skip_unreadable: leave out images that cannot be read, instead of stopping before training.
@@ -162,6 +165,8 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
     val_fraction: float = 0.1
     images_per_class: int | None = None
     seed: int = 0

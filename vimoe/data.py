@@ -18,6 +18,7 @@ from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside, nearest
 from vimoe.images import Source, Tried, find_images, name_within, try_images
 from vimoe.sources import SYNONYMS, ClassImages, Listing, folder
+from vimoe.tables import INSTEAD, MNISTS, csv_file, hugging_face, torchvision_files
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,13 @@ def list_data(config: DataConfig) -> Listing:
     """
     path, root = config.path, Path(config.path)
     if not path:
-        raise DataError("data.path is empty: expected a folder of class folders, a .tar file, or 'digits'")
+        raise DataError("data.path is empty: expected a folder of class folders, a .csv or .tar file, or 'digits'")
+    if path.startswith("hfds/"):
+        return hugging_face(path.removeprefix("hfds/"), config.image_column, config.label_column)
+    if path.startswith("torch/") and path.removeprefix("torch/").partition(":")[0] in MNISTS:
+        return torchvision_files(path.removeprefix("torch/"))
+    if refused := next((why for prefix, why in INSTEAD.items() if path.startswith(prefix)), None):
+        raise DataError(f"data.path={path!r} cannot be read: {refused}")
     if root.is_dir():
         inside = find_archives(root)
         return archives(root, inside) if inside else folder(root)
@@ -140,7 +147,10 @@ def list_data(config: DataConfig) -> Listing:
         raise DataError(f"data.path={path!r}: no such folder or file; {beside(root)}")
     if is_archive(root):
         return archives(root, [root])
-    raise DataError(f"data.path={path!r} is a file: expected a folder or a .tar file; unpack it")
+    if root.suffix.lower() == ".csv":
+        splits = {config.train_split, config.val_split, config.test_split} - {"none"}
+        return csv_file(root, config.image_column or "path", config.label_column or "label", splits)
+    raise DataError(f"data.path={path!r} is a file: expected a folder, a .csv or a .tar file; unpack it, or list it")
 
 
 def absolute(path: str) -> str:
