@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -484,8 +485,13 @@ def test_a_split_without_labels_is_told_where_it_is_used(tmp_path: Path) -> None
 
 
 def test_without_the_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install vimoe\[datasets\]"):
+    import datasets
+
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")  # which runs scripts that come with data
+    with pytest.raises(DataError, match=r"expected version 4 or newer; pip install vimoe\[datasets\]"):
+        load_data(config("hfds/beans"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"hfds/beans needs the package datasets: .* pip install vimoe\[datasets\]"):
         load_data(config("hfds/beans"))
 
 
