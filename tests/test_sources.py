@@ -20,17 +20,19 @@ from test_cli import QUICK, TINY, call, refused
 from test_mistakes import PICKLE
 from tiny import vit
 
+import vimoe.decoded
 from vimoe import images
 from vimoe.archives import find_archives
 from vimoe.cli import main
 from vimoe.config import DataConfig
 from vimoe.data import Data, absolute, load_data, load_folder
+from vimoe.decoded import Shrink, decode
 from vimoe.errors import DataError
 from vimoe.images import open_image
 from vimoe.loading import eval_loader, preprocessing
-from vimoe.progress import fingerprint
 from vimoe.scan import scan
 from vimoe.sources import in_order, split_in
+from vimoe.task import fingerprint
 
 CLASSES = ("blue", "green", "red")
 
@@ -104,6 +106,22 @@ def test_a_kind_with_roles_is_what_the_folder_is(tmp_path: Path, kind: str, sett
     )
     assert data.classes == expected.classes and contents(data) == contents(expected) and not data.split_off
     assert scan(data).to_dict() == {**scan(expected).to_dict(), "junk": data.junk}
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "arrow"])
+def test_decoded_images_of_a_kind_are_found_again_until_its_file_changes(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(vimoe.decoded, "open_image", lambda source: opened.append(source) or open_image(source))
+    photos = folder(tmp_path / "photos", 4)
+    for seed in (0, 1):
+        opened: list[object] = []
+        data = load_data(config(KINDS[kind](folder(photos, 4, seed=seed), tmp_path / f"packed{seed}")))
+        for _ in range(2):
+            decoded = decode(data.train, Shrink(100), "disk")
+            assert [s.tobytes() for s, _ in decoded] == [open_image(s).tobytes() for s, _ in data.train]
+        assert len(opened) == len(data.train)
 
 
 @pytest.mark.parametrize("kind", KINDS)

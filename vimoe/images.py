@@ -106,19 +106,26 @@ def open_image(source: Source | Image.Image) -> Image.Image:
         ) from error
 
 
-def identity(source: Path | Image.Image) -> bytes:
+def identity(source: Source | Image.Image) -> bytes:
     """What tells an image from others, and a file from what it was before it was changed.
 
     Raises:
-        DataError: where the file is gone.
+        DataError: where it is gone.
     """
     if isinstance(source, Image.Image):
-        return hashlib.blake2b(source.tobytes(), digest_size=16).digest() + repr(source.size).encode()
+        return _digest(source.tobytes()) + repr(source.size).encode()
+    file = source if isinstance(source, Path) else source.file
     try:
-        status = source.stat()
+        if file is None:
+            return _digest(source.read())  # type: ignore[union-attr]  # a Path is a file
+        status = file.stat()
     except OSError as error:
-        raise DataError(f"{source} cannot be read ({error.strerror}): expected an image") from error
-    return f"{source.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
+        raise DataError(f"{place(source)} cannot be read ({error.strerror}): expected an image") from error
+    return f"{place(source).absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
