@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -11,6 +12,10 @@ from vimoe.errors import ConfigError, nearest
 RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
 Cache = Literal["none", "memory", "disk"]
+Task = Literal["classification", "segmentation"]
+Inference = Literal["slide", "whole"]
+ClassWeights = Literal["none", "median_frequency"]
+DECODERS = ("linear", "linear4", "upernet")
 LAYER_WORDS = ("all", "none", "last:N", "every:N")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 PRUNE_TOLERANCE = 0.01  # nats of validation loss
@@ -63,7 +68,7 @@ class MoEConfig:
         _check_count("num_experts", self.num_experts, 0)
         _check_count("num_shared_experts", self.num_shared_experts, 0)
         _check_count("top_k", self.top_k, 1)
-        _check_at_least("router_noise", self.router_noise, 0)
+        _check_range("router_noise", self.router_noise, 0)
         _check_range("bias_update_rate", self.bias_update_rate, 0.0, 1.0)
         _check_range("expert_dropout", self.expert_dropout, 0.0, 0.99)
         if self.num_experts == 0 and self.num_shared_experts < 2:
@@ -116,6 +121,8 @@ class ModelConfig:
         img_size: side of the square input image in pixels; by default the model's own.
         num_classes: size of the classifier; `train` takes it from the data.
         drop_path_rate: stochastic depth while training.
+        decoder: of segmentation: "linear" on the last layer (the default) or "linear4" on the last four, as in DINOv2,
+            or "upernet".
         args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}.
     """
 
@@ -124,6 +131,7 @@ class ModelConfig:
     img_size: int | None = None
     num_classes: int | None = None
     drop_path_rate: float = 0.0
+    decoder: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -132,6 +140,8 @@ class ModelConfig:
         if self.num_classes is not None:
             _check_count("num_classes", self.num_classes, 1)
         _check_range("drop_path_rate", self.drop_path_rate, 0.0, 0.99)
+        if self.decoder is not None:
+            _check_choice("decoder", self.decoder, DECODERS)
         for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
             if name in self.args:
                 raise ConfigError(f"model.args has {name!r}: expected it as model.{name}")
@@ -159,9 +169,12 @@ class DataConfig:
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
         interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
         mean, std: normalisation of each channel, values in 0..1; by default the model's own.
+        inference: of segmentation: "slide" a window of the training crop over an image, or the "whole" image at once.
+        flip_test: of segmentation: take the mean with the scores of the mirrored image.
     """
 
     path: str = ""
+    task: Task = "classification"
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"
@@ -177,10 +190,14 @@ class DataConfig:
     interpolation: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    inference: Inference = "slide"
+    flip_test: bool = False
 
     def __post_init__(self) -> None:
         _check_range("val_fraction", self.val_fraction, 0.001, 0.9)
         _check_choice("cache", self.cache, get_args(Cache))
+        _check_choice("task", self.task, get_args(Task))
+        _check_choice("inference", self.inference, get_args(Inference))
         if self.crop_pct is not None:
             _check_range("crop_pct", self.crop_pct, 0.1, 1.0)
         if self.std is not None and not all(value > 0 for value in self.std):
@@ -218,12 +235,17 @@ class TrainConfig:
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
         train_only: "all", or "moe" for the MoE layers and the classifier alone.
         balance_loss, z_loss, importance_loss: weights of the auxiliary losses of the routers.
-        label_smoothing: mass given to the other classes.
+        label_smoothing: mass given to the other classes; by default 0.1 in classification and 0 in segmentation.
         mixup, cutmix: alpha of each, 0 is off.
         auto_augment: timm's policy string, such as "rand-m9-mstd0.5-inc1"; none is off.
         random_erasing: probability.
         min_crop: smallest share of the area that a random crop keeps; 1 is no random crop.
         hflip: probability of a horizontal flip.
+        color_jitter: up to which share brightness, contrast and saturation change; by default 0 in classification and
+            0.5 in segmentation, which changes brightness by a quarter of it and hue by a tenth.
+        min_scale, max_scale: of segmentation: factors between which an image is scaled before it is cropped.
+        dice_loss: of segmentation: weight of the soft Dice loss beside the cross-entropy.
+        class_weights: of segmentation: weigh classes by the "median_frequency" of all over their own.
         ema_decay: decay of the weights' moving average, which is then what is evaluated and saved; 0 is off.
         clip_grad: largest gradient norm; 0 is off.
         early_stopping: epochs without a better validation score after which the training ends; none is off.
@@ -249,13 +271,18 @@ class TrainConfig:
     balance_loss: float = 0.01
     z_loss: float = 0.0
     importance_loss: float = 0.0
-    label_smoothing: float = 0.1
+    label_smoothing: float | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     auto_augment: str | None = None
     random_erasing: float = 0.0
     min_crop: float = 0.35
     hflip: float = 0.5
+    color_jitter: float | None = None
+    min_scale: float = 0.5
+    max_scale: float = 2.0
+    dice_loss: float = 0.0
+    class_weights: ClassWeights = "none"
     ema_decay: float = 0.0
     clip_grad: float = 1.0
     early_stopping: int | None = None
@@ -265,28 +292,38 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation"):
-            _check_count(name, getattr(self, name), 1)
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "router_lr_scale", "router_weight_decay"):
-            _check_at_least(name, getattr(self, name), 0)
-        for name in ("balance_loss", "z_loss", "importance_loss", "mixup", "cutmix", "clip_grad", "checkpoint_minutes"):
-            _check_at_least(name, getattr(self, name), 0)
-        _check_at_least("router_warmup_epochs", self.router_warmup_epochs, 0)
-        if self.expert_weight_decay is not None:
-            _check_at_least("expert_weight_decay", self.expert_weight_decay, 0)
-        if self.early_stopping is not None:
-            _check_count("early_stopping", self.early_stopping, 1)
-        for name in ("random_erasing", "hflip"):
-            _check_range(name, getattr(self, name), 0.0, 1.0)
-        for name in ("layer_decay", "min_crop"):
-            _check_range(name, getattr(self, name), 0.01, 1.0)
-        for name in ("label_smoothing", "ema_decay"):
-            _check_range(name, getattr(self, name), 0.0, 0.99999)
-        _check_count("seed", self.seed, 0)
-        _check_choice("train_only", self.train_only, ("all", "moe"))
-        _check_choice("precision", self.precision, ("no", "bf16", "fp16"))
+        for name, least in _TRAIN_COUNTS.items():
+            if (value := getattr(self, name)) is not None or name not in _MAY_BE_NONE:
+                _check_count(name, value, least)
+        for name, (low, high) in _TRAIN_RANGES.items():
+            if (value := getattr(self, name)) is not None or name not in _MAY_BE_NONE:
+                _check_range(name, value, low, high)
+        for name, choices in _TRAIN_CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        if self.max_scale < self.min_scale:
+            raise ConfigError(
+                f"max_scale={self.max_scale}: expected at least min_scale={self.min_scale}; exchange them"
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
+
+
+_TRAIN_COUNTS = {"epochs": 1, "batch_size": 1, "accumulation": 1, "early_stopping": 1, "seed": 0}
+_TRAIN_RANGES = {
+    **dict.fromkeys(("lr", "min_lr", "warmup_epochs", "router_warmup_epochs", "weight_decay", "router_lr_scale",
+                     "router_weight_decay", "expert_weight_decay", "balance_loss", "z_loss", "importance_loss",
+                     "dice_loss", "mixup", "cutmix", "clip_grad", "checkpoint_minutes"), (0, math.inf)),
+    **dict.fromkeys(("random_erasing", "hflip", "color_jitter"), (0, 1)),
+    **dict.fromkeys(("layer_decay", "min_crop"), (0.01, 1)),
+    **dict.fromkeys(("label_smoothing", "ema_decay"), (0, 0.99999)),
+    **dict.fromkeys(("min_scale", "max_scale"), (0.01, 100)),
+}  # fmt: skip
+_TRAIN_CHOICES: dict[str, tuple[str, ...]] = {
+    "train_only": ("all", "moe"),
+    "precision": ("no", "bf16", "fp16"),
+    "class_weights": get_args(ClassWeights),
+}
+_MAY_BE_NONE = {"early_stopping", "expert_weight_decay", "color_jitter", "label_smoothing"}
 
 
 def check_layers(layers: object) -> None:
@@ -315,11 +352,7 @@ def _check_count(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name}={value!r}: expected a whole number of at least {least}")
 
 
-def _check_at_least(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise ConfigError(f"{name}={value!r}: expected at least {least}")
-
-
-def _check_range(name: str, value: object, low: float, high: float) -> None:
+def _check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r}: expected {low:g} to {high:g}")
+        expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        raise ConfigError(f"{name}={value!r}: expected {expected}")

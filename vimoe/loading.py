@@ -143,8 +143,8 @@ def train_loader(
 ) -> DataLoader:
     """Shuffled batches with timm's augmentation, the same for an epoch of a seed; an incomplete last one is dropped.
 
-    Of decoded images a GPU gets `Crops`, which `vimoe.crops.Finish` makes images of. A policy of augmentation needs
-    images of Pillow, and so does a CPU, which would gain nothing.
+    Of decoded images a GPU gets `Crops`, which `vimoe.crops.Finish` makes images of. A policy of augmentation and
+    jitter of colours need images of Pillow, and so does a CPU, which would gain nothing.
     """
     whole = config.min_crop == 1
     try:
@@ -154,7 +154,7 @@ def train_loader(
             scale=(config.min_crop, 1.0),
             ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3),
             hflip=config.hflip,
-            color_jitter=0.0,
+            color_jitter=config.color_jitter or 0.0,
             auto_augment=config.auto_augment,
             re_prob=config.random_erasing,
             re_mode="pixel",
@@ -165,8 +165,8 @@ def train_loader(
         ) from error
     order = Shuffled(len(samples), config.seed)
     batches: dict[str, Any] = {"batch_size": config.batch_size, "sampler": order, "drop_last": True}
-    batchwise = not config.auto_augment and prepared["interpolation"] in KERNELS and _gpu()
-    if isinstance(samples, Decoded) and batchwise:
+    batchwise = not (config.auto_augment or config.color_jitter) and prepared["interpolation"] in KERNELS
+    if isinstance(samples, Decoded) and batchwise and _gpu():
         return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **_processes(workers))
     return DataLoader(Augmented(samples, transform), **batches, **_processes(workers))
 

@@ -18,14 +18,41 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": Dat
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 
+# settings that only one task reads; another task refuses them, rather than to pass them over
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "classification": (
+        "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
+        "data.images_per_class", "data.cache", "data.crop_pct", "data.interpolation",
+    ),
+    "segmentation": (
+        "model.decoder", "data.inference", "data.flip_test", "train.min_scale", "train.max_scale", "train.dice_loss",
+        "train.class_weights",
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run was told, by section."""
+    """Everything that a run was told, by section.
+
+    Raises:
+        ConfigError: for a setting that the task does not read.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for task, names in ONLY_FOR.items():
+            for section, name in (full.split(".") for full in names if task != self.data.task):
+                value, default = (getattr(each, name) for each in (getattr(self, section), SECTIONS[section]()))
+                if value != default:
+                    raise ConfigError(
+                        f"{section}.{name}={value!r} with data.task={self.data.task!r}: expected it for {task} alone; "
+                        f"leave it out"
+                    )
 
 
 class Parser(ArgumentParser):

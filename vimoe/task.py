@@ -81,7 +81,8 @@ def classification(
     loader = train_loader(train, prepared, config, workers)
     val_loader = eval_loader(val, val_prepared, 2 * config.batch_size, workers)
     finish = Finish(prepared, config) if isinstance(loader.dataset, Crops) else None
-    smoothing, classes = config.label_smoothing, len(data.classes)
+    smoothing = 0.1 if config.label_smoothing is None else config.label_smoothing
+    classes = len(data.classes)
     mixed = config.mixup or config.cutmix
     mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes) if mixed else None
 
