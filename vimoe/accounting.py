@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vimoe import ffn
 from vimoe.moe import MoE
+from vimoe.surgery import vit
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
 
 
 def model_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a timm model was made for."""
+    """(channels, height, width) of the images that a timm model, or the one inside of the model, was made for."""
+    model = vit(model)
     channels, height, width = get_model_input_config(model)["input_size"]
     if not hasattr(model, "_traits"):  # not built by timm.create_model, which notes the size
         height, width = getattr(model.patch_embed, "img_size", None) or (height, width)

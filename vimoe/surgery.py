@@ -28,6 +28,12 @@ class Site:
         return f"{self.name} (block {self.block})"
 
 
+def vit(model: nn.Module) -> nn.Module:
+    """The ViT that a model is or has inside: the outermost module that says how it makes tokens, else the model."""
+    says = ("num_prefix_tokens", "patch_embed")
+    return next((m for m in model.modules() if all(hasattr(m, name) for name in says)), model)
+
+
 def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[nn.Module], ...] = ()) -> list[Site]:
     """The outermost matching modules that lie inside numbered blocks ("blocks.3.mlp").
 

@@ -71,7 +71,8 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
     experts agree, so the task loss gives the routers no gradient until a step has separated them.
 
     Args:
-        model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), on any device.
+        model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), or a module with one inside such as
+            `vimoe.segmentation.segmenter.Segmenter`, on any device.
         config: which blocks, and what kind of layer.
 
     Returns:
@@ -155,6 +156,7 @@ def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Mo
 
 
 def _token_layout(model: nn.Module) -> TokenLayout:
+    model = surgery.vit(model)
     if isinstance(model, NaFlexVit):
         raise SurgeryError(
             "NaFlexVit pads its tokens and hides which: expected a ViT of fixed size; use its vit_* twin"
@@ -185,7 +187,7 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
     except (RuntimeError, ValueError, AssertionError) as error:
         size = tuple(images.shape[1:])
         raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
-    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    patches = getattr(getattr(surgery.vit(model), "patch_embed", None), "num_patches", None)
     for site in chosen:
         shape = shapes.get(site.name)
         if shape is None or len(shape) != 3 or shape[0] != 2:
