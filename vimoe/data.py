@@ -185,18 +185,31 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _split(listing: Listing, role: str, name: str) -> str | None:
-    """Which of the splits has a role, by the name that is configured for it."""
+def split_of(role: str, name: str, splits: Iterable[str], where: str) -> str | None:
+    """Which of the splits has a role ("train", "val", "test"), by the configured name or a synonym; None where none.
+
+    Args:
+        role: which.
+        name: as configured; "none" where it is to have none.
+        splits: those that there are.
+        where: what an error calls these: "folder in photos".
+
+    Raises:
+        DataError: where `name` is not the role's own and there is no such split.
+    """
+    splits = list(splits)
     if name == "none":
         return None
     for candidate in (name, *(SYNONYMS[role] if name == role else ())):
-        if candidate in listing.splits:
+        if candidate in splits:
             return candidate
     if name != role:
-        raise DataError(
-            f"data.{role}_split={name!r}: no such {listing.word} in {listing.name}; {nearest(name, listing.splits)}"
-        )
+        raise DataError(f"data.{role}_split={name!r}: no such {where}; {nearest(name, splits)}")
     return None
+
+
+def _split(listing: Listing, role: str, name: str) -> str | None:
+    return split_of(role, name, listing.splits, f"{listing.word} in {listing.name}")
 
 
 def _leave_out_unreadable(found: dict[str, ClassImages], root: Path) -> tuple[dict[str, ClassImages], Tried]:

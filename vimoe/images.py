@@ -17,7 +17,7 @@ from typing import BinaryIO, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
@@ -104,6 +104,21 @@ def open_image(source: Source | Image.Image) -> Image.Image:
         raise DataError(
             f"{place(source)} cannot be read as an image ({_reason(error)}): expected a whole one"
         ) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the image that `open_image` would give, from the file's header alone.
+
+    Raises:
+        DataError: as `open_image`.
+    """
+    try:
+        with Image.open(path) as opened:
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            width, height = reversed(opened.size) if turned else opened.size
+    except Exception as error:  # as in open_image
+        raise DataError(f"{path} cannot be read as an image ({_reason(error)}): expected a whole one") from error
+    return height, width
 
 
 def identity(source: Source | Image.Image) -> bytes:

@@ -167,8 +167,8 @@ def train_loader(
     batches: dict[str, Any] = {"batch_size": config.batch_size, "sampler": order, "drop_last": True}
     batchwise = not (config.auto_augment or config.color_jitter) and prepared["interpolation"] in KERNELS
     if isinstance(samples, Decoded) and batchwise and _gpu():
-        return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **_processes(workers))
-    return DataLoader(Augmented(samples, transform), **batches, **_processes(workers))
+        return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **processes(workers))
+    return DataLoader(Augmented(samples, transform), **batches, **processes(workers))
 
 
 def eval_loader(
@@ -176,10 +176,11 @@ def eval_loader(
 ) -> DataLoader:
     """Batches in order, resized and centre-cropped."""
     transform = create_transform(**prepared, is_training=False)
-    return DataLoader(Images(samples, transform), batch_size, **_processes(workers))
+    return DataLoader(Images(samples, transform), batch_size, **processes(workers))
 
 
-def _processes(workers: int | None) -> dict[str, Any]:
+def processes(workers: int | None) -> dict[str, Any]:
+    """Arguments of a DataLoader: this many processes, by default one a core beside a GPU and none beside a CPU."""
     if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
         workers = min(os.cpu_count() or 1, 8) if _gpu() else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}
