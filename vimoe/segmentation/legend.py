@@ -1,0 +1,250 @@
+"""What the values of a mask mean: `classes.yaml`, and mask files read as class numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from vimoe.errors import DataError, first_line, nearest
+
+IGNORE = 255  # what void pixels are in every mask that leaves this file; so there can be 255 classes
+LEGEND = "classes.yaml"
+KEYS = ("names", "ignore", "palette", "reduce_zero")
+Colour = tuple[int, int, int]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Legend:
+    """The classes of a data set, and how its mask files write them.
+
+    Args:
+        names: of the classes.
+        ids: the value of each class in mask files of one channel.
+        ignored: values of void pixels.
+        palette: (red, green, blue) of each class, and after these of as many of `ignored` as have a colour. Masks
+            in colour are read by it.
+
+    Raises:
+        DataError: where these contradict one another.
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    ignored: tuple[int, ...] = (IGNORE,)
+    palette: tuple[Colour, ...] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if not 2 <= count <= IGNORE:
+            raise DataError(f"{count} classes: expected 2 to {IGNORE}; give their names in {LEGEND}")
+        if twice := _twice(self.names) or _twice(self.ids) or _twice(self.palette or ()):
+            raise DataError(f"{twice[0]!r} stands twice among names, ids or palette: expected each once; rename it")
+        if both := set(self.ids) & set(self.ignored):
+            value = min(both)
+            raise DataError(
+                f"ignore has {value}, which is class {self.names[self.ids.index(value)]!r}: expected values that no "
+                f"name has; take the name out"
+            )
+        if outside := [v for v in (*self.ids, *self.ignored) if not 0 <= v < 2**16]:
+            raise DataError(f"{outside[0]} as a value of a mask: expected 0 to 65535; correct {LEGEND}")
+        colours = len(self.palette or self.names)
+        if not count <= colours <= count + len(self.ignored):
+            raise DataError(
+                f"palette has {colours} colours: expected one for each of the {count} names, and then for the "
+                f"ignored values; complete it"
+            )
+
+    def read(self, path: Path) -> Array:
+        """A mask file as (height, width) uint8: numbers of classes in `names`, and IGNORE.
+
+        Raises:
+            DataError: naming the file, where it cannot be read or has a value or colour that is neither a class nor
+                ignored.
+        """
+        try:
+            raw = read_values(path)
+            return self._of_colours(raw) if raw.ndim == 3 else self._of_values(raw)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+    def _of_values(self, raw: Array) -> Array:
+        numbers = self._numbers[raw]
+        if (numbers < 0).any():
+            value = int(raw[numbers < 0][0])
+            raise DataError(
+                f"a pixel has the value {value}: expected {_ranges(self.ids)}, or {_ranges(self.ignored)} for void; "
+                f"name it in {LEGEND}, or put it under ignore"
+            )
+        return numbers.astype("uint8")
+
+    def _of_colours(self, raw: Array) -> Array:
+        if self.palette is None:
+            raise DataError(
+                f"the mask is in colour and nothing says which colour is which class: expected one channel of class "
+                f"numbers; give a palette in {LEGEND}"
+            )
+        codes, numbers = self._colours
+        code = raw.astype("int64") @ (65536, 256, 1)
+        place = np.searchsorted(codes, code).clip(max=len(codes) - 1)
+        if (unknown := codes[place] != code).any():
+            y, x = np.argwhere(unknown)[0]
+            raise DataError(
+                f"the pixel at row {y}, column {x} has the colour {raw[y, x].tolist()}: expected one of the palette's "
+                f"{len(codes)}; add it to {LEGEND}, for void after those of the classes"
+            )
+        return numbers[place]
+
+    @cached_property
+    def _numbers(self) -> Array:
+        """Class number by value; -1 where a value means nothing."""
+        table = np.full(2**16, -1, "int16")
+        table[list(self.ids)] = range(len(self.ids))
+        table[list(self.ignored)] = IGNORE
+        return table
+
+    @cached_property
+    def _colours(self) -> tuple[Array, Array]:
+        """(codes of the colours in rising order, the class number of each)."""
+        assert self.palette is not None
+        codes = np.array(self.palette) @ (65536, 256, 1)
+        numbers = np.array([*range(len(self.names)), *[IGNORE] * (len(codes) - len(self.names))], "uint8")
+        order = codes.argsort()
+        return codes[order], numbers[order]
+
+
+def read_values(path: Path) -> Array:
+    """What a mask file holds: (height, width) values of one channel of 1, 8 or 16 bits or of a palette PNG, or
+    (height, width, 3) colours.
+
+    Raises:
+        DataError: for a file that is no image, or one of another kind.
+    """
+    try:
+        with Image.open(path) as opened:
+            mode, raw = opened.mode, np.asarray(opened)
+    except Exception as error:  # what decoders raise on damaged files has no common class
+        raise DataError(f"cannot be read as a mask ({first_line(error)}): expected a whole PNG") from error
+    if mode in ("1", "L", "P") or mode.startswith("I;16"):
+        return raw.astype("uint16")
+    if mode in ("RGB", "RGBA"):
+        return raw[..., :3]
+    raise DataError(f"a mask of mode {mode}: expected one channel of 8 or 16 bits, or RGB; convert it")
+
+
+def read_legend(path: Path) -> Legend:
+    """The legend in a YAML file.
+
+    `names` is a list (values 0, 1, ...) or a mapping from value to name; `ignore` one value or several (255 without
+    it); `palette` a list of [red, green, blue] for the names in the order of their values, and then for the ignored
+    values; with `reduce_zero: true` 0 is void and the first name has the value 1, as in ADE20K.
+
+    Raises:
+        DataError: for what it does not understand, naming the file.
+    """
+    try:
+        given = yaml.safe_load(path.read_text())
+        if not isinstance(given, dict) or "names" not in given:
+            raise DataError("no names in it: expected 'names: [sky, road, ...]'")
+        if unknown := [key for key in given if key not in KEYS]:
+            raise DataError(f"unknown entry {unknown[0]!r}; {nearest(unknown[0], KEYS)}")
+        return _legend(given)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; correct it") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def legend_of_masks(masks: Sequence[Path]) -> Legend:
+    """Classes 0 to the largest value in the masks, named by their numbers; 255 is void.
+
+    Raises:
+        DataError: where a mask cannot be read or is in colour, or there is only one class.
+    """
+
+    def values(path: Path) -> set[int]:
+        try:
+            raw = read_values(path)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        if raw.ndim == 3:
+            raise DataError(
+                f"{path} is in colour and nothing says which colour is which class: expected one channel of class "
+                f"numbers, or names and a palette in {LEGEND} beside the images"
+            )
+        return set(np.flatnonzero(np.bincount(raw.ravel())).tolist())
+
+    with ThreadPool(os.cpu_count()) as pool:
+        found = set().union(*pool.imap_unordered(values, masks, chunksize=16)) - {IGNORE}
+    largest = max(found, default=-1)
+    if not 1 <= largest < IGNORE:
+        raise DataError(
+            f"the train masks have values up to {largest}, and no {LEGEND} says what they mean: expected classes 0 to "
+            f"254 and at least two; write names and ignore there"
+        )
+    ids = tuple(range(largest + 1))
+    return Legend(tuple(map(str, ids)), ids, palette=png_palette(masks[0], ids))
+
+
+def png_palette(path: Path, ids: Iterable[int]) -> tuple[Colour, ...] | None:
+    """The colours that a palette PNG shows these values in; nothing where it has none, or the same for several."""
+    with Image.open(path) as opened:
+        flat = opened.getpalette() if opened.mode == "P" else None
+    if flat is None:
+        return None
+    colours = tuple((r, g, b) for r, g, b in (flat[3 * i : 3 * i + 3] or (0, 0, 0) for i in ids))
+    return None if _twice(colours) else colours
+
+
+def _legend(given: Mapping[str, Any]) -> Legend:
+    names, reduce = given["names"], given.get("reduce_zero", False)
+    if not isinstance(reduce, bool):
+        raise DataError(f"reduce_zero is {reduce!r}: expected true or false")
+    if isinstance(names, list):
+        names = dict(enumerate(names, start=int(reduce)))
+    elif not isinstance(names, dict):
+        raise DataError(f"names is {str(names)[:40]!r}: expected a list, or a mapping from value to name")
+    elif reduce:
+        raise DataError("reduce_zero with names by value: expected names as a list; or leave reduce_zero out")
+    if wrong := [key for key in names if type(key) is not int]:
+        raise DataError(f"names has the value {wrong[0]!r}: expected a whole number")
+    if wrong := [name for name in names.values() if type(name) not in (str, int) or name == ""]:
+        raise DataError(f"{wrong[0]!r} as a name: expected text; put it in quotes")
+    ignored = given.get("ignore", IGNORE)
+    ignored = ignored if isinstance(ignored, list) else [ignored]
+    if wrong := [value for value in ignored if type(value) is not int]:
+        raise DataError(f"ignore has {wrong[0]!r}: expected whole numbers, the values of void pixels")
+    ids = tuple(sorted(names))
+    void = (0, *ignored) if reduce else tuple(ignored)
+    return Legend(tuple(str(names[i]) for i in ids), ids, tuple(dict.fromkeys(void)), _palette(given.get("palette")))
+
+
+def _palette(given: Any) -> tuple[Colour, ...] | None:
+    if given is None:
+        return None
+    for colour in given if isinstance(given, list) else [given]:
+        whole = isinstance(colour, list) and len(colour) == 3 and all(type(v) is int for v in colour)
+        if not whole or not all(0 <= v <= 255 for v in colour):
+            raise DataError(f"palette has {str(colour)[:40]}: expected [red, green, blue], whole numbers of 0 to 255")
+    return tuple((r, g, b) for r, g, b in given)
+
+
+def _twice(items: Sequence[Any]) -> list[Any]:
+    return [item for place, item in enumerate(items) if item in items[:place]]
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """A few whole numbers for the reader: "0 to 10", or the numbers themselves."""
+    ordered = sorted(values)
+    if len(ordered) > 2 and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered[:12])) + (", ..." if len(ordered) > 12 else "")

@@ -1,0 +1,162 @@
+"""Images with a mask each, in three roles: train, validation (which decides) and test (which is only reported)."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vimoe.config import DataConfig
+from vimoe.errors import DataError, beside
+from vimoe.segmentation.layouts import ROLES, find_scenes
+from vimoe.segmentation.legend import Colour, Legend, legend_of_masks
+
+Scene = tuple[Path, Path]  # an image, and its mask
+MOST_OF_TRAIN = 0.25  # a split by sequence that would take more than this share from train is none
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The scenes of each role.
+
+    Args:
+        legend: the classes, and how mask files write them.
+        train, val, test: (image, mask) of each scene.
+        split_off: whether validation was taken from train.
+        images_alone, masks_alone: files without their counterpart, which the scan refuses.
+    """
+
+    legend: Legend
+    train: tuple[Scene, ...]
+    val: tuple[Scene, ...]
+    test: tuple[Scene, ...]
+    split_off: bool = False
+    images_alone: tuple[Path, ...] = field(default=(), repr=False)
+    masks_alone: tuple[Path, ...] = field(default=(), repr=False)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names; masks hold places in this."""
+        return self.legend.names
+
+    @property
+    def palette(self) -> tuple[Colour, ...] | None:
+        """(red, green, blue) of each class, where the data says."""
+        return self.legend.palette and self.legend.palette[: len(self.classes)]
+
+    def __str__(self) -> str:
+        roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
+        return f"{roles} scenes of {len(self.classes)} classes"
+
+
+def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Iterable[str] = ()) -> Scenes:
+    """Finds images and masks, and gives each pair a role.
+
+    What the masks' values mean is said by `classes.yaml` beside the images (`vimoe.segmentation.legend.read_legend`);
+    without it they are classes 0 to the largest in train's masks, and 255 is void. Where there is no validation,
+    `config.val_fraction` is split off train: whole sequences where names tell them (`sequence`), else single images.
+
+    Args:
+        config: where they are.
+        classes: the names that a trained model has; the data must have the same.
+        validation: images (relative to `config.path`) that a run split off train, so that it finds the same again.
+
+    Raises:
+        DataError: where folders are missing or hold no pair, or the classes are others.
+    """
+    root = Path(config.path)
+    if not config.path or not root.is_dir():
+        raise DataError(f"data.path={config.path!r}: no such folder, expected one with images/ and annotations/; "
+                        f"{beside(root)}")  # fmt: skip
+    found = find_scenes(config)
+    names: dict[str, list[str]] = {}
+    pairs: dict[str, list[Scene]] = {}
+    images_alone: list[Path] = []
+    masks_alone: list[Path] = []
+    for role in ROLES:
+        images, masks = found.images.get(role, {}), found.masks.get(role, {})
+        names[role] = sorted(images.keys() & masks.keys())
+        pairs[role] = [(images[name], masks[name]) for name in names[role]]
+        images_alone += [images[name] for name in sorted(images.keys() - masks.keys())]
+        masks_alone += [masks[name] for name in sorted(masks.keys() - images.keys())]
+    if not pairs["train"]:
+        raise DataError(
+            f"{root}: {len(images_alone)} images and {len(masks_alone)} masks, and no pair of them in train: expected "
+            f"masks with the images' names that end in .png; rename them"
+        )
+    legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
+    if classes and tuple(classes) != legend.names:
+        raise DataError(
+            f"{root} has the classes {_few(legend.names)}: expected the model's {_few(classes)}, in this order; "
+            f"correct its classes.yaml"
+        )
+    train, val = pairs["train"], pairs["val"]
+    if not val:
+        train, val = _split_off(train, names["train"], config, set(validation))
+    alone = (tuple(images_alone), tuple(masks_alone))
+    return Scenes(legend, tuple(train), tuple(val), tuple(pairs["test"]), not pairs["val"], *alone)
+
+
+def sequence(name: str) -> str:
+    """The video that a frame is of, by its name: what stands before its last run of digits and underscores.
+
+    Neighbouring frames are nearly equal, so a split must not part them. Where all names have one prefix
+    ("ADE_train_00000001") this tells nothing.
+
+    >>> sequence("0006R0_f00930"), sequence("0001TP_006690"), sequence("aachen/aachen_000000_000019")
+    ('0006R0_f', '0001TP', 'aachen/aachen')
+    """
+    runs = list(re.finditer(r"[\d_]*\d[\d_]*", name))
+    return name[: runs[-1].start()] if runs else name
+
+
+def _split_off(
+    train: list[Scene], names: list[str], config: DataConfig, listed: set[str]
+) -> tuple[list[Scene], list[Scene]]:
+    """Takes validation from train: the listed images where a run names them, else a seeded share."""
+    root = Path(config.path)
+    if listed:
+        val = [scene for scene in train if scene[0].relative_to(root).as_posix() in listed]
+        if len(val) != len(listed):
+            raise DataError(
+                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone: expected the "
+                f"folder as it was in training; restore it, or train again"
+            )
+    elif len(train) < 2:
+        raise DataError(f"{root}: 1 scene in train: expected at least two, to split validation off; add some")
+    else:
+        wanted = min(len(train) - 1, max(1, round(len(train) * config.val_fraction)))
+        val = _whole_sequences(train, names, wanted, config.seed)
+        if not val:
+            logger.info("validation is split off train by image: names tell no sequences that would fit")
+            val = random.Random(config.seed).sample(train, wanted)
+    taken = set(val)
+    return [scene for scene in train if scene not in taken], [scene for scene in train if scene in taken]
+
+
+def _whole_sequences(train: list[Scene], names: list[str], wanted: int, seed: int) -> list[Scene]:
+    """Sequences in seeded order as long as they fit into the wanted number; where none does, the shortest.
+
+    Nothing where there is one sequence only, or the shortest is more than `MOST_OF_TRAIN`.
+    """
+    videos: dict[str, list[Scene]] = defaultdict(list)
+    for scene, name in zip(train, names, strict=True):
+        videos[sequence(name)].append(scene)
+    if len(videos) < 2:
+        return []
+    chosen: list[Scene] = []
+    for video in random.Random(seed).sample(list(videos.values()), len(videos)):
+        if len(chosen) + len(video) <= wanted:
+            chosen += video
+    shortest = min(videos.values(), key=len)
+    return chosen or (shortest if len(shortest) <= MOST_OF_TRAIN * len(train) else [])
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
