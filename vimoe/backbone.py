@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -16,19 +17,21 @@ from vimoe.errors import ConfigError, beside, first_line, nearest
 SOURCES = ("local-dir", "hf-hub")  # as timm names them
 
 
-def create(config: ModelConfig, num_classes: int | None = None) -> nn.Module:
+def create(config: ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
     """Builds the dense model.
 
     Args:
         config: what to build.
-        num_classes: overrides `config.num_classes`.
+        num_classes: overrides `config.num_classes`; 0 leaves the classifier out.
+        overrides: further arguments of timm.create_model, before those of `config`.
 
     Raises:
         ConfigError: for a name that timm does not know, weights that cannot be had, or arguments that it refuses.
     """
     check_name(config)
-    wanted = {"img_size": config.img_size, "num_classes": num_classes or config.num_classes}
-    kwargs = {"drop_path_rate": config.drop_path_rate, **{k: v for k, v in wanted.items() if v}, **config.args}
+    classes = config.num_classes if num_classes is None else num_classes
+    wanted = {"img_size": config.img_size, "num_classes": classes, **config.args, **overrides}
+    kwargs = {"drop_path_rate": config.drop_path_rate, **{k: v for k, v in wanted.items() if v is not None}}
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
     except OSError as error:
@@ -76,6 +79,6 @@ def _check_folder(name: str, folder: Path) -> None:
         raise ConfigError(f"model.name={name!r}: {config} is no JSON ({error}); save the model again") from error
     if converted:
         raise ConfigError(
-            f"model.name={name!r} holds MoE layers or widened FFNs: expected a dense model in timm's format; "
+            f"model.name={name!r} holds MoE layers, widened FFNs or a decoder: expected a dense ViT in timm's format; "
             f"start from the dense one, or use vimoe.load in Python"
         )

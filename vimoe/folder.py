@@ -1,6 +1,6 @@
-"""Model folders: safetensors weights and a config.json in timm's format with a section on the MoE layers.
+"""Model folders: safetensors weights and a config.json in timm's format with a section on MoE layers and decoder.
 
-A folder without MoE layers and widened FFNs is a plain timm folder, which timm builds from the name
+A folder without MoE layers, widened FFNs and decoder is a plain timm folder, which timm builds from the name
 "local-dir:FOLDER" too. Nothing is ever unpickled.
 """
 
@@ -27,6 +27,8 @@ from vimoe.accounting import model_input_size
 from vimoe.config import MoEConfig
 from vimoe.errors import FolderError, VimoeError, first_line
 from vimoe.moe import MoE
+from vimoe.segmentation.segmenter import Segmenter
+from vimoe.surgery import vit
 from vimoe.upcycling import sites, upcycle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -45,7 +47,7 @@ def save(
     """Writes a model folder, and proves that the model can be rebuilt from it before it takes its name.
 
     Args:
-        model: a timm ViT, with or without MoE layers.
+        model: a timm ViT, or a `Segmenter` of one, with or without MoE layers.
         path: the folder to make.
         label_names: name of each class; by default those that the model came with.
         preprocessing: timm's data config (mean, std, crop_pct, interpolation); by default the model's own.
@@ -70,7 +72,7 @@ def save(
         raise FolderError(f"{path} cannot be made: {error.strerror}; name another folder") from error
     try:
         model_config = {"label_names": list(label_names)} if label_names else {}
-        save_config_for_hf(model, str(temporary / CONFIG), model_config, model_args, preprocessing)
+        save_config_for_hf(vit(model), str(temporary / CONFIG), model_config, model_args, preprocessing)
         _add_layers(model, temporary / CONFIG)
         weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -122,21 +124,24 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 
 
 def _add_layers(model: nn.Module, config_path: Path) -> None:
-    """Notes each MoE layer, and each FFN that is a multiple of the backbone's width, in the config."""
+    """Notes each MoE layer, each FFN that is a multiple of the backbone's width, and the decoder, in the config."""
     config = json.loads(config_path.read_text())
+    segmentation = model.to_dict() if isinstance(model, Segmenter) else None
     with torch.device("meta"):
-        backbone = _backbone(config_path.parent)
+        parent = _parent(config_path.parent, segmentation)
     layers = {}
     for site in sites(model):
         if isinstance(site.module, MoE):
             layers[site.name] = site.module.config
             continue
-        width, was = (ffn.describe(root.get_submodule(site.name)).hidden for root in (model, backbone))
+        width, was = (ffn.describe(root.get_submodule(site.name)).hidden for root in (model, parent))
         if width != was and width % was == 0:
             layers[site.name] = MoEConfig(num_experts=0, num_shared_experts=width // was)
-    if layers:
+    if layers or segmentation:
         rows = {name: {k: v for k, v in c.to_dict().items() if k != "layers"} for name, c in layers.items()}
         config["vimoe"] = {"format": FORMAT, "layers": rows}
+        if segmentation:
+            config["vimoe"]["segmentation"] = segmentation
         config_path.write_text(json.dumps(config, indent=2))
 
 
@@ -150,7 +155,7 @@ def _rebuild(path: Path) -> nn.Module:
         raise FolderError(
             f"{path / CONFIG} has a 'vimoe' section {str(section)[:40]}: expected format {FORMAT}; update vimoe"
         )
-    model = _backbone(path)
+    model = _parent(path, section.get("segmentation"))
     try:
         for name, values in section["layers"].items():
             with warnings.catch_warnings():
@@ -159,6 +164,17 @@ def _rebuild(path: Path) -> nn.Module:
     except (KeyError, TypeError, AttributeError, VimoeError) as error:
         raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {error}") from error
     return model
+
+
+def _parent(path: Path, segmentation: dict[str, Any] | None) -> nn.Module:
+    """The dense model of a folder."""
+    backbone = _backbone(path)
+    if segmentation is None:
+        return backbone
+    try:
+        return Segmenter(backbone, **segmentation)
+    except (TypeError, VimoeError) as error:
+        raise FolderError(f"{path / CONFIG}: the 'segmentation' entry does not fit: {error}") from error
 
 
 def _backbone(path: Path) -> nn.Module:
