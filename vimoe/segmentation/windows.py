@@ -1,0 +1,79 @@
+"""Inference: a whole image at once, or windows of the training crop whose scores are averaged where they overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vimoe.errors import VimoeError
+
+Scores = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def whole(model: Scores | nn.Module, images: Tensor, flip: bool = False) -> Tensor:
+    """Scores (B, classes, H, W) in float32 of images (B, 3, H, W).
+
+    Args:
+        model: gives scores at the images' resolution; a module should be in eval mode.
+        images: normalised, on the model's device.
+        flip: take the mean with the scores of the mirrored images, mirrored back.
+    """
+    logits = model(images).float()
+    if flip:
+        logits = (logits + model(images.flip(-1)).flip(-1).float()) / 2
+    return logits
+
+
+@torch.no_grad()
+def sliding(
+    model: Scores | nn.Module,
+    images: Tensor,
+    window: tuple[int, int],
+    stride: tuple[int, int] | None = None,
+    flip: bool = False,
+    batch: int = 8,
+) -> Tensor:
+    """Scores (B, classes, H, W) of windows: logits, not probabilities, are averaged where these overlap.
+
+    That is mmsegmentation's "slide" mode. The last window of a row or column ends at the image's edge, and an image
+    that is smaller than the window is its own. Where one window covers the image this is `whole`. Needs memory for
+    H x W x classes float32 numbers of each image.
+
+    Args:
+        model, images, flip: as in `whole`; each window is mirrored by itself.
+        window: (height, width), the model's training crop.
+        stride: from one window to the next; by default two thirds of the window.
+        batch: how many windows are computed at once.
+
+    Raises:
+        VimoeError: for a window or stride below 1, or a stride that would leave gaps.
+    """
+    stride = stride or (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
+    if min(*window, *stride, batch) < 1 or stride[0] > window[0] or stride[1] > window[1]:
+        raise VimoeError(f"window={window}, stride={stride}: expected strides of 1 to the window's side")
+    (tops, height), (lefts, width) = (
+        _starts(side, *span) for side, *span in zip(images.shape[-2:], window, stride, strict=True)
+    )
+    corners = [(top, left) for top in tops for left in lefts]
+    per_image = max(1, batch // len(images))
+    total: Tensor | None = None
+    times = images.new_zeros(images.shape[-2:], dtype=torch.float32)
+    for first in range(0, len(corners), per_image):
+        some = corners[first : first + per_image]
+        logits = whole(model, torch.cat([images[..., y : y + height, x : x + width] for y, x in some]), flip)
+        if total is None:
+            total = logits.new_zeros(len(images), logits.shape[1], *images.shape[-2:])
+        for (y, x), part in zip(some, logits.split(len(images)), strict=True):
+            total[..., y : y + height, x : x + width] += part
+            times[y : y + height, x : x + width] += 1
+    assert total is not None
+    return total / times
+
+
+def _starts(side: int, window: int, stride: int) -> tuple[list[int], int]:
+    """(where windows start, how long they are) along one side of an image."""
+    last = max(0, side - window)
+    return [*range(0, last, stride), last], min(side, window)
