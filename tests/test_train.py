@@ -105,7 +105,8 @@ SETTINGS = {
     "weight_decay": 0.5, "layer_decay": 0.5, "router_lr_scale": 5.0, "router_weight_decay": 9.0, "train_only": "moe",
     "router_warmup_epochs": 1.0, "expert_weight_decay": 5.0,
     "balance_loss": 1.0, "z_loss": 0.1, "importance_loss": 0.5, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0,
-    "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9, "min_crop": 0.35, "hflip": 0.0, "ema_decay": 0.9, "color_jitter": 0.5,
+    "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9, "min_crop": 0.35, "hflip": 0.0, "ema_decay": 0.9,
+    "color_jitter": 0.5,
     "clip_grad": 0.01, "precision": "bf16", "seed": 1,
 }  # fmt: skip
 

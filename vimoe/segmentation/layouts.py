@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vimoe.config import DataConfig
-from vimoe.data import role_folder
+from vimoe.data import split_of
 from vimoe.errors import DataError, nearest
 from vimoe.images import find_images
 from vimoe.segmentation.legend import LEGEND, Legend, png_palette, read_legend
@@ -109,10 +109,12 @@ _VOC = {"JPEGImages": ".jpg", "SegmentationClass": ".png"}
 
 def _role_folders(root: Path, config: DataConfig) -> dict[str, Path]:
     """The folder of each role that has one; where there are none, all is for train."""
-    folders = {role: role_folder(root, role, getattr(config, f"{role}_split")) for role in ROLES}
+    inside = [path.name for path in root.iterdir() if path.is_dir()]
+    named = {role: split_of(role, getattr(config, f"{role}_split"), inside, f"folder in {root}") for role in ROLES}
+    folders = {role: root / name if name else None for role, name in named.items()}
     if folders["train"] is None and any(folders.values()):
-        inside = nearest(config.train_split, (p.name for p in root.iterdir() if p.is_dir()))
-        raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {inside}")
+        known = nearest(config.train_split, inside)
+        raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {known}")
     return {role: folder for role, folder in {**folders, "train": folders["train"] or root}.items() if folder}
 
 

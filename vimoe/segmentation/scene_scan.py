@@ -136,7 +136,7 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[P
     return counts
 
 
-def _refuse(files: Mapping[Path, str], what: str, root: Path, remedy: str = "") -> None:
+def _refuse(files: Mapping[Any, str], what: str, root: Path, remedy: str = "") -> None:
     """Raises DataError with the number and the first names, where there are any."""
     if not files:
         return
