@@ -76,6 +76,14 @@ def test_images_smaller_than_the_crop_are_padded_with_void_and_the_mean() -> Non
     assert torch.equal(target[:24, :32].as_subclass(Tensor), expected.as_subclass(Tensor))
 
 
+def test_a_scale_that_leaves_less_than_a_pixel_of_the_source_takes_one() -> None:
+    small = tv_tensors.Image(torch.zeros(3, 2, 3, dtype=torch.uint8)), tv_tensors.Mask(torch.full((2, 3), 2).byte())
+    for seed in range(20):
+        seed_host(seed)
+        image, target = train_transform((2, 2), MEAN, STD, scale=(9.0, 9.0), jitter=0)(*small)
+        assert image.shape == (3, 2, 2) and (target == 2).all()
+
+
 def test_one_side_smaller_one_larger() -> None:
     for seed in range(5):
         seed_host(seed)

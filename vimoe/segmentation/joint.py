@@ -153,7 +153,7 @@ def _numbers(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
 
 def _span(have: int, want: int, factor: float) -> tuple[int, int, int]:
     """(start, length) in the source, and the length that it gets, of a window of `want` after scaling by `factor`."""
-    length = round(want / factor)
+    length = max(1, round(want / factor))
     if have < length:
         return 0, have, max(1, min(want, round(have * factor)))
-    return int(torch.randint(have - length + 1, ())), max(1, length), want
+    return int(torch.randint(have - length + 1, ())), length, want

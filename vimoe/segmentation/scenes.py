@@ -63,7 +63,7 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
     `config.val_fraction` is split off train: whole sequences where names tell them (`sequence`), else single images.
 
     Args:
-        config: where they are.
+        config: where they are; `images_per_class`, `skip_unreadable` and `cache` play no part yet.
         classes: the names that a trained model has; the data must have the same.
         validation: images (relative to `config.path`) that a run split off train, so that it finds the same again.
 
