@@ -97,9 +97,13 @@ def train(verb: str, argv: list[str]) -> Result:
 
     resumed = options["resume"]
     summary = resume_training(resumed) if resumed else run_training(settings, options["out"])
+    from vimoe.report import MEASURES
+
     val = summary["val"]
+    judged_by = next(key for key in ("top1", "miou") if key in val)
+    shares = f"{MEASURES[judged_by].removesuffix(', %')} {val[judged_by]:.2%}"
     text = (
-        f"validation top-1 {val['top1']:.2%}, loss {val['loss']:.4f} ({val['images']} images) "
+        f"validation {shares}, loss {val['loss']:.4f} ({val['images']} images) "
         f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{summary['report']}"
     )
     return text, summary

@@ -192,8 +192,11 @@ def contact_sheet(rows: Mapping[str, Sequence[tuple[Any, str]]]) -> Figure:
     return figure
 
 
+SCORES = {"val_top1": "top-1", "val_miou": "mean IoU"}  # columns of metrics.csv that a run is judged by
+
+
 def curves(metrics: Path | Mapping[str, Path]) -> Figure:
-    """Loss and accuracy by epoch, from the metrics.csv of a run, or of several by name."""
+    """Loss and score by epoch, from the metrics.csv of a run, or of several by name."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, path in (metrics if isinstance(metrics, Mapping) else {"validation": metrics}).items():
@@ -203,9 +206,10 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
             loss = [float(row["train_loss"]) for row in rows]
             left.plot(epochs, loss, label="train (with its augmentation)", color="C1", marker=".")
         (line,) = left.plot(epochs, [float(row["val_loss"]) for row in rows], label=name, marker=".")
-        right.plot(epochs, [100 * float(row["val_top1"]) for row in rows], color=line.get_color(), marker=".")
+        column = next(key for key in SCORES if key in rows[0])
+        right.plot(epochs, [100 * float(row[column]) for row in rows], color=line.get_color(), marker=".")
     left.set(xlabel="epoch", ylabel="cross-entropy, nats" if isinstance(metrics, Path) else "validation loss, nats")
-    right.set(xlabel="epoch", ylabel="top-1 on validation, %")
+    right.set(xlabel="epoch", ylabel=f"{SCORES[column]} on validation, %")
     for axis in (left, right):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)

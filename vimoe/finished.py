@@ -18,18 +18,18 @@ from torch.utils.data import DataLoader
 from vimoe import checkpoint, runs
 from vimoe.analysis import analyze
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, TrainConfig
-from vimoe.data import Data, Sample, load_data, load_folder
+from vimoe.data import Data
 from vimoe.errors import ConfigError, FolderError
-from vimoe.evaluate import Score, evaluate, label_names
+from vimoe.evaluate import Score, label_names
 from vimoe.evidence import Evidence
 from vimoe.experiment import write_validation
 from vimoe.figures import contact_sheet
 from vimoe.folder import load, save
 from vimoe.images import open_image
-from vimoe.loading import eval_loader, preprocessing
+from vimoe.problem import Problem, problem_of
 from vimoe.pruning import prune, receipts
 from vimoe.report import write_run_report
-from vimoe.task import classification
+from vimoe.segmentation.score import SceneScore
 from vimoe.train import train
 from vimoe.upcycling import moe_layers
 
@@ -53,23 +53,28 @@ class FinishedRun:
         return self._fresh_model()
 
     @cached_property
-    def data(self) -> Data:
-        """The images that it was trained on, with the validation split that decided then."""
-        return load_data(self.run.settings.data, label_names(self.model), self.run.validation())
+    def problem(self) -> Problem:
+        """What it was trained on, with the validation split that decided then."""
+        return problem_of(self.run.settings, label_names(self.model), self.run.validation())
 
     @property
-    def reported(self) -> tuple[str, tuple[Sample, ...]]:
+    def reported(self) -> tuple[str, tuple[Any, ...]]:
         """The images that results are reported on: test, or validation where there is no test, and which it is."""
-        return ("test", self.data.test) if self.data.test else ("validation", self.data.val)
+        data = self.problem.data
+        return ("test", data.test) if data.test else ("validation", data.val)
 
-    def score(self, folder: str | None = None) -> tuple[str, Score]:
-        """The model's score on the reported images, or on those of other data; and which images they are."""
-        split, samples = self._other_images(folder) if folder else self.reported
-        return split, evaluate(self.model, self._loader(samples), "evaluating")
+    def score(self, path: str | None = None) -> tuple[str, Score | SceneScore]:
+        """The model's score on the reported images, or on those of another data path; and which images they are."""
+        if path:
+            split, loader = self.problem.elsewhere(self.model, path)
+        else:
+            split, samples = self.reported
+            loader = self._loader(samples)
+        return split, self.problem.evaluate(self.model, loader, "evaluating")
 
     def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
         """Measures the routing on validation, and writes routing.json, example images and the report."""
-        evidence = analyze(self.model, self._loader(self.data.val), draws, overrule, seed, progress=True)
+        evidence = analyze(self.model, self._loader(self._classified.val), draws, overrule, seed, progress=True)
         runs.write_json(self.run.path / runs.ROUTING, evidence.to_dict())
         self._write_examples(evidence)
         write_run_report(self.run.path)
@@ -95,14 +100,13 @@ class FinishedRun:
         known = self.run.path / runs.ROUTING
         evidence = _read_evidence(known) if known.exists() else self.analyze()
         pruned = self._fresh_model()
-        done = prune(pruned, evidence, self._loader(self.data.val), tolerance, experts, progress=True)
+        done = prune(pruned, evidence, self._loader(self._classified.val), tolerance, experts, progress=True)
         folder = runs.new_run(out)
         models = {"before": self.model, "after": pruned}
         if recovery:
             models["recovered"] = copy.deepcopy(pruned)
-            names, prepared = [layer.name for layer in evidence.layers], preprocessing(pruned)
-            data = self.run.settings.data
-            task = classification(self.data, prepared, recovery, data.workers, data.cache)
+            names = [layer.name for layer in evidence.layers]
+            task = self.problem.task(models["recovered"], recovery)
             recovered = train(models["recovered"], task, recovery, folder, names)
             recover = recovered["epochs"]  # fewer where it stopped early
             checkpoint.remove(folder)
@@ -114,13 +118,13 @@ class FinishedRun:
             "kept": [{**asdict(step), "experts": left[step.layer].config.num_experts} for step in done.kept],
             "recovery_epochs": recover,
             "recovery_lr": recovery.lr if recovery else None,
-            "validation_images": len(self.data.val),
+            "validation_images": len(self._classified.val),
             "split": split,
             **{when: receipt.to_dict() for when, receipt in zip(models, measured, strict=True)},
             "versions": runs.versions(),
         }
         runs.write_settings(folder, self.run.settings)  # late: a pruning that was killed is no training to go on with
-        write_validation(folder, self.data)
+        write_validation(folder, self.problem)
         final = models.get("recovered", pruned)
         save(final, folder / runs.MODEL, label_names=label_names(final))
         runs.write_json(folder / runs.ROUTING_BEFORE, evidence.to_dict())
@@ -140,11 +144,8 @@ class FinishedRun:
             }
             contact_sheet(rows).savefig(folder / runs.EXAMPLES.format(layer.name), dpi=110)
 
-    def _other_images(self, folder: str) -> tuple[str, tuple[Sample, ...]]:
-        return load_folder(folder, label_names(self.model), self.run.settings.data)
-
     def _picture(self, place: int, classes: tuple[str, ...]) -> tuple[Any, str]:
-        source, label = self.data.val[place]
+        source, label = self._classified.val[place]
         image = open_image(source).copy()
         image.thumbnail((96, 96))
         return image, classes[label]
@@ -162,9 +163,18 @@ class FinishedRun:
     def _fresh_model(self) -> nn.Module:
         return load(self.run.model, torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
-    def _loader(self, samples: tuple[Sample, ...]) -> DataLoader:
-        settings = self.run.settings
-        return eval_loader(samples, preprocessing(self.model), 2 * settings.train.batch_size, settings.data.workers)
+    def _loader(self, samples: tuple[Any, ...]) -> DataLoader:
+        return self.problem.loader(self.model, samples)
+
+    @property
+    def _classified(self) -> Data:
+        data = self.problem.data
+        if not isinstance(data, Data):
+            raise ConfigError(
+                f"{self.run.path} is a segmentation: expected a classification, which is all that analysis and pruning "
+                f"can measure so far"
+            )
+        return data
 
 
 def _all_but_examples(_folder: str, names: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from vimoe.runs import CONFIG, EXAMPLES, FIGURES, ROUTING, ROUTING_BEFORE, SUMMA
 
 METRICS, LOAD = "metrics.csv", "load.csv"
 RECEIPT_HEADER = ("", "top-1, %", "loss", "parameters, M", "activated, M", "MACs, G", "images/s")
+MEASURES = {"top1": "top-1, %", "top5": "top-5, %", "miou": "mean IoU, %", "pixel_accuracy": "pixel accuracy, %"}
 RECEIPTS = {"before": "before pruning", "after": "pruned", "recovered": "pruned, then trained on"}
 PLACE = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIONS.items()} | {"dropped": "other experts"}
 
@@ -94,6 +95,14 @@ def receipt_rows(summary: dict[str, Any], name: str = "") -> list[tuple[str, ...
     ]
 
 
+def measures(score: dict[str, Any]) -> dict[str, str]:
+    """The shares of a score by name, in points; a top-1 with half its 95% interval."""
+    found = {name: f"{100 * score[key]:.2f}" for key, name in MEASURES.items() if key in score}
+    if "top1" in score:
+        found[MEASURES["top1"]] += f"\u00a0±\u00a0{margin(score):.2f}"
+    return found
+
+
 def margin(score: dict[str, Any]) -> float:
     """Half the 95% interval, in points, of a top-1 as a share of so many images."""
     return 196 * float((score["top1"] * (1 - score["top1"]) / score["images"]) ** 0.5)
@@ -133,17 +142,17 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
             f"{summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} was the best on the {val['images']} "
             f"validation images and is the model that was kept."
         )
-        scores = (
-            f"{100 * val['top1']:.2f}\u00a0±\u00a0{margin(val):.2f}",
-            f"{100 * val['top5']:.2f}",
-            f"{val['loss']:.4f}",
-        )
-        page.table(("", "images", "top-1, %", "top-5, %", "loss"), [("validation", str(val["images"]), *scores)])
+        shares = measures(val)
+        header = ("", "images", *shares, "loss")
+        page.table(header, [("validation", str(val["images"]), *shares.values(), f"{val['loss']:.4f}")])
+        margins = "± is the 95% margin of so many images. " if "top1" in val else ""
         page.text(
-            "± is the 95% margin of so many images. The scores are a little too good, because the epoch was chosen by "
-            "them: vimoe evaluate scores test images, which decided nothing.",
+            f"{margins}The scores are a little too good, because the epoch was chosen by them: vimoe evaluate scores "
+            f"test images, which decided nothing.",
             note=True,
         )
+        if "per_class_iou" in val and "classes" in summary:
+            _per_class(page, val["per_class_iou"], summary["classes"])
         if alarms := summary.get("alarms"):
             page.text(f"{len(alarms)} alarms were raised in training; the last ones:")
             page.items(alarms[-6:])
@@ -154,6 +163,11 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
         )
     else:
         page.text(f"{what}, on images of {data}. There is no {SUMMARY}, so no result can be shown.")
+
+
+def _per_class(page: Page, ious: list[float | None], classes: list[str]) -> None:
+    rows = [(name, "–" if iou is None else f"{100 * iou:.2f}") for name, iou in zip(classes, ious, strict=True)]
+    page.table(("class", "IoU on validation, %"), sorted(rows, key=lambda row: row[1] == "–"))
 
 
 def _pruning(page: Page, summary: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from vimoe import figures
 from vimoe.findings import interval, told, told_dependence
 from vimoe.page import Page
-from vimoe.report import METRICS, RECEIPT_HEADER, damage_named, margin, read_config, read_json, receipt_rows
+from vimoe.report import METRICS, RECEIPT_HEADER, damage_named, measures, read_config, read_json, receipt_rows
 from vimoe.runs import ROUTING, SUMMARY
 
 
@@ -45,7 +45,8 @@ def _read(name: str, run: Path) -> _Row:
         result = "–"
         if "val" in summary:
             val, epoch = summary["val"], summary["best_epoch"]
-            result = f"{100 * val['top1']:.2f}\u00a0±\u00a0{margin(val):.2f} ({val['images']} images, epoch {epoch})"
+            (name_of_it, value), *_ = measures(val).items()
+            result = f"{name_of_it.removesuffix(', %')} {value} ({val['images']} images, epoch {epoch})"
         receipts = [(*row, f"{summary['before']['images']} {summary['split']}") for row in receipt_rows(summary, name)]
     with damage_named(run / ROUTING):
         evidence = read_json(run / ROUTING)
@@ -56,10 +57,10 @@ def _read(name: str, run: Path) -> _Row:
 def _results(page: Page, rows: dict[str, _Row]) -> None:
     page.heading("Results")
     page.text(
-        "A row a run. Top-1 is that of the best epoch on the run's own validation images, give or take what as many "
-        "other images would change (95%); it does not say what another seed would give."
+        "A row a run. The score is that of the best epoch on the run's own validation images; a top-1 give or take what "
+        "as many other images would change (95%). It does not say what another seed would give."
     )
-    header = ("run", "what it is", "validation top-1, %")
+    header = ("run", "what it is", "validation, %")
     page.table(header, [(name, row.what, row.result) for name, row in rows.items()], words=True)
     if receipts := [receipt for row in rows.values() for receipt in row.receipts]:
         page.text("Receipts of the runs that were pruned. Images/s can be compared within a run only.")

@@ -25,13 +25,10 @@ class Scored(Protocol):
     """How good a model is on validation.
 
     Attributes:
-        loss: mean, in nats.
         rank: of two scores the better one has the larger.
-        columns: what the logs show.
+        columns: what the logs show; "loss" is the mean, in nats.
     """
 
-    @property
-    def loss(self) -> float: ...
     @property
     def rank(self) -> tuple[float, ...]: ...
     @property

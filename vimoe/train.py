@@ -102,11 +102,11 @@ def train(
                 rate = max(group["lr"] for group in optimizer.param_groups)
                 row = state.finish_epoch(score, rate, moe_layers(plain), out)
                 accelerator.log({**row, **state.scalars()}, step=state.epoch)
-                if not math.isfinite(score.loss):
+                if not math.isfinite(row["val_loss"]):
                     remedy = (
                         "lower train.lr, or set train.clip_grad; the last checkpoint is from before this epoch's end"
                     )
-                    raise VimoeError(f"the loss is {score.loss} on validation in epoch {state.epoch}: {remedy}")
+                    raise VimoeError(f"the loss is {row['val_loss']} on validation in epoch {state.epoch}: {remedy}")
                 logger.info("epoch %d of %d: %s", state.epoch, config.epochs, score)
                 state.best.offer(state.epoch, score, judged)
                 state.next_epoch()

@@ -37,6 +37,16 @@ class SceneScore:
     pixels: int
     images: int
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Of two scores the better one has the larger: by mean IoU, then by loss."""
+        return self.miou, -(self.loss or 0.0)
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What the logs show."""
+        return {"loss": self.loss or 0.0, "miou": self.miou, "pixel_accuracy": self.pixel_accuracy}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
         return {**asdict(self), "per_class_iou": list(self.per_class_iou)}
@@ -92,15 +102,20 @@ class SceneCounts:
         )
 
 
-def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+def pixel_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the pixels that are not void; 0 with a gradient of 0 where all are, and not NaN.
 
     Args:
         logits: (B, classes, H, W).
         masks: (B, H, W) int64 with IGNORE.
+        weights: (classes,), by which pixels count; by default alike.
+        smoothing: mass given to the other classes.
     """
-    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
-    return total / (masks != IGNORE).sum().clamp(min=1)
+    total = F.cross_entropy(
+        logits.float(), masks, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+    )
+    counted = masks[masks != IGNORE]
+    return total / (torch.ones_like(counted) if weights is None else weights[counted]).sum().clamp(min=1e-6)
 
 
 def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:

@@ -1,0 +1,154 @@
+"""Classification or segmentation: what a run has to know of its kind, from the data to the score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vimoe.backbone import create
+from vimoe.config import DataConfig, TrainConfig
+from vimoe.data import Data, load_data, load_folder
+from vimoe.errors import ConfigError
+from vimoe.evaluate import Score, evaluate, label_names
+from vimoe.loading import eval_loader, preprocessing, train_loader
+from vimoe.options import Settings
+from vimoe.scan import Scan, scan
+from vimoe.segmentation.learning import evaluate_scenes, segmentation, whole_images
+from vimoe.segmentation.scene_scan import SceneScan, scan_scenes
+from vimoe.segmentation.scenes import Scenes, load_scenes
+from vimoe.segmentation.score import SceneScore
+from vimoe.segmentation.segmenter import Segmenter, create_segmenter
+from vimoe.task import Task, classification
+
+
+class Classification:
+    """To name the class of an image.
+
+    Args:
+        settings: of the run.
+        classes: of a trained model; by default those of the data.
+        validation: names of what a run split off train.
+    """
+
+    def __init__(
+        self, settings: Settings, classes: Sequence[str] | None = None, validation: Iterable[str] = ()
+    ) -> None:
+        self.settings, self._classes, self._validation = settings, classes, validation
+
+    @cached_property
+    def data(self) -> Data:
+        """The samples of each role, and the names of the classes. Raises DataError where they cannot be found."""
+        return load_data(self.settings.data, self._classes, self._validation)
+
+    @property
+    def split_off(self) -> list[str]:
+        """Names of the validation images, where they were taken from train."""
+        return self.data.names(self.data.val) if self.data.split_off else []
+
+    def scan(self) -> Scan:
+        """Opens all images that have a role. Raises DataError where some cannot be used."""
+        return scan(self.data)
+
+    def dense_model(self) -> nn.Module:
+        """The model to start from, as `settings.model` says."""
+        asked = self.settings.model.num_classes
+        if asked not in (None, len(self.data.classes)):
+            raise ConfigError(f"model.num_classes={asked}: the data has {len(self.data.classes)} classes; leave it out")
+        return create(self.settings.model, len(self.data.classes))
+
+    def check(self, model: nn.Module) -> None:
+        """Raises DataError for an augmentation that timm does not know."""
+        train_loader(self.data.train, preprocessing(model, self.settings.data), self.settings.train, workers=0)
+
+    def task(self, model: nn.Module, config: TrainConfig) -> Task:
+        """What a training has to know."""
+        data = self.settings.data
+        return classification(self.data, preprocessing(model, data), config, data.workers, data.cache)
+
+    def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
+        """Batches of these samples in order, as evaluation sees them."""
+        batch = 2 * self.settings.train.batch_size
+        return eval_loader(samples, preprocessing(model, self.settings.data), batch, self.settings.data.workers)
+
+    def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> Score:
+        """Scores a model, with a progress bar if `task` names it."""
+        return evaluate(model, loader, task)
+
+    def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
+        """Which images of another data path are to be scored ("test", "validation", "all"), and batches of them."""
+        name, samples = load_folder(path, label_names(model), self.settings.data)
+        return name, self.loader(model, samples)
+
+
+class Segmentation:
+    """To name the class of every pixel; in all else as `Classification`."""
+
+    def __init__(
+        self, settings: Settings, classes: Sequence[str] | None = None, validation: Iterable[str] = ()
+    ) -> None:
+        self.settings, self._classes, self._validation = settings, classes, validation
+        self._scan: SceneScan | None = None
+
+    @cached_property
+    def data(self) -> Scenes:
+        return load_scenes(self.settings.data, self._classes or (), self._validation)
+
+    @property
+    def split_off(self) -> list[str]:
+        root = Path(self.settings.data.path)
+        return [image.relative_to(root).as_posix() for image, _ in self.data.val] if self.data.split_off else []
+
+    def scan(self) -> SceneScan:
+        self._scan = self._scan or scan_scenes(self.data, self.settings.data.path)
+        return self._scan
+
+    def dense_model(self) -> Segmenter:
+        config = self.settings.model
+        asked = config.num_classes
+        if asked not in (None, len(self.data.classes)):
+            raise ConfigError(f"model.num_classes={asked}: the data has {len(self.data.classes)} classes; leave it out")
+        palette = self.data.palette
+        return create_segmenter(config, len(self.data.classes), config.decoder or "linear", palette=palette)
+
+    def check(self, model: nn.Module) -> None:
+        assert isinstance(model, Segmenter)
+        if model.decoder_name == "upernet" and self.settings.train.batch_size < 2:
+            raise ConfigError(
+                "train.batch_size=1 with model.decoder='upernet': expected at least 2 for its batch norms"
+            )
+
+    def task(self, model: nn.Module, config: TrainConfig) -> Task:
+        assert isinstance(model, Segmenter)
+        pixels = self.scan().pixels["train"]
+        prepared = preprocessing(model, self.settings.data)
+        return segmentation(self.data, prepared, model.crop, config, self.settings.data, pixels)
+
+    def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
+        return self._loader(model, samples, self.data)
+
+    def _loader(self, model: nn.Module, samples: Sequence[Any], scenes: Scenes) -> DataLoader:
+        prepared = preprocessing(model, self.settings.data)
+        return whole_images(samples, scenes, prepared, self.settings.train.batch_size, self.settings.data.workers)
+
+    def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> SceneScore:
+        return evaluate_scenes(model, loader, self.settings.data, task)
+
+    def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
+        other = load_scenes(DataConfig(path=path, task="segmentation"), label_names(model))
+        found = {"test": other.test, "validation": () if other.split_off else other.val, "all": other.train + other.val}
+        name, samples = next((name, scenes) for name, scenes in found.items() if scenes)
+        return name, self._loader(model, samples, other)
+
+
+Problem = Classification | Segmentation
+
+
+def problem_of(settings: Settings, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Problem:
+    """The problem that the settings name, with its data found."""
+    kind = Segmentation if settings.data.task == "segmentation" else Classification
+    return kind(settings, classes, validation)
