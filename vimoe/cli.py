@@ -120,11 +120,11 @@ def evaluate(verb: str, argv: list[str]) -> Result:
 
 
 def predict(verb: str, argv: list[str]) -> Result:
-    """Name the most likely classes of image files, or of all images in folders.
+    """Name the most likely classes of image files, or of all images in folders; of a segmentation, write their masks.
 
     Example: vimoe predict runs/photos cat.jpg holiday/ --top 3
     """
-    parser = _parser(verb)
+    parser = _parser(verb, out="of a segmentation: folder for masks and overlays")
     parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files and folders")
     parser.add_argument("--top", type=int, default=5, help="how many classes to name")
@@ -132,11 +132,20 @@ def predict(verb: str, argv: list[str]) -> Result:
     if options["top"] < 1:
         raise ConfigError(f"--top {options['top']}: expected at least 1")
     from vimoe.data import list_images
-    from vimoe.evaluate import predict as name_classes
     from vimoe.finished import FinishedRun
 
     run = FinishedRun(options["run"])
-    predictions = name_classes(run.model, list_images(options["images"]), options["top"])
+    files = list_images(options["images"])
+    if run.segments:
+        predictions = run.predict_scenes(files, _required_out(options))
+        shares = {p["mask"]: [f"{name} {share:.1%}" for name, share in p["areas"].items()] for p in predictions}
+        lines = [f"{mask}: {', '.join(each[: options['top']])}" for mask, each in shares.items()]
+        return "\n".join(lines), {"predictions": predictions}
+    if options["out"]:
+        raise ConfigError(f"--out {options['out']}: expected it for a segmentation alone; leave it out")
+    from vimoe.evaluate import predict as name_classes
+
+    predictions = name_classes(run.model, files, options["top"])
     lines = [
         f"{p['file']}: " + ", ".join(f"{c['name']} {c['probability']:.1%}" for c in p["classes"]) for p in predictions
     ]

@@ -84,6 +84,11 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     _check_names(where["train"], found["train"])
     if empty := [name for name, images in found["train"].items() if not images]:
         raise DataError(f"{where['train']}/{empty[0]} holds no image: expected some, or no such folder")
+    if set(names) == {"annotations", "images"}:
+        raise DataError(
+            f"{where['train']} has images/ and annotations/: expected a folder for each class; to learn masks, set "
+            f"--data.task segmentation"
+        )
     if len(names) < 2 and classes is None:
         raise DataError(
             f"{where['train']}: {len(names)} classes with images: expected at least 2; {nearest('', listing.splits)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -29,6 +30,7 @@ from vimoe.images import open_image
 from vimoe.problem import Problem, problem_of
 from vimoe.pruning import prune, receipts
 from vimoe.report import write_run_report
+from vimoe.segmentation.pictures import predict_scenes
 from vimoe.segmentation.score import SceneScore
 from vimoe.train import train
 from vimoe.upcycling import moe_layers
@@ -71,6 +73,15 @@ class FinishedRun:
             split, samples = self.reported
             loader = self._loader(samples)
         return split, self.problem.evaluate(self.model, loader, "evaluating")
+
+    @property
+    def segments(self) -> bool:
+        """Whether it is a segmentation."""
+        return self.run.settings.data.task == "segmentation"
+
+    def predict_scenes(self, files: Sequence[Path], out: str | Path) -> list[dict[str, Any]]:
+        """Writes the masks of image files, as `vimoe.segmentation.pictures.predict_scenes`."""
+        return predict_scenes(self.model, files, Path(out), self.run.settings.data)
 
     def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
         """Measures the routing on validation, and writes routing.json, example images and the report."""
@@ -168,12 +179,13 @@ class FinishedRun:
 
     @property
     def _classified(self) -> Data:
-        data = self.problem.data
-        if not isinstance(data, Data):
+        if self.segments:
             raise ConfigError(
                 f"{self.run.path} is a segmentation: expected a classification, which is all that analysis and pruning "
                 f"can measure so far"
             )
+        data = self.problem.data
+        assert isinstance(data, Data)
         return data
 
 

@@ -57,8 +57,8 @@ def _read(name: str, run: Path) -> _Row:
 def _results(page: Page, rows: dict[str, _Row]) -> None:
     page.heading("Results")
     page.text(
-        "A row a run. The score is that of the best epoch on the run's own validation images; a top-1 give or take what "
-        "as many other images would change (95%). It does not say what another seed would give."
+        "A row a run. The score is that of the best epoch on the run's own validation images; a top-1 give or take "
+        "what as many other images would change (95%). It does not say what another seed would give."
     )
     header = ("run", "what it is", "validation, %")
     page.table(header, [(name, row.what, row.result) for name, row in rows.items()], words=True)

@@ -1,0 +1,293 @@
+"""Segmentation by the command line: trained, gone on with, evaluated, predicted; and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import roles
+from PIL import Image
+from safetensors.torch import load_file
+from scenery import NAMES, PALETTE, YAML, scene, scenes
+from scenery import mask as scene_mask
+from test_cli import QUICK, TINY, call, refused
+from test_resume import logs
+
+import vimoe
+import vimoe.train
+from vimoe.cli import main
+from vimoe.config import DECODERS, DataConfig, ModelConfig, TrainConfig
+from vimoe.errors import ConfigError
+from vimoe.options import ONLY_FOR, SECTIONS, Settings
+from vimoe.problem import problem_of
+from vimoe.segmentation.decoders import DECODERS as KNOWN_DECODERS
+from vimoe.segmentation.learning import dice_loss, evaluate_scenes, median_frequency
+from vimoe.segmentation.legend import IGNORE
+
+SCENES = ["--data.task=segmentation", *TINY, *QUICK, "--train.batch_size=3", "--train.precision=no"]
+MOE = ["--moe.layers=last:1", "--moe.routing=token", "--moe.num_experts=3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes(tmp_path_factory.mktemp("scenes"), train=9)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "scenes"
+    argv = ["train", "--data.path", str(data), *SCENES, *MOE, "--train.epochs=12", "--train.max_scale=1"]
+    assert main([*argv, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_vimoe_learns_scenes_and_its_run_says_how_well(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    assert {"val_miou", "val_pixel_accuracy", "val_loss"} <= set(rows[0])
+    assert float(rows[-1][rows[0].index("val_loss")]) < 0.7 * float(rows[1][rows[0].index("val_loss")])
+    values = call(capsys, "evaluate", run)
+    assert {"miou", "per_class_iou", "pixel_accuracy", "loss"} <= set(values) and values["split"] == "test"
+    assert values["images"] == 2 and len(values["per_class_iou"]) == 3 and values["miou"] > 0.4
+    assert summary["classes"] == list(NAMES) and summary["scan"]["train"] == 9
+    page = (run / "report.html").read_text()
+    assert "mean IoU, %" in page and "IoU on validation, %" in page and "top-1" not in page.split("Settings")[0]
+    elsewhere = call(capsys, "evaluate", run, "--data.path", data)
+    assert elsewhere["miou"] == values["miou"]
+
+
+def test_the_best_epoch_is_that_of_the_best_mean_iou(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    lines = (run / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("val_miou")
+    mious = [float(line.split(",")[column]) for line in lines[1:]]
+    assert mious[summary["best_epoch"] - 1] == max(mious) == summary["val"]["miou"]
+
+
+def test_the_saved_model_is_the_one_that_was_scored(run: Path, data: Path) -> None:
+    model = vimoe.load(run / "model")
+    settings = Settings(data=DataConfig(path=str(data), task="segmentation", workers=0))
+    problem = problem_of(settings, NAMES)
+    score = problem.evaluate(model, problem.loader(model, problem.data.val)).to_dict()
+    expected = json.loads((run / "summary.json").read_text())["val"]
+    assert score.pop("per_class_iou") == pytest.approx(expected.pop("per_class_iou"))
+    assert score == pytest.approx(expected)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["train", "--data.path", str(data), *SCENES, *MOE, "--train.checkpoint_minutes=0"]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    real, left = vimoe.train._Steps.epoch, 5
+
+    def epoch(self: object, loader: object, state: object) -> object:
+        nonlocal left
+        for _ in real(self, loader, state):
+            yield
+            left -= 1
+            if left == 0:
+                raise RuntimeError("killed")
+
+    monkeypatch.setattr(vimoe.train._Steps, "epoch", epoch)
+    with pytest.raises(RuntimeError, match="killed"):
+        main([*argv, "--out", str(tmp_path / "killed")])
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(tmp_path / "killed")]) == 0
+    first, second = (load_file(tmp_path / out / "model/model.safetensors") for out in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+
+
+def test_validation_that_is_split_off_is_listed_and_found_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes(tmp_path / "scenes", train=8, val=0, test=0)
+    out = tmp_path / "run"
+    call(capsys, "train", "--data.path", tmp_path / "scenes", *SCENES, *MOE, "--data.val_fraction=0.25", "--out", out)
+    listed = (out / "validation.txt").read_text().split()
+    assert len(listed) == 2 and all((tmp_path / "scenes" / name).exists() for name in listed)
+    assert call(capsys, "evaluate", out)["images"] == 2
+
+
+@pytest.mark.parametrize("palette", [True, False])
+def test_predict_writes_masks_overlays_and_areas(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], palette: bool
+) -> None:
+    if palette:
+        run = Path(shutil.copytree(run, tmp_path / "run"))
+        config = json.loads((run / "model/config.json").read_text())
+        config["vimoe"]["segmentation"]["palette"] = [list(c) for c in PALETTE[:3]]
+        (run / "model/config.json").write_text(json.dumps(config))
+    files = sorted((data / "images/test").iterdir())
+    values = call(capsys, "predict", run, data / "images/test", files[0], "--out", tmp_path / "masks")
+    assert [p["file"] for p in values["predictions"]] == [str(f) for f in (*files, files[0])]
+    assert len({p["mask"] for p in values["predictions"]}) == 3  # the file that came twice has two
+    first = values["predictions"][0]
+    image = opened(first["mask"])
+    places = np.array(image)
+    assert image.mode == "P" and image.size == opened(files[0]).size == opened(first["overlay"]).size
+    assert set(np.unique(places)) <= {0, 1, 2}
+    assert sum(first["areas"].values()) == pytest.approx(1)
+    assert first["areas"] == {NAMES[c]: pytest.approx((places == c).mean()) for c in np.unique(places)}
+    if palette:
+        assert image.convert("RGB").getpixel((0, 23)) == PALETTE[places[23, 0]]
+    assert "mask.png" in main_text(capsys, "predict", run, files[0], "--out", tmp_path / "again")
+
+
+def opened(path: str | Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def main_text(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    assert main([*map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+CHANGES = {
+    "min_scale": 1.0, "max_scale": 1.0, "dice_loss": 1.0, "class_weights": "median_frequency", "color_jitter": 0.0,
+    "hflip": 0.0, "label_smoothing": 0.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_setting_of_segmentation_changes_the_training(data: Path, tmp_path: Path, name: str) -> None:
+    argv = ["train", "--data.path", str(data), *SCENES, "--moe.layers=none", "--train.epochs=2"]
+    for out, extra in (("plain", []), ("changed", [f"--train.{name}={CHANGES[name]}"])):
+        assert main([*argv, *extra, "--out", str(tmp_path / out)]) == 0
+    plain, changed = (load_file(tmp_path / out / "model/model.safetensors") for out in ("plain", "changed"))
+    assert any(not torch.equal(plain[key], changed[key]) for key in plain)
+
+
+@pytest.mark.parametrize("name", ["inference", "flip_test"])
+def test_every_setting_of_inference_changes_the_score(run: Path, data: Path, name: str) -> None:
+    model = vimoe.load(run / "model")
+    scores = []
+    for changes in ({}, {name: {"inference": "whole", "flip_test": True}[name]}):
+        config = DataConfig(path=str(data), task="segmentation", workers=0, **changes)
+        problem = problem_of(Settings(data=config), NAMES)
+        scores.append(evaluate_scenes(model, problem.loader(model, problem.data.test), config).loss)
+    assert scores[0] != scores[1]
+
+
+def test_decoders_are_those_that_there_are(data: Path) -> None:
+    assert set(DECODERS) == set(KNOWN_DECODERS)
+    model = ModelConfig(
+        name="vit_tiny_patch16_224", pretrained=False, img_size=16, decoder="linear4",
+        args={"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2},
+    )  # fmt: skip
+    problem = problem_of(Settings(model=model, data=DataConfig(path=str(data), task="segmentation")))
+    assert problem.dense_model().decoder_name == "linear4"
+
+
+def test_dice_of_hand_computed_cases() -> None:
+    masks = torch.tensor([[[0, 0], [1, IGNORE]]])
+    right = torch.full((1, 3, 2, 2), -100.0)
+    right[0, 0, 0, :] = right[0, 1, 1, :] = 100.0
+    assert dice_loss(right, masks) == pytest.approx(0)
+    # all pixels evenly: class 0 2*(2/3)/(1+2) = 4/9, class 1 2*(1/3)/(1+1) = 1/3; class 2 is not there
+    assert dice_loss(torch.zeros(1, 3, 2, 2), masks) == pytest.approx(1 - (4 / 9 + 1 / 3) / 2)
+    assert dice_loss(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), IGNORE)) == 0
+
+
+def test_median_frequency_of_a_hand_computed_case() -> None:
+    assert median_frequency([10, 0, 40, 20]).tolist() == [2, 0, 0.5, 1]
+    with pytest.raises(ConfigError, match="without a pixel"):
+        median_frequency([0, 0])
+
+
+def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
+    other = {
+        "train": {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand-m5", "random_erasing": 0.1, "min_crop": 0.5,
+                  "min_scale": 0.4, "max_scale": 3.0, "dice_loss": 1.0, "class_weights": "median_frequency"},
+        "data": {"images_per_class": 5, "cache": "memory", "crop_pct": 0.9, "interpolation": "bilinear",
+                 "skip_unreadable": True, "inference": "whole", "flip_test": True},
+        "model": {"decoder": "linear"},
+    }  # fmt: skip
+    named = {full for names in ONLY_FOR.values() for full in names}
+    assert named == {f"{section}.{name}" for section, values in other.items() for name in values}
+    for task, names in ONLY_FOR.items():
+        wrong = next(each for each in ONLY_FOR if each != task)
+        for section, name in (full.split(".") for full in names):
+            sections = {"data": {"task": wrong}}
+            sections.setdefault(section, {})[name] = other[section][name]
+            with pytest.raises(ConfigError, match=rf"{section}\.{name}=.* expected it for {task} alone"):
+                Settings(**{each: SECTIONS[each](**values) for each, values in sections.items()})
+
+
+def damaged(root: Path, what: str) -> Path:
+    data = scenes(root / "scenes")
+    if what == "mask without image":
+        (data / "images/train/a000.png").unlink()
+    elif what == "image without mask":
+        (data / "annotations/train/a000.png").unlink()
+    elif what == "sizes":
+        scene(data, "train", "a000", scene_mask(0))
+        opened(data / "images/train/a000.png").resize((10, 10)).save(data / "images/train/a000.png")
+    elif what == "id":
+        scene(data, "val", "a100", np.full((24, 32), 5, "uint8"))
+    elif what == "one class":
+        (data / "classes.yaml").write_text("names: [sky]\n")
+    elif what == "colours":
+        opened(data / "images/val/a100.png").save(data / "annotations/val/a100.png")
+    return data
+
+
+MISTAKES = {
+    "mask without image": "1 masks have no image",
+    "image without mask": "1 images have no mask",
+    "sizes": "have another size than their image",
+    "id": "5",
+    "one class": "expected",
+    "colours": "palette",
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_scenes_that_cannot_be_used_are_one_line_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    message = refused(capsys, "train", "--data.path", damaged(tmp_path, what), *SCENES, "--out", tmp_path / "run")
+    assert MISTAKES[what] in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_mistakes_are_one_line(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "never"
+    photos = roles(tmp_path / "photos")
+    train = ["train", "--data.path", data, *SCENES]
+    assert "images/ and annotations/" in refused(capsys, "train", "--data.path", photos, *SCENES, "--out", out)
+    plain = [arg for arg in SCENES if "task" not in arg]
+    assert "--data.task segmentation" in refused(capsys, "train", "--data.path", data, *plain, "--out", out)
+    assert "did you mean 'linear'?" in refused(capsys, *train, "--model.decoder=linaer", "--out", out)
+    assert "expected as many blocks" in refused(capsys, *train, "--model.decoder=linear4", "--out", out)
+    assert "whole patches" in refused(capsys, *train, "--model.img_size=20", "--out", out)
+    assert "max_scale=0.1" in refused(capsys, *train, "--train.max_scale=0.1", "--out", out)
+    assert "--out is missing" in refused(capsys, "predict", run, data / "images/test")
+    assert "all that analysis and pruning can measure" in refused(capsys, "analyze", run)
+    assert "all that analysis and pruning can measure" in refused(capsys, "prune", run, "--out", out)
+    other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
+    assert "expected the model's sky, road, car" in refused(capsys, "evaluate", run, "--data.path", other)
+    assert not out.exists()
+
+
+def test_a_training_of_scenes_needs_no_more_than_trainconfig(data: Path, tmp_path: Path) -> None:
+    """The library alone: a model, a task, the loop."""
+    settings = Settings(
+        model=ModelConfig(name="vit_tiny_patch16_224", pretrained=False, img_size=16,
+                          args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+        data=DataConfig(path=str(data), task="segmentation", workers=0),
+        train=TrainConfig(epochs=1, batch_size=3, warmup_epochs=0, tensorboard=False),
+    )  # fmt: skip
+    problem = problem_of(settings)
+    model = vimoe.upcycle(problem.dense_model(), vimoe.MoEConfig(layers="last:1", routing="token"))
+    summary = vimoe.train.train(model, problem.task(model, settings.train), settings.train, tmp_path)
+    assert 0 <= summary["val"]["miou"] <= 1 and summary["train_images"] == 9

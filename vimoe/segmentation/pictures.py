@@ -1,0 +1,87 @@
+"""Predicted masks as files: the mask, the image under it, and how much of the image each class has."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from vimoe.config import DataConfig
+from vimoe.errors import FolderError
+from vimoe.evaluate import label_names
+from vimoe.files import written_whole
+from vimoe.images import open_image
+from vimoe.loading import preprocessing
+from vimoe.segmentation.learning import infer
+from vimoe.segmentation.legend import Colour
+
+
+def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """Writes NAME-mask.png (a palette image whose values are places in the model's classes) and NAME-overlay.png.
+
+    Args:
+        model: a segmenter with preprocessing and label names, as `vimoe.load` gives it.
+        files: image files; those of one name in several folders get a number.
+        out: folder to write into; made where it is not there.
+        config: how whole images are inferred.
+
+    Returns:
+        For each file {"file", "mask", "overlay", "areas": the share of pixels of each class that it has}.
+
+    Raises:
+        DataError: for an image that cannot be read; those before it are written.
+        FolderError: where the folder cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"--out {out} cannot be made: {error.strerror}; name another folder") from error
+    names, prepared = label_names(model), preprocessing(model)
+    colours = getattr(model, "palette", None) or spread_colours(len(names))
+    mean, std = (torch.tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
+    weight = next(model.parameters())
+    model.eval()
+    console = Console(stderr=True)
+    results: list[dict[str, Any]] = []
+    used: dict[str, int] = {}
+    for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
+        image = open_image(file)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        batch = ((pixels - mean) / std)[None].to(weight.device, weight.dtype)
+        predicted = infer(model, batch, config)[0].argmax(dim=0).to("cpu", torch.uint8).numpy()
+        used[file.stem] = used.get(file.stem, 0) + 1
+        name = file.stem if used[file.stem] == 1 else f"{file.stem}-{used[file.stem]}"
+        mask = colour(predicted, colours)
+        paths = {"mask": out / f"{name}-mask.png", "overlay": out / f"{name}-overlay.png"}
+        for path, picture in zip(paths.values(), (mask, Image.blend(image, mask.convert("RGB"), 0.5)), strict=True):
+            with written_whole(path) as opened:
+                picture.save(opened, "PNG")
+        shares = np.bincount(predicted.ravel(), minlength=len(names)) / predicted.size
+        areas = {names[c]: float(shares[c]) for c in np.argsort(-shares, kind="stable") if shares[c] > 0}
+        results.append({"file": str(file), **{kind: str(path) for kind, path in paths.items()}, "areas": areas})
+    return results
+
+
+def colour(predicted: np.ndarray, colours: Sequence[Colour]) -> Image.Image:
+    """(H, W) uint8 places in the classes, as a palette image."""
+    image = Image.fromarray(predicted)
+    image.putpalette([value for each in colours for value in each])
+    return image
+
+
+def spread_colours(number: int) -> list[Colour]:
+    """Colours that can be told apart, for data that names none."""
+    golden = 0.618034  # steps of the golden ratio never fall near one another
+    found = []
+    for i in range(number):
+        red, green, blue = colorsys.hsv_to_rgb(i * golden % 1, 0.65 if i % 2 else 0.9, 0.95 if i % 3 else 0.7)
+        found.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return found
