@@ -86,7 +86,13 @@ def _train(problem: Problem, scanned: Scan | SceneScan, model: nn.Module, folder
     converted = [site.name for site in select(sites(model), settings.moe.layers)]
     summary = train(model, problem.task(model, settings.train), settings.train, folder, converted)
     _save(problem, model, folder / runs.MODEL)
-    summary = {**summary, "classes": list(problem.data.classes), "scan": scanned.to_dict(), "versions": runs.versions()}
+    summary = {
+        **summary,
+        **problem.limits(model),
+        "classes": list(problem.data.classes),
+        "scan": scanned.to_dict(),
+        "versions": runs.versions(),
+    }
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})
     checkpoint.remove(folder)
     report = write_run_report(folder)

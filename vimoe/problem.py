@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,8 +22,9 @@ from vimoe.scan import Scan, scan
 from vimoe.segmentation.learning import evaluate_scenes, segmentation, whole_images
 from vimoe.segmentation.scene_scan import SceneScan, scan_scenes
 from vimoe.segmentation.scenes import Scenes, load_scenes
-from vimoe.segmentation.score import SceneScore
+from vimoe.segmentation.score import SceneScore, ceiling
 from vimoe.segmentation.segmenter import Segmenter, create_segmenter
+from vimoe.surgery import vit
 from vimoe.task import Task, classification
 
 
@@ -69,6 +71,10 @@ class Classification:
         """What a training has to know."""
         data = self.settings.data
         return classification(self.data, preprocessing(model, data), config, data.workers, data.cache)
+
+    def limits(self, model: nn.Module) -> dict[str, float]:
+        """What bounds a score, by name; nothing in a classification."""
+        return {}
 
     def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
         """Batches of these samples in order, as evaluation sees them."""
@@ -127,6 +133,11 @@ class Segmentation:
         pixels = self.scan().pixels["train"]
         prepared = preprocessing(model, self.settings.data)
         return segmentation(self.data, prepared, model.crop, config, self.settings.data, pixels)
+
+    def limits(self, model: nn.Module) -> dict[str, float]:
+        embed: Any = vit(model).patch_embed
+        masks = (torch.from_numpy(self.data.legend.read(mask)).long() for _, mask in self.data.val)
+        return {"patch_ceiling": ceiling(masks, embed.patch_size[0], len(self.data.classes)).miou}
 
     def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
         return self._loader(model, samples, self.data)

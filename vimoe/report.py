@@ -151,6 +151,9 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
             f"test images, which decided nothing.",
             note=True,
         )
+        if "patch_ceiling" in summary:
+            best = f"{100 * summary['patch_ceiling']:.2f}"
+            page.text(f"One right label for each patch would reach a mean IoU of {best}% on validation.", note=True)
         if "per_class_iou" in val and "classes" in summary:
             _per_class(page, val["per_class_iou"], summary["classes"])
         if alarms := summary.get("alarms"):
