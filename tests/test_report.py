@@ -240,7 +240,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     page = write_comparison(runs, tmp_path / "out.html")
     read = Reader(page)
     assert page == tmp_path / "out.html" and not (tmp_path / "figures").exists()
-    assert "dense vit_small_patch14_dinov2, dense 40.00 ± 9.60 (100 images, epoch 2)" in read.text
+    assert "dense vit_small_patch14_dinov2, dense top-1 40.00 ± 9.60 (100 images, epoch 2)" in read.text
     assert f"{runs[3]} vit_small_patch14_dinov2 with a mixture" in read.text  # two are named moe
     assert "less, before pruning 61.00" in read.text and "400 test" in read.text
     differing = read.text.split("What differs")[-1].split("Loss and accuracy")[0]
