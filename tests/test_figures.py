@@ -16,7 +16,7 @@ def change(value: float, half: float) -> dict[str, float]:
 
 
 def effect(value: float, half: float = 0.01) -> dict[str, Any]:
-    return {"loss": change(value, half), "top1": change(-value / 10, half / 10)}
+    return {"loss": change(value, half), "right": change(-value / 10, half / 10)}
 
 
 def evidence(layers: int = 6, classes: int = 10, experts: int = 8, overruled: bool = True) -> dict[str, Any]:

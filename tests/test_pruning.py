@@ -136,7 +136,7 @@ def test_experts_go_by_bound_from_the_last_layer_and_totals_add_up(monkeypatch: 
     # of experts 0 to 3 the second goes, then the third (second of those left): top_k = 2 stay
     assert [(step.layer[7], step.expert) for step in done.steps] == [("1", 1), ("1", 2), ("0", 1), ("0", 2)]
     assert [step.total.loss.value for step in done.steps] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert [step.total.top1.value for step in done.steps] == [-1, -2, -3, -4]
+    assert [step.total.right.value for step in done.steps] == [-1, -2, -3, -4]
     assert [len(layer.experts.fc1.weight) for layer in layers(model)] == [2, 2]
     assert [step.layer for step in done.kept] == ["blocks.0.mlp", "blocks.1.mlp"]
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe import specialisation
@@ -22,9 +24,12 @@ from vimoe.config import DRAWS, OVERRULED_IMAGES
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.evaluate import Batches, Score, ScoreCounts, batches_of, label_names
 from vimoe.evidence import Effect, Evidence, LayerEvidence
-from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, Without, measure
+from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, Without, measure, signature
 from vimoe.moe import MoE, Routing, record
-from vimoe.specialisation import pair_interval
+from vimoe.segmentation.legend import IGNORE
+from vimoe.segmentation.score import SceneCounts, SceneScore, patch_classes
+from vimoe.specialisation import Dependence, pair_interval
+from vimoe.surgery import vit
 from vimoe.upcycling import moe_layers
 
 KEPT_IMAGES = 20_000  # whose decisions are kept, at most
@@ -41,7 +46,10 @@ def analyze(
     seed: int = 0,
     progress: bool = False,
 ) -> Evidence:
-    """Measures every MoE layer of a classifier on validation images.
+    """Measures every MoE layer of a classifier, or of a segmenter, on validation images.
+
+    In a segmentation it is the patches that have a class, that of most of their pixels, and being right is the share of
+    an image's pixels that are.
 
     The loader is read twice: to see the routing, which costs little more than an evaluation, and for the interventions,
     which cost `draws` + N + 4 times the rest of the model from each layer on. Memory does not depend on how many images
@@ -49,7 +57,8 @@ def analyze(
 
     Args:
         model: a model with MoE layers; left in eval mode.
-        loader: validation batches of (images, labels), the same in the same order when it is read again.
+        loader: validation batches of (images, labels) or (images, masks), all images of one size, and the same in the
+            same order when it is read again.
         draws: permutations of the images' decisions.
         overrule: images that interventions are measured on, drawn uniformly; 0 for no interventions, None for all that
             are kept.
@@ -68,14 +77,15 @@ def analyze(
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
     base, seen = _observe(model, loader, layers, seed, "observing the routing" if progress else "")
-    half = specialisation.halves(seen.labels, seed)
     classes = label_names(model)
+    by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
+    half = specialisation.halves(seen.labels if seen.labels.ndim == 1 else np.zeros(len(seen.labels)), seed)
 
     counts = {name: seen.per_image(name) for name in layers}
     gates = {name: seen.per_image(name, seen.gates[name]) for name in layers}
     gate_mass = {name: gates[name].sum(axis=0) / seen.experts[name][..., 0].size for name in layers}
-    tables = {name: _table(seen.labels, counts[name], len(classes)) for name in layers}
-    drawn = {name: _table(seen.labels[~half], counts[name][~half], len(classes)) for name in layers}
+    tables = {name: found.table() for name, found in by_class.items()}
+    drawn = {name: found.table(~half) for name, found in by_class.items()}
     class_order, expert_orders = specialisation.orders([tables[name] - drawn[name] for name in layers])
     overruled = min(len(seen.labels), len(seen.labels) if overrule is None else overrule)
     task = "overruling the routing" if progress else ""
@@ -94,10 +104,10 @@ def analyze(
                 drawn=drawn[name],
                 expert_order=expert_order,
                 gate_mass=gate_mass[name],
-                adjusted_mutual_information=specialisation.dependence(seen.labels, counts[name], seed),
+                adjusted_mutual_information=by_class[name].dependence(seed),
                 effective_experts=specialisation.effective_number(counts[name], seed),
                 comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
-                examples=seen.examples(gates[name]),
+                examples=seen.examples(gates[name]) if seen.labels.ndim == 1 else (),
                 **effects.get(name, {"permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
         )
@@ -126,7 +136,7 @@ def _effects(
     donors = np.stack([rng.permutation(images) for _ in range(draws)], axis=1)  # of the images that are measured
     plan = {name: _interventions(layer, seen, name, rows[donors], gate_mass[name]) for name, layer in layers.items()}
     flat = {name: [each for group in groups.values() for each in group] for name, groups in plan.items()}
-    changes, _ = measure(model, loader, flat, Images(seen.places[rows], seen.labels[rows]), task)
+    changes, _ = measure(model, loader, flat, Images(seen.places[rows], seen.signatures[rows]), task)
     fields = {}
     for name, groups in plan.items():
         loss, right = (pair_interval(v[:, :draws], donors, seed) for v in (changes[name].loss, changes[name].right))
@@ -156,11 +166,51 @@ def _interventions(
     }
 
 
+@dataclass(frozen=True)
+class _ByClass:
+    """Which class chose which expert in a layer: of whole images, or of the patches of segmented ones.
+
+    Attributes:
+        labels: (I,), or (I, P) with a class below 0 where a patch has none.
+        experts: (I, U, K) of all units of images with one class, (I, P, K) of patches.
+        classes, num_experts: how many there are.
+    """
+
+    labels: np.ndarray
+    experts: np.ndarray
+    classes: int
+    num_experts: int
+
+    @classmethod
+    def of(cls, seen: _Seen, name: str, classes: int) -> _ByClass:
+        layer, experts = seen.layers[name], seen.experts[name]
+        if seen.labels.ndim == 2:
+            prefix = layer.router.layout.num_prefix_tokens
+            patches = experts[:, prefix:] if layer.config.routing == "token" else experts
+            experts = np.broadcast_to(patches, (*seen.labels.shape, experts.shape[2]))
+        return cls(seen.labels, experts, classes, layer.config.num_experts)
+
+    def table(self, some: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(C, N) how often the units of each class chose each expert, in some of the images."""
+        labels, experts = self.labels[some], self.experts[some]
+        if labels.ndim == 1:
+            labels = np.broadcast_to(labels[:, None], experts.shape[:2])
+        code = labels[..., None] * self.num_experts + experts
+        size = self.classes * self.num_experts
+        return np.bincount(code[labels >= 0].ravel(), minlength=size).reshape(self.classes, self.num_experts)
+
+    def dependence(self, seed: int) -> Dependence:
+        if self.labels.ndim == 1:
+            return specialisation.dependence(self.labels, _counts(self.experts, self.num_experts), seed)
+        return specialisation.dependence_of_units(self.labels, self.experts, self.classes, self.num_experts, seed)
+
+
 class _Seen:
     """What a uniform sample of the images did: their decisions in each layer, and a few layer inputs.
 
     Attributes:
-        places: (I,) places in the loader, in rising order; labels: (I,).
+        places: (I,) places in the loader, in rising order; signatures: (I,) by which to know the images again.
+        labels: (I,) class of each image, or (I, P) of each patch of segmented ones, negative where it has none.
         experts, gates: by layer, (I, U, K).
         inputs: by layer, (a few images, tokens, channels).
     """
@@ -186,17 +236,19 @@ class _Seen:
         for slot, row in zip(slots, rows, strict=True):
             self.inputs[name][slot] = x[row]
 
-    def add(self, labels: Tensor, routings: list[Routing]) -> None:
-        """Takes what a batch did: (B,) labels, and the routing of each layer."""
+    def add(self, labels: np.ndarray, routings: list[Routing], signatures: np.ndarray) -> None:
+        """Takes what a batch did: (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
         arrays = {r.layer: [_per_image(a, r) for a in (r.experts, r.gates)] for r in routings}
         if not self.images:
             self._limit = min(KEPT_IMAGES, *(KEPT_UNITS // e.shape[1] for e, _ in arrays.values()))
-            self.places, self.labels = np.empty(self._limit, np.int64), np.empty(self._limit, np.int64)
+            self.places, self.signatures = np.empty(self._limit, np.int64), np.empty(self._limit, np.int64)
+            self.labels = np.empty((self._limit, *labels.shape[1:]), np.int64 if labels.ndim == 1 else np.int16)
             for name, (experts, gates) in arrays.items():  # memory is taken when it is written to
                 self.experts[name] = np.empty((self._limit, *experts.shape[1:]), np.int16)
                 self.gates[name] = np.empty((self._limit, *gates.shape[1:]), np.float32)
         slots, rows = self._slots(len(labels), self._limit)
-        self.places[slots], self.labels[slots] = self.images + rows, labels.cpu().numpy()[rows]
+        self.places[slots], self.signatures[slots] = self.images + rows, signatures[rows]
+        self.labels[slots] = labels[rows]
         for name, (experts, gates) in arrays.items():
             self.experts[name][slots], self.gates[name][slots] = experts[rows], gates[rows]
         self.images += len(labels)
@@ -204,17 +256,14 @@ class _Seen:
     def close(self) -> None:
         """Puts the images in the loader's order."""
         order = np.argsort(self.places[: self.images])
-        self.places, self.labels = self.places[order], self.labels[order]
+        self.places, self.labels, self.signatures = (a[order] for a in (self.places, self.labels, self.signatures))
         self.experts = {name: kept[order] for name, kept in self.experts.items()}
         self.gates = {name: kept[order] for name, kept in self.gates.items()}
         self.inputs = {name: kept[: self.images] for name, kept in self.inputs.items()}
 
     def per_image(self, name: str, weights: np.ndarray | None = None) -> np.ndarray:
         """(I, N) how often each image chose each expert, or the sum of weights (I, U, K) of these choices."""
-        experts, n = self.experts[name], self.layers[name].config.num_experts
-        code = np.arange(len(experts))[:, None, None] * n + experts
-        flat = None if weights is None else weights.ravel()
-        return np.bincount(code.ravel(), flat, len(experts) * n).reshape(-1, n)
+        return _counts(self.experts[name], self.layers[name].config.num_experts, weights)
 
     def examples(self, gates: np.ndarray) -> tuple[tuple[int, ...], ...]:
         """For each expert places of the images that gave it most of (I, N) gates, best first."""
@@ -229,8 +278,12 @@ class _Seen:
         return slots[rows], rows
 
 
-def _observe(model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seed: int, task: str) -> tuple[Score, _Seen]:
-    score, seen = ScoreCounts(), _Seen(layers, seed)
+def _observe(
+    model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seed: int, task: str
+) -> tuple[Score | SceneScore, _Seen]:
+    seen, classes = _Seen(layers, seed), len(label_names(model))
+    score: ScoreCounts | SceneCounts | None = None
+    shape: torch.Size | None = None
     handles = [
         layer.register_forward_pre_hook(lambda _layer, args, name=name: seen.add_input(name, args[0]))
         for name, layer in layers.items()
@@ -238,26 +291,34 @@ def _observe(model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seed:
     try:
         with torch.no_grad(), record(model) as routings:
             for x, labels in batches_of(model, loader, task):
-                _check_labels(labels, len(label_names(model)))
+                _check_labels(labels, classes)
+                shape = shape or x.shape[1:]
+                if x.shape[1:] != shape:
+                    raise DataError(
+                        f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size"
+                    )
                 seen.expect(len(labels))
+                score = score or (ScoreCounts() if labels.ndim == 1 else SceneCounts(classes))
                 score.add(model(x), labels)
-                seen.add(labels, routings)
+                seen.add(_classes_of(model, labels, classes), routings, signature(labels))
                 routings.clear()
     finally:
         for handle in handles:
             handle.remove()
-    if not score.images:
+    if score is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")
-    if not math.isfinite(score.score().loss):
+    found: Score | SceneScore = score.score()
+    if not math.isfinite(found.columns["loss"]):
         raise VimoeError(
-            f"the model's loss on validation is {score.score().loss}: expected a model whose outputs are finite"
+            f"the model's loss on validation is {found.columns['loss']}: expected a model whose outputs are finite"
         )
     seen.close()
-    return score.score(), seen
+    return found, seen
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
-    low, high = (int(each) for each in labels.aminmax())
+    counted = labels if labels.ndim == 1 else labels[labels != IGNORE]
+    low, high = (int(each) for each in counted.aminmax()) if counted.numel() else (0, 0)
     if low < 0 or high >= classes:
         odd = low if low < 0 else high
         raise DataError(
@@ -265,13 +326,26 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
+def _classes_of(model: nn.Module, labels: Tensor, classes: int) -> np.ndarray:
+    """(B,) labels as they are; of masks (B, H, W) the class of most of each patch's pixels (B, P), -1 without one."""
+    if labels.ndim == 1:
+        return labels.cpu().numpy()
+    segmenter: Any = model
+    height, width = labels.shape[1:]
+    padded_h, padded_w = segmenter.padded(height, width)
+    masks = F.pad(labels, (0, padded_w - width, 0, padded_h - height), value=IGNORE)
+    embed: Any = vit(model).patch_embed
+    found = patch_classes(masks, embed.patch_size, classes)
+    return found.where(found != IGNORE, -1).cpu().numpy()
+
+
+def _counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """(I, N) how often each image chose each expert, or the sum of weights, both (I, U, K)."""
+    code = np.arange(len(experts))[:, None, None] * num_experts + experts
+    flat = None if weights is None else weights.ravel()
+    return np.bincount(code.ravel(), flat, len(experts) * num_experts).reshape(-1, num_experts)
+
+
 def _per_image(decisions: Tensor, routing: Routing) -> np.ndarray:
     """(R, K) of all units to (B, U, K)."""
     return decisions.view(routing.batch[0], -1, decisions.shape[1]).cpu().numpy()
-
-
-def _table(labels: np.ndarray, counts: np.ndarray, classes: int) -> np.ndarray:
-    """(C, N) sums of (I, N) over the images of each class."""
-    table = np.zeros((classes, counts.shape[1]), dtype=np.int64)
-    np.add.at(table, labels, counts)
-    return table

@@ -97,11 +97,10 @@ def train(verb: str, argv: list[str]) -> Result:
 
     resumed = options["resume"]
     summary = resume_training(resumed) if resumed else run_training(settings, options["out"])
-    from vimoe.report import MEASURES
+    from vimoe.report import MEASURES, judged_by
 
     val = summary["val"]
-    judged_by = next(key for key in ("top1", "miou") if key in val)
-    shares = f"{MEASURES[judged_by].removesuffix(', %')} {val[judged_by]:.2%}"
+    shares = f"{MEASURES[judged_by(val)].removesuffix(', %')} {val[judged_by(val)]:.2%}"
     text = (
         f"validation {shares}, loss {val['loss']:.4f} ({val['images']} images) "
         f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{summary['report']}"
@@ -190,12 +189,12 @@ def prune(verb: str, argv: list[str]) -> Result:
     options = parser.parse_args(argv)
     out = _required_out(options)
     from vimoe.finished import FinishedRun
-    from vimoe.report import RECEIPT_HEADER, receipt_row
+    from vimoe.report import receipt_header, receipt_row
 
     keys = ("tolerance", "experts", "recover", "recover_lr")
     values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
     when = [key for key in ("before", "after", "recovered") if key in values]
-    rows = [RECEIPT_HEADER, *(receipt_row(key, [values[key]]) for key in when)]
+    rows = [receipt_header(values["before"]), *(receipt_row(key, [values[key]]) for key in when)]
     table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
     measured = f"measured on {values['before']['images']} {values['split']} images"
     return "\n".join([values.pop("text"), *table, measured, values["report"]]), values

@@ -159,7 +159,7 @@ def compare(table: dict[str, list[Receipt]], name: str, control: str, comparison
     be known better than to one image, so seeds that agree by chance do not make it certain.
     """
     pairs = list(zip(table[name], table[control], strict=True))
-    differences = [100 * (a.score.top1 - b.score.top1) for a, b in pairs]
+    differences = [100 * (a.score.rank[0] - b.score.rank[0]) for a, b in pairs]
     mean, seeds = statistics.fmean(differences), len(pairs)
     error = max(statistics.stdev(differences), 100 / pairs[0][0].score.images) / seeds**0.5
     half = float(stats.t.ppf(1 - 0.025 / comparisons, seeds - 1)) * error

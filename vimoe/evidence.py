@@ -17,26 +17,30 @@ from vimoe import figures
 from vimoe.errors import ConfigError, nearest
 from vimoe.evaluate import Score
 from vimoe.interventions import Changes
+from vimoe.segmentation.score import SceneScore
 from vimoe.specialisation import CONFIDENCE, Dependence, Interval, mean_intervals
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What an intervention changes on average over images: the loss in nats, and top-1 as a share."""
+    """What an intervention changes on average over images: the loss in nats, and the share that is right.
+
+    Right are images (top-1), or in a segmentation pixels of an image.
+    """
 
     loss: Interval
-    top1: Interval
+    right: Interval
 
     @classmethod
     def each(cls, changes: Changes, seed: int) -> list[Effect]:
         """Of every intervention."""
-        losses, tops = (mean_intervals(columns, seed) for columns in (changes.loss, changes.right))
-        return [cls(loss, top1) for loss, top1 in zip(losses, tops, strict=True)]
+        losses, shares = (mean_intervals(columns, seed) for columns in (changes.loss, changes.right))
+        return [cls(loss, right) for loss, right in zip(losses, shares, strict=True)]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Effect:
         """The inverse of `dataclasses.asdict`."""
-        return cls(Interval(**values["loss"]), Interval(**values["top1"]))
+        return cls(Interval(**values["loss"]), Interval(**values["right"]))
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Evidence:
     """
 
     layers: tuple[LayerEvidence, ...]
-    base: Score
+    base: Score | SceneScore
     classes: tuple[str, ...]
     images: int
     overruled_images: int
@@ -164,7 +168,7 @@ class Evidence:
         pairs, routes = values["pairs"], values["routes"]
         made = {
             "layers": tuple(LayerEvidence.from_dict(layer) for layer in values["layers"]),
-            "base": Score(**values["base"]),
+            "base": SceneScore.from_dict(values["base"]) if "miou" in values["base"] else Score(**values["base"]),
             "classes": tuple(values["classes"]),
             "class_order": np.array(values["class_order"]),
             "pairs": (Interval(**pairs["mean"]), pairs["low"], pairs["high"]),
@@ -218,7 +222,7 @@ class Evidence:
         used, effective, possible = self.routes
         measured = f"Changes of the loss in nats on {self.overruled_images} images, with 95% intervals over images."
         return [
-            f"{self.base.images} validation images, top-1 {self.base.top1:.2%}, loss {self.base.loss:.4f}.",
+            f"The untouched model on validation: {self.base}.",
             *([measured] if self.overruled_images else []),
             f"An image activates {mean.value:.1f} experts ({low} to {high}); {used} of {possible} routes are used, "
             f"effectively {effective:.1f}.",

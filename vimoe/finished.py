@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from vimoe import checkpoint, runs
 from vimoe.analysis import analyze
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, TrainConfig
-from vimoe.data import Data
 from vimoe.errors import ConfigError, FolderError
 from vimoe.evaluate import Score, label_names
 from vimoe.evidence import Evidence
@@ -85,7 +84,7 @@ class FinishedRun:
 
     def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
         """Measures the routing on validation, and writes routing.json, example images and the report."""
-        evidence = analyze(self.model, self._loader(self._classified.val), draws, overrule, seed, progress=True)
+        evidence = analyze(self.model, self.problem.deciding(self.model), draws, overrule, seed, progress=True)
         runs.write_json(self.run.path / runs.ROUTING, evidence.to_dict())
         self._write_examples(evidence)
         write_run_report(self.run.path)
@@ -111,7 +110,7 @@ class FinishedRun:
         known = self.run.path / runs.ROUTING
         evidence = _read_evidence(known) if known.exists() else self.analyze()
         pruned = self._fresh_model()
-        done = prune(pruned, evidence, self._loader(self._classified.val), tolerance, experts, progress=True)
+        done = prune(pruned, evidence, self.problem.deciding(self.model), tolerance, experts, progress=True)
         folder = runs.new_run(out)
         models = {"before": self.model, "after": pruned}
         if recovery:
@@ -122,14 +121,14 @@ class FinishedRun:
             recover = recovered["epochs"]  # fewer where it stopped early
             checkpoint.remove(folder)
         split, samples = self.reported
-        measured = receipts(list(models.values()), self._loader(samples))
+        measured = receipts(list(models.values()), self._loader(samples), self.problem.evaluate)
         left = moe_layers(pruned)
         summary = {
             **done.to_dict(),
             "kept": [{**asdict(step), "experts": left[step.layer].config.num_experts} for step in done.kept],
             "recovery_epochs": recover,
             "recovery_lr": recovery.lr if recovery else None,
-            "validation_images": len(self._classified.val),
+            "validation_images": len(self.problem.data.val),
             "split": split,
             **{when: receipt.to_dict() for when, receipt in zip(models, measured, strict=True)},
             "versions": runs.versions(),
@@ -145,6 +144,8 @@ class FinishedRun:
 
     def _write_examples(self, evidence: Evidence) -> None:
         """A sheet for each layer: the images that each expert got most of, as figures/examples-LAYER.png."""
+        if self.segments:  # what an expert got there are patches; the report shows them in their images
+            return
         folder = self.run.path / runs.FIGURES
         folder.mkdir(exist_ok=True)
         for layer in evidence.layers:
@@ -156,7 +157,8 @@ class FinishedRun:
             contact_sheet(rows).savefig(folder / runs.EXAMPLES.format(layer.name), dpi=110)
 
     def _picture(self, place: int, classes: tuple[str, ...]) -> tuple[Any, str]:
-        source, label = self._classified.val[place]
+        sample: Any = self.problem.data.val[place]
+        source, label = sample
         image = open_image(source).copy()
         image.thumbnail((96, 96))
         return image, classes[label]
@@ -176,17 +178,6 @@ class FinishedRun:
 
     def _loader(self, samples: tuple[Any, ...]) -> DataLoader:
         return self.problem.loader(self.model, samples)
-
-    @property
-    def _classified(self) -> Data:
-        if self.segments:
-            raise ConfigError(
-                f"{self.run.path} is a segmentation: expected a classification, which is all that analysis and pruning "
-                f"can measure so far"
-            )
-        data = self.problem.data
-        assert isinstance(data, Data)
-        return data
 
 
 def _all_but_examples(_folder: str, names: list[str]) -> list[str]:

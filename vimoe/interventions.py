@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from vimoe.errors import DataError, VimoeError
 from vimoe.evaluate import Batches, batches_of
 from vimoe.moe import MoE, Routing
+from vimoe.segmentation.legend import IGNORE
+from vimoe.segmentation.segmenter import Segmenter
 
 _BROKEN = 1e6  # nats, of an image for which an intervention gives no finite loss
 _ROWS = 512  # images that run through the rest of the model at a time
+_SCORES = 2**26  # of pixels and classes, of these images: fewer run where images have many
 
 
 class Decision(Protocol):
@@ -107,8 +110,8 @@ def measure(
     """Overrules one layer at a time and compares with the untouched model.
 
     Args:
-        model: a classifier; left in eval mode.
-        loader: batches of (images, labels).
+        model: a classifier, or a segmenter; left in eval mode.
+        loader: batches of (images, labels), or (images, masks).
         plan: for each layer, by module name, the interventions on it.
         chosen: the images to measure on; by default all.
         task: what to call this in a progress bar; none without it.
@@ -128,22 +131,28 @@ def measure(
             first, last = np.searchsorted(chosen.places, [seen, seen + len(x)])
             rows = torch.from_numpy(chosen.places[first:last] - seen).to(x.device)
             seen, x, labels = seen + len(x), x[rows], labels[rows]
-            if not np.array_equal(labels.cpu().numpy(), chosen.labels[first:last]):
+            if not np.array_equal(signature(labels), chosen.labels[first:last]):
                 raise DataError("the loader gives its images in another order each time: expected shuffle=False")
         if not len(x):
             continue
         index = torch.arange(measured, measured + len(x))
         measured += len(x)
         places.append(index.numpy())
-        classes.append(labels.cpu().numpy())
+        classes.append(signature(labels))
         with torch.no_grad():
-            base = _losses(model(x), labels)
+            logits = model(x)
+            base = _losses(logits, labels)
+        rows_at_once = max(1, min(_ROWS, _SCORES // logits[0].numel()))
         if not base[0].isfinite().all():
             raise VimoeError(f"the model's loss is {float(base[0].sum())}: expected a model whose outputs are finite")
         for name, interventions in plan.items():
-            size = max(1, _ROWS // max(1, len(interventions)))
+            size = max(1, rows_at_once // max(1, len(interventions)))
             for part in zip(*(each.split(size) for each in (x, labels, index, *base)), strict=True):
-                found[name].append(_changes(model, name, interventions, *part))
+                groups = [interventions[i : i + rows_at_once] for i in range(0, len(interventions), rows_at_once)]
+                columns = [_changes(model, name, group, *part) for group in groups]
+                found[name].append(
+                    (torch.cat([c[0] for c in columns], dim=1), torch.cat([c[1] for c in columns], dim=1))
+                )
     if chosen is not None and measured != len(chosen.places):
         raise DataError("the loader gave fewer images when it was read again: expected the same each time")
     if not measured:
@@ -161,15 +170,27 @@ def _changes(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(B, V) change of the loss and of being right."""
     with torch.no_grad(), overruled(model, name, interventions, index):
-        other_loss, other_right = _losses(model(x), labels.repeat(len(interventions)))
+        several = labels.repeat(len(interventions), *[1] * (labels.ndim - 1))
+        other_loss, other_right = _losses(model(x), several)
     other_loss = other_loss.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
     columns = ((other_loss.view(-1, len(x)) - loss).T, (other_right.view(-1, len(x)) - right).T)
     return columns[0].cpu(), columns[1].cpu()
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image the loss, and whether the model is right."""
-    return F.cross_entropy(logits.float(), labels, reduction="none"), (logits.argmax(dim=-1) == labels).float()
+    """(B,) of each image the loss, and the share of it that is right: 0 or 1, or of its pixels that are not void."""
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE if labels.ndim > 1 else -100, reduction="none")
+    right = (logits.argmax(dim=1) == labels).float()
+    if labels.ndim == 1:
+        return loss, right
+    counted = labels != IGNORE
+    pixels = counted.flatten(1).sum(dim=1).clamp(min=1)
+    return loss.flatten(1).sum(dim=1) / pixels, (right * counted).flatten(1).sum(dim=1) / pixels
+
+
+def signature(labels: Tensor) -> np.ndarray:
+    """(B,) a number for each image by which to know it again: its class, or the sum of its mask."""
+    return (labels if labels.ndim == 1 else labels.flatten(1).sum(dim=1)).cpu().numpy()
 
 
 @contextmanager
@@ -206,8 +227,13 @@ def overruled(model: nn.Module, name: str, interventions: Sequence[Intervention]
         pairs = zip(interventions, args[0].chunk(count), output.chunk(count), strict=True)
         return torch.cat([module(x) if isinstance(module, nn.Module) else y for module, x, y in pairs])
 
+    def spread(_decoder: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        most = max(map(len, args[0]))  # maps of blocks before the layer's are of the images, others of all repetitions
+        return ([each.repeat(most // len(each), 1, 1, 1) for each in args[0]],)
+
     with ExitStack() as stack:
         for handle in (
+            *([model.decoder.register_forward_pre_hook(spread)] if isinstance(model, Segmenter) else []),
             _block(model, name).register_forward_pre_hook(repeat),
             layer.router.register_forward_hook(decide),
             layer.register_forward_hook(compute),

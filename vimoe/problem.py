@@ -16,9 +16,11 @@ from vimoe.config import DataConfig, TrainConfig
 from vimoe.data import Data, load_data, load_folder
 from vimoe.errors import ConfigError
 from vimoe.evaluate import Score, evaluate, label_names
-from vimoe.loading import eval_loader, preprocessing, train_loader
+from vimoe.images import image_size
+from vimoe.loading import eval_loader, preprocessing, processes, train_loader
 from vimoe.options import Settings
 from vimoe.scan import Scan, scan
+from vimoe.segmentation.joint import JointImages, centre_transform
 from vimoe.segmentation.learning import evaluate_scenes, segmentation, whole_images
 from vimoe.segmentation.scene_scan import SceneScan, scan_scenes
 from vimoe.segmentation.scenes import Scenes, load_scenes
@@ -80,6 +82,10 @@ class Classification:
         """Batches of these samples in order, as evaluation sees them."""
         batch = 2 * self.settings.train.batch_size
         return eval_loader(samples, preprocessing(model, self.settings.data), batch, self.settings.data.workers)
+
+    def deciding(self, model: nn.Module) -> DataLoader:
+        """Validation batches for analysis and pruning."""
+        return self.loader(model, self.data.val)
 
     def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> Score:
         """Scores a model, with a progress bar if `task` names it."""
@@ -145,6 +151,16 @@ class Segmentation:
     def _loader(self, model: nn.Module, samples: Sequence[Any], scenes: Scenes) -> DataLoader:
         prepared = preprocessing(model, self.settings.data)
         return whole_images(samples, scenes, prepared, self.settings.train.batch_size, self.settings.data.workers)
+
+    def deciding(self, model: nn.Module) -> DataLoader:
+        """Whole images where all are of one size, else the middle of each, as large as the training crop."""
+        assert isinstance(model, Segmenter)
+        if len({image_size(image) for image, _ in self.data.val}) == 1:
+            return self.loader(model, self.data.val)
+        prepared = preprocessing(model, self.settings.data)
+        transform = centre_transform(model.crop, prepared["mean"], prepared["std"])
+        scenes = JointImages(self.data.val, self.data.legend, transform)
+        return DataLoader(scenes, self.settings.train.batch_size, **processes(self.settings.data.workers))
 
     def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> SceneScore:
         return evaluate_scenes(model, loader, self.settings.data, task)

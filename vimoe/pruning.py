@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import Batches, Score, evaluate
 from vimoe.evidence import Effect, Evidence
 from vimoe.interventions import Changes, Images, Intervention, Without, measure
+from vimoe.segmentation.score import SceneScore
 from vimoe.surgery import swap
 from vimoe.upcycling import moe_layers
 
@@ -80,13 +81,13 @@ _WORDS = {
 class Receipt:
     """A model before and after: its score on test images, what it costs, and images a second measured in turns."""
 
-    score: Score
+    score: Score | SceneScore
     cost: Cost
     images_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
-        return {**asdict(self.score), **asdict(self.cost), "images_per_second": self.images_per_second}
+        return {**self.score.to_dict(), **asdict(self.cost), "images_per_second": self.images_per_second}
 
 
 def prune(
@@ -214,10 +215,18 @@ class _Greedy:
         self.steps.append(replace(step, total=total))
 
 
-def receipts(models: list[nn.Module], loader: Batches) -> list[Receipt]:
-    """The same measurements of each model; speed on the loader's first batch, in turns, because machines are noisy."""
+def receipts(
+    models: list[nn.Module], loader: Batches, score: Callable[[nn.Module, Any], Score | SceneScore] = evaluate
+) -> list[Receipt]:
+    """The same measurements of each model; speed on the loader's first batch, in turns, because machines are noisy.
+
+    Args:
+        models: to be measured.
+        loader: test batches.
+        score: of a model on a loader; of classifiers by default.
+    """
     speeds = images_per_second(models, next(iter(loader))[0])
-    return [Receipt(evaluate(m, loader), count(m), s) for m, s in zip(models, speeds, strict=True)]
+    return [Receipt(score(m, loader), count(m), s) for m, s in zip(models, speeds, strict=True)]
 
 
 def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 15) -> list[float]:

@@ -13,7 +13,7 @@ import yaml
 
 from vimoe.errors import FolderError
 from vimoe.figures import INTERVENTIONS, curves, loads
-from vimoe.findings import add_routing, told
+from vimoe.findings import RIGHT, add_routing, kind_of, told
 from vimoe.page import Page
 from vimoe.runs import CONFIG, EXAMPLES, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
 
@@ -24,8 +24,18 @@ RECEIPTS = {"before": "before pruning", "after": "pruned", "recovered": "pruned,
 PLACE = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIONS.items()} | {"dropped": "other experts"}
 
 
+def judged_by(score: dict[str, Any]) -> str:
+    """The key of a score by which the best is chosen."""
+    return "top1" if "top1" in score else "miou"
+
+
+def receipt_header(receipt: dict[str, Any]) -> tuple[str, ...]:
+    """Above rows of such receipts."""
+    return ("", MEASURES[judged_by(receipt)], *RECEIPT_HEADER[2:])
+
+
 def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """A row under RECEIPT_HEADER; of several receipts, such as those of seeds, mean and standard deviation."""
+    """A row under `receipt_header`; of several receipts, such as those of seeds, mean and standard deviation."""
 
     def cell(key: str, unit: float, form: str) -> str:
         values = [receipt[key] / unit for receipt in receipts]
@@ -33,7 +43,7 @@ def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...
         return mean if len(set(values)) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
 
     return (
-        name, cell("top1", 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
+        name, cell(judged_by(receipts[0]), 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
         cell("activated_params", 1e6, "{:.3f}"), cell("macs", 1e9, "{:.4f}"), cell("images_per_second", 1, "{:.0f}"),
     )  # fmt: skip
 
@@ -175,17 +185,17 @@ def _per_class(page: Page, ious: list[float | None], classes: list[str]) -> None
 
 def _pruning(page: Page, summary: dict[str, Any]) -> None:
     before, steps = summary["before"], summary["steps"]
+    right = RIGHT[kind_of(before)].lower()
     page.heading("Result of pruning")
     page.text(
         "The same images before and after. Activated parameters are those that one image uses; MACs are the "
         "multiply-adds of one image; images/s was measured on the machine that pruned."
     )
-    page.table(RECEIPT_HEADER, receipt_rows(summary))
+    page.table(receipt_header(before), receipt_rows(summary))
     recovery = f" The last row is after {summary['recovery_epochs']} further epochs of training the pruned model."
     page.text(
-        f"On {before['images']} {summary['split']} images; the 95% margin of a top-1 on so many is ± "
-        f"{margin(before):.2f} points, that of a difference on the same images is mostly "
-        f"smaller.{recovery if summary.get('recovered') else ''}",
+        f"On {before['images']} {summary['split']} images.{_margin_told(before)}"
+        f"{recovery if summary.get('recovered') else ''}",
         note=True,
     )
     page.heading("What was pruned, and why")
@@ -198,7 +208,7 @@ def _pruning(page: Page, summary: dict[str, Any]) -> None:
     )
     if steps:
         page.table(
-            ("removed", "what takes its place", "change, nats", "total, nats", "total top-1, points"),
+            ("removed", "what takes its place", "change, nats", "total, nats", f"total {right}, points"),
             [
                 (
                     f"{i}. {_removed(step)}", PLACE.get(step["how"], step["how"]), told(step["change"]["loss"]),
@@ -217,17 +227,26 @@ def _pruning(page: Page, summary: dict[str, Any]) -> None:
             "told from 0, these images are too few to say whether the layer is needed."
         )
         page.table(
-            ("layer", "experts left", "cheapest way", "loss, nats", "top-1, points"),
+            ("layer", "experts left", "cheapest way", "loss, nats", f"{right}, points"),
             [
                 (
                     kept["layer"], str(kept["experts"]), PLACE.get(kept["how"], kept["how"]),
-                    told(kept["change"]["loss"]), told(kept["change"]["top1"], "+z.2f", 0.01),
+                    told(kept["change"]["loss"]), told(kept["change"]["right"], "+z.2f", 0.01),
                 )
                 for kept in summary["kept"]
             ],
         )  # fmt: skip
     else:
         page.text("No MoE layer was kept: the pruned model is dense.")
+
+
+def _margin_told(score: dict[str, Any]) -> str:
+    if "top1" not in score:
+        return ""
+    return (
+        f" The 95% margin of a top-1 on so many is ± {margin(score):.2f} points, that of a difference on the same "
+        f"images is mostly smaller."
+    )
 
 
 def _curves(page: Page, metrics: Path, summary: dict[str, Any]) -> None:
@@ -237,7 +256,7 @@ def _curves(page: Page, metrics: Path, summary: dict[str, Any]) -> None:
         "Down is better on the left, up on the right. Where training goes on to fall and validation does not, the "
         "model learns its images by heart."
     )
-    caption = f"Loss and top-1 by epoch; validation is of {images} images. One training, so there is no interval."
+    caption = f"Loss and score by epoch; validation is of {images} images. One training, so there is no interval."
     page.figure(curves(metrics), "curves", caption)
 
 
@@ -267,5 +286,5 @@ def _removed(step: dict[str, Any]) -> str:
 
 
 def _total(total: dict[str, Any] | None) -> tuple[str, str]:
-    """The change of loss and top-1; dashes where it was not measured."""
-    return (told(total["loss"]), told(total["top1"], "+z.2f", 0.01)) if total else ("–", "–")
+    """The change of the loss and of what is right; dashes where it was not measured."""
+    return (told(total["loss"]), told(total["right"], "+z.2f", 0.01)) if total else ("–", "–")

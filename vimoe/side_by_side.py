@@ -87,7 +87,7 @@ def _curves(page: Page, metrics: dict[str, Path]) -> None:
     for path in metrics.values():
         with damage_named(path):
             figures.curves(path)
-    caption = "Validation loss and top-1 by epoch, a line a run. No intervals: one training each."
+    caption = "Validation loss and score by epoch, a line a run. No intervals: one training each."
     page.figure(figures.curves(metrics), "curves", caption)
 
 

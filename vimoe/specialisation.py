@@ -19,6 +19,7 @@ from sklearn.metrics.cluster import expected_mutual_information
 CONFIDENCE = 0.95
 Z = 1.959964  # half the width of a normal interval of that confidence, in standard deviations
 RESAMPLES = 500
+_PERMUTED_UNITS = 200_000_000  # decisions that are permuted for a null distribution
 _CHUNK = 400_000  # resampled images at a time, which bounds the memory
 
 
@@ -102,12 +103,50 @@ def dependence(labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutatio
         expected = float(expected_mutual_information(used, int(used.sum())))
     else:
         expected = float(null.mean())
-    scale = (_entropy(table.sum(axis=1)) + _entropy(table.sum(axis=0))) / 2 - expected
-    scale = max(scale, np.finfo(float).eps)
     resampled = np.concatenate([_mutual_information(t) for t in _resampled_tables(ordered, starts, table, seed)])
-    value, half = (nats - expected) / scale, Z * float(resampled.std()) / scale
-    p = (1 + int((null >= nats - 1e-12).sum())) / (1 + permutations)
-    return Dependence(float(value), float(value - half), float(min(value + half, max(value, 1.0))), p, nats)
+    return _adjusted(table, nats, expected, null, resampled)
+
+
+def tables_of_units(labels: np.ndarray, experts: np.ndarray, classes: int, num_experts: int) -> np.ndarray:
+    """(I, C, N) how often the units of each class chose each expert, image by image.
+
+    Args:
+        labels: (I, U) class of each unit; negative where it has none, and does not count.
+        experts: (I, U, K).
+        classes, num_experts: C and N.
+    """
+    images, counted = len(labels), labels >= 0
+    place = np.broadcast_to(np.arange(images)[:, None], labels.shape)[counted]
+    codes = ((place * classes + labels[counted])[:, None] * num_experts + experts[counted]).ravel()
+    return np.bincount(codes, minlength=images * classes * num_experts).reshape(images, classes, num_experts)
+
+
+def dependence_of_units(
+    labels: np.ndarray, experts: np.ndarray, classes: int, num_experts: int, seed: int = 0
+) -> Dependence:
+    """Adjusted mutual information of class and expert where each unit of an image has a class of its own.
+
+    What chance gives is the mean over permutations that hand whole images each other's decisions, place by place. So
+    experts that follow the place in the image alone (the sky is above) are chance here, though classes do so too.
+
+    Args:
+        labels, experts, classes, num_experts: as in `tables_of_units`.
+        seed: draws resamples and permutations.
+    """
+    tables = tables_of_units(labels, experts, classes, num_experts)
+    table = tables.sum(axis=0)
+    nats = float(_mutual_information(table))
+    rng = np.random.default_rng(seed)
+    permutations = int(np.clip(_PERMUTED_UNITS // max(experts.size, 1), 100, RESAMPLES))
+    null = np.array([
+        _mutual_information(tables_of_units(labels, rng.permutation(experts), classes, num_experts).sum(axis=0))
+        for _ in range(permutations)
+    ])  # fmt: skip
+    flat = tables.reshape(len(tables), -1)
+    resampled = np.concatenate(
+        [_mutual_information((w @ flat).reshape(-1, classes, num_experts)) for w in _resamples(len(tables), seed)]
+    )
+    return _adjusted(table, nats, float(null.mean()), null, resampled)
 
 
 def effective_number(counts: np.ndarray, seed: int = 0) -> Interval:
@@ -209,6 +248,15 @@ def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     centres = [(position[:, None] * share).sum(axis=0) / np.maximum(share.sum(axis=0), 1e-12) for share in shares]
     idle = [share.sum(axis=0) == 0 for share in shares]  # they stand last
     return order, [np.lexsort((centre, none)) for centre, none in zip(centres, idle, strict=True)]
+
+
+def _adjusted(table: np.ndarray, nats: float, expected: float, null: np.ndarray, resampled: np.ndarray) -> Dependence:
+    """Mutual information with what chance gives taken off, over the most that these loads allow."""
+    scale = (_entropy(table.sum(axis=1)) + _entropy(table.sum(axis=0))) / 2 - expected
+    scale = max(scale, np.finfo(float).eps)
+    value, half = (nats - expected) / scale, Z * float(resampled.std()) / scale
+    p = (1 + int((null >= nats - 1e-12).sum())) / (1 + len(null))
+    return Dependence(float(value), float(value - half), float(min(value + half, max(value, 1.0))), p, nats)
 
 
 def _resamples(images: int, seed: int) -> Iterator[np.ndarray]:

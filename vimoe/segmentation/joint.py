@@ -56,6 +56,17 @@ class RandomScaledCrop(v2.Transform):  # type: ignore[misc]
         return F.resize(cut, params["size"], InterpolationMode.BILINEAR, antialias=True)
 
 
+class CentreCut(v2.Transform):  # type: ignore[misc]
+    """Cuts the middle out of an image and its mask, of at most `size`."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.center_crop(inpt, [min(have, want) for have, want in zip(inpt.shape[-2:], self.size, strict=True)])
+
+
 class PadTo(v2.Transform):  # type: ignore[misc]
     """Pads bottom and right to `size`: images with 0, the mean colour once they are normalised, and masks as void."""
 
@@ -98,6 +109,11 @@ def train_transform(
 def eval_transform(mean: Sequence[float], std: Sequence[float]) -> Transform:
     """The whole image, normalised: (3, h, w) and (h, w), as `train_transform`."""
     return v2.Compose(_numbers(mean, std))
+
+
+def centre_transform(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """The middle (3, *size) of an image, normalised, padded where it is smaller; and of its mask."""
+    return v2.Compose([CentreCut(size), *_numbers(mean, std), PadTo(size)])
 
 
 class JointImages(Dataset):

@@ -51,6 +51,11 @@ class SceneScore:
         """As JSON knows it."""
         return {**asdict(self), "per_class_iou": list(self.per_class_iou)}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SceneScore:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "per_class_iou": tuple(values["per_class_iou"])})
+
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         return f"mean IoU {self.miou:.2%}, pixel accuracy {self.pixel_accuracy:.2%}{loss} of {self.images} images"
@@ -118,6 +123,27 @@ def pixel_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None, smo
     return total / (torch.ones_like(counted) if weights is None else weights[counted]).sum().clamp(min=1e-6)
 
 
+def patch_classes(masks: Tensor, patch: tuple[int, int], classes: int) -> Tensor:
+    """(B, P) the class that most pixels of each patch have (of equals the first), IGNORE where all are void.
+
+    Args:
+        masks: (B, H, W) int64 with IGNORE. Patches are counted row by row; at the edges they may be cut.
+        patch: (height, width) in pixels.
+        classes: how many there are.
+    """
+    images, height, width = masks.shape
+    rows, columns = (
+        torch.arange(side, device=masks.device) // part for side, part in zip((height, width), patch, strict=True)
+    )
+    number = (rows[-1] + 1) * (columns[-1] + 1)
+    patches = rows[:, None] * (columns[-1] + 1) + columns
+    index = torch.arange(images, device=masks.device)[:, None, None] * number + patches
+    counted = masks != IGNORE
+    votes = torch.bincount(index[counted] * classes + masks[counted], minlength=images * int(number) * classes)
+    votes = votes.view(images, int(number), classes)
+    return torch.where(votes.any(dim=-1), votes.argmax(dim=-1), IGNORE)
+
+
 def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
     """What a decoder would reach that knows the majority class of each patch, and nothing finer.
 
@@ -132,11 +158,7 @@ def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
     counts = SceneCounts(classes)
     for mask in masks:
         height, width = mask.shape
-        across = -(-width // patch)
-        rows, columns = (torch.arange(side, device=mask.device) // patch for side in (height, width))
-        patches = rows[:, None] * across + columns
-        counted = mask != IGNORE
-        number = -(-height // patch) * across
-        votes = torch.bincount(patches[counted] * classes + mask[counted], minlength=number * classes)
-        counts.add_predictions(votes.view(number, classes).argmax(dim=1)[patches][None], mask[None])
+        best = patch_classes(mask[None], (patch, patch), classes).view(-(-height // patch), -1)
+        grown = best.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:height, :width]
+        counts.add_predictions(grown[None].clamp(max=classes - 1), mask[None])  # where all is void nothing counts
     return counts.score()

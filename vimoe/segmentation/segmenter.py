@@ -80,12 +80,15 @@ class Segmenter(nn.Module):
             VimoeError: where the images are larger than a ViT of fixed size.
         """
         height, width = images.shape[-2:]
-        padded_h, padded_w = self._padded(height, width)
+        padded_h, padded_w = self.padded(height, width)
         images = F.pad(images, (0, padded_w - width, 0, padded_h - height))
         blocks: Any = self.decoder.blocks
-        maps = self.backbone.forward_intermediates(  # type: ignore[operator]
-            images, indices=list(blocks), norm=True, output_fmt="NCHW", intermediates_only=True
+        tokens = self.backbone.forward_intermediates(  # type: ignore[operator]
+            images, indices=list(blocks), norm=True, output_fmt="NLC", intermediates_only=True
         )
+        patch: Any = self.backbone.patch_embed.patch_size  # type: ignore[union-attr]
+        grid = (padded_h // patch[0], padded_w // patch[1])
+        maps = [each.unflatten(1, grid).permute(0, 3, 1, 2) for each in tokens]
         logits = F.interpolate(self.decoder(maps), (padded_h, padded_w), mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
@@ -114,7 +117,8 @@ class Segmenter(nn.Module):
         palette = self.palette and [list(colour) for colour in self.palette]
         return {"classes": self.num_classes, "decoder": self.decoder_name, "crop": list(self.crop), "palette": palette}
 
-    def _padded(self, height: int, width: int) -> tuple[int, int]:
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that images of this size are padded to: whole patches."""
         embed: Any = self.backbone.patch_embed
         if getattr(self.backbone, "dynamic_img_size", False):
             patch_h, patch_w = embed.patch_size
