@@ -1,0 +1,176 @@
+"""Trains every arm of a study over seeds, scores each on test, and writes the table into the study's README.
+
+    python studies/study.py studies/camvid --seeds 0 1 2 -- --data.path camvid --model.name local-dir:runs/mae/model
+
+STUDY/base.yaml is what all arms share, STUDY/arms/NAME.yaml what an arm changes; what follows "--" goes to every
+`vimoe train`. A result is one JSON file in STUDY/results, made once: to make it again remove it. A training that was
+killed goes on. The table stands between two marks in STUDY/README.md, and nothing in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from vimoe.accounting import count
+from vimoe.files import write_json, write_text
+from vimoe.folder import load
+
+BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
+KEPT = ("val", "best_epoch", "epochs", "seconds", "train_images", "classes", "versions")  # of summary.json
+SCORES = {"miou": "mean IoU, %", "top1": "top-1, %"}
+
+
+def vimoe(*argv: str) -> dict[str, Any]:
+    """What a verb prints with --json; its log goes where ours goes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vimoe.cli", *argv, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"vimoe {' '.join(argv)} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_one(study: Path, arm: Path, seed: int, runs: Path, extra: Sequence[str]) -> None:
+    """One training and its score, as STUDY/results/ARM-seedN.json."""
+    result = study / "results" / f"{arm.stem}-seed{seed}.json"
+    if result.exists():
+        return
+    run = runs / f"{arm.stem}-seed{seed}"
+    if (run / "config.yaml").exists() and not (run / "summary.json").exists():
+        vimoe("train", "--resume", str(run))
+    elif not run.exists():
+        configs = ["--config", str(study / "base.yaml"), "--config", str(arm)]
+        vimoe("train", *configs, *extra, "--train.seed", str(seed), "--out", str(run))
+    summary = json.loads((run / "summary.json").read_text())
+    settings = b"".join(file.read_bytes() for file in (study / "base.yaml", arm))
+    write_json(result, {
+        "arm": arm.stem,
+        "seed": seed,
+        "test": vimoe("evaluate", str(run)),
+        **{key: summary[key] for key in KEPT},
+        "patch_ceiling": summary.get("patch_ceiling"),
+        "cost": cost(run),
+        "settings": hashlib.sha256(settings).hexdigest()[:12],
+        "machine": f"{platform.machine()}, {platform.system()}",
+    })  # fmt: skip
+    print(result, flush=True)
+
+
+def cost(run: Path) -> dict[str, float]:
+    """Parameters, activated parameters and multiply-adds of a run's model for one training crop."""
+    return asdict(count(load(run / "model")))
+
+
+def table(results: list[dict[str, Any]], control: str) -> str:
+    """Mean and standard deviation over seeds by arm, and each arm against the control, paired by seed."""
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        arms.setdefault(result["arm"], {})[result["seed"]] = result
+    key = next(key for key in SCORES if key in results[0]["test"])
+    order = sorted(arms, key=lambda arm: (arm != control, arm))
+    lines = [
+        f"| arm | seeds | {SCORES[key]} on test | against {control}, points | loss | activated, M | MACs, G |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in order:
+        mine = list(arms[arm].values())
+        scores, losses = ([100 * r["test"][key] for r in mine], [r["test"]["loss"] for r in mine])
+        paired = [
+            100 * (r["test"][key] - arms[control][seed]["test"][key])
+            for seed, r in arms[arm].items()
+            if seed in arms.get(control, {})
+        ]
+        lines.append(
+            f"| {arm} | {len(mine)} | {spread(scores, '.2f')} | "
+            f"{'' if arm == control else difference(paired, len(arms) - 1)} | {spread(losses, '.4f')} | "
+            f"{mine[0]['cost']['activated_params'] / 1e6:.2f} | {mine[0]['cost']['macs'] / 1e9:.3f} |"
+        )
+    first = results[0]
+    notes = [
+        f"{first['test']['images']} test images; mean ± standard deviation over seeds. Differences are paired by seed, "
+        f"with a 95% interval of Student's t, widened for {len(arms) - 1} comparisons (Bonferroni). MACs are of one "
+        f"training crop. Versions: torch {first['versions']['torch']}, timm {first['versions']['timm']}."
+    ]
+    if first["patch_ceiling"]:
+        notes.append(f"One right label for each patch would reach {100 * first['patch_ceiling']:.2f}% on validation.")
+    if key == "miou":
+        notes += ["", *per_class(arms, order, first["classes"])]
+    return "\n".join([*lines, "", *notes])
+
+
+def per_class(arms: dict[str, dict[int, dict[str, Any]]], order: list[str], classes: list[str]) -> list[str]:
+    """IoU by class on test, mean over seeds."""
+    lines = [f"| IoU, % | {' | '.join(order)} |", "|---" * (len(order) + 1) + "|"]
+    for c, name in enumerate(classes):
+        cells = []
+        for arm in order:
+            found = [r["test"]["per_class_iou"][c] for r in arms[arm].values()]
+            cells.append("–" if None in found else f"{100 * statistics.fmean(found):.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean ± standard deviation; of one value no deviation."""
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def difference(paired: list[float], comparisons: int) -> str:
+    """The mean of paired differences and its interval."""
+    if len(paired) < 2:
+        return "too few seeds"
+    mean = statistics.fmean(paired)
+    quantile = float(stats.t.ppf(1 - 0.025 / comparisons, len(paired) - 1))
+    half = quantile * statistics.stdev(paired) / len(paired) ** 0.5
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def write_table(study: Path, control: str) -> None:
+    """Puts the table between the marks of the study's README."""
+    results = [json.loads(path.read_text()) for path in sorted((study / "results").glob("*.json"))]
+    text = (study / "README.md").read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after and END not in rest:
+        raise SystemExit(f"{study / 'README.md'} has no marks: expected {BEGIN} and {END}")
+    filled = table(results, control) if results else "No result yet."
+    write_text(study / "README.md", f"{before}{BEGIN}\n{filled}\n{END}{after}")
+
+
+def main() -> None:
+    """Reads the command line."""
+    given = sys.argv[1:]
+    mine, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="to train; none writes the table alone")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--control", default="dense", help="the arm that others are compared with")
+    args = parser.parse_args(mine)
+    arms = sorted((args.study / "arms").glob("*.yaml"))
+    (args.study / "results").mkdir(exist_ok=True)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that what is there can be compared
+        jobs = [pool.submit(run_one, args.study, a, s, args.runs, extra) for s in args.seeds for a in arms]
+        for job in jobs:
+            job.result()
+    write_table(args.study, args.control)
+
+
+if __name__ == "__main__":
+    main()
