@@ -57,6 +57,19 @@ def test_decoded_images_are_what_opening_the_files_gives(samples: list[Sample], 
     assert [label for _, label in decoded] == [label for _, label in samples]
 
 
+def test_no_more_images_are_decoded_than_are_soon_stored(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vimoe.decoded, "AHEAD", 8)
+    opened: list[object] = []
+    monkeypatch.setattr(vimoe.decoded, "open_image", lambda source: opened.append(source) or open_image(source))
+    stored = 0
+    for _ in vimoe.decoded._decode(samples * 20, WIDE):
+        stored += 1
+        assert len(opened) <= stored + 8
+    assert stored == len(opened) == 100
+
+
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_large_images_are_shrunk_to_the_shorter_side_and_small_ones_are_not(samples: list[Sample], where: str) -> None:
     decoded = decode(samples, Shrink(20), where)

@@ -25,6 +25,7 @@ from vimoe.images import MADE_BY, cache_folder, identity, open_image
 Pixels = NDArray[np.uint8]
 Where = Literal["memory", "disk"]  # `DataConfig.cache`, but "none"
 LOOK = 256  # images between two looks at how much room is left
+AHEAD = 1024  # images that are decoded before the first of them is stored
 
 
 class Fit(Protocol):
@@ -115,11 +116,15 @@ def decode(samples: Sequence[Sample], fit: Fit, where: Where) -> Decoded:
 
 
 def _decode(samples: Sequence[Sample], fit: Fit) -> Iterator[Pixels]:
+    def each() -> Iterator[Pixels]:
+        with ThreadPool() as pool:  # Pillow decodes without the GIL
+            for start in range(0, len(samples), AHEAD):  # no more than these wait in memory for a slow disk
+                some = samples[start : start + AHEAD]
+                yield from pool.imap(lambda sample: np.array(fit(open_image(sample[0]))), some, chunksize=16)
+
     console = Console(stderr=True)
-    with ThreadPool() as pool:  # Pillow decodes without the GIL
-        pixels = pool.imap(lambda sample: np.array(fit(open_image(sample[0]))), samples, chunksize=16)
-        hidden = not console.is_terminal
-        yield from track(pixels, "decoding images", len(samples), console=console, disable=hidden, transient=True)
+    hidden = not console.is_terminal
+    yield from track(each(), "decoding images", len(samples), console=console, disable=hidden, transient=True)
 
 
 def _watched(images: Iterator[Pixels], total: int, where: Where, free: Callable[[], int]) -> Iterator[Pixels]:
