@@ -273,8 +273,6 @@ def test_other_mistakes_are_one_line(run: Path, data: Path, tmp_path: Path, caps
     assert "whole patches" in refused(capsys, *train, "--model.img_size=20", "--out", out)
     assert "max_scale=0.1" in refused(capsys, *train, "--train.max_scale=0.1", "--out", out)
     assert "--out is missing" in refused(capsys, "predict", run, data / "images/test")
-    assert "all that analysis and pruning can measure" in refused(capsys, "analyze", run)
-    assert "all that analysis and pruning can measure" in refused(capsys, "prune", run, "--out", out)
     other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
     assert "expected the model's sky, road, car" in refused(capsys, "evaluate", run, "--data.path", other)
     assert not out.exists()
