@@ -224,6 +224,49 @@ def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
                 Settings(**{each: SECTIONS[each](**values) for each, values in sections.items()})
 
 
+@pytest.fixture(scope="module")
+def dense(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "dense"
+    assert main(["train", "--data.path", str(data), *SCENES, "--moe.layers=none", "--out", str(out)]) == 0
+    return out
+
+
+GO_ON = [*QUICK, "--data.task=segmentation", "--train.batch_size=3", "--train.lr=1e-9", "--train.warmup_epochs=0"]
+
+
+def test_a_run_goes_on_from_a_dense_segmenter_decoder_and_all(
+    dense: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["train", "--data.path", data, *GO_ON, f"--model.name=local-dir:{dense / 'model'}"]
+    was = vimoe.load(dense / "model").state_dict()
+    call(capsys, *start, "--moe.layers=none", "--train.epochs=1", "--out", tmp_path / "further")
+    call(capsys, *start, *MOE, "--train.epochs=1", "--out", tmp_path / "moe")
+    for out in ("further", "moe"):  # hardly trained, so that they have the parent's weights and function
+        model = vimoe.load(tmp_path / out / "model")
+        now = model.state_dict()
+        kept = [name for name in was if name in now and "norm." not in name]
+        assert any("decoder" in name for name in kept)
+        assert all(torch.allclose(now[name].float(), was[name].float(), atol=1e-4) for name in kept)
+    assert len(vimoe.upcycling.moe_layers(model)) == 1
+
+
+def test_what_a_run_cannot_go_on_from_is_one_line(
+    run: Path, dense: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "never"
+    train = ["train", "--data.path", data, *GO_ON, "--out", out]
+    start = f"--model.name=local-dir:{dense / 'model'}"
+    assert "expected a dense ViT" in refused(capsys, *train, f"--model.name=local-dir:{run / 'model'}")
+    assert "expected no other setting of model" in refused(capsys, *train, start, "--model.decoder=linear")
+    other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
+    message = refused(capsys, "train", "--data.path", other, *GO_ON, start, "--out", out)
+    assert "knows the classes sky, road, car" in message
+    photos = roles(tmp_path / "photos")
+    classify = ["train", "--data.path", photos, *QUICK, "--train.batch_size=3", start, "--out", out]
+    assert "expected a dense ViT" in refused(capsys, *classify)
+    assert not out.exists()
+
+
 def damaged(root: Path, what: str) -> Path:
     data = scenes(root / "scenes")
     if what == "mask without image":

@@ -51,8 +51,24 @@ def create_without_weights(config: ModelConfig) -> nn.Module:
         return create(replace(config, pretrained=False))
 
 
-def check_name(config: ModelConfig) -> None:
-    """Raises ConfigError, with the nearest known name, where there is no such model, tag, source or folder."""
+def dense_segmenter(config: ModelConfig) -> Path | None:
+    """The model folder that the name means, where that holds a whole segmenter without MoE layers."""
+    source, _, place = config.name.partition(":")
+    if source != "local-dir" or not (Path(place) / "config.json").is_file():
+        return None
+    section = _vimoe_section(config.name, Path(place))
+    return Path(place) if section.get("segmentation") and not section.get("layers") else None
+
+
+def check_name(config: ModelConfig, segmentation: bool = False) -> None:
+    """Raises ConfigError, with the nearest known name, where there is no such model, tag, source or folder.
+
+    Args:
+        config: whose name it is.
+        segmentation: whether it may be the folder of a dense segmenter too.
+    """
+    if segmentation and dense_segmenter(config):
+        return
     name, (source, colon, place) = config.name, config.name.partition(":")
     if colon and source not in SOURCES:
         raise ConfigError(f"model.name={name!r}: unknown source {source!r}; {nearest(source, SOURCES)}")
@@ -73,12 +89,18 @@ def _check_folder(name: str, folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"model.name={name!r}: no model folder there; {beside(folder)}")
-    try:
-        converted = "vimoe" in json.loads(config.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model.name={name!r}: {config} is no JSON ({error}); save the model again") from error
-    if converted:
+    if _vimoe_section(name, folder):
         raise ConfigError(
             f"model.name={name!r} holds MoE layers, widened FFNs or a decoder: expected a dense ViT in timm's format; "
             f"start from the dense one, or use vimoe.load in Python"
         )
+
+
+def _vimoe_section(name: str, folder: Path) -> dict[str, Any]:
+    """What vimoe notes in a model folder's config; nothing where that is a plain timm folder."""
+    config = folder / "config.json"
+    try:
+        section: dict[str, Any] = json.loads(config.read_text()).get("vimoe", {})
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.name={name!r}: {config} is no JSON ({error}); save the model again") from error
+    return section

@@ -37,7 +37,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     Raises:
         VimoeError: for a mistake in the settings, the data or the folder, before anything is trained.
     """
-    check_name(settings.model)
+    check_name(settings.model, segmentation=settings.data.task == "segmentation")
     runs.check_new(out)
     problem = problem_of(settings)
     check(settings.train, len(problem.data.train))

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vimoe.backbone import create
-from vimoe.config import DataConfig, TrainConfig
+from vimoe.backbone import create, dense_segmenter
+from vimoe.config import DataConfig, ModelConfig, TrainConfig
 from vimoe.data import Data, load_data, load_folder
 from vimoe.errors import ConfigError
 from vimoe.evaluate import Score, evaluate, label_names
+from vimoe.folder import load
 from vimoe.images import image_size
 from vimoe.loading import eval_loader, preprocessing, processes, train_loader
 from vimoe.options import Settings
@@ -124,8 +125,23 @@ class Segmentation:
         asked = config.num_classes
         if asked not in (None, len(self.data.classes)):
             raise ConfigError(f"model.num_classes={asked}: the data has {len(self.data.classes)} classes; leave it out")
+        if folder := dense_segmenter(config):
+            return self._continued(folder)
         palette = self.data.palette
         return create_segmenter(config, len(self.data.classes), config.decoder or "linear", palette=palette)
+
+    def _continued(self, folder: Path) -> Segmenter:
+        """A segmenter that was trained before, decoder and all."""
+        config = self.settings.model
+        if config != ModelConfig(name=config.name, pretrained=config.pretrained, num_classes=config.num_classes):
+            raise ConfigError(f"model.name={config.name!r} is a whole segmenter: expected no other setting of model; "
+                              f"leave img_size, decoder, drop_path_rate and args out")  # fmt: skip
+        model = load(folder)
+        assert isinstance(model, Segmenter)
+        if label_names(model) != list(self.data.classes):
+            raise ConfigError(f"model.name={config.name!r} knows the classes {', '.join(label_names(model)[:4])}, ...: "
+                              f"expected those of the data, in their order; correct its classes.yaml")  # fmt: skip
+        return model
 
     def check(self, model: nn.Module) -> None:
         assert isinstance(model, Segmenter)
