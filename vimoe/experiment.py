@@ -94,6 +94,9 @@ def _train(problem: Problem, scanned: Scan | SceneScan, model: nn.Module, folder
         "versions": runs.versions(),
     }
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})
+    for name, figure in problem.figures(model).items():
+        (folder / runs.FIGURES).mkdir(exist_ok=True)
+        figure.savefig(folder / runs.FIGURES / name, dpi=110)
     checkpoint.remove(folder)
     report = write_run_report(folder)
     return {**summary, "out": str(folder), "report": str(report)}

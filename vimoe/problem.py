@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 
+from vimoe import runs
 from vimoe.backbone import create, dense_segmenter
 from vimoe.config import DataConfig, ModelConfig, TrainConfig
 from vimoe.data import Data, load_data, load_folder
@@ -23,12 +25,16 @@ from vimoe.options import Settings
 from vimoe.scan import Scan, scan
 from vimoe.segmentation.joint import JointImages, centre_transform
 from vimoe.segmentation.learning import evaluate_scenes, segmentation, whole_images
+from vimoe.segmentation.maps import expert_maps
 from vimoe.segmentation.scene_scan import SceneScan, scan_scenes
 from vimoe.segmentation.scenes import Scenes, load_scenes
 from vimoe.segmentation.score import SceneScore, ceiling
 from vimoe.segmentation.segmenter import Segmenter, create_segmenter
 from vimoe.surgery import vit
 from vimoe.task import Task, classification
+from vimoe.upcycling import moe_layers
+
+SHOWN = 4  # scenes whose expert maps a report has
 
 
 class Classification:
@@ -77,6 +83,10 @@ class Classification:
 
     def limits(self, model: nn.Module) -> dict[str, float]:
         """What bounds a score, by name; nothing in a classification."""
+        return {}
+
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        """Pictures for the report of a trained model, by file name; none of a classification."""
         return {}
 
     def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
@@ -160,6 +170,13 @@ class Segmentation:
         embed: Any = vit(model).patch_embed
         masks = (torch.from_numpy(self.data.legend.read(mask)).long() for _, mask in self.data.val)
         return {"patch_ceiling": ceiling(masks, embed.patch_size[0], len(self.data.classes)).miou}
+
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        assert isinstance(model, Segmenter)
+        if not moe_layers(model):
+            return {}
+        prepared = preprocessing(model, self.settings.data)
+        return {runs.EXPERT_MAPS: expert_maps(model, self.data.val[:SHOWN], self.data.legend, prepared)}
 
     def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
         return self._loader(model, samples, self.data)

@@ -15,7 +15,7 @@ from vimoe.errors import FolderError
 from vimoe.figures import INTERVENTIONS, curves, loads
 from vimoe.findings import RIGHT, add_routing, kind_of, told
 from vimoe.page import Page
-from vimoe.runs import CONFIG, EXAMPLES, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
+from vimoe.runs import CONFIG, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
 
 METRICS, LOAD = "metrics.csv", "load.csv"
 RECEIPT_HEADER = ("", "top-1, %", "loss", "parameters, M", "activated, M", "MACs, G", "images/s")
@@ -64,6 +64,8 @@ def write_run_report(run: Path) -> Path:
     if (run / LOAD).exists():
         with damage_named(run / LOAD):
             _loads(page, run / LOAD)
+    if (run / FIGURES / EXPERT_MAPS).exists():
+        _expert_maps(page, run / FIGURES / EXPERT_MAPS)
     for name, heading, prefix in (
         (ROUTING, "Routing", ""),
         (ROUTING_BEFORE, "Routing before pruning, which decided", "before-"),
@@ -267,6 +269,16 @@ def _loads(page: Page, load: Path) -> None:
         "The share of the training images (or tokens) that each expert got, by epoch: a panel a layer, a line an "
         "expert. Equal lines are a balanced layer; a line at 0 is an idle expert. Counts, so without interval.",
     )
+
+
+def _expert_maps(page: Page, path: Path) -> None:
+    page.heading("Experts over the image")
+    page.text(
+        "The first validation images, as they come, with what the model makes of them and, for each MoE layer, the "
+        "expert that was each patch's first choice. Expert numbers mean nothing between layers. Patches of one kind in "
+        "one colour are a sign that the router follows what is seen; they do not show that this matters."
+    )
+    page.picture(path, "Image, truth (void is white), prediction, and the expert of each patch, layer by layer.")
 
 
 def _examples(page: Page, folder: Path, layers: Sequence[str]) -> None:

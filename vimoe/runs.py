@@ -20,6 +20,7 @@ SCHEMA = 1  # of what --json prints and summary.json holds
 CONFIG, MODEL, VALIDATION = "config.yaml", "model", "validation.txt"
 ROUTING, ROUTING_BEFORE, SUMMARY = "routing.json", "routing-before-pruning.json", "summary.json"
 FIGURES, EXAMPLES = "figures", "examples-{}.png"  # a sheet of images for each MoE layer
+EXPERT_MAPS = "expert-maps.png"  # of a segmentation
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,31 @@ class Segmenter(nn.Module):
         """The backbone's: its preprocessing, and the names of the classes where it was loaded from a folder."""
         return self.backbone.pretrained_cfg  # type: ignore[return-value]
 
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        embed: Any = self.backbone.patch_embed
+        height, width = embed.patch_size
+        return int(height), int(width)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of images of that size, with those that hold nothing but padding.
+
+        Raises:
+            VimoeError: where the images are larger than a ViT of fixed size.
+        """
+        patch_h, patch_w = self.patch_size
+        if getattr(self.backbone, "dynamic_img_size", False):
+            return -(-height // patch_h), -(-width // patch_w)
+        embed: Any = self.backbone.patch_embed
+        most_h, most_w = embed.img_size
+        if height > most_h or width > most_w:
+            raise VimoeError(
+                f"images of {height}x{width} for a ViT of fixed size: expected at most {most_h}x{most_w}; create it "
+                f"with dynamic_img_size=True, or infer by windows"
+            )
+        return most_h // patch_h, most_w // patch_w
+
     def forward(self, images: Tensor) -> Tensor:
         """Scores (B, classes, H, W) of images (B, 3, H, W), bilinear between patches.
 
@@ -81,6 +106,8 @@ class Segmenter(nn.Module):
         """
         height, width = images.shape[-2:]
         padded_h, padded_w = self.padded(height, width)
+        (rows, columns), (patch_h, patch_w) = self.grid(height, width), self.patch_size
+        padded_h, padded_w = rows * patch_h, columns * patch_w
         images = F.pad(images, (0, padded_w - width, 0, padded_h - height))
         blocks: Any = self.decoder.blocks
         tokens = self.backbone.forward_intermediates(  # type: ignore[operator]
