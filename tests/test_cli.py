@@ -210,7 +210,7 @@ MISTAKES = {
     "evaluate nowhere": "nowhere: no such run",
     "predict": "required: run, images",
     "prune nowhere --out never": "nowhere: no such run",
-    "demo --task singing": "choose from 'classification'",
+    "demo --task singing": "choose from 'classification', 'segmentation'",
 }
 
 

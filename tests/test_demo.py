@@ -5,46 +5,74 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vimoe.accounting import Cost
+import vimoe.tour_scenes
 from vimoe.cli import main
-from vimoe.demo import compare
-from vimoe.evaluate import Score
-from vimoe.pruning import Receipt
+from vimoe.finished import FinishedRun
+from vimoe.tour import compare
+
+Scores = tuple[float, ...]  # of an arm, by seed
 
 
-def arm(*top1: float, images: int = 1000) -> list[Receipt]:
-    cost = Cost(params=1, activated_params=1, macs=1, moe_layers=())
-    return [Receipt(Score(value, 1.0, 1.0, images), cost, 1.0) for value in top1]
-
-
-def verdict(ours: list[Receipt], control: list[Receipt], comparisons: int = 1) -> str:
-    return compare({"a": ours, "b": control}, "a", "b", comparisons).rpartition(": ")[2]
+def verdict(ours: Scores, control: Scores, comparisons: int = 1) -> str:
+    text = compare({"a": ours, "b": control}, "a", "b", comparisons, images=1000, what="top-1")
+    return text.rpartition(": ")[2]
 
 
 def test_a_clear_difference_is_told_and_noise_is_not() -> None:
-    control = arm(0.80, 0.81, 0.79)
-    assert verdict(arm(0.90, 0.911, 0.889), control) == "better"
-    assert verdict(arm(0.70, 0.711, 0.689), control) == "worse"
-    assert verdict(arm(0.84, 0.79, 0.82), control) == "cannot be told apart"
+    control = (0.80, 0.81, 0.79)
+    assert verdict((0.90, 0.911, 0.889), control) == "better"
+    assert verdict((0.70, 0.711, 0.689), control) == "worse"
+    assert verdict((0.84, 0.79, 0.82), control) == "cannot be told apart"
 
 
 def test_pairs_of_seeds_are_compared_not_means() -> None:
     """The seeds differ more than the arms; each pair differs by the same."""
-    text = compare({"a": arm(0.92, 0.72, 0.822), "b": arm(0.90, 0.70, 0.80)}, "a", "b", 1)
-    assert "+2.07 points" in text and text.endswith("better")
+    text = compare({"a": (0.92, 0.72, 0.822), "b": (0.90, 0.70, 0.80)}, "a", "b", 1, 1000, "mean IoU")
+    assert "+2.07 points of mean IoU" in text and text.endswith("better")
 
 
 def test_more_comparisons_need_a_clearer_difference() -> None:
-    ours, control = arm(0.84, 0.828, 0.832), arm(0.80, 0.80, 0.80)
+    ours, control = (0.84, 0.828, 0.832), (0.80, 0.80, 0.80)
     assert [verdict(ours, control, comparisons) for comparisons in (1, 20)] == ["better", "cannot be told apart"]
 
 
 def test_seeds_that_agree_by_chance_to_an_image_are_not_certain() -> None:
-    assert verdict(arm(0.801, 0.801, 0.801), arm(0.80, 0.80, 0.80)) == "cannot be told apart"
+    assert verdict((0.801, 0.801, 0.801), (0.80, 0.80, 0.80)) == "cannot be told apart"
+
+
+def test_the_tour_of_scenes_tells_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it, with few scenes and short trainings."""
+    short = {"epochs": 1, "warmup_epochs": 0.0, "batch_size": 4}
+    for name in ("FIRST", "FURTHER"):
+        monkeypatch.setattr(vimoe.tour_scenes, name, replace(getattr(vimoe.tour_scenes, name), **short))
+    for name, number in (("TRAIN", 8), ("VAL", 4), ("TEST", 5)):
+        monkeypatch.setattr(vimoe.tour_scenes, name, number)
+    assert main(["demo", "--task", "segmentation", "--out", str(tmp_path / "demo"), "--json"]) == 0
+    check_tour_of_scenes(json.loads(capsys.readouterr().out.splitlines()[-1]), tmp_path / "demo", test=5)
+
+
+def check_tour_of_scenes(values: dict, folder: Path, test: int) -> None:
+    table = values["table"]
+    arms = ["dense, continued", "dense, second FFN", "ViMoE"]
+    assert {name: len(group) for name, group in table.items()} == {"parent": 1, **dict.fromkeys(arms, 3)}
+    assert all(one["images"] == test for group in table.values() for one in group)
+    activated = [table[name][0]["activated_params"] for name in arms[1:]]
+    assert max(activated) < 1.01 * min(activated)  # equal but for the routers
+    assert table["ViMoE"][0]["macs"] < 1.01 * table[arms[1]][0]["macs"]
+    assert [line.partition(":")[0] for line in values["comparisons"]] == [f"{a} against {arms[0]}" for a in arms[1:]]
+    again = FinishedRun(folder / "vimoe-seed1").score()[1].to_dict()  # the table is of the models in the folders
+    assert again == pytest.approx({key: table["ViMoE"][1][key] for key in again})
+    page = Path(values["report"]).read_text()
+    assert all(name in page for name in table) and not re.search(r"(src|href)=(?!\"data:|\"#)", page)
+    assert f"{values['patch_ceiling']:.2%}" in page and "background" in page and "says nothing about ViMoE" in page
+    assert (folder / "figures/expert-maps.png").exists() and (folder / "scenes/classes.yaml").exists()
 
 
 @pytest.mark.slow
@@ -62,3 +90,12 @@ def test_the_tour_takes_at_most_five_minutes(tmp_path: Path, capsys: pytest.Capt
     assert max(activated) < 1.01 * min(activated)  # equal but for the routers
     page = Path(values["report"]).read_text()
     assert all(name in page for name in table) and not re.search(r"(src|href)=(?!\"data:)", page)
+
+
+@pytest.mark.slow
+def test_the_tour_of_scenes_takes_at_most_five_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.perf_counter()
+    assert main(["demo", "--task", "segmentation", "--out", str(tmp_path / "demo"), "--json"]) == 0
+    assert time.perf_counter() - start < 300
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    check_tour_of_scenes(values, tmp_path / "demo", vimoe.tour_scenes.TEST)

@@ -8,9 +8,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
+from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, Task
 from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
@@ -223,16 +223,16 @@ def report(verb: str, argv: list[str]) -> Result:
 
 
 def demo(verb: str, argv: list[str]) -> Result:
-    """A tour in a few minutes on scikit-learn's handwritten digits: train, upcycle, compare, analyse, prune.
+    """A tour in a few minutes on scikit-learn's handwritten digits: train, upcycle, compare, look at the experts.
 
-    Example: vimoe demo
+    Example: vimoe demo --task segmentation
     """
     parser = _parser(verb, out="folder to make (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--task", choices=["classification"], default="classification", help="what to show")
+    parser.add_argument("--task", choices=get_args(Task), default="classification", help="what to show")
     options = parser.parse_args(argv)
     from vimoe.demo import run_demo
 
-    return run_demo(options["out"])
+    return run_demo(options["out"], options["task"])
 
 
 VERBS: dict[str, Callable[[str, list[str]], Result]] = {

@@ -1,77 +1,23 @@
-"""The tour: a small ViT on handwritten digits becomes a ViMoE, beside equally trained controls, over seeds."""
+"""The tours by task."""
 
 from __future__ import annotations
 
-import logging
-import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from scipy import stats
-from torch import nn
+from vimoe.config import Task
+from vimoe.tour import tiny_models, tour_folder
+from vimoe.tour_digits import tour_of_digits
+from vimoe.tour_scenes import tour_of_scenes
 
-from vimoe import runs
-from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
-from vimoe.data import Data, load_data
-from vimoe.evidence import Evidence
-from vimoe.experiment import run_training
-from vimoe.figures import curves, loads
-from vimoe.findings import add_routing
-from vimoe.finished import FinishedRun
-from vimoe.folder import load
-from vimoe.loading import eval_loader, preprocessing
-from vimoe.options import Settings
-from vimoe.page import Page
-from vimoe.pruning import Pruning, Receipt, prune, receipts
-from vimoe.report import RECEIPT_HEADER, receipt_row
-
-SEEDS = (0, 1, 2)
-DIGITS = DataConfig(path="digits", images_per_class=30, workers=0)
-PARENT = ModelConfig(
-    name="vit_tiny_patch16_224",
-    pretrained=False,
-    img_size=8,
-    args={"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
-)
-FIRST = TrainConfig(epochs=50, batch_size=30, lr=2e-3, warmup_epochs=5, hflip=0, min_crop=0.8, tensorboard=False)
-FURTHER = replace(FIRST, epochs=15, lr=1e-3, warmup_epochs=1)
+TOURS = {"classification": tour_of_digits, "segmentation": tour_of_scenes}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to spend the further epochs."""
-
-    name: str
-    moe: MoEConfig
-    note: str
-
-
-ARMS = (
-    Arm("dense, continued", MoEConfig(layers="none"), "the parent, trained on"),
-    Arm(
-        "dense, second FFN", MoEConfig(layers="all", num_experts=0, num_shared_experts=2),
-        "an FFN of twice the width in every block: as many activated parameters as the ViMoE",
-    ),
-    Arm(
-        "ViMoE, no shared expert", MoEConfig(layers="all", num_shared_experts=0, top_k=2),
-        "8 experts in every block, 2 of them for each image: as many activated parameters",
-    ),
-    Arm("ViMoE", MoEConfig(layers="all"), "8 experts in every block, 1 for each image, and a shared expert"),
-)  # fmt: skip
-VIMOE, PRUNED = ARMS[-1].name, "ViMoE, pruned"
-
-
-def run_demo(out: str | None) -> tuple[str, dict[str, Any]]:
-    """Runs the tour. Returns what to print and the figures.
+def run_demo(out: str | None, task: Task = "classification") -> tuple[str, dict[str, Any]]:
+    """Runs a tour. Returns what to print and the figures.
 
     Args:
         out: folder to make; by default runs/demo-DATE-TIME.
+        task: which of them.
     """
     with _tiny_models():
         return _tour(out)
@@ -224,3 +170,6 @@ def _report(
     page.figure(curves(folder / "vimoe-seed0" / "metrics.csv"), "curves", "Loss and accuracy by epoch.")
     page.figure(loads(folder / "vimoe-seed0" / "load.csv"), "load", "Share of each expert in training, by epoch.")
     return page.write(folder / "report.html")
+    folder = tour_folder(out)
+    with tiny_models():
+        return TOURS[task](folder)

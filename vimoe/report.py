@@ -38,14 +38,19 @@ def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...
     """A row under `receipt_header`; of several receipts, such as those of seeds, mean and standard deviation."""
 
     def cell(key: str, unit: float, form: str) -> str:
-        values = [receipt[key] / unit for receipt in receipts]
-        mean = form.format(statistics.fmean(values))
-        return mean if len(set(values)) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+        return over_seeds([receipt[key] for receipt in receipts], unit, form)
 
     return (
         name, cell(judged_by(receipts[0]), 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
         cell("activated_params", 1e6, "{:.3f}"), cell("macs", 1e9, "{:.4f}"), cell("images_per_second", 1, "{:.0f}"),
     )  # fmt: skip
+
+
+def over_seeds(values: Sequence[float], unit: float, form: str) -> str:
+    """Values in units of `unit`: their mean and standard deviation, or the one value that they all are."""
+    values = [value / unit for value in values]
+    mean = form.format(statistics.fmean(values))
+    return mean if len(set(values)) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
 def write_run_report(run: Path) -> Path:
