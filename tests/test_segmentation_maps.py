@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -116,6 +117,15 @@ def test_of_a_large_image_the_middle_is_shown(tmp_path: Path) -> None:
     experts = figure.axes[3].images[0].get_array()
     assert np.allclose(experts, np.array([to_rgb(EXPERTS[i]) for i in range(3)])[layout[1:5, 2:6]])
     assert figure.axes[1].images[0].get_array().shape == (16, 16, 3)
+
+
+def test_of_many_layers_the_last_six_are_shown(tmp_path: Path) -> None:
+    model = Segmenter(tiny.vit(depth=8, num_classes=0, dynamic_img_size=True), 3)
+    model = vimoe.upcycle(model, vimoe.MoEConfig(layers="all", routing="token"))
+    figure = expert_maps(model, [files(tmp_path, np.zeros((8, 8), int), mask(0, 32, 32))], LEGEND, PREPARED)
+    assert [axis.get_title().split("\n")[0] for axis in figure.axes[3:]] == [
+        f"backbone.blocks.{i}.mlp" for i in range(2, 8)
+    ]
 
 
 def test_experts_have_fixed_colours_that_can_be_told_apart() -> None:

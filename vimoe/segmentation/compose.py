@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import yaml
 from PIL import Image
@@ -22,13 +21,15 @@ from vimoe.segmentation.pictures import colour
 
 BACKGROUND = 0  # the class; digit d is class d + 1
 NAMES = ("background", *"0123456789")
-PALETTE = (
-    (70, 70, 70),
-    *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in matplotlib.color_sequences["tab10"]),
-)
+TAB10 = (  # matplotlib's
+    (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194),
+    (127, 127, 127), (188, 189, 34), (23, 190, 207),
+)  # fmt: skip
+PALETTE = ((70, 70, 70), *TAB10)
 VOID = (255, 255, 255)
 DIGITS = (2, 4)  # of a scene, least and most
 SIDES = (18, 28)  # of a digit in pixels
+PLACES = 4  # tried for each digit
 INK = (0.2, 0.5)  # of a scaled digit's grey: below the first there is no ink, above the second nothing else
 
 
@@ -38,8 +39,9 @@ def compose_scenes(
     """Writes scenes with masks into a new folder: 2 to 4 digits on a textured ground, later ones over earlier ones.
 
     A pixel has the class of the digit whose ink covers it. Where ink and ground mix, at the edges of a stroke, it is
-    void: no label would be right. The three roles show different digits, those that `digits` has in these roles. A
-    scene follows from `seed`, its role and its place in it, so a larger set begins with the smaller one.
+    void: no label would be right. Of a few random places a digit gets the one where there is least below it. The three
+    roles show different digits, those that `digits` has in these roles. A scene follows from `seed`, its role and its
+    place in it, so a larger set begins with the smaller one.
 
     Args:
         folder: to write images/, annotations/ and classes.yaml into.
@@ -83,8 +85,9 @@ def _scene(samples: Sequence[Sample], size: int, rng: np.random.Generator) -> tu
         digit, label = samples[int(rng.integers(len(samples)))]
         assert isinstance(digit, Image.Image)
         side = rng.integers(*SIDES, endpoint=True)
-        top, left = rng.integers(size - side, size=2, endpoint=True)
-        window = np.s_[top : top + side, left : left + side]
+        corners = rng.integers(size - side, size=(PLACES, 2), endpoint=True)
+        windows = [np.s_[top : top + side, left : left + side] for top, left in corners]
+        window = min(windows, key=lambda window: (mask[window] != BACKGROUND).sum())
         ink = _ink(digit, int(side))
         image[window] += ink[..., None] * (_bright(rng) - image[window])
         mask[window][ink > 0] = IGNORE

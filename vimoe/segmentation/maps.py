@@ -28,6 +28,7 @@ Shade = tuple[float, float, float]  # red, green, blue in 0..1
 # Okabe and Ito's, which also those see apart who do not see all colours
 EXPERTS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
 LISTED = 24  # classes whose names fit into a legend
+LAYERS = 6  # that fit beside one another
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def choices(model: Segmenter, images: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 
 def expert_maps(model: Segmenter, scenes: Sequence[Scene], legend: Legend, prepared: dict[str, Any]) -> Figure:
-    """Image, truth and prediction, and for each MoE layer the expert of every patch: a row a scene.
+    """Image, truth and prediction, and for each of the last six MoE layers the expert of every patch: a row a scene.
 
     An image larger than the training crop is cut to a window of that size around its centre, because that is what the
     model sees in a forward.
@@ -77,7 +78,7 @@ def expert_maps(model: Segmenter, scenes: Sequence[Scene], legend: Legend, prepa
         DataError: for a file that cannot be read.
     """
     model.eval()
-    layers = {name: layer.config for name, layer in moe_layers(model).items()}
+    layers = {name: layer.config for name, layer in list(moe_layers(model).items())[-LAYERS:]}
     titles = ["image", "truth", "prediction", *(f"{name}\na choice a{_UNITS[c.routing]}" for name, c in layers.items())]
     names = legend.names
     classes = [_share(rgb) for rgb in model.palette or spread_colours(len(names))]
