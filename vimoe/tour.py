@@ -119,4 +119,9 @@ def compare(
 
 def told(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as text."""
-    return "\n".join("".join([f"{row[0]:<25}", *(f"{cell:>17}" for cell in row[1:])]) for row in [header, *rows])
+    lines = [header, *rows]
+    first, *others = (max(map(len, column)) + 2 for column in zip(*lines, strict=True))
+    return "\n".join(
+        f"{row[0]:<{first}}" + "".join(f"{cell:>{wide}}" for cell, wide in zip(row[1:], others, strict=True))
+        for row in lines
+    )
