@@ -27,9 +27,10 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 import vimoe
 from vimoe import checkpoint
 from vimoe.config import TrainConfig
+from vimoe.crops import Finish
 from vimoe.data import list_images
 from vimoe.files import write_json
-from vimoe.loading import Shuffled, decoded_for_training, mix, preprocessing, seed_everything, train_loader
+from vimoe.loading import Crops, Shuffled, decoded_for_training, mix, preprocessing, seed_everything, train_loader
 from vimoe.runs import versions
 
 
@@ -116,6 +117,7 @@ def pretrain(settings: Settings, out: Path, precision: str) -> dict[str, Any]:
     prepared = preprocessing(vit)
     samples = decoded_for_training([(file, 0) for file in files], prepared, config, "memory")
     loader = train_loader(samples, prepared, config, 0)
+    finish = Finish(prepared, config).to(device) if isinstance(loader.dataset, Crops) else None
     order = loader.sampler
     assert isinstance(order, Shuffled)
     groups = [
@@ -137,8 +139,9 @@ def pretrain(settings: Settings, out: Path, precision: str) -> dict[str, Any]:
         losses = []
         for step, (images, _) in enumerate(loader):
             seed_everything(mix(settings.seed, epoch, step))
+            images = finish(*(part.to(device) for part in images)) if finish else images.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = model(images.to(device)).loss
+                loss = model(images).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

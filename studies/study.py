@@ -55,7 +55,7 @@ def run_one(study: Path, arm: Path, seed: int, runs: Path, extra: Sequence[str])
         configs = ["--config", str(study / "base.yaml"), "--config", str(arm)]
         vimoe("train", *configs, *extra, "--train.seed", str(seed), "--out", str(run))
     summary = json.loads((run / "summary.json").read_text())
-    settings = b"".join(file.read_bytes() for file in (study / "base.yaml", arm))
+    settings = (study / "base.yaml").read_bytes() + arm.read_bytes() + "\n".join(extra).encode()
     write_json(result, {
         "arm": arm.stem,
         "seed": seed,
@@ -142,6 +142,10 @@ def difference(paired: list[float], comparisons: int) -> str:
 def write_table(study: Path, control: str) -> None:
     """Puts the table between the marks of the study's README."""
     results = [json.loads(path.read_text()) for path in sorted((study / "results").glob("*.json"))]
+    for arm in {result["arm"] for result in results}:
+        if len({result["settings"] for result in results if result["arm"] == arm}) > 1:
+            place = study / "results"
+            raise SystemExit(f"{place}: the seeds of {arm} had different settings: expected the same; remove the older")
     text = (study / "README.md").read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -53,6 +53,10 @@ REFUSED_IN_TRAINING = {
     "negative router warm-up": ({"router_warmup_epochs": -1}, "router_warmup_epochs=-1: expected at least 0"),
     "negative expert decay": ({"expert_weight_decay": -0.1}, "expert_weight_decay=-0.1: expected at least 0"),
     "true expert decay": ({"expert_weight_decay": True}, "expert_weight_decay=True: expected at least 0"),
+    "jitter beside a policy": (
+        {"color_jitter": 0.4, "auto_augment": "rand-m9"},
+        "color_jitter=0.4 with auto_augment='rand-m9': expected one",
+    ),
     "no patience": ({"early_stopping": 0}, "early_stopping=0: expected a whole number of at least 1"),
     "half an epoch of patience": ({"early_stopping": 1.5}, "early_stopping=1.5: expected a whole number"),
 }

@@ -186,3 +186,11 @@ def test_alarms_are_in_the_checkpoint_too(data: Data, tmp_path: Path) -> None:
     assert state["alarms"] == found and json.dumps(found)
     with (tmp_path / "health.csv").open(newline="") as file:
         assert [row["layer"] for row in csv.DictReader(file)] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def test_sums_from_a_checkpoint_go_on_on_the_device_of_the_training() -> None:
+    """A checkpoint is read to the CPU; meta stands for a GPU."""
+    health = Health()
+    health._add("layer", load=torch.ones(4), units=torch.tensor(3))
+    health._add("layer", load=torch.ones(4, device="meta"), units=torch.tensor(2))
+    assert health.sums["layer"]["load"].device.type == "meta" and health.sums["layer"]["units"] == 5

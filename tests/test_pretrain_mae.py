@@ -12,6 +12,8 @@ from pictures import folder
 pytest.importorskip("transformers")
 import pretrain_mae as mae  # noqa: E402
 
+import vimoe.loading  # noqa: E402
+
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TINY = {"img_size": 16, "args": SHAPE, "warmup_epochs": 1, "batch_size": 8, "decoder_dim": 32, "decoder_depth": 1}
 
@@ -28,6 +30,14 @@ def test_timm_computes_what_the_trained_encoder_did() -> None:
         noise = torch.arange(4).expand(3, 4).float()  # with no patch masked, it would only put them in another order
         expected = model.vit(images, noise=noise).last_hidden_state
         assert torch.allclose(vit.forward_features(images), expected, atol=1e-5)
+
+
+def test_it_learns_from_crops_that_are_resized_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(vimoe.loading, "_gpu", lambda: True)
+    images = folder(tmp_path / "photos", 4)
+    cost = mae.pretrain(mae.Settings(images=str(images), epochs=2, **TINY), tmp_path / "out", "no")
+    assert cost["images"] == 12 and (tmp_path / "out/model/model.safetensors").is_file()
 
 
 def test_it_learns_and_goes_on_to_the_same_weights(tmp_path: Path) -> None:

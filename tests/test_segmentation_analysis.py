@@ -258,3 +258,18 @@ def test_a_run_is_analysed_pruned_and_reported(tmp_path: Path, capsys: pytest.Ca
     assert "mean IoU, %" in (tmp_path / "pruned/report.html").read_text()
     again = call(capsys, "evaluate", tmp_path / "pruned")
     assert again["miou"] == pytest.approx(pruned["recovered"]["miou"])
+
+
+def test_images_without_a_class_play_no_part() -> None:
+    labels, experts = random(CLASSES, 5), random(EXPERTS, 6)[..., None]
+    blank = np.concatenate([labels, np.full((5, UNITS), -1)])
+    more = np.concatenate([experts, random(EXPERTS, 7, 5, UNITS)[..., None]])
+    assert dependence_of_units(blank, more, CLASSES, EXPERTS) == dependence_of_units(labels, experts, CLASSES, EXPERTS)
+    nothing = dependence_of_units(np.full((3, UNITS), -1), experts[:3], CLASSES, EXPERTS)
+    assert (nothing.value, nothing.low, nothing.high, nothing.p) == (0, 0, 0, 1)
+
+
+def test_load_and_effective_experts_are_of_the_same_patches() -> None:
+    (layer,) = vimoe.analyze(known(), batches(), overrule=0).layers
+    load = layer.load[layer.load > 0]
+    assert layer.effective_experts.value == pytest.approx(np.exp(-(load * np.log(load)).sum()))

@@ -25,7 +25,7 @@ from vimoe.errors import ConfigError
 from vimoe.options import ONLY_FOR, SECTIONS, Settings
 from vimoe.problem import problem_of
 from vimoe.segmentation.decoders import DECODERS as KNOWN_DECODERS
-from vimoe.segmentation.learning import dice_loss, evaluate_scenes, median_frequency
+from vimoe.segmentation.learning import dice_loss, evaluate_scenes, fingerprint, median_frequency
 from vimoe.segmentation.legend import IGNORE
 
 SCENES = ["--data.task=segmentation", *TINY, *QUICK, "--train.batch_size=3", "--train.precision=no"]
@@ -210,7 +210,8 @@ def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
         "train": {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand-m5", "random_erasing": 0.1, "min_crop": 0.5,
                   "min_scale": 0.4, "max_scale": 3.0, "dice_loss": 1.0, "class_weights": "median_frequency"},
         "data": {"images_per_class": 5, "cache": "memory", "crop_pct": 0.9, "interpolation": "bilinear",
-                 "skip_unreadable": True, "inference": "whole", "flip_test": True},
+                 "skip_unreadable": True, "image_column": "x", "label_column": "y", "inference": "whole",
+                 "flip_test": True},
         "model": {"decoder": "linear"},
     }  # fmt: skip
     named = {full for names in ONLY_FOR.values() for full in names}
@@ -333,3 +334,40 @@ def test_a_training_of_scenes_needs_no_more_than_trainconfig(data: Path, tmp_pat
     model = vimoe.upcycle(problem.dense_model(), vimoe.MoEConfig(layers="last:1", routing="token"))
     summary = vimoe.train.train(model, problem.task(model, settings.train), settings.train, tmp_path)
     assert 0 <= summary["val"]["miou"] <= 1 and summary["train_images"] == 9
+
+
+BEIT = [
+    "--model.name=beit_base_patch16_224", "--model.pretrained=false", "--model.img_size=32",
+    '--model.args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}',
+]  # fmt: skip
+
+
+def test_a_vit_of_one_size_is_trained_analysed_and_pruned_on_larger_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = scenes(tmp_path / "scenes", height=40, width=56)
+    argv = ["train", "--data.path", data, *[arg for arg in SCENES if arg not in TINY], *BEIT, *MOE]
+    out = tmp_path / "run"
+    assert "a ViT of one size: expected 'slide'" in refused(capsys, *argv, "--data.inference=whole", "--out", out)
+    call(capsys, *argv, "--train.epochs=1", "--train.warmup_epochs=0", "--out", out)
+    assert call(capsys, "analyze", out, "--draws", 2)["images"] == 2
+    pruned = call(capsys, "prune", out, "--tolerance", 100, "--out", tmp_path / "pruned")
+    assert pruned["after"]["images"] == 2 and pruned["after"]["images_per_second"] > 0
+
+
+def test_no_mask_is_written_over(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = sorted((data / "images/test").iterdir())[0]
+    for name in ("a.png", "x/a.png", "a-2.png"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / "p" / name)
+    files = [tmp_path / "p" / name for name in ("a.png", "x/a.png", "a-2.png")]
+    predictions = call(capsys, "predict", run, *files, "--out", tmp_path / "masks")["predictions"]
+    assert len({p["mask"] for p in predictions}) == 3 and all(Path(p["mask"]).is_file() for p in predictions)
+
+
+def test_classes_that_were_exchanged_are_other_training_data(tmp_path: Path) -> None:
+    prints = []
+    for yaml in (YAML, YAML.replace("sky, road", "road, sky")):
+        problem = problem_of(Settings(data=DataConfig(path=str(scenes(tmp_path, yaml=yaml)), task="segmentation")))
+        prints.append(fingerprint(problem.data))
+    assert prints[0] != prints[1]

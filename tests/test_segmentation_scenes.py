@@ -105,6 +105,14 @@ def test_where_no_sequence_fits_the_shortest_goes(tmp_path: Path) -> None:
     assert {sequence(name) for name in val} == {"b"}
 
 
+def test_a_stray_frame_is_no_validation(tmp_path: Path) -> None:
+    train, val = split(tmp_path, {"a_": 24, "b_": 12, "c_": 24, "stray_": 1}, val_fraction=0.1)
+    assert {sequence(name) for name in val} == {"b", "stray"} and len(train) == 48
+    for seed in range(4):
+        found = load(tmp_path, val_fraction=0.1, seed=seed)
+        assert len(found.val) >= 3
+
+
 @pytest.mark.parametrize("videos", [{"a_": 20}, {"a_": 11, "b_": 9}, {"": 20}], ids=str)
 def test_without_sequences_that_fit_single_images_go(tmp_path: Path, videos: dict) -> None:
     _, val = split(tmp_path, videos, val_fraction=0.1)
@@ -256,6 +264,8 @@ def test_pascal_voc_as_torchvision_unpacks_it(tmp_path: Path) -> None:
     assert found.palette[:2] == ((0, 255, 7), (1, 254, 7))
     assert scanned(root)["void"] == {"train": 2, "validation": 1, "test": 0}
     assert load(root / "VOCdevkit" / "VOC2012").train
+    with pytest.raises(DataError, match=r"data.val_split='vall': no such list in .*; did you mean 'val'"):
+        load(root, val_split="vall")
     (root / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink()
     with pytest.raises(DataError, match="1 images have no mask: .*2007_000001.jpg"):
         scanned(root)

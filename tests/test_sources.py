@@ -142,7 +142,14 @@ def test_a_kind_without_roles_is_split_as_the_folder_is(tmp_path: Path, kind: st
         load_data(packed, validation=[*names, "gone.png"])
 
 
-@pytest.mark.parametrize("make", [shards_in_folders, tars_in_folders])
+def some_tars_in_folders(photos: Path, out: Path) -> Path:
+    as_tars(photos / "train", out / "train")
+    for role in ("val", "test"):
+        as_tar(photos / role, out / f"{role}.tar")
+    return out
+
+
+@pytest.mark.parametrize("make", [shards_in_folders, tars_in_folders, some_tars_in_folders])
 def test_archives_in_folders_have_the_roles_of_the_folders(tmp_path: Path, make: Callable) -> None:
     photos = roles(tmp_path / "photos")
     assert contents(load_data(config(make(photos, tmp_path / "packed")))) == contents(load_data(config(photos)))

@@ -12,7 +12,8 @@ import study
 def result(arm: str, seed: int, miou: float, ious: tuple[float | None, ...] = (0.5, None)) -> dict:
     return {
         "arm": arm, "seed": seed, "classes": ["sky", "car"], "versions": {"torch": "2", "timm": "1"},
-        "test": {"miou": miou, "loss": 1.0, "images": 9, "per_class_iou": list(ious)}, "patch_ceiling": 0.7,
+        "test": {"miou": miou, "loss": 1.0, "images": 9, "per_class_iou": list(ious)},
+        "patch_ceiling": 0.7, "settings": "a",
         "cost": {"activated_params": 2e6, "macs": 3e8},
     }  # fmt: skip
 
@@ -40,6 +41,16 @@ def test_the_table_stands_between_its_marks_and_pairs_by_seed(tmp_path: Path) ->
     assert "| sky | 50.0 | 50.0 |" in lines and "| car | – | – |" in lines
     study.write_table(tmp_path, "dense")
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_seeds_of_different_settings_are_not_put_together(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(f"{study.BEGIN}\n{study.END}\n")
+    for seed, settings in enumerate("ab"):
+        values = {**result("dense", seed, 0.3), "settings": settings}
+        (tmp_path / "results" / f"dense-seed{seed}.json").write_text(json.dumps(values))
+    with pytest.raises(SystemExit, match="the seeds of dense had different settings"):
+        study.write_table(tmp_path, "dense")
 
 
 def test_a_readme_without_marks_is_refused(tmp_path: Path) -> None:

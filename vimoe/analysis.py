@@ -28,8 +28,7 @@ from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, W
 from vimoe.moe import MoE, Routing, record
 from vimoe.segmentation.legend import IGNORE
 from vimoe.segmentation.score import SceneCounts, SceneScore, patch_classes
-from vimoe.specialisation import Dependence, pair_interval
-from vimoe.surgery import vit
+from vimoe.specialisation import Dependence, pair_interval, tables_of_units
 from vimoe.upcycling import moe_layers
 
 KEPT_IMAGES = 20_000  # whose decisions are kept, at most
@@ -105,7 +104,7 @@ def analyze(
                 expert_order=expert_order,
                 gate_mass=gate_mass[name],
                 adjusted_mutual_information=by_class[name].dependence(seed),
-                effective_experts=specialisation.effective_number(counts[name], seed),
+                effective_experts=specialisation.effective_number(by_class[name].per_image(), seed),
                 comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
                 examples=seen.examples(gates[name]) if seen.labels.ndim == 1 else (),
                 **effects.get(name, {"permuted": None, "frozen": None, "dense": {}, "experts": ()}),
@@ -199,9 +198,15 @@ class _ByClass:
         size = self.classes * self.num_experts
         return np.bincount(code[labels >= 0].ravel(), minlength=size).reshape(self.classes, self.num_experts)
 
+    def per_image(self) -> np.ndarray:
+        """(I, N) how often each image's units of a class chose each expert."""
+        if self.labels.ndim == 1:
+            return _counts(self.experts, self.num_experts)
+        return tables_of_units(self.labels, self.experts, self.classes, self.num_experts).sum(axis=1)
+
     def dependence(self, seed: int) -> Dependence:
         if self.labels.ndim == 1:
-            return specialisation.dependence(self.labels, _counts(self.experts, self.num_experts), seed)
+            return specialisation.dependence(self.labels, self.per_image(), seed)
         return specialisation.dependence_of_units(self.labels, self.experts, self.classes, self.num_experts, seed)
 
 
@@ -332,10 +337,9 @@ def _classes_of(model: nn.Module, labels: Tensor, classes: int) -> np.ndarray:
         return labels.cpu().numpy()
     segmenter: Any = model
     height, width = labels.shape[1:]
-    padded_h, padded_w = segmenter.padded(height, width)
-    masks = F.pad(labels, (0, padded_w - width, 0, padded_h - height), value=IGNORE)
-    embed: Any = vit(model).patch_embed
-    found = patch_classes(masks, embed.patch_size, classes)
+    (rows, columns), (patch_h, patch_w) = segmenter.grid(height, width), segmenter.patch_size
+    masks = F.pad(labels, (0, columns * patch_w - width, 0, rows * patch_h - height), value=IGNORE)
+    found = patch_classes(masks, segmenter.patch_size, classes)
     return found.where(found != IGNORE, -1).cpu().numpy()
 
 

@@ -64,8 +64,11 @@ def find_archives(folder: Path) -> list[Path]:
     folders = [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     if not all(path.name in SPLITS for path in folders):
         return []
-    inside = [path for place in folders or [folder] for path in sorted(place.iterdir()) if not is_hidden(path.name)]
-    return [] if any(path.is_dir() for path in inside) else [path for path in inside if is_archive(path)]
+    beside = [path for path in sorted(folder.iterdir()) if path not in folders and not is_hidden(path.name)]
+    inside = [path for place in folders for path in sorted(place.iterdir()) if not is_hidden(path.name)]
+    if any(path.is_dir() for path in inside) or (folders and not any(map(is_archive, inside))):
+        return []
+    return [path for path in (*beside, *inside) if is_archive(path)]
 
 
 def archives(root: Path, files: Sequence[Path]) -> Listing:

@@ -131,8 +131,8 @@ def _watched(images: Iterator[Pixels], total: int, where: Where, free: Callable[
     """The images, as long as there seems to be room for all of them."""
     done = 0
     for index, image in enumerate(images):
-        if index % LOOK == 0:
-            needed = (total - index) * (done / index if index else image.nbytes)
+        if index and index % LOOK == 0:
+            needed = (total - index) * done / index
             if needed > free():
                 other = "disk" if where == "memory" else "none"
                 raise DataError(

@@ -45,10 +45,10 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     problem.check(model)
     scanned = problem.scan()
     folder = runs.new_run(out)
-    absolute_path = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
-    runs.write_settings(folder, absolute_path)
     with TemporaryDirectory(dir=folder, prefix=".proof-") as proof:  # what could not be saved should not be trained
         _save(problem, model, Path(proof) / runs.MODEL)
+    absolute_path = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
+    runs.write_settings(folder, absolute_path)
     return _train(problem, scanned, model, folder)
 
 

@@ -121,7 +121,8 @@ class FinishedRun:
             recover = recovered["epochs"]  # fewer where it stopped early
             checkpoint.remove(folder)
         split, samples = self.reported
-        measured = receipts(list(models.values()), self._loader(samples), self.problem.evaluate)
+        timed = self.problem.deciding(self.model) if self.segments else None
+        measured = receipts(list(models.values()), self._loader(samples), self.problem.evaluate, timed)
         left = moe_layers(pruned)
         summary = {
             **done.to_dict(),

@@ -53,7 +53,7 @@ class Health:
     def _add(self, layer: str, **values: Tensor) -> None:
         sums = self.sums.setdefault(layer, {})
         for name, value in values.items():
-            sums[name] = sums[name] + value if name in sums else value
+            sums[name] = sums[name].to(value.device) + value if name in sums else value  # a checkpoint's are on the CPU
 
     def shares(self) -> dict[str, list[float]]:
         """Of each layer, the share of all decisions that each expert got."""

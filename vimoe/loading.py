@@ -22,6 +22,7 @@ from vimoe.data import Sample
 from vimoe.decoded import Decoded, Shrink, Where, decode
 from vimoe.errors import DataError
 from vimoe.images import open_image
+from vimoe.surgery import vit
 
 
 class Images(Dataset):
@@ -117,7 +118,7 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
     names = ("crop_pct", "interpolation", "mean", "std")
     given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
     try:
-        prepared = resolve_input_data_config(model, given)
+        prepared = resolve_input_data_config(vit(model), given)
     except ValueError as error:
         raise DataError(f"data settings {given} do not fit the model: {error}") from error
     if prepared["input_size"][0] != 3:

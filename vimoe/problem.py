@@ -155,6 +155,10 @@ class Segmentation:
 
     def check(self, model: nn.Module) -> None:
         assert isinstance(model, Segmenter)
+        if self.settings.data.inference == "whole" and model.fixed_size:
+            raise ConfigError(
+                f"data.inference='whole' with {self.settings.model.name!r}, a ViT of one size: expected 'slide'"
+            )
         if model.decoder_name == "upernet" and self.settings.train.batch_size < 2:
             raise ConfigError(
                 "train.batch_size=1 with model.decoder='upernet': expected at least 2 for its batch norms"
@@ -188,7 +192,8 @@ class Segmentation:
     def deciding(self, model: nn.Module) -> DataLoader:
         """Whole images where all are of one size, else the middle of each, as large as the training crop."""
         assert isinstance(model, Segmenter)
-        if len({image_size(image) for image, _ in self.data.val}) == 1:
+        sizes = {image_size(image) for image, _ in self.data.val}
+        if len(sizes) == 1 and not model.fixed_size:
             return self.loader(model, self.data.val)
         prepared = preprocessing(model, self.settings.data)
         transform = centre_transform(model.crop, prepared["mean"], prepared["std"])

@@ -216,7 +216,10 @@ class _Greedy:
 
 
 def receipts(
-    models: list[nn.Module], loader: Batches, score: Callable[[nn.Module, Any], Score | SceneScore] = evaluate
+    models: list[nn.Module],
+    loader: Batches,
+    score: Callable[[nn.Module, Any], Score | SceneScore] = evaluate,
+    timed: Batches | None = None,
 ) -> list[Receipt]:
     """The same measurements of each model; speed on the loader's first batch, in turns, because machines are noisy.
 
@@ -224,8 +227,9 @@ def receipts(
         models: to be measured.
         loader: test batches.
         score: of a model on a loader; of classifiers by default.
+        timed: batches to time a forward on, by default those of the loader.
     """
-    speeds = images_per_second(models, next(iter(loader))[0])
+    speeds = images_per_second(models, next(iter(timed or loader))[0])
     return [Receipt(score(m, loader), count(m), s) for m, s in zip(models, speeds, strict=True)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vimoe import figures
 from vimoe.findings import interval, told, told_dependence
 from vimoe.page import Page
-from vimoe.report import METRICS, RECEIPT_HEADER, damage_named, measures, read_config, read_json, receipt_rows
+from vimoe.report import METRICS, damage_named, measures, read_config, read_json, receipt_header, receipt_rows
 from vimoe.runs import ROUTING, SUMMARY
 
 
@@ -21,6 +21,7 @@ class _Row:
     settings: dict[str, str]
     what: str
     result: str
+    header: tuple[str, ...]  # of the receipts
     receipts: list[tuple[str, ...]]
     evidence: dict[str, Any]
     scores: list[tuple[str, ...]]
@@ -47,11 +48,12 @@ def _read(name: str, run: Path) -> _Row:
             val, epoch = summary["val"], summary["best_epoch"]
             (name_of_it, value), *_ = measures(val).items()
             result = f"{name_of_it.removesuffix(', %')} {value} ({val['images']} images, epoch {epoch})"
+        header = receipt_header(summary["before"]) if "before" in summary else ()
         receipts = [(*row, f"{summary['before']['images']} {summary['split']}") for row in receipt_rows(summary, name)]
     with damage_named(run / ROUTING):
         evidence = read_json(run / ROUTING)
         scores = _scores(name, evidence)
-    return _Row(settings, what, result, receipts, evidence, scores)
+    return _Row(settings, what, result, header, receipts, evidence, scores)
 
 
 def _results(page: Page, rows: dict[str, _Row]) -> None:
@@ -64,7 +66,9 @@ def _results(page: Page, rows: dict[str, _Row]) -> None:
     page.table(header, [(name, row.what, row.result) for name, row in rows.items()], words=True)
     if receipts := [receipt for row in rows.values() for receipt in row.receipts]:
         page.text("Receipts of the runs that were pruned. Images/s can be compared within a run only.")
-        page.table((*RECEIPT_HEADER, "images"), receipts)
+        headers = [row.header for row in rows.values() if row.header]
+        judged = " or ".join(dict.fromkeys(header[1] for header in headers))
+        page.table(("", judged, *headers[0][2:], "images"), receipts)
 
 
 def _settings(page: Page, settings: dict[str, dict[str, str]]) -> None:

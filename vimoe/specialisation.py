@@ -133,6 +133,10 @@ def dependence_of_units(
         labels, experts, classes, num_experts: as in `tables_of_units`.
         seed: draws resamples and permutations.
     """
+    counted = (labels >= 0).any(axis=1)
+    labels, experts = labels[counted], experts[counted]
+    if not len(labels):
+        return Dependence(0.0, 0.0, 0.0, 1.0, 0.0)
     tables = tables_of_units(labels, experts, classes, num_experts)
     table = tables.sum(axis=0)
     nats = float(_mutual_information(table))

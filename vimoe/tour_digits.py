@@ -76,7 +76,7 @@ def tour_of_digits(folder: Path) -> tuple[str, dict[str, Any]]:
     everything = [model for group in models.values() for model in group]
     measured = iter(receipts(everything, _loader(everything[0], data.test)))
     table = {name: [next(measured) for _ in group] for name, group in models.items()}
-    shares = {name: [receipt.score.top1 for receipt in group] for name, group in table.items()}
+    shares = {name: [receipt.score.rank[0] for receipt in group] for name, group in table.items()}
     control = ARMS[0].name
     others = [name for name in table if name not in (PARENT, control)]
     comparisons = [compare(shares, name, control, len(others), len(data.test), "top-1") for name in others]

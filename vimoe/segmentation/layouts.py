@@ -85,11 +85,12 @@ def _voc(root: Path, config: DataConfig) -> Found:
     lists = root / "ImageSets" / "Segmentation"
     images: dict[str, Files] = {}
     masks: dict[str, Files] = {}
+    there_are = [path.stem for path in lists.glob("*.txt")]
     for role in ROLES:
-        listed = lists / f"{getattr(config, f'{role}_split')}.txt"
-        if not listed.is_file():
+        split = split_of(role, getattr(config, f"{role}_split"), there_are, f"list in {lists}")
+        if split is None:
             continue
-        names = listed.read_text().split()
+        names = (lists / f"{split}.txt").read_text().split()
         found = {kind: {name: root / kind / f"{name}{ending}" for name in names} for kind, ending in _VOC.items()}
         there = [{name: path for name, path in files.items() if path.is_file()} for files in found.values()]
         if there[1]:  # test has none

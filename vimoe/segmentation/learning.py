@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -101,7 +100,7 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
         masks: (B, H, W) int64 with IGNORE.
     """
     counted = (masks != IGNORE)[:, None]
-    truth = F.one_hot(masks.where(counted[:, 0], 0), logits.shape[1]).movedim(-1, 1) * counted
+    truth = (masks[:, None] == torch.arange(logits.shape[1], device=masks.device)[:, None, None]) & counted
     chances = logits.float().softmax(dim=1) * counted
     over = (0, 2, 3)
     sums = truth.sum(over)
@@ -111,9 +110,10 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def median_frequency(pixels: Sequence[int]) -> Tensor:
-    """(classes,) weights: the median of the classes' frequencies over each (Eigen and Fergus, arXiv 1411.4734).
+    """(classes,) weights: the median of the classes' pixels over the pixels of each.
 
-    A class without pixels has weight 0 and no part in the median.
+    As Eigen and Fergus (arXiv 1411.4734) balance classes, but by all of train, not by the images that hold a class. A
+    class without pixels has weight 0 and no part in the median.
 
     Raises:
         ConfigError: where no class has any.
@@ -126,5 +126,6 @@ def median_frequency(pixels: Sequence[int]) -> Tensor:
 
 
 def fingerprint(scenes: Scenes) -> int:
-    """Of the training scenes, as far as names tell; the folder may have moved."""
-    return zlib.crc32("\n".join(f"{image.name}:{mask.name}" for image, mask in scenes.train).encode())
+    """Of the training scenes, as far as names tell, and of what their masks mean; the folder may have moved."""
+    names = ("/".join((*image.parts[-2:], *mask.parts[-2:])) for image, mask in scenes.train)
+    return zlib.crc32("\n".join([repr(scenes.legend), *names]).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,15 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
     model.eval()
     console = Console(stderr=True)
     results: list[dict[str, Any]] = []
-    used: dict[str, int] = {}
+    used: set[str] = set()
     for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
         image = open_image(file)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         batch = ((pixels - mean) / std)[None].to(weight.device, weight.dtype)
         predicted = infer(model, batch, config)[0].argmax(dim=0).to("cpu", torch.uint8).numpy()
-        used[file.stem] = used.get(file.stem, 0) + 1
-        name = file.stem if used[file.stem] == 1 else f"{file.stem}-{used[file.stem]}"
+        numbered = (f"{file.stem}-{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([file.stem], numbered) if name not in used)
+        used.add(name)
         mask = colour(predicted, colours)
         paths = {"mask": out / f"{name}-mask.png", "overlay": out / f"{name}-overlay.png"}
         for path, picture in zip(paths.values(), (mask, Image.blend(image, mask.convert("RGB"), 0.5)), strict=True):

@@ -141,9 +141,10 @@ def _split_off(
 
 
 def _whole_sequences(train: list[Scene], names: list[str], wanted: int, seed: int) -> list[Scene]:
-    """Sequences in seeded order as long as they fit into the wanted number; where none does, the shortest.
+    """Sequences in seeded order that fit into the wanted number; where these are few, the shortest of the rest too.
 
-    Nothing where there is one sequence only, or the shortest is more than `MOST_OF_TRAIN`.
+    Nothing where there is one sequence only, or they would be more than `MOST_OF_TRAIN` or less than half of what is
+    wanted.
     """
     videos: dict[str, list[Scene]] = defaultdict(list)
     for scene, name in zip(train, names, strict=True):
@@ -151,11 +152,16 @@ def _whole_sequences(train: list[Scene], names: list[str], wanted: int, seed: in
     if len(videos) < 2:
         return []
     chosen: list[Scene] = []
+    left: list[list[Scene]] = []
     for video in random.Random(seed).sample(list(videos.values()), len(videos)):
         if len(chosen) + len(video) <= wanted:
             chosen += video
-    shortest = min(videos.values(), key=len)
-    return chosen or (shortest if len(shortest) <= MOST_OF_TRAIN * len(train) else [])
+        else:
+            left.append(video)
+    if 2 * len(chosen) < wanted and left:
+        shortest = min(left, key=len)
+        chosen += shortest
+    return chosen if wanted <= 2 * len(chosen) <= 2 * MOST_OF_TRAIN * len(train) else []
 
 
 def _few(names: Sequence[str]) -> str:

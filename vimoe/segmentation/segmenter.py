@@ -80,6 +80,12 @@ class Segmenter(nn.Module):
         height, width = embed.patch_size
         return int(height), int(width)
 
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(height, width) of a ViT that takes no larger images, None of one that takes all."""
+        embed: Any = self.backbone.patch_embed
+        return None if getattr(self.backbone, "dynamic_img_size", False) else embed.img_size
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the patches of images of that size, with those that hold nothing but padding.
 
@@ -87,10 +93,9 @@ class Segmenter(nn.Module):
             VimoeError: where the images are larger than a ViT of fixed size.
         """
         patch_h, patch_w = self.patch_size
-        if getattr(self.backbone, "dynamic_img_size", False):
+        if self.fixed_size is None:
             return -(-height // patch_h), -(-width // patch_w)
-        embed: Any = self.backbone.patch_embed
-        most_h, most_w = embed.img_size
+        most_h, most_w = self.fixed_size
         if height > most_h or width > most_w:
             raise VimoeError(
                 f"images of {height}x{width} for a ViT of fixed size: expected at most {most_h}x{most_w}; create it "
@@ -105,7 +110,6 @@ class Segmenter(nn.Module):
             VimoeError: where the images are larger than a ViT of fixed size.
         """
         height, width = images.shape[-2:]
-        padded_h, padded_w = self.padded(height, width)
         (rows, columns), (patch_h, patch_w) = self.grid(height, width), self.patch_size
         padded_h, padded_w = rows * patch_h, columns * patch_w
         images = F.pad(images, (0, padded_w - width, 0, padded_h - height))
@@ -113,9 +117,7 @@ class Segmenter(nn.Module):
         tokens = self.backbone.forward_intermediates(  # type: ignore[operator]
             images, indices=list(blocks), norm=True, output_fmt="NLC", intermediates_only=True
         )
-        patch: Any = self.backbone.patch_embed.patch_size  # type: ignore[union-attr]
-        grid = (padded_h // patch[0], padded_w // patch[1])
-        maps = [each.unflatten(1, grid).permute(0, 3, 1, 2) for each in tokens]
+        maps = [each.unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for each in tokens]
         logits = F.interpolate(self.decoder(maps), (padded_h, padded_w), mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
