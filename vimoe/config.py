@@ -306,8 +306,8 @@ class TrainConfig:
             )
         if self.color_jitter and self.auto_augment:
             raise ConfigError(
-                f"color_jitter={self.color_jitter} with auto_augment={self.auto_augment!r}: expected one of them, because "
-                f"timm leaves the jitter out"
+                f"color_jitter={self.color_jitter} with auto_augment={self.auto_augment!r}: expected one of them; timm "
+                f"has no jitter beside a policy"
             )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
