@@ -318,6 +318,9 @@ def test_other_mistakes_are_one_line(run: Path, data: Path, tmp_path: Path, caps
     assert "max_scale=0.1" in refused(capsys, *train, "--train.max_scale=0.1", "--out", out)
     assert "--out is missing" in refused(capsys, "predict", run, data / "images/test")
     other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
+    scenes(tmp_path / "alone")
+    (tmp_path / "alone/images/test/a200.png").unlink()
+    assert "1 masks no image" in refused(capsys, "evaluate", run, "--data.path", tmp_path / "alone")
     assert "expected the model's sky, road, car" in refused(capsys, "evaluate", run, "--data.path", other)
     assert not out.exists()
 
@@ -371,3 +374,16 @@ def test_classes_that_were_exchanged_are_other_training_data(tmp_path: Path) -> 
         problem = problem_of(Settings(data=DataConfig(path=str(scenes(tmp_path, yaml=yaml)), task="segmentation")))
         prints.append(fingerprint(problem.data))
     assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize(("role", "name"), [("test", "test"), ("val", "validation"), ("", "all")])
+def test_other_scenes_need_none_to_train_on(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], role: str, name: str
+) -> None:
+    for yaml in (True, False):
+        other = tmp_path / f"other-{yaml}"
+        scene(other, role, "z001", scene_mask(1))
+        if yaml:
+            (other / "classes.yaml").write_text(YAML)
+        values = call(capsys, "evaluate", run, "--data.path", other)
+        assert (values["split"], values["images"]) == (name, 1)

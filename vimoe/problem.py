@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from vimoe import runs
 from vimoe.backbone import create, dense_segmenter
-from vimoe.config import DataConfig, ModelConfig, TrainConfig
+from vimoe.config import ModelConfig, TrainConfig
 from vimoe.data import Data, load_data, load_folder
 from vimoe.errors import ConfigError
 from vimoe.evaluate import Score, evaluate, label_names
@@ -27,7 +27,7 @@ from vimoe.segmentation.joint import JointImages, centre_transform
 from vimoe.segmentation.learning import evaluate_scenes, segmentation, whole_images
 from vimoe.segmentation.maps import expert_maps
 from vimoe.segmentation.scene_scan import SceneScan, scan_scenes
-from vimoe.segmentation.scenes import Scenes, load_scenes
+from vimoe.segmentation.scenes import Scenes, load_others, load_scenes
 from vimoe.segmentation.score import SceneScore, ceiling
 from vimoe.segmentation.segmenter import Segmenter, create_segmenter
 from vimoe.surgery import vit
@@ -204,10 +204,8 @@ class Segmentation:
         return evaluate_scenes(model, loader, self.settings.data, task)
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
-        other = load_scenes(DataConfig(path=path, task="segmentation"), label_names(model))
-        found = {"test": other.test, "validation": () if other.split_off else other.val, "all": other.train + other.val}
-        name, samples = next((name, scenes) for name, scenes in found.items() if scenes)
-        return name, self._loader(model, samples, other)
+        name, others = load_others(path, label_names(model), self.data.legend)
+        return name, self._loader(model, others.test, others)
 
 
 Problem = Classification | Segmentation

@@ -28,17 +28,17 @@ class Found:
     legend: Legend | None
 
 
-def find_scenes(config: DataConfig) -> Found:
-    """Finds images and masks in `config.path`, whichever of the three layouts it has.
+def find_scenes(config: DataConfig, to_train: bool = True) -> Found:
+    """Finds images and masks in `config.path`, whichever of the three layouts it has; with a role to train if asked.
 
     Raises:
         DataError: where it has none of them, or names a folder for a role that is not there.
     """
     root = Path(config.path)
     if (root / "images").is_dir() and (root / "annotations").is_dir():
-        return _ade20k(root, config)
+        return _ade20k(root, config, to_train)
     if (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir():
-        return _cityscapes(root, config)
+        return _cityscapes(root, config, to_train)
     for year in (root, *sorted(root.glob("VOC2*")), *sorted(root.glob("VOCdevkit/VOC2*"))):
         if (year / "JPEGImages").is_dir() and (year / "SegmentationClass").is_dir():
             return _voc(year, config)
@@ -48,16 +48,16 @@ def find_scenes(config: DataConfig) -> Found:
     )
 
 
-def _ade20k(root: Path, config: DataConfig) -> Found:
+def _ade20k(root: Path, config: DataConfig, to_train: bool) -> Found:
     """images/ROLE/NAME.jpg and annotations/ROLE/NAME.png, with folders inside of these where there are many."""
-    images, masks = _role_folders(root / "images", config), _role_folders(root / "annotations", config)
+    images, masks = (_role_folders(root / kind, config, to_train) for kind in ("images", "annotations"))
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = read_legend(root / LEGEND) if (root / LEGEND).is_file() else None
     return Found(_files(images), _files(masks, ".png"), legend)
 
 
-def _cityscapes(root: Path, config: DataConfig) -> Found:
+def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
     """leftImg8bit/ROLE/CITY/NAME_leftImg8bit.png, gtFine/ROLE/CITY/NAME_gtFine_labelIds.png; 19 of the 34 labels.
 
     The test labels are withheld (the files there are blank), so the role is left out.
@@ -68,7 +68,7 @@ def _cityscapes(root: Path, config: DataConfig) -> Found:
     ids = tuple(c.id for c in used)
     void = tuple(c.id % 256 for c in Cityscapes.classes if c.id not in ids)  # -1 is 255 in a file of 8 bits
     legend = Legend(tuple(c.name for c in used), ids, void, tuple(c.color for c in used))
-    images, masks = _role_folders(root / "leftImg8bit", config), _role_folders(root / "gtFine", config)
+    images, masks = (_role_folders(root / kind, config, to_train) for kind in ("leftImg8bit", "gtFine"))
     if config.test_split == "test":
         images.pop("test", None), masks.pop("test", None)
     ending = "_gtFine_labelIds"
@@ -108,12 +108,14 @@ def _voc(root: Path, config: DataConfig) -> Found:
 _VOC = {"JPEGImages": ".jpg", "SegmentationClass": ".png"}
 
 
-def _role_folders(root: Path, config: DataConfig) -> dict[str, Path]:
+def _role_folders(root: Path, config: DataConfig, to_train: bool) -> dict[str, Path]:
     """The folder of each role that has one; where there are none, all is for train."""
     inside = [path.name for path in root.iterdir() if path.is_dir()]
     named = {role: split_of(role, getattr(config, f"{role}_split"), inside, f"folder in {root}") for role in ROLES}
     folders = {role: root / name if name else None for role, name in named.items()}
     if folders["train"] is None and any(folders.values()):
+        if not to_train:
+            return {role: folder for role, folder in folders.items() if folder}
         known = nearest(config.train_split, inside)
         raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {known}")
     return {role: folder for role, folder in {**folders, "train": folders["train"] or root}.items() if folder}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside
-from vimoe.segmentation.layouts import ROLES, find_scenes
+from vimoe.segmentation.layouts import ROLES, Found, find_scenes
 from vimoe.segmentation.legend import Colour, Legend, legend_of_masks
 
 Scene = tuple[Path, Path]  # an image, and its mask
@@ -63,7 +63,7 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
     `config.val_fraction` is split off train: whole sequences where names tell them (`sequence`), else single images.
 
     Args:
-        config: where they are; `images_per_class`, `skip_unreadable` and `cache` play no part yet.
+        config: where they are.
         classes: the names that a trained model has; the data must have the same.
         validation: images (relative to `config.path`) that a run split off train, so that it finds the same again.
 
@@ -75,6 +75,56 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
         raise DataError(f"data.path={config.path!r}: no such folder, expected one with images/ and annotations/; "
                         f"{beside(root)}")  # fmt: skip
     found = find_scenes(config)
+    names, pairs, images_alone, masks_alone = _paired(found)
+    if not pairs["train"]:
+        raise DataError(
+            f"{root}: {len(images_alone)} images and {len(masks_alone)} masks, and no pair of them in train: expected "
+            f"masks with the images' names that end in .png; rename them"
+        )
+    legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
+    _check_classes(root, legend, classes or legend.names)
+    train, val = pairs["train"], pairs["val"]
+    if not val:
+        train, val = _split_off(train, names["train"], config, set(validation))
+    alone = (tuple(images_alone), tuple(masks_alone))
+    return Scenes(legend, tuple(train), tuple(val), tuple(pairs["test"]), not pairs["val"], *alone)
+
+
+def load_others(path: str, classes: Sequence[str], legend: Legend) -> tuple[str, Scenes]:
+    """Scenes of another folder for a trained model to be scored on, in the role of test.
+
+    Args:
+        path: a folder as `DataConfig.path`, but it needs none to train on.
+        classes: the names that the model has.
+        legend: what masks mean where the folder does not say.
+
+    Returns:
+        Which they are ("test", "validation", or "all" of a folder without roles), and the scenes.
+
+    Raises:
+        DataError: where there are none, some have no counterpart, or the classes are others.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder: expected images/ and annotations/; {beside(root)}")
+    found = find_scenes(DataConfig(path=path, task="segmentation"), to_train=False)
+    _, pairs, images_alone, masks_alone = _paired(found)
+    if images_alone or masks_alone:
+        raise DataError(
+            f"{root}: {len(images_alone)} images have no mask and {len(masks_alone)} masks no image, such as "
+            f"{(images_alone + masks_alone)[0].relative_to(root)}: expected pairs; remove them"
+        )
+    legend = found.legend or legend
+    _check_classes(root, legend, classes)
+    roles = {"test": pairs["test"], "validation": pairs["val"], "all": pairs["train"]}
+    role = next((role for role, scenes in roles.items() if scenes), None)
+    if role is None:
+        raise DataError(f"{root} holds no image with a mask: expected masks with the images' names that end in .png")
+    return role, Scenes(legend, (), (), tuple(roles[role]))
+
+
+def _paired(found: Found) -> tuple[dict[str, list[str]], dict[str, list[Scene]], list[Path], list[Path]]:
+    """By role the names of pairs and the pairs; and the images and masks that have no counterpart."""
     names: dict[str, list[str]] = {}
     pairs: dict[str, list[Scene]] = {}
     images_alone: list[Path] = []
@@ -85,22 +135,15 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
         pairs[role] = [(images[name], masks[name]) for name in names[role]]
         images_alone += [images[name] for name in sorted(images.keys() - masks.keys())]
         masks_alone += [masks[name] for name in sorted(masks.keys() - images.keys())]
-    if not pairs["train"]:
-        raise DataError(
-            f"{root}: {len(images_alone)} images and {len(masks_alone)} masks, and no pair of them in train: expected "
-            f"masks with the images' names that end in .png; rename them"
-        )
-    legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
-    if classes and tuple(classes) != legend.names:
+    return names, pairs, images_alone, masks_alone
+
+
+def _check_classes(root: Path, legend: Legend, classes: Sequence[str]) -> None:
+    if tuple(classes) != legend.names:
         raise DataError(
             f"{root} has the classes {_few(legend.names)}: expected the model's {_few(classes)}, in this order; "
             f"correct its classes.yaml"
         )
-    train, val = pairs["train"], pairs["val"]
-    if not val:
-        train, val = _split_off(train, names["train"], config, set(validation))
-    alone = (tuple(images_alone), tuple(masks_alone))
-    return Scenes(legend, tuple(train), tuple(val), tuple(pairs["test"]), not pairs["val"], *alone)
 
 
 def sequence(name: str) -> str:
