@@ -126,7 +126,7 @@ def _report(folder: Path, scenes: Scenes, vimoe: nn.Module, found: dict[str, Any
     page = Page("vimoe: a tour on scenes of handwritten digits", folder / runs.FIGURES)
     page.text(
         f"Scenes of {SIZE}x{SIZE} pixels were composed of scikit-learn's handwritten digits, 0 to {KNOWN - 1}, for "
-        f"every pixel to be named; all ten digits are more than a model of this size learns in the time. A small "
+        f"every pixel to be named. A small "
         f"dense ViT with a linear decoder on its four blocks, the parent, was trained on {len(scenes.train)} of them "
         f"for {FIRST.epochs} epochs. From it each arm below was trained for {FURTHER.epochs} further epochs with the "
         f"same settings, over {len(SEEDS)} seeds. Validation ({len(scenes.val)} scenes) chose the epoch; the table is "
