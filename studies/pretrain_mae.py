@@ -48,6 +48,7 @@ class Settings:
     lr: float = 1.5e-3  # the paper's 1.5e-4 is for a batch of 256 and long training
     weight_decay: float = 0.05
     mask_ratio: float = 0.75
+    norm_pix: bool = True  # each patch by its own mean and deviation; false keeps the colours of smooth regions
     min_crop: float = 0.2
     decoder_dim: int = 128
     decoder_depth: int = 2
@@ -72,7 +73,7 @@ def autoencoder(vit: nn.Module, settings: Settings) -> ViTMAEForPreTraining:
             decoder_num_attention_heads=heads,
             decoder_intermediate_size=4 * settings.decoder_dim,
             mask_ratio=settings.mask_ratio,
-            norm_pix_loss=True,
+            norm_pix_loss=settings.norm_pix,
         )
     )
 
@@ -181,7 +182,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["no", "bf16"], default="bf16")
     for name, value in asdict(Settings(images="")).items():
         if name != "images":
-            parser.add_argument(f"--{name}", type=json.loads if name == "args" else type(value), default=value)
+            parser.add_argument(
+                f"--{name}", type=json.loads if isinstance(value, (dict, bool)) else type(value), default=value
+            )
     args = vars(parser.parse_args())
     out, precision = args.pop("out"), args.pop("precision")
     print(json.dumps(pretrain(Settings(**args), out, precision)))

@@ -262,11 +262,11 @@ def test_gradients_through_the_router_are_those_of_finite_differences(layout: st
 
 @pytest.mark.parametrize("ffn", FFNS)
 def test_every_expert_starts_as_the_dense_ffn(ffn: str) -> None:
-    dense, x = randomise(FFNS[ffn]()), tokens(1, EXPERTS)[0]
+    dense, x = randomise(FFNS[ffn]()), tokens(1, TOKENS)
     layer = vimoe.MoE(dense, vimoe.MoEConfig(num_experts=EXPERTS), TokenLayout(1, True))
     for expert_index in range(EXPERTS):
-        counts = [len(x) if i == expert_index else 0 for i in range(EXPERTS)]
-        torch.testing.assert_close(layer.experts(x, counts), dense(x))
+        load = torch.tensor([i == expert_index for i in range(EXPERTS)]).long()
+        torch.testing.assert_close(layer.experts(x, torch.tensor([0]), load), dense(x))
 
 
 @pytest.mark.parametrize(("first", "last"), [(0.5, 0.0), (0.0, 0.5)])

@@ -1,6 +1,6 @@
 """N FFNs of one shape with their weights stacked; nothing about routing.
 
-Axes: N experts, M rows sorted by expert, D channels, F hidden units.
+Axes: N experts, R units given, U rows of a unit, S places sorted by expert, D channels, F hidden units.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe import ffn
-
-Layer = tuple[Tensor, Tensor | None]  # weight and bias
+from vimoe.moe.grouped import Backend, grouped_linear
 
 
 class Stacked(nn.Module):
@@ -25,11 +24,6 @@ class Stacked(nn.Module):
         super().__init__()
         self.weight = _repeated(weight, num_experts)
         self.register_parameter("bias", None if bias is None else _repeated(bias, num_experts))
-
-    def unbind(self) -> list[Layer]:
-        """Weight and bias of each expert. One unbind, because N selects would have N full-size gradients."""
-        biases = [None] * len(self.weight) if self.bias is None else self.bias.unbind()
-        return list(zip(self.weight.unbind(), biases, strict=True))
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, bias={self.bias is not None}"
@@ -43,6 +37,9 @@ class Experts(nn.Module):
         num_experts: N.
         dropout: rate on the hidden units; where the FFN has a larger one, that one holds.
 
+    Attributes:
+        backend: how products are computed (`vimoe.set_backend`); it is of this process, and not saved.
+
     Raises:
         SurgeryError: where the FFN has a part that experts could not reproduce.
     """
@@ -50,6 +47,7 @@ class Experts(nn.Module):
     def __init__(self, dense: nn.Module, num_experts: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.kind = ffn.describe(dense)
+        self.backend: Backend = "auto"
         weights = ffn.read(dense)
         self.fc1 = Stacked(weights["fc1.weight"], weights.get("fc1.bias"), num_experts)
         self.act = copy.deepcopy(self.kind.act)
@@ -59,24 +57,32 @@ class Experts(nn.Module):
         self.fc2 = Stacked(weights["fc2.weight"], weights.get("fc2.bias"), num_experts)
         self.drop2 = nn.Dropout(self.kind.drop[1])
 
-    def forward(self, x_MD: Tensor, counts: list[int]) -> Tensor:
-        """Expert e computes the next counts[e] rows of x (M, D); returns (M, D) in the same order."""
-        fc1, fc2 = self.fc1.unbind(), self.fc2.unbind()
-        norm = self.norm.unbind() if self.norm else [None] * len(counts)
-        return torch.cat([self._expert(*each) for each in zip(x_MD.split(counts), fc1, norm, fc2, strict=True)])
-
-    def _expert(self, x: Tensor, fc1: Layer, norm: Layer | None, fc2: Layer) -> Tensor:
-        hidden = F.linear(x, *fc1)
+    def forward(self, x_RUD: Tensor, source_S: Tensor, load_N: Tensor) -> Tensor:
+        """(R, U, D) to (S, U, D): each expert computes its places; arguments as those of `grouped_linear`."""
+        hidden = self._linear(self.fc1, x_RUD, source_S, load_N)
         if self.kind.gated:
             gate, value = hidden.chunk(2, dim=-1)
             hidden = self.act(gate) * value
         else:
             hidden = self.act(hidden)
         hidden = self.drop1(hidden)
-        if norm is not None and self.kind.norm_eps is not None:
-            hidden = F.layer_norm(hidden, (self.kind.hidden,), norm[0], norm[1], self.kind.norm_eps)
-        rows: Tensor = self.drop2(F.linear(hidden, *fc2))
+        if self.norm is not None:
+            hidden = self._normalised(self.norm, hidden, load_N)
+        rows: Tensor = self.drop2(self._linear(self.fc2, hidden, None, load_N))
         return rows
+
+    def _linear(self, layer: Stacked, x: Tensor, source: Tensor | None, load: Tensor) -> Tensor:
+        return grouped_linear(x, layer.weight, layer.bias, source, load, self.backend)
+
+    def _normalised(self, norm: Stacked, hidden: Tensor, load_N: Tensor) -> Tensor:
+        """LayerNorm, with the scale and shift of each place's expert; rounded once, as a LayerNorm is."""
+        assert norm.bias is not None
+        assert self.kind.norm_eps is not None
+        expert_S = torch.repeat_interleave(load_N, output_size=len(hidden))
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        scale, shift = (F.embedding(expert_S, part)[:, None].to(precise) for part in (norm.weight, norm.bias))
+        normal = F.layer_norm(hidden.to(precise), (self.kind.hidden,), eps=self.kind.norm_eps)
+        return torch.addcmul(shift, normal, scale).to(hidden.dtype)
 
     @property
     def macs(self) -> int:

@@ -1,6 +1,7 @@
 """The MoE layer on one page: route, dispatch, compute, combine, add the shared expert.
 
-Axes: B images, T tokens of an image, D channels, R routed units (images or tokens).
+Axes: B images, T tokens of an image, D channels, R routed units (images or tokens), U tokens of a unit, S places
+sorted by expert (a unit has one at each of its experts).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vimoe.config import MoEConfig
 from vimoe.moe.dispatch import combine, dispatch
 from vimoe.moe.experts import Experts, Stacked
 from vimoe.moe.router import Router, TokenLayout
-from vimoe.moe.routing import Routing, note
+from vimoe.moe.routing import note
 
 
 class MoE(nn.Module):
@@ -51,13 +52,12 @@ class MoE(nn.Module):
         """(B, T, D) to (B, T, D)."""
         routing = self.router(x_BTD)
         note(self, routing)
-        rows, counts, order = dispatch(x_BTD, routing)
-        y_MD = self.experts(rows, counts)
-        routed_BTD = combine(y_MD, routing, order)
-        if self.shared is not None:
-            shared_BTD = self.shared(x_BTD)
-            routed_BTD = routed_BTD + (shared_BTD if self.config.combine == "sum" else _rest(routing) * shared_BTD)
-        return routed_BTD.to(y_MD.dtype)  # rounded once, so that "mix" keeps the parent's function in bfloat16 too
+        plan = dispatch(routing)
+        x_RUD = x_BTD.reshape(len(routing.experts), routing.tokens_per_unit, x_BTD.shape[-1])
+        y_SUD = self.experts(x_RUD, plan.source, plan.load)
+        shared_RUD = None if self.shared is None else self.shared(x_BTD).view(x_RUD.shape)
+        mix = self.shared is not None and self.config.combine == "mix"
+        return combine(y_SUD, routing.gates, plan.home, shared_RUD, mix).view(x_BTD.shape)
 
     def without_experts(self) -> nn.Module:
         """The shared expert alone, as wide as the dense FFN was as long as further shared experts say nothing."""
@@ -110,9 +110,3 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"combine={self.config.combine!r}"
-
-
-def _rest(routing: Routing) -> Tensor:
-    """1 - sum_i g_i for each token, (B, T, 1) or (B, 1, 1): what "mix" leaves of the shared expert."""
-    decisions = 1 if routing.unit == "image" else routing.batch[1]
-    return (1 - routing.gates.sum(dim=-1)).view(routing.batch[0], decisions, 1)

@@ -55,7 +55,8 @@ class Routing:
     @property
     def load(self) -> Tensor:
         """(N,) units that each expert received."""
-        return torch.bincount(self.experts.flatten(), minlength=self.num_experts)
+        chosen = self.experts.flatten()  # no bincount: its size would depend on the data, which torch.compile minds
+        return chosen.new_zeros(self.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
     def detach(self) -> Routing:
         """The same without gradient, to be kept beyond the step that it is of."""
@@ -105,7 +106,7 @@ def note(layer: nn.Module, routing: Routing) -> None:
     for recorder in reversed(_recorders.get()):
         if id(layer) not in recorder.names:
             continue
-        if torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # inside a backward pass: checkpointing computes the forward again
         if recorder.with_grad and not torch.is_grad_enabled():
             raise VimoeError(

@@ -1,0 +1,168 @@
+"""Every backend of grouped_linear, alone and in the layer, against the naive loop in float64; all gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_layer import assert_agrees, make, tokens
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import vimoe
+from vimoe.moe import grouped
+from vimoe.moe.grouped import BACKENDS, grouped_linear
+
+EXPERTS, IN, OUT = 4, 16, 24
+# units of each expert: all alike, uneven with an idle expert, all on one, a single unit
+LOADS = {"even": [3, 3, 3, 3], "uneven": [5, 0, 6, 1], "one expert": [0, 0, 7, 0], "one unit": [0, 1, 0, 0]}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
+
+
+class Case:
+    """Random operands, the same for each backend."""
+
+    def __init__(
+        self, load: list[int], k: int, rows: int, dtype: torch.dtype, sizes: tuple[int, int] = (IN, OUT)
+    ) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.load = torch.tensor(load)
+        places = int(self.load.sum())
+        self.units = places // k
+        # a unit is never twice at one expert, as each expert's places come one after the other
+        self.source = torch.arange(places).roll(1) % self.units if k > 1 else torch.randperm(places, generator=draw)
+        inputs, outputs = sizes
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draw).to(dtype).requires_grad_()
+
+        self.x = random(self.units, rows, inputs)
+        self.weight, self.bias = random(len(load), outputs, inputs), random(len(load), outputs)
+        self.dy = torch.randn(places, rows, outputs, generator=draw).to(dtype)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, bias = (t.detach().clone().to(dtype).requires_grad_() for t in (self.x, self.weight, self.bias))
+        return x, weight, bias
+
+    def naive(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        expert = [e for e, units in enumerate(self.load.tolist()) for _ in range(units)]
+        rows = [x[u] @ weight[e].T for u, e in zip(self.source.tolist(), expert, strict=True)]
+        return torch.stack([r if bias is None else r + bias[e] for r, e in zip(rows, expert, strict=True)])
+
+
+def assert_near(actual: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype
+    assert (actual.double() - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max(), "beyond rounding"
+
+
+def compare(
+    case: Case, backend: str, dtype: torch.dtype, sorted_already: bool, dy: Tensor, biased: bool = True
+) -> None:
+    x, weight, bias = case.operands(dtype)
+    exact = case.operands(torch.float64)
+    if sorted_already:
+        case.source = torch.arange(len(case.x))
+    source = None if sorted_already else case.source
+    y = grouped_linear(x, weight, bias if biased else None, source, case.load, backend)
+    exact_y = case.naive(*exact[:2], exact[2] if biased else None)
+    assert_near(y, exact_y, dtype)
+    y.backward(dy)
+    exact_y.backward(dy.double())
+    for mine, true in zip((x, weight, bias)[: 2 + biased], exact, strict=False):
+        assert_near(mine.grad, true.grad, dtype)
+    assert not weight.grad[case.load == 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+# with k of 0 the input is sorted already; with 2 a unit must not be twice at one expert
+@pytest.mark.parametrize(("k", "load"), [(2, "even"), *((k, load) for k in (0, 1) for load in LOADS)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_and_gradients_are_the_naive_loops(
+    backend: str, k: int, load: str, rows: int, dtype: torch.dtype
+) -> None:
+    case = Case(LOADS[load], max(k, 1), rows, dtype)
+    compare(case, backend, dtype, k == 0, case.dy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_biases_too(backend: str) -> None:
+    case = Case(LOADS["uneven"], 1, 3, torch.float32)
+    compare(case, backend, torch.float32, False, case.dy, biased=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["expanded", "transposed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_not_contiguous(backend: str, kind: str, dtype: torch.dtype) -> None:
+    case = Case(LOADS["uneven"], 1, 3, dtype)
+    dy = torch.ones((), dtype=dtype).expand_as(case.dy) if kind == "expanded" else case.dy.mT.contiguous().mT
+    assert not dy.is_contiguous()
+    compare(case, backend, dtype, False, dy)
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop", "bmm"])
+def test_odd_sizes(backend: str) -> None:
+    case = Case(LOADS["uneven"], 1, 3, torch.bfloat16, (7, 13))
+    compare(case, backend, torch.bfloat16, False, case.dy)
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), [((7, 13), torch.float32), ((16, 24), torch.float64)])
+def test_grouped_mm_refuses_what_torch_cannot_in_one_line(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    case = Case(LOADS["even"], 1, 1, dtype, sizes)
+    with pytest.raises(vimoe.VimoeError, match="choose 'loop' or 'auto'"):
+        grouped_linear(case.x, case.weight, case.bias, case.source, case.load, "grouped_mm")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_computed_that_is_not_asked_for(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(LOADS["uneven"], 1, 3, torch.float32)
+    x, weight, bias = case.operands(torch.float32)
+    calls = []
+    for name in ("_input_gradient", "_weight_gradient", "_grouped_sum"):
+        real = getattr(grouped, name)
+        monkeypatch.setattr(grouped, name, lambda *args, real=real, name=name: (calls.append(name), real(*args))[1])
+    grouped_linear(x, weight.detach(), bias.detach(), case.source, case.load, backend).sum().backward()
+    grouped_linear(x.detach(), weight, bias.detach(), case.source, case.load, backend).sum().backward()
+    assert calls == ["_input_gradient", "_weight_gradient"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_computes_in_its_type_and_gives_gradients_in_that_of_the_weights(backend: str) -> None:
+    case = Case(LOADS["uneven"], 1, 3, torch.float32)
+    x, weight, bias = case.operands(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = grouped_linear(x, weight, bias, case.source, case.load, backend)
+    y.backward(case.dy.bfloat16())
+    low = case.operands(torch.bfloat16)
+    grouped_linear(*low, case.source, case.load, backend).backward(case.dy.bfloat16())
+    assert y.dtype == torch.bfloat16
+    for mine, reference in zip((x, weight, bias), low, strict=True):
+        assert mine.grad.dtype == torch.float32
+        torch.testing.assert_close(mine.grad, reference.grad.float())
+
+
+@pytest.mark.parametrize("layout", ["image by class token", "token"])
+@pytest.mark.parametrize("ffn", ["mlp", "mlp, norm", "glu, no biases"])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_layer_agrees_with_its_definition(backend: str, k: int, ffn: str, layout: str) -> None:
+    layer = vimoe.set_backend(make(ffn, layout, k=k), backend)
+    assert_agrees(layer, tokens(), all_used=False)
+
+
+def test_a_backend_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(vimoe.VimoeError, match="loop"):
+        vimoe.set_backend(make(), "lop")
+
+
+def test_torch_compile_sees_one_graph_and_compiles_once_for_all_loads() -> None:
+    layer = make("mlp", "token", k=1)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for seed in range(3):
+        x = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        y = compiled(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, layer(x))
+    assert counter.frame_count == 1
