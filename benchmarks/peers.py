@@ -1,0 +1,600 @@
+"""The MoE layers of other libraries in the shape of ours, for a layer benchmark to time; here they are only checked.
+
+    python benchmarks/peers.py
+
+Axes: B images, T tokens of an image, D channels, F hidden units, N experts, k of them for a token.
+
+Each is a map of (B, T, D) with N experts and one shared expert, and with as many activated multiply-adds as ours where
+the library allows it; `Peer.note` says what differs. A gated FFN has three matrices, so its width is 2/3 F. What is not
+on the package index as a wheel or as Python is absent: scattermoe, tutel and fastmoe are not there, megablocks is
+source to be compiled against CUDA. transformers' "batched_mm" is left out because it copies an expert for each token.
+
+The script builds every peer that is installed and runs it forward and backward in each type; compares it with our
+layer where both compute the same function, with the router as it is; forces the routing and looks where tokens went.
+It prints a table and exits with 1 where a check fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, SwiGLU
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vimoe.config import MoEConfig
+from vimoe.errors import VimoeError, first_line
+from vimoe.moe import MoE
+from vimoe.moe.router import TokenLayout
+
+TYPES = (torch.float32, torch.bfloat16)
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else DeepSpeed warns
+SURE = 10.0  # the score of the expert that a token is forced to; that of all others is 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a layer. `tokens` of one image is what SoftMoE makes its slots for; the others take any number."""
+
+    dim: int
+    hidden: int
+    num_experts: int
+    top_k: int = 1
+    tokens: int = 257
+
+    @property
+    def gated_hidden(self) -> int:
+        """The width at which three matrices have the multiply-adds of two."""
+        return round(self.hidden * 2 / 3)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One layer of another library.
+
+    Attributes:
+        name: library and variant.
+        build: the layer, float32, on the CPU, in train mode: (B, T, D) to (B, T, D).
+        macs: multiply-adds of one token with the matrices that it activates, counted from the built layer. What
+            capacity pads, and products of activations with one another, are not in it; see `computed`.
+        note: what differs from ours.
+        drops: whether it drops tokens beyond a capacity.
+        types: in which types it runs forward and backward, found by trying.
+        exact: copies the weights of the layer that `twin` makes, after which both compute the same function; None
+            where the peer computes another one.
+        route: sends token i of the flattened input to expert wanted[i], (B * T,) int64, from now on, also where it was
+            sent elsewhere before; call it once the layer has its type and device. For k=1. None without a choice.
+        sent: where tokens went in the layer's own words: what its gate returned to (B * T, N) bool. None as above.
+        twin: our layer that computes the same; None where there is none.
+    """
+
+    name: str
+    build: Callable[[Shape], nn.Module]
+    macs: Callable[[Shape], float]
+    note: str
+    drops: bool
+    types: tuple[torch.dtype, ...]
+    exact: Callable[[nn.Module, MoE], None] | None
+    route: Callable[[nn.Module, Tensor], None] | None
+    sent: Callable[[Any], Tensor] | None
+    twin: Callable[[Shape], MoE] | None
+
+
+class Layer(nn.Module):
+    """A peer's layer, its output alone, with a dense FFN beside it where it has no shared expert of its own."""
+
+    def __init__(self, moe: nn.Module, gate: nn.Module | None, experts: nn.Module, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.moe, self.shared = moe, shared
+        self._parts = (gate, experts)  # of `moe`; in a tuple, because they are registered there already
+
+    @property
+    def gate(self) -> nn.Module | None:
+        """What decides; its only parameter is the router's matrix."""
+        return self._parts[0]
+
+    @property
+    def experts(self) -> nn.Module:
+        """What holds the weights of all experts."""
+        return self._parts[1]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y = self.moe(x_BTD)
+        y_BTD = y if isinstance(y, Tensor) else y[0]  # else followed by losses
+        return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)
+
+
+def ours(shape: Shape, dense: nn.Module, normalize_gates: bool = False) -> MoE:
+    """Our layer with this FFN as expert and as shared expert, routing tokens, in the formula that the peers have."""
+    settings = MoEConfig(
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        routing="token",
+        num_shared_experts=1,
+        combine="sum",
+        normalize_gates=normalize_gates,
+    )
+    return MoE(dense, settings, TokenLayout(1, True))
+
+
+def force(gate: nn.Module, wanted: Tensor, like: Tensor) -> None:
+    """Makes a gate, the parent of one matrix, choose the experts wanted (B * T,); `like` has the input's type, device.
+
+    The gate's own code runs on rows that have the answer in their first N channels, with the identity for a matrix. So
+    it costs what it costs, its gradient in weight and input included, and nothing is added. The input gets no gradient
+    through the gate then. Our `MoE.router` can be forced in the same way.
+    """
+    (matrix,) = gate.parameters()
+    dim, experts = max(matrix.shape), min(matrix.shape)
+    if wanted.min() < 0 or wanted.max() >= experts:
+        raise VimoeError(f"experts {int(wanted.min())} to {int(wanted.max())} wanted: expected 0 to {experts - 1}")
+    with torch.no_grad():
+        matrix.copy_(SURE * torch.eye(*matrix.shape))
+    rows = F.one_hot(wanted, dim).to(like).requires_grad_()
+    gate._forward_pre_hooks.clear()  # what was forced before
+    gate.register_forward_pre_hook(lambda module, args: (rows.view(args[0].shape), *args[1:]))
+
+
+def loads(peer: Peer, layer: nn.Module, x_BTD: Tensor) -> Tensor:
+    """(N,) tokens that each expert computes of these; what is missing from k * B * T was dropped."""
+    seen: list[Any] = []
+    handle = layer.gate.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        layer(x_BTD)
+    handle.remove()
+    return peer.sent(seen[0]).sum(dim=0)
+
+
+def activated(layer: nn.Module, share: float) -> float:
+    """Multiply-adds of one token with weights, of whose experts it uses this share; our `MoE` can be counted, too."""
+    experts = _matrices(layer.experts)
+    return _matrices(layer) - experts + share * experts
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and not name.endswith("bias"))
+
+
+def computed(layer: nn.Module, x_BTD: Tensor) -> float:
+    """Multiply-adds for each token that a forward pass really takes in matrix products, padding included."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
+        layer(x_BTD)
+    return counter.get_total_flops() / 2 / x_BTD.shape[:2].numel()
+
+
+def _grouped_flops(rows: torch.Size, stacked: torch.Size, *_: Any, **__: Any) -> int:
+    """Of (M, D) rows by (N, D, F) matrices, one for each row; torch's counter knows no grouped products."""
+    return 2 * rows.numel() * stacked[-1]
+
+
+def failure(build: Callable[[Shape], nn.Module], dtype: torch.dtype, device: str = "cpu") -> str | None:
+    """The first line of the error that a tiny layer ends in, forward or backward, in a type; None where it runs."""
+    layer, x = build(TINY).to(device, dtype), inputs(TINY).to(device, dtype).requires_grad_()
+    try:
+        layer(x).sum().backward()
+    except (RuntimeError, NotImplementedError) as error:
+        return first_line(error)
+    return None
+
+
+TINY = Shape(dim=32, hidden=48, num_experts=4, top_k=1, tokens=17)
+
+
+def inputs(shape: Shape, images: int = 3) -> Tensor:
+    """(B, T, D) normal numbers, always the same."""
+    return torch.randn(images, shape.tokens, shape.dim, generator=torch.Generator().manual_seed(0))
+
+
+def only(shape: Shape, largest: int, library: str) -> None:
+    """Raises VimoeError where a library has no layer with this k."""
+    if shape.top_k > largest:
+        raise VimoeError(f"top_k={shape.top_k} with {library}: expected at most {largest}; leave this peer out")
+
+
+def mlp(shape: Shape, bias: bool = True) -> Mlp:
+    """The FFN of a ViT."""
+    return Mlp(shape.dim, shape.hidden, bias=bias)
+
+
+# ---- transformers
+
+
+def qwen(implementation: str, shape: Shape) -> Layer:
+    """Qwen2-MoE's block; built alone its weights are uninitialised, and its router's are zero."""
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    config = Qwen2MoeConfig(
+        hidden_size=shape.dim,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=False,
+        moe_intermediate_size=shape.gated_hidden,
+        shared_expert_intermediate_size=shape.gated_hidden,
+        experts_implementation=implementation,
+    )
+    moe = Qwen2MoeSparseMoeBlock(config)
+    for weight in moe.parameters():
+        nn.init.normal_(weight, std=config.initializer_range)
+    return Layer(moe, moe.gate, moe.experts, None)
+
+
+@torch.no_grad()
+def copy_to_qwen(layer: Layer, twin: MoE) -> None:
+    """Their shared expert is multiplied by a gate: with a gate of zeros by 1/2, so its last matrix is doubled."""
+    moe = layer.moe
+    moe.gate.weight.copy_(twin.router.weight)
+    moe.experts.gate_up_proj.copy_(twin.experts.fc1.weight)
+    moe.experts.down_proj.copy_(twin.experts.fc2.weight)
+    moe.shared_expert.gate_proj.weight.copy_(twin.shared.fc1_g.weight)
+    moe.shared_expert.up_proj.weight.copy_(twin.shared.fc1_x.weight)
+    moe.shared_expert.down_proj.weight.copy_(2 * twin.shared.fc2.weight)
+    moe.shared_expert_gate.weight.zero_()
+
+
+def switch(shape: Shape) -> Layer:
+    """Switch Transformers' layer; capacity holds all tokens, and jitter, which writes into its input, is off."""
+    from transformers import SwitchTransformersConfig
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+    only(shape, 1, "Switch Transformers")
+    config = SwitchTransformersConfig(
+        d_model=shape.dim,
+        d_ff=shape.hidden,
+        num_experts=shape.num_experts,
+        expert_capacity=shape.tokens,
+        dense_act_fn="gelu",
+        dropout_rate=0.0,
+        router_jitter_noise=0.0,
+    )
+    moe = SwitchTransformersSparseMLP(config)
+    return Layer(moe, moe.router, moe.experts, mlp(shape, bias=False))
+
+
+@torch.no_grad()
+def copy_to_switch(layer: Layer, twin: MoE) -> None:
+    """The names that they give to the weights."""
+    layer.moe.router.classifier.weight.copy_(twin.router.weight)
+    for i, expert in enumerate(layer.experts.values()):
+        expert.load_state_dict({
+            "wi.weight": twin.experts.fc1.weight[i], "wo.weight": twin.experts.fc2.weight[i]
+        })  # fmt: skip
+    layer.shared.load_state_dict(twin.shared.state_dict())
+
+
+# ---- DeepSpeed
+
+
+def deepspeed(shape: Shape) -> Layer:
+    """Any FFN can be its expert, so it has ours."""
+    from deepspeed.moe.layer import MoE as Theirs
+
+    moe = Theirs(
+        shape.dim,
+        mlp(shape),
+        shape.num_experts,
+        k=shape.top_k,
+        drop_tokens=False,
+        use_rts=False,  # chooses whom to drop
+        top2_2nd_expert_sampling=False,
+    )
+    return Layer(moe, moe.deepspeed_moe.gate, moe.deepspeed_moe.experts, mlp(shape))
+
+
+@torch.no_grad()
+def copy_to_deepspeed(layer: Layer, twin: MoE) -> None:
+    """Experts and shared expert are of the class of ours."""
+    layer.gate.wg.weight.copy_(twin.router.weight)
+    for i, expert in enumerate(layer.experts.deepspeed_experts):
+        expert.load_state_dict(twin.experts.weights(i))
+    layer.shared.load_state_dict(twin.shared.state_dict())
+
+
+# ---- st-moe-pytorch, mixture-of-experts, soft-moe-pytorch
+
+
+def st_moe(shape: Shape) -> Layer:
+    """It insists on two choices or more: an endless threshold is what the second one never passes."""
+    from st_moe_pytorch import MoE as Theirs
+
+    threshold = 0.0 if shape.top_k > 1 else torch.inf
+    moe = Theirs(
+        dim=shape.dim,
+        num_experts=shape.num_experts,
+        expert_hidden_mult=shape.hidden / shape.dim,
+        gating_top_n=max(2, shape.top_k),
+        threshold_train=threshold,
+        threshold_eval=threshold,
+    )
+    return Layer(moe, moe.gate, moe.experts, mlp(shape))
+
+
+def mixture_of_experts(shape: Shape) -> Layer:
+    """It has two choices, of which the second can be left out."""
+    from mixture_of_experts import MoE as Theirs
+
+    only(shape, 2, "mixture-of-experts")
+    policy = "all" if shape.top_k == 2 else "none"
+    moe = Theirs(
+        dim=shape.dim,
+        num_experts=shape.num_experts,
+        hidden_dim=shape.hidden,
+        activation=nn.GELU,
+        second_policy_train=policy,
+        second_policy_eval=policy,
+    )
+    return Layer(moe, moe.gate, moe.experts, mlp(shape))
+
+
+def soft_moe(shape: Shape) -> Layer:
+    """As many slots as there are choices of tokens, T k, as nearly as N divides them."""
+    from soft_moe_pytorch import SoftMoE
+
+    moe = SoftMoE(
+        shape.dim, num_experts=shape.num_experts, num_slots=slots(shape), expert_mult=shape.hidden / shape.dim
+    )
+    return Layer(moe, None, moe.experts, mlp(shape))
+
+
+def slots(shape: Shape) -> int:
+    """Of one expert for one image."""
+    return shape.top_k * shape.tokens // shape.num_experts
+
+
+# ---- all of them
+
+
+def _routed(layer: Layer, wanted: Tensor) -> None:
+    force(layer.gate, wanted, next(layer.experts.parameters()))
+
+
+def _chosen(indices: Tensor, num_experts: int) -> Tensor:
+    """(B * T, k) experts, -1 where the token was dropped, to (B * T, N)."""
+    return F.one_hot(indices.long() + 1, num_experts + 1)[..., 1:].sum(dim=1).bool()
+
+
+def _mean_share(shape: Shape) -> float:
+    return shape.top_k / shape.num_experts
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is known of a peer before its package is imported."""
+
+    package: str  # on the package index
+    module: str
+    name: str
+    build: Callable[[Shape], Layer]
+    note: str
+    sent: Callable[[Any], Tensor] | None
+    drops: bool = False
+    share: Callable[[Shape], float] = _mean_share
+    exact: Callable[[Layer, MoE], None] | None = None
+    twin: Callable[[Shape], MoE] | None = None
+
+
+def _qwen_entry(implementation: str) -> _Entry:
+    return _Entry(
+        package="transformers",
+        module="transformers",
+        name=f"transformers {implementation}",
+        build=functools.partial(qwen, implementation),
+        note="SwiGLU of 2/3 the width, no biases; its shared expert has a gate of its own"
+        + ("; stays in the type of the weights under autocast" if implementation == "grouped_mm" else ""),
+        sent=lambda output: _chosen(output[2], output[0].shape[-1]),
+        exact=copy_to_qwen,
+        twin=lambda shape: ours(shape, SwiGLU(shape.dim, shape.gated_hidden, bias=False)),
+    )
+
+
+_CAPACITY = (
+    "gates are divided by the sum of the two best, also for k=1; capacity 1.25 of the mean load in training and 2 in "
+    "evaluation, for each image: what is beyond it is dropped, what is short of it computed"
+)
+
+_ENTRIES = (
+    _qwen_entry("eager"),
+    _qwen_entry("grouped_mm"),
+    _Entry(
+        package="transformers",
+        module="transformers",
+        name="transformers switch",
+        build=switch,
+        note="k=1 only; no biases; router in float32; no shared expert inside",
+        sent=lambda output: output[0].flatten(0, 1).bool(),
+        exact=copy_to_switch,
+        twin=lambda shape: ours(shape, mlp(shape, bias=False)),
+    ),
+    _Entry(
+        package="deepspeed",
+        module="deepspeed",
+        name="deepspeed",
+        build=deepspeed,
+        note="our FFN as expert; drops nothing: all experts are padded to the largest load; gates sum to 1 for k > 1; "
+        "no shared expert inside",
+        sent=lambda output: _chosen(output[3].T, output[2]),
+        exact=copy_to_deepspeed,
+        twin=lambda shape: ours(shape, mlp(shape), normalize_gates=shape.top_k > 1),
+    ),
+    _Entry(
+        package="st-moe-pytorch",
+        module="st_moe_pytorch",
+        name="st-moe-pytorch",
+        build=st_moe,
+        note=f"GEGLU of 2/3 the width; {_CAPACITY}; no shared expert inside",
+        sent=lambda output: output[0].flatten(0, 1).sum(dim=-1).bool(),
+        drops=True,
+    ),
+    _Entry(
+        package="mixture-of-experts",
+        module="mixture_of_experts",
+        name="mixture-of-experts",
+        build=mixture_of_experts,
+        note=f"no biases; {_CAPACITY}; no shared expert inside",
+        sent=lambda output: output[0].flatten(0, 1).sum(dim=-1).bool(),
+        drops=True,
+    ),
+    _Entry(
+        package="soft-moe-pytorch",
+        module="soft_moe_pytorch",
+        name="soft-moe-pytorch",
+        build=soft_moe,
+        note="soft: nothing is chosen, experts compute slots that are means of tokens, as many as there are tokens; "
+        "normalises its input; no shared expert inside",
+        sent=None,
+        share=lambda shape: slots(shape) / shape.tokens,
+    ),
+)
+
+
+@functools.cache
+def _present(entry: _Entry) -> bool:
+    try:
+        importlib.import_module(entry.module)
+    except ImportError:  # of the package, or of one that it needs
+        return False
+    return True
+
+
+def installed(device: str = "cpu") -> list[Peer]:
+    """The peers whose package is here, always in the same order; their types are tried on this device."""
+    return list(_peers(device))
+
+
+def _peers(device: str) -> Iterator[Peer]:
+    for entry in filter(_present, _ENTRIES):
+        yield Peer(
+            name=entry.name,
+            build=entry.build,
+            macs=lambda shape, entry=entry: activated(entry.build(shape), entry.share(shape)),
+            note=entry.note,
+            drops=entry.drops,
+            types=tuple(dtype for dtype in TYPES if failure(entry.build, dtype, device) is None),
+            exact=entry.exact,
+            route=_routed if entry.sent else None,
+            sent=entry.sent,
+            twin=entry.twin,
+        )
+
+
+def missing() -> list[str]:
+    """Packages, by the name that pip knows, whose layers would be compared if they were here."""
+    return sorted({entry.package for entry in _ENTRIES if not _present(entry)})
+
+
+# ---- the checks
+
+
+def shapes(peer: Peer) -> Iterator[Shape]:
+    """A tiny shape with one choice for a token and, where the library has that, with two."""
+    for k in (1, 2):
+        shape = replace(TINY, top_k=k)
+        try:
+            peer.build(shape)
+        except VimoeError:
+            continue
+        yield shape
+
+
+def unsound(peer: Peer, dtype: torch.dtype, shape: Shape) -> str:
+    """What is not finite in a forward and backward pass, or gets no gradient; empty where all is well."""
+    layer, x = peer.build(shape).to(dtype), inputs(shape).to(dtype).requires_grad_()
+    y = layer(x)
+    y.float().square().sum().backward()
+    values = {"output": y, "input's gradient": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    if (y.shape, y.dtype) != (x.shape, x.dtype):
+        return f"output {tuple(y.shape)} {y.dtype}"
+    bad = [name for name, value in values.items() if value is None or not value.isfinite().all()]
+    return ", ".join(bad)
+
+
+def misrouted(peer: Peer, dtype: torch.dtype) -> str:
+    """Where even and skewed loads, one after the other, are not what was asked for; empty where all is well.
+
+    Without capacity all tokens arrive. With it no expert computes more than it was sent, and the even load fits.
+    """
+    layer, x = peer.build(TINY).to(dtype), inputs(TINY).to(dtype)
+    even = torch.arange(x.shape[:2].numel()) % TINY.num_experts
+    skewed = torch.where(even == 1, 0, even)
+    for wanted in (skewed, even):
+        peer.route(layer, wanted)
+        expected, got = wanted.bincount(minlength=TINY.num_experts), loads(peer, layer, x)
+        fits = (
+            (got <= expected).all() and got[1] == expected[1]
+            if peer.drops and wanted is skewed
+            else got.equal(expected)
+        )
+        if not fits:
+            return f"load {got.tolist()}, expected {expected.tolist()}"
+    layer(x).sum().backward()  # the forced gate must not stop it
+    return ""
+
+
+def difference(peer: Peer, shape: Shape) -> float:
+    """The largest difference of outputs and of the input's gradients from our layer, over their largest value."""
+    torch.manual_seed(0)
+    twin, layer = peer.twin(shape), peer.build(shape)
+    with torch.no_grad():  # experts that differ, and gates that do
+        for p in twin.parameters():
+            p.add_(torch.randn_like(p) * p.shape[-1] ** -0.5)
+    peer.exact(layer, twin)
+    results = []
+    for module in (twin, layer):
+        x = inputs(shape).requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True))
+
+
+def check(peer: Peer, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether all is well with a peer in a type, and the row that says so."""
+    if dtype not in peer.types:
+        return True, failure(peer.build, dtype) or ""
+    words = [(f"finite, k={shape.top_k}", unsound(peer, dtype, shape)) for shape in shapes(peer)]
+    if peer.route is not None:
+        words.append(("routed as forced", misrouted(peer, dtype)))
+    if peer.exact is not None and dtype == torch.float32:
+        apart = max(difference(peer, shape) for shape in shapes(peer))
+        words.append((f"equals ours to {apart:.0e}", "" if apart < 1e-5 else f"differs from ours by {apart:.1e}"))
+    return not any(wrong for _, wrong in words), "; ".join(wrong or right for right, wrong in words)
+
+
+def main() -> int:
+    """Checks all peers and prints a table; 1 where something is wrong."""
+    warnings.filterwarnings("ignore")  # of other libraries
+    torch.manual_seed(0)
+    well = True
+    peers = installed()
+    reference, x = ours(TINY, mlp(TINY)), inputs(TINY)
+    macs = activated(reference, _mean_share(TINY))
+    print(f"{'layer':24}{'activated':>12}{'computed':>12}   (multiply-adds of a token, of ours)")
+    print(f"{'vimoe':24}{1:12.3f}{computed(reference, x) / macs:12.3f}")
+    for peer in peers:
+        layer = peer.build(TINY)
+        if peer.route is not None:
+            peer.route(layer, torch.arange(x.shape[:2].numel()) % TINY.num_experts)
+        print(f"{peer.name:24}{peer.macs(TINY) / macs:12.3f}{computed(layer, x) / macs:12.3f}   {peer.note}")
+    for peer in peers:
+        for dtype in TYPES:
+            right, words = check(peer, dtype)
+            well &= right
+            state = ("ok" if right else "WRONG") if dtype in peer.types else "cannot"
+            print(f"{peer.name:24}{str(dtype)[6:]:10}{state:8}{words}")
+    known = {entry.package for entry in _ENTRIES} - set(missing())
+    print("versions:", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *sorted(known))))
+    print("missing:", ", ".join(missing()) or "none")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
