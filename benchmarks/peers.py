@@ -5,9 +5,9 @@
 Axes: B images, T tokens of an image, D channels, F hidden units, N experts, k of them for a token.
 
 Each is a map of (B, T, D) with N experts and one shared expert, and with as many activated multiply-adds as ours where
-the library allows it; `Peer.note` says what differs. A gated FFN has three matrices, so its width is 2/3 F. What is not
-on the package index as a wheel or as Python is absent: scattermoe, tutel and fastmoe are not there, megablocks is
-source to be compiled against CUDA. transformers' "batched_mm" is left out because it copies an expert for each token.
+the library allows it; `Peer.note` says what differs. A gated FFN has three matrices, so its width is 2/3 F. Absent are
+scattermoe, tutel and fastmoe, which the package index that was tried did not have; megablocks, whose source does not
+install without an NVIDIA driver; and transformers' "batched_mm", because it copies an expert for each token.
 
 The script builds every peer that is installed and runs it forward and backward in each type; compares it with our
 layer where both compute the same function, with the router as it is; forces the routing and looks where tokens went.
