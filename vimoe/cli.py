@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, Task
+from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, Task
 from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
@@ -235,6 +235,33 @@ def demo(verb: str, argv: list[str]) -> Result:
     return run_demo(options["out"], options["task"])
 
 
+def bench(verb: str, argv: list[str]) -> Result:
+    """Time the MoE layer (`layer`) or a whole model (`model`) beside dense FFNs of the same arithmetic.
+
+    Example: vimoe bench layer --moe.routing token --bench.dtype bfloat16
+    """
+    what = argv[0] if argv and not argv[0].startswith("-") else None
+    if what not in ("layer", "model") and argv[:1] not in (["-h"], ["--help"]):
+        raise ConfigError(f"vimoe bench {what or ''}: expected layer or model, such as vimoe bench layer")
+    parser = _parser(verb)
+    if what == "model":
+        parser.add_sections("model", "moe")
+        parser.add_class_arguments(ModelBench, "bench")
+    else:
+        parser.add_sections("moe")
+        parser.add_class_arguments(LayerBench, "bench")
+    options = parser.parse_args(argv[what is not None :])
+    made, settings = parser.instantiate(options)["bench"], parser.settings(options)
+    from vimoe import bench as benches
+
+    done = (
+        benches.bench_model(made, settings.model, settings.moe)
+        if what == "model"
+        else benches.bench_layer(made, settings.moe)
+    )
+    return str(done), done.to_dict()
+
+
 VERBS: dict[str, Callable[[str, list[str]], Result]] = {
     "demo": demo,
     "plan": plan,
@@ -245,6 +272,7 @@ VERBS: dict[str, Callable[[str, list[str]], Result]] = {
     "analyze": analyze,
     "prune": prune,
     "report": report,
+    "bench": bench,
 }
 
 

@@ -11,6 +11,7 @@ from vimoe.errors import ConfigError, nearest
 
 RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
+BenchType = Literal["float32", "bfloat16"]
 Cache = Literal["none", "memory", "disk"]
 Task = Literal["classification", "segmentation"]
 Inference = Literal["slide", "whole"]
@@ -362,3 +363,46 @@ def _check_range(name: str, value: object, low: float, high: float = math.inf) -
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
         raise ConfigError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBench:
+    """What `vimoe bench model` times.
+
+    Args:
+        images: of a batch.
+        dtype: of weights and images.
+        rounds: in each of them every contestant runs once.
+    """
+
+    images: int = 16
+    dtype: BenchType = "float32"
+    rounds: int = 30
+
+    def __post_init__(self) -> None:
+        for field_ in fields(self):
+            if isinstance(value := getattr(self, field_.name), int):
+                _check_count(field_.name, value, 1)
+        _check_choice("dtype", self.dtype, get_args(BenchType))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBench(ModelBench):
+    """What `vimoe bench layer` times.
+
+    Args:
+        images, dtype, rounds: as for a model.
+        tokens: of an image.
+        dim: channels.
+        hidden: hidden units of an FFN.
+        load: all experts alike, or expert i with 1 / (i + 1) of the share of expert 0 ("zipf").
+    """
+
+    tokens: int = 257
+    dim: int = 384
+    hidden: int = 1536
+    load: Literal["balanced", "zipf"] = "balanced"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("load", self.load, ("balanced", "zipf"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from vimoe.errors import ConfigError
 
 Backend = Literal["auto", "loop", "grouped_mm", "bmm"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 def grouped_linear(
@@ -42,7 +43,7 @@ def grouped_linear(
         x_RUI = x_RUI.to(torch.get_autocast_dtype(x_RUI.device.type))
     if backend == "auto":
         backend = choose(x_RUI, weight_NOI)
-    elif backend == "grouped_mm" and (why := _not_for_grouped_mm(x_RUI, weight_NOI)):
+    elif backend == "grouped_mm" and (why := unfit_for_grouped_mm(x_RUI, weight_NOI)):
         raise ConfigError(f"backend 'grouped_mm' with {why}; choose 'loop' or 'auto'")
     y_SUO: Tensor = _product(x_RUI, weight_NOI, bias_NO, source_S, load_N, backend)
     return y_SUO
@@ -55,11 +56,12 @@ def choose(x: Tensor, weight: Tensor) -> Backend:
     loop has to wait for the loads; `grouped_mm` need not, and is a kernel of its own in bfloat16 from Hopper on.
     """
     if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0):
-        return "loop" if _not_for_grouped_mm(x, weight) else "grouped_mm"
+        return "loop" if unfit_for_grouped_mm(x, weight) else "grouped_mm"
     return "loop"
 
 
-def _not_for_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
+def unfit_for_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
+    """What torch's grouped product cannot do here and what it could, or None."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype}: expected float32, bfloat16 or float16"
     if any(size * x.itemsize % 16 for size in weight.shape[1:]):
@@ -182,8 +184,6 @@ class _BMM:
 
 
 _WAYS: dict[str, _Way] = {"loop": _Loop(), "grouped_mm": _GroupedMM(), "bmm": _BMM()}
-BACKENDS: tuple[str, ...] = ("auto", *_WAYS)
-assert get_args(Backend) == BACKENDS
 
 
 def _places(x: Tensor, source: Tensor | None) -> int:

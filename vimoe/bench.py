@@ -1,0 +1,331 @@
+"""What an MoE layer, or a model with some, costs beside dense FFNs of the same arithmetic, in time and memory.
+
+All contestants of a comparison run in turn in one process, round by round, and are compared as ratios within a round:
+a machine that is slow for a while is slow for all of them.
+
+Axes: B images, T tokens of an image, D channels, F hidden units, N experts, k of them for a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.layers import Mlp
+from timm.models import get_model_input_config
+from torch import Tensor, nn
+
+from vimoe.accounting import count
+from vimoe.backbone import create
+from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
+from vimoe.errors import ConfigError
+from vimoe.execution import set_backend
+from vimoe.ffn import macs
+from vimoe.moe import MoE
+from vimoe.moe.grouped import BACKENDS, unfit_for_grouped_mm
+from vimoe.moe.router import TokenLayout
+from vimoe.moe.routing import Routing
+from vimoe.runs import versions
+from vimoe.upcycling import upcycle
+
+DRAWS = 2000
+Contestants = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one contestant.
+
+    Attributes:
+        name: of the contestant.
+        seconds: median of the rounds.
+        ratio: median over rounds of its time over the floor's in the same round.
+        low, high: 95% interval of the ratio, by bootstrap over rounds.
+        gflops: activated multiply-adds a second, times two, in units of 1e9; None where they are not known.
+    """
+
+    name: str
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+    gflops: float | None = None
+
+    def __str__(self) -> str:
+        speed = "" if self.gflops is None else f"{self.gflops:9.0f} GFLOP/s"
+        return (
+            f"{self.name:<28}{1e3 * self.seconds:10.2f} ms {self.ratio:7.3f} [{self.low:.3f}, {self.high:.3f}]{speed}"
+        )
+
+
+def interleaved(contestants: Contestants, rounds: int, warmup: int = 2) -> dict[str, np.ndarray]:
+    """Seconds of each contestant in each round, (rounds,). The order changes from round to round."""
+    seconds = {name: np.empty(rounds) for name in contestants}
+    order = np.random.default_rng(0)
+    for turn in range(-warmup, rounds):
+        for name in order.permutation(list(contestants)):
+            start = time.perf_counter()
+            contestants[name]()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            if turn >= 0:
+                seconds[name][turn] = time.perf_counter() - start
+    return seconds
+
+
+def compare(seconds: Mapping[str, np.ndarray], floor: tuple[str, ...], flops: Mapping[str, float]) -> list[Timing]:
+    """Each contestant against the one of `floor` with the least median, in pairs of a round."""
+    fastest = min(floor, key=lambda name: float(np.median(seconds[name])))
+    rounds = len(seconds[fastest])
+    draws = np.random.default_rng(0).integers(rounds, size=(DRAWS, rounds))
+    timings = []
+    for name, taken in seconds.items():
+        ratios = taken / seconds[fastest]
+        low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+        middle = float(np.median(taken))
+        speed = flops[name] / middle / 1e9 if name in flops else None
+        timings.append(Timing(name, middle, float(np.median(ratios)), float(low), float(high), speed))
+    return timings
+
+
+def activations(compute: Callable[[], Tensor], without: list[Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each storage once, `without` weights and input."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = compute()  # held, so that no storage is freed and its address used again
+    del result
+    return sum(kept.values())
+
+
+def peak_gemm(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """GFLOP/s of a plain product of square matrices, the best of five."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / float(interleaved({"": lambda: a @ b}, 5)[""].min()) / 1e9
+
+
+def wanted(load: Literal["balanced", "zipf"], units: int, num_experts: int, top_k: int) -> Tensor:
+    """(R, K) experts for the units: all alike often, or expert i with 1 / (i + 1) of the share of expert 0."""
+    draw = np.random.default_rng(0)
+    if load == "balanced":
+        first = draw.permutation(np.arange(units) % num_experts)
+        return torch.from_numpy((first[:, None] + np.arange(top_k)) % num_experts)
+    shares = 1 / np.arange(1, num_experts + 1)
+    return torch.from_numpy(
+        np.stack([draw.choice(num_experts, top_k, replace=False, p=shares / shares.sum()) for _ in range(units)])
+    )
+
+
+def steer(layer: MoE, experts_RK: Tensor) -> None:
+    """From now on these experts are chosen. The router computes what it does, and its probabilities are the gates."""
+
+    def overrule(router: nn.Module, args: Any, routing: Routing) -> Routing:
+        return replace(routing, experts=experts_RK, gates=routing.probabilities.gather(-1, experts_RK))
+
+    layer.router.register_forward_hook(overrule)
+
+
+class Beside(nn.Module):
+    """FFNs side by side, as many as a token passes in an MoE layer, added up."""
+
+    def __init__(self, dense: nn.Module, times: int) -> None:
+        super().__init__()
+        self.ffns = nn.ModuleList(copy.deepcopy(dense) for _ in range(times))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        first, *others = self.ffns
+        return sum((ffn(x_BTD) for ffn in others), first(x_BTD))
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """What is compared in the shape of a layer: the input, the floor, and our layer with each backend.
+
+    Attributes:
+        x: (B, T, D).
+        experts: (R, K) who computes what.
+        layers: by name; all are in `x`'s type and on its device.
+        floor: names of those that do the activated arithmetic without any routing.
+        macs: activated multiply-adds of one token.
+    """
+
+    x: Tensor
+    experts: Tensor
+    layers: dict[str, nn.Module]
+    floor: tuple[str, ...]
+    macs: int
+
+
+def layer_case(bench: LayerBench, moe: MoEConfig) -> LayerCase:
+    """Builds what `bench` asks for.
+
+    Raises:
+        ConfigError: for an MoE config without experts.
+    """
+    if not moe.num_experts:
+        raise ConfigError("moe.num_experts=0: expected experts to time; the dense control is in the table anyway")
+    torch.manual_seed(0)
+    dtype, device = getattr(torch, bench.dtype), _device()
+    dense = Mlp(bench.dim, bench.hidden).to(device, dtype)
+    times = moe.top_k + moe.num_shared_experts
+    floor = {"dense FFNs side by side": Beside(dense, times)}
+    if times > 1:
+        floor["one dense FFN of that width"] = Mlp(bench.dim, times * bench.hidden).to(device, dtype)
+    units = bench.images * (bench.tokens if moe.routing == "token" else 1)
+    experts_RK = wanted(bench.load, units, moe.num_experts, moe.top_k).to(device)
+    x = torch.randn(bench.images, bench.tokens, bench.dim, device=device).to(dtype)
+    ours: dict[str, nn.Module] = {}
+    for backend in BACKENDS:
+        layer = MoE(copy.deepcopy(dense), moe, TokenLayout(1, True))
+        if backend == "grouped_mm" and unfit_for_grouped_mm(x, layer.experts.fc1.weight):
+            continue
+        steer(layer, experts_RK)
+        ours[f"vimoe {backend}"] = set_backend(layer, backend)
+    return LayerCase(x, experts_RK, {**floor, **ours}, tuple(floor), times * macs(dense))
+
+
+def time_layers(case: LayerCase, training: bool, rounds: int) -> list[Timing]:
+    """The forward pass alone without gradient, or with the backward pass to all weights and the input."""
+    x = case.x.clone().requires_grad_(training)
+    dy = torch.randn_like(case.x)
+    steps = {name: _step(layer, (x,), training, lambda y: y.backward(dy)) for name, layer in case.layers.items()}
+    flops = 2 * case.macs * x.shape[:2].numel() * (3 if training else 1)
+    return compare(interleaved(steps, rounds), case.floor, dict.fromkeys(steps, flops))
+
+
+def layer_memory(case: LayerCase) -> dict[str, int]:
+    """Bytes that each layer keeps for its backward pass."""
+    x = case.x.clone().requires_grad_()
+    return {
+        name: activations(lambda layer=layer: layer.train()(x), [x, *layer.parameters()])  # type: ignore[misc]
+        for name, layer in case.layers.items()
+    }
+
+
+def time_models(
+    models: Mapping[str, nn.Module], floor: str, images: Tensor, training: bool, rounds: int
+) -> list[Timing]:
+    """Whole models in the same way; the loss is the cross-entropy, and no optimiser steps."""
+    labels = torch.arange(len(images), device=images.device)
+
+    def descend(logits: Tensor) -> None:
+        nn.functional.cross_entropy(logits, labels % logits.shape[-1]).backward()
+
+    steps = {name: _step(model, (images,), training, descend) for name, model in models.items()}
+    passes = 3 if training else 1
+    flops = {name: 2.0 * passes * len(images) * count(model).macs for name, model in models.items()}
+    return compare(interleaved(steps, rounds), (floor,), flops)
+
+
+def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[dict[str, nn.Module], Tensor]:
+    """The dense parent and the ViMoE made of it, with random weights, and images for both."""
+    torch.manual_seed(0)
+    dtype, device = getattr(torch, bench.dtype), _device()
+    dense = create(replace(model, pretrained=False)).to(device, dtype)
+    sparse = upcycle(copy.deepcopy(dense), moe)
+    size = get_model_input_config(dense)["input_size"]
+    images = torch.randn(bench.images, *size, device=device).to(dtype)
+    return {"dense": dense, "vimoe": sparse}, images
+
+
+def _step(module: nn.Module, inputs: tuple[Tensor, ...], training: bool, backward: Callable[[Tensor], None]) -> Any:
+    def forward() -> None:
+        with torch.inference_mode():
+            module(*inputs)
+
+    def step() -> None:
+        for tensor in (*inputs, *module.parameters()):
+            tensor.grad = None
+        backward(module(*inputs))
+
+    module.train(training)
+    return step if training else forward
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Everything that was measured in one go, and on what.
+
+    Attributes:
+        of: what was timed, in words.
+        timings: by "forward" and "training" (forward and backward, without an optimiser).
+        bytes_kept: by contestant, for the backward pass; empty where it was not looked at.
+        peak_gflops: of a plain square product of the same type.
+        machine: device, threads, versions.
+    """
+
+    of: str
+    timings: dict[str, list[Timing]]
+    bytes_kept: dict[str, int]
+    peak_gflops: float
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            self.of,
+            f"a plain matrix product reaches {self.peak_gflops:.0f} GFLOP/s; ratios are to the faster floor",
+        ]
+        for what, timings in self.timings.items():
+            lines += ["", what, *map(str, timings)]
+        if self.bytes_kept:
+            least = min(self.bytes_kept.values())
+            lines += ["", "kept for the backward pass"]
+            lines += [f"{name:<28}{n / 1e6:10.2f} MB {n / least:7.3f}" for name, n in self.bytes_kept.items()]
+        return "\n".join(lines)
+
+
+def bench_layer(bench: LayerBench, moe: MoEConfig) -> Benchmark:
+    """What `vimoe bench layer` shows."""
+    case = layer_case(bench, moe)
+    shape = (
+        f"{bench.images} x {bench.tokens} tokens, D {bench.dim}, F {bench.hidden}, N {moe.num_experts}, k {moe.top_k}"
+    )
+    return Benchmark(
+        of=f"{shape}, {moe.num_shared_experts} shared, {moe.routing} routing, {bench.load} load, {bench.dtype}",
+        timings={name: time_layers(case, name == "training", bench.rounds) for name in ("forward", "training")},
+        bytes_kept=layer_memory(case),
+        peak_gflops=peak_gemm(case.x.dtype, case.x.device),
+        machine=machine(),
+    )
+
+
+def bench_model(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> Benchmark:
+    """What `vimoe bench model` shows."""
+    models, images = model_case(bench, model, moe)
+    return Benchmark(
+        of=f"{model.name}, {moe.routing} routing, {bench.images} images of {tuple(images.shape[1:])}, {bench.dtype}",
+        timings={
+            name: time_models(models, "dense", images, name == "training", bench.rounds)
+            for name in ("forward", "training")
+        },
+        bytes_kept={},
+        peak_gflops=peak_gemm(images.dtype, images.device),
+        machine=machine(),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Device, threads and versions that figures depend on."""
+    device = _device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"device": f"{device.type}, {name}", "threads": torch.get_num_threads(), **versions()}
