@@ -48,7 +48,6 @@ class Settings:
     lr: float = 1.5e-3  # the paper's 1.5e-4 is for a batch of 256 and long training
     weight_decay: float = 0.05
     mask_ratio: float = 0.75
-    norm_pix: bool = True  # each patch by its own mean and deviation; false keeps the colours of smooth regions
     min_crop: float = 0.2
     decoder_dim: int = 128
     decoder_depth: int = 2
@@ -59,7 +58,7 @@ def autoencoder(vit: nn.Module, settings: Settings) -> ViTMAEForPreTraining:
     """The masked autoencoder of transformers with an encoder of the shape of a plain timm ViT."""
     block: Any = vit.blocks[0]
     heads = max(1, settings.decoder_dim // 32)
-    return ViTMAEForPreTraining(
+    model = ViTMAEForPreTraining(
         ViTMAEConfig(
             hidden_size=vit.embed_dim,
             num_hidden_layers=len(vit.blocks),
@@ -73,9 +72,25 @@ def autoencoder(vit: nn.Module, settings: Settings) -> ViTMAEForPreTraining:
             decoder_num_attention_heads=heads,
             decoder_intermediate_size=4 * settings.decoder_dim,
             mask_ratio=settings.mask_ratio,
-            norm_pix_loss=settings.norm_pix,
+            norm_pix_loss=True,
         )
     )
+    _place(model)
+    return model
+
+
+def _place(model: ViTMAEForPreTraining) -> None:
+    """Gives encoder and decoder their fixed position embeddings.
+
+    Of a new model transformers 5.23 leaves them 0 (its `post_init` passes over the encoder's, as the projection beside
+    them is initialised already, and clears the decoder's), and a ViT that knows no positions learns nothing from masks.
+    """
+    embeddings = model.vit.embeddings
+    embeddings.patch_embeddings.projection._is_hf_initialized = False
+    embeddings.initialize_weights()
+    model.decoder.initialize_weights(embeddings.patch_embeddings.num_patches)
+    for fixed in (embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        assert fixed.std() > 0.1, "position embeddings are not set"
 
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,9 +197,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["no", "bf16"], default="bf16")
     for name, value in asdict(Settings(images="")).items():
         if name != "images":
-            parser.add_argument(
-                f"--{name}", type=json.loads if isinstance(value, (dict, bool)) else type(value), default=value
-            )
+            parser.add_argument(f"--{name}", type=json.loads if name == "args" else type(value), default=value)
     args = vars(parser.parse_args())
     out, precision = args.pop("out"), args.pop("precision")
     print(json.dumps(pretrain(Settings(**args), out, precision)))

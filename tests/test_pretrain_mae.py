@@ -32,6 +32,15 @@ def test_timm_computes_what_the_trained_encoder_did() -> None:
         assert torch.allclose(vit.forward_features(images), expected, atol=1e-5)
 
 
+def test_a_new_autoencoder_knows_positions() -> None:
+    """transformers 5.23 leaves them 0, with which masks teach nothing."""
+    settings = mae.Settings(images="", **TINY)
+    model = mae.autoencoder(timm.create_model(settings.name, img_size=16, num_classes=0, **SHAPE), settings)
+    for fixed in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        patches = fixed[0, 1:]
+        assert (torch.cdist(patches, patches) + torch.eye(len(patches))).min() > 0.5  # no two alike
+
+
 def test_it_learns_from_crops_that_are_resized_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     monkeypatch.setattr(vimoe.loading, "_gpu", lambda: True)

@@ -129,10 +129,10 @@ def wanted(load: Literal["balanced", "zipf"], units: int, num_experts: int, top_
 
 
 def steer(layer: MoE, experts_RK: Tensor) -> None:
-    """From now on these experts are chosen. The router computes what it does, and its probabilities are the gates."""
+    """From now on these experts are chosen, with the gates of those that the router would; it costs what it does."""
 
     def overrule(router: nn.Module, args: Any, routing: Routing) -> Routing:
-        return replace(routing, experts=experts_RK, gates=routing.probabilities.gather(-1, experts_RK))
+        return replace(routing, experts=experts_RK)
 
     layer.router.register_forward_hook(overrule)
 

@@ -6,16 +6,14 @@ when whole images are routed, 1 when tokens are), S = R * K places sorted by exp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vimoe.moe.blocks import blocks
 from vimoe.moe.routing import Routing
-
-_BLOCK = 2**16  # elements of float32 of which a few tensors fit in the cache of a core
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def _sum(y: Tensor, gates: Tensor, home: Tensor, shared: Tensor | None, mix: boo
     units, chosen = home.shape
     out = y.new_empty(units, *y.shape[1:])
     terms = y.new_empty(units, chosen, *y.shape[1:]) if keep else y.new_empty(0)
-    for at in _blocks(out):
+    for at in blocks(out):
         total = (
             torch.zeros_like(out[at], dtype=gates.dtype) if shared is None else shared[at].to(gates.dtype, copy=True)
         )
@@ -90,7 +88,7 @@ def _gradient(
     dy = dout.new_empty(units * chosen, *dout.shape[1:])
     dgates = torch.empty_like(gates) if of_gates else gates.new_empty(0)
     dshared = torch.empty_like(dout) if of_shared else dout.new_empty(0)
-    for at in _blocks(dout):
+    for at in blocks(dout):
         d = dout[at].to(gates.dtype)
         for k in range(chosen):
             dy.index_copy_(0, home[at, k], (d * gates[at, k, None, None]).to(dy.dtype))
@@ -99,16 +97,6 @@ def _gradient(
         if of_shared:
             dshared[at] = d * (1 - gates[at].sum(1))[:, None, None]
     return dy, dgates, dshared
-
-
-def _blocks(out: Tensor) -> Iterator[slice]:
-    """Slices of the units, such that what a CPU adds up stays in its cache; a GPU takes all at once."""
-    units = len(out)
-    if out.device.type == "cpu" and out.numel():
-        step = max(1, _BLOCK * torch.get_num_threads() * units // out.numel())
-    else:
-        step = max(1, units)
-    return (slice(start, start + step) for start in range(0, units, step))
 
 
 @_sum.register_fake

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vimoe.config import MoEConfig
 from vimoe.errors import VimoeError
+from vimoe.moe.blocks import blocks
 from vimoe.moe.routing import Routing
 
 INIT_STD = 0.02  # as ViTs initialise their linear maps; zero would send every image to the same expert
@@ -63,8 +64,7 @@ class Router(nn.Module):
         batch = (x_BTD.shape[0], x_BTD.shape[1])
         with torch.autocast(x_BTD.device.type, enabled=False):
             feature_RD = self._feature(x_BTD)
-            precise = torch.promote_types(feature_RD.dtype, torch.float32)
-            logits_RN = F.linear(feature_RD.to(precise), self.weight.to(precise))
+            logits_RN = scores(feature_RD, self.weight)
             noisy_RN = logits_RN
             if self.training and self.config.router_noise:
                 std = self.config.router_noise / self.config.num_experts
@@ -114,3 +114,45 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         num_experts, dim = self.weight.shape
         return f"{dim} -> {num_experts}, top_k={self.config.top_k}, routing={self.config.routing!r}"
+
+
+def scores(feature_RD: Tensor, weight_ND: Tensor) -> Tensor:
+    """(R, N) float32 at least. Of low precision no wide copy is kept, nor made as a whole on a CPU."""
+    precise = torch.promote_types(feature_RD.dtype, torch.float32)
+    if feature_RD.dtype == precise:
+        return F.linear(feature_RD, weight_ND.to(precise))
+    logits_RN: Tensor = _scores(feature_RD, weight_ND.to(precise))
+    return logits_RN
+
+
+@torch.library.custom_op("vimoe::scores", mutates_args=())
+def _scores(feature: Tensor, weight: Tensor) -> Tensor:
+    logits = weight.new_empty(len(feature), len(weight))
+    for at in blocks(feature):
+        torch.mm(feature[at].to(weight.dtype), weight.T, out=logits[at])
+    return logits
+
+
+@torch.library.custom_op("vimoe::scores_gradient", mutates_args=())
+def _scores_gradient(dlogits: Tensor, feature: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dfeature, dweight = torch.empty_like(feature), torch.zeros_like(weight)
+    for at in blocks(feature):
+        dfeature[at] = dlogits[at] @ weight
+        dweight.addmm_(dlogits[at].T, feature[at].to(weight.dtype))
+    return dfeature, dweight
+
+
+@_scores.register_fake
+def _(feature: Tensor, weight: Tensor) -> Tensor:
+    return weight.new_empty(len(feature), len(weight))
+
+
+@_scores_gradient.register_fake
+def _(dlogits: Tensor, feature: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(feature), torch.empty_like(weight)
+
+
+_scores.register_autograd(
+    lambda ctx, dlogits: _scores_gradient(dlogits, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
