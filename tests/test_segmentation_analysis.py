@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from scenery import NAMES, scenes
+from scenery import NAMES, YAML, scenes
 from test_cli import call
 from test_segmentation_runs import MOE, SCENES
 from torch import Tensor, nn
@@ -240,7 +240,8 @@ def test_batches_that_cannot_be_used_are_refused(loader: list, message: str) -> 
 
 @pytest.mark.parametrize("sizes", ["one size", "several"])
 def test_a_run_is_analysed_pruned_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], sizes: str) -> None:
-    data = scenes(tmp_path / "scenes", train=9, val=6)
+    videos = "sequence: '(a..)'\n" if sizes == "several" else ""
+    data = scenes(tmp_path / "scenes", train=9, val=6, yaml=YAML + videos)
     if sizes == "several":
         larger = scenes(tmp_path / "larger", height=40, width=56)
         for kind in ("images", "annotations"):
@@ -252,10 +253,13 @@ def test_a_run_is_analysed_pruned_and_reported(tmp_path: Path, capsys: pytest.Ca
     assert values["classes"] == list(NAMES) and values["images"] == 6 and set(layer["permuted"]) == {"loss", "right"}
     page = (run / "report.html").read_text()
     assert "pixel accuracy" in page and "Pixel accuracy, points" in page
+    too_narrow = "over single frames of 1 sequence, and so too narrow"
+    assert (too_narrow in page) == bool(videos) and values["sequences"] == (1 if videos else None)
     pruned = call(capsys, "prune", run, "--out", tmp_path / "pruned", "--tolerance", 100, "--recover", 1)
     assert [step["layer"] for step in pruned["steps"]] == ["backbone.blocks.1.mlp"]
     assert {"miou", "params", "macs", "images_per_second"} <= set(pruned["after"]) and "recovered" in pruned
-    assert "mean IoU, %" in (tmp_path / "pruned/report.html").read_text()
+    page = (tmp_path / "pruned/report.html").read_text()
+    assert "mean IoU, %" in page and (too_narrow in page) == bool(videos)
     again = call(capsys, "evaluate", tmp_path / "pruned")
     assert again["miou"] == pytest.approx(pruned["recovered"]["miou"])
 

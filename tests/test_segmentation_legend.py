@@ -116,6 +116,9 @@ def test_a_value_outside_of_the_classes_is_named(tmp_path: Path) -> None:
         ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", r"palette has \[0, 0, 300\]"),
         ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 0]]", r"\(0, 0, 0\) stands twice"),
         ("names: [a, b", "cannot be read"),
+        ("names: [a, b]\nsequence: 3", "sequence is 3: expected a regular expression; put it in quotes"),
+        ("names: [a, b]\nsequence: '(a'", r"sequence is '\(a', which is no regular expression \(missing \)"),
+        ("names: [a, b]\nsequence: a_", "sequence is 'a_' with 0 groups: expected one"),
     ],
 )
 def test_a_wrong_legend_is_one_line_that_names_the_file(tmp_path: Path, text: str, message: str) -> None:

@@ -9,7 +9,7 @@ Axes: I images, C classes, N experts, U routed units of an image, K chosen exper
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ def analyze(
     overrule: int | None = OVERRULED_IMAGES,
     seed: int = 0,
     progress: bool = False,
+    sequences: Sequence[Hashable] | None = None,
 ) -> Evidence:
     """Measures every MoE layer of a classifier, or of a segmenter, on validation images.
 
@@ -63,8 +64,12 @@ def analyze(
             are kept.
         seed: draws images, permutations and resamples.
         progress: show a progress bar on standard error for each pass.
+        sequences: for each image of the loader the video that it is a frame of, by any name. Intervals are then over
+            sequences, where there are at least 5 of them: frames of one video are alike, and intervals over them too
+            narrow. By default each image is for itself.
 
     Raises:
+        ConfigError: where there are not as many sequences as images.
         VimoeError: where the model has no MoE layer, or its loss is not finite.
         DataError: where the loader is empty or gives other images when it is read again.
     """
@@ -78,7 +83,11 @@ def analyze(
     base, seen = _observe(model, loader, layers, seed, "observing the routing" if progress else "")
     classes = label_names(model)
     by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
-    half = specialisation.halves(seen.labels if seen.labels.ndim == 1 else np.zeros(len(seen.labels)), seed)
+    if sequences is not None and len(sequences) != base.images:
+        raise ConfigError(f"{len(sequences)} sequences of {base.images} images: expected one for each image")
+    videos = None if sequences is None else [sequences[place] for place in seen.places.tolist()]
+    units, how_many = specialisation.numbered(videos)
+    half = _half(seen, units, seed)
 
     counts = {name: seen.per_image(name) for name in layers}
     gates = {name: seen.per_image(name, seen.gates[name]) for name in layers}
@@ -87,8 +96,13 @@ def analyze(
     drawn = {name: found.table(~half) for name, found in by_class.items()}
     class_order, expert_orders = specialisation.orders([tables[name] - drawn[name] for name in layers])
     overruled = min(len(seen.labels), len(seen.labels) if overrule is None else overrule)
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(len(seen.labels), overruled, replace=False))
+    donors = np.stack([rng.permutation(overruled) for _ in range(draws)], axis=1)  # of the images that are measured
+    overruled_units, overruled_sequences = specialisation.numbered(videos and [videos[row] for row in rows.tolist()])
     task = "overruling the routing" if progress else ""
-    effects = _effects(model, loader, layers, seen, gate_mass, draws, overruled, seed, task) if overruled else {}
+    measured = (rows, donors, overruled_units)
+    effects = _effects(model, loader, layers, seen, gate_mass, *measured, seed, task) if overruled else {}
 
     evidence = []
     for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
@@ -103,8 +117,8 @@ def analyze(
                 drawn=drawn[name],
                 expert_order=expert_order,
                 gate_mass=gate_mass[name],
-                adjusted_mutual_information=by_class[name].dependence(seed),
-                effective_experts=specialisation.effective_number(by_class[name].per_image(), seed),
+                adjusted_mutual_information=by_class[name].dependence(seed, units),
+                effective_experts=specialisation.effective_number(by_class[name].per_image(), seed, units),
                 comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
                 examples=seen.examples(gates[name]) if seen.labels.ndim == 1 else (),
                 **effects.get(name, {"permuted": None, "frozen": None, "dense": {}, "experts": ()}),
@@ -119,27 +133,41 @@ def analyze(
         overruled_images=overruled,
         draws=draws,
         class_order=class_order,
-        pairs=specialisation.activated_pairs(list(counts.values()), seed),
+        pairs=specialisation.activated_pairs(list(counts.values()), seed, units),
         routes=(*specialisation.routes(list(seen.experts.values())), possible),
-        agreement=specialisation.agreement([specialisation.favourites(counts[n], gates[n]) for n in layers], seed),
+        agreement=specialisation.agreement(
+            [specialisation.favourites(counts[n], gates[n]) for n in layers], seed, units
+        ),
+        sequences=how_many,
+        overruled_sequences=overruled_sequences,
     )
+
+
+def _half(seen: _Seen, sequences: np.ndarray | None, seed: int) -> np.ndarray:
+    """(I,) True for a random half of the images: of each class, of segmented ones, or of sequences."""
+    if sequences is not None:
+        return specialisation.halves(np.zeros(sequences.max() + 1), seed)[sequences]
+    return specialisation.halves(seen.labels if seen.labels.ndim == 1 else np.zeros(len(seen.labels)), seed)
 
 
 def _effects(
     model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
-    draws: int, images: int, seed: int, task: str,
+    rows: np.ndarray, donors: np.ndarray, sequences: np.ndarray | None, seed: int, task: str,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """The fields of LayerEvidence that tell of interventions, by layer, from one reading of the loader."""
-    rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(len(seen.labels), images, replace=False))
-    donors = np.stack([rng.permutation(images) for _ in range(draws)], axis=1)  # of the images that are measured
+    """The fields of LayerEvidence that tell of interventions, by layer, from one reading of the loader.
+
+    The images that are measured are `rows` of those seen, of these `sequences`. Decisions are permuted between single
+    images all the same (`donors`, a column a draw): what `permuted` means should not depend on who is whose neighbour.
+    """
+    draws = donors.shape[1]
     plan = {name: _interventions(layer, seen, name, rows[donors], gate_mass[name]) for name, layer in layers.items()}
     flat = {name: [each for group in groups.values() for each in group] for name, groups in plan.items()}
     changes, _ = measure(model, loader, flat, Images(seen.places[rows], seen.signatures[rows]), task)
     fields = {}
     for name, groups in plan.items():
-        loss, right = (pair_interval(v[:, :draws], donors, seed) for v in (changes[name].loss, changes[name].right))
-        rest = iter(Effect.each(Changes(changes[name].loss[:, draws:], changes[name].right[:, draws:]), seed))
+        both = (changes[name].loss, changes[name].right)
+        loss, right = (pair_interval(values[:, :draws], donors, seed, sequences) for values in both)
+        rest = iter(Effect.each(Changes(*(values[:, draws:] for values in both)), seed, sequences))
         found = {key: [next(rest) for _ in group] for key, group in groups.items() if key != "permuted"}
         fields[name] = {
             "permuted": Effect(loss, right),
@@ -204,10 +232,11 @@ class _ByClass:
             return _counts(self.experts, self.num_experts)
         return tables_of_units(self.labels, self.experts, self.classes, self.num_experts).sum(axis=1)
 
-    def dependence(self, seed: int) -> Dependence:
+    def dependence(self, seed: int, sequences: np.ndarray | None) -> Dependence:
         if self.labels.ndim == 1:
-            return specialisation.dependence(self.labels, self.per_image(), seed)
-        return specialisation.dependence_of_units(self.labels, self.experts, self.classes, self.num_experts, seed)
+            return specialisation.dependence(self.labels, self.per_image(), seed, sequences=sequences)
+        known = (self.labels, self.experts, self.classes, self.num_experts)
+        return specialisation.dependence_of_units(*known, seed, sequences)
 
 
 class _Seen:

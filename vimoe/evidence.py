@@ -18,7 +18,7 @@ from vimoe.errors import ConfigError, nearest
 from vimoe.evaluate import Score
 from vimoe.interventions import Changes
 from vimoe.segmentation.score import SceneScore
-from vimoe.specialisation import CONFIDENCE, Dependence, Interval, mean_intervals
+from vimoe.specialisation import CONFIDENCE, Dependence, Interval, mean_intervals, over
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Effect:
     right: Interval
 
     @classmethod
-    def each(cls, changes: Changes, seed: int) -> list[Effect]:
-        """Of every intervention."""
-        losses, shares = (mean_intervals(columns, seed) for columns in (changes.loss, changes.right))
+    def each(cls, changes: Changes, seed: int, sequences: np.ndarray | None = None) -> list[Effect]:
+        """Of every intervention; sequences as in `vimoe.specialisation`."""
+        losses, shares = (mean_intervals(columns, seed, sequences) for columns in (changes.loss, changes.right))
         return [cls(loss, right) for loss, right in zip(losses, shares, strict=True)]
 
     @classmethod
@@ -45,7 +45,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """What validation images say of one MoE layer. Intervals are 95%, over images.
+    """What validation images say of one MoE layer. Intervals are 95%, over images or sequences.
 
     Attributes:
         name: module name of the layer.
@@ -132,6 +132,8 @@ class Evidence:
         routes: distinct combinations of experts over depth that were taken, their effective number exp(entropy), and
             how many there could be: the routing degree, the product over layers of C(N, k).
         agreement: AMI between the images' favourite experts of each two layers: "value", "low", "high", each (L, L).
+        sequences: how many videos the images are frames of, overruled_sequences: and those of the interventions; None
+            where nothing says. With 5 or more of them intervals are over sequences, else over images.
     """
 
     layers: tuple[LayerEvidence, ...]
@@ -144,6 +146,8 @@ class Evidence:
     pairs: tuple[Interval, int, int]
     routes: tuple[int, float, int]
     agreement: dict[str, np.ndarray]
+    sequences: int | None = None
+    overruled_sequences: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it: what `routing.json` holds."""
@@ -154,6 +158,8 @@ class Evidence:
             "confidence": CONFIDENCE,
             "images": self.images,
             "overruled_images": self.overruled_images,
+            "sequences": self.sequences,
+            "overruled_sequences": self.overruled_sequences,
             "draws": self.draws,
             "class_order": self.class_order.tolist(),
             "pairs": {"mean": asdict(mean), "low": low, "high": high},
@@ -220,10 +226,12 @@ class Evidence:
     def _notes(self) -> list[str]:
         mean, low, high = self.pairs
         used, effective, possible = self.routes
-        measured = f"Changes of the loss in nats on {self.overruled_images} images, with 95% intervals over images."
+        what = over(self.overruled_sequences)
+        measured = f"Changes of the loss in nats on {self.overruled_images} images, with 95% intervals {what}."
         return [
             f"The untouched model on validation: {self.base}.",
             *([measured] if self.overruled_images else []),
+            *([f"All other intervals are {over(self.sequences)}."] if self.sequences is not None else []),
             f"An image activates {mean.value:.1f} experts ({low} to {high}); {used} of {possible} routes are used, "
             f"effectively {effective:.1f}.",
         ]

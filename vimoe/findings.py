@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from vimoe import figures, interactive
 from vimoe.figures import CHANCE, INTERVENTIONS, doubt, doubt_of_dependence, interventions
 from vimoe.page import Page
+from vimoe.specialisation import FEWEST, over
 
 COMPARED = {
     "weight_similarity": "cosine of the experts' weights, mean over pairs; 1 is equal",
@@ -57,6 +58,8 @@ def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str 
         f"{evidence['confidence']:.0%} bootstrap intervals over images: they say what other images might have given, "
         f"not what another training would."
     )
+    if evidence.get("sequences") is not None:
+        page.text(_of_videos(evidence["sequences"]))
     page.items(in_short(evidence))
     _who_goes_where(page, evidence, prefix)
     _dependence(page, evidence, prefix)
@@ -64,6 +67,19 @@ def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str 
     _single_experts(page, evidence, prefix)
     _over_depth(page, evidence, prefix)
     _how_alike(page, evidence)
+
+
+def _of_videos(sequences: int) -> str:
+    """What it means for intervals that images are frames of so many videos."""
+    if sequences >= FEWEST:
+        return (
+            f"These images are frames of {sequences} sequences, and frames of one sequence are alike: so intervals are "
+            f"over sequences, and whole sequences exchange their decisions for p."
+        )
+    return (
+        f"These images are frames of {sequences} sequence{'s' * (sequences != 1)} only, too few for an interval over "
+        f"sequences: those shown are over single frames, are too narrow, and say nothing of other videos; nor does p."
+    )
 
 
 def in_short(evidence: dict[str, Any]) -> list[str]:
@@ -149,7 +165,8 @@ def _dependence(page: Page, evidence: dict[str, Any], prefix: str) -> None:
     page.table(header, rows)
     caption = (
         f"AMI by layer on {evidence['images']} validation images, with {evidence['confidence']:.0%} bootstrap "
-        f"intervals over images; hollow where p is above {CHANCE}: not distinguishable from chance."
+        f"intervals {over(evidence.get('sequences'))}; hollow where p is above {CHANCE}: not distinguishable from "
+        f"chance."
     )
     name = f"{prefix}dependence"
     page.interactive(interactive.dependence(evidence), caption, figures.dependence(evidence), name)
@@ -258,5 +275,5 @@ def _how_alike(page: Page, evidence: dict[str, Any]) -> None:
 def _overruled(evidence: dict[str, Any]) -> str:
     return (
         f"on {evidence['overruled_images']} validation images, with {evidence['confidence']:.0%} bootstrap intervals "
-        f"over images."
+        f"{over(evidence.get('overruled_sequences'))}."
     )

@@ -84,7 +84,8 @@ class FinishedRun:
 
     def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
         """Measures the routing on validation, and writes routing.json, example images and the report."""
-        evidence = analyze(self.model, self.problem.deciding(self.model), draws, overrule, seed, progress=True)
+        loader, sequences = self.problem.deciding(self.model), self.problem.sequences
+        evidence = analyze(self.model, loader, draws, overrule, seed, progress=True, sequences=sequences)
         runs.write_json(self.run.path / runs.ROUTING, evidence.to_dict())
         self._write_examples(evidence)
         write_run_report(self.run.path)
@@ -110,7 +111,8 @@ class FinishedRun:
         known = self.run.path / runs.ROUTING
         evidence = _read_evidence(known) if known.exists() else self.analyze()
         pruned = self._fresh_model()
-        done = prune(pruned, evidence, self.problem.deciding(self.model), tolerance, experts, progress=True)
+        loader, sequences = self.problem.deciding(self.model), self.problem.sequences
+        done = prune(pruned, evidence, loader, tolerance, experts, progress=True, sequences=sequences)
         folder = runs.new_run(out)
         models = {"before": self.model, "after": pruned}
         if recovery:

@@ -98,6 +98,11 @@ class Classification:
         """Validation batches for analysis and pruning."""
         return self.loader(model, self.data.val)
 
+    @property
+    def sequences(self) -> tuple[str, ...] | None:
+        """The video that each image of `deciding` is a frame of; None where nothing says."""
+        return None
+
     def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> Score:
         """Scores a model, with a progress bar if `task` names it."""
         return evaluate(model, loader, task)
@@ -199,6 +204,10 @@ class Segmentation:
         transform = centre_transform(model.crop, prepared["mean"], prepared["std"])
         scenes = JointImages(self.data.val, self.data.legend, transform)
         return DataLoader(scenes, self.settings.train.batch_size, **processes(self.settings.data.workers))
+
+    @property
+    def sequences(self) -> tuple[str, ...] | None:
+        return self.data.sequences
 
     def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> SceneScore:
         return evaluate_scenes(model, loader, self.settings.data, task)

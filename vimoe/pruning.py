@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from vimoe.evaluate import Batches, Score, evaluate
 from vimoe.evidence import Effect, Evidence
 from vimoe.interventions import Changes, Images, Intervention, Without, measure
 from vimoe.segmentation.score import SceneScore
+from vimoe.specialisation import numbered, over
 from vimoe.surgery import swap
 from vimoe.upcycling import moe_layers
 
@@ -51,11 +52,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What was removed, in order, and what was kept because removing it would have cost too much."""
+    """What was removed, in order, and what was kept because removing it would have cost too much.
+
+    Intervals are over the `sequences` that the images are of, as `vimoe.specialisation.over` says.
+    """
 
     steps: tuple[Step, ...]
     kept: tuple[Step, ...]
     tolerance: float
+    sequences: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it."""
@@ -67,7 +72,10 @@ class Pruning:
             for step in self.kept
         ]
         total = self.steps[-1].total if self.steps else None
-        return "\n".join([*map(str, self.steps), *kept, *([f"in all: loss {total.loss}"] if total else [])])
+        ending = [f"in all: loss {total.loss}"] if total else []
+        if self.sequences is not None:
+            ending.append(f"intervals are {over(self.sequences)}")
+        return "\n".join([*map(str, self.steps), *kept, *ending])
 
 
 _WORDS = {
@@ -98,6 +106,7 @@ def prune(
     experts: bool = False,
     seed: int = 0,
     progress: bool = False,
+    sequences: Sequence[Hashable] | None = None,
 ) -> Pruning:
     """Makes the MoE layers dense that validation does not support, in place.
 
@@ -117,9 +126,10 @@ def prune(
             same rule. It saves memory but no arithmetic. Needs the loader.
         seed: draws the bootstrap.
         progress: show a progress bar on standard error for each reading of the loader.
+        sequences: for each image of the loader the video that it is a frame of, as in `vimoe.analyze`.
 
     Raises:
-        ConfigError: for a tolerance that is no number, or `experts` without a loader.
+        ConfigError: for a tolerance that is no number, `experts` without a loader, or not as many sequences as images.
         VimoeError: where the evidence is of another model, or has no interventions and there is no loader.
     """
     if not math.isfinite(tolerance):
@@ -138,12 +148,12 @@ def prune(
     mass = {e.name: torch.from_numpy(e.gate_mass) for e in evidence.layers}
     if loader is None:
         return _by_evidence(model, evidence, mass, tolerance)
-    greedy = _Greedy(model, loader, tolerance, seed, progress)
+    greedy = _Greedy(model, loader, tolerance, seed, progress, sequences)
     kept = greedy.layers(mass)
     if experts:
         for name in reversed(moe_layers(model)):
             greedy.experts(name)
-    return Pruning(tuple(greedy.steps), kept, tolerance)
+    return Pruning(tuple(greedy.steps), kept, tolerance, greedy.sequences)
 
 
 def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:
@@ -159,16 +169,22 @@ def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor
         )
     layers = moe_layers(model)
     swap(model, {step.layer: layers[step.layer].dense(step.how, mass[step.layer]) for step in steps})
-    return Pruning(tuple(steps), tuple(step for step in all_steps if step not in steps), tolerance)
+    kept = tuple(step for step in all_steps if step not in steps)
+    return Pruning(tuple(steps), kept, tolerance, evidence.overruled_sequences)
 
 
 class _Greedy:
     """Removes one thing after another, and measures what is left after each."""
 
-    def __init__(self, model: nn.Module, loader: Batches, tolerance: float, seed: int, progress: bool) -> None:
+    def __init__(
+        self, model: nn.Module, loader: Batches, tolerance: float, seed: int, progress: bool,
+        sequences: Sequence[Hashable] | None,
+    ) -> None:  # fmt: skip
         self.model = model.eval()  # what is built in a layer's place has its mode
         self.loader, self.tolerance, self.seed, self.progress = loader, tolerance, seed, progress
         self.steps: list[Step] = []
+        self._units, self.sequences = numbered(sequences)
+        self._named = None if sequences is None else len(sequences)
         self._images: Images | None = None  # of the first reading, which others must give again
         self._total = Changes(np.zeros(1), np.zeros(1))  # (I,) of each image, by all steps
 
@@ -180,7 +196,7 @@ class _Greedy:
             changes = self._measure({name: list(way.values()) for name, way in ways.items()}, "pruning layers")
             best: dict[str, tuple[Step, int]] = {}
             for name, change in changes.items():
-                effects = Effect.each(change, self.seed)
+                effects = Effect.each(change, self.seed, self._units)
                 column = min(range(len(effects)), key=lambda i: effects[i].loss.value)
                 best[name] = Step(name, None, list(ways[name])[column], effects[column]), column
             step, column = min(best.values(), key=lambda each: each[0].change.loss.high)
@@ -197,7 +213,7 @@ class _Greedy:
         while len(left) > layer.config.top_k:
             without: list[Intervention] = [Without(e) for e in range(len(left))]
             changes = self._measure({name: without}, f"pruning experts of {name}")
-            effects = Effect.each(changes[name], self.seed)
+            effects = Effect.each(changes[name], self.seed, self._units)
             column = min(range(len(effects)), key=lambda i: effects[i].loss.high)
             if effects[column].loss.high > self.tolerance:
                 return
@@ -207,11 +223,15 @@ class _Greedy:
     def _measure(self, plan: Mapping[str, list[Intervention]], task: str) -> dict[str, Changes]:
         task = task if self.progress else ""
         changes, self._images = measure(self.model, self.loader, plan, self._images, task)
+        images = len(next(iter(changes.values())).loss)
+        if self._named not in (None, images):
+            raise ConfigError(f"{self._named} sequences of {images} images: expected one for each image")
         return changes
 
     def _took(self, step: Step, change: Changes, column: int) -> None:
         self._total = Changes(self._total.loss + change.loss[:, column], self._total.right + change.right[:, column])
-        (total,) = Effect.each(Changes(self._total.loss[:, None], self._total.right[:, None]), self.seed)
+        total_of = Changes(self._total.loss[:, None], self._total.right[:, None])
+        (total,) = Effect.each(total_of, self.seed, self._units)
         self.steps.append(replace(step, total=total))
 
 

@@ -16,6 +16,7 @@ from vimoe.figures import INTERVENTIONS, curves, loads
 from vimoe.findings import RIGHT, add_routing, kind_of, told
 from vimoe.page import Page
 from vimoe.runs import CONFIG, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
+from vimoe.specialisation import over
 
 METRICS, LOAD = "metrics.csv", "load.csv"
 RECEIPT_HEADER = ("", "top-1, %", "loss", "parameters, M", "activated, M", "MACs, G", "images/s")
@@ -209,9 +210,9 @@ def _pruning(page: Page, summary: dict[str, Any]) -> None:
     tolerance = summary["tolerance"]
     page.text(
         f"Removals in the order in which they were made, a row each. The change is that of the validation loss against "
-        f"the step before, the total that against the unpruned model; in brackets 95% bootstrap intervals over "
-        f"validation images. A layer or expert goes when the upper end of that interval is at most the tolerance, "
-        f"{tolerance} nats. Experts are numbered among those that the layer still had."
+        f"the step before, the total that against the unpruned model; in brackets 95% bootstrap intervals "
+        f"{over(summary.get('sequences'))}. A layer or expert goes when the upper end of that interval is at most the "
+        f"tolerance, {tolerance} nats. Experts are numbered among those that the layer still had."
     )
     if steps:
         page.table(

@@ -2,14 +2,17 @@
 
 What is independent of one another is images, not tokens. So intervals come from resampling whole images, and what
 chance alone would give from permuting the classes of whole images: by tokens, experts that follow the image but not
-its class would look specialised.
+its class would look specialised. Where images are frames of videos it is the videos that are independent, and whole
+sequences of frames are resampled: the argument `sequences` has (I,) numbers 0..S-1, each of which occurs, and is None
+where each image is for itself.
 
-Axes: I images, C classes, N experts, U routed units of an image (1, or its tokens), K chosen experts, L layers.
+Axes: I images, S sequences, C classes, N experts, U routed units of an image (1, or its tokens), K chosen experts,
+L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,13 +22,14 @@ from sklearn.metrics.cluster import expected_mutual_information
 CONFIDENCE = 0.95
 Z = 1.959964  # half the width of a normal interval of that confidence, in standard deviations
 RESAMPLES = 500
+FEWEST = 5  # sequences that are resampled: of fewer the samples are too alike for an interval
 _PERMUTED_UNITS = 200_000_000  # decisions that are permuted for a null distribution
 _CHUNK = 400_000  # resampled images at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95% interval over images."""
+    """An estimate and its 95% interval, over images or over sequences of them."""
 
     value: float
     low: float
@@ -52,24 +56,55 @@ class Dependence(Interval):
     nats: float
 
 
-def mean_intervals(values: np.ndarray, seed: int = 0) -> list[Interval]:
+def numbered(names: Sequence[Hashable] | None) -> tuple[np.ndarray | None, int | None]:
+    """The sequences of images, given their names, in the order in which they come.
+
+    Returns:
+        (I,) numbers to resample by, None where that is by image; and how many there are, None where nothing is known.
+        Fewer than `FEWEST` are counted and not resampled: then intervals are of these videos' frames (`over` says so).
+    """
+    if names is None:
+        return None, None
+    numbers: dict[Hashable, int] = {}
+    sequences = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+    return (sequences if len(numbers) >= FEWEST else None), len(numbers)
+
+
+def over(sequences: int | None) -> str:
+    """What intervals are over, for the reader, given of how many sequences the images are; None where none is known."""
+    if sequences is None:
+        return "over images"
+    if sequences >= FEWEST:
+        return f"over {sequences} sequences of images"
+    return f"over single frames of {sequences} sequence{'s' * (sequences != 1)}, and so too narrow"
+
+
+def mean_intervals(values: np.ndarray, seed: int = 0, sequences: np.ndarray | None = None) -> list[Interval]:
     """Of each column of (I, Q), the mean over images and its bootstrap percentiles."""
-    means = np.concatenate([w @ values / len(values) for w in _resamples(len(values), seed)])
+    means = np.concatenate([
+        w @ values / w.sum(axis=1, keepdims=True) for w in _resamples(len(values), seed, sequences)
+    ])  # fmt: skip
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return [Interval(*map(float, each)) for each in zip(values.mean(axis=0), low, high, strict=True)]
 
 
-def pair_interval(values: np.ndarray, partners: np.ndarray, seed: int = 0) -> Interval:
+def pair_interval(
+    values: np.ndarray, partners: np.ndarray, seed: int = 0, sequences: np.ndarray | None = None
+) -> Interval:
     """The mean of (I, D) values that depend on two images each, and its interval.
 
     Value (i, d) is of image i and image partners[i, d]. Both are resampled: in a bootstrap sample a pair counts as
-    often as both of its images together, the product of their weights.
+    often as both of its images together, the product of their weights; but within a sequence as often as that, or
+    pairs of alike frames would be more in the samples than they are in the data.
     """
     means = []
-    for w in _resamples(len(values), seed):
+    unit = np.arange(len(values)) if sequences is None else sequences
+    units = int(unit.max()) + 1
+    across = units / max(units - 1, 1)  # over the mean of a product of two weights: so all pairs count 1 on average
+    for w in _resamples(len(values), seed, sequences):
         sums, weights = np.zeros(len(w)), np.zeros(len(w))
         for value, partner in zip(values.T, partners.T, strict=True):
-            pairs = w * w[:, partner]
+            pairs = np.where(unit == unit[partner], w, across * w * w[:, partner])
             sums += pairs @ value
             weights += pairs.sum(axis=1)
         means.append(sums[weights > 0] / weights[weights > 0])  # of few images a sample may hold no pair
@@ -77,7 +112,10 @@ def pair_interval(values: np.ndarray, partners: np.ndarray, seed: int = 0) -> In
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def dependence(labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutations: int = RESAMPLES) -> Dependence:
+def dependence(
+    labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutations: int = RESAMPLES,
+    sequences: np.ndarray | None = None,
+) -> Dependence:  # fmt: skip
     """Adjusted mutual information of an image's class and its experts (Vinh et al., JMLR 2010, arithmetic mean).
 
     Where each image chose one expert it is scikit-learn's `adjusted_mutual_info_score`. Else it is that of class and
@@ -87,7 +125,8 @@ def dependence(labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutatio
         labels: (I,) class of each image.
         counts: (I, N) how often it chose each expert; each row has the same sum.
         seed: draws resamples and permutations.
-        permutations: for p, and for what chance gives where images chose several experts.
+        permutations: for p, and for what chance gives where images chose several experts; of single images.
+        sequences: what is resampled for the interval.
     """
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
@@ -103,8 +142,9 @@ def dependence(labels: np.ndarray, counts: np.ndarray, seed: int = 0, permutatio
         expected = float(expected_mutual_information(used, int(used.sum())))
     else:
         expected = float(null.mean())
-    resampled = np.concatenate([_mutual_information(t) for t in _resampled_tables(ordered, starts, table, seed)])
-    return _adjusted(table, nats, expected, null, resampled)
+    units = None if sequences is None else sequences[order]
+    samples = [_mutual_information(t) for t in _resampled_tables(ordered, starts, table, seed, units)]
+    return _adjusted(table, nats, expected, null, np.concatenate(samples))
 
 
 def tables_of_units(labels: np.ndarray, experts: np.ndarray, classes: int, num_experts: int) -> np.ndarray:
@@ -122,19 +162,24 @@ def tables_of_units(labels: np.ndarray, experts: np.ndarray, classes: int, num_e
 
 
 def dependence_of_units(
-    labels: np.ndarray, experts: np.ndarray, classes: int, num_experts: int, seed: int = 0
-) -> Dependence:
+    labels: np.ndarray, experts: np.ndarray, classes: int, num_experts: int, seed: int = 0,
+    sequences: np.ndarray | None = None,
+) -> Dependence:  # fmt: skip
     """Adjusted mutual information of class and expert where each unit of an image has a class of its own.
 
     What chance gives is the mean over permutations that hand whole images each other's decisions, place by place. So
     experts that follow the place in the image alone (the sky is above) are chance here, though classes do so too.
+    Whole sequences exchange them frame by frame, for the same reason: permuted one by one, frames of a video would
+    prove as often as there are of them that experts follow the video.
 
     Args:
         labels, experts, classes, num_experts: as in `tables_of_units`.
         seed: draws resamples and permutations.
+        sequences: what is resampled and permuted.
     """
     counted = (labels >= 0).any(axis=1)
     labels, experts = labels[counted], experts[counted]
+    units = np.arange(len(labels)) if sequences is None else np.unique(sequences[counted], return_inverse=True)[1]
     if not len(labels):
         return Dependence(0.0, 0.0, 0.0, 1.0, 0.0)
     tables = tables_of_units(labels, experts, classes, num_experts)
@@ -143,22 +188,25 @@ def dependence_of_units(
     rng = np.random.default_rng(seed)
     permutations = int(np.clip(_PERMUTED_UNITS // max(experts.size, 1), 100, RESAMPLES))
     null = np.array([
-        _mutual_information(tables_of_units(labels, rng.permutation(experts), classes, num_experts).sum(axis=0))
-        for _ in range(permutations)
+        _mutual_information(tables_of_units(labels, experts[donors], classes, num_experts).sum(axis=0))
+        for donors in _exchanges(units, permutations, rng)
     ])  # fmt: skip
     flat = tables.reshape(len(tables), -1)
-    resampled = np.concatenate(
-        [_mutual_information((w @ flat).reshape(-1, classes, num_experts)) for w in _resamples(len(tables), seed)]
+    samples = np.concatenate(
+        [
+            _mutual_information((w @ flat).reshape(-1, classes, num_experts))
+            for w in _resamples(len(tables), seed, units)
+        ]
     )
-    return _adjusted(table, nats, float(null.mean()), null, resampled)
+    return _adjusted(table, nats, float(null.mean()), null, samples)
 
 
-def effective_number(counts: np.ndarray, seed: int = 0) -> Interval:
+def effective_number(counts: np.ndarray, seed: int = 0, sequences: np.ndarray | None = None) -> Interval:
     """exp(entropy of the load) of (I, N) counts: N where all experts are used alike, 1 where only one is.
 
     With the estimate and 1.96 bootstrap standard deviations, because resampled loads are less even than loads are.
     """
-    numbers = np.exp(_entropy(np.concatenate([w @ counts for w in _resamples(len(counts), seed)])))
+    numbers = np.exp(_entropy(np.concatenate([w @ counts for w in _resamples(len(counts), seed, sequences)])))
     value, half = float(np.exp(_entropy(counts.sum(axis=0)))), Z * float(numbers.std())
     return Interval(value, max(value - half, 1.0), min(value + half, float(counts.shape[1])))
 
@@ -168,7 +216,9 @@ def favourites(counts: np.ndarray, gates: np.ndarray) -> np.ndarray:
     return (counts + gates / (1 + gates.sum(axis=1, keepdims=True))).argmax(axis=1)
 
 
-def agreement(favourites: Sequence[np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+def agreement(
+    favourites: Sequence[np.ndarray], seed: int = 0, sequences: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Adjusted mutual information between the images' favourite experts of each two layers.
 
     Returns:
@@ -178,17 +228,19 @@ def agreement(favourites: Sequence[np.ndarray], seed: int = 0) -> dict[str, np.n
     for i, first in enumerate(favourites):
         for j, second in enumerate(favourites[:i]):
             chosen = second[:, None] == np.arange(second.max() + 1)
-            pair = dependence(first, chosen, seed, permutations=0)
+            pair = dependence(first, chosen, seed, permutations=0, sequences=sequences)
             for key, matrix in found.items():
                 matrix[i, j] = matrix[j, i] = getattr(pair, key)
     return found
 
 
-def activated_pairs(counts: Sequence[np.ndarray], seed: int = 0) -> tuple[Interval, int, int]:
+def activated_pairs(
+    counts: Sequence[np.ndarray], seed: int = 0, sequences: np.ndarray | None = None
+) -> tuple[Interval, int, int]:
     """Distinct (layer, expert) pairs that an image activates, from (I, N) counts of each layer: mean, least, most."""
     pairs = sum((layer > 0).sum(axis=1) for layer in counts)
     assert isinstance(pairs, np.ndarray)
-    (mean,) = mean_intervals(pairs[:, None], seed)
+    (mean,) = mean_intervals(pairs[:, None], seed, sequences)
     return mean, int(pairs.min()), int(pairs.max())
 
 
@@ -263,13 +315,30 @@ def _adjusted(table: np.ndarray, nats: float, expected: float, null: np.ndarray,
     return Dependence(float(value), float(value - half), float(min(value + half, max(value, 1.0))), p, nats)
 
 
-def _resamples(images: int, seed: int) -> Iterator[np.ndarray]:
-    """Bootstrap weights (s, I), RESAMPLES of them in all: how often each image was drawn."""
+def _resamples(images: int, seed: int, sequences: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Bootstrap weights (s, I), RESAMPLES of them in all: how often each image was drawn, or its sequence."""
     rng = np.random.default_rng(seed)
+    units = images if sequences is None else int(sequences.max()) + 1
     size = max(1, min(RESAMPLES, _CHUNK // images))
     for start in range(0, RESAMPLES, size):
-        drawn = rng.integers(0, images, (min(size, RESAMPLES - start), images))
-        yield np.stack([np.bincount(row, minlength=images) for row in drawn]).astype(np.float64)
+        drawn = rng.integers(0, units, (min(size, RESAMPLES - start), units))
+        weights = np.stack([np.bincount(row, minlength=units) for row in drawn]).astype(np.float64)
+        yield weights if sequences is None else weights[:, sequences]
+
+
+def _exchanges(sequences: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """(I,) whose decisions each image gets when sequences are permuted, `count` times.
+
+    Frame by frame, from the first frame again where the sequence that gives is the shorter one.
+    """
+    order = np.argsort(sequences, kind="stable")
+    lengths = np.bincount(sequences)
+    starts = np.cumsum(lengths) - lengths
+    frame = np.empty(len(order), np.int64)
+    frame[order] = np.arange(len(order)) - np.repeat(starts, lengths)
+    for _ in range(count):
+        giver = rng.permutation(len(lengths))[sequences]
+        yield order[starts[giver] + frame % lengths[giver]]
 
 
 def _codes(rows: np.ndarray) -> np.ndarray:
@@ -285,17 +354,19 @@ def _single(counts: np.ndarray) -> bool:
     return bool((counts.sum(axis=1) == 1).all())
 
 
-def _resampled_tables(ordered: np.ndarray, starts: np.ndarray, table: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+def _resampled_tables(
+    ordered: np.ndarray, starts: np.ndarray, table: np.ndarray, seed: int, sequences: np.ndarray | None
+) -> Iterator[np.ndarray]:
     """Contingency tables (s, C, N) of RESAMPLES bootstrap samples of the images (I, N), which are ordered by class."""
     images = len(ordered)
-    if _single(ordered):  # then the table knows all that there is to know
+    if sequences is None and _single(ordered):  # then the table knows all that there is to know
         rng, size = np.random.default_rng(seed), max(1, _CHUNK // table.size)
         for start in range(0, RESAMPLES, size):
             drawn = rng.multinomial(images, table.ravel() / images, size=min(size, RESAMPLES - start))
             yield drawn.reshape(-1, *table.shape)
         return
     slices = [slice(a, b) for a, b in zip(starts, [*starts[1:], images], strict=True)]
-    for w in _resamples(images, seed):
+    for w in _resamples(images, seed, sequences):
         yield np.stack([w[:, s] @ ordered[s] for s in slices], axis=1)
 
 

@@ -67,7 +67,7 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
     used = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < 255), key=lambda c: c.train_id)
     ids = tuple(c.id for c in used)
     void = tuple(c.id % 256 for c in Cityscapes.classes if c.id not in ids)  # -1 is 255 in a file of 8 bits
-    legend = Legend(tuple(c.name for c in used), ids, void, tuple(c.color for c in used))
+    legend = Legend(tuple(c.name for c in used), ids, void, tuple(c.color for c in used), sequence=_CITY_SEQUENCE)
     images, masks = (_role_folders(root / kind, config, to_train) for kind in ("leftImg8bit", "gtFine"))
     if config.test_split == "test":
         images.pop("test", None), masks.pop("test", None)
@@ -105,6 +105,7 @@ def _voc(root: Path, config: DataConfig) -> Found:
     return Found(images, masks, Legend(tuple(names), ids, palette=png_palette(first, ids)))
 
 
+_CITY_SEQUENCE = r"(.+)_\d+$"  # names are CITY_SEQUENCE_FRAME
 _VOC = {"JPEGImages": ".jpg", "SegmentationClass": ".png"}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,7 +19,7 @@ from vimoe.errors import DataError, first_line, nearest
 
 IGNORE = 255  # what void pixels are in every mask that leaves this file; so there can be 255 classes
 LEGEND = "classes.yaml"
-KEYS = ("names", "ignore", "palette", "reduce_zero")
+KEYS = ("names", "ignore", "palette", "reduce_zero", "sequence")
 Colour = tuple[int, int, int]
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,15 +34,18 @@ class Legend:
         ignored: values of void pixels.
         palette: (red, green, blue) of each class, and after these of as many of `ignored` as have a colour. Masks
             in colour are read by it.
+        sequence: regular expression with one group, which in an image's name is the video that it is a frame of; None
+            where images are no frames, or nobody says.
 
     Raises:
-        DataError: where these contradict one another.
+        DataError: where these contradict one another, or the expression is none.
     """
 
     names: tuple[str, ...]
     ids: tuple[int, ...]
     ignored: tuple[int, ...] = (IGNORE,)
     palette: tuple[Colour, ...] | None = None
+    sequence: str | None = field(default=None, repr=False)  # not in repr: training's fingerprint is of what masks mean
 
     def __post_init__(self) -> None:
         count = len(self.names)
@@ -63,6 +67,24 @@ class Legend:
                 f"palette has {colours} colours: expected one for each of the {count} names, and then for the "
                 f"ignored values; complete it"
             )
+        if self.sequence is not None:
+            _check_expression(self.sequence)
+
+    def sequences(self, names: Sequence[str]) -> list[str] | None:
+        """Of images by name the video that each is a frame of, itself where `sequence` is not found in its name.
+
+        Raises:
+            DataError: where it is found in none of the names.
+        """
+        if self.sequence is None:
+            return None
+        found = [re.search(self.sequence, name) for name in names]
+        if names and not any(found):
+            raise DataError(
+                f"sequence is {self.sequence!r}, which is found in no image's name, such as {names[0]!r}: expected an "
+                f"expression whose group is the video; correct it in {LEGEND}, or leave it out"
+            )
+        return [(match and match[1]) or name for match, name in zip(found, names, strict=True)]
 
     def read(self, path: Path) -> Array:
         """A mask file as (height, width) uint8: numbers of classes in `names`, and IGNORE.
@@ -146,7 +168,8 @@ def read_legend(path: Path) -> Legend:
 
     `names` is a list (values 0, 1, ...) or a mapping from value to name; `ignore` one value or several (255 without
     it); `palette` a list of [red, green, blue] for the names in the order of their values, and then for the ignored
-    values; with `reduce_zero: true` 0 is void and the first name has the value 1, as in ADE20K.
+    values; with `reduce_zero: true` 0 is void and the first name has the value 1, as in ADE20K. `sequence` is the
+    expression by which an image's name tells its video (`Legend`).
 
     Raises:
         DataError: for what it does not understand, naming the file.
@@ -225,7 +248,11 @@ def _legend(given: Mapping[str, Any]) -> Legend:
         raise DataError(f"ignore has {wrong[0]!r}: expected whole numbers, the values of void pixels")
     ids = tuple(sorted(names))
     void = (0, *ignored) if reduce else tuple(ignored)
-    return Legend(tuple(str(names[i]) for i in ids), ids, tuple(dict.fromkeys(void)), _palette(given.get("palette")))
+    sequence = given.get("sequence")
+    if sequence is not None and not isinstance(sequence, str):
+        raise DataError(f"sequence is {sequence!r}: expected a regular expression; put it in quotes")
+    classes = tuple(str(names[i]) for i in ids)
+    return Legend(classes, ids, tuple(dict.fromkeys(void)), _palette(given.get("palette")), sequence)
 
 
 def _palette(given: Any) -> tuple[Colour, ...] | None:
@@ -236,6 +263,17 @@ def _palette(given: Any) -> tuple[Colour, ...] | None:
         if not whole or not all(0 <= v <= 255 for v in colour):
             raise DataError(f"palette has {str(colour)[:40]}: expected [red, green, blue], whole numbers of 0 to 255")
     return tuple((r, g, b) for r, g, b in given)
+
+
+def _check_expression(expression: str) -> None:
+    try:
+        groups = re.compile(expression).groups
+    except re.error as error:
+        raise DataError(f"sequence is {expression!r}, which is no regular expression ({error}); correct it") from error
+    if groups != 1:
+        raise DataError(
+            f"sequence is {expression!r} with {groups} groups: expected one, which is the video, such as '(.+)_'"
+        )
 
 
 def _twice(items: Sequence[Any]) -> list[Any]:

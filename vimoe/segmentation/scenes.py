@@ -29,6 +29,7 @@ class Scenes:
         legend: the classes, and how mask files write them.
         train, val, test: (image, mask) of each scene.
         split_off: whether validation was taken from train.
+        sequences: of each scene of val the video that it is a frame of; None where nothing says.
         images_alone, masks_alone: files without their counterpart, which the scan refuses.
     """
 
@@ -37,6 +38,7 @@ class Scenes:
     val: tuple[Scene, ...]
     test: tuple[Scene, ...]
     split_off: bool = False
+    sequences: tuple[str, ...] | None = None
     images_alone: tuple[Path, ...] = field(default=(), repr=False)
     masks_alone: tuple[Path, ...] = field(default=(), repr=False)
 
@@ -60,7 +62,8 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
 
     What the masks' values mean is said by `classes.yaml` beside the images (`vimoe.segmentation.legend.read_legend`);
     without it they are classes 0 to the largest in train's masks, and 255 is void. Where there is no validation,
-    `config.val_fraction` is split off train: whole sequences where names tell them (`sequence`), else single images.
+    `config.val_fraction` is split off train: whole sequences where the legend or names tell them (`sequence`), else
+    single images.
 
     Args:
         config: where they are.
@@ -83,11 +86,16 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
         )
     legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
     _check_classes(root, legend, classes or legend.names)
+    videos = _videos(legend, names, pairs)
     train, val = pairs["train"], pairs["val"]
     if not val:
-        train, val = _split_off(train, names["train"], config, set(validation))
-    alone = (tuple(images_alone), tuple(masks_alone))
-    return Scenes(legend, tuple(train), tuple(val), tuple(pairs["test"]), not pairs["val"], *alone)
+        of_video = [videos.get(scene) or sequence(name) for scene, name in zip(train, names["train"], strict=True)]
+        train, val = _split_off(train, of_video, config, set(validation))
+    return Scenes(
+        legend, tuple(train), tuple(val), tuple(pairs["test"]), split_off=not pairs["val"],
+        sequences=tuple(videos[scene] for scene in val) if videos else None,
+        images_alone=tuple(images_alone), masks_alone=tuple(masks_alone),
+    )  # fmt: skip
 
 
 def load_others(path: str, classes: Sequence[str], legend: Legend) -> tuple[str, Scenes]:
@@ -138,6 +146,13 @@ def _paired(found: Found) -> tuple[dict[str, list[str]], dict[str, list[Scene]],
     return names, pairs, images_alone, masks_alone
 
 
+def _videos(legend: Legend, names: dict[str, list[str]], pairs: dict[str, list[Scene]]) -> dict[Scene, str]:
+    """The video of each scene, by the legend; nothing where it says none."""
+    scenes = [scene for role in ROLES for scene in pairs[role]]
+    videos = legend.sequences([name for role in ROLES for name in names[role]])
+    return dict(zip(scenes, videos, strict=True)) if videos else {}
+
+
 def _check_classes(root: Path, legend: Legend, classes: Sequence[str]) -> None:
     if tuple(classes) != legend.names:
         raise DataError(
@@ -147,10 +162,11 @@ def _check_classes(root: Path, legend: Legend, classes: Sequence[str]) -> None:
 
 
 def sequence(name: str) -> str:
-    """The video that a frame is of, by its name: what stands before its last run of digits and underscores.
+    """The video that a frame may be of, by its name: what stands before its last run of digits and underscores.
 
     Neighbouring frames are nearly equal, so a split must not part them. Where all names have one prefix
-    ("ADE_train_00000001") this tells nothing.
+    ("ADE_train_00000001") this tells nothing. It is a guess that does no harm to a split; intervals need a legend that
+    says it.
 
     >>> sequence("0006R0_f00930"), sequence("0001TP_006690"), sequence("aachen/aachen_000000_000019")
     ('0006R0_f', '0001TP', 'aachen/aachen')
@@ -160,7 +176,7 @@ def sequence(name: str) -> str:
 
 
 def _split_off(
-    train: list[Scene], names: list[str], config: DataConfig, listed: set[str]
+    train: list[Scene], of_video: list[str], config: DataConfig, listed: set[str]
 ) -> tuple[list[Scene], list[Scene]]:
     """Takes validation from train: the listed images where a run names them, else a seeded share."""
     root = Path(config.path)
@@ -175,7 +191,7 @@ def _split_off(
         raise DataError(f"{root}: 1 scene in train: expected at least two, to split validation off; add some")
     else:
         wanted = min(len(train) - 1, max(1, round(len(train) * config.val_fraction)))
-        val = _whole_sequences(train, names, wanted, config.seed)
+        val = _whole_sequences(train, of_video, wanted, config.seed)
         if not val:
             logger.info("validation is split off train by image: names tell no sequences that would fit")
             val = random.Random(config.seed).sample(train, wanted)
@@ -183,15 +199,15 @@ def _split_off(
     return [scene for scene in train if scene not in taken], [scene for scene in train if scene in taken]
 
 
-def _whole_sequences(train: list[Scene], names: list[str], wanted: int, seed: int) -> list[Scene]:
+def _whole_sequences(train: list[Scene], of_video: list[str], wanted: int, seed: int) -> list[Scene]:
     """Sequences in seeded order that fit into the wanted number; where these are few, the shortest of the rest too.
 
     Nothing where there is one sequence only, or they would be more than `MOST_OF_TRAIN` or less than half of what is
     wanted.
     """
     videos: dict[str, list[Scene]] = defaultdict(list)
-    for scene, name in zip(train, names, strict=True):
-        videos[sequence(name)].append(scene)
+    for scene, name in zip(train, of_video, strict=True):
+        videos[name].append(scene)
     if len(videos) < 2:
         return []
     chosen: list[Scene] = []
