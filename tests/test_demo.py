@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_report import Reader
 
 import vimoe.tour_scenes
 from vimoe.cli import main
@@ -70,9 +70,15 @@ def check_tour_of_scenes(values: dict, folder: Path, test: int) -> None:
     again = FinishedRun(folder / "vimoe-seed1").score()[1].to_dict()  # the table is of the models in the folders
     assert again.pop("per_class_iou") == table["ViMoE"][1]["per_class_iou"]
     assert again == pytest.approx({key: table["ViMoE"][1][key] for key in again})
-    page = Path(values["report"]).read_text()
-    assert all(name in page for name in table) and not re.search(r"(src|href)=(?!\"data:|\"#)", page)
+    read = Reader(Path(values["report"]))
+    page = read.text
+    assert all(name in page for name in table) and all(each.startswith(("data:", "#")) for each in read.loaded)
     assert f"{values['patch_ceiling']:.2%}" in page and "background" in page and "says nothing about ViMoE" in page
+    assert "Which class goes to which expert" in page and "Does the routing matter?" in page
+    assert len(values["routing"]) == 6 and all(line in page for line in values["routing"])
+    routing = [json.loads((folder / f"vimoe-seed{seed}/routing.json").read_text()) for seed in range(3)]
+    assert all(len(each["layers"]) == 2 and each["layers"][0]["experts"] for each in routing)
+    assert (folder / "figures/heatmaps.png").exists() and (folder / "figures/effects.png").exists()
     assert (folder / "figures/expert-maps.png").exists() and (folder / "scenes/classes.yaml").exists()
 
 
@@ -89,8 +95,8 @@ def test_the_tour_takes_at_most_five_minutes(tmp_path: Path, capsys: pytest.Capt
         table[name][0]["activated_params"] for name in ("dense, second FFN", "ViMoE", "ViMoE, no shared expert")
     ]
     assert max(activated) < 1.01 * min(activated)  # equal but for the routers
-    page = Path(values["report"]).read_text()
-    assert all(name in page for name in table) and not re.search(r"(src|href)=(?!\"data:)", page)
+    read = Reader(Path(values["report"]))
+    assert all(name in read.text for name in table) and all(each.startswith(("data:", "#")) for each in read.loaded)
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""What the tours share: a parent, arms that start from it with equal further training, and what their seeds support."""
+"""What the tours share: a parent, arms that start from it with equal further training, what their seeds support, and
+how the routing of the ViMoE is told.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,18 @@ from scipy import stats
 
 from vimoe import runs
 from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
+from vimoe.evidence import Evidence
 from vimoe.experiment import run_training
+from vimoe.figures import curves, loads
+from vimoe.findings import add_routing, in_short
+from vimoe.finished import FinishedRun
 from vimoe.options import Settings
+from vimoe.page import Page
+from vimoe.report import LOAD, METRICS
 
 SEEDS = (0, 1, 2)
 PARENT = "parent"
+DRAWS = 5  # permutations in an analysis
 DISCLAIMER = (
     "This is a tour: a tiny model on tiny images, to show what the tool does. It says nothing about ViMoE on real data."
 )
@@ -115,6 +124,31 @@ def compare(
         f"{name} against {control}: {mean:+.2f} points of {what}, 95% interval {mean - half:+.2f} to "
         f"{mean + half:+.2f} over {seeds} seeds and {comparisons} comparisons: {verdict}"
     )
+
+
+def analysed(trained: Sequence[Path]) -> list[Evidence]:
+    """The evidence of runs, of which each folder gets its own."""
+    return [FinishedRun(run).analyze(draws=DRAWS) for run in trained]
+
+
+def by_seed(evidence: Sequence[Evidence]) -> list[str]:
+    """What the routing of each seed comes to."""
+    return [
+        f"seed {seed}: {line}" for seed, one in zip(SEEDS, evidence, strict=True) for line in in_short(one.to_dict())
+    ]
+
+
+def add_routing_and_training(page: Page, arm: Arm, folder: Path, evidence: Sequence[Evidence]) -> None:
+    """Adds the routing and the training of an arm's first run, within the folder of the tour, and `by_seed` of all."""
+    seed = SEEDS[0]
+    add_routing(page, evidence[0].to_dict(), "Routing")
+    page.subheading("Over seeds")
+    page.text(f"The routing shown is that of seed {seed}; each run's folder has its own report. In short, all seeds:")
+    page.items(by_seed(evidence))
+    page.heading(f"Training of the {arm.name}, seed {seed}")
+    run = folder / arm.run(seed)
+    page.figure(curves(run / METRICS), "curves", "Loss and score by epoch.")
+    page.figure(loads(run / LOAD), "load", "Share of each expert in training, by epoch.")
 
 
 def told(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

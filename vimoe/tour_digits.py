@@ -14,15 +14,12 @@ from vimoe import runs
 from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
 from vimoe.data import Data, load_data
 from vimoe.evidence import Evidence
-from vimoe.figures import curves, loads
-from vimoe.findings import add_routing
-from vimoe.finished import FinishedRun
 from vimoe.folder import load
 from vimoe.loading import eval_loader, preprocessing
 from vimoe.page import Page
 from vimoe.pruning import Pruning, Receipt, prune, receipts
 from vimoe.report import RECEIPT_HEADER, receipt_row
-from vimoe.tour import DISCLAIMER, PARENT, SEEDS, Arm, Tour, compare, told
+from vimoe.tour import DISCLAIMER, PARENT, SEEDS, Arm, Tour, add_routing_and_training, analysed, compare, told
 
 FIRST = TrainConfig(epochs=50, batch_size=30, lr=2e-3, warmup_epochs=5, hflip=0, min_crop=0.8, tensorboard=False)
 FURTHER = replace(FIRST, epochs=15, lr=1e-3, warmup_epochs=1)
@@ -64,13 +61,12 @@ def tour_of_digits(folder: Path) -> tuple[str, dict[str, Any]]:
     models = {name: [load(run / runs.MODEL) for run in group] for name, group in trained.items()}
 
     console.print("analysing and pruning the ViMoEs")
-    evidence: list[Evidence] = []
+    evidence = analysed(trained[VIMOE.name])
     decided: list[Pruning] = []
     models[PRUNED] = []
-    for run in trained[VIMOE.name]:
-        evidence.append(FinishedRun(run).analyze(draws=5))
+    for run, known in zip(trained[VIMOE.name], evidence, strict=True):
         pruned = load(run / runs.MODEL)
-        decided.append(prune(pruned, evidence[-1], _loader(pruned, data.val)))
+        decided.append(prune(pruned, known, _loader(pruned, data.val)))
         models[PRUNED].append(pruned)
 
     everything = [model for group in models.values() for model in group]
@@ -142,9 +138,5 @@ def _report(
     for seed, done in zip(SEEDS, decided, strict=True):
         page.text(f"Seed {seed}", note=True)
         page.items(str(done).splitlines())
-    add_routing(page, evidence[0].to_dict(), "Routing")
-    page.text("The routing shown is that of seed 0; each run's folder has its own report.", note=True)
-    page.heading(f"Training of the {VIMOE.name}, seed 0")
-    page.figure(curves(folder / VIMOE.run(0) / "metrics.csv"), "curves", "Loss and accuracy by epoch.")
-    page.figure(loads(folder / VIMOE.run(0) / "load.csv"), "load", "Share of each expert in training, by epoch.")
+    add_routing_and_training(page, VIMOE, folder, evidence)
     return page.write(folder / "report.html")

@@ -15,7 +15,7 @@ from torch import nn
 from vimoe import runs
 from vimoe.accounting import count
 from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
-from vimoe.figures import curves, loads
+from vimoe.evidence import Evidence
 from vimoe.folder import load
 from vimoe.loading import preprocessing
 from vimoe.options import Settings
@@ -28,7 +28,7 @@ from vimoe.segmentation.maps import expert_maps
 from vimoe.segmentation.scenes import Scenes
 from vimoe.segmentation.score import ceiling
 from vimoe.segmentation.segmenter import Segmenter
-from vimoe.tour import DISCLAIMER, SEEDS, Arm, Tour, compare, told
+from vimoe.tour import DISCLAIMER, SEEDS, Arm, Tour, add_routing_and_training, analysed, by_seed, compare, told
 
 Table = Mapping[str, Sequence[dict[str, Any]]]  # of each arm, what was measured by seed
 HEADER = ("", "mean IoU, %", "pixel accuracy, %", *RECEIPT_HEADER[2:])
@@ -64,6 +64,8 @@ def tour_of_scenes(folder: Path) -> tuple[str, dict[str, Any]]:
     console.print(f"A tour on scenes of scikit-learn's handwritten digits: {scenes}")
     trained = tour.train(folder, console)
     models = {name: [load(run / runs.MODEL) for run in group] for name, group in trained.items()}
+    console.print("analysing the ViMoEs")
+    evidence = analysed(trained[VIMOE.name])
     table = _measure(problem, models)
     shares = {name: [measured["miou"] for measured in group] for name, group in table.items()}
     control, *others = (arm.name for arm in ARMS)
@@ -72,11 +74,14 @@ def tour_of_scenes(folder: Path) -> tuple[str, dict[str, Any]]:
     best = ceiling(masks, PATCH, len(scenes.classes)).miou
 
     seconds = time.perf_counter() - start
-    summary = {"table": table, "comparisons": comparisons, "patch_ceiling": best, "seconds": seconds}
-    report = _report(folder, scenes, models[VIMOE.name][0], summary)
+    routing = by_seed(evidence)
+    summary = {
+        "table": table, "comparisons": comparisons, "routing": routing, "patch_ceiling": best, "seconds": seconds
+    }  # fmt: skip
+    report = _report(folder, scenes, models[VIMOE.name][0], evidence, summary)
     summary = {**summary, "report": str(report)}
     runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "demo", **summary})
-    lines = ["", told(HEADER, rows_of(table)), "", *comparisons, "", _ceiling(best), "", DISCLAIMER]
+    lines = ["", told(HEADER, rows_of(table)), "", *comparisons, "", *routing, "", _ceiling(best), "", DISCLAIMER]
     return "\n".join([*lines, f"{seconds:.0f} s; report: {report}"]), summary
 
 
@@ -121,7 +126,9 @@ def _measure(problem: Segmentation, models: Mapping[str, Sequence[nn.Module]]) -
     }
 
 
-def _report(folder: Path, scenes: Scenes, vimoe: nn.Module, found: dict[str, Any]) -> Path:
+def _report(
+    folder: Path, scenes: Scenes, vimoe: nn.Module, evidence: Sequence[Evidence], found: dict[str, Any]
+) -> Path:
     table: Table = found["table"]
     page = Page("vimoe: a tour on scenes of handwritten digits", folder / runs.FIGURES)
     page.text(
@@ -148,16 +155,13 @@ def _report(folder: Path, scenes: Scenes, vimoe: nn.Module, found: dict[str, Any
     page.text(
         f"The first {SHOWN} test scenes and the {VIMOE.name} of seed 0: for each MoE layer, the expert that was each "
         f"patch's first choice. Expert numbers mean nothing between layers. Patches of one kind in one colour are a "
-        f"sign that the router follows what is seen; they do not show that this matters."
+        f"sign that the router follows what is seen; whether it does so by class, and whether that matters, comes next."
     )
     assert isinstance(vimoe, Segmenter)
     maps = expert_maps(vimoe, scenes.test[:SHOWN], scenes.legend, preprocessing(vimoe))
     page.figure(maps, "expert-maps", "Image, truth (void is white), prediction, and the expert of each patch.")
-    page.heading(f"Training of the {VIMOE.name}, seed 0")
-    run = folder / VIMOE.run(0)
-    page.figure(curves(run / "metrics.csv"), "curves", "Loss and mean IoU by epoch.")
-    page.figure(loads(run / "load.csv"), "load", "Share of each expert in training, by epoch.")
-    page.text("Each run's folder has its own report; scenes/ has the scenes, to look at and to train on.", note=True)
+    add_routing_and_training(page, VIMOE, folder, evidence)
+    page.text("scenes/ has the scenes, to look at and to train on.", note=True)
     return page.write(folder / "report.html")
 
 
