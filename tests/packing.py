@@ -111,3 +111,39 @@ def png() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, "PNG")
     return file.getvalue()
+
+
+def scenes_as_parquet(
+    scenes: Path, out: Path, columns: tuple[str, ...] = ("image", "annotation"), without: tuple[str, ...] = ()
+) -> Path:
+    """Scenes in ADE20K's layout as a table with a row each, in the order of their names, and the legend beside it.
+
+    Args:
+        scenes, out: folders.
+        columns: of images, masks, and further ones with the images again.
+        without: names of files whose place in the table is null.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    out.mkdir(parents=True, exist_ok=True)
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    features = {"seen": {"dtype": "int64", "_type": "Value"}, **{c: {"_type": "Image"} for c in columns}}
+    schema = pyarrow.schema(
+        [("seen", pyarrow.int64()), *((column, kind) for column in columns)],
+        {"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    for role in sorted(path.name for path in (scenes / "images").iterdir()):
+        names = sorted(path.stem for path in (scenes / "images" / role).iterdir())
+        values = {"seen": list(range(len(names)))}
+        for place, column in enumerate(columns):
+            folder = scenes / ("annotations" if place == 1 else "images") / role
+            values[column] = [
+                None if f"{folder.parent.name}/{name}" in without
+                else {"bytes": (folder / f"{name}.png").read_bytes(), "path": None}
+                for name in names
+            ]  # fmt: skip
+        parquet.write_table(pyarrow.table(values, schema), out / f"{role}-00000-of-00001.parquet")
+    if (scenes / "classes.yaml").is_file():
+        (out / "classes.yaml").write_text((scenes / "classes.yaml").read_text())
+    return out

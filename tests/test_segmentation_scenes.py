@@ -295,6 +295,7 @@ def test_cityscapes_as_it_is_downloaded(tmp_path: Path) -> None:
     assert found.palette[0] == (128, 64, 128)
     assert found.legend.read(path)[0, :8].tolist() == [255, 0, 1, 18, 255, 255, 13, 255]
     assert scanned(root)["train"] == 1
+    assert found.sequences == ("ulm/ulm_000001",) and found.legend.sequences(["ulm/ulm_5a"]) == ["ulm/ulm_5a"]
 
 
 def test_colours_of_the_legend_are_the_palette(tmp_path: Path) -> None:

@@ -156,12 +156,12 @@ class DataConfig:
         path: a folder of class folders, or one that holds a folder of class folders for each role; a CSV file of
             paths and labels; a tar file or a folder of them, also of WebDataset; "hfds/NAME" or "hfds/FOLDER" of
             Hugging Face; "torch/mnist:FOLDER"; "digits" is scikit-learn's handwritten digits ("./digits" is a folder).
-        task: "classification", or "segmentation" of a folder with a mask for each image.
+        task: "classification", or "segmentation" of a folder or table ("hfds/") with a mask for each image.
         train_split: name of the folder or split to train on.
         val_split: name of the one that decides; where it is missing or "none", validation is split off train.
         test_split: name of the one that only `evaluate` and the receipt of `prune` read.
         image_column, label_column: of a CSV file ("path" and "label") or a Hugging Face table (the only ones of images
-            and of class labels).
+            and of class labels; in a segmentation the ones called images and masks).
         val_fraction: share of each class that is split off train where there is no validation.
         images_per_class: train on at most this many images of each class (drawn by `seed`).
         seed: draws the split and the subset.

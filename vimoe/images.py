@@ -106,18 +106,25 @@ def open_image(source: Source | Image.Image) -> Image.Image:
         ) from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the image that `open_image` would give, from the file's header alone.
+def undecoded(source: Source) -> Image.Image:
+    """An image as Pillow opens it, with its header read and no more. May raise anything."""
+    return Image.open(source if isinstance(source, Path) else BytesIO(source.read()))
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(height, width) of the image that `open_image` would give, from its header alone.
 
     Raises:
         DataError: as `open_image`.
     """
     try:
-        with Image.open(path) as opened:
+        with undecoded(source) as opened:
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             width, height = reversed(opened.size) if turned else opened.size
     except Exception as error:  # as in open_image
-        raise DataError(f"{path} cannot be read as an image ({_reason(error)}): expected a whole one") from error
+        raise DataError(
+            f"{place(source)} cannot be read as an image ({_reason(error)}): expected a whole one"
+        ) from error
     return height, width
 
 

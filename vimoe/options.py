@@ -23,7 +23,6 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "classification": (
         "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
         "data.images_per_class", "data.cache", "data.crop_pct", "data.interpolation", "data.skip_unreadable",
-        "data.image_column", "data.label_column",
     ),
     "segmentation": (
         "model.decoder", "data.inference", "data.flip_test", "train.min_scale", "train.max_scale", "train.dice_loss",

@@ -128,11 +128,10 @@ class Segmentation:
 
     @property
     def split_off(self) -> list[str]:
-        root = Path(self.settings.data.path)
-        return [image.relative_to(root).as_posix() for image, _ in self.data.val] if self.data.split_off else []
+        return self.data.names(self.data.val) if self.data.split_off else []
 
     def scan(self) -> SceneScan:
-        self._scan = self._scan or scan_scenes(self.data, self.settings.data.path)
+        self._scan = self._scan or scan_scenes(self.data, self.data.root)
         return self._scan
 
     def dense_model(self) -> Segmenter:
@@ -213,7 +212,7 @@ class Segmentation:
         return evaluate_scenes(model, loader, self.settings.data, task)
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
-        name, others = load_others(path, label_names(model), self.data.legend)
+        name, others = load_others(path, label_names(model), self.data.legend, self.settings.data)
         return name, self._loader(model, others.test, others)
 
 

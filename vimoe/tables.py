@@ -40,10 +40,12 @@ class Row:
     column: str
     file: Path | None
     table: Any = field(compare=False, repr=False)
+    alone: bool = True  # else a row has several images, and what each goes by has the column in it
 
     @property
     def path(self) -> Path:
-        return self.root / self.split / str(self.index)
+        row = self.root / self.split / str(self.index)
+        return row if self.alone else row / self.column
 
     def read(self) -> bytes:
         image = self.table[self.index][self.column]
@@ -132,8 +134,7 @@ def hugging_face(name: str, image_column: str | None, label_column: str | None) 
     Raises:
         DataError: where `datasets` is not installed, the data set cannot be loaded, or a column is not as expected.
     """
-    root = Path(name) if Path(name).is_dir() else Path("hfds", name)
-    splits = {split: rows.with_format(None) for split, rows in _load(name).items()}
+    root, splits = open_tables(name)
     images, labels = _columns(root, next(iter(splits.values())).features, image_column, label_column)
 
     def find(split: str | None, _: Counter[str]) -> ClassImages:
@@ -143,6 +144,12 @@ def hugging_face(name: str, image_column: str | None, label_column: str | None) 
         return by_class(rows, names or in_order(label for label, _ in rows))
 
     return Listing(str(root), root, tuple(splits), find, "split")
+
+
+def open_tables(name: str) -> tuple[Path, dict[str, Any]]:
+    """What images of a data set are named from, and a table for each of its splits; as `hugging_face`."""
+    root = Path(name) if Path(name).is_dir() else Path("hfds", name)
+    return root, {split: rows.with_format(None) for split, rows in _load(name).items()}
 
 
 def _load(name: str) -> Any:

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from vimoe.errors import DataError
-from vimoe.images import image_size, open_image
+from vimoe.images import image_size, open_image, place
 from vimoe.loading import Shuffled, processes, seed_host
 from vimoe.segmentation.legend import IGNORE, Legend
 from vimoe.segmentation.scenes import Scene
@@ -134,8 +134,8 @@ class JointImages(Dataset):
         numbers = tv_tensors.Mask(torch.from_numpy(self.legend.read(mask)))
         if seen.shape[-2:] != numbers.shape:
             raise DataError(
-                f"{mask} is {numbers.shape[1]}x{numbers.shape[0]} and its image {seen.shape[2]}x{seen.shape[1]}: "
-                f"expected one size; make them so"
+                f"{place(mask)} is {numbers.shape[1]}x{numbers.shape[0]} and its image "
+                f"{seen.shape[2]}x{seen.shape[1]}: expected one size; make them so"
             )
         pixels, numbers = self.transform(seen, numbers)
         return pixels.as_subclass(Tensor), numbers.as_subclass(Tensor).long()

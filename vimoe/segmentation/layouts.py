@@ -1,4 +1,4 @@
-"""Where data sets keep images and masks on disk: as ADE20K does, Pascal VOC, or Cityscapes."""
+"""Where data sets keep images and masks: as ADE20K does, Pascal VOC, Cityscapes, or in Hugging Face tables."""
 
 from __future__ import annotations
 
@@ -9,32 +9,46 @@ from pathlib import Path
 
 from vimoe.config import DataConfig
 from vimoe.data import split_of
-from vimoe.errors import DataError, nearest
+from vimoe.errors import ConfigError, DataError, beside, nearest
 from vimoe.images import find_images
 from vimoe.segmentation.legend import LEGEND, Legend, png_palette, read_legend
+from vimoe.segmentation.scene_tables import Files, scene_tables
 
 ROLES = ("train", "val", "test")
-Files = dict[str, Path]  # by what an image and its mask are both called
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The files of each role, still unpaired; without a legend where nothing says what the masks' values mean."""
+    """The files of each role, still unpaired; without a legend where nothing says what the masks' values mean.
 
+    They are named from `root`.
+    """
+
+    root: Path
     images: dict[str, Files]
     masks: dict[str, Files]
     legend: Legend | None
 
 
 def find_scenes(config: DataConfig, to_train: bool = True) -> Found:
-    """Finds images and masks in `config.path`, whichever of the three layouts it has; with a role to train if asked.
+    """Finds images and masks in `config.path`, whichever of the four layouts it has; with a role to train if asked.
 
     Raises:
-        DataError: where it has none of them, or names a folder for a role that is not there.
+        DataError: where it is not there or has none of them, or names a folder for a role that is not there.
+        ConfigError: for the name of a column where there is no table.
     """
+    if config.path.startswith("hfds/"):
+        return _table(config, to_train)
     root = Path(config.path)
+    if not config.path or not root.is_dir():
+        raise DataError(
+            f"data.path={config.path!r}: no such folder, expected one with images/ and annotations/; {beside(root)}"
+        )
+    for name in ("image_column", "label_column"):
+        if given := getattr(config, name):
+            raise ConfigError(f"data.{name}={given!r} with a folder: expected it for a table (hfds/); leave it out")
     if (root / "images").is_dir() and (root / "annotations").is_dir():
         return _ade20k(root, config, to_train)
     if (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir():
@@ -54,7 +68,23 @@ def _ade20k(root: Path, config: DataConfig, to_train: bool) -> Found:
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = read_legend(root / LEGEND) if (root / LEGEND).is_file() else None
-    return Found(_files(images), _files(masks, ".png"), legend)
+    return Found(root, _files(images), _files(masks, ".png"), legend)
+
+
+def _table(config: DataConfig, to_train: bool) -> Found:
+    """A row for each scene, with a column of images and one of masks; the legend in the folder of a local one."""
+    root, splits = scene_tables(config.path.removeprefix("hfds/"), config.image_column, config.label_column)
+    images: dict[str, Files] = {}
+    masks: dict[str, Files] = {}
+    for role, split in _roles(splits, config, "split", config.path, to_train).items():
+        for kind, files in enumerate((images, masks)):
+            chosen = splits.values() if split is None else [splits[split]]
+            files[role] = {name: file for both in chosen for name, file in both[kind].items()}
+    if "test" in masks and not masks["test"]:
+        logger.info("%s has no masks in test: left out", config.path)
+        del images["test"], masks["test"]
+    legend = read_legend(root / LEGEND) if (root / LEGEND).is_file() else None
+    return Found(root, images, masks, legend)
 
 
 def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
@@ -72,7 +102,7 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
     if config.test_split == "test":
         images.pop("test", None), masks.pop("test", None)
     ending = "_gtFine_labelIds"
-    return Found(_files(images, cut="_leftImg8bit"), _files(masks, ".png", cut=ending, only=ending), legend)
+    return Found(root, _files(images, cut="_leftImg8bit"), _files(masks, ".png", cut=ending, only=ending), legend)
 
 
 def _voc(root: Path, config: DataConfig) -> Found:
@@ -92,7 +122,9 @@ def _voc(root: Path, config: DataConfig) -> Found:
             continue
         names = (lists / f"{split}.txt").read_text().split()
         found = {kind: {name: root / kind / f"{name}{ending}" for name in names} for kind, ending in _VOC.items()}
-        there = [{name: path for name, path in files.items() if path.is_file()} for files in found.values()]
+        there: list[Files] = [
+            {name: path for name, path in files.items() if path.is_file()} for files in found.values()
+        ]
         if there[1]:  # test has none
             images[role], masks[role] = there
     names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
@@ -102,24 +134,30 @@ def _voc(root: Path, config: DataConfig) -> Found:
             f"{lists} lists no mask to train on: expected {config.train_split}.txt; download the data again"
         )
     ids = tuple(range(len(names)))
-    return Found(images, masks, Legend(tuple(names), ids, palette=png_palette(first, ids)))
+    return Found(root, images, masks, Legend(tuple(names), ids, palette=png_palette(first, ids)))
 
 
-_CITY_SEQUENCE = r"(.+)_\d+$"  # names are CITY_SEQUENCE_FRAME
+_CITY_SEQUENCE = r"(.+?)(?:_\d+)?$"  # names are CITY_SEQUENCE_FRAME; another is for itself
 _VOC = {"JPEGImages": ".jpg", "SegmentationClass": ".png"}
 
 
 def _role_folders(root: Path, config: DataConfig, to_train: bool) -> dict[str, Path]:
     """The folder of each role that has one; where there are none, all is for train."""
     inside = [path.name for path in root.iterdir() if path.is_dir()]
-    named = {role: split_of(role, getattr(config, f"{role}_split"), inside, f"folder in {root}") for role in ROLES}
-    folders = {role: root / name if name else None for role, name in named.items()}
-    if folders["train"] is None and any(folders.values()):
-        if not to_train:
-            return {role: folder for role, folder in folders.items() if folder}
-        known = nearest(config.train_split, inside)
-        raise DataError(f"{root} has no folder {config.train_split!r}: expected one beside the others; {known}")
-    return {role: folder for role, folder in {**folders, "train": folders["train"] or root}.items() if folder}
+    return {role: root / (name or "") for role, name in _roles(inside, config, "folder", root, to_train).items()}
+
+
+def _roles(
+    there_are: Iterable[str], config: DataConfig, word: str, where: str | Path, to_train: bool
+) -> dict[str, str | None]:
+    """The part of each role that has one; None for train, which is all of them, where no part has a role."""
+    parts = list(there_are)
+    named = {role: split_of(role, getattr(config, f"{role}_split"), parts, f"{word} in {where}") for role in ROLES}
+    roles = {role: part for role, part in named.items() if part}
+    if roles and "train" not in roles and to_train:
+        known = nearest(config.train_split, parts)
+        raise DataError(f"{where} has no {word} {config.train_split!r}: expected one beside the others; {known}")
+    return {**roles} or {"train": None}
 
 
 def _files(folders: dict[str, Path], ending: str = "", cut: str = "", only: str = "") -> dict[str, Files]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from vimoe.config import DataConfig, TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.evaluate import Batches, batches_of
+from vimoe.images import place
 from vimoe.segmentation.joint import eval_loader, eval_transform, train_loader, train_transform
 from vimoe.segmentation.legend import IGNORE
 from vimoe.segmentation.scenes import Scene, Scenes
@@ -56,7 +57,7 @@ def segmentation(
 
     return Task(
         loader,
-        [str(image) for image, _ in scenes.train],
+        [str(place(image)) for image, _ in scenes.train],
         fingerprint(scenes),
         lambda images, masks: (images, masks),
         loss,
@@ -127,5 +128,5 @@ def median_frequency(pixels: Sequence[int]) -> Tensor:
 
 def fingerprint(scenes: Scenes) -> int:
     """Of the training scenes, as far as names tell, and of what their masks mean; the folder may have moved."""
-    names = ("/".join((*image.parts[-2:], *mask.parts[-2:])) for image, mask in scenes.train)
+    names = ("/".join((*place(image).parts[-2:], *place(mask).parts[-2:])) for image, mask in scenes.train)
     return zlib.crc32("\n".join([repr(scenes.legend), *names]).encode())

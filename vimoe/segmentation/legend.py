@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
 from vimoe.errors import DataError, first_line, nearest
+from vimoe.images import Source, place, undecoded
 
 IGNORE = 255  # what void pixels are in every mask that leaves this file; so there can be 255 classes
 LEGEND = "classes.yaml"
@@ -86,18 +86,18 @@ class Legend:
             )
         return [(match and match[1]) or name for match, name in zip(found, names, strict=True)]
 
-    def read(self, path: Path) -> Array:
-        """A mask file as (height, width) uint8: numbers of classes in `names`, and IGNORE.
+    def read(self, mask: Source) -> Array:
+        """A mask as (height, width) uint8: numbers of classes in `names`, and IGNORE.
 
         Raises:
             DataError: naming the file, where it cannot be read or has a value or colour that is neither a class nor
                 ignored.
         """
         try:
-            raw = read_values(path)
+            raw = read_values(mask)
             return self._of_colours(raw) if raw.ndim == 3 else self._of_values(raw)
         except DataError as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{place(mask)}: {error}") from None
 
     def _of_values(self, raw: Array) -> Array:
         numbers = self._numbers[raw]
@@ -144,7 +144,7 @@ class Legend:
         return codes[order], numbers[order]
 
 
-def read_values(path: Path) -> Array:
+def read_values(mask: Source) -> Array:
     """What a mask file holds: (height, width) values of one channel of 1, 8 or 16 bits or of a palette PNG, or
     (height, width, 3) colours.
 
@@ -152,7 +152,7 @@ def read_values(path: Path) -> Array:
         DataError: for a file that is no image, or one of another kind.
     """
     try:
-        with Image.open(path) as opened:
+        with undecoded(mask) as opened:
             mode, raw = opened.mode, np.asarray(opened)
     except Exception as error:  # what decoders raise on damaged files has no common class
         raise DataError(f"cannot be read as a mask ({first_line(error)}): expected a whole PNG") from error
@@ -187,22 +187,22 @@ def read_legend(path: Path) -> Legend:
         raise DataError(f"{path}: {error}") from None
 
 
-def legend_of_masks(masks: Sequence[Path]) -> Legend:
+def legend_of_masks(masks: Sequence[Source]) -> Legend:
     """Classes 0 to the largest value in the masks, named by their numbers; 255 is void.
 
     Raises:
         DataError: where a mask cannot be read or is in colour, or there is only one class.
     """
 
-    def values(path: Path) -> set[int]:
+    def values(mask: Source) -> set[int]:
         try:
-            raw = read_values(path)
+            raw = read_values(mask)
         except DataError as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{place(mask)}: {error}") from None
         if raw.ndim == 3:
             raise DataError(
-                f"{path} is in colour and nothing says which colour is which class: expected one channel of class "
-                f"numbers, or names and a palette in {LEGEND} beside the images"
+                f"{place(mask)} is in colour and nothing says which colour is which class: expected one channel of "
+                f"class numbers, or names and a palette in {LEGEND} beside the images"
             )
         return set(np.flatnonzero(np.bincount(raw.ravel())).tolist())
 
@@ -218,9 +218,9 @@ def legend_of_masks(masks: Sequence[Path]) -> Legend:
     return Legend(tuple(map(str, ids)), ids, palette=png_palette(masks[0], ids))
 
 
-def png_palette(path: Path, ids: Iterable[int]) -> tuple[Colour, ...] | None:
+def png_palette(mask: Source, ids: Iterable[int]) -> tuple[Colour, ...] | None:
     """The colours that a palette PNG shows these values in; nothing where it has none, or the same for several."""
-    with Image.open(path) as opened:
+    with undecoded(mask) as opened:
         flat = opened.getpalette() if opened.mode == "P" else None
     if flat is None:
         return None

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vimoe.errors import DataError
-from vimoe.images import Tried, image_size, try_images
+from vimoe.images import Source, Tried, image_size, name_within, place, try_images
 from vimoe.segmentation.legend import IGNORE, Array
 from vimoe.segmentation.scenes import Scene, Scenes
 
@@ -89,7 +89,7 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
     blank = [mask for _, mask in everything if not counts[mask][:-1].any()]
     if blank:
         logger.warning("%d of %d masks are entirely void, such as %s: nothing can be learned or measured there",
-                       len(blank), len(everything), _name(blank[0], root))  # fmt: skip
+                       len(blank), len(everything), name_within(root, blank[0]))  # fmt: skip
     return SceneScan(
         **{role: len(listed) for role, listed in roles.items()},
         classes=len(scenes.classes), opened=2 * len(everything),
@@ -101,12 +101,12 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
     )  # fmt: skip
 
 
-def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[Path, Array]:
+def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[Source, Array]:
     """(classes + 1,) pixels of each class and of void, by mask; in threads, because Pillow decodes without the GIL."""
     classes = len(all_scenes.classes)
-    counts: dict[Path, Array] = {}
-    wrong: dict[Path, str] = {}
-    sizes: dict[Path, str] = {}
+    counts: dict[Source, Array] = {}
+    wrong: dict[Source, str] = {}
+    sizes: dict[Source, str] = {}
 
     def count(scene: Scene) -> Array | DataError | str:
         image, mask = scene
@@ -126,7 +126,7 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[P
         shown = track(results, "scanning masks", len(scenes), console=console, disable=hidden, transient=True)
         for (_, mask), result in zip(scenes, shown, strict=True):
             if isinstance(result, DataError):
-                wrong[mask] = str(result).removeprefix(f"{mask}: ")
+                wrong[mask] = str(result).removeprefix(f"{place(mask)}: ")
             elif isinstance(result, str):
                 sizes[mask] = result
             else:
@@ -140,12 +140,12 @@ def _refuse(files: Mapping[Any, str], what: str, root: Path, remedy: str = "") -
     """Raises DataError with the number and the first names, where there are any."""
     if not files:
         return
-    first = [_name(file, root) + (f" ({why})" if why else "") for file, why in list(files.items())[:3]]
+    first = [name_within(root, file) + (f" ({why})" if why else "") for file, why in list(files.items())[:3]]
     rest = [f"{len(files) - 3} more"] if len(files) > 3 else []
     raise DataError(f"{len(files)} {what}: {', '.join([*first, *rest])}" + (f"; {remedy}" if remedy else ""))
 
 
-def _sum(counts: dict[Path, Array], scenes: tuple[Scene, ...], classes: int) -> Array:
+def _sum(counts: dict[Source, Array], scenes: tuple[Scene, ...], classes: int) -> Array:
     return sum((counts[mask] for _, mask in scenes), np.zeros(classes + 1, "int64"))
 
 
@@ -164,10 +164,6 @@ def _shared(scenes: tuple[Scene, ...], role: str, train: tuple[Scene, ...], trie
     if shared:
         logger.warning(
             "%d of %d %s images are in train too, such as %s: the model will have seen them; keep one of each",
-            len(shared), len(scenes), role, _name(shared[0], tried.folder),
+            len(shared), len(scenes), role, name_within(tried.folder, shared[0]),
         )  # fmt: skip
     return len(shared)
-
-
-def _name(file: Path, root: Path) -> str:
-    return str(file.relative_to(root))

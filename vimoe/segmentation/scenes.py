@@ -7,15 +7,16 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vimoe.config import DataConfig
-from vimoe.errors import DataError, beside
+from vimoe.errors import DataError
+from vimoe.images import Source, name_within
 from vimoe.segmentation.layouts import ROLES, Found, find_scenes
 from vimoe.segmentation.legend import Colour, Legend, legend_of_masks
 
-Scene = tuple[Path, Path]  # an image, and its mask
+Scene = tuple[Source, Source]  # an image, and its mask
 MOST_OF_TRAIN = 0.25  # a split by sequence that would take more than this share from train is none
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Scenes:
         split_off: whether validation was taken from train.
         sequences: of each scene of val the video that it is a frame of; None where nothing says.
         images_alone, masks_alone: files without their counterpart, which the scan refuses.
+        root: the data folder, from which images are named.
     """
 
     legend: Legend
@@ -39,8 +41,9 @@ class Scenes:
     test: tuple[Scene, ...]
     split_off: bool = False
     sequences: tuple[str, ...] | None = None
-    images_alone: tuple[Path, ...] = field(default=(), repr=False)
-    masks_alone: tuple[Path, ...] = field(default=(), repr=False)
+    images_alone: tuple[Source, ...] = field(default=(), repr=False)
+    masks_alone: tuple[Source, ...] = field(default=(), repr=False)
+    root: Path = Path()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -51,6 +54,10 @@ class Scenes:
     def palette(self) -> tuple[Colour, ...] | None:
         """(red, green, blue) of each class, where the data says."""
         return self.legend.palette and self.legend.palette[: len(self.classes)]
+
+    def names(self, scenes: Iterable[Scene]) -> list[str]:
+        """What the images of scenes are called, in lists that outlast this process."""
+        return [name_within(self.root, image) for image, _ in scenes]
 
     def __str__(self) -> str:
         roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
@@ -68,21 +75,18 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
     Args:
         config: where they are.
         classes: the names that a trained model has; the data must have the same.
-        validation: images (relative to `config.path`) that a run split off train, so that it finds the same again.
+        validation: images (as `Scenes.names` gives them) that a run split off train, so that it finds the same again.
 
     Raises:
         DataError: where folders are missing or hold no pair, or the classes are others.
     """
-    root = Path(config.path)
-    if not config.path or not root.is_dir():
-        raise DataError(f"data.path={config.path!r}: no such folder, expected one with images/ and annotations/; "
-                        f"{beside(root)}")  # fmt: skip
     found = find_scenes(config)
+    root = found.root
     names, pairs, images_alone, masks_alone = _paired(found)
     if not pairs["train"]:
         raise DataError(
             f"{root}: {len(images_alone)} images and {len(masks_alone)} masks, and no pair of them in train: expected "
-            f"masks with the images' names that end in .png; rename them"
+            f"masks with the images' names that end in .png, or rows with both; rename or complete them"
         )
     legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
     _check_classes(root, legend, classes or legend.names)
@@ -90,21 +94,24 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
     train, val = pairs["train"], pairs["val"]
     if not val:
         of_video = [videos.get(scene) or sequence(name) for scene, name in zip(train, names["train"], strict=True)]
-        train, val = _split_off(train, of_video, config, set(validation))
+        train, val = _split_off(train, of_video, root, config, set(validation))
     return Scenes(
         legend, tuple(train), tuple(val), tuple(pairs["test"]), split_off=not pairs["val"],
         sequences=tuple(videos[scene] for scene in val) if videos else None,
-        images_alone=tuple(images_alone), masks_alone=tuple(masks_alone),
+        images_alone=tuple(images_alone), masks_alone=tuple(masks_alone), root=root,
     )  # fmt: skip
 
 
-def load_others(path: str, classes: Sequence[str], legend: Legend) -> tuple[str, Scenes]:
+def load_others(
+    path: str, classes: Sequence[str], legend: Legend, config: DataConfig | None = None
+) -> tuple[str, Scenes]:
     """Scenes of another folder for a trained model to be scored on, in the role of test.
 
     Args:
-        path: a folder as `DataConfig.path`, but it needs none to train on.
+        path: as `DataConfig.path`, but it needs none to train on.
         classes: the names that the model has.
-        legend: what masks mean where the folder does not say.
+        legend: what masks mean where the data do not say.
+        config: of which the names of a table's columns are taken.
 
     Returns:
         Which they are ("test", "validation", or "all" of a folder without roles), and the scenes.
@@ -112,15 +119,16 @@ def load_others(path: str, classes: Sequence[str], legend: Legend) -> tuple[str,
     Raises:
         DataError: where there are none, some have no counterpart, or the classes are others.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder: expected images/ and annotations/; {beside(root)}")
-    found = find_scenes(DataConfig(path=path, task="segmentation"), to_train=False)
+    other = DataConfig(path=path, task="segmentation")
+    if config and path.startswith("hfds/"):
+        other = replace(other, image_column=config.image_column, label_column=config.label_column)
+    found = find_scenes(other, to_train=False)
+    root = found.root
     _, pairs, images_alone, masks_alone = _paired(found)
     if images_alone or masks_alone:
         raise DataError(
             f"{root}: {len(images_alone)} images have no mask and {len(masks_alone)} masks no image, such as "
-            f"{(images_alone + masks_alone)[0].relative_to(root)}: expected pairs; remove them"
+            f"{name_within(root, (images_alone + masks_alone)[0])}: expected pairs; remove them"
         )
     legend = found.legend or legend
     _check_classes(root, legend, classes)
@@ -128,15 +136,15 @@ def load_others(path: str, classes: Sequence[str], legend: Legend) -> tuple[str,
     role = next((role for role, scenes in roles.items() if scenes), None)
     if role is None:
         raise DataError(f"{root} holds no image with a mask: expected masks with the images' names that end in .png")
-    return role, Scenes(legend, (), (), tuple(roles[role]))
+    return role, Scenes(legend, (), (), tuple(roles[role]), root=root)
 
 
-def _paired(found: Found) -> tuple[dict[str, list[str]], dict[str, list[Scene]], list[Path], list[Path]]:
+def _paired(found: Found) -> tuple[dict[str, list[str]], dict[str, list[Scene]], list[Source], list[Source]]:
     """By role the names of pairs and the pairs; and the images and masks that have no counterpart."""
     names: dict[str, list[str]] = {}
     pairs: dict[str, list[Scene]] = {}
-    images_alone: list[Path] = []
-    masks_alone: list[Path] = []
+    images_alone: list[Source] = []
+    masks_alone: list[Source] = []
     for role in ROLES:
         images, masks = found.images.get(role, {}), found.masks.get(role, {})
         names[role] = sorted(images.keys() & masks.keys())
@@ -176,12 +184,11 @@ def sequence(name: str) -> str:
 
 
 def _split_off(
-    train: list[Scene], of_video: list[str], config: DataConfig, listed: set[str]
+    train: list[Scene], of_video: list[str], root: Path, config: DataConfig, listed: set[str]
 ) -> tuple[list[Scene], list[Scene]]:
     """Takes validation from train: the listed images where a run names them, else a seeded share."""
-    root = Path(config.path)
     if listed:
-        val = [scene for scene in train if scene[0].relative_to(root).as_posix() in listed]
+        val = [scene for scene in train if name_within(root, scene[0]) in listed]
         if len(val) != len(listed):
             raise DataError(
                 f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone: expected the "
