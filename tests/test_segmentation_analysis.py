@@ -260,6 +260,8 @@ def test_a_run_is_analysed_pruned_and_reported(tmp_path: Path, capsys: pytest.Ca
     assert {"miou", "params", "macs", "images_per_second"} <= set(pruned["after"]) and "recovered" in pruned
     page = (tmp_path / "pruned/report.html").read_text()
     assert "mean IoU, %" in page and (too_narrow in page) == bool(videos)
+    assert main(["report", str(run), str(tmp_path / "pruned"), "--out", str(tmp_path / "both.html")]) == 0
+    assert (too_narrow in (tmp_path / "both.html").read_text()) == bool(videos)
     again = call(capsys, "evaluate", tmp_path / "pruned")
     assert again["miou"] == pytest.approx(pruned["recovered"]["miou"])
 
