@@ -16,6 +16,7 @@ from vimoe import specialisation
 from vimoe.config import DataConfig
 from vimoe.errors import ConfigError, DataError
 from vimoe.evidence import Evidence
+from vimoe.findings import _meaning
 from vimoe.segmentation.learning import fingerprint
 from vimoe.segmentation.legend import Legend, read_legend
 from vimoe.segmentation.scenes import load_scenes
@@ -164,6 +165,8 @@ def test_of_few_sequences_intervals_are_over_images_and_say_so() -> None:
     assert numbered(["a", "b", "b", "c", "d"]) == (None, 4)
     assert over(4) == "over single frames of 4 sequences, and so too narrow" and "1 sequence," in over(1)
     assert numbered(None) == (None, None) and over(None) == "over images"
+    assert "what other images" in _meaning(None) and "what other videos" in _meaning(5)
+    assert "nothing of other videos" in _meaning(4)
 
 
 CAMVID = Path(__file__).parent.parent / "studies/camvid/classes.yaml"

@@ -55,11 +55,8 @@ def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str 
         f"section asks whether it does so by class, and whether that matters. All of it is about validation images: "
         f"the routing of {evidence['images']} of them was recorded. On all {base['images']} the untouched model has "
         f"loss {base['loss']:.4f} and {RIGHT[key].lower()} {base[key]:.2%}. Intervals, in brackets and as bars, are "
-        f"{evidence['confidence']:.0%} bootstrap intervals over images: they say what other images might have given, "
-        f"not what another training would."
+        f"{evidence['confidence']:.0%} bootstrap intervals {_meaning(evidence.get('sequences'))}"
     )
-    if evidence.get("sequences") is not None:
-        page.text(_of_videos(evidence["sequences"]))
     page.items(in_short(evidence))
     _who_goes_where(page, evidence, prefix)
     _dependence(page, evidence, prefix)
@@ -69,16 +66,18 @@ def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str 
     _how_alike(page, evidence)
 
 
-def _of_videos(sequences: int) -> str:
-    """What it means for intervals that images are frames of so many videos."""
+def _meaning(sequences: int | None) -> str:
+    """What intervals are over and say, of images that are frames of so many videos."""
+    if sequences is None:
+        return "over images: they say what other images might have given, not what another training would."
     if sequences >= FEWEST:
         return (
-            f"These images are frames of {sequences} sequences, and frames of one sequence are alike: so intervals are "
-            f"over sequences, and whole sequences exchange their decisions for p."
+            f"{over(sequences)}, because frames of one video are alike: they say what other videos might have given, "
+            f"not what another training would. For p too whole sequences exchange their decisions."
         )
     return (
-        f"These images are frames of {sequences} sequence{'s' * (sequences != 1)} only, too few for an interval over "
-        f"sequences: those shown are over single frames, are too narrow, and say nothing of other videos; nor does p."
+        f"{over(sequences)}: frames of one video are alike, and fewer than {FEWEST} sequences are too few to resample. "
+        f"They say nothing of other videos, nor of another training, and p is too sure as well."
     )
 
 

@@ -104,8 +104,11 @@ def _routing(page: Page, names: dict[str, Path], rows: dict[str, _Row]) -> None:
         "Of the runs that were analysed, a row for each run and layer, on validation images. AMI: does the expert "
         "follow the class (0 is chance, 1 is fully). Effective experts: how many are in use. The last two columns are "
         "changes of the loss in nats: when decisions are permuted between images, and when the layer is made dense by "
-        "the way that costs least. In brackets 95% bootstrap intervals over images, or as the first column says."
+        "the way that costs least. In brackets 95% bootstrap intervals over images, where nothing else is said here."
     )
+    known = {name: row.evidence.get("sequences") for name, row in rows.items()}
+    if videos := [f"{name}: intervals {over(count)}." for name, count in known.items() if count is not None]:
+        page.items(videos)
     header = ("run, layer", "images", "AMI", "p", "effective experts", "permuted", "made dense")
     page.table(header, [score for row in rows.values() for score in row.scores])
     for name, row in rows.items():
@@ -122,13 +125,11 @@ def _routing(page: Page, names: dict[str, Path], rows: dict[str, _Row]) -> None:
 
 def _scores(name: str, evidence: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    sequences = evidence.get("sequences")
-    videos = "" if sequences is None else f"\n({over(sequences)})"
     for layer in evidence.get("layers", []):
         found, permuted = layer["adjusted_mutual_information"], layer["permuted"]
         dense = [effect["loss"] for effect in layer["dense"].values()]
         rows.append((
-            f"{name}\n{layer['name']}{videos}", str(evidence["images"]), told_dependence(found), f"{found['p']:.3f}",
+            f"{name}\n{layer['name']}", str(evidence["images"]), told_dependence(found), f"{found['p']:.3f}",
             f"{interval(layer['effective_experts'], '.2f')} of {layer['num_experts']}",
             told(permuted["loss"]) if permuted else "–",
             told(min(dense, key=lambda change: change["value"])) if dense else "–",
