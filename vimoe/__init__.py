@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vimoe.analysis import analyze as analyze
     from vimoe.config import MoEConfig as MoEConfig
     from vimoe.errors import VimoeError as VimoeError
+    from vimoe.execution import optimize as optimize
     from vimoe.execution import set_backend as set_backend
     from vimoe.folder import load as load
     from vimoe.folder import save as save
@@ -46,6 +47,7 @@ _HOME = {
     "densify": "upcycling",
     "update_bias": "steering",
     "set_random_share": "steering",
+    "optimize": "execution",
     "set_backend": "execution",
     "save": "folder",
     "load": "folder",

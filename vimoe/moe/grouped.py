@@ -87,8 +87,8 @@ class _Loop:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
         y = x.new_empty(_places(x, source), x.shape[1], weight.shape[1])
-        for e, at in _experts(load):
-            rows, w, out = _rows(x, source, at), weight[e].to(x.dtype).T, _rows(y, None, at)
+        for e, at in experts_with_units(load):
+            rows, w, out = rows_at(x, source, at), weight[e].to(x.dtype).T, rows_at(y, None, at)
             if bias is None:
                 torch.mm(rows, w, out=out)
             else:
@@ -99,10 +99,10 @@ class _Loop:
         dx = dy.new_empty(units, dy.shape[1], weight.shape[2])
         if source is not None and len(source) > units:
             dx.zero_()
-        for e, at in _experts(load):
-            rows, w = _rows(dy, None, at), weight[e].to(dy.dtype)
+        for e, at in experts_with_units(load):
+            rows, w = rows_at(dy, None, at), weight[e].to(dy.dtype)
             if source is None:
-                torch.mm(rows, w, out=_rows(dx, None, at))
+                torch.mm(rows, w, out=rows_at(dx, None, at))
             elif len(source) == units:
                 dx.index_copy_(0, source[at], (rows @ w).view(-1, *dx.shape[1:]))
             else:
@@ -112,8 +112,8 @@ class _Loop:
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
         idle = set(range(len(dw)))
-        for e, at in _experts(load):
-            left, right = _rows(dy, None, at).T, _rows(x, source, at)
+        for e, at in experts_with_units(load):
+            left, right = rows_at(dy, None, at).T, rows_at(x, source, at)
             if dw.dtype == dy.dtype:
                 torch.mm(left, right, out=dw[e])
             else:
@@ -128,16 +128,16 @@ class _GroupedMM:
     """torch's grouped matrix product, which knows no bias. It never waits for the loads."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
-        rows, w = _rows(x, source), weight.to(x.dtype).transpose(1, 2)
+        rows, w = rows_at(x, source), weight.to(x.dtype).transpose(1, 2)
         y = F.grouped_mm(rows, w, offs=self._ends(load, x)).view(-1, x.shape[1], weight.shape[1])
         return y if bias is None else y.add_(bias.to(x.dtype)[_expert_of(load, len(y)), None])
 
     def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int) -> Tensor:
-        dx = F.grouped_mm(_rows(dy, None), weight.to(dy.dtype), offs=self._ends(load, dy))
+        dx = F.grouped_mm(rows_at(dy, None), weight.to(dy.dtype), offs=self._ends(load, dy))
         return _home(dx.view(*dy.shape[:2], -1), source, units)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
-        dw = F.grouped_mm(_rows(dy, None).T, _rows(x, source), offs=self._ends(load, dy))
+        dw = F.grouped_mm(rows_at(dy, None).T, rows_at(x, source), offs=self._ends(load, dy))
         return dw.to(weight.dtype)
 
     @staticmethod
@@ -169,7 +169,7 @@ class _BMM:
         places, experts = _places(x, source), len(load)
         largest = int(load.max())
         if largest * experts == places:
-            return _rows(x, source).view(experts, largest * x.shape[1], -1), None
+            return rows_at(x, source).view(experts, largest * x.shape[1], -1), None
         expert = _expert_of(load, places)
         first = load.cumsum(0) - load
         slots = expert * largest + torch.arange(places, device=load.device) - first[expert]
@@ -190,13 +190,13 @@ def _places(x: Tensor, source: Tensor | None) -> int:
     return len(x) if source is None else len(source)
 
 
-def _rows(x: Tensor, source: Tensor | None, at: slice = slice(None)) -> Tensor:
+def rows_at(x: Tensor, source: Tensor | None, at: slice = slice(None)) -> Tensor:
     """The rows of x that stand at these places: a view where x is sorted."""
     units = x[at] if source is None else x.index_select(0, source[at])
     return units.view(-1, x.shape[-1])
 
 
-def _experts(load: Tensor) -> Iterator[tuple[int, slice]]:
+def experts_with_units(load: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert that has units, and its places."""
     start = 0
     for e, units in enumerate(load.tolist()):
@@ -253,7 +253,7 @@ def _grouped_sum(dy: Tensor, load: Tensor) -> Tensor:
         precise = torch.promote_types(dy.dtype, torch.float32)
         mine = F.one_hot(_expert_of(load, len(dy)), len(load)).to(precise)
         return sums.copy_(mine.T @ dy.sum(1, dtype=precise))
-    for e, at in _experts(load):
+    for e, at in experts_with_units(load):
         torch.sum(dy[at], dim=(0, 1), out=sums[e])
     return sums
 

@@ -1,0 +1,99 @@
+"""vimoe.optimize: the same selections, the same outputs to rounding; and what can no longer be done."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_layer import FFNS, make, tokens
+from tiny import FAMILIES, perturb_experts, vit
+from torch import nn
+
+import vimoe
+from vimoe.moe.packed import PackedExperts, PackedLinear, can_pack
+
+packs = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this build of torch packs nothing")
+
+
+def both(model: nn.Module, x: torch.Tensor, dtype: torch.dtype | None) -> None:
+    """Compares the optimised model with a copy that is not, in the same type."""
+    fast = vimoe.optimize(copy.deepcopy(model), dtype)
+    plain = model.eval()
+    exact = [layer.router.weight.clone() for layer in plain.modules() if isinstance(layer, vimoe.MoE)]
+    plain.to(dtype or torch.float32)
+    for layer, weight in zip((m for m in plain.modules() if isinstance(m, vimoe.MoE)), exact, strict=True):
+        layer.router.weight.data = weight
+    with torch.no_grad(), vimoe.record(plain) as routings:
+        expected = plain(x.to(dtype or torch.float32))
+    with torch.no_grad(), vimoe.record(fast) as fast_routings:
+        y = fast(x)
+    tolerance = 1e-5 if dtype is None else 3e-2
+    assert y.dtype == expected.dtype
+    # where the margin of a choice is more than rounding, it is the same; outputs are compared where all of them are
+    agree = torch.ones(len(x), dtype=torch.bool)
+    for a, b in zip(routings, fast_routings, strict=True):
+        best = a.probabilities.topk(a.experts.shape[1] + 1, dim=-1).values
+        sure = best[:, -2] - best[:, -1] > (1e-4 if dtype is None else 1e-2)
+        same = (a.experts.sort(dim=-1).values == b.experts.sort(dim=-1).values).all(dim=-1)
+        assert same[sure].all()
+        agree &= same.view(len(x), -1).all(dim=1)
+    assert agree.any()
+    assert (y - expected)[agree].abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["image by class token", "token"])
+@pytest.mark.parametrize("ffn", FFNS)
+def test_a_layer_chooses_and_computes_the_same(ffn: str, layout: str, dtype: torch.dtype | None) -> None:
+    layer = make(ffn, layout)
+    both(layer, tokens(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_models_does(family: str, routing: str, dtype: torch.dtype | None) -> None:
+    config = vimoe.MoEConfig(layers="last:1", num_experts=4, routing=routing)
+    try:
+        model = perturb_experts(vimoe.upcycle(vit(family), config))
+    except vimoe.VimoeError:
+        pytest.skip("this family routes no images")
+    size = timm.models.get_model_input_config(model)["input_size"]
+    both(model, torch.randn(3, *size, generator=torch.Generator().manual_seed(0)), dtype)
+
+
+@packs
+def test_what_products_read_is_packed_and_activations_go_with_them() -> None:
+    model = vimoe.optimize(vimoe.upcycle(vit(), vimoe.MoEConfig(layers="last:1", num_experts=4)))
+    assert isinstance(model.blocks[-1].mlp.experts, PackedExperts)
+    first = model.blocks[0].mlp
+    assert isinstance(first.fc1, PackedLinear) and isinstance(first.act, nn.Identity)
+    assert isinstance(model.blocks[0].attn.qkv, PackedLinear)
+
+
+@packs
+def test_what_is_optimised_is_not_optimised_again_nor_saved(tmp_path: Path) -> None:
+    model = vimoe.optimize(vit())
+    with pytest.raises(vimoe.VimoeError, match="optimised already"):
+        vimoe.optimize(model)
+    with pytest.raises(vimoe.VimoeError, match="before vimoe.optimize"):
+        vimoe.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_type_that_does_not_float_is_refused() -> None:
+    with pytest.raises(vimoe.VimoeError, match="floating"):
+        vimoe.optimize(vit(), torch.int8)
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same() -> None:
+    """Needs a C++ compiler on a CPU."""
+    model = perturb_experts(vimoe.upcycle(vit(), vimoe.MoEConfig(layers="last:1", num_experts=4)))
+    x = torch.randn(3, *timm.models.get_model_input_config(model)["input_size"])
+    with torch.no_grad():
+        expected = model.eval()(x)
+        torch.testing.assert_close(vimoe.optimize(model, compile=True)(x), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,85 @@
+"""Linear maps and experts whose weights stand in the order in which a CPU's matrix product reads them; no gradient.
+
+oneDNN, torch's library for products on a CPU, else brings a matrix into that order at each call. The operators are
+those that torch.compile writes for a frozen model; an activation after a map is computed with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimoe.moe.experts import Experts
+from vimoe.moe.grouped import experts_with_units, rows_at
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this build of torch, on this machine, computes with packed weights of this type."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether there are packed weights in the model."""
+    return any(isinstance(module, (PackedLinear, PackedExperts)) for module in model.modules())
+
+
+class PackedLinear(nn.Module):
+    """act(x W^T + b) for x (..., I), to (..., O).
+
+    Args:
+        weight: (O, I).
+        bias: (O,) or None.
+        act: an activation, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self._bias = None if bias is None else bias.detach().contiguous()
+        fused = _fused(act)
+        self._name, self._algorithm = fused or ("none", "")
+        self.act = nn.Identity() if fused or act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self._name, [], self._algorithm)
+        result: Tensor = self.act(y)
+        return result
+
+
+def _fused(act: nn.Module | None) -> tuple[str, str] | None:
+    """What oneDNN calls an activation that it can compute with a product."""
+    if type(act) is nn.GELU:
+        return "gelu", act.approximate
+    return {nn.ReLU: ("relu", ""), nn.SiLU: ("swish", "")}.get(type(act))  # type: ignore[arg-type]
+
+
+class PackedExperts(nn.Module):
+    """What `Experts` computes in eval mode."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.kind, self.macs = experts.kind, experts.macs
+        weights = [experts.weights(e) for e in range(len(experts.fc1.weight))]
+        act = None if self.kind.gated else experts.act
+        self.act = experts.act
+        self.fc1 = nn.ModuleList(PackedLinear(w["fc1.weight"], w.get("fc1.bias"), act) for w in weights)
+        self.fc2 = nn.ModuleList(PackedLinear(w["fc2.weight"], w.get("fc2.bias")) for w in weights)
+        self._norms = [(w["norm.weight"].clone(), w["norm.bias"].clone()) for w in weights if "norm.weight" in w]
+
+    def forward(self, x_RUD: Tensor, source_S: Tensor, load_N: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        y_SUD = x_RUD.new_empty(len(source_S), *x_RUD.shape[1:])
+        for e, at in experts_with_units(load_N):
+            hidden = self.fc1[e](rows_at(x_RUD, source_S, at))
+            if self.kind.gated:
+                gate, value = hidden.chunk(2, dim=-1)
+                hidden = self.act(gate) * value
+            if self.kind.norm_eps is not None:
+                hidden = F.layer_norm(hidden, hidden.shape[-1:], *self._norms[e], self.kind.norm_eps)
+            y_SUD[at] = self.fc2[e](hidden).view(-1, *x_RUD.shape[1:])
+        return y_SUD
