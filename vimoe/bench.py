@@ -9,9 +9,11 @@ Axes: B images, T tokens of an image, D channels, F hidden units, N experts, k o
 from __future__ import annotations
 
 import copy
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +26,7 @@ from vimoe.accounting import count
 from vimoe.backbone import create
 from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
 from vimoe.errors import ConfigError
-from vimoe.execution import set_backend
+from vimoe.execution import optimize, set_backend
 from vimoe.ffn import macs
 from vimoe.moe import MoE
 from vimoe.moe.grouped import BACKENDS, unfit_for_grouped_mm
@@ -59,7 +61,7 @@ class Timing:
     def __str__(self) -> str:
         speed = "" if self.gflops is None else f"{self.gflops:9.0f} GFLOP/s"
         return (
-            f"{self.name:<28}{1e3 * self.seconds:10.2f} ms {self.ratio:7.3f} [{self.low:.3f}, {self.high:.3f}]{speed}"
+            f"{self.name:<36}{1e3 * self.seconds:10.2f} ms {self.ratio:7.3f} [{self.low:.3f}, {self.high:.3f}]{speed}"
         )
 
 
@@ -196,13 +198,23 @@ def layer_case(bench: LayerBench, moe: MoEConfig) -> LayerCase:
     return LayerCase(x, experts_RK, {**floor, **ours}, tuple(floor), times * macs(dense))
 
 
-def time_layers(case: LayerCase, training: bool, rounds: int) -> list[Timing]:
-    """The forward pass alone without gradient, or with the backward pass to all weights and the input."""
+def layer_seconds(case: LayerCase, training: bool, rounds: int) -> dict[str, np.ndarray]:
+    """Of each layer in each round: the forward pass without gradient, or with the backward pass to all weights and x.
+
+    Forward, our layer and a floor run in their optimised form too.
+    """
     x = case.x.clone().requires_grad_(training)
     dy = torch.randn_like(case.x)
-    steps = {name: _step(layer, (x,), training, lambda y: y.backward(dy)) for name, layer in case.layers.items()}
-    flops = 2 * case.macs * x.shape[:2].numel() * (3 if training else 1)
-    return compare(interleaved(steps, rounds), case.floor, dict.fromkeys(steps, flops))
+    layers = case.layers if training else case.layers | optimised(case.layers, case.floor[0], "vimoe auto")
+    steps = {name: _step(layer, (x,), training, lambda y: y.backward(dy)) for name, layer in layers.items()}
+    return interleaved(steps, rounds)
+
+
+def time_layers(case: LayerCase, training: bool, rounds: int) -> list[Timing]:
+    """The layers against the floor."""
+    seconds = layer_seconds(case, training, rounds)
+    flops = 2 * case.macs * case.x.shape[:2].numel() * (3 if training else 1)
+    return compare(seconds, case.floor, dict.fromkeys(seconds, flops))
 
 
 def layer_memory(case: LayerCase) -> dict[str, int]:
@@ -223,9 +235,9 @@ def time_models(
     def descend(logits: Tensor) -> None:
         nn.functional.cross_entropy(logits, labels % logits.shape[-1]).backward()
 
-    steps = {name: _step(model, (images,), training, descend) for name, model in models.items()}
-    passes = 3 if training else 1
-    flops = {name: 2.0 * passes * len(images) * count(model).macs for name, model in models.items()}
+    flops = {name: 2.0 * (3 if training else 1) * len(images) * count(model).macs for name, model in models.items()}
+    contestants = models if training else {**models, **optimised(models, *models)}
+    steps = {name: _step(model, (images,), training, descend) for name, model in contestants.items()}
     return compare(interleaved(steps, rounds), (floor,), flops)
 
 
@@ -240,9 +252,14 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
     return {"dense": dense, "vimoe": sparse}, images
 
 
+def optimised(modules: Mapping[str, nn.Module], *names: str) -> dict[str, nn.Module]:
+    """Copies of the named modules after `vimoe.optimize`."""
+    return {f"{name}, optimised": optimize(copy.deepcopy(modules[name])) for name in names}
+
+
 def _step(module: nn.Module, inputs: tuple[Tensor, ...], training: bool, backward: Callable[[Tensor], None]) -> Any:
     def forward() -> None:
-        with torch.inference_mode():
+        with torch.no_grad():  # no inference mode: layers that keep tensors could not be trained after it
             module(*inputs)
 
     def step() -> None:
@@ -290,7 +307,7 @@ class Benchmark:
         if self.bytes_kept:
             least = min(self.bytes_kept.values())
             lines += ["", "kept for the backward pass"]
-            lines += [f"{name:<28}{n / 1e6:10.2f} MB {n / least:7.3f}" for name, n in self.bytes_kept.items()]
+            lines += [f"{name:<36}{n / 1e6:10.2f} MB {n / least:7.3f}" for name, n in self.bytes_kept.items()]
         return "\n".join(lines)
 
 
@@ -327,5 +344,17 @@ def bench_model(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> Benchm
 def machine() -> dict[str, Any]:
     """Device, threads and versions that figures depend on."""
     device = _device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"device": f"{device.type}, {name}", "threads": torch.get_num_threads(), **versions()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    return {"device": name, "threads": torch.get_num_threads(), **versions()}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

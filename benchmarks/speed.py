@@ -1,0 +1,259 @@
+"""Times the MoE layer and whole models beside dense FFNs and other libraries, and writes the tables of README.md here.
+
+    python benchmarks/speed.py --rounds 30              # all of it; what is in results/ is not measured again
+    python benchmarks/speed.py --only "layer *" --redo  # some of it again
+
+Each measurement is one process-wide round robin (`vimoe.bench`), kept as results/NAME.json with the machine it was made
+on. Peers that are not installed are left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import functools
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+
+from vimoe.bench import (
+    Benchmark,
+    bench_layer,
+    bench_model,
+    compare,
+    interleaved,
+    layer_case,
+    layer_seconds,
+    machine,
+    optimised,
+    peak_gemm,
+)
+from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
+from vimoe.files import write_json, write_text
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- the tables begin -->", "<!-- the tables end -->"
+DTYPES, ROUTINGS, LOADS = ("float32", "bfloat16"), ("image", "token"), ("balanced", "zipf")
+EXPERTS = (8, 16, 32, 64)
+VIT = ModelConfig(name="vit_small_patch14_dinov2", pretrained=False, img_size=224, num_classes=1000)
+# the largest ratio of the time to the floor's (forward; with backward)
+GOALS = {"balanced": (1.10, 1.15), "zipf": (1.20, 1.25)}
+
+
+def measurements(rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name and function of each."""
+    for dtype, routing, load in itertools.product(DTYPES, ROUTINGS, LOADS):
+        bench = LayerBench(dtype=dtype, load=load, rounds=rounds)
+        moe = MoEConfig(routing=routing)
+        yield f"layer {dtype} {routing} {load}", lambda bench=bench, moe=moe: bench_layer(bench, moe).to_dict()
+    for dtype in DTYPES:
+        yield f"peers {dtype}", lambda dtype=dtype: beside_peers(LayerBench(dtype=dtype, rounds=rounds))
+        yield f"model {dtype}", lambda dtype=dtype: whole_model(ModelBench(images=8, dtype=dtype, rounds=rounds))
+        yield f"one image {dtype}", lambda dtype=dtype: whole_model(ModelBench(images=1, dtype=dtype, rounds=rounds))
+    yield "experts bfloat16", lambda: more_experts(LayerBench(dtype="bfloat16", rounds=rounds))
+
+
+def whole_model(bench: ModelBench) -> dict[str, Any]:
+    """A ViT whose last two blocks have experts, beside its parent."""
+    return bench_model(bench, VIT, MoEConfig(layers="last:2", routing="image")).to_dict()
+
+
+def beside_peers(bench: LayerBench) -> dict[str, Any]:
+    """Layers of other libraries with the same forced, balanced token routing, and ours."""
+    case = layer_case(bench, MoEConfig(routing="token"))
+    shape = peers.Shape(bench.dim, bench.hidden, 8)
+    layers = {name: case.layers[name] for name in (*case.floor, "vimoe auto")}
+    macs, notes = dict.fromkeys(layers, float(case.macs)), {}
+    for peer in peers.installed(case.x.device.type):
+        notes[peer.name] = peer.note
+        if case.x.dtype in peer.types:
+            layer = peer.build(shape).to(case.x.device, case.x.dtype)
+            if peer.route is not None:
+                peer.route(layer, case.experts[:, 0])
+            layers[peer.name], macs[peer.name] = layer, peer.macs(shape)
+    whole, timings, beside = replace(case, layers=layers), {}, {}
+    flops = {name: 2 * each * case.x.shape[:2].numel() for name, each in macs.items()}
+    for what, passes in (("forward", 1), ("training", 3)):
+        seconds = layer_seconds(whole, what == "training", bench.rounds)
+        timings[what] = compare(seconds, case.floor, {name: passes * each for name, each in flops.items()})
+        others = {name: taken for name, taken in seconds.items() if name in notes or name == "vimoe auto"}
+        beside[what] = asdict(compare(others, tuple(name for name in others if name in notes), {})[0])
+    done = Benchmark("peers", timings, {}, peak_gemm(case.x.dtype, case.x.device), machine()).to_dict()
+    extra = {"beside": beside, "macs": macs, "notes": notes, "missing": peers.missing()}
+    return {**done, **extra}
+
+
+def more_experts(bench: LayerBench) -> dict[str, Any]:
+    """The optimised forward pass with more and more experts of which a token still passes one."""
+    steps = {}
+    for n in EXPERTS:
+        case = layer_case(bench, MoEConfig(routing="token", num_experts=n))
+        (layer,) = optimised(case.layers, "vimoe auto").values()
+        steps[str(n)] = functools.partial(layer, case.x)
+    with torch.inference_mode():
+        timings = compare(interleaved(steps, bench.rounds), (str(EXPERTS[0]),), {})
+    return Benchmark("experts", {"forward": timings}, {}, peak_gemm(torch.bfloat16, case.x.device), machine()).to_dict()
+
+
+# ---- the page
+
+
+def write_page() -> None:
+    """Puts the tables of all results between the marks of README.md."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    page = HERE / "README.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    write_text(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{rest.partition(END)[2]}")
+
+
+def tables(results: dict[str, dict[str, Any]]) -> str:
+    """All tables that there are results for."""
+    parts = [
+        layer_table({name: r for name, r in results.items() if name.startswith("layer ")}),
+        *(backend_table(name, results[name]) for name in results if name.startswith("layer ") and " token " in name),
+        *(peer_table(name, results[name]) for name in results if name.startswith("peers ")),
+        *(model_table(name, results[name]) for name in results if name.startswith(("model ", "one image "))),
+        *(expert_table(results[name]) for name in results if name.startswith("experts ")),
+        machines(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def layer_table(results: dict[str, dict[str, Any]]) -> str:
+    """Our layer over the floor."""
+    lines = [
+        "### The layer over the floor",
+        "",
+        "| type | routing | load | forward | goal | with backward | goal | kept for backward | forward, optimised |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        _, dtype, routing, load = name.split()
+        forward, training = (_timing(result, what, "vimoe auto") for what in ("forward", "training"))
+        fast = _timing(result, "forward", "vimoe auto, optimised")
+        kept = result["bytes_kept"]["vimoe auto"] / min(result["bytes_kept"].values())
+        goals = [f"{goal:.2f} {_reached(t, goal)}" for t, goal in zip((forward, training), GOALS[load], strict=True)]
+        lines.append(
+            f"| {dtype} | {routing} | {load} | {_ratio(forward)} | {goals[0]} | {_ratio(training)} | {goals[1]} | "
+            f"{kept:.3f} | {_ratio(fast)} |"
+        )
+    return "\n".join(lines) if results else ""
+
+
+def backend_table(name: str, result: dict[str, Any]) -> str:
+    """All contestants of one measurement."""
+    return "\n".join([f"### {name}: every backend", "", *_rows(result)])
+
+
+def peer_table(name: str, result: dict[str, Any]) -> str:
+    """Other libraries' layers, and ours over the fastest of them."""
+    goals = {"forward": 0.75, "training": 0.80}
+    ours = [
+        f"{what} {_ratio(timing)} (goal {goals[what]:.2f} {_reached(timing, goals[what])})"
+        for what, timing in result["beside"].items()
+    ]
+    macs = result["macs"]["vimoe auto"]
+    notes = [
+        f"- {peer}: {result['macs'][peer] / macs:.3f} of our activated multiply-adds; {note}"
+        if peer in result["macs"]
+        else f"- {peer}: does not run in this type; {note}"
+        for peer, note in result["notes"].items()
+    ]
+    absent = f"Not installed: {', '.join(result['missing'])}." if result["missing"] else ""
+    return "\n".join([
+        f"### {name}, token routing, balanced load", "", *_rows(result), "",
+        f"Ours over the fastest peer: {'; '.join(ours)}.", "", *notes, absent,
+    ]).rstrip()  # fmt: skip
+
+
+def model_table(name: str, result: dict[str, Any]) -> str:
+    """A whole model over its dense parent."""
+    words = []
+    for what, goal in (("forward", 1.12), ("training", 1.15)):
+        timing = _timing(result, what, "vimoe")
+        if what == "forward" or not name.startswith("one image"):
+            words.append(f"{what} {_ratio(timing)} (goal {goal:.2f} {_reached(timing, goal)})")
+    fast, slow = (_timing(result, "forward", f"{kind}, optimised") for kind in ("vimoe", "dense"))
+    words.append(f"both optimised {fast['seconds'] / slow['seconds']:.3f} by medians")
+    return "\n".join([f"### {name}: {result['of']}", "", *_rows(result), "", f"ViMoE over dense: {'; '.join(words)}."])
+
+
+def expert_table(result: dict[str, Any]) -> str:
+    """What more experts cost."""
+    timings = result["timings"]["forward"]
+    last = timings[-1]
+    lines = [
+        "### More experts, k 1, 16 x 257 tokens, bfloat16, optimised, forward",
+        "",
+        "| N | ms | over N = 8 |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {t['name']} | {1e3 * t['seconds']:.1f} | {_ratio(t)} |" for t in timings]
+    return "\n".join([*lines, "", f"Goal for N = {last['name']}: 1.30 {_reached(last, 1.30)}."])
+
+
+def machines(results: dict[str, dict[str, Any]]) -> str:
+    """On what all this was measured."""
+    known = sorted({json.dumps(result["machine"], sort_keys=True) for result in results.values()})
+    lines = []
+    for machine_ in map(json.loads, known):
+        lines.append("Machine: " + ", ".join(f"{name} {value}" for name, value in machine_.items()) + ".")
+    return "\n\n".join(lines)
+
+
+def _rows(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| | forward, ms | over the floor | GFLOP/s | with backward, ms | over the floor | GFLOP/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for timing in result["timings"]["forward"]:
+        trained = [t for t in result["timings"].get("training", []) if t["name"] == timing["name"]]
+        cells = [cell for t in (timing, *trained) for cell in (f"{1e3 * t['seconds']:.1f}", _ratio(t), _speed(t))]
+        lines.append("| " + " | ".join([timing["name"], *cells, *[""] * (6 - len(cells))]) + " |")
+    return [*lines, "", f"A plain matrix product reaches {result['peak_gflops']:.0f} GFLOP/s."]
+
+
+def _timing(result: dict[str, Any], what: str, name: str) -> dict[str, Any]:
+    return next(t for t in result["timings"][what] if t["name"] == name)
+
+
+def _ratio(timing: dict[str, Any]) -> str:
+    return f"{timing['ratio']:.3f} [{timing['low']:.3f}, {timing['high']:.3f}]"
+
+
+def _speed(timing: dict[str, Any]) -> str:
+    return "" if timing["gflops"] is None else f"{timing['gflops']:.0f}"
+
+
+def _reached(timing: dict[str, Any], goal: float) -> str:
+    """A goal is met when the interval reaches it."""
+    return "met" if timing["low"] <= goal else "missed"
+
+
+def main() -> None:
+    """Measures what is not there, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", default="*", help="names of measurements, with * for anything")
+    parser.add_argument("--redo", action="store_true", help="measure again what is there")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")  # of other libraries
+    RESULTS.mkdir(exist_ok=True)
+    for name, measure in measurements(args.rounds):
+        file = RESULTS / f"{name}.json"
+        if fnmatch.fnmatch(name, args.only) and (args.redo or not file.exists()):
+            write_json(file, {**measure(), "rounds": args.rounds})
+            print(file, flush=True)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
