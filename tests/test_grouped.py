@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_layer import assert_agrees, make, tokens
@@ -155,14 +157,56 @@ def test_a_backend_that_does_not_exist_is_refused() -> None:
         vimoe.set_backend(make(), "lop")
 
 
-def test_torch_compile_sees_one_graph_and_compiles_once_for_all_loads() -> None:
-    layer = make("mlp", "token", k=1)
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("layout", ["image by class token", "image by mean", "token"])
+def test_torch_compile_sees_one_graph_and_compiles_once_for_all_loads(layout: str, k: int, recorded: bool) -> None:
+    layer = make("mlp", layout, k=k)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    for seed in range(3):
+    loads = set()
+    for seed in range(4):
         x = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-        y = compiled(x)
-        y.sum().backward()
-        torch.testing.assert_close(y, layer(x))
+        exact = x.detach().clone().requires_grad_()
+        with vimoe.record(layer) if recorded else nullcontext([]) as routings:
+            y = compiled(x)
+        loss, exact_y = y.square().sum(), layer(exact)
+        if recorded:
+            (routing,) = routings
+            loss = loss + vimoe.balance_loss(routings)
+            loads.add(tuple(routing.load.tolist()))
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+        layer.zero_grad()
+        with vimoe.record(layer) as routings:
+            exact_loss = layer(exact).square().sum()
+        (exact_loss + (vimoe.balance_loss(routings) if recorded else 0)).backward()
+        torch.testing.assert_close(y, exact_y)
+        torch.testing.assert_close(x.grad, exact.grad)
+        for name, p in layer.named_parameters():
+            torch.testing.assert_close(gradients[name], p.grad)
+        layer.zero_grad()
     assert counter.frame_count == 1
+    assert len(loads) > 1 or not recorded
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "mlp, norm"])
+@pytest.mark.parametrize("layout", ["image by class token", "image by mean", "token"])
+def test_torch_export_keeps_every_expert_and_takes_any_number_of_images(layout: str, ffn: str) -> None:
+    layer = make(ffn, layout, k=2).eval()
+    images = torch.export.Dim("images", min=2, max=64)
+    program = torch.export.export(layer, (tokens(),), dynamic_shapes=({0: images},))
+    for count in (2, 5):
+        torch.testing.assert_close(program.module()(tokens(count)), layer(tokens(count)))
+    assert {name for name, _ in layer.named_parameters()} == set(program.state_dict)
+
+
+def test_another_number_of_images_compiles_once_more_and_then_never() -> None:
+    layer = make("mlp", "token", k=1)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for count in (2, 3, 4, 5, 6):
+        torch.testing.assert_close(compiled(tokens(count)), layer(tokens(count)))
+    assert counter.frame_count == 2

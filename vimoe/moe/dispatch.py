@@ -35,7 +35,7 @@ def dispatch(routing: Routing) -> Dispatch:
     """Sorts the choices by expert. Nothing is copied yet."""
     chosen = routing.experts.flatten()
     order = chosen.argsort(stable=True)
-    home = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    home = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     return Dispatch(order // routing.experts.shape[1], home.view_as(routing.experts), routing.load)
 
 
@@ -101,7 +101,7 @@ def _gradient(
 
 @_sum.register_fake
 def _(y: Tensor, gates: Tensor, home: Tensor, shared: Tensor | None, mix: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    return y.new_empty(len(home), *y.shape[1:]), y.new_empty(*home.shape, *y.shape[1:]) if keep else y.new_empty(0)
+    return y.new_empty(home.shape[0], *y.shape[1:]), y.new_empty(*home.shape, *y.shape[1:]) if keep else y.new_empty(0)
 
 
 @_gradient.register_fake

@@ -78,7 +78,7 @@ class Experts(nn.Module):
         """LayerNorm, with the scale and shift of each place's expert; rounded once, as a LayerNorm is."""
         assert norm.bias is not None
         assert self.kind.norm_eps is not None
-        expert_S = torch.repeat_interleave(load_N, output_size=len(hidden))
+        expert_S = torch.repeat_interleave(load_N, output_size=hidden.shape[0])
         precise = torch.promote_types(hidden.dtype, torch.float32)
         scale, shift = (F.embedding(expert_S, part)[:, None].to(precise) for part in (norm.weight, norm.bias))
         normal = F.layer_norm(hidden.to(precise), (self.kind.hidden,), eps=self.kind.norm_eps)

@@ -187,7 +187,7 @@ _WAYS: dict[str, _Way] = {"loop": _Loop(), "grouped_mm": _GroupedMM(), "bmm": _B
 
 
 def _places(x: Tensor, source: Tensor | None) -> int:
-    return len(x) if source is None else len(source)
+    return x.shape[0] if source is None else source.shape[0]  # no len(): it would fix a size that is dynamic
 
 
 def rows_at(x: Tensor, source: Tensor | None, at: slice = slice(None)) -> Tensor:
@@ -275,14 +275,14 @@ def _(dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor
 
 @_grouped_sum.register_fake
 def _(dy: Tensor, load: Tensor) -> Tensor:
-    return dy.new_empty(len(load), dy.shape[-1])
+    return dy.new_empty(load.shape[0], dy.shape[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, source, load, ctx.backend = inputs
     ctx.bias_type = None if bias is None else bias.dtype
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, source, load)
-    ctx.units = len(x)
+    ctx.units = x.shape[0]
 
 
 def _derive(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -53,7 +53,7 @@ class MoE(nn.Module):
         routing = self.router(x_BTD)
         note(self, routing)
         plan = dispatch(routing)
-        x_RUD = x_BTD.reshape(len(routing.experts), routing.tokens_per_unit, x_BTD.shape[-1])
+        x_RUD = x_BTD.reshape(routing.experts.shape[0], routing.tokens_per_unit, x_BTD.shape[-1])
         y_SUD = self.experts(x_RUD, plan.source, plan.load)
         shared_RUD = None if self.shared is None else self.shared(x_BTD).view(x_RUD.shape)
         mix = self.shared is not None and self.config.combine == "mix"

@@ -93,7 +93,7 @@ class Router(nn.Module):
         preferred_RN = probabilities_RN if self.choice_bias is None else probabilities_RN + self.choice_bias
         if not self.training or self.random_share is None:
             return preferred_RN
-        random_R1 = torch.rand(len(preferred_RN), 1, device=preferred_RN.device) < self.random_share
+        random_R1 = torch.rand(preferred_RN.shape[0], 1, device=preferred_RN.device) < self.random_share
         return torch.where(random_R1, torch.rand_like(preferred_RN), preferred_RN)
 
     def _feature(self, x_BTD: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _scores_gradient(dlogits: Tensor, feature: Tensor, weight: Tensor) -> tuple[
 
 @_scores.register_fake
 def _(feature: Tensor, weight: Tensor) -> Tensor:
-    return weight.new_empty(len(feature), len(weight))
+    return weight.new_empty(feature.shape[0], weight.shape[0])
 
 
 @_scores_gradient.register_fake
