@@ -37,6 +37,7 @@ from vimoe.bench import (
 )
 from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
 from vimoe.files import write_json, write_text
+from vimoe.moe.grouped import BACKENDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -53,10 +54,12 @@ def measurements(rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]
     for dtype, routing, load in itertools.product(DTYPES, ROUTINGS, LOADS):
         bench = LayerBench(dtype=dtype, load=load, rounds=rounds)
         moe = MoEConfig(routing=routing)
-        yield f"layer {dtype} {routing} {load}", lambda bench=bench, moe=moe: bench_layer(bench, moe).to_dict()
+        every = BACKENDS if (routing, load) == ("token", "balanced") else ("auto",)
+        measure = functools.partial(bench_layer, bench, moe, every)
+        yield f"layer {dtype} {routing} {load}", lambda measure=measure: measure().to_dict()
     for dtype in DTYPES:
         yield f"peers {dtype}", lambda dtype=dtype: beside_peers(LayerBench(dtype=dtype, rounds=rounds))
-        yield f"model {dtype}", lambda dtype=dtype: whole_model(ModelBench(images=8, dtype=dtype, rounds=rounds))
+        yield f"model {dtype}", lambda dtype=dtype: whole_model(ModelBench(images=4, dtype=dtype, rounds=rounds))
         yield f"one image {dtype}", lambda dtype=dtype: whole_model(ModelBench(images=1, dtype=dtype, rounds=rounds))
     yield "experts bfloat16", lambda: more_experts(LayerBench(dtype="bfloat16", rounds=rounds))
 
@@ -68,7 +71,7 @@ def whole_model(bench: ModelBench) -> dict[str, Any]:
 
 def beside_peers(bench: LayerBench) -> dict[str, Any]:
     """Layers of other libraries with the same forced, balanced token routing, and ours."""
-    case = layer_case(bench, MoEConfig(routing="token"))
+    case = layer_case(bench, MoEConfig(routing="token"), ["auto"])
     shape = peers.Shape(bench.dim, bench.hidden, 8)
     layers = {name: case.layers[name] for name in (*case.floor, "vimoe auto")}
     macs, notes = dict.fromkeys(layers, float(case.macs)), {}
@@ -95,7 +98,7 @@ def more_experts(bench: LayerBench) -> dict[str, Any]:
     """The optimised forward pass with more and more experts of which a token still passes one."""
     steps = {}
     for n in EXPERTS:
-        case = layer_case(bench, MoEConfig(routing="token", num_experts=n))
+        case = layer_case(bench, MoEConfig(routing="token", num_experts=n), ["auto"])
         (layer,) = optimised(case.layers, "vimoe auto").values()
         steps[str(n)] = functools.partial(layer, case.x)
     with torch.inference_mode():
@@ -118,7 +121,11 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     """All tables that there are results for."""
     parts = [
         layer_table({name: r for name, r in results.items() if name.startswith("layer ")}),
-        *(backend_table(name, results[name]) for name in results if name.startswith("layer ") and " token " in name),
+        *(
+            backend_table(name, results[name])
+            for name in results
+            if name.startswith("layer ") and name.endswith("token balanced")
+        ),
         *(peer_table(name, results[name]) for name in results if name.startswith("peers ")),
         *(model_table(name, results[name]) for name in results if name.startswith(("model ", "one image "))),
         *(expert_table(results[name]) for name in results if name.startswith("experts ")),

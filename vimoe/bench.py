@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from vimoe.errors import ConfigError
 from vimoe.execution import optimize, set_backend
 from vimoe.ffn import macs
 from vimoe.moe import MoE
-from vimoe.moe.grouped import BACKENDS, unfit_for_grouped_mm
+from vimoe.moe.grouped import BACKENDS, Backend, unfit_for_grouped_mm
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.routing import Routing
 from vimoe.runs import versions
@@ -170,7 +170,7 @@ class LayerCase:
     macs: int
 
 
-def layer_case(bench: LayerBench, moe: MoEConfig) -> LayerCase:
+def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = BACKENDS) -> LayerCase:
     """Builds what `bench` asks for.
 
     Raises:
@@ -189,7 +189,7 @@ def layer_case(bench: LayerBench, moe: MoEConfig) -> LayerCase:
     experts_RK = wanted(bench.load, units, moe.num_experts, moe.top_k).to(device)
     x = torch.randn(bench.images, bench.tokens, bench.dim, device=device).to(dtype)
     ours: dict[str, nn.Module] = {}
-    for backend in BACKENDS:
+    for backend in backends:
         layer = MoE(copy.deepcopy(dense), moe, TokenLayout(1, True))
         if backend == "grouped_mm" and unfit_for_grouped_mm(x, layer.experts.fc1.weight):
             continue
@@ -311,9 +311,9 @@ class Benchmark:
         return "\n".join(lines)
 
 
-def bench_layer(bench: LayerBench, moe: MoEConfig) -> Benchmark:
-    """What `vimoe bench layer` shows."""
-    case = layer_case(bench, moe)
+def bench_layer(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = BACKENDS) -> Benchmark:
+    """What `vimoe bench layer` shows; "auto" must be among the backends."""
+    case = layer_case(bench, moe, backends)
     shape = (
         f"{bench.images} x {bench.tokens} tokens, D {bench.dim}, F {bench.hidden}, N {moe.num_experts}, k {moe.top_k}"
     )

@@ -191,7 +191,9 @@ def _places(x: Tensor, source: Tensor | None) -> int:
 
 
 def rows_at(x: Tensor, source: Tensor | None, at: slice = slice(None)) -> Tensor:
-    """The rows of x that stand at these places: a view where x is sorted."""
+    """The rows of x that stand at these places: a view where x is sorted, or where they are one whole image."""
+    if source is not None and at.stop == (at.start or 0) + 1:
+        return x[int(source[at.start or 0])]
     units = x[at] if source is None else x.index_select(0, source[at])
     return units.view(-1, x.shape[-1])
 
