@@ -12,7 +12,7 @@ from vimoe.errors import ConfigError, nearest
 RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
 BenchType = Literal["float32", "bfloat16"]
-Cache = Literal["none", "memory", "disk"]
+Cache = Literal["none", "memory", "disk", "features"]
 Task = Literal["classification", "segmentation"]
 Inference = Literal["slide", "whole"]
 ClassWeights = Literal["none", "median_frequency"]
@@ -166,7 +166,9 @@ class DataConfig:
         images_per_class: train on at most this many images of each class (drawn by `seed`).
         seed: draws the split and the subset.
         skip_unreadable: leave out images that cannot be read, instead of stopping before training.
-        cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache).
+        cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache). Where
+            `TrainConfig.train_only` is "moe", keep the "features" of the frozen blocks, on disk, in place of images.
+        views: of cached features: so many augmented versions of each training image, an epoch each, in turn.
         workers: processes that decode images; by default one a core where a GPU computes and none where the CPU does.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
         interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
@@ -187,6 +189,7 @@ class DataConfig:
     seed: int = 0
     skip_unreadable: bool = False
     cache: Cache = "none"
+    views: int = 4
     workers: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
@@ -198,6 +201,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_range("val_fraction", self.val_fraction, 0.001, 0.9)
         _check_choice("cache", self.cache, get_args(Cache))
+        _check_count("views", self.views, 1)
         _check_choice("task", self.task, get_args(Task))
         _check_choice("inference", self.inference, get_args(Inference))
         if self.crop_pct is not None:

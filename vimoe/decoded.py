@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 
 from vimoe.data import Sample
-from vimoe.errors import DataError, FolderError
+from vimoe.errors import DataError
 from vimoe.files import written_whole
-from vimoe.images import MADE_BY, cache_folder, identity, open_image
+from vimoe.images import MADE_BY, cache_folder, identity, make_cache_folder, open_image
 
 Pixels = NDArray[np.uint8]
 Where = Literal["memory", "disk"]  # `DataConfig.cache`, but "none"
@@ -161,13 +161,7 @@ def _whole(pixels: Path, sizes: Path, total: int) -> bool:
 
 
 def _write(images: Iterator[Pixels], pixels: Path, sizes: Path, total: int) -> None:
-    try:
-        pixels.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FolderError(
-            f"data.cache='disk': {pixels.parent} cannot be made ({error.strerror}); name another folder in "
-            f"XDG_CACHE_HOME, or use data.cache=memory"
-        ) from error
+    make_cache_folder(pixels.parent.name, "disk")
     shapes = []
     with written_whole(pixels) as file:
         for image in _watched(images, total, "disk", lambda: shutil.disk_usage(pixels.parent).free):

@@ -65,6 +65,8 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     problem = problem_of(settings, validation=run.validation())
     check(settings.train, len(problem.data.train))
     model = _model(problem)
+    if settings.data.cache == "features" and (stored := checkpoint.read(run.path)):
+        model.load_state_dict(stored["model"])  # whose trunk the features are of
     return _train(problem, problem.scan(), model, run.path)
 
 
@@ -84,10 +86,14 @@ def _train(problem: Problem, scanned: Scan | SceneScan, model: nn.Module, folder
     write_validation(folder, problem)
     logger.info("%s", scanned)
     converted = [site.name for site in select(sites(model), settings.moe.layers)]
-    summary = train(model, problem.task(model, settings.train), settings.train, folder, converted)
+    task = problem.task(model, settings.train)
+    summary = train(model, task, settings.train, folder, converted)
     _save(problem, model, folder / runs.MODEL)
+    if settings.data.cache == "features":  # what was saved takes images
+        summary["val"] = problem.evaluate(model, problem.deciding(model)).to_dict()
     summary = {
         **summary,
+        **task.facts,
         **problem.limits(model),
         "classes": list(problem.data.classes),
         "scan": scanned.to_dict(),

@@ -241,6 +241,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vimoe"
 
 
+def make_cache_folder(name: str, cache: str) -> Path:
+    """A folder in `cache_folder` for what `DataConfig.cache` keeps. Raises FolderError where it cannot be made."""
+    folder = cache_folder() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"data.cache={cache!r}: {folder} cannot be made ({error.strerror}); name another folder in "
+            f"XDG_CACHE_HOME, or use data.cache=memory"
+        ) from error
+    return folder
+
+
 def _decode(file: BinaryIO) -> Image.Image:
     try:
         with Image.open(file) as opened:

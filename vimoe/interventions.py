@@ -8,7 +8,6 @@ Axes: I images, B images of a batch, V interventions on a layer, U routed units 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from vimoe.evaluate import Batches, batches_of
 from vimoe.moe import MoE, Routing
 from vimoe.segmentation.legend import IGNORE
 from vimoe.segmentation.segmenter import Segmenter
+from vimoe.surgery import block_name
 
 _BROKEN = 1e6  # nats, of an image for which an intervention gives no finite loss
 _ROWS = 512  # images that run through the rest of the model at a time
@@ -243,7 +243,7 @@ def overruled(model: nn.Module, name: str, interventions: Sequence[Intervention]
 
 
 def _block(model: nn.Module, name: str) -> nn.Module:
-    """The block that holds the layer: "blocks.3" of "blocks.3.mlp"."""
-    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
-    assert numbered  # surgery converts nothing else
-    return model.get_submodule(numbered.group())
+    """The block that holds the layer."""
+    inside = block_name(name)
+    assert inside  # surgery converts nothing else
+    return model.get_submodule(inside)

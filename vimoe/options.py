@@ -22,7 +22,8 @@ PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets"
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "classification": (
         "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
-        "data.images_per_class", "data.cache", "data.crop_pct", "data.interpolation", "data.skip_unreadable",
+        "data.images_per_class", "data.cache", "data.views", "data.crop_pct", "data.interpolation",
+        "data.skip_unreadable",
     ),
     "segmentation": (
         "model.decoder", "data.inference", "data.flip_test", "train.min_scale", "train.max_scale", "train.dice_loss",
@@ -36,7 +37,7 @@ class Settings:
     """Everything that a run was told, by section.
 
     Raises:
-        ConfigError: for a setting that the task does not read.
+        ConfigError: for a setting that the task does not read, or that cached features cannot have.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -53,6 +54,28 @@ class Settings:
                         f"{section}.{name}={value!r} with data.task={self.data.task!r}: expected it for {task} alone; "
                         f"leave it out"
                     )
+        self._check_features()
+
+    def _check_features(self) -> None:
+        cache, train = self.data.cache, self.train
+        if cache != "features":
+            if self.data.views != DataConfig().views:
+                raise ConfigError(
+                    f"data.views={self.data.views} with data.cache={cache!r}: expected it with data.cache=features "
+                    f"alone; leave it out"
+                )
+            return
+        if train.train_only != "moe":
+            raise ConfigError(
+                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since features of "
+                f"blocks that are trained do not last; set it, or use data.cache=disk"
+            )
+        for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):
+            if value:
+                raise ConfigError(
+                    f"train.{name}={value:g} with data.cache='features': expected 0, since it mixes pixels; leave it "
+                    f"out, or use data.cache=disk"
+                )
 
 
 class Parser(ArgumentParser):

@@ -18,6 +18,7 @@ from vimoe.config import ModelConfig, TrainConfig
 from vimoe.data import Data, load_data, load_folder
 from vimoe.errors import ConfigError
 from vimoe.evaluate import Score, evaluate, label_names
+from vimoe.features import FeatureCache
 from vimoe.folder import load
 from vimoe.images import image_size
 from vimoe.loading import eval_loader, preprocessing, processes, train_loader
@@ -30,9 +31,9 @@ from vimoe.segmentation.scene_scan import SceneScan, scan_scenes
 from vimoe.segmentation.scenes import Scenes, load_others, load_scenes
 from vimoe.segmentation.score import SceneScore, ceiling
 from vimoe.segmentation.segmenter import Segmenter, create_segmenter
-from vimoe.surgery import vit
+from vimoe.surgery import select, vit
 from vimoe.task import Task, classification
-from vimoe.upcycling import moe_layers
+from vimoe.upcycling import moe_layers, sites
 
 SHOWN = 4  # scenes whose expert maps a report has
 
@@ -73,13 +74,22 @@ class Classification:
         return create(self.settings.model, len(self.data.classes))
 
     def check(self, model: nn.Module) -> None:
-        """Raises DataError for an augmentation that timm does not know."""
+        """Raises VimoeError for an augmentation that timm does not know, or features that cannot be kept."""
         train_loader(self.data.train, preprocessing(model, self.settings.data), self.settings.train, workers=0)
+        if self.settings.data.cache == "features":
+            self._features(model, self.settings.train)
 
     def task(self, model: nn.Module, config: TrainConfig) -> Task:
         """What a training has to know."""
         data = self.settings.data
+        if data.cache == "features":
+            return self._features(model, config).task()
         return classification(self.data, preprocessing(model, data), config, data.workers, data.cache)
+
+    def _features(self, model: nn.Module, config: TrainConfig) -> FeatureCache:
+        data = self.settings.data
+        trained = [site.name for site in select(sites(model), self.settings.moe.layers)]
+        return FeatureCache(model, trained, self.data, preprocessing(model, data), config, data.views, data.workers)
 
     def limits(self, model: nn.Module) -> dict[str, float]:
         """What bounds a score, by name; nothing in a classification."""

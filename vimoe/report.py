@@ -169,6 +169,13 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
             f"test images, which decided nothing.",
             note=True,
         )
+        if features := summary.get("features"):
+            page.text(
+                f"All before {features['before']} was frozen. What it gives for {features['views']} augmented views of "
+                f"each training image was computed once ({features['bytes'] / 1e9:.2f} GB, {features['seconds']:.0f} s "
+                f"besides those above; 0 s where an earlier run had left it) and trained on in place of images.",
+                note=True,
+            )
         if "patch_ceiling" in summary:
             best = f"{100 * summary['patch_ceiling']:.2f}"
             page.text(f"One right label for each patch would reach a mean IoU of {best}% on validation.", note=True)

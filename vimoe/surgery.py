@@ -34,6 +34,12 @@ def vit(model: nn.Module) -> nn.Module:
     return next((m for m in model.modules() if all(hasattr(m, name) for name in says)), model)
 
 
+def block_name(name: str) -> str | None:
+    """The numbered block that a module lies in: "blocks.3" of "blocks.3.mlp"; None outside of all."""
+    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+    return numbered.group() if numbered else None
+
+
 def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[nn.Module], ...] = ()) -> list[Site]:
     """The outermost matching modules that lie inside numbered blocks ("blocks.3.mlp").
 
@@ -58,9 +64,8 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[
             if child in names:
                 raise SurgeryError(f"{name} is the same module as {names[child]}: expected one place for each; untie")
             names[child] = name
-            numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
-            if numbered:
-                block = blocks.setdefault(numbered.group(), len(blocks))
+            if inside := block_name(name):
+                block = blocks.setdefault(inside, len(blocks))
                 sites.append(Site(name, block, child))
 
     visit(model, ())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch.nn.functional as F
 from PIL.Image import Image
@@ -13,9 +13,10 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vimoe.config import Cache, TrainConfig
+from vimoe.config import TrainConfig
 from vimoe.crops import Finish
 from vimoe.data import Data, Sample
+from vimoe.decoded import Where
 from vimoe.evaluate import evaluate
 from vimoe.images import place
 from vimoe.loading import Crops, decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
@@ -47,6 +48,8 @@ class Task:
         prepare: a batch as it was loaded, on the device, to what the model takes and what the loss takes.
         loss: outputs and prepared targets to a scalar.
         evaluate: scores a model on validation, and leaves it in eval mode.
+        forward: a model and what it takes to outputs; the model's own, but for cached features.
+        facts: what summary.json is to say of it.
     """
 
     loader: DataLoader
@@ -55,10 +58,16 @@ class Task:
     prepare: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     evaluate: Callable[[nn.Module], Scored]
+    forward: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def classification(
-    data: Data, prepared: dict[str, Any], config: TrainConfig, workers: int | None = None, cache: Cache = "none"
+    data: Data,
+    prepared: dict[str, Any],
+    config: TrainConfig,
+    workers: int | None = None,
+    cache: Where | Literal["none"] = "none",
 ) -> Task:
     """To name the class of an image: cross-entropy, mixup and cutmix, top-1.
 
@@ -67,7 +76,7 @@ def classification(
         prepared: preprocessing, as `vimoe.loading.preprocessing` gives it.
         config: augmentation and batches.
         workers: processes that decode images, as `DataConfig.workers`.
-        cache: where decoded images are kept, as `DataConfig.cache`.
+        cache: where decoded images are kept, as `DataConfig.cache`; features are `vimoe.features.FeatureCache`'s.
     """
     train: Sequence[Sample] = data.train
     val: Sequence[Sample] = data.val

@@ -160,7 +160,7 @@ class _Steps:
             with self.accelerator.accumulate(self.model):
                 images, targets = self.task.prepare(inputs, targets)
                 with record(self.plain) as routings:
-                    outputs = self.model(images)
+                    outputs = self.task.forward(self.model, images)
                 task = self.task.loss(outputs, targets)
                 extra, parts = auxiliary_losses(routings, self.config)
                 loss = task + extra

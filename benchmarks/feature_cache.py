@@ -1,0 +1,136 @@
+"""What an epoch costs on the cached features of a frozen trunk, beside one on images, and when filling the cache pays.
+
+    python benchmarks/feature_cache.py FOLDER --images 256
+
+FOLDER holds class folders. Three trainings of one upcycled model with random weights (which cost what others do) take
+an epoch each in every round, in turn: "features" (`data.cache: features`), "frozen" (the same layers are trained, and
+the trunk runs without gradient) and "full" (all is trained). The last two have their images decoded in memory, so that
+no decoding counts for the features. An epoch is what the training loop measures of its steps, batches and augmentation
+included; "validation" is the scoring after it. Ratios are taken within a round, and given with their smallest and
+largest. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import vimoe
+from vimoe.config import MoEConfig, TrainConfig
+from vimoe.data import Data, load_folder
+from vimoe.features import FeatureCache
+from vimoe.loading import preprocessing
+from vimoe.runs import versions
+from vimoe.task import Task, classification
+from vimoe.train import train
+
+
+def processor() -> str:
+    """What the system calls it."""
+    info = Path("/proc/cpuinfo")
+    named = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return named[0] if info.exists() and named else platform.processor()
+
+
+def epoch(model: nn.Module, task: Task, config: TrainConfig) -> tuple[float, float]:
+    """Seconds of the training steps of an epoch, and of a validation."""
+    model = copy.deepcopy(model)
+    with tempfile.TemporaryDirectory() as out:
+        trained = [name for name, module in model.named_modules() if isinstance(module, vimoe.MoE)]
+        summary = train(model, task, config, Path(out), trained)
+        with (Path(out) / "metrics.csv").open() as file:
+            rate = float(next(csv.DictReader(file))["images_per_second"])
+    start = time.perf_counter()
+    task.evaluate(model)
+    return summary["train_images"] // config.batch_size * config.batch_size / rate, time.perf_counter() - start
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median of the rounds, and the ends."""
+    return {"median": statistics.median(values), "smallest": min(values), "largest": max(values)}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--layers", default="last:2")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--validation", type=int, default=64)
+    parser.add_argument("--views", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", default="no")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.getLogger("vimoe").setLevel(logging.ERROR)  # after one epoch routers are what they may be
+    classes = tuple(sorted(p.name for p in Path(args.folder).iterdir()))
+    found = load_folder(args.folder, classes)[1]
+    wanted = args.images + args.validation
+    if len(found) < wanted:
+        raise SystemExit(f"{args.folder} has {len(found)} images: expected {wanted}")
+    samples = found[:: len(found) // wanted][:wanted]
+    data = Data(classes, samples[: args.images], samples[args.images :], (), Path(args.folder), split_off=False)
+    torch.manual_seed(0)
+    model = timm.create_model(args.model, img_size=args.img_size, num_classes=len(classes))
+    vimoe.upcycle(model, MoEConfig(layers=args.layers))
+    trained = [name for name, module in model.named_modules() if isinstance(module, vimoe.MoE)]
+    prepared: dict[str, Any] = preprocessing(model)
+    frozen = TrainConfig(epochs=1, warmup_epochs=0, batch_size=args.batch, precision=args.precision, train_only="moe",
+                         tensorboard=False)  # fmt: skip
+    full = replace(frozen, train_only="all")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        on_images = classification(data, prepared, frozen, 0, "memory")
+        on_features = FeatureCache(
+            copy.deepcopy(model), trained, data, prepared, replace(frozen, epochs=args.views), args.views, 0
+        ).task()
+        arms: dict[str, Callable[[], tuple[float, float]]] = {
+            "features": lambda: epoch(model, on_features, frozen),
+            "frozen": lambda: epoch(model, on_images, frozen),
+            "full": lambda: epoch(model, on_images, full),
+        }
+        rounds: list[dict[str, tuple[float, float]]] = []
+        for number in range(args.rounds + 1):
+            measured = {name: arm() for name, arm in arms.items()}
+            print(number, measured, flush=True)
+            rounds.append(measured)
+    rounds = rounds[1:]  # the first is to warm up
+    ratios = {
+        f"features over {other}, {what}": spread([part(r["features"]) / part(r[other]) for r in rounds])
+        for other in ("frozen", "full")
+        for what, part in {"epoch": lambda s: s[0], "validation": lambda s: s[1], "both": sum}.items()
+    }
+    seconds = {name: statistics.median(sum(r[name]) for r in rounds) for name in arms}
+    facts = on_features.facts["features"]
+    result = {
+        **vars(args), "folder": Path(args.folder).name, "blocks": len(model.blocks), "epoch and validation, s": seconds,
+        **ratios, "filling the cache, s": facts["seconds"], "cache, bytes": facts["bytes"],
+        "bytes an image and view": facts["bytes"] / (args.images * args.views + args.validation),
+        "epochs until it has paid": facts["seconds"] / (seconds["frozen"] - seconds["features"]),
+        "processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions(),
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
