@@ -6,8 +6,10 @@ FOLDER holds class folders. Three trainings of one upcycled model with random we
 an epoch each in every round, in turn: "features" (`data.cache: features`), "frozen" (the same layers are trained, and
 the trunk runs without gradient) and "full" (all is trained). The last two have their images decoded in memory, so that
 no decoding counts for the features. An epoch is what the training loop measures of its steps, batches and augmentation
-included; "validation" is the scoring after it. Ratios are taken within a round, and given with their smallest and
-largest. The last line is one JSON object.
+included; "validation" is the scoring after it. "Processor" is the processor time of a training of one epoch, with
+validation, checkpoint and all that it begins and ends with: where other jobs run, it disturbs less than the clock.
+Ratios are taken within a round, and given with their smallest and largest. "Rounding" is the change of the logits of a
+batch when its features are rounded, over the logits (both norms). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vimoe
 from vimoe.config import MoEConfig, TrainConfig
@@ -39,6 +41,7 @@ from vimoe.loading import preprocessing
 from vimoe.runs import versions
 from vimoe.task import Task, classification
 from vimoe.train import train
+from vimoe.trunk import cut_before
 
 
 def processor() -> str:
@@ -48,17 +51,34 @@ def processor() -> str:
     return named[0] if info.exists() and named else platform.processor()
 
 
-def epoch(model: nn.Module, task: Task, config: TrainConfig) -> tuple[float, float]:
-    """Seconds of the training steps of an epoch, and of a validation."""
+def epoch(model: nn.Module, task: Task, config: TrainConfig) -> dict[str, float]:
+    """Seconds of the training steps of an epoch, of a validation, and of the processor for a training of one epoch."""
     model = copy.deepcopy(model)
     with tempfile.TemporaryDirectory() as out:
         trained = [name for name, module in model.named_modules() if isinstance(module, vimoe.MoE)]
+        start = time.process_time()
         summary = train(model, task, config, Path(out), trained)
+        processor_time = time.process_time() - start
         with (Path(out) / "metrics.csv").open() as file:
             rate = float(next(csv.DictReader(file))["images_per_second"])
     start = time.perf_counter()
     task.evaluate(model)
-    return summary["train_images"] // config.batch_size * config.batch_size / rate, time.perf_counter() - start
+    return {
+        "epoch": summary["train_images"] // config.batch_size * config.batch_size / rate,
+        "validation": time.perf_counter() - start,
+        "processor": processor_time,
+    }
+
+
+@torch.no_grad()
+def rounding(model: nn.Module, trained: Sequence[str], images: Tensor) -> dict[str, float]:
+    """What each type of 16 bits does to the logits."""
+    cut = cut_before(model, trained, (images.shape[1], images.shape[2], images.shape[3]))
+    features = cut.trunk(model, images)
+    logits = cut.rest(model, features)
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    rounded = {name: cut.rest(model, features.to(kind).float()) for name, kind in types.items()}
+    return {name: float((each - logits).norm() / logits.norm()) for name, each in rounded.items()}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -101,32 +121,38 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         on_images = classification(data, prepared, frozen, 0, "memory")
+        start = time.process_time()
         on_features = FeatureCache(
             copy.deepcopy(model), trained, data, prepared, replace(frozen, epochs=args.views), args.views, 0
         ).task()
-        arms: dict[str, Callable[[], tuple[float, float]]] = {
+        filling = time.process_time() - start
+        arms: dict[str, Callable[[], dict[str, float]]] = {
             "features": lambda: epoch(model, on_features, frozen),
             "frozen": lambda: epoch(model, on_images, frozen),
             "full": lambda: epoch(model, on_images, full),
         }
-        rounds: list[dict[str, tuple[float, float]]] = []
+        rounds: list[dict[str, dict[str, float]]] = []
         for number in range(args.rounds + 1):
             measured = {name: arm() for name, arm in arms.items()}
             print(number, measured, flush=True)
             rounds.append(measured)
     rounds = rounds[1:]  # the first is to warm up
     ratios = {
-        f"features over {other}, {what}": spread([part(r["features"]) / part(r[other]) for r in rounds])
+        f"features over {other}, {what}": spread([r["features"][what] / r[other][what] for r in rounds])
         for other in ("frozen", "full")
-        for what, part in {"epoch": lambda s: s[0], "validation": lambda s: s[1], "both": sum}.items()
+        for what in ("epoch", "validation", "processor")
     }
-    seconds = {name: statistics.median(sum(r[name]) for r in rounds) for name in arms}
+    seconds = {name: {what: statistics.median(r[name][what] for r in rounds) for what in rounds[0][name]}
+               for name in arms}  # fmt: skip
+    saved = seconds["frozen"]["processor"] - seconds["features"]["processor"]
+    batch = next(iter(on_images.loader))[0]
     facts = on_features.facts["features"]
     result = {
-        **vars(args), "folder": Path(args.folder).name, "blocks": len(model.blocks), "epoch and validation, s": seconds,
-        **ratios, "filling the cache, s": facts["seconds"], "cache, bytes": facts["bytes"],
+        **vars(args), "folder": Path(args.folder).name, "blocks": len(model.blocks), "seconds": seconds,
+        **ratios, "rounding": rounding(model, trained, batch), "filling the cache, processor": filling,
+        "cache, bytes": facts["bytes"],
         "bytes an image and view": facts["bytes"] / (args.images * args.views + args.validation),
-        "epochs until it has paid": facts["seconds"] / (seconds["frozen"] - seconds["features"]),
+        "epochs until it has paid": filling / saved,
         "processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "versions": versions(),
     }  # fmt: skip
     print(json.dumps(result))

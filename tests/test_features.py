@@ -28,7 +28,7 @@ from vimoe.data import Data, load_data
 from vimoe.errors import ConfigError, DataError, FolderError
 from vimoe.evaluate import evaluate
 from vimoe.experiment import resume_training, run_training
-from vimoe.features import FeatureCache, Features, Views, cut_before
+from vimoe.features import FeatureCache, Features, Views
 from vimoe.finished import FinishedRun
 from vimoe.folder import load
 from vimoe.images import cache_folder
@@ -36,6 +36,7 @@ from vimoe.loading import Shuffled, eval_loader, preprocessing
 from vimoe.options import SECTIONS, Settings
 from vimoe.task import classification
 from vimoe.train import train
+from vimoe.trunk import cut_before, digest
 
 FROZEN = {"train_only": "moe", "epochs": 3, "min_crop": 0.5, "hflip": 0.5}
 LAYER = "blocks.2.mlp"
@@ -264,7 +265,7 @@ def test_a_model_built_again_has_the_same_key(family: str) -> None:
     for _ in range(2):
         network = upcycle(vit(family, depth=3), config(layers=[2]))
         (name, *_) = (name for name, module in network.named_modules() if isinstance(module, vimoe.MoE))
-        digests.add(vimoe.features._digest(network, cut_before(network, [name], images(network).shape[1:])))
+        digests.add(digest(network, cut_before(network, [name], images(network).shape[1:])))
     assert len(digests) == 1
 
 

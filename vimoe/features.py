@@ -1,11 +1,8 @@
-"""Features of a frozen trunk, computed once: where only the last blocks train, all before them is a fixed function.
+"""Features of a frozen trunk, computed once: where only the last blocks train, epochs need not run the others.
 
-What the first trained block gets is kept in files of the user's cache, a file for each augmented view of the training
-images, and mapped into memory. The trunk computes as it does in evaluation: stochastic depth and dropout act in the
-blocks after it. No model's forward is written anew: on features a model runs its own, with one black image, whose
-tokens nobody sees because the trunk's blocks hand over the features in the place of what they would compute.
-
-Axes: B images, T tokens, C channels.
+What the first trained block gets is kept in files of the user's cache, one for each augmented view of the training
+images and one for validation, and mapped into memory. The trunk computes as it does in evaluation: stochastic depth and
+dropout act in the blocks after it.
 """
 
 from __future__ import annotations
@@ -15,8 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,119 +20,24 @@ import numpy as np
 import timm
 import torch
 import torchvision
-from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vimoe.config import TrainConfig
 from vimoe.data import Data, Sample
-from vimoe.errors import ConfigError, DataError, FolderError
+from vimoe.errors import DataError, FolderError
 from vimoe.evaluate import evaluate
 from vimoe.files import written_whole
 from vimoe.images import MADE_BY, cache_folder, identity, make_cache_folder, with_progress
 from vimoe.loading import Shuffled, eval_loader, mix, processes
 from vimoe.optim import freeze_all_but
-from vimoe.surgery import block_name, vit
 from vimoe.task import Task, classification
+from vimoe.trunk import Rest, cut_before, digest
 
 STORED = "float16"  # its 11 bits round eight times as finely as bfloat16's 8; its range is looked after
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A place between two blocks of a model and of all its copies.
-
-    Args:
-        blocks: the module that holds the blocks ("blocks").
-        start: the first block after the cut.
-        size: (channels, height, width) of the images.
-    """
-
-    blocks: str
-    start: int
-    size: tuple[int, int, int]
-
-    def trunk(self, model: nn.Module, images: Tensor) -> Tensor:
-        """(B, T, C): what block `start` gets of images (B, *size)."""
-        features: list[Tensor] = []
-
-        def keep(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            features.append(x)
-            return x
-
-        with _instead(self._all(model)[self.start :], keep):
-            model(images)
-        return features[0]
-
-    def rest(self, model: nn.Module, features: Tensor) -> Tensor:
-        """What the model gives for the images that the features (B, T, C) are of."""
-        with self.given(model, features) as black:
-            outputs: Tensor = model(black)
-        return outputs
-
-    @contextmanager
-    def given(self, model: nn.Module, features: Tensor) -> Iterator[Tensor]:
-        """While it holds, the model runs on these features, whatever the image; yields a black one."""
-        with _instead(self._all(model)[: self.start], lambda *_, **__: features):
-            yield features.new_zeros(1, *self.size)
-
-    def names_after(self, model: nn.Module) -> tuple[str, ...]:
-        """What the names of the blocks after the cut begin with."""
-        return tuple(f"{self.blocks}.{i}." for i in range(self.start, len(self._all(model))))
-
-    def _all(self, model: nn.Module) -> list[nn.Module]:
-        return list(model.get_submodule(self.blocks).children())
-
-
-@contextmanager
-def _instead(blocks: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """While it holds, the blocks compute this."""
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = forward
-        yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            del block.forward
-            if own is not None:
-                block.forward = own
-
-
-def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, int]) -> Cut:
-    """The cut before the first block in which one of the named layers is trained.
-
-    Raises:
-        ConfigError: where no block comes before, or the model needs more than what the block before hands over.
-    """
-    places = [(block_name(name) or name).rpartition(".") for name in trained]
-    blocks, start = places[0][0], min(int(number) for *_, number in places)
-    if start == 0:
-        raise ConfigError(
-            f"data.cache='features': {trained[0]} is in the first block and trained: expected frozen blocks before it; "
-            f"use data.cache=disk, or leave the block out of moe.layers"
-        )
-    if any(isinstance(module, PatchDropout) and module.prob for module in model.modules()):
-        raise ConfigError("data.cache='features' keeps all patches: expected no patch_drop_rate in model.args")
-    cut = Cut(blocks, start, size)
-    weight, inner = next(model.parameters()), vit(model)
-    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    model.eval()
-    with torch.no_grad():
-        expected = inner.forward_features(images)  # type: ignore[operator]
-        features = cut.trunk(model, images)
-        with cut.given(model, features) as black:
-            found = inner.forward_features(black)  # type: ignore[operator]
-    tolerance = 1e-3 * expected.abs().max().item()
-    if found.shape != expected.shape or not torch.allclose(found, expected, atol=tolerance, equal_nan=True):
-        raise ConfigError(
-            f"data.cache='features': {type(inner).__name__} does not compute the same from what {blocks}.{start} gets: "
-            f"expected a ViT whose blocks pass on tokens alone; use data.cache=disk"
-        )
-    return cut
 
 
 class Features(Dataset):
@@ -214,7 +115,7 @@ class FeatureCache:
         train_images, val_images = (_digest_of_images(samples) for samples in (data.train, data.val))
         common = (
             f"{MADE_BY}, timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}, "
-            f"{self.device.type} {config.precision} {STORED} {sorted(prepared.items())} {_digest(model, self.cut)}"
+            f"{self.device.type} {config.precision} {STORED} {sorted(prepared.items())} {digest(model, self.cut)}"
         )
         dataset: Any = self.pixels.loader.dataset
         # the policy is named because its transforms do not tell all of it
@@ -254,7 +155,7 @@ class FeatureCache:
         )  # fmt: skip
         return replace(
             self.pixels, loader=loader, prepare=lambda features, labels: (features.float(), labels), forward=cut.rest,
-            evaluate=lambda model: evaluate(_Rest(model, cut), val),
+            evaluate=lambda model: evaluate(Rest(model, cut), val),
             facts={"features": {"before": before, "views": len(self.train), "bytes": total, "seconds": seconds}},
         )  # fmt: skip
 
@@ -312,39 +213,8 @@ class FeatureCache:
             return self.cut.trunk(model, images.to(self.device, next(model.parameters()).dtype))
 
 
-class _Rest(nn.Module):
-    """A model that takes features in the place of images."""
-
-    def __init__(self, model: nn.Module, cut: Cut) -> None:
-        super().__init__()
-        self.model, self.cut = model, cut
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.cut.rest(self.model, features)
-
-
 def _digest_of_images(samples: Sequence[Sample]) -> str:
-    digest = hashlib.blake2b(digest_size=12)
+    hashed = hashlib.blake2b(digest_size=12)
     for source, _ in samples:
-        digest.update(identity(source))
-    return digest.hexdigest()
-
-
-def _digest(model: nn.Module, cut: Cut) -> str:
-    """Of all that is frozen and not after the cut: weights, buffers, and what else modules are told (heads, epsilons).
-
-    What is trained is left out, so a training that goes on finds the features that it began with.
-    """
-    digest = hashlib.blake2b(digest_size=12)
-    after = cut.names_after(model)
-    for name, module in model.named_modules():
-        if not f"{name}.".startswith(after):
-            told = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
-            told = {key: value for key, value in told.items() if not key.startswith("_") and key != "training"}
-            digest.update(f"{name} {type(module).__name__} {sorted(told.items())}".encode())
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(after) and name not in trained:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        hashed.update(identity(source))
+    return hashed.hexdigest()
