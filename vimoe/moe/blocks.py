@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ELEMENTS = 2**16  # for each thread: a few tensors of so many float32 fit in the cache of a core
+ELEMENTS = 2**17  # for each thread: half a megabyte of float32, of which a few fit in the caches that a core has
 
 
 def blocks(like: Tensor) -> Iterator[slice]:
