@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vimoe.errors import ConfigError
 
@@ -301,3 +302,14 @@ def _derive(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _product.register_autograd(_derive, setup_context=_keep)
+
+
+@register_flop_formula([torch.ops.vimoe.grouped_linear, torch.ops.vimoe.grouped_linear_input_gradient])
+def _flops(rows: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """For torch's counter: of x and y, or of dy and dx, those that stand sorted by expert tell the number of rows."""
+    return 2 * max(rows[:2].numel(), out_shape[:2].numel()) * weight[1:].numel()
+
+
+@register_flop_formula(torch.ops.vimoe.grouped_linear_weight_gradient)
+def _weight_flops(dy: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    return 2 * dy[:2].numel() * out_shape[1:].numel()

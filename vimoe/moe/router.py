@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from vimoe.config import MoEConfig
 from vimoe.errors import VimoeError
@@ -156,3 +157,13 @@ _scores.register_autograd(
     lambda ctx, dlogits: _scores_gradient(dlogits, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
+
+
+@register_flop_formula(torch.ops.vimoe.scores)
+def _flops(feature: torch.Size, weight: torch.Size, **_: Any) -> int:
+    return 2 * feature[0] * weight.numel()
+
+
+@register_flop_formula(torch.ops.vimoe.scores_gradient)
+def _gradient_flops(dlogits: torch.Size, feature: torch.Size, weight: torch.Size, **_: Any) -> int:
+    return 4 * feature[0] * weight.numel()
