@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 from test_layer import FFNS, make, tokens
-from tiny import FAMILIES, perturb_experts, vit
+from tiny import FAMILIES, images, perturb_experts, randomise, vit
 from torch import nn
 
 import vimoe
 from vimoe.moe.packed import PackedExperts, PackedLinear, can_pack
+from vimoe.segmentation.segmenter import Segmenter
 
 packs = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this build of torch packs nothing")
 
@@ -63,6 +64,14 @@ def test_every_family_of_models_does(family: str, routing: str, dtype: torch.dty
         pytest.skip("this family routes no images")
     size = timm.models.get_model_input_config(model)["input_size"]
     both(model, torch.randn(3, *size, generator=torch.Generator().manual_seed(0)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_segmenter_does(dtype: torch.dtype | None) -> None:
+    backbone = vit(num_classes=0, dynamic_img_size=True)
+    model = randomise(Segmenter(backbone, 3), seed=1, scale=0.3).eval()
+    model = perturb_experts(vimoe.upcycle(model, vimoe.MoEConfig(layers="last:1", num_experts=4, routing="token")))
+    both(model, images(backbone), dtype)
 
 
 @packs
