@@ -142,6 +142,8 @@ def test_the_verb_prints_what_json_holds(what: str, capsys: pytest.CaptureFixtur
         (["layer", "--bench.images", "0"], "images"),
         (["layer", "--moe.num_experts", "0", "--moe.num_shared_experts", "2"], "expected experts"),
         (["layer", "--bench.load", "zip"], "zipf"),
+        (["model", "--moe.layers", "none"], "expected MoE layers"),
+        (["model", "--moe.num_experts", "0", "--moe.num_shared_experts", "2"], "expected MoE layers"),
         (["model", "--bench.tokens", "9"], "unknown option"),
     ],
 )

@@ -28,6 +28,7 @@ from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
 from vimoe.errors import ConfigError
 from vimoe.execution import optimize, set_backend
 from vimoe.ffn import macs
+from vimoe.images import with_progress
 from vimoe.moe import MoE
 from vimoe.moe.grouped import BACKENDS, Backend, unfit_for_grouped_mm
 from vimoe.moe.router import TokenLayout
@@ -65,11 +66,19 @@ class Timing:
         )
 
 
-def interleaved(contestants: Contestants, rounds: int, warmup: int = 2) -> dict[str, np.ndarray]:
-    """Seconds of each contestant in each round, (rounds,). The order changes from round to round."""
+def interleaved(contestants: Contestants, rounds: int, warmup: int = 2, what: str = "") -> dict[str, np.ndarray]:
+    """Seconds of each contestant in each round, (rounds,). The order changes from round to round.
+
+    Args:
+        contestants: functions by name.
+        rounds: of which each contestant runs once.
+        warmup: rounds before them, which are not timed.
+        what: a name for the bar that shows progress; without one there is none.
+    """
     seconds = {name: np.empty(rounds) for name in contestants}
     order = np.random.default_rng(0)
-    for turn in range(-warmup, rounds):
+    turns = range(-warmup, rounds)
+    for turn in with_progress(turns, what, len(turns)) if what else turns:
         for name in order.permutation(list(contestants)):
             start = time.perf_counter()
             contestants[name]()
@@ -207,7 +216,7 @@ def layer_seconds(case: LayerCase, training: bool, rounds: int) -> dict[str, np.
     dy = torch.randn_like(case.x)
     layers = case.layers if training else case.layers | optimised(case.layers, case.floor[0], "vimoe auto")
     steps = {name: _step(layer, (x,), training, lambda y: y.backward(dy)) for name, layer in layers.items()}
-    return interleaved(steps, rounds)
+    return interleaved(steps, rounds, what="training" if training else "forward")
 
 
 def time_layers(case: LayerCase, training: bool, rounds: int) -> list[Timing]:
@@ -238,11 +247,18 @@ def time_models(
     flops = {name: 2.0 * (3 if training else 1) * len(images) * count(model).macs for name, model in models.items()}
     contestants = models if training else {**models, **optimised(models, *models)}
     steps = {name: _step(model, (images,), training, descend) for name, model in contestants.items()}
-    return compare(interleaved(steps, rounds), (floor,), flops)
+    return compare(interleaved(steps, rounds, what="training" if training else "forward"), (floor,), flops)
 
 
 def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[dict[str, nn.Module], Tensor]:
-    """The dense parent and the ViMoE made of it, with random weights, and images for both."""
+    """The dense parent and the ViMoE made of it, with random weights, and images for both.
+
+    Raises:
+        ConfigError: where no layer would become sparse.
+    """
+    if moe.layers == "none" or not moe.num_experts:
+        setting = f"moe.layers={moe.layers!r}" if moe.num_experts else "moe.num_experts=0"
+        raise ConfigError(f"{setting}: expected MoE layers to time beside the dense model; leave it out")
     torch.manual_seed(0)
     dtype, device = getattr(torch, bench.dtype), _device()
     dense = create(replace(model, pretrained=False)).to(device, dtype)

@@ -242,7 +242,7 @@ def bench(verb: str, argv: list[str]) -> Result:
     """
     what = argv[0] if argv and not argv[0].startswith("-") else None
     if what not in ("layer", "model") and argv[:1] not in (["-h"], ["--help"]):
-        raise ConfigError(f"vimoe bench {what or ''}: expected layer or model, such as vimoe bench layer")
+        raise ConfigError(f"bench {what or 'of nothing'}: expected layer or model, such as vimoe bench layer")
     parser = _parser(verb)
     if what == "model":
         parser.add_sections("model", "moe")
