@@ -84,12 +84,18 @@ def test_what_products_read_is_packed_and_activations_go_with_them() -> None:
 
 
 @packs
-def test_what_is_optimised_is_not_optimised_again_nor_saved(tmp_path: Path) -> None:
-    model = vimoe.optimize(vit())
-    with pytest.raises(vimoe.VimoeError, match="optimised already"):
-        vimoe.optimize(model)
-    with pytest.raises(vimoe.VimoeError, match="before vimoe.optimize"):
-        vimoe.save(model, tmp_path / "model")
+def test_what_is_optimised_can_only_be_run(tmp_path: Path) -> None:
+    model = vimoe.optimize(vimoe.upcycle(vit(), vimoe.MoEConfig(layers="last:1", num_experts=4)))
+    config = vimoe.MoEConfig(layers=[0])
+    for refused in (
+        lambda: vimoe.optimize(model),
+        lambda: vimoe.set_backend(model, "loop"),
+        lambda: vimoe.save(model, tmp_path / "model"),
+        lambda: vimoe.densify(model),
+        lambda: vimoe.upcycle(model, config),
+    ):
+        with pytest.raises(vimoe.VimoeError, match="only be run"):
+            refused()
     assert not (tmp_path / "model").exists()
 
 

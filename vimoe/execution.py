@@ -10,7 +10,7 @@ from torch import nn
 
 from vimoe.errors import ConfigError, nearest
 from vimoe.moe.grouped import BACKENDS, Backend
-from vimoe.moe.packed import PackedExperts, PackedLinear, can_pack, is_packed
+from vimoe.moe.packed import PackedExperts, PackedLinear, can_pack, check_not_packed
 from vimoe.upcycling import moe_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,7 +27,9 @@ def set_backend(model: Model, backend: Backend) -> Model:
 
     Raises:
         ConfigError: for another name.
+        VimoeError: for an optimised model.
     """
+    check_not_packed(model)
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r}: {nearest(backend, BACKENDS)}")
     for layer in moe_layers(model).values():
@@ -36,7 +38,7 @@ def set_backend(model: Model, backend: Backend) -> Model:
 
 
 def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool = False) -> nn.Module:
-    """Makes a model, dense or with MoE layers, fast for inference, in place; it can no longer be trained or saved.
+    """Makes a model, dense or with MoE layers, fast for inference, in place; it can then only be run.
 
     On a CPU the matrices of FFNs, experts and attention are packed once in the order in which products read them, and
     activations computed with the product before them. Routers keep their float32 weights, so that in another type, too,
@@ -51,12 +53,12 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
         The model, with `compile` inside of torch.compile's module.
 
     Raises:
-        ConfigError: for a dtype that is no floating point type, or a model that is optimised already.
+        ConfigError: for a dtype that is no floating point type.
+        VimoeError: for a model that is optimised already.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ConfigError(f"dtype {dtype}: expected a floating point type, such as torch.bfloat16")
-    if is_packed(model):
-        raise ConfigError("the model is optimised already: expected one as vimoe.load gives it")
+    check_not_packed(model)
     model.eval().requires_grad_(False)
     if dtype is not None:
         _cast(model, dtype)

@@ -27,7 +27,7 @@ from vimoe.accounting import model_input_size
 from vimoe.config import MoEConfig
 from vimoe.errors import FolderError, VimoeError, first_line
 from vimoe.moe import MoE
-from vimoe.moe.packed import is_packed
+from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.segmenter import Segmenter
 from vimoe.surgery import vit
 from vimoe.upcycling import sites, upcycle
@@ -56,15 +56,14 @@ def save(
         overwrite: replace a folder that is there.
 
     Raises:
-        FolderError: where the folder is there already, or would not rebuild the model, or the model is optimised;
-            nothing is left behind.
+        FolderError: where the folder is there already, or would not rebuild the model; nothing is left behind.
+        VimoeError: for an optimised model.
     """
     path = Path(path)
     model = getattr(model, "_orig_mod", model)  # the model inside of torch.compile's
     if path.exists() and not overwrite:
         raise FolderError(f"{path} is there already: expected a new folder; use another name or overwrite=True")
-    if is_packed(model):
-        raise FolderError("the model is optimised and has no weights to save: expected one before vimoe.optimize")
+    check_not_packed(model)
     if not hasattr(model, "pretrained_cfg"):
         raise FolderError(f"{type(model).__name__} was not built by timm.create_model, which notes how to rebuild it")
     if label_names is not None and len(label_names) != model.num_classes:

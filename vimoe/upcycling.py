@@ -17,6 +17,7 @@ from vimoe.accounting import Cost, count, meta_copy, meta_images
 from vimoe.config import MoEConfig
 from vimoe.errors import SurgeryError, first_line
 from vimoe.moe import MoE
+from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
 from vimoe.surgery import Site
 
@@ -80,7 +81,9 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
 
     Raises:
         SurgeryError: where a block cannot be converted; the model is as it was.
+        VimoeError: for an optimised model.
     """
+    check_not_packed(model)
     surgery.swap(model, _replacements(model, config))
     if config.router_is_blind and config.layers != "none":
         warnings.warn(
@@ -112,7 +115,9 @@ def densify(
 
     Raises:
         SurgeryError: where no MoE layer is named, or one has no shared expert to keep; nothing was changed.
+        VimoeError: for an optimised model.
     """
+    check_not_packed(model)
     if how not in HOW:
         raise SurgeryError(f"how={how!r}: expected {' or '.join(map(repr, HOW))}")
     chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]

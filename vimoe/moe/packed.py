@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vimoe.errors import VimoeError
 from vimoe.moe.experts import Experts
 from vimoe.moe.grouped import experts_with_units, rows_at
 
@@ -23,9 +24,12 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def is_packed(model: nn.Module) -> bool:
-    """Whether there are packed weights in the model."""
-    return any(isinstance(module, (PackedLinear, PackedExperts)) for module in model.modules())
+def check_not_packed(model: nn.Module) -> None:
+    """Raises VimoeError for a model with packed weights, which can only be run."""
+    if any(isinstance(module, (PackedLinear, PackedExperts)) for module in model.modules()):
+        raise VimoeError(
+            "the model went through vimoe.optimize and can only be run: expected one as vimoe.load gives it; load it anew"
+        )
 
 
 class PackedLinear(nn.Module):
