@@ -28,7 +28,7 @@ def check_not_packed(model: nn.Module) -> None:
     """Raises VimoeError for a model with packed weights, which can only be run."""
     if any(isinstance(module, (PackedLinear, PackedExperts)) for module in model.modules()):
         raise VimoeError(
-            "the model went through vimoe.optimize and can only be run: expected one as vimoe.load gives it; load it anew"
+            "the model went through vimoe.optimize and can only be run: expected one as vimoe.load gives it"
         )
 
 
