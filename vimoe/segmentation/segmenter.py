@@ -146,20 +146,6 @@ class Segmenter(nn.Module):
         palette = self.palette and [list(colour) for colour in self.palette]
         return {"classes": self.num_classes, "decoder": self.decoder_name, "crop": list(self.crop), "palette": palette}
 
-    def padded(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that images of this size are padded to: whole patches."""
-        embed: Any = self.backbone.patch_embed
-        if getattr(self.backbone, "dynamic_img_size", False):
-            patch_h, patch_w = embed.patch_size
-            return -(-height // patch_h) * patch_h, -(-width // patch_w) * patch_w
-        most_h, most_w = embed.img_size
-        if height > most_h or width > most_w:
-            raise VimoeError(
-                f"images of {height}x{width} for a ViT of fixed size: expected at most {most_h}x{most_w}; create it "
-                f"with dynamic_img_size=True, or infer by windows"
-            )
-        return most_h, most_w
-
 
 def create_segmenter(
     config: ModelConfig,
