@@ -91,6 +91,16 @@ def test_layers_are_routed_as_asked_and_compute_in_the_type(routing: str) -> Non
         torch.testing.assert_close(y, side_by_side.ffns[0](case.x), rtol=0.02, atol=0.002)
 
 
+def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
+    case = layer_case(replace(SMALL, precision="bf16"), MoEConfig(routing="token"))
+    seen: dict[str, torch.dtype] = {}
+    for name, layer in case.layers.items():
+        layer.register_forward_hook(lambda module, args, y, name=name: seen.update({name: y.dtype}))
+    layer_seconds(case, training=True, rounds=1)
+    assert seen == dict.fromkeys(case.layers, torch.bfloat16)
+    assert {p.grad.dtype for layer in case.layers.values() for p in layer.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("routing", ["image", "token"])
@@ -114,12 +124,13 @@ def test_a_model_and_its_parent_compute_the_same() -> None:
     torch.testing.assert_close(models["vimoe"].eval()(images), models["dense"].eval()(images))
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("what", ["layer", "model"])
-def test_the_verb_prints_what_json_holds(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_prints_what_json_holds(what: str, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     of_layer = ["--bench.tokens", "8", "--bench.dim", "16", "--bench.hidden", "32"]
     of_model = ["--model.name", "vit_tiny_patch16_224", "--model.img_size", "32", "--model.args", "{depth: 2}"]
     options = of_layer if what == "layer" else [*of_model, "--moe.layers", "last:1"]
-    argv = ["bench", what, *options, "--bench.images", "2", "--bench.rounds", "2"]
+    argv = ["bench", what, *options, "--bench.images", "2", "--bench.rounds", "2", "--bench.precision", precision]
     assert cli.main([*argv, "--json"]) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (
@@ -130,6 +141,8 @@ def test_the_verb_prints_what_json_holds(what: str, capsys: pytest.CaptureFixtur
     names = [timing["name"] for timing in done["timings"]["training"]]
     assert ("vimoe auto" if what == "layer" else "vimoe") in names
     assert all(t["low"] <= t["ratio"] <= t["high"] for t in done["timings"]["forward"])
+    assert any("optimised" in t["name"] for t in done["timings"]["forward"]) == (precision == "no")
+    assert ("autocast" in done["of"]) == (precision == "bf16")
     assert cli.main(argv) == 0
     assert all(name in capsys.readouterr().out for name in names[:1])
 
@@ -142,6 +155,7 @@ def test_the_verb_prints_what_json_holds(what: str, capsys: pytest.CaptureFixtur
         (["layer", "--bench.images", "0"], "images"),
         (["layer", "--moe.num_experts", "0", "--moe.num_shared_experts", "2"], "expected experts"),
         (["layer", "--bench.load", "zip"], "zipf"),
+        (["layer", "--bench.precision", "bf16", "--bench.dtype", "bfloat16"], "leave one of them out"),
         (["model", "--moe.layers", "none"], "expected MoE layers"),
         (["model", "--moe.num_experts", "0", "--moe.num_shared_experts", "2"], "expected MoE layers"),
         (["model", "--bench.tokens", "9"], "unknown option"),

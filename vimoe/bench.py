@@ -170,6 +170,7 @@ class LayerCase:
         layers: by name; all are in `x`'s type and on its device.
         floor: names of those that do the activated arithmetic without any routing.
         macs: activated multiply-adds of one token.
+        autocast: whether the layers compute under autocast.
     """
 
     x: Tensor
@@ -177,6 +178,7 @@ class LayerCase:
     layers: dict[str, nn.Module]
     floor: tuple[str, ...]
     macs: int
+    autocast: bool = False
 
 
 def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = BACKENDS) -> LayerCase:
@@ -204,7 +206,7 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
             continue
         steer(layer, experts_RK)
         ours[f"vimoe {backend}"] = set_backend(layer, backend)
-    return LayerCase(x, experts_RK, {**floor, **ours}, tuple(floor), times * macs(dense))
+    return LayerCase(x, experts_RK, {**floor, **ours}, tuple(floor), times * macs(dense), bench.precision != "no")
 
 
 def layer_seconds(case: LayerCase, training: bool, rounds: int) -> dict[str, np.ndarray]:
@@ -213,9 +215,12 @@ def layer_seconds(case: LayerCase, training: bool, rounds: int) -> dict[str, np.
     Forward, our layer and a floor run in their optimised form too.
     """
     x = case.x.clone().requires_grad_(training)
-    dy = torch.randn_like(case.x)
-    layers = case.layers if training else case.layers | optimised(case.layers, case.floor[0], "vimoe auto")
-    steps = {name: _step(layer, (x,), training, lambda y: y.backward(dy)) for name, layer in layers.items()}
+    dy = torch.randn_like(case.x, dtype=torch.bfloat16 if case.autocast else None)
+    fast = {} if training or case.autocast else optimised(case.layers, case.floor[0], "vimoe auto")
+    layers = case.layers | fast
+    steps = {
+        name: _step(layer, (x,), training, case.autocast, lambda y: y.backward(dy)) for name, layer in layers.items()
+    }
     return interleaved(steps, rounds, what="training" if training else "forward")
 
 
@@ -229,14 +234,15 @@ def time_layers(case: LayerCase, training: bool, rounds: int) -> list[Timing]:
 def layer_memory(case: LayerCase) -> dict[str, int]:
     """Bytes that each layer keeps for its backward pass."""
     x = case.x.clone().requires_grad_()
-    return {
-        name: activations(lambda layer=layer: layer.train()(x), [x, *layer.parameters()])  # type: ignore[misc]
-        for name, layer in case.layers.items()
-    }
+    with _computing(case.autocast):
+        return {
+            name: activations(lambda layer=layer: layer.train()(x), [x, *layer.parameters()])  # type: ignore[misc]
+            for name, layer in case.layers.items()
+        }
 
 
 def time_models(
-    models: Mapping[str, nn.Module], floor: str, images: Tensor, training: bool, rounds: int
+    models: Mapping[str, nn.Module], floor: str, images: Tensor, training: bool, rounds: int, autocast: bool = False
 ) -> list[Timing]:
     """Whole models in the same way; the loss is the cross-entropy, and no optimiser steps."""
     labels = torch.arange(len(images), device=images.device)
@@ -245,8 +251,8 @@ def time_models(
         nn.functional.cross_entropy(logits, labels % logits.shape[-1]).backward()
 
     flops = {name: 2.0 * (3 if training else 1) * len(images) * count(model).macs for name, model in models.items()}
-    contestants = models if training else {**models, **optimised(models, *models)}
-    steps = {name: _step(model, (images,), training, descend) for name, model in contestants.items()}
+    contestants = models if training or autocast else {**models, **optimised(models, *models)}
+    steps = {name: _step(model, (images,), training, autocast, descend) for name, model in contestants.items()}
     return compare(interleaved(steps, rounds, what="training" if training else "forward"), (floor,), flops)
 
 
@@ -273,18 +279,35 @@ def optimised(modules: Mapping[str, nn.Module], *names: str) -> dict[str, nn.Mod
     return {f"{name}, optimised": optimize(copy.deepcopy(modules[name])) for name in names}
 
 
-def _step(module: nn.Module, inputs: tuple[Tensor, ...], training: bool, backward: Callable[[Tensor], None]) -> Any:
+def _step(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    training: bool,
+    autocast: bool,
+    backward: Callable[[Tensor], None],
+) -> Callable[[], None]:
     def forward() -> None:
-        with torch.no_grad():  # no inference mode: layers that keep tensors could not be trained after it
+        with torch.no_grad(), _computing(autocast):  # no inference mode: what a layer keeps could not be trained then
             module(*inputs)
 
     def step() -> None:
         for tensor in (*inputs, *module.parameters()):
             tensor.grad = None
-        backward(module(*inputs))
+        with _computing(autocast):
+            result = module(*inputs)
+        backward(result)
 
     module.train(training)
     return step if training else forward
+
+
+def _computing(autocast: bool) -> torch.autocast:
+    return torch.autocast(_device().type, torch.bfloat16, enabled=autocast)
+
+
+def _type_of_products(bench: ModelBench) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, bench.dtype) if bench.precision == "no" else torch.bfloat16
+    return dtype
 
 
 def _device() -> torch.device:
@@ -334,10 +357,10 @@ def bench_layer(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] =
         f"{bench.images} x {bench.tokens} tokens, D {bench.dim}, F {bench.hidden}, N {moe.num_experts}, k {moe.top_k}"
     )
     return Benchmark(
-        of=f"{shape}, {moe.num_shared_experts} shared, {moe.routing} routing, {bench.load} load, {bench.dtype}",
+        of=f"{shape}, {moe.num_shared_experts} shared, {moe.routing} routing, {bench.load} load, {bench.words}",
         timings={name: time_layers(case, name == "training", bench.rounds) for name in ("forward", "training")},
         bytes_kept=layer_memory(case),
-        peak_gflops=peak_gemm(case.x.dtype, case.x.device),
+        peak_gflops=peak_gemm(_type_of_products(bench), case.x.device),
         machine=machine(),
     )
 
@@ -346,13 +369,13 @@ def bench_model(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> Benchm
     """What `vimoe bench model` shows."""
     models, images = model_case(bench, model, moe)
     return Benchmark(
-        of=f"{model.name}, {moe.routing} routing, {bench.images} images of {tuple(images.shape[1:])}, {bench.dtype}",
+        of=f"{model.name}, {moe.routing} routing, {bench.images} images of {tuple(images.shape[1:])}, {bench.words}",
         timings={
-            name: time_models(models, "dense", images, name == "training", bench.rounds)
+            name: time_models(models, "dense", images, name == "training", bench.rounds, bench.precision != "no")
             for name in ("forward", "training")
         },
         bytes_kept={},
-        peak_gflops=peak_gemm(images.dtype, images.device),
+        peak_gflops=peak_gemm(_type_of_products(bench), images.device),
         machine=machine(),
     )
 

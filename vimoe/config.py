@@ -376,11 +376,14 @@ class ModelBench:
     Args:
         images: of a batch.
         dtype: of weights and images.
+        precision: "bf16" computes under autocast, as `TrainConfig.precision`, with weights in float32; what
+            `vimoe.optimize` makes, of one type, is then left out.
         rounds: in each of them every contestant runs once.
     """
 
     images: int = 16
     dtype: BenchType = "float32"
+    precision: Literal["no", "bf16"] = "no"
     rounds: int = 30
 
     def __post_init__(self) -> None:
@@ -388,6 +391,17 @@ class ModelBench:
             if isinstance(value := getattr(self, field_.name), int):
                 _check_count(field_.name, value, 1)
         _check_choice("dtype", self.dtype, get_args(BenchType))
+        _check_choice("precision", self.precision, ("no", "bf16"))
+        if self.precision != "no" and self.dtype != "float32":
+            raise ConfigError(
+                f"precision={self.precision!r} with dtype={self.dtype!r}: expected dtype='float32', the weights' type "
+                f"under autocast; leave one of them out"
+            )
+
+    @property
+    def words(self) -> str:
+        """In which type it computes."""
+        return self.dtype if self.precision == "no" else "bfloat16 autocast of float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,7 +409,7 @@ class LayerBench(ModelBench):
     """What `vimoe bench layer` times.
 
     Args:
-        images, dtype, rounds: as for a model.
+        images, dtype, precision, rounds: as for a model.
         tokens: of an image.
         dim: channels.
         hidden: hidden units of an FFN.
