@@ -1,6 +1,4 @@
-"""The MoE layers of other libraries in the shape of ours, for a layer benchmark to time; here they are only checked.
-
-    python benchmarks/peers.py
+"""The MoE layers of other libraries in the shape of ours, for speed.py to time and check_peers.py to check.
 
 Axes: B images, T tokens of an image, D channels, F hidden units, N experts, k of them for a token.
 
@@ -8,10 +6,6 @@ Each is a map of (B, T, D) with N experts and one shared expert, and with as man
 the library allows it; `Peer.note` says what differs. A gated FFN has three matrices, so its width is 2/3 F. Absent are
 scattermoe, tutel and fastmoe, which the package index that was tried did not have; megablocks, whose source does not
 install without an NVIDIA driver; and transformers' "batched_mm", because it copies an expert for each token.
-
-The script builds every peer that is installed and runs it forward and backward in each type; compares it with our
-layer where both compute the same function, with the router as it is; forces the routing and looks where tokens went.
-It prints a table and exits with 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -20,16 +14,14 @@ import functools
 import importlib
 import importlib.metadata
 import os
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, SwiGLU
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vimoe.config import MoEConfig
 from vimoe.errors import VimoeError, first_line
@@ -144,16 +136,6 @@ def force(gate: nn.Module, wanted: Tensor, like: Tensor) -> None:
     gate.register_forward_pre_hook(lambda module, args: (rows.view(args[0].shape), *args[1:]))
 
 
-def loads(peer: Peer, layer: nn.Module, x_BTD: Tensor) -> Tensor:
-    """(N,) tokens that each expert computes of these; what is missing from k * B * T was dropped."""
-    seen: list[Any] = []
-    handle = layer.gate.register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad():
-        layer(x_BTD)
-    handle.remove()
-    return peer.sent(seen[0]).sum(dim=0)
-
-
 def activated(layer: nn.Module, share: float) -> float:
     """Multiply-adds of one token with weights, of whose experts it uses this share; our `MoE` can be counted, too."""
     experts = _matrices(layer.experts)
@@ -162,18 +144,6 @@ def activated(layer: nn.Module, share: float) -> float:
 
 def _matrices(module: nn.Module) -> int:
     return sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and not name.endswith("bias"))
-
-
-def computed(layer: nn.Module, x_BTD: Tensor) -> float:
-    """Multiply-adds for each token that a forward pass really takes in matrix products, padding included."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
-        layer(x_BTD)
-    return counter.get_total_flops() / 2 / x_BTD.shape[:2].numel()
-
-
-def _grouped_flops(rows: torch.Size, stacked: torch.Size, *_: Any, **__: Any) -> int:
-    """Of (M, D) rows by (N, D, F) matrices, one for each row; torch's counter knows no grouped products."""
-    return 2 * rows.numel() * stacked[-1]
 
 
 def failure(build: Callable[[Shape], nn.Module], dtype: torch.dtype, device: str = "cpu") -> str | None:
@@ -362,7 +332,8 @@ def _chosen(indices: Tensor, num_experts: int) -> Tensor:
     return F.one_hot(indices.long() + 1, num_experts + 1)[..., 1:].sum(dim=1).bool()
 
 
-def _mean_share(shape: Shape) -> float:
+def mean_share(shape: Shape) -> float:
+    """Of the experts, that one token uses."""
     return shape.top_k / shape.num_experts
 
 
@@ -377,7 +348,7 @@ class _Entry:
     note: str
     sent: Callable[[Any], Tensor] | None
     drops: bool = False
-    share: Callable[[Shape], float] = _mean_share
+    share: Callable[[Shape], float] = mean_share
     exact: Callable[[Layer, MoE], None] | None = None
     twin: Callable[[Shape], MoE] | None = None
 
@@ -486,115 +457,12 @@ def _peers(device: str) -> Iterator[Peer]:
         )
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that are here."""
+    here = sorted({entry.package for entry in _ENTRIES if _present(entry)})
+    return {package: importlib.metadata.version(package) for package in here}
+
+
 def missing() -> list[str]:
     """Packages, by the name that pip knows, whose layers would be compared if they were here."""
     return sorted({entry.package for entry in _ENTRIES if not _present(entry)})
-
-
-# ---- the checks
-
-
-def shapes(peer: Peer) -> Iterator[Shape]:
-    """A tiny shape with one choice for a token and, where the library has that, with two."""
-    for k in (1, 2):
-        shape = replace(TINY, top_k=k)
-        try:
-            peer.build(shape)
-        except VimoeError:
-            continue
-        yield shape
-
-
-def unsound(peer: Peer, dtype: torch.dtype, shape: Shape) -> str:
-    """What is not finite in a forward and backward pass, or gets no gradient; empty where all is well."""
-    layer, x = peer.build(shape).to(dtype), inputs(shape).to(dtype).requires_grad_()
-    y = layer(x)
-    y.float().square().sum().backward()
-    values = {"output": y, "input's gradient": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
-    if (y.shape, y.dtype) != (x.shape, x.dtype):
-        return f"output {tuple(y.shape)} {y.dtype}"
-    bad = [name for name, value in values.items() if value is None or not value.isfinite().all()]
-    return ", ".join(bad)
-
-
-def misrouted(peer: Peer, dtype: torch.dtype) -> str:
-    """Where even and skewed loads, one after the other, are not what was asked for; empty where all is well.
-
-    Without capacity all tokens arrive. With it no expert computes more than it was sent, and the even load fits.
-    """
-    layer, x = peer.build(TINY).to(dtype), inputs(TINY).to(dtype)
-    even = torch.arange(x.shape[:2].numel()) % TINY.num_experts
-    skewed = torch.where(even == 1, 0, even)
-    for wanted in (skewed, even):
-        peer.route(layer, wanted)
-        expected, got = wanted.bincount(minlength=TINY.num_experts), loads(peer, layer, x)
-        fits = (
-            (got <= expected).all() and got[1] == expected[1]
-            if peer.drops and wanted is skewed
-            else got.equal(expected)
-        )
-        if not fits:
-            return f"load {got.tolist()}, expected {expected.tolist()}"
-    layer(x).sum().backward()  # the forced gate must not stop it
-    return ""
-
-
-def difference(peer: Peer, shape: Shape) -> float:
-    """The largest difference of outputs and of the input's gradients from our layer, over their largest value."""
-    torch.manual_seed(0)
-    twin, layer = peer.twin(shape), peer.build(shape)
-    with torch.no_grad():  # experts that differ, and gates that do
-        for p in twin.parameters():
-            p.add_(torch.randn_like(p) * p.shape[-1] ** -0.5)
-    peer.exact(layer, twin)
-    results = []
-    for module in (twin, layer):
-        x = inputs(shape).requires_grad_()
-        y = module(x)
-        y.square().sum().backward()
-        results.append((y.detach(), x.grad))
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True))
-
-
-def check(peer: Peer, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether all is well with a peer in a type, and the row that says so."""
-    if dtype not in peer.types:
-        return True, failure(peer.build, dtype) or ""
-    words = [(f"finite, k={shape.top_k}", unsound(peer, dtype, shape)) for shape in shapes(peer)]
-    if peer.route is not None:
-        words.append(("routed as forced", misrouted(peer, dtype)))
-    if peer.exact is not None and dtype == torch.float32:
-        apart = max(difference(peer, shape) for shape in shapes(peer))
-        words.append((f"equals ours to {apart:.0e}", "" if apart < 1e-5 else f"differs from ours by {apart:.1e}"))
-    return not any(wrong for _, wrong in words), "; ".join(wrong or right for right, wrong in words)
-
-
-def main() -> int:
-    """Checks all peers and prints a table; 1 where something is wrong."""
-    warnings.filterwarnings("ignore")  # of other libraries
-    torch.manual_seed(0)
-    well = True
-    peers = installed()
-    reference, x = ours(TINY, mlp(TINY)), inputs(TINY)
-    macs = activated(reference, _mean_share(TINY))
-    print(f"{'layer':24}{'activated':>12}{'computed':>12}   (multiply-adds of a token, of ours)")
-    print(f"{'vimoe':24}{1:12.3f}{computed(reference, x) / macs:12.3f}")
-    for peer in peers:
-        layer = peer.build(TINY)
-        if peer.route is not None:
-            peer.route(layer, torch.arange(x.shape[:2].numel()) % TINY.num_experts)
-        print(f"{peer.name:24}{peer.macs(TINY) / macs:12.3f}{computed(layer, x) / macs:12.3f}   {peer.note}")
-    for peer in peers:
-        for dtype in TYPES:
-            right, words = check(peer, dtype)
-            well &= right
-            state = ("ok" if right else "WRONG") if dtype in peer.types else "cannot"
-            print(f"{peer.name:24}{str(dtype)[6:]:10}{state:8}{words}")
-    known = {entry.package for entry in _ENTRIES} - set(missing())
-    print("versions:", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", *sorted(known))))
-    print("missing:", ", ".join(missing()) or "none")
-    return 0 if well else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- the tables begin -->", "<!-- the tables end -->"
 DTYPES, ROUTINGS, LOADS = ("float32", "bfloat16"), ("image", "token"), ("balanced", "zipf")
+AUTOCAST = "autocast"  # float32 weights, as in training
 EXPERTS = (8, 16, 32, 64)
 VIT = ModelConfig(name="vit_small_patch14_dinov2", pretrained=False, img_size=224, num_classes=1000)
 # the largest ratio of the time to the floor's (forward; with backward)
@@ -51,8 +52,9 @@ GOALS = {"balanced": (1.10, 1.15), "zipf": (1.20, 1.25)}
 
 def measurements(rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Name and function of each."""
-    for dtype, routing, load in itertools.product(DTYPES, ROUTINGS, LOADS):
-        bench = LayerBench(dtype=dtype, load=load, rounds=rounds)
+    for dtype, routing, load in itertools.product((*DTYPES, AUTOCAST), ROUTINGS, LOADS):
+        types = {"precision": "bf16"} if dtype == AUTOCAST else {"dtype": dtype}
+        bench = LayerBench(**types, load=load, rounds=rounds)
         moe = MoEConfig(routing=routing)
         every = BACKENDS if (routing, load) == ("token", "balanced") else ("auto",)
         measure = functools.partial(bench_layer, bench, moe, every)
@@ -94,7 +96,7 @@ def beside_peers(bench: LayerBench) -> dict[str, Any]:
             if ours in seconds
         }
     done = Benchmark("peers", timings, {}, peak_gemm(case.x.dtype, case.x.device), machine()).to_dict()
-    extra = {"beside": beside, "macs": macs, "notes": notes, "missing": peers.missing()}
+    extra = {"beside": beside, "macs": macs, "notes": notes, "missing": peers.missing(), "versions": peers.versions()}
     return {**done, **extra}
 
 
@@ -149,12 +151,12 @@ def layer_table(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         _, dtype, routing, load = name.split()
         forward, training = (_timing(result, what, "vimoe auto") for what in ("forward", "training"))
-        fast = _timing(result, "forward", "vimoe auto, optimised")
+        fast = "" if dtype == AUTOCAST else _ratio(_timing(result, "forward", "vimoe auto, optimised"))
         kept = result["bytes_kept"]["vimoe auto"] / min(result["bytes_kept"].values())
         goals = [f"{goal:.2f} {_reached(t, goal)}" for t, goal in zip((forward, training), GOALS[load], strict=True)]
         lines.append(
             f"| {dtype} | {routing} | {load} | {_ratio(forward)} | {goals[0]} | {_ratio(training)} | {goals[1]} | "
-            f"{kept:.3f} | {_ratio(fast)} |"
+            f"{kept:.3f} | {fast} |"
         )
     return "\n".join(lines) if results else ""
 
@@ -178,11 +180,12 @@ def peer_table(name: str, result: dict[str, Any]) -> str:
         else f"- {peer}: does not run in this type; {note}"
         for peer, note in result["notes"].items()
     ]
-    absent = f"Not installed: {', '.join(result['missing'])}." if result["missing"] else ""
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    absent = f" Not installed: {', '.join(result['missing'])}." if result["missing"] else ""
     return "\n".join([
         f"### {name}, token routing, balanced load", "", *_rows(result), "",
-        f"Ours over the fastest peer: {'; '.join(ours)}.", "", *notes, absent,
-    ]).rstrip()  # fmt: skip
+        f"Ours over the fastest peer: {'; '.join(ours)}. Versions: {versions}.{absent}", "", *notes,
+    ])  # fmt: skip
 
 
 def model_table(name: str, result: dict[str, Any]) -> str:
