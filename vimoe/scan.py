@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,27 +65,38 @@ def scan(data: Data) -> Scan:
         DataError: where images cannot be read and were not left out already (`DataConfig.skip_unreadable`).
     """
     tried = data.tried or _try(data)
-    roles = {"validation": data.val, "test": data.test}
-    shared = {role: _shared(samples, data.train, tried) for role, samples in roles.items()}
-    for role, pairs in shared.items():
-        if pairs:
-            logger.warning(
-                "%d of %d %s images are in train too, such as %s: the model will have seen them; keep one of each",
-                len(pairs), len(roles[role]), role, _names(pairs[0], data),
-            )  # fmt: skip
+    train = [source for source, _ in on_disk(data.train)]
+    in_train = {
+        role: duplicates(role, [source for source, _ in on_disk(samples)], train, tried, lambda s: _name(s, data))
+        for role, samples in (("validation", data.val), ("test", data.test))
+    }
     contradicting = _contradicting(data.train, tried)
     if contradicting:
         logger.warning(
             "%d of %d train images contradict one another, with the same content in several classes, such as %s; "
             "keep them in the right one",
-            sum(map(len, contradicting)), len(data.train), _names(contradicting[0][:2], data),
+            sum(map(len, contradicting)), len(data.train), " = ".join(_name(s, data) for s in contradicting[0][:2]),
         )  # fmt: skip
     return Scan(
         train=len(data.train), validation=len(data.val), test=len(data.test), classes=len(data.classes),
         opened=len(tried.digests) + len(tried.errors), unreadable=len(tried.errors),
-        validation_in_train=len(shared["validation"]), test_in_train=len(shared["test"]),
+        validation_in_train=in_train["validation"], test_in_train=in_train["test"],
         contradicting=sum(map(len, contradicting)), junk=dict(data.junk),
     )  # fmt: skip
+
+
+def duplicates(
+    role: str, images: Sequence[Source], train: Iterable[Source], tried: Tried, name: Callable[[Source], str]
+) -> int:
+    """How many images of a role train has too, byte by byte; warns of them with the first pair."""
+    known = {tried.digests[image]: image for image in train}
+    pairs = [(image, known[tried.digests[image]]) for image in images if tried.digests[image] in known]
+    if pairs:
+        logger.warning(
+            "%d of %d %s images are in train too, such as %s = %s: the model will have seen them; keep one of each",
+            len(pairs), len(images), role, *map(name, pairs[0]),
+        )  # fmt: skip
+    return len(pairs)
 
 
 def _try(data: Data) -> Tried:
@@ -93,12 +104,6 @@ def _try(data: Data) -> Tried:
     if tried.errors:
         raise DataError(f"{tried}; remove them, or leave them out with --data.skip_unreadable true")
     return tried
-
-
-def _shared(samples: Iterable[Sample], train: Iterable[Sample], tried: Tried) -> list[tuple[Source, Source]]:
-    """(image, the train image that it equals) of each image that does."""
-    known = {tried.digests[source]: source for source, _ in on_disk(train)}
-    return [(s, known[tried.digests[s]]) for s, _ in on_disk(samples) if tried.digests[s] in known]
 
 
 def _contradicting(train: Iterable[Sample], tried: Tried) -> list[list[Source]]:
@@ -110,5 +115,6 @@ def _contradicting(train: Iterable[Sample], tried: Tried) -> list[list[Source]]:
     return [[images[0] for images in groups] + [i for images in groups for i in images[1:]] for groups in several]
 
 
-def _names(pair: Iterable[Source], data: Data) -> str:
-    return " = ".join(data.names((source, 0) for source in pair))
+def _name(source: Source, data: Data) -> str:
+    (name,) = data.names([(source, 0)])
+    return name

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from vimoe.errors import DataError
-from vimoe.images import Source, Tried, image_size, name_within, place, try_images
+from vimoe.images import Source, image_size, name_within, place, try_images
+from vimoe.scan import duplicates
 from vimoe.segmentation.legend import IGNORE, Array
 from vimoe.segmentation.scenes import Scene, Scenes
 
@@ -90,14 +91,18 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
     if blank:
         logger.warning("%d of %d masks are entirely void, such as %s: nothing can be learned or measured there",
                        len(blank), len(everything), name_within(root, blank[0]))  # fmt: skip
+    train = [image for image, _ in scenes.train]
+    in_train = {
+        role: duplicates(role, [image for image, _ in roles[role]], train, tried, lambda i: name_within(root, i))
+        for role in ("validation", "test")
+    }
     return SceneScan(
         **{role: len(listed) for role, listed in roles.items()},
         classes=len(scenes.classes), opened=2 * len(everything),
         pixels={role: count[:-1].tolist() for role, count in of_role.items()},
         void={role: int(count[-1]) for role, count in of_role.items()},
         absent=absent, all_void=len(blank),
-        validation_in_train=_shared(scenes.val, "validation", scenes.train, tried),
-        test_in_train=_shared(scenes.test, "test", scenes.train, tried),
+        validation_in_train=in_train["validation"], test_in_train=in_train["test"],
     )  # fmt: skip
 
 
@@ -156,14 +161,3 @@ def _absent(count: Array, classes: tuple[str, ...], role: str) -> list[str]:
         logger.warning("%d of %d classes have no pixel in %s, such as %s: %s", len(absent), len(classes), role,
                        ", ".join(absent[:3]), consequence)  # fmt: skip
     return absent
-
-
-def _shared(scenes: tuple[Scene, ...], role: str, train: tuple[Scene, ...], tried: Tried) -> int:
-    known = {tried.digests[image] for image, _ in train}
-    shared = [image for image, _ in scenes if tried.digests[image] in known]
-    if shared:
-        logger.warning(
-            "%d of %d %s images are in train too, such as %s: the model will have seen them; keep one of each",
-            len(shared), len(scenes), role, name_within(tried.folder, shared[0]),
-        )  # fmt: skip
-    return len(shared)
