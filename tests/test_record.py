@@ -166,6 +166,21 @@ def test_non_reentrant_checkpointing_records_once_and_gives_the_same_gradients(m
         torch.testing.assert_close(actual[name], gradient, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # looked at by torch.compile itself
+@pytest.mark.parametrize("compiled", ["blocks", "model"])
+def test_checkpointing_outside_and_inside_of_torch_compile_records_once(model: nn.Module, compiled: str) -> None:
+    torch._dynamo.reset()  # tests before count towards its limit of graphs, after which nothing is compiled
+    expected, _ = gradients(model)
+    model.set_grad_checkpointing(True)
+    for module in model.blocks if compiled == "blocks" else [model]:
+        module.compile(backend="aot_eager")
+    for _ in range(2):  # compiled now, and as compiled before
+        actual, recorded = gradients(model)
+        assert recorded == NAMES
+        for name, gradient in expected.items():
+            torch.testing.assert_close(actual[name], gradient, msg=name)
+
+
 def test_reentrant_checkpointing_by_timm_is_refused(model: nn.Module) -> None:
     model.set_grad_checkpointing(True)
     set_reentrant_ckpt(True)
