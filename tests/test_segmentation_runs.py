@@ -25,7 +25,7 @@ from vimoe.errors import ConfigError
 from vimoe.options import ONLY_FOR, SECTIONS, Settings
 from vimoe.problem import problem_of
 from vimoe.segmentation.decoders import DECODERS as KNOWN_DECODERS
-from vimoe.segmentation.learning import dice_loss, evaluate_scenes, fingerprint, median_frequency
+from vimoe.segmentation.learning import dice_loss, fingerprint, median_frequency
 from vimoe.segmentation.legend import IGNORE
 
 SCENES = ["--data.task=segmentation", *TINY, *QUICK, "--train.batch_size=3", "--train.precision=no"]
@@ -168,15 +168,18 @@ def test_every_setting_of_segmentation_changes_the_training(data: Path, tmp_path
     assert any(not torch.equal(plain[key], changed[key]) for key in plain)
 
 
-@pytest.mark.parametrize("name", ["inference", "flip_test"])
-def test_every_setting_of_inference_changes_the_score(run: Path, data: Path, name: str) -> None:
-    model = vimoe.load(run / "model")
-    scores = []
-    for changes in ({}, {name: {"inference": "whole", "flip_test": True}[name]}):
-        config = DataConfig(path=str(data), task="segmentation", workers=0, **changes)
-        problem = problem_of(Settings(data=config), NAMES)
-        scores.append(evaluate_scenes(model, problem.loader(model, problem.data.test), config).loss)
-    assert scores[0] != scores[1]
+@pytest.mark.parametrize("other", ["--data.inference=whole", "--data.flip_test=true"])
+def test_evaluate_and_predict_go_over_images_in_another_way_than_the_training_did(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    trained = call(capsys, "evaluate", run)
+    assert call(capsys, "evaluate", run, other)["loss"] != trained["loss"]
+    images = data / "images/test"
+    areas = [
+        [p["areas"] for p in call(capsys, "predict", run, images, "--out", tmp_path / name, *extra)["predictions"]]
+        for name, extra in (("trained", []), ("other", [other]))
+    ]
+    assert areas[0] != areas[1]
 
 
 def test_decoders_are_those_that_there_are(data: Path) -> None:

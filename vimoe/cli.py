@@ -8,15 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, Task
 from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
-
-if TYPE_CHECKING:
-    from vimoe.finished import FinishedRun
 
 Result = tuple[str, dict[str, Any]]  # what a person reads, what --json prints
 
@@ -113,7 +110,13 @@ def evaluate(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe evaluate runs/photos --data.path other/photos
     """
-    run, options = _run(verb, argv, **{"data.path": "other data with the same classes (default: the run's)"})
+    parser = _parser(verb, **{"data.path": "other data with the same classes (default: the run's)"})
+    _add_inference(parser)
+    parser.add_argument("run", help="run folder")
+    options = parser.parse_args(argv)
+    from vimoe.finished import FinishedRun
+
+    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     split, score = run.score(options["data.path"])
     return f"{split}: {score}", {**score.to_dict(), "split": split}
 
@@ -124,6 +127,7 @@ def predict(verb: str, argv: list[str]) -> Result:
     Example: vimoe predict runs/photos cat.jpg holiday/ --top 3
     """
     parser = _parser(verb, out="of a segmentation: folder for masks and overlays")
+    _add_inference(parser)
     parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files and folders")
     parser.add_argument("--top", type=int, default=5, help="how many classes to name")
@@ -133,7 +137,7 @@ def predict(verb: str, argv: list[str]) -> Result:
     from vimoe.data import list_images
     from vimoe.finished import FinishedRun
 
-    run = FinishedRun(options["run"])
+    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     files = list_images(options["images"])
     if run.segments:
         predictions = run.predict_scenes(files, _required_out(options))
@@ -292,6 +296,13 @@ def _parser(verb: str, **extra: str) -> Parser:
     return parser
 
 
+def _add_inference(parser: Parser) -> None:
+    """How a segmentation goes over an image, where that is to be another way than in training."""
+    for name, kind in (("inference", str), ("flip_test", bool)):
+        what = "of a segmentation, as in vimoe train (default: the run's)"
+        parser.add_argument(f"--data.{name}", type=kind | None, default=None, help=what)
+
+
 def _settings(verb: str, argv: list[str], *sections: str, **extra: str) -> tuple[Settings, Any]:
     parser = _parser(verb, **extra)
     parser.add_sections(*sections)
@@ -305,15 +316,6 @@ def _required_out(options: Any, example: str = "runs/first") -> str:
     if not options["out"]:
         raise ConfigError(f"--out is missing: expected what to make, such as --out {example}")
     return options["out"]
-
-
-def _run(verb: str, argv: list[str], **extra: str) -> tuple[FinishedRun, Any]:
-    parser = _parser(verb, **extra)
-    parser.add_argument("run", help="run folder")
-    options = parser.parse_args(argv)
-    from vimoe.finished import FinishedRun
-
-    return FinishedRun(options["run"]), options
 
 
 class _Stderr(logging.StreamHandler):

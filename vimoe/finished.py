@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from vimoe import checkpoint, runs
 from vimoe.analysis import analyze
-from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, TrainConfig
+from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, Inference, TrainConfig
 from vimoe.errors import ConfigError, FolderError
 from vimoe.evaluate import Score, label_names
 from vimoe.evidence import Evidence
@@ -40,13 +40,22 @@ class FinishedRun:
 
     Args:
         path: the run folder.
+        inference, flip_test: of a segmentation, as in `DataConfig`; by default the run's.
 
     Raises:
         FolderError: where it is none, or its training did not finish.
+        ConfigError: for a way of inference of a classification.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, inference: Inference | None = None, flip_test: bool | None = None) -> None:
         self.run = runs.open_run(path)
+        ways = {"inference": inference, "flip_test": flip_test}
+        given = {name: value for name, value in ways.items() if value is not None}
+        if given and not self.segments:
+            name, value = next(iter(given.items()))
+            raise ConfigError(f"data.{name}={value!r} of a classification: expected it of a segmentation; leave it out")
+        settings = self.run.settings
+        self.run = replace(self.run, settings=replace(settings, data=replace(settings.data, **given)))
 
     @cached_property
     def model(self) -> nn.Module:
