@@ -141,7 +141,7 @@ DAMAGE = {
     "no report at all": (nothing, "report", "required: runs"),
     "evaluation of nothing": (nothing, "evaluate run --data.path nowhere", "data.path='nowhere': no such folder"),
     "evaluation of no image": (nothing, "evaluate run --data.path dense/model", "no image in any class"),
-    "windows over photos": (nothing, "evaluate run --data.inference slide", "data.inference='slide' of a classification"),
+    "windows over photos": (nothing, "evaluate run --data.inference slide", "data.inference='slide' of a class"),
     "mirrored photos": (nothing, "predict run photos/test/red --data.flip_test true", "data.flip_test=True of a class"),
     "predictions of none": (nothing, "predict run photos/test/red --top 0", "--top 0: expected at least 1"),
     "predictions for no image": (nothing, "predict run dense/model", "holds no image"),

@@ -49,7 +49,7 @@ class FinishedRun:
 
     def __init__(self, path: str | Path, inference: Inference | None = None, flip_test: bool | None = None) -> None:
         self.run = runs.open_run(path)
-        ways = {"inference": inference, "flip_test": flip_test}
+        ways: dict[str, Any] = {"inference": inference, "flip_test": flip_test}
         given = {name: value for name, value in ways.items() if value is not None}
         if given and not self.segments:
             name, value = next(iter(given.items()))
