@@ -143,6 +143,35 @@ def test_autocast_computes_in_its_type_and_gives_gradients_in_that_of_the_weight
         torch.testing.assert_close(mine.grad, reference.grad.float())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_pass_computes_in_the_type_of_the_forward_pass_under_an_autocast_too(
+    backend: str, k: int, compiled: bool
+) -> None:
+    case = Case(LOADS["even"], k, 3, torch.float32)
+    product = grouped_linear
+    if compiled:
+        torch._dynamo.reset()
+        product = torch.compile(grouped_linear, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for autocast in (False, True):
+        operands = case.operands(torch.float32)
+        y = product(*operands, case.source, case.load, backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y.backward(case.dy)
+        gradients.append([operand.grad for operand in operands])
+    for plain, under_autocast in zip(*gradients, strict=True):
+        assert torch.equal(plain, under_autocast)
+
+
+def test_autocast_leaves_float64_alone_as_it_does_elsewhere() -> None:
+    layer, x = make().double(), tokens().double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y, layer(x))
+
+
 @pytest.mark.parametrize("layout", ["image by class token", "token"])
 @pytest.mark.parametrize("ffn", ["mlp", "mlp, norm", "glu, no biases"])
 @pytest.mark.parametrize("k", [1, 2])

@@ -26,7 +26,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 def grouped_linear(
     x_RUI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, source_S: Tensor | None, load_N: Tensor, backend: Backend
 ) -> Tensor:
-    """(R, U, I) to (S, U, O), in the type of x or of the autocast, whatever that of the weights.
+    """(R, U, I) to (S, U, O), in the type of x or of the autocast (not of float64), whatever that of the weights.
 
     Args:
         x_RUI: units.
@@ -40,7 +40,7 @@ def grouped_linear(
     Raises:
         ConfigError: for a backend that cannot compute this.
     """
-    if torch.is_autocast_enabled(x_RUI.device.type):
+    if torch.is_autocast_enabled(x_RUI.device.type) and x_RUI.dtype != torch.float64:  # as torch's own products
         x_RUI = x_RUI.to(torch.get_autocast_dtype(x_RUI.device.type))
     if backend == "auto":
         backend = choose(x_RUI, weight_NOI)
@@ -221,6 +221,11 @@ def _home(dx: Tensor, source: Tensor | None, units: int) -> Tensor:
     return dx.index_select(0, at).view(units, -1, *dx.shape[1:]).sum(1) if len(at) > units else dx.index_select(0, at)
 
 
+def _own_type(dy: Tensor) -> torch.autocast:
+    """Without the autocast that a backward pass may run under, compiled or not, where the forward pass did not."""
+    return torch.autocast(dy.device.type, enabled=False)
+
+
 @torch.library.custom_op("vimoe::grouped_linear", mutates_args=())
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor, backend: str
@@ -236,7 +241,8 @@ def _input_gradient(
 ) -> Tensor:
     if not dy.numel():
         return dy.new_zeros(units, dy.shape[1], weight.shape[2])
-    return _WAYS[backend].input_gradient(dy.contiguous(), weight, source, load, units)
+    with _own_type(dy):
+        return _WAYS[backend].input_gradient(dy.contiguous(), weight, source, load, units)
 
 
 @torch.library.custom_op("vimoe::grouped_linear_weight_gradient", mutates_args=())
@@ -245,7 +251,8 @@ def _weight_gradient(
 ) -> Tensor:
     if not dy.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    return _WAYS[backend].weight_gradient(dy.contiguous(), x.contiguous(), source, load, weight)
+    with _own_type(dy):
+        return _WAYS[backend].weight_gradient(dy.contiguous(), x.contiguous(), source, load, weight)
 
 
 @torch.library.custom_op("vimoe::grouped_sum", mutates_args=())
