@@ -99,6 +99,18 @@ def test_what_is_optimised_can_only_be_run(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("where", ["blocks.0.attn.qkv", "blocks.0.mlp.act", "blocks.0.mlp.fc2", "blocks.1.mlp.experts"])
+def test_hooks_do_what_they_did(where: str) -> None:
+    model = perturb_experts(vimoe.upcycle(vit(), vimoe.MoEConfig(layers="last:1", num_experts=4))).eval()
+    x = images(model)
+    without = model(x)
+    model.get_submodule(where).register_forward_hook(lambda module, args, output: 2 * output)
+    with torch.no_grad():
+        expected = model(x)
+        assert not torch.allclose(expected, without)
+        torch.testing.assert_close(vimoe.optimize(model)(x), expected)
+
+
 def test_a_type_that_does_not_float_is_refused() -> None:
     with pytest.raises(vimoe.VimoeError, match="floating"):
         vimoe.optimize(vit(), torch.int8)

@@ -41,8 +41,8 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
     """Makes a model, dense or with MoE layers, fast for inference, in place; it can then only be run.
 
     On a CPU the matrices of FFNs, experts and attention are packed once in the order in which products read them, and
-    activations computed with the product before them. Routers keep their float32 weights, so that in another type, too,
-    the choice is rounded by the tokens alone.
+    activations computed with the product before them, except for parts with forward hooks. Routers keep their float32
+    weights, so that in another type, too, the choice is rounded by the tokens alone.
 
     Args:
         model: best in the state that `vimoe.load` gives it.
@@ -70,17 +70,24 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
 
 def _pack(model: nn.Module) -> None:
     for layer in moe_layers(model).values():
-        if can_pack(layer.experts.fc1.weight):
+        if can_pack(layer.experts.fc1.weight) and not _hooked(layer.experts):
             layer.experts = PackedExperts(layer.experts)  # type: ignore[assignment]
     for module in model.modules():
         linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
         if type(module) not in _CALL_LINEARS or not all(can_pack(linear.weight) for linear in linears.values()):
+            continue
+        if any(_hooked(child) for child in module.children()):
             continue
         acts: dict[str, nn.Module] = {}
         if isinstance(module, Mlp) and "fc1" in linears:
             acts["fc1"], module.act = module.act, nn.Identity()
         for name, linear in linears.items():
             setattr(module, name, PackedLinear(linear.weight, linear.bias, acts.get(name)))
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether there are hooks that would go with the module, or with one inside, or see something else."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
