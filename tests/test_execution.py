@@ -99,6 +99,29 @@ def test_what_is_optimised_can_only_be_run(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+@packs
+def test_a_gradient_through_packed_weights_is_refused_and_not_wrong() -> None:
+    model = vimoe.optimize(vimoe.upcycle(vit(), vimoe.MoEConfig(layers="last:1", num_experts=4)))
+    x = images(model)
+    with pytest.raises(vimoe.VimoeError, match="gradient"):
+        model(x.clone().requires_grad_())
+    assert not model(x).requires_grad
+    with torch.no_grad():
+        assert torch.equal(model(x.clone().requires_grad_()), model(x))
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_what_is_optimised_runs_under_autocast(routing: str) -> None:
+    every = vimoe.MoEConfig(layers="last:1", num_experts=3, top_k=3, routing=routing)  # so that no choice is rounded
+    model = perturb_experts(vimoe.upcycle(vit(), every))
+    x = images(model)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = vimoe.optimize(model)(x)
+    assert (y - expected).abs().max() <= 3e-2 * expected.abs().max()
+
+
 @pytest.mark.parametrize("where", ["blocks.0.attn.qkv", "blocks.0.mlp.act", "blocks.0.mlp.fc2", "blocks.1.mlp.experts"])
 def test_hooks_do_what_they_did(where: str) -> None:
     model = perturb_experts(vimoe.upcycle(vit(), vimoe.MoEConfig(layers="last:1", num_experts=4))).eval()

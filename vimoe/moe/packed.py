@@ -33,12 +33,15 @@ def check_not_packed(model: nn.Module) -> None:
 
 
 class PackedLinear(nn.Module):
-    """act(x W^T + b) for x (..., I), to (..., O).
+    """act(x W^T + b) for x (..., I), to (..., O), in the type of W, also where an autocast has made x another.
 
     Args:
         weight: (O, I).
         bias: (O,) or None.
         act: an activation, or None.
+
+    Raises:
+        VimoeError: in `forward`, where a gradient is wanted: the operators would end it without a word.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: nn.Module | None = None) -> None:
@@ -50,6 +53,12 @@ class PackedLinear(nn.Module):
         self.act = nn.Identity() if fused or act is None else act
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise VimoeError(
+                "a gradient is wanted through a model that went through vimoe.optimize: expected torch.no_grad(), or a "
+                "model as vimoe.load gives it"
+            )
+        x = x.to(self._packed.dtype)
         y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self._name, [], self._algorithm)
         result: Tensor = self.act(y)
         return result
