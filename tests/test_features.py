@@ -33,6 +33,7 @@ from vimoe.finished import FinishedRun
 from vimoe.folder import load
 from vimoe.images import cache_folder
 from vimoe.loading import Shuffled, eval_loader, preprocessing
+from vimoe.optim import freeze_all_but
 from vimoe.options import SECTIONS, Settings
 from vimoe.task import classification
 from vimoe.train import train
@@ -257,6 +258,19 @@ def test_a_changed_file_is_other_features(data: Data, tmp_path: Path) -> None:
     after = cache(model(), copied)
     assert not {each.path for each in before.train} & {each.path for each in after.train}
     assert before.val.path == after.val.path
+
+
+def test_a_trunk_whose_moe_layers_route_otherwise_is_another() -> None:
+    trunks = []
+    for settings in ({"top_k": 1}, {"top_k": 2}, {"combine": "sum"}, {"routing": "token"}):
+        torch.manual_seed(0)
+        network = perturb_experts(vimoe.upcycle(vit(depth=3), config(layers=[0, 2], **settings)))
+        freeze_all_but(network, [LAYER])
+        trunks.append((cut_before(network, [LAYER], (3, 32, 32)), network))
+    first, *others = (network.state_dict() for _, network in trunks)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    assert len({cut.trunk(network, images(network)).sum().item() for cut, network in trunks}) == len(trunks)
+    assert len({digest(network, cut) for cut, network in trunks}) == len(trunks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def digest(model: nn.Module, cut: Cut) -> str:
     after = cut.names_after(model)
     for name, module in model.named_modules():
         if not f"{name}.".startswith(after):
-            told = {key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, tuple))}
+            told = {key: value for key, value in vars(module).items() if _says_how(value)}
             told = {key: value for key, value in told.items() if not key.startswith("_") and key != "training"}
             hashed.update(f"{name} {type(module).__name__} {sorted(told.items())}".encode())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -138,6 +138,10 @@ def digest(model: nn.Module, cut: Cut) -> str:
             hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()
+
+
+def _says_how(value: object) -> bool:
+    return isinstance(value, (int, float, str, tuple)) or is_dataclass(value)  # an MoE layer has a config
 
 
 @contextmanager
