@@ -93,7 +93,7 @@ def beside_peers(bench: LayerBench) -> dict[str, Any]:
         beside |= {
             f"{what}{form}": asdict(compare({name: seconds[name] for name in (ours, *theirs)}, theirs, {})[0])
             for form, ours in (("", "vimoe auto"), (", optimised", "vimoe auto, optimised"))
-            if ours in seconds
+            if ours in seconds and theirs
         }
     done = Benchmark("peers", timings, {}, peak_gemm(case.x.dtype, case.x.device), machine()).to_dict()
     extra = {"beside": beside, "macs": macs, "notes": notes, "missing": peers.missing(), "versions": peers.versions()}
@@ -181,10 +181,13 @@ def peer_table(name: str, result: dict[str, Any]) -> str:
         for peer, note in result["notes"].items()
     ]
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    absent = f" Not installed: {', '.join(result['missing'])}." if result["missing"] else ""
+    words = [
+        f"Ours over the fastest peer: {'; '.join(ours)}." if ours else "",
+        f"Versions: {versions}." if versions else "",
+        f"Not installed: {', '.join(result['missing'])}." if result["missing"] else "",
+    ]
     return "\n".join([
-        f"### {name}, token routing, balanced load", "", *_rows(result), "",
-        f"Ours over the fastest peer: {'; '.join(ours)}. Versions: {versions}.{absent}", "", *notes,
+        f"### {name}, token routing, balanced load", "", *_rows(result), "", " ".join(filter(None, words)), "", *notes,
     ])  # fmt: skip
 
 

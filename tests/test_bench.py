@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +167,15 @@ def test_mistakes_are_one_line(argv: list[str], says: str, capsys: pytest.Captur
     assert cli.main(["bench", *argv]) == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1
+
+
+def test_the_table_beside_other_libraries_is_made_where_none_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    peers, speed = (importlib.import_module(name) for name in ("peers", "speed"))
+    monkeypatch.setattr(peers, "_present", lambda entry: False)
+    table = speed.peer_table("peers float32", speed.beside_peers(SMALL))
+    assert "| vimoe auto |" in table and "Not installed: " in table
+    assert "fastest peer" not in table and "Versions" not in table
 
 
 # images, routing, number of experts
