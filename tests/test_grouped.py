@@ -128,6 +128,20 @@ def test_nothing_is_computed_that_is_not_asked_for(backend: str, monkeypatch: py
     assert calls == ["_input_gradient", "_weight_gradient"]
 
 
+def test_idle_experts_have_no_gradient_where_torch_leaves_theirs_as_memory_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = grouped.F.grouped_mm
+
+    def leaving(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        y = real(a, b, offs=offs)
+        if b.ndim == 2:
+            y[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return y
+
+    monkeypatch.setattr(grouped.F, "grouped_mm", leaving)
+    case = Case(LOADS["uneven"], 1, 3, torch.float32)
+    compare(case, "grouped_mm", torch.float32, False, case.dy)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_computes_in_its_type_and_gives_gradients_in_that_of_the_weights(backend: str) -> None:
     case = Case(LOADS["uneven"], 1, 3, torch.float32)

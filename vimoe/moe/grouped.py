@@ -139,7 +139,8 @@ class _GroupedMM:
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
         dw = F.grouped_mm(rows_at(dy, None).T, rows_at(x, source), offs=self._ends(load, dy))
-        return dw.to(weight.dtype)
+        # on Blackwell torch leaves those of idle experts as memory was (pytorch/pytorch issue 172439)
+        return dw.to(weight.dtype).masked_fill_((load == 0)[:, None, None], 0)
 
     @staticmethod
     def _ends(load: Tensor, like: Tensor) -> Tensor:
