@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 
 import pytest
@@ -87,12 +88,20 @@ def test_what_products_read_is_packed_and_activations_go_with_them() -> None:
 def test_what_is_optimised_can_only_be_run(tmp_path: Path) -> None:
     model = vimoe.optimize(vimoe.upcycle(vit(), vimoe.MoEConfig(layers="last:1", num_experts=4)))
     config = vimoe.MoEConfig(layers=[0])
+    x = images(model)
     for refused in (
         lambda: vimoe.optimize(model),
         lambda: vimoe.set_backend(model, "loop"),
         lambda: vimoe.save(model, tmp_path / "model"),
         lambda: vimoe.densify(model),
         lambda: vimoe.upcycle(model, config),
+        lambda: vimoe.plan(model, config),
+        lambda: vimoe.count(model),
+        lambda: vimoe.analyze(model, [(x, torch.zeros(len(x), dtype=torch.long))]),
+        lambda: copy.deepcopy(model),
+        lambda: torch.save(model, io.BytesIO()),
+        lambda: model.state_dict(),
+        lambda: torch.export.export(model, (x,)),
     ):
         with pytest.raises(vimoe.VimoeError, match="only be run"):
             refused()
@@ -137,6 +146,8 @@ def test_hooks_do_what_they_did(where: str) -> None:
 def test_a_type_that_does_not_float_is_refused() -> None:
     with pytest.raises(vimoe.VimoeError, match="floating"):
         vimoe.optimize(vit(), torch.int8)
+    with pytest.raises(vimoe.VimoeError, match="floating"):
+        vimoe.optimize(vit(), "bfloat16")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
         ConfigError: for a dtype that is no floating point type.
         VimoeError: for a model that is optimised already.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(f"dtype {dtype}: expected a floating point type, such as torch.bfloat16")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as torch.bfloat16")
     check_not_packed(model)
     model.eval().requires_grad_(False)
     if dtype is not None:

@@ -83,7 +83,6 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
         SurgeryError: where a block cannot be converted; the model is as it was.
         VimoeError: for an optimised model.
     """
-    check_not_packed(model)
     surgery.swap(model, _replacements(model, config))
     if config.router_is_blind and config.layers != "none":
         warnings.warn(
@@ -117,7 +116,6 @@ def densify(
         SurgeryError: where no MoE layer is named, or one has no shared expert to keep; nothing was changed.
         VimoeError: for an optimised model.
     """
-    check_not_packed(model)
     if how not in HOW:
         raise SurgeryError(f"how={how!r}: expected {' or '.join(map(repr, HOW))}")
     chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
@@ -133,7 +131,8 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """The places of a model that hold an FFN or an MoE layer, in forward order."""
+    """The places of a model that hold an FFN or an MoE layer, in forward order. VimoeError for an optimised model."""
+    check_not_packed(model)
     return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module), skip=(RelPosMlp,))
 
 

@@ -6,6 +6,8 @@ those that torch.compile writes for a frozen model; an activation after a map is
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +29,11 @@ def can_pack(weight: Tensor) -> bool:
 def check_not_packed(model: nn.Module) -> None:
     """Raises VimoeError for a model with packed weights, which can only be run."""
     if any(isinstance(module, (PackedLinear, PackedExperts)) for module in model.modules()):
-        raise VimoeError(
-            "the model went through vimoe.optimize and can only be run: expected one as vimoe.load gives it"
-        )
+        _refuse()
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise VimoeError("the model went through vimoe.optimize and can only be run: expected one as vimoe.load gives it")
 
 
 class PackedLinear(nn.Module):
@@ -63,6 +67,9 @@ class PackedLinear(nn.Module):
         result: Tensor = self.act(y)
         return result
 
+    # torch cannot copy packed weights, and leaves them out of a state
+    __reduce_ex__ = _save_to_state_dict = _refuse  # type: ignore[assignment]
+
 
 def _fused(act: nn.Module | None) -> tuple[str, str] | None:
     """What oneDNN calls an activation that it can compute with a product."""
@@ -86,6 +93,8 @@ class PackedExperts(nn.Module):
 
     def forward(self, x_RUD: Tensor, source_S: Tensor, load_N: Tensor) -> Tensor:
         """As `Experts.forward`."""
+        if torch.compiler.is_exporting():
+            _refuse()
         y_SUD = x_RUD.new_empty(len(source_S), *x_RUD.shape[1:])
         for e, at in experts_with_units(load_N):
             hidden = self.fc1[e](rows_at(x_RUD, source_S, at))
