@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import pytest
 from pictures import folder, roles
 
 from vimoe.cli import VERBS, main
+from vimoe.files import written_whole
 
 TINY = [
     "--model.name=vit_tiny_patch16_224", "--model.pretrained=false", "--model.img_size=16",
@@ -289,6 +292,22 @@ def test_a_run_that_did_not_finish_says_so(
     assert capsys.readouterr().err.endswith("vimoe: interrupted\n")
     assert "its training did not finish" in refused(capsys, "evaluate", tmp_path / "run")
     assert "holds a run that did not finish: go on with --resume" in refused(capsys, *train)
+
+
+def test_sigterm_ends_a_verb_as_ctrl_c_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While features or decoded images are written, that is gigabytes of a file that nothing would find again."""
+
+    def verb(*_: object) -> None:
+        with written_whole(tmp_path / "features.npy") as file:
+            file.write(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(VERBS, "analyze", verb)
+    assert main(["analyze"]) == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "vimoe: interrupted\n" and not list(tmp_path.iterdir())
 
 
 def test_damaged_files_of_a_run_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -319,7 +319,7 @@ def test_other_mistakes_are_one_line(run: Path, data: Path, tmp_path: Path, caps
     assert "expected as many blocks" in refused(capsys, *train, "--model.decoder=linear4", "--out", out)
     assert "whole patches" in refused(capsys, *train, "--model.img_size=20", "--out", out)
     assert "max_scale=0.1" in refused(capsys, *train, "--train.max_scale=0.1", "--out", out)
-    assert "--out is missing" in refused(capsys, "predict", run, data / "images/test")
+    assert "--out masks" in refused(capsys, "predict", run, data / "images/test")
     other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
     scenes(tmp_path / "alone")
     (tmp_path / "alone/images/test/a200.png").unlink()

@@ -98,7 +98,7 @@ def stopping() -> Iterator[Stop]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         if stop.signal is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         stop.signal = number
 
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers

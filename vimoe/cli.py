@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,13 +38,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"unknown verb {argv[0]!r}: {nearest(argv[0], VERBS)}")
         _log_to_stderr()
         verb = VERBS[argv[0]]
-        text, values = verb(argv[0], argv[1:])
+        with _terminated_as_interrupted():
+            text, values = verb(argv[0], argv[1:])
     except Stopped as stopped:
         print(f"vimoe: {stopped}", file=sys.stderr)
         return stopped.status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("vimoe: interrupted", file=sys.stderr)
-        return 130
+        return 128 + next(iter(interrupt.args), signal.SIGINT)
     except (VimoeError, PermissionError) as error:
         message = _one_line(error)
         if as_json:
@@ -140,7 +144,7 @@ def predict(verb: str, argv: list[str]) -> Result:
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     files = list_images(options["images"])
     if run.segments:
-        predictions = run.predict_scenes(files, _required_out(options))
+        predictions = run.predict_scenes(files, _required_out(options, "masks"))
         shares = {p["mask"]: [f"{name} {share:.1%}" for name, share in p["areas"].items()] for p in predictions}
         lines = [f"{mask}: {', '.join(each[: options['top']])}" for mask, each in shares.items()]
         return "\n".join(lines), {"predictions": predictions}
@@ -316,6 +320,23 @@ def _required_out(options: Any, example: str = "runs/first") -> str:
     if not options["out"]:
         raise ConfigError(f"--out is missing: expected what to make, such as --out {example}")
     return options["out"]
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """While it holds, SIGTERM ends a verb as Ctrl-C does, so that half-written files (features, masks) are removed."""
+
+    def end(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Stderr(logging.StreamHandler):
