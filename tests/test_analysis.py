@@ -375,5 +375,6 @@ def test_what_cannot_be_analysed_is_refused() -> None:
             vimoe.analyze(Known(), [(x, y.index_fill(0, torch.tensor([1]), odd)) for x, y in loader()])
     with pytest.raises(ConfigError, match="draws=0: expected at least 1"):
         vimoe.analyze(Known(), loader(), draws=0)
-    with pytest.raises(ConfigError, match="overrule=-1: expected 0 or more"):
-        vimoe.analyze(Known(), loader(), overrule=-1)
+    for few in (-1, 1):
+        with pytest.raises(ConfigError, match=f"overrule={few}: expected 0 for none, at least 2"):
+            vimoe.analyze(Known(), loader(), overrule=few)

@@ -231,6 +231,9 @@ def test_a_segmenter_is_analysed_by_video() -> None:
 def test_the_half_that_is_drawn_shares_no_video_with_the_half_that_orders() -> None:
     images, masks = (torch.cat(each).repeat_interleave(4, 0) for each in zip(*batches(12), strict=True))
     evidence = vimoe.analyze(known(), [(images, masks)], overrule=0, sequences=[i // 4 for i in range(48)])
+    assert "All intervals are over 12 sequences of images" in str(
+        evidence
+    )  # and none of overruling, since there was none
     assert (evidence.layers[0].drawn % 4 == 0).all() and evidence.layers[0].drawn.sum() == 48 * 15 // 2
 
 

@@ -26,6 +26,7 @@ from vimoe.evaluate import Batches, Score, ScoreCounts, batches_of, label_names
 from vimoe.evidence import Effect, Evidence, LayerEvidence
 from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, Without, measure, signature
 from vimoe.moe import MoE, Routing, record
+from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.legend import IGNORE
 from vimoe.segmentation.score import SceneCounts, SceneScore, patch_classes
 from vimoe.specialisation import Dependence, pair_interval, tables_of_units
@@ -70,13 +71,14 @@ def analyze(
 
     Raises:
         ConfigError: where there are not as many sequences as images.
-        VimoeError: where the model has no MoE layer, or its loss is not finite.
+        VimoeError: where the model has no MoE layer or is an optimised one, or its loss is not finite.
         DataError: where the loader is empty or gives other images when it is read again.
     """
     if draws < 1:
         raise ConfigError(f"draws={draws}: expected at least 1")
-    if overrule is not None and overrule < 0:
-        raise ConfigError(f"overrule={overrule}: expected 0 or more images, or None for all")
+    if overrule is not None and (overrule < 0 or overrule == 1):  # one image has nobody to exchange decisions with
+        raise ConfigError(f"overrule={overrule}: expected 0 for none, at least 2 images, or None for all")
+    check_not_packed(model)
     layers = moe_layers(model)
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")

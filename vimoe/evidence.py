@@ -227,11 +227,12 @@ class Evidence:
         mean, low, high = self.pairs
         used, effective, possible = self.routes
         what = over(self.overruled_sequences)
+        other = "other " if self.overruled_images else ""
         measured = f"Changes of the loss in nats on {self.overruled_images} images, with 95% intervals {what}."
         return [
             f"The untouched model on validation: {self.base}.",
             *([measured] if self.overruled_images else []),
-            *([f"All other intervals are {over(self.sequences)}."] if self.sequences is not None else []),
+            *([f"All {other}intervals are {over(self.sequences)}."] if self.sequences is not None else []),
             f"An image activates {mean.value:.1f} experts ({low} to {high}); {used} of {possible} routes are used, "
             f"effectively {effective:.1f}.",
         ]
