@@ -211,9 +211,14 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
     left.set(xlabel="epoch", ylabel="cross-entropy, nats" if isinstance(metrics, Path) else "validation loss, nats")
     right.set(xlabel="epoch", ylabel=f"{SCORES[column]} on validation, %")
     for axis in (left, right):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(_whole())
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return figure
+
+
+def _whole() -> MaxNLocator:
+    """Ticks at whole epochs, also where there is but one."""
+    return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def loads(load: Path) -> Figure:
@@ -228,7 +233,7 @@ def loads(load: Path) -> Figure:
             axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 3 else None)
         axis.set_title(layer, fontsize=9)
         axis.tick_params(labelsize=7)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(_whole())
     axes[0].set_ylim(bottom=0)  # of all, once all lines are there
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel("share of an expert, %", fontsize=9)
