@@ -294,6 +294,15 @@ def test_a_run_that_did_not_finish_says_so(
     assert "holds a run that did not finish: go on with --resume" in refused(capsys, *train)
 
 
+@pytest.mark.parametrize("what", ["", "layer", "model"])
+def test_the_help_of_bench_says_of_which_it_is(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *what.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"usage: vimoe bench {what or 'layer|model'} [" in shown
+    assert f"Example: vimoe bench {what or 'layer'}" in shown and ("bench model --help" in shown) == (not what)
+
+
 def test_sigterm_ends_a_verb_as_ctrl_c_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,7 +252,11 @@ def bench(verb: str, argv: list[str]) -> Result:
     if what not in ("layer", "model") and argv[:1] not in (["-h"], ["--help"]):
         raise ConfigError(f"bench {what or 'of nothing'}: expected layer or model, such as vimoe bench layer")
     parser = _parser(verb)
+    parser.prog += f" {what or 'layer|model'}"
+    if what is None:
+        parser.epilog = f"These are the options of layer; for those of model: vimoe bench model --help. {parser.epilog}"
     if what == "model":
+        parser.epilog = "Example: vimoe bench model --model.name vit_small_patch14_dinov2 --moe.layers last:2"
         parser.add_sections("model", "moe")
         parser.add_class_arguments(ModelBench, "bench")
     else:
