@@ -242,6 +242,9 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert page == tmp_path / "out.html" and not (tmp_path / "figures").exists()
     assert "dense vit_small_patch14_dinov2, dense top-1 40.00 ± 9.60 (100 images, epoch 2)" in read.text
     assert f"{runs[3]} vit_small_patch14_dinov2 with a mixture" in read.text  # two are named moe
+    assert (
+        "; then pruned of blocks.0.mlp; blocks.1.mlp, expert 5" in read.text
+    )  # its settings are those of the run that it comes from
     assert "less, before pruning 61.00" in read.text and "400 test" in read.text
     differing = read.text.split("What differs")[-1].split("Loss and accuracy")[0]
     assert "moe.layers none last:2 last:2 last:2" in differing and "moe.num_experts" not in differing

@@ -226,7 +226,7 @@ def _pruning(page: Page, summary: dict[str, Any]) -> None:
             ("removed", "what takes its place", "change, nats", "total, nats", f"total {right}, points"),
             [
                 (
-                    f"{i}. {_removed(step)}", PLACE.get(step["how"], step["how"]), told(step["change"]["loss"]),
+                    f"{i}. {removed(step)}", PLACE.get(step["how"], step["how"]), told(step["change"]["loss"]),
                     *_total(step["total"]),
                 )
                 for i, step in enumerate(steps, start=1)
@@ -306,7 +306,8 @@ def _examples(page: Page, folder: Path, layers: Sequence[str]) -> None:
         page.picture(path, f"{layer}: validation images by the expert that they went to.")
 
 
-def _removed(step: dict[str, Any]) -> str:
+def removed(step: dict[str, Any]) -> str:
+    """The layer or expert that a step of a pruning took out."""
     return step["layer"] if step["expert"] is None else f"{step['layer']}, expert {step['expert']}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vimoe import figures
 from vimoe.findings import interval, told, told_dependence
 from vimoe.page import Page
-from vimoe.report import METRICS, damage_named, measures, read_config, read_json, receipt_header, receipt_rows
+from vimoe.report import METRICS, damage_named, measures, read_config, read_json, receipt_header, receipt_rows, removed
 from vimoe.runs import ROUTING, SUMMARY
 from vimoe.specialisation import over
 
@@ -45,6 +45,9 @@ def _read(name: str, run: Path) -> _Row:
     with damage_named(run / SUMMARY):
         summary = read_json(run / SUMMARY)
         result = "–"
+        if "steps" in summary:
+            gone = "; ".join(removed(step) for step in summary["steps"])
+            what += f"; then pruned of {gone or 'nothing'}"
         if "val" in summary:
             val, epoch = summary["val"], summary["best_epoch"]
             (name_of_it, value), *_ = measures(val).items()
