@@ -125,7 +125,7 @@ DAMAGE = {
     "analysis of a dense run": (nothing, "analyze dense", "the model has no MoE layer"),
     "pruning of a dense run": (nothing, "prune dense --out out", "the model has no MoE layer"),
     "no draws": (nothing, "analyze run --draws 0", "draws=0: expected at least 1"),
-    "fewer images than none": (nothing, "analyze run --overrule -5", "overrule=-5: expected 0 or more"),
+    "fewer images than none": (nothing, "analyze run --overrule -5", "overrule=-5: expected 0 for none"),
     "draws that are no number": (nothing, "analyze run --draws many", "draws=many"),
     "a tolerance that is none": (nothing, "prune run --out out --tolerance nan", "tolerance=nan: expected"),
     "a tolerance that is a word": (nothing, "prune run --out out --tolerance small", "tolerance=small"),
