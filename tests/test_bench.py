@@ -155,6 +155,7 @@ def test_the_verb_prints_what_json_holds(what: str, precision: str, capsys: pyte
         ([], "expected layer or model"),
         (["modle"], "expected layer or model"),
         (["layer", "--bench.images", "0"], "images"),
+        (["layer", "--bench.rounds", "1"], "rounds"),
         (["layer", "--moe.num_experts", "0", "--moe.num_shared_experts", "2"], "expected experts"),
         (["layer", "--bench.load", "zip"], "zipf"),
         (["layer", "--bench.precision", "bf16", "--bench.dtype", "bfloat16"], "leave one of them out"),

@@ -102,6 +102,7 @@ def test_what_is_optimised_can_only_be_run(tmp_path: Path) -> None:
         lambda: torch.save(model, io.BytesIO()),
         lambda: model.state_dict(),
         lambda: torch.export.export(model, (x,)),
+        lambda: model.train(),
     ):
         with pytest.raises(vimoe.VimoeError, match="only be run"):
             refused()

@@ -229,6 +229,7 @@ def test_pruning_keeps_the_layer_that_decides_and_drops_one_that_does_not() -> N
     ("loader", "message"),
     [
         ([], "the loader is empty"),
+        ([(torch.zeros(1, 3, 16, 16), torch.zeros(1, 16, 16).long())], "1 validation image: expected at least 2"),
         ([(torch.zeros(1, 3, 16, 16), torch.full((1, 16, 16), 3))], "the label 3: expected 0 to 2"),
         ([*batches(5), (torch.zeros(1, 3, 20, 16), torch.zeros(1, 20, 16).long())], "expected one size"),
     ],

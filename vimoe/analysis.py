@@ -344,6 +344,8 @@ def _observe(
     if score is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")
     found: Score | SceneScore = score.score()
+    if found.images == 1:
+        raise DataError("1 validation image: expected at least 2, of one there are no intervals; give more")
     if not math.isfinite(found.columns["loss"]):
         raise VimoeError(
             f"the model's loss on validation is {found.columns['loss']}: expected a model whose outputs are finite"

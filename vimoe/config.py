@@ -389,7 +389,7 @@ class ModelBench:
     def __post_init__(self) -> None:
         for field_ in fields(self):
             if isinstance(value := getattr(self, field_.name), int):
-                _check_count(field_.name, value, 1)
+                _check_count(field_.name, value, 2 if field_.name == "rounds" else 1)  # of one there is no interval
         _check_choice("dtype", self.dtype, get_args(BenchType))
         _check_choice("precision", self.precision, ("no", "bf16"))
         if self.precision != "no" and self.dtype != "float32":

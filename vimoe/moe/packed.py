@@ -6,7 +6,7 @@ those that torch.compile writes for a frozen model; an activation after a map is
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,11 @@ class PackedLinear(nn.Module):
         y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, self._name, [], self._algorithm)
         result: Tensor = self.act(y)
         return result
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:  # nothing here would be trained, but the statistics of batch norms elsewhere
+            _refuse()
+        return super().train(mode)
 
     # torch cannot copy packed weights, and leaves them out of a state
     __reduce_ex__ = _save_to_state_dict = _refuse  # type: ignore[assignment]
