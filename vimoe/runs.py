@@ -87,7 +87,7 @@ def open_unfinished(path: str | Path) -> Run:
     if not path.is_dir():
         raise FolderError(f"{path}: no such run; {beside(path)}")
     if not (path / CONFIG).is_file():
-        raise FolderError(f"{path} has no {CONFIG}: expected a run that was stopped; train with --out {path}")
+        raise FolderError(f"{path} has no {CONFIG}: expected the run folder of a training that was stopped; name that")
     if (path / SUMMARY).exists():
         raise FolderError(f"{path} is finished: expected a run that was stopped; train with another --out")
     for leftover in path.rglob(".*-*"):
