@@ -82,12 +82,14 @@ def table(results: list[dict[str, Any]], control: str) -> str:
     key = next(key for key in SCORES if key in results[0]["test"])
     order = sorted(arms, key=lambda arm: (arm != control, arm))
     lines = [
-        f"| arm | seeds | {SCORES[key]} on test | against {control}, points | loss | activated, M | MACs, G |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | seeds | {SCORES[key]} on test | against {control}, points | loss | on validation | activated, M "
+        "| MACs, G |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm in order:
         mine = list(arms[arm].values())
-        scores, losses = ([100 * r["test"][key] for r in mine], [r["test"]["loss"] for r in mine])
+        scores, losses = [100 * r["test"][key] for r in mine], [r["test"]["loss"] for r in mine]
+        decided = [100 * r["val"][key] for r in mine]
         paired = [
             100 * (r["test"][key] - arms[control][seed]["test"][key])
             for seed, r in arms[arm].items()
@@ -96,6 +98,7 @@ def table(results: list[dict[str, Any]], control: str) -> str:
         lines.append(
             f"| {arm} | {len(mine)} | {spread(scores, '.2f')} | "
             f"{'' if arm == control else difference(paired, len(arms) - 1)} | {spread(losses, '.4f')} | "
+            f"{spread(decided, '.2f')} | "
             f"{mine[0]['cost']['activated_params'] / 1e6:.2f} | {mine[0]['cost']['macs'] / 1e9:.3f} |"
         )
     first = results[0]

@@ -13,7 +13,7 @@ def result(arm: str, seed: int, miou: float, ious: tuple[float | None, ...] = (0
     return {
         "arm": arm, "seed": seed, "classes": ["sky", "car"], "versions": {"torch": "2", "timm": "1"},
         "test": {"miou": miou, "loss": 1.0, "images": 9, "per_class_iou": list(ious)},
-        "patch_ceiling": 0.7, "settings": "a",
+        "val": {"miou": miou + 0.1}, "patch_ceiling": 0.7, "settings": "a",
         "cost": {"activated_params": 2e6, "macs": 3e8},
     }  # fmt: skip
 
@@ -35,7 +35,7 @@ def test_the_table_stands_between_its_marks_and_pairs_by_seed(tmp_path: Path) ->
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
     lines = text.splitlines()
-    assert "| dense | 2 | 35.00 ± 7.07 |  | 1.0000 ± 0.0000 | 2.00 | 0.300 |" in lines
+    assert "| dense | 2 | 35.00 ± 7.07 |  | 1.0000 ± 0.0000 | 45.00 ± 7.07 | 2.00 | 0.300 |" in lines
     (vimoe,) = (line for line in lines if line.startswith("| vimoe | 3 |"))
     assert "+1.50 [-4.85, +7.85]" in vimoe  # of seeds 0 and 1: 1 and 2 points
     assert "| sky | 50.0 | 50.0 |" in lines and "| car | – | – |" in lines
