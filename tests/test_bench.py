@@ -62,6 +62,7 @@ def test_activations_count_each_storage_once_and_no_weights() -> None:
     # exp keeps its result; the second linear keeps that same tensor as its input
     assert activations(lambda: linear(x.exp()), [x, *linear.parameters()]) == 4 * 8 * 4
     assert activations(lambda: linear(x), [x, *linear.parameters()]) == 0
+    assert activations(lambda: linear(x), list(linear.parameters())) == 4 * 8 * 4
 
 
 @pytest.mark.parametrize("k", [1, 2])

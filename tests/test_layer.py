@@ -208,9 +208,10 @@ def test_an_input_that_is_not_images_by_tokens_by_channels_is_refused(shape: tup
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_and_gates_stay_float32_under_autocast(layout: str, dtype: torch.dtype) -> None:
+    """Of what the experts see, too: tokens rounded to the type of the autocast."""
     layer, x = make(layout=layout), tokens().to(dtype)
     with vimoe.record(layer) as plain:
-        exact = layer(x.float())
+        exact = layer(x.bfloat16().float())
     with vimoe.record(layer) as mixed, torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
         dense = layer.shared(x)
@@ -219,6 +220,22 @@ def test_scores_and_gates_stay_float32_under_autocast(layout: str, dtype: torch.
     assert torch.equal(mixed[0].gates, plain[0].gates)
     assert y.dtype == dense.dtype == torch.bfloat16
     assert 0 < (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_autocast_one_copy_of_the_input_is_kept_for_backward(layout: str) -> None:
+    layer, x = make(layout=layout), tokens().requires_grad_() * 1
+    kept: dict[int, tuple[torch.dtype, int]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = tensor.dtype, storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    as_large = [dtype for dtype, elements in kept.values() if elements == x.numel()]
+    assert as_large == [torch.bfloat16]  # what the gates multiplied is as large for each of the k
 
 
 @pytest.mark.parametrize("combine", ["mix", "sum"])

@@ -105,7 +105,7 @@ def compare(seconds: Mapping[str, np.ndarray], floor: tuple[str, ...], flops: Ma
 
 
 def activations(compute: Callable[[], Tensor], without: list[Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, `without` weights and input."""
+    """Bytes that a forward pass keeps for the backward pass, each storage once, `without` e.g. weights."""
     known = {tensor.untyped_storage().data_ptr() for tensor in without}
     kept: dict[int, int] = {}
 
@@ -232,11 +232,13 @@ def time_layers(case: LayerCase, training: bool, rounds: int) -> list[Timing]:
 
 
 def layer_memory(case: LayerCase) -> dict[str, int]:
-    """Bytes that each layer keeps for its backward pass."""
-    x = case.x.clone().requires_grad_()
+    """Bytes that each layer keeps for its backward pass, its input among them."""
+    x = (
+        case.x.clone().requires_grad_() * 1
+    )  # as a norm before the layer gives it: under an autocast no leaf's cached copy
     with _computing(case.autocast):
         return {
-            name: activations(lambda layer=layer: layer.train()(x), [x, *layer.parameters()])  # type: ignore[misc]
+            name: activations(lambda layer=layer: layer.train()(x), list(layer.parameters()))  # type: ignore[misc]
             for name, layer in case.layers.items()
         }
 

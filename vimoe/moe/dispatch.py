@@ -64,15 +64,14 @@ def _sum(y: Tensor, gates: Tensor, home: Tensor, shared: Tensor | None, mix: boo
     out = y.new_empty(units, *y.shape[1:])
     terms = y.new_empty(units, chosen, *y.shape[1:]) if keep else y.new_empty(0)
     for at in blocks(out):
-        start = torch.zeros_like(out[at]) if shared is None else shared[at]
-        total = start.to(gates.dtype, copy=True)
+        total = start = (torch.zeros_like(out[at]) if shared is None else shared[at]).to(gates.dtype)
         for k in range(chosen):
             term = y.index_select(0, home[at, k]).to(gates.dtype)
             if mix:
                 term.sub_(start)
             if keep:
                 terms[at, k] = term
-            total.addcmul_(term, gates[at, k, None, None])
+            total = torch.addcmul(total, term, gates[at, k, None, None])
         out[at] = total
     return out, terms
 

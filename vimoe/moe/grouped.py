@@ -40,14 +40,19 @@ def grouped_linear(
     Raises:
         ConfigError: for a backend that cannot compute this.
     """
-    if torch.is_autocast_enabled(x_RUI.device.type) and x_RUI.dtype != torch.float64:  # as torch's own products
-        x_RUI = x_RUI.to(torch.get_autocast_dtype(x_RUI.device.type))
+    x_RUI = in_type_of_autocast(x_RUI)
     if backend == "auto":
         backend = choose(x_RUI, weight_NOI)
     elif backend == "grouped_mm" and (why := unfit_for_grouped_mm(x_RUI, weight_NOI)):
         raise ConfigError(f"backend 'grouped_mm' with {why}; choose 'loop' or 'auto'")
     y_SUO: Tensor = _product(x_RUI, weight_NOI, bias_NO, source_S, load_N, backend)
     return y_SUO
+
+
+def in_type_of_autocast(x: Tensor) -> Tensor:
+    """What torch's own products make of their input under an autocast: not of float64."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
 
 
 def choose(x: Tensor, weight: Tensor) -> Backend:

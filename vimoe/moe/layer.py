@@ -16,6 +16,7 @@ from vimoe import ffn
 from vimoe.config import MoEConfig
 from vimoe.moe.dispatch import combine, dispatch
 from vimoe.moe.experts import Experts, Stacked
+from vimoe.moe.grouped import in_type_of_autocast
 from vimoe.moe.router import Router, TokenLayout
 from vimoe.moe.routing import note
 
@@ -50,6 +51,7 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
         note(self, routing)
         plan = dispatch(routing)

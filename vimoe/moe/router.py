@@ -34,7 +34,8 @@ class Router(nn.Module):
     """A linear map from the routed feature to N scores, softmax, and the k best (Shazeer et al., 2017).
 
     With "image" routing the feature is the class token where the model has one, else the mean of the patch tokens
-    (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast.
+    (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast, and of tokens as the experts see
+    them, in its type (the selective precision of Switch Transformer, section 2.4).
 
     In training `router_noise` moves scores, and by them choices and gates. What is recorded are the scores without it:
     losses are to shape what the router thinks (V-MoE's importance loss, too, is of these).
