@@ -116,8 +116,10 @@ def test_a_layer_keeps_at_most_7_percent_more_for_backward_than_the_floor(
 
 
 def test_a_backend_that_torch_cannot_run_here_is_left_out() -> None:
-    case = layer_case(replace(SMALL, dim=7), MoEConfig())
-    assert "vimoe loop" in case.layers and "vimoe grouped_mm" not in case.layers
+    for bench in (replace(SMALL, dim=7), replace(SMALL, dim=20, precision="bf16")):  # rows of 28 and of 40 bytes
+        case = layer_case(bench, MoEConfig())
+        assert "vimoe loop" in case.layers and "vimoe grouped_mm" not in case.layers
+        assert "16 bytes" in case.left_out["vimoe grouped_mm"]
 
 
 def test_a_model_and_its_parent_compute_the_same() -> None:
@@ -157,6 +159,7 @@ def test_the_verb_prints_what_json_holds(what: str, precision: str, capsys: pyte
         (["modle"], "expected layer or model"),
         (["layer", "--bench.images", "0"], "images"),
         (["layer", "--bench.rounds", "1"], "rounds"),
+        (["layer", "--moe.layers", "last:1"], "moe.layers='last:1'"),
         (["layer", "--moe.num_experts", "0", "--moe.num_shared_experts", "2"], "expected experts"),
         (["layer", "--bench.load", "zip"], "zipf"),
         (["layer", "--bench.precision", "bf16", "--bench.dtype", "bfloat16"], "leave one of them out"),

@@ -12,7 +12,7 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +171,7 @@ class LayerCase:
         floor: names of those that do the activated arithmetic without any routing.
         macs: activated multiply-adds of one token.
         autocast: whether the layers compute under autocast.
+        left_out: by name, why torch cannot compute it so here.
     """
 
     x: Tensor
@@ -179,6 +180,7 @@ class LayerCase:
     floor: tuple[str, ...]
     macs: int
     autocast: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = BACKENDS) -> LayerCase:
@@ -199,14 +201,18 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
     units = bench.images * (bench.tokens if moe.routing == "token" else 1)
     experts_RK = wanted(bench.load, units, moe.num_experts, moe.top_k).to(device)
     x = torch.randn(bench.images, bench.tokens, bench.dim, device=device).to(dtype)
+    computed = x.new_empty(0, dtype=_type_of_products(bench))
     ours: dict[str, nn.Module] = {}
+    left_out: dict[str, str] = {}
     for backend in backends:
         layer = MoE(copy.deepcopy(dense), moe, TokenLayout(1, True))
-        if backend == "grouped_mm" and unfit_for_grouped_mm(x, layer.experts.fc1.weight):
+        if backend == "grouped_mm" and (why := unfit_for_grouped_mm(computed, layer.experts.fc1.weight)):
+            left_out[f"vimoe {backend}"] = why
             continue
         steer(layer, experts_RK)
         ours[f"vimoe {backend}"] = set_backend(layer, backend)
-    return LayerCase(x, experts_RK, {**floor, **ours}, tuple(floor), times * macs(dense), bench.precision != "no")
+    layers, autocast = {**floor, **ours}, bench.precision != "no"
+    return LayerCase(x, experts_RK, layers, tuple(floor), times * macs(dense), autocast, left_out)
 
 
 def layer_seconds(case: LayerCase, training: bool, rounds: int) -> dict[str, np.ndarray]:
@@ -326,6 +332,7 @@ class Benchmark:
         bytes_kept: by contestant, for the backward pass; empty where it was not looked at.
         peak_gflops: of a plain square product of the same type.
         machine: device, threads, versions.
+        left_out: by contestant, why it could not be timed.
     """
 
     of: str
@@ -333,6 +340,7 @@ class Benchmark:
     bytes_kept: dict[str, int]
     peak_gflops: float
     machine: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -349,6 +357,8 @@ class Benchmark:
             least = min(self.bytes_kept.values())
             lines += ["", "kept for the backward pass"]
             lines += [f"{name:<36}{n / 1e6:10.2f} MB {n / least:7.3f}" for name, n in self.bytes_kept.items()]
+        if self.left_out:
+            lines += ["", *(f"left out: {name}, with {why}" for name, why in self.left_out.items())]
         return "\n".join(lines)
 
 
@@ -364,6 +374,7 @@ def bench_layer(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] =
         bytes_kept=layer_memory(case),
         peak_gflops=peak_gemm(_type_of_products(bench), case.x.device),
         machine=machine(),
+        left_out=case.left_out,
     )
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, Task
+from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, MoEConfig, ModelBench, Task
 from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
@@ -264,6 +264,8 @@ def bench(verb: str, argv: list[str]) -> Result:
         parser.add_class_arguments(LayerBench, "bench")
     options = parser.parse_args(argv[what is not None :])
     made, settings = parser.instantiate(options)["bench"], parser.settings(options)
+    if what == "layer" and settings.moe.layers != MoEConfig.layers:
+        raise ConfigError(f"moe.layers={settings.moe.layers!r} with bench layer: a layer stands alone; leave it out")
     from vimoe import bench as benches
 
     done = (

@@ -156,7 +156,7 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
         val = summary["val"]
         early = ", stopped early because further ones were no better" if summary.get("stopped_early") else ""
         page.text(
-            f"A training of {what}, on {summary['train_images']} images of {data}: {summary['epochs']} epochs in "
+            f"A training of {what}, on {summary['train_images']} images of {data}: {_epochs(summary['epochs'])} in "
             f"{summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} was the best on the {val['images']} "
             f"validation images and is the model that was kept."
         )
@@ -207,7 +207,7 @@ def _pruning(page: Page, summary: dict[str, Any]) -> None:
         "multiply-adds of one image; images/s was measured on the machine that pruned."
     )
     page.table(receipt_header(before), receipt_rows(summary))
-    recovery = f" The last row is after {summary['recovery_epochs']} further epochs of training the pruned model."
+    recovery = f" The last row is after {_epochs(summary['recovery_epochs'], 'further ')} of training the pruned model."
     page.text(
         f"On {before['images']} {summary['split']} images.{_margin_told(before)}"
         f"{recovery if summary.get('recovered') else ''}",
@@ -314,3 +314,7 @@ def removed(step: dict[str, Any]) -> str:
 def _total(total: dict[str, Any] | None) -> tuple[str, str]:
     """The change of the loss and of what is right; dashes where it was not measured."""
     return (told(total["loss"]), told(total["right"], "+z.2f", 0.01)) if total else ("–", "–")
+
+
+def _epochs(number: int, which: str = "") -> str:
+    return f"{number} {which}epoch{'s' * (number != 1)}"
