@@ -133,7 +133,7 @@ def test_what_cannot_be_is_one_line(make: object, message: str) -> None:
 
 def test_upernet_without_transformers_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match="not installed: pip install transformers"):
+    with pytest.raises(ConfigError, match="not installed: pip install 'transformers>=5'"):
         segmenter(decoder="upernet")
 
 

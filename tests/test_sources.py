@@ -513,10 +513,10 @@ def test_without_the_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch)
     import datasets
 
     monkeypatch.setattr(datasets, "__version__", "3.6.0")  # which runs scripts that come with data
-    with pytest.raises(DataError, match=r"expected version 4 or newer; pip install vimoe\[datasets\]"):
+    with pytest.raises(DataError, match=r"expected version 4 or newer; pip install 'datasets>=4'"):
         load_data(config("hfds/beans"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"hfds/beans needs the package datasets: .* pip install vimoe\[datasets\]"):
+    with pytest.raises(DataError, match=r"hfds/beans needs the package datasets: .* pip install 'datasets>=4'"):
         load_data(config("hfds/beans"))
 
 

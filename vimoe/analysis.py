@@ -52,9 +52,9 @@ def analyze(
     In a segmentation it is the patches that have a class, that of most of their pixels, and being right is the share of
     an image's pixels that are.
 
-    The loader is read twice: to see the routing, which costs little more than an evaluation, and for the interventions,
-    which cost `draws` + N + 4 times the rest of the model from each layer on. Memory does not depend on how many images
-    there are: the decisions of at most 20,000 are kept, drawn uniformly.
+    The loader is read twice: to see the routing, and for the interventions, which cost `draws` + N + 4 times the rest
+    of the model from each layer on. Memory does not depend on how many images there are: the decisions of at most 20,000
+    are kept, drawn uniformly.
 
     Args:
         model: a model with MoE layers; left in eval mode.

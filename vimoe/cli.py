@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, MoEConfig, ModelBench, Task
+from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, MoEConfig, Task
 from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
@@ -130,7 +130,7 @@ def predict(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe predict runs/photos cat.jpg holiday/ --top 3
     """
-    parser = _parser(verb, out="of a segmentation: folder for masks and overlays")
+    parser = _parser(verb, out="of a segmentation, and needed there: folder for masks and overlays")
     _add_inference(parser)
     parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files and folders")
@@ -213,13 +213,15 @@ def report(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe report runs/dense runs/vimoe --out comparison.html
     """
-    parser = _parser(verb, out="file to write (default, for one run: report.html in it)")
+    parser = _parser(verb, out="file to write, of several runs; the page of one run is report.html in it")
     parser.add_argument("runs", nargs="+", help="run folders")
     options = parser.parse_args(argv)
     from vimoe.runs import open_run
 
     folders = [open_run(path).path for path in options["runs"]]
-    if len(folders) == 1 and not options["out"]:
+    if len(folders) == 1:
+        if options["out"]:
+            raise ConfigError(f"--out {options['out']} with one run: its page is report.html in it; leave --out out")
         from vimoe.report import write_run_report
 
         page = write_run_report(folders[0])

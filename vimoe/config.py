@@ -169,7 +169,8 @@ class DataConfig:
         cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache). Where
             `TrainConfig.train_only` is "moe", keep the "features" of the frozen blocks, on disk, in place of images.
         views: of cached features: so many augmented versions of each training image, an epoch each, in turn.
-        workers: processes that decode images; by default one a core where a GPU computes and none where the CPU does.
+        workers: processes that decode images; by default one a core, at most 8, where a GPU computes, and none
+            where the CPU does.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
         interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
         mean, std: normalisation of each channel, values in 0..1; by default the model's own.

@@ -22,7 +22,7 @@ def set_backend(model: Model, backend: Backend) -> Model:
 
     Args:
         model: with MoE layers, or one.
-        backend: "auto" (what is fastest for the device and the type, `vimoe.moe.grouped.choose`), "loop", "grouped_mm"
+        backend: "auto" (by device and type, `vimoe.moe.grouped.choose`), "loop", "grouped_mm"
             or "bmm" (padded to the largest load). `vimoe bench layer` shows what each costs.
 
     Raises:

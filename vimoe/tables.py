@@ -161,7 +161,7 @@ def _load(name: str) -> Any:
             raise ImportError("older ones run code that comes with data")
     except ImportError as error:
         raise DataError(
-            f"hfds/{name} needs the package datasets: expected version 4 or newer; pip install vimoe[datasets]"
+            f"hfds/{name} needs the package datasets: expected version 4 or newer; pip install 'datasets>=4'"
         ) from error
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # and each of its attempts

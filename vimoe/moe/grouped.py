@@ -56,7 +56,7 @@ def in_type_of_autocast(x: Tensor) -> Tensor:
 
 
 def choose(x: Tensor, weight: Tensor) -> Backend:
-    """The fastest backend for these operands, by what benchmarks/README.md shows.
+    """The backend for these operands: on a CPU the fastest in benchmarks/README.md, on a GPU by reasoning, unmeasured.
 
     On a CPU `grouped_mm` is a loop too, and padding costs more than a loop saves unless loads are equal. On a GPU the
     loop has to wait for the loads; `grouped_mm` need not, and is a kernel of its own in bfloat16 from Hopper on.

@@ -65,7 +65,7 @@ class UPerNet(nn.Module):
             from transformers.models.upernet.modeling_upernet import UperNetHead
         except ImportError as error:
             raise ConfigError(
-                "decoder='upernet' needs transformers, which is not installed: pip install transformers"
+                "decoder='upernet' needs transformers, which is not installed: pip install 'transformers>=5'"
             ) from error
         self.blocks = tuple((i + 1) * depth // 4 - 1 for i in range(4))
         twice = (nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim), nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2))
