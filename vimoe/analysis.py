@@ -53,8 +53,8 @@ def analyze(
     an image's pixels that are.
 
     The loader is read twice: to see the routing, and for the interventions, which cost `draws` + N + 4 times the rest
-    of the model from each layer on. Memory does not depend on how many images there are: the decisions of at most 20,000
-    are kept, drawn uniformly.
+    of the model from each layer on. Memory does not depend on how many images there are: the decisions of at most
+    20,000 are kept, drawn uniformly.
 
     Args:
         model: a model with MoE layers; left in eval mode.
