@@ -18,7 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ RESULTS = HERE / "results"
 BEGIN, END = "<!-- the tables begin -->", "<!-- the tables end -->"
 DTYPES, ROUTINGS, LOADS = ("float32", "bfloat16"), ("image", "token"), ("balanced", "zipf")
 AUTOCAST = "autocast"  # float32 weights, as in training
+FLOOR = "dense FFNs side by side"  # of which there is an optimised form, too
 EXPERTS = (8, 16, 32, 64)
 VIT = ModelConfig(name="vit_small_patch14_dinov2", pretrained=False, img_size=224, num_classes=1000)
 # the largest ratio of the time to the floor's (forward; with backward)
@@ -88,19 +89,13 @@ def beside_peers(bench: LayerBench) -> dict[str, Any]:
             if peer.route is not None:
                 peer.route(layer, case.experts[:, 0])
             layers[peer.name], macs[peer.name] = layer, peer.macs(shape)
-    whole, timings, beside = replace(case, layers=layers), {}, {}
+    whole, timings = replace(case, layers=layers), {}
     flops = {name: 2 * each * case.x.shape[:2].numel() for name, each in macs.items()}
     for what, passes in (("forward", 1), ("training", 3)):
         seconds = layer_seconds(whole, what == "training", bench.rounds)
         timings[what] = compare(seconds, case.floor, {name: passes * each for name, each in flops.items()})
-        theirs = tuple(name for name in seconds if name in notes)
-        beside |= {
-            f"{what}{form}": asdict(compare({name: seconds[name] for name in (ours, *theirs)}, theirs, {})[0])
-            for form, ours in (("", "vimoe auto"), (", optimised", "vimoe auto, optimised"))
-            if ours in seconds and theirs
-        }
     done = Benchmark("peers", timings, {}, peak_gemm(case.x.dtype, case.x.device), machine()).to_dict()
-    extra = {"beside": beside, "macs": macs, "notes": notes, "missing": peers.missing(), "versions": peers.versions()}
+    extra = {"macs": macs, "notes": notes, "missing": peers.missing(), "versions": peers.versions()}
     return {**done, **extra}
 
 
@@ -127,31 +122,39 @@ def in_processes(name: str, processes: int, rounds: int) -> Iterator[dict[str, A
         yield json.loads(done.stdout.splitlines()[-1])
 
 
+def commit() -> str:
+    """Of the code that was measured."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+def paired(runs: list[dict[str, Any]], what: str, name: str, over: str) -> dict[str, float]:
+    """One contestant's time over another's: the mean over processes, with Student's 95% interval."""
+    timings = [{timing["name"]: timing["ratio"] for timing in run["timings"][what]} for run in runs]
+    ratios = np.array([timing[name] / timing[over] for timing in timings])
+    reach = float(stats.t.ppf(0.975, len(ratios) - 1) * stats.sem(ratios))
+    return {"ratio": (mean := float(ratios.mean())), "low": mean - reach, "high": mean + reach}
+
+
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One measurement of those of several processes."""
+    """One measurement of those of several processes, its floor the fastest on the mean of all; of times the median."""
 
-    def merge(timings: list[dict[str, Any]]) -> dict[str, Any]:
-        """The mean of the ratios, with Student's 95% interval; of times the median."""
-        ratios, seconds, speeds = (
-            [timing[key] for timing in timings if timing[key] is not None] for key in ("ratio", "seconds", "gflops")
-        )
-        middle, reach = np.mean(ratios), stats.t.ppf(0.975, len(ratios) - 1) * stats.sem(ratios)
-        return {
-            "name": timings[0]["name"],
-            "seconds": float(np.median(seconds)),
-            "ratio": float(middle),
-            "low": float(middle - reach),
-            "high": float(middle + reach),
-            "gflops": float(np.median(speeds)) if speeds else None,
-        }
+    def merge(what: str) -> list[dict[str, Any]]:
+        columns = {timings[0]["name"]: timings for timings in zip(*(run["timings"][what] for run in runs), strict=True)}
+        floors = [name for name, timings in columns.items() if any(timing["ratio"] == 1 for timing in timings)]
+        floor = min(floors, key=lambda name: np.mean([timing["ratio"] for timing in columns[name]]))
+        return [
+            {
+                "name": name,
+                "seconds": float(np.median([timing["seconds"] for timing in timings])),
+                "gflops": timings[0]["gflops"] and float(np.median([timing["gflops"] for timing in timings])),
+                **paired(runs, what, name, floor),
+            }
+            for name, timings in columns.items()
+        ]
 
-    first = runs[0]
-    timings = {
-        what: [merge([run["timings"][what][i] for run in runs]) for i in range(len(first["timings"][what]))]
-        for what in first["timings"]
-    }
-    beside = {what: merge([run["beside"][what] for run in runs]) for what in first.get("beside", {})}
-    return {**first, "timings": timings, "beside": beside, "peak_gflops": max(run["peak_gflops"] for run in runs)}
+    peak = max(run["peak_gflops"] for run in runs)
+    return {**runs[0], "timings": {what: merge(what) for what in runs[0]["timings"]}, "peak_gflops": peak, "runs": runs}
 
 
 # ---- the page
@@ -188,13 +191,17 @@ def layer_table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "### The layer over the floor",
         "",
-        "| type | routing | load | forward | goal | with backward | goal | kept for backward | forward, optimised |",
+        "| type | routing | load | forward | goal | with backward | goal | kept | forward, both optimised |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         _, dtype, routing, load = name.split()
         forward, training = (_timing(result, what, "vimoe auto") for what in ("forward", "training"))
-        fast = "" if dtype == AUTOCAST else _ratio(_timing(result, "forward", "vimoe auto, optimised"))
+        fast = (
+            ""
+            if dtype == AUTOCAST
+            else _ratio(paired(result["runs"], "forward", *(f"{layer}, optimised" for layer in ("vimoe auto", FLOOR))))
+        )
         kept = result["bytes_kept"]
         more = kept["vimoe auto"] / min(size for name, size in kept.items() if "dense" in name)
         goals = [f"{goal:.2f} {_reached(t, goal)}" for t, goal in zip((forward, training), GOALS[load], strict=True)]
@@ -212,15 +219,17 @@ def backend_table(name: str, result: dict[str, Any]) -> str:
 
 def peer_table(name: str, result: dict[str, Any]) -> str:
     """Other libraries' layers, and ours over the fastest of them."""
-    goals = {"forward": 0.75, "forward, optimised": 0.75, "training": 0.80}
-    ours = [
-        f"{what} {_ratio(timing)} (goal {goals[what]:.2f} {_reached(timing, goals[what])})"
-        for what, timing in result["beside"].items()
-    ]
+    ours = []
+    for what, form, goal in (("forward", "", 0.75), ("forward", ", optimised", 0.75), ("training", "", 0.80)):
+        theirs = [timing for timing in result["timings"][what] if timing["name"] in result["notes"]]
+        if theirs:
+            fastest = min(theirs, key=lambda timing: timing["ratio"])["name"]
+            beside = paired(result["runs"], what, f"vimoe auto{form}", fastest)
+            ours.append(f"{what}{form}, {_ratio(beside)} of {fastest} (goal {goal:.2f} {_reached(beside, goal)})")
     unfit = [peer for peer in result["notes"] if peer not in result["macs"]]
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     words = [
-        f"Ours over the fastest peer: {'; '.join(ours)}." if ours else "",
+        f"Ours beside the fastest peer, which has no optimised form: {'; '.join(ours)}." if ours else "",
         f"Versions: {versions}." if versions else "",
         f"Not in this type: {', '.join(unfit)}." if unfit else "",
         f"Not installed: {', '.join(result['missing'])}." if result["missing"] else "",
@@ -243,8 +252,7 @@ def model_table(name: str, result: dict[str, Any]) -> str:
         timing = _timing(result, what, "vimoe")
         if what == "forward" or not name.startswith("one image"):
             words.append(f"{what} {_ratio(timing)} (goal {goal:.2f} {_reached(timing, goal)})")
-    fast, slow = (_timing(result, "forward", f"{kind}, optimised") for kind in ("vimoe", "dense"))
-    words.append(f"both optimised {fast['seconds'] / slow['seconds']:.3f} by medians")
+    words.append(f"both optimised {_ratio(paired(result['runs'], 'forward', 'vimoe, optimised', 'dense, optimised'))}")
     return "\n".join([f"### {name}: {result['of']}", "", *_rows(result), "", f"ViMoE over dense: {'; '.join(words)}."])
 
 

@@ -133,6 +133,7 @@ def test_reports_of_one_run_and_of_several(run: Path, tmp_path: Path, capsys: py
     assert call(capsys, "report", run, run, "--out", out) == {"schema": 1, "command": "report", "report": str(out)}
     assert "<table" in out.read_text()
     assert "--out is missing" in refused(capsys, "report", run, run)
+    assert "with one run: its page is report.html in it" in refused(capsys, "report", run, "--out", out)
     assert "nowhere: no such run" in refused(capsys, "report", run, "nowhere", "--out", out)
 
 

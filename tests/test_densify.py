@@ -183,3 +183,24 @@ def test_a_dense_model_after_densify_trains_and_upcycles_again() -> None:
     y.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     torch.testing.assert_close(upcycle(model, config())(images(model)), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("masses", "message"),
+    [
+        ({"blocks.1": GATES}, r"gate_mass of 'blocks\.1', no MoE layer that is made dense: .*blocks\.1\.mlp"),
+        ({"blocks.0.mlp": GATES}, r"gate_mass of 'blocks\.0\.mlp'"),
+        ({"blocks.1.mlp": GATES[:3]}, r"gate_mass of blocks\.1\.mlp .* has shape \(3,\): expected \(4,\)"),
+    ],
+)
+def test_gate_mass_that_fits_no_layer_is_refused(masses: dict[str, Tensor], message: str) -> None:
+    model = upcycle(vit(depth=2), config(layers="last:1", num_experts=EXPERTS))
+    with pytest.raises(vimoe.VimoeError, match=message):
+        vimoe.densify(model, how="merge", gate_mass=masses)
+    assert isinstance(model.blocks[1].mlp, vimoe.MoE)
+
+
+@pytest.mark.parametrize(("how", "shared"), [("shared", 1), ("shared", 2), ("merge", 0), ("merge", 1)])
+def test_what_was_frozen_stays_frozen(how: str, shared: int) -> None:
+    model = upcycle(vit(depth=2), config(layers="last:1", top_k=2, num_shared_experts=shared)).requires_grad_(False)
+    assert not any(p.requires_grad for p in vimoe.densify(model, how=how).parameters())

@@ -253,3 +253,8 @@ def test_another_number_of_images_compiles_once_more_and_then_never() -> None:
     for count in (2, 3, 4, 5, 6):
         torch.testing.assert_close(compiled(tokens(count)), layer(tokens(count)))
     assert counter.frame_count == 2
+
+
+def test_graphs_of_cuda_do_not_capture_what_waits_for_the_loads() -> None:
+    for name in ("grouped_linear", "grouped_linear_input_gradient", "grouped_linear_weight_gradient", "grouped_sum"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.vimoe, name).default.tags

@@ -257,3 +257,16 @@ def test_the_task_teaches_the_router_under_each_option(option: str) -> None:
         vimoe.set_random_share(layer, 1.0)
     layer(tokens()).square().sum().backward()
     assert layer.router.weight.grad.abs().max() > 1e-3
+
+
+def test_a_backward_pass_under_an_autocast_computes_scores_in_float32() -> None:
+    layer, gradients = make(), []
+    for autocast in (False, True):
+        x = tokens().bfloat16().requires_grad_()
+        logits = layer.router(x).logits
+        layer.router.weight.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits.sin().sum().backward()
+        gradients.append((x.grad, layer.router.weight.grad))
+    for plain, under_autocast in zip(*gradients, strict=True):
+        assert torch.equal(plain, under_autocast)

@@ -32,9 +32,9 @@ from vimoe.images import with_progress
 from vimoe.moe import MoE
 from vimoe.moe.grouped import BACKENDS, Backend, unfit_for_grouped_mm
 from vimoe.moe.router import TokenLayout
-from vimoe.moe.routing import Routing
+from vimoe.moe.routing import Routing, record
 from vimoe.runs import versions
-from vimoe.upcycling import upcycle
+from vimoe.upcycling import moe_layers, upcycle
 
 DRAWS = 2000
 Contestants = Mapping[str, Callable[[], object]]
@@ -104,14 +104,18 @@ def compare(seconds: Mapping[str, np.ndarray], floor: tuple[str, ...], flops: Ma
     return timings
 
 
-def activations(compute: Callable[[], Tensor], without: list[Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, `without` e.g. weights."""
+def activations(compute: Callable[[], Tensor], without: list[Tensor], casts: bool = False) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each storage once, `without` e.g. weights.
+
+    With `casts` nothing counts either that has a shape of theirs: an autocast keeps its copies of weights.
+    """
     known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    shapes = {tuple(sorted(tensor.shape)) for tensor in without} if casts else set()
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in known and tuple(sorted(tensor.shape)) not in shapes:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -121,8 +125,9 @@ def activations(compute: Callable[[], Tensor], without: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_gemm(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+def peak_gemm(dtype: torch.dtype, device: torch.device) -> float:
     """GFLOP/s of a plain product of square matrices, the best of five."""
+    size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / float(interleaved({"": lambda: a @ b}, 5)[""].min()) / 1e9
 
@@ -244,7 +249,7 @@ def layer_memory(case: LayerCase) -> dict[str, int]:
     )  # as a norm before the layer gives it: under an autocast no leaf's cached copy
     with _computing(case.autocast):
         return {
-            name: activations(lambda layer=layer: layer.train()(x), list(layer.parameters()))  # type: ignore[misc]
+            name: activations(lambda layer=layer: layer.train()(x), list(layer.parameters()), case.autocast)  # type: ignore[misc]
             for name, layer in case.layers.items()
         }
 
@@ -265,7 +270,7 @@ def time_models(
 
 
 def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[dict[str, nn.Module], Tensor]:
-    """The dense parent and the ViMoE made of it, with random weights, and images for both.
+    """The dense parent and the ViMoE made of it, with random weights and balanced loads, and images for both.
 
     Raises:
         ConfigError: where no layer would become sparse.
@@ -279,6 +284,10 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
     sparse = upcycle(copy.deepcopy(dense), moe)
     size = get_model_input_config(dense)["input_size"]
     images = torch.randn(bench.images, *size, device=device).to(dtype)
+    with torch.no_grad(), record(sparse) as routings:
+        sparse(images)
+    for layer, routing in zip(moe_layers(sparse).values(), routings, strict=True):
+        steer(layer, wanted("balanced", len(routing.experts), moe.num_experts, moe.top_k).to(device))
     return {"dense": dense, "vimoe": sparse}, images
 
 

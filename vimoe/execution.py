@@ -9,6 +9,7 @@ from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from vimoe.errors import ConfigError, nearest
+from vimoe.ffn import has_hooks
 from vimoe.moe.grouped import BACKENDS, Backend
 from vimoe.moe.packed import PackedExperts, PackedLinear, can_pack, check_not_packed
 from vimoe.upcycling import moe_layers
@@ -70,24 +71,19 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
 
 def _pack(model: nn.Module) -> None:
     for layer in moe_layers(model).values():
-        if can_pack(layer.experts.fc1.weight) and not _hooked(layer.experts):
+        if can_pack(layer.experts.fc1.weight) and not has_hooks(layer.experts):
             layer.experts = PackedExperts(layer.experts)  # type: ignore[assignment]
     for module in model.modules():
         linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
         if type(module) not in _CALL_LINEARS or not all(can_pack(linear.weight) for linear in linears.values()):
             continue
-        if any(_hooked(child) for child in module.children()):
+        if any(has_hooks(child) for child in module.children()):
             continue
         acts: dict[str, nn.Module] = {}
         if isinstance(module, Mlp) and "fc1" in linears:
             acts["fc1"], module.act = module.act, nn.Identity()
         for name, linear in linears.items():
             setattr(module, name, PackedLinear(linear.weight, linear.bias, acts.get(name)))
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether there are hooks that would go with the module, or with one inside, or see something else."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -99,6 +99,8 @@ def describe(module: Any) -> FFN:
         SurgeryError: for a part that experts could not reproduce, such as a quantised or adapted matrix.
     """
     kind = _KINDS[type(module)]
+    if has_hooks(module):
+        raise SurgeryError("it has forward hooks, which experts would not call: expected none; remove them first")
     for name in kind.linears:
         linear = getattr(module, name)
         if type(linear) is not nn.Linear or hasattr(linear, "parametrizations"):
@@ -130,6 +132,11 @@ def describe(module: Any) -> FFN:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called with the module's forward, or a part's, that a module in its place would not call."""
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
+
+
 def read(module: nn.Module) -> Weights:
     """The canonical weights of an FFN; tensors may be the module's own, so copy before changing them."""
     return _KINDS[type(module)].read(module)
@@ -156,13 +163,15 @@ def hidden(kind: FFN, weights: Weights, x: Tensor) -> Tensor:
 def build(like: nn.Module, weights: Weights) -> nn.Module:
     """A new FFN of the class of `like` that holds these canonical weights; its width F is taken from them.
 
-    The weights become its parameters bit for bit, on their own device and in their own type.
+    The weights become its parameters bit for bit, on their own device and in their own type, and are trained where
+    those of `like` are.
     """
     module = copy.deepcopy(like)
     for name, value in _KINDS[type(like)].write(like, weights).items():
         layer_name, kind = name.rsplit(".", 1)
         layer = module.get_submodule(layer_name)
-        setattr(layer, kind, nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format)))
+        copied = value.detach().clone(memory_format=torch.contiguous_format)
+        setattr(layer, kind, nn.Parameter(copied, requires_grad=getattr(layer, kind).requires_grad))
         if isinstance(layer, nn.Linear) and kind == "weight":
             layer.out_features, layer.in_features = value.shape
         if isinstance(layer, nn.LayerNorm):

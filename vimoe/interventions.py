@@ -244,6 +244,6 @@ def overruled(model: nn.Module, name: str, interventions: Sequence[Intervention]
 
 def _block(model: nn.Module, name: str) -> nn.Module:
     """The block that holds the layer."""
-    inside = block_name(name)
+    inside = block_name(model, name)
     assert inside  # surgery converts nothing else
     return model.get_submodule(inside)

@@ -30,14 +30,20 @@ class Site:
 
 def vit(model: nn.Module) -> nn.Module:
     """The ViT that a model is or has inside: the outermost module that says how it makes tokens, else the model."""
+    return model.get_submodule(_vit_name(model))
+
+
+def _vit_name(model: nn.Module) -> str:
     says = ("num_prefix_tokens", "patch_embed")
-    return next((m for m in model.modules() if all(hasattr(m, name) for name in says)), model)
+    return next((name for name, m in model.named_modules() if all(hasattr(m, each) for each in says)), "")
 
 
-def block_name(name: str) -> str | None:
-    """The numbered block that a module lies in: "blocks.3" of "blocks.3.mlp"; None outside of all."""
-    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
-    return numbered.group() if numbered else None
+def block_name(model: nn.Module, name: str) -> str | None:
+    """The numbered block of the ViT that a module lies in: "blocks.3" of "blocks.3.mlp"; None outside of all."""
+    inside = _vit_name(model)
+    prefix = f"{inside}." if inside else ""  # the ViT may be a numbered part itself, as in a Sequential
+    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name.removeprefix(prefix)) if name.startswith(prefix) else None
+    return prefix + numbered.group() if numbered else None
 
 
 def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[nn.Module], ...] = ()) -> list[Site]:
@@ -64,7 +70,7 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[
             if child in names:
                 raise SurgeryError(f"{name} is the same module as {names[child]}: expected one place for each; untie")
             names[child] = name
-            if inside := block_name(name):
+            if inside := block_name(model, name):
                 block = blocks.setdefault(inside, len(blocks))
                 sites.append(Site(name, block, child))
 

@@ -81,7 +81,7 @@ def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, i
     Raises:
         ConfigError: where no block comes before, or the model needs more than what the block before hands over.
     """
-    places = [(block_name(name) or name).rpartition(".") for name in trained]
+    places = [(block_name(model, name) or name).rpartition(".") for name in trained]
     blocks, start = places[0][0], min(int(number) for *_, number in places)
     if start == 0:
         raise ConfigError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vimoe import ffn, surgery
 from vimoe.accounting import Cost, count, meta_copy, meta_images
 from vimoe.config import MoEConfig
-from vimoe.errors import SurgeryError, first_line
+from vimoe.errors import SurgeryError, first_line, nearest
 from vimoe.moe import MoE
 from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
@@ -121,7 +121,11 @@ def densify(
     chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
     if not chosen:
         raise SurgeryError(f"layers={layers!r}: the model has no MoE layer there: expected one that upcycle made")
-    surgery.swap(model, {site.name: _dense(site, how, (gate_mass or {}).get(site.name)) for site in chosen})
+    masses = dict(gate_mass or {})
+    names = [site.name for site in chosen]
+    if unknown := next((name for name in masses if name not in names), None):
+        raise SurgeryError(f"gate_mass of {unknown!r}, no MoE layer that is made dense: {nearest(unknown, names)}")
+    surgery.swap(model, {site.name: _dense(site, how, masses.get(site.name)) for site in chosen})
     return model
 
 
@@ -227,4 +231,6 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     if gate_mass is None:
         total = 1.0 if config.gates_sum_to_one else config.top_k / config.num_experts
         gate_mass = torch.full((config.num_experts,), total / config.num_experts)
+    if gate_mass.shape != (config.num_experts,):
+        raise SurgeryError(f"gate_mass of {site} has shape {tuple(gate_mass.shape)}: expected ({config.num_experts},)")
     return layer.merged(gate_mass, matched=how == "matched")

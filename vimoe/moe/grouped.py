@@ -9,6 +9,7 @@ again where the forward pass did, because a sorted copy of the input would be ke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vimoe.errors import ConfigError
+from vimoe.moe.autocast import in_type_of_autocast, own_type
 
 Backend = Literal["auto", "loop", "grouped_mm", "bmm"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -49,19 +51,14 @@ def grouped_linear(
     return y_SUO
 
 
-def in_type_of_autocast(x: Tensor) -> Tensor:
-    """What torch's own products make of their input under an autocast: not of float64."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
-
-
 def choose(x: Tensor, weight: Tensor) -> Backend:
-    """The backend for these operands: on a CPU the fastest in benchmarks/README.md, on a GPU by reasoning, unmeasured.
+    """The backend for these operands: on a CPU by measurement, on a GPU by reasoning alone.
 
-    On a CPU `grouped_mm` is a loop too, and padding costs more than a loop saves unless loads are equal. On a GPU the
-    loop has to wait for the loads; `grouped_mm` need not, and is a kernel of its own in bfloat16 from Hopper on.
+    On a CPU `grouped_mm` is a loop too, and padding costs more than a loop saves unless loads are equal (`vimoe bench
+    layer`, with `--bench.load zipf` and without). On a GPU the loop has to wait for the loads; `grouped_mm` need not,
+    and in bfloat16 has a kernel of its own on Hopper and data-centre Blackwell (elsewhere torch loops).
     """
-    if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0):
+    if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10):
         return "loop" if unfit_for_grouped_mm(x, weight) else "grouped_mm"
     return "loop"
 
@@ -199,7 +196,7 @@ def _places(x: Tensor, source: Tensor | None) -> int:
 
 def rows_at(x: Tensor, source: Tensor | None, at: slice = slice(None)) -> Tensor:
     """The rows of x that stand at these places: a view where x is sorted, or where they are one whole image."""
-    if source is not None and at.stop == (at.start or 0) + 1:
+    if source is not None and not x.is_cuda and at.stop == (at.start or 0) + 1:  # a GPU would be waited for
         return x[int(source[at.start or 0])]
     units = x[at] if source is None else x.index_select(0, source[at])
     return units.view(-1, x.shape[-1])
@@ -227,12 +224,14 @@ def _home(dx: Tensor, source: Tensor | None, units: int) -> Tensor:
     return dx.index_select(0, at).view(units, -1, *dx.shape[1:]).sum(1) if len(at) > units else dx.index_select(0, at)
 
 
-def _own_type(dy: Tensor) -> torch.autocast:
-    """Without the autocast that a backward pass may run under, compiled or not, where the forward pass did not."""
-    return torch.autocast(dy.device.type, enabled=False)
+_operator = functools.partial(
+    torch.library.custom_op,
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),  # some backends wait for the loads, which a captured graph could not
+)
 
 
-@torch.library.custom_op("vimoe::grouped_linear", mutates_args=())
+@_operator("vimoe::grouped_linear")
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor, backend: str
 ) -> Tensor:
@@ -241,27 +240,27 @@ def _product(
     return _WAYS[backend].product(x.contiguous(), weight, bias, source, load)
 
 
-@torch.library.custom_op("vimoe::grouped_linear_input_gradient", mutates_args=())
+@_operator("vimoe::grouped_linear_input_gradient")
 def _input_gradient(
     dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int, backend: str
 ) -> Tensor:
     if not dy.numel():
         return dy.new_zeros(units, dy.shape[1], weight.shape[2])
-    with _own_type(dy):
+    with own_type(dy):
         return _WAYS[backend].input_gradient(dy.contiguous(), weight, source, load, units)
 
 
-@torch.library.custom_op("vimoe::grouped_linear_weight_gradient", mutates_args=())
+@_operator("vimoe::grouped_linear_weight_gradient")
 def _weight_gradient(
     dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor, backend: str
 ) -> Tensor:
     if not dy.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    with _own_type(dy):
+    with own_type(dy):
         return _WAYS[backend].weight_gradient(dy.contiguous(), x.contiguous(), source, load, weight)
 
 
-@torch.library.custom_op("vimoe::grouped_sum", mutates_args=())
+@_operator("vimoe::grouped_sum")
 def _grouped_sum(dy: Tensor, load: Tensor) -> Tensor:
     """(S, U, O) to (N, O), summed over the rows of each expert."""
     sums = dy.new_zeros(len(load), dy.shape[-1])

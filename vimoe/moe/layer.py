@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vimoe import ffn
 from vimoe.config import MoEConfig
+from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine, dispatch
 from vimoe.moe.experts import Experts, Stacked
-from vimoe.moe.grouped import in_type_of_autocast
 from vimoe.moe.router import Router, TokenLayout
 from vimoe.moe.routing import note
 
@@ -87,7 +87,8 @@ class MoE(nn.Module):
         total = sum(mass)
         one = self.config.combine == "mix" or (self.shared is None and self.config.normalize_gates)  # not just nearly
         weights = ffn.average(parts, [m / total for m in mass], scale=1.0 if one else total)
-        return ffn.build(self._template[0], weights).train(self.training)
+        trained = any(p.requires_grad for p in (self.experts if self.shared is None else self.shared).parameters())
+        return ffn.build(self._template[0], weights).requires_grad_(trained).train(self.training)
 
     @property
     def hows(self) -> tuple[str, ...]:

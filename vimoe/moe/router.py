@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vimoe.config import MoEConfig
 from vimoe.errors import VimoeError
+from vimoe.moe.autocast import own_type
 from vimoe.moe.blocks import blocks
 from vimoe.moe.routing import Routing
 
@@ -35,7 +36,8 @@ class Router(nn.Module):
 
     With "image" routing the feature is the class token where the model has one, else the mean of the patch tokens
     (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast, and of tokens as the experts see
-    them, in its type (the selective precision of Switch Transformer, section 2.4).
+    them, in its type (the selective precision of Switch Transformer, section 2.4). Where torch is told that float32
+    products may be TF32, these are too.
 
     In training `router_noise` moves scores, and by them choices and gates. What is recorded are the scores without it:
     losses are to shape what the router thinks (V-MoE's importance loss, too, is of these).
@@ -64,7 +66,7 @@ class Router(nn.Module):
         if x_BTD.ndim != 3:
             raise VimoeError(f"MoE input of shape {tuple(x_BTD.shape)}: expected (images, tokens, channels)")
         batch = (x_BTD.shape[0], x_BTD.shape[1])
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with own_type(x_BTD):
             feature_RD = self._feature(x_BTD)
             logits_RN = scores(feature_RD, self.weight)
             noisy_RN = logits_RN
@@ -138,9 +140,10 @@ def _scores(feature: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("vimoe::scores_gradient", mutates_args=())
 def _scores_gradient(dlogits: Tensor, feature: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     dfeature, dweight = torch.empty_like(feature), torch.zeros_like(weight)
-    for at in blocks(feature):
-        dfeature[at] = dlogits[at] @ weight
-        dweight.addmm_(dlogits[at].T, feature[at].to(weight.dtype))
+    with own_type(dlogits):
+        for at in blocks(feature):
+            dfeature[at] = dlogits[at] @ weight
+            dweight.addmm_(dlogits[at].T, feature[at].to(weight.dtype))
     return dfeature, dweight
 
 
