@@ -108,3 +108,12 @@ def test_counting_changes_nothing() -> None:
 
 def test_a_cost_prints_in_readable_units() -> None:
     assert str(vimoe.count(imagenet("vit_small_patch14_dinov2"))).startswith("22.0")
+
+
+def test_an_adapted_shared_expert_counts_and_is_not_averaged() -> None:
+    model = vimoe.upcycle(vit(depth=2), vimoe.MoEConfig(layers="last:1"))
+    plain = vimoe.count(model).macs
+    nn.utils.parametrizations.weight_norm(model.blocks[1].mlp.shared.fc1)
+    assert vimoe.count(model).macs == plain
+    with pytest.raises(vimoe.VimoeError, match=r"blocks\.1\.mlp \(block 1\): fc1 is a .*remove quantisation or param"):
+        vimoe.densify(model, how="merge")

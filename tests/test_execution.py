@@ -159,3 +159,15 @@ def test_compiled_it_computes_the_same() -> None:
     with torch.no_grad():
         expected = model.eval()(x)
         torch.testing.assert_close(vimoe.optimize(model, compile=True)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_optimised_stays_where_and_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vimoe.optimize(vimoe.upcycle(vit(depth=2), vimoe.MoEConfig(layers="last:1")))
+    model.to("cpu").float()  # which change nothing
+    with pytest.raises(vimoe.VimoeError, match="can only be run"):
+        model.bfloat16()
+    monkeypatch.setattr("vimoe.execution.can_pack", lambda weight: False)
+    unpacked = vimoe.optimize(vimoe.upcycle(vit(depth=2), vimoe.MoEConfig(layers="last:1")))
+    for change in (vimoe.optimize, vimoe.densify):
+        with pytest.raises(vimoe.VimoeError, match="can only be run"):
+            change(unpacked)

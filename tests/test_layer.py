@@ -296,3 +296,11 @@ def test_experts_drop_out_where_the_ffn_did_and_only_in_training(first: float, l
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own jvp uses it
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_forward_mode_derivative_is_refused(frozen: bool) -> None:
+    layer, x = make().requires_grad_(not frozen), tokens()
+    with pytest.raises(vimoe.VimoeError, match="expected reverse mode"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))

@@ -10,7 +10,6 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vimoe import ffn
 from vimoe.moe import MoE
 from vimoe.surgery import vit
 
@@ -104,9 +103,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def _moe_macs(layer: MoE, tokens: int) -> int:
     config = layer.config
-    shared = 0 if layer.shared is None else ffn.macs(layer.shared)
     decisions = 1 if config.routing == "image" else tokens
-    return tokens * (config.top_k * layer.experts.macs + shared) + decisions * layer.router.weight.numel()
+    ffns = config.top_k + config.num_shared_experts
+    return tokens * ffns * layer.experts.macs + decisions * layer.router.weight.numel()
 
 
 def _idle_share(layer: MoE) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 from vimoe.errors import ConfigError, nearest
 from vimoe.ffn import has_hooks
 from vimoe.moe.grouped import BACKENDS, Backend
-from vimoe.moe.packed import PackedExperts, PackedLinear, can_pack, check_not_packed
+from vimoe.moe.packed import OPTIMIZED, PackedExperts, PackedLinear, can_pack, check_not_packed
 from vimoe.upcycling import moe_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,6 +61,7 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
         raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as torch.bfloat16")
     check_not_packed(model)
     model.eval().requires_grad_(False)
+    setattr(model, OPTIMIZED, True)
     if dtype is not None:
         _cast(model, dtype)
     if compile:

@@ -99,8 +99,6 @@ def describe(module: Any) -> FFN:
         SurgeryError: for a part that experts could not reproduce, such as a quantised or adapted matrix.
     """
     kind = _KINDS[type(module)]
-    if has_hooks(module):
-        raise SurgeryError("it has forward hooks, which experts would not call: expected none; remove them first")
     for name in kind.linears:
         linear = getattr(module, name)
         if type(linear) is not nn.Linear or hasattr(linear, "parametrizations"):
@@ -200,6 +198,8 @@ def widen(module: nn.Module, times: int) -> nn.Module:
 
 def narrow(module: nn.Module, times: int) -> nn.Module:
     """The inverse of `widen` as long as the added units say nothing; once they do, the module itself."""
+    if times == 1:
+        return module
     ffn, slim = describe(module), dict(read(module))
     halves = 1 + ffn.gated
     first, *added = slim["fc2.weight"].chunk(times, dim=1)

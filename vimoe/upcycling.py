@@ -149,12 +149,20 @@ def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     for site in chosen:
         if isinstance(site.module, MoE):
             raise SurgeryError(f"{site} is an MoE layer already: expected a dense FFN; densify it first")
-        try:
-            ffn.describe(site.module)
-        except SurgeryError as error:
-            raise SurgeryError(f"{site}: {error}") from None
+        if ffn.has_hooks(site.module):
+            raise SurgeryError(
+                f"{site} has forward hooks, which experts would not call: expected none; remove them first"
+            )
+        _describe(site, site.module)
     _check_tokens(model, chosen, layout)
     return {site.name: _upcycled(site.module, config, layout) for site in chosen}
+
+
+def _describe(site: Site, dense: nn.Module) -> None:
+    try:
+        ffn.describe(dense)
+    except SurgeryError as error:
+        raise SurgeryError(f"{site}: {error}") from None
 
 
 def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Module:
@@ -228,6 +236,8 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
             f"{site} has {config.num_shared_experts} shared experts, which are wider than its experts: "
             f"expected at most 1 for how={how!r}; use how='shared'"
         )
+    if layer.shared is not None:
+        _describe(site, layer.shared)
     if gate_mass is None:
         total = 1.0 if config.gates_sum_to_one else config.top_k / config.num_experts
         gate_mass = torch.full((config.num_experts,), total / config.num_experts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ def in_type_of_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
 
 
-def own_type(x: Tensor) -> torch.autocast:
+def own_type(x: Tensor) -> AbstractContextManager[object]:
     """A context in which x is computed with as it is. A backward pass may run under an autocast, too."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

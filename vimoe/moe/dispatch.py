@@ -34,6 +34,9 @@ class Dispatch:
 def dispatch(routing: Routing) -> Dispatch:
     """Sorts the choices by expert. Nothing is copied yet."""
     chosen = routing.experts.flatten()
+    if chosen.shape[0] == 1:  # one image for one expert
+        first = torch.zeros_like(chosen)
+        return Dispatch(first, first.view_as(routing.experts), routing.load)
     order = chosen.argsort(stable=True)
     home = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     return Dispatch(order // routing.experts.shape[1], home.view_as(routing.experts), routing.load)

@@ -10,10 +10,13 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from vimoe import ffn
 from vimoe.config import MoEConfig
+from vimoe.errors import VimoeError
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine, dispatch
 from vimoe.moe.experts import Experts, Stacked
@@ -30,7 +33,8 @@ class MoE(nn.Module):
         combine="sum":  S(x) + sum_i g_i E_i(x)              as in ViMoE (arXiv 2410.15732)
 
     and without a shared expert sum_i g_i E_i(x), where "mix" makes the gates of the chosen experts sum to 1.
-    Every expert starts as a copy of the dense FFN, on its device and in its type.
+    Every expert starts as a copy of the dense FFN, on its device and in its type. Experts and router are trained also
+    where the FFN is frozen. There are first derivatives in reverse mode.
 
     Args:
         dense: an FFN for which `vimoe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
@@ -51,6 +55,10 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x_BTD).tangent is not None:
+            raise VimoeError(
+                "a forward-mode derivative (jvp) of an MoE layer: expected reverse mode, such as backward()"
+            )
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
         note(self, routing)

@@ -6,6 +6,7 @@ those that torch.compile writes for a frozen model; an activation after a map is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from vimoe.errors import VimoeError
 from vimoe.moe.experts import Experts
 from vimoe.moe.grouped import experts_with_units, rows_at
+
+OPTIMIZED = "_optimized_by_vimoe"  # attribute of a whole model, whether or not there was something to pack
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -27,8 +30,8 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def check_not_packed(model: nn.Module) -> None:
-    """Raises VimoeError for a model with packed weights, which can only be run."""
-    if any(isinstance(module, (PackedLinear, PackedExperts)) for module in model.modules()):
+    """Raises VimoeError for a model that went through `vimoe.optimize`, which can only be run."""
+    if any(isinstance(m, (PackedLinear, PackedExperts)) or hasattr(m, OPTIMIZED) for m in model.modules()):
         _refuse()
 
 
@@ -71,6 +74,12 @@ class PackedLinear(nn.Module):
         if mode:  # nothing here would be trained, but the statistics of batch norms elsewhere
             _refuse()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        probe = torch.empty(0, dtype=self._packed.dtype)
+        if (moved := fn(probe)).dtype != probe.dtype or moved.device != probe.device:
+            _refuse()
+        return super()._apply(fn, recurse)
 
     # torch cannot copy packed weights, and leaves them out of a state
     __reduce_ex__ = _save_to_state_dict = _refuse  # type: ignore[assignment]

@@ -68,7 +68,7 @@ class Router(nn.Module):
         batch = (x_BTD.shape[0], x_BTD.shape[1])
         with own_type(x_BTD):
             feature_RD = self._feature(x_BTD)
-            logits_RN = scores(feature_RD, self.weight)
+            logits_RN = scores(feature_RD, self.weight, few=self.config.routing == "image")
             noisy_RN = logits_RN
             if self.training and self.config.router_noise:
                 std = self.config.router_noise / self.config.num_experts
@@ -78,8 +78,10 @@ class Router(nn.Module):
     def decide(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
         """The decisions that follow from the scores. A score of -inf keeps an expert from being chosen."""
         probabilities_RN = logits_RN.softmax(dim=-1)
-        preferred_RN = self._preferred(probabilities_RN.detach())
-        experts_RK = preferred_RN.masked_fill(logits_RN == -torch.inf, -torch.inf).topk(self.config.top_k).indices
+        preferred_RN = logits_RN.detach()
+        if self._overrules:
+            preferred_RN = self._preferred(probabilities_RN.detach()).masked_fill(logits_RN == -torch.inf, -torch.inf)
+        experts_RK = preferred_RN.topk(self.config.top_k).indices
         gates_RK = probabilities_RN.gather(-1, experts_RK)
         if self.config.gates_sum_to_one and self._overrules:  # of unlikely experts all k gates may have rounded to 0
             gates_RK = logits_RN.gather(-1, experts_RK).softmax(dim=-1)
@@ -120,11 +122,11 @@ class Router(nn.Module):
         return f"{dim} -> {num_experts}, top_k={self.config.top_k}, routing={self.config.routing!r}"
 
 
-def scores(feature_RD: Tensor, weight_ND: Tensor) -> Tensor:
-    """(R, N) float32 at least. Of low precision no wide copy is kept, nor made as a whole on a CPU."""
+def scores(feature_RD: Tensor, weight_ND: Tensor, few: bool = False) -> Tensor:
+    """(R, N) float32 at least. Unless they are few, no wide copy of low precision is kept, nor made whole on a CPU."""
     precise = torch.promote_types(feature_RD.dtype, torch.float32)
-    if feature_RD.dtype == precise:
-        return F.linear(feature_RD, weight_ND.to(precise))
+    if few or feature_RD.dtype == precise:
+        return F.linear(feature_RD.to(precise), weight_ND.to(precise))
     logits_RN: Tensor = _scores(feature_RD, weight_ND.to(precise))
     return logits_RN
 
