@@ -327,9 +327,8 @@ def main() -> None:
     for name in fnmatch.filter(measures, args.only):
         file = RESULTS / f"{name}.json"
         if args.redo or not file.exists():
-            write_json(
-                file, {"processes": list(in_processes(name, args.processes, args.rounds)), "rounds": args.rounds}
-            )
+            runs = list(in_processes(name, args.processes, args.rounds))
+            write_json(file, {"processes": runs, "rounds": args.rounds, "commit": commit()})
             print(file, flush=True)
     write_page()
 
