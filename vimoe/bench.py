@@ -244,9 +244,8 @@ def time_layers(case: LayerCase, training: bool, rounds: int) -> list[Timing]:
 
 def layer_memory(case: LayerCase) -> dict[str, int]:
     """Bytes that each layer keeps for its backward pass, its input among them."""
-    x = (
-        case.x.clone().requires_grad_() * 1
-    )  # as a norm before the layer gives it: under an autocast no leaf's cached copy
+    # no leaf, as what a norm before the layer gives: an autocast would keep one copy of a leaf for all who read it
+    x = case.x.clone().requires_grad_() * 1
     with _computing(case.autocast):
         return {
             name: activations(lambda layer=layer: layer.train()(x), list(layer.parameters()), case.autocast)  # type: ignore[misc]
