@@ -194,7 +194,8 @@ class Segmentation:
         if not moe_layers(model):
             return {}
         prepared = preprocessing(model, self.settings.data)
-        return {runs.EXPERT_MAPS: expert_maps(model, self.data.val[:SHOWN], self.data.legend, prepared)}
+        spread = self.data.val[:: max(1, len(self.data.val) // SHOWN)][:SHOWN]  # the next frame of a video looks alike
+        return {runs.EXPERT_MAPS: expert_maps(model, spread, self.data.legend, prepared)}
 
     def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
         return self._loader(model, samples, self.data)

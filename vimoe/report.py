@@ -287,9 +287,10 @@ def _loads(page: Page, load: Path) -> None:
 def _expert_maps(page: Page, path: Path) -> None:
     page.heading("Experts over the image")
     page.text(
-        "The first validation images with what the model makes of them and, for each MoE layer (of many the last six), "
-        "the expert that was each patch's first choice. Expert numbers mean nothing between layers. Patches of one "
-        "kind in one colour are a sign that the router follows what is seen; they do not show that this matters."
+        "Validation images, spread over their list, with what the model makes of them and, for each MoE layer (of many "
+        "the last six), the expert that was each patch's first choice. Expert numbers mean nothing between layers. "
+        "Patches of one kind in one colour are a sign that the router follows what is seen; they do not show that this "
+        "matters."
     )
     page.picture(path, "Image, truth (void is white), prediction, and the expert of each patch, layer by layer.")
 
