@@ -188,7 +188,7 @@ def test_a_dense_model_after_densify_trains_and_upcycles_again() -> None:
 @pytest.mark.parametrize(
     ("masses", "message"),
     [
-        ({"blocks.1": GATES}, r"gate_mass of 'blocks\.1', no MoE layer that is made dense: .*blocks\.1\.mlp"),
+        ({"blocks.1": GATES}, r"gate_mass of 'blocks\.1', which is no MoE layer: .*blocks\.1\.mlp"),
         ({"blocks.0.mlp": GATES}, r"gate_mass of 'blocks\.0\.mlp'"),
         ({"blocks.1.mlp": GATES[:3]}, r"gate_mass of blocks\.1\.mlp .* has shape \(3,\): expected \(4,\)"),
     ],
@@ -198,6 +198,12 @@ def test_gate_mass_that_fits_no_layer_is_refused(masses: dict[str, Tensor], mess
     with pytest.raises(vimoe.VimoeError, match=message):
         vimoe.densify(model, how="merge", gate_mass=masses)
     assert isinstance(model.blocks[1].mlp, vimoe.MoE)
+
+
+def test_gate_mass_may_hold_layers_that_stay() -> None:
+    model = upcycle(vit(depth=2), config(layers="all", num_experts=EXPERTS))
+    vimoe.densify(model, layers=[1], how="merge", gate_mass={f"blocks.{block}.mlp": GATES for block in range(2)})
+    assert layers(model) == [model.blocks[0].mlp]
 
 
 @pytest.mark.parametrize(("how", "shared"), [("shared", 1), ("shared", 2), ("merge", 0), ("merge", 1)])

@@ -122,9 +122,9 @@ def densify(
     if not chosen:
         raise SurgeryError(f"layers={layers!r}: the model has no MoE layer there: expected one that upcycle made")
     masses = dict(gate_mass or {})
-    names = [site.name for site in chosen]
+    names = list(moe_layers(model))  # those that stay are evidence of the same model
     if unknown := next((name for name in masses if name not in names), None):
-        raise SurgeryError(f"gate_mass of {unknown!r}, no MoE layer that is made dense: {nearest(unknown, names)}")
+        raise SurgeryError(f"gate_mass of {unknown!r}, which is no MoE layer: {nearest(unknown, names)}")
     surgery.swap(model, {site.name: _dense(site, how, masses.get(site.name)) for site in chosen})
     return model
 

@@ -97,7 +97,7 @@ class PackedExperts(nn.Module):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
-        self.kind, self.macs = experts.kind, experts.macs
+        self.kind = experts.kind
         weights = [experts.weights(e) for e in range(len(experts.fc1.weight))]
         act = None if self.kind.gated else experts.act
         self.act = experts.act
