@@ -232,7 +232,10 @@ def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: py
     for text, expected in {
         "moe:\n  layer: all\n": "unknown option moe.layer: did you mean 'moe.layers'?",
         "moo:\n  layers: all\n": "unknown option moo.layers: did you mean 'moe.layers'?",
-        "moe: [": "--config: expected a YAML file",
+        "moe: [": "expected a YAML file of sections and settings",
+        "- moe": "expected a YAML file of sections and settings",
+        "train: {epochs: 7}\nmoe: {}\ntrain: {batch_size: 4}": "'train' stands twice, in lines 1 and 3",
+        "moe: {layers: all, top_k: 1, layers: none}": "'layers' stands twice",
     }.items():
         config.write_text(text)
         assert expected in refused(capsys, "count", "--config", config)

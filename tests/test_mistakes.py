@@ -90,7 +90,7 @@ DAMAGE = {
     "model of no known architecture": (
         jsoned(CONFIG, lambda c: c.update(architecture="vit_from_mars")), "evaluate run", "vit_from_mars",
     ),
-    "model missing": (drop("model"), "evaluate run", "its training did not finish"),
+    "model missing": (drop("model"), "evaluate run", "run has no model/"),
     "settings missing": (drop("config.yaml"), "analyze run", "has no config.yaml"),
     "settings no YAML": (put("config.yaml", b"a: ["), "analyze run", "config.yaml cannot be read"),
     "settings unknown": (edit("config.yaml", lambda t: t.replace("top_k", "top_c")), "prune run --out out", "top_c"),
@@ -119,7 +119,7 @@ DAMAGE = {
     "a test image that is none": (
         lambda root: (root / "photos/test/red/000.png").write_bytes(b"<html>"), "evaluate run", "000.png",
     ),
-    "a run that is a file": (lambda root: (root / "file").write_text("x"), "evaluate file", "file: no such run"),
+    "a run that is a file": (lambda root: (root / "file").write_text("x"), "evaluate file", "file is a file"),
     "no run at all": (nothing, "analyze photos", "has no config.yaml"),
     "a misspelt run": (nothing, "analyze runn", "did you mean"),
     "analysis of a dense run": (nothing, "analyze dense", "the model has no MoE layer"),

@@ -13,6 +13,7 @@ from torch import nn
 
 from vimoe.config import ModelConfig
 from vimoe.errors import ConfigError, beside, first_line, nearest
+from vimoe.files import read_text
 
 SOURCES = ("local-dir", "hf-hub")  # as timm names them
 
@@ -100,7 +101,7 @@ def _vimoe_section(name: str, folder: Path) -> dict[str, Any]:
     """What vimoe notes in a model folder's config; nothing where that is a plain timm folder."""
     config = folder / "config.json"
     try:
-        section: dict[str, Any] = json.loads(config.read_text()).get("vimoe", {})
+        section: dict[str, Any] = json.loads(read_text(config)).get("vimoe", {})
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.name={name!r}: {config} is no JSON ({error}); save the model again") from error
     return section

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from vimoe.errors import FolderError, first_line
-from vimoe.files import written_whole
+from vimoe.files import discard_file, in_units, written_whole
+from vimoe.runs import CHECKPOINT
 
-FOLDER, LAST = "checkpoints", "last.pt"
-FORMAT = 2
+FORMAT = 3
+MAY_DIFFER = frozenset({"data.path", "data.workers", "train.checkpoint_minutes", "train.tensorboard"})
 
 
 def write(run: Path, state: dict[str, Any]) -> None:
@@ -35,7 +36,7 @@ def write(run: Path, state: dict[str, Any]) -> None:
     Raises:
         FolderError: where it cannot be written; the checkpoint before is as it was.
     """
-    path = run / FOLDER / LAST
+    path = run / CHECKPOINT
     path.parent.mkdir(exist_ok=True)
     try:
         with written_whole(path) as file:
@@ -44,17 +45,21 @@ def write(run: Path, state: dict[str, Any]) -> None:
         raise FolderError(f"{path} could not be written: {first_line(error)}; make room and resume the run") from error
 
 
-def read(run: Path) -> dict[str, Any] | None:
-    """The last checkpoint, or None where there is none. Nothing is unpickled but tensors and plain values.
+def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
+    """Return the last checkpoint, or None where there is none. Nothing is unpickled but tensors and plain values.
+
+    Args:
+        run: the run folder.
+        mapped: map the tensors from the file, for a caller that does not keep them.
 
     Raises:
         FolderError: where it is damaged, or from another version.
     """
-    path = run / FOLDER / LAST
+    path = run / CHECKPOINT
     if not exists(run):
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged file makes of the reader
         raise FolderError(f"{path} cannot be read: {first_line(error)}; train again in another folder") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -63,25 +68,46 @@ def read(run: Path) -> dict[str, Any] | None:
 
 
 def exists(run: Path) -> bool:
-    """Whether there is one to go on from."""
-    return (run / FOLDER / LAST).exists()
+    """Return True where there is one to go on from."""
+    return (run / CHECKPOINT).exists()
 
 
 def remove(run: Path) -> None:
-    """Forgets a finished training."""
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    """Forget a finished training."""
+    discard_file(run / CHECKPOINT)
+
+
+def check_settings(run: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than a training began with, which its weights and its report are of.
+
+    Args:
+        run: the run folder.
+        began: the settings in the checkpoint, by name ("train.lr").
+        now: those that it would go on with. What `MAY_DIFFER` names does not change the outcome.
+
+    Raises:
+        FolderError: naming the settings that differ.
+    """
+    names = [name for name in {**began, **now} if name not in MAY_DIFFER and began.get(name) != now.get(name)]
+    if names:
+        name = names[0]
+        more = f", and {', '.join(names[1:4])} differ too" if names[1:] else ""
+        raise FolderError(
+            f"{run}: {name} is {now.get(name)!r} and was {began.get(name)!r} when the training began{more}: expected "
+            f"the same to go on; restore config.yaml, or train with another --out"
+        )
 
 
 def check_space(run: Path, model: nn.Module, ema: bool) -> None:
-    """Raises FolderError where the disk has no room for two checkpoints and the model."""
+    """Raise FolderError where the disk has no room for two checkpoints and the model."""
     weights = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed = 2 * (moments + (3 if ema else 2) * weights) + weights
     free = shutil.disk_usage(run).free
     if free < needed:
         raise FolderError(
-            f"{run}: {free / 1e9:.2f} GB are free: expected {needed / 1e9:.2f} GB for the checkpoints of this "
-            f"training; make room, or name another --out"
+            f"{run}: {in_units(free)} are free: expected {in_units(needed)} for the checkpoints of this training; "
+            f"make room, or name another --out"
         )
 
 

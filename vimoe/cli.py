@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -18,6 +21,10 @@ from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
 
+_OF_THE_MACHINE = {  # errors that are no mistakes of ours: of disks, permissions and names
+    getattr(errno, name, 0)
+    for name in ("EACCES", "EPERM", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "ENAMETOOLONG", "ESTALE", "EMFILE")
+}
 Result = tuple[str, dict[str, Any]]  # what a person reads, what --json prints
 
 
@@ -25,35 +32,44 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `vimoe VERB ...` and returns the exit status: 0, or 2 after a mistake of the user."""
     argv = sys.argv[1:] if argv is None else argv
     as_json = "--json" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that it cannot write should not end what is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(_overview())
-            return 0
-        if argv[0] == "--version":
-            from vimoe import __version__
-
-            print(__version__)
-            return 0
-        if argv[0] not in VERBS:
-            raise ConfigError(f"unknown verb {argv[0]!r}: {nearest(argv[0], VERBS)}")
-        _log_to_stderr()
-        verb = VERBS[argv[0]]
-        with _terminated_as_interrupted():
-            text, values = verb(argv[0], argv[1:])
+        print(_answer(argv, as_json), flush=True)
+    except BrokenPipeError:  # who reads has enough, such as head
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115,PTH123  what Python flushes at its end
+        return 128 + signal.SIGPIPE
     except Stopped as stopped:
         print(f"vimoe: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt as interrupt:
         print("vimoe: interrupted", file=sys.stderr)
         return 128 + next(iter(interrupt.args), signal.SIGINT)
-    except (VimoeError, PermissionError) as error:
+    except (VimoeError, OSError) as error:
+        if not isinstance(error, VimoeError) and error.errno not in _OF_THE_MACHINE:
+            raise
         message = _one_line(error)
         if as_json:
             print(json.dumps({"error": message}))
         print(f"vimoe: {message}", file=sys.stderr)
         return 2
-    print(json.dumps({"schema": SCHEMA, "command": argv[0], **values}) if as_json else text)
     return 0
+
+
+def _answer(argv: list[str], as_json: bool) -> str:
+    """Does what is asked and returns what is to be printed."""
+    if not argv or argv[0] in ("-h", "--help"):
+        return _overview()
+    if argv[0] == "--version":
+        from vimoe import __version__
+
+        return __version__
+    if argv[0] not in VERBS:
+        raise ConfigError(f"unknown verb {argv[0]!r}: {nearest(argv[0], VERBS)}")
+    _log_to_stderr()
+    with _terminated_as_interrupted():
+        text, values = VERBS[argv[0]](argv[0], argv[1:])
+    return json.dumps({"schema": SCHEMA, "command": argv[0], **values}) if as_json else text
 
 
 def plan(verb: str, argv: list[str]) -> Result:
@@ -89,7 +105,7 @@ def train(verb: str, argv: list[str]) -> Result:
     parser = _parser(verb, out="folder to make for the run", resume=go_on)
     parser.add_sections("model", "moe", "data", "train")
     options = parser.parse_args(argv)
-    if not options["resume"]:
+    if options["resume"] is None:
         _required_out(options)
     elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
         raise ConfigError(f"{others[0]} with --resume: expected none, the run has its own settings; leave it out")
@@ -97,7 +113,7 @@ def train(verb: str, argv: list[str]) -> Result:
     from vimoe.experiment import resume_training, run_training
 
     resumed = options["resume"]
-    summary = resume_training(resumed) if resumed else run_training(settings, options["out"])
+    summary = run_training(settings, options["out"]) if resumed is None else resume_training(resumed)
     from vimoe.report import MEASURES, judged_by
 
     val = summary["val"]
@@ -139,23 +155,24 @@ def predict(verb: str, argv: list[str]) -> Result:
     if options["top"] < 1:
         raise ConfigError(f"--top {options['top']}: expected at least 1")
     from vimoe.data import list_images
+    from vimoe.experiment import check_outside
     from vimoe.finished import FinishedRun
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     files = list_images(options["images"])
     if run.segments:
-        predictions = run.predict_scenes(files, _required_out(options, "masks"))
-        shares = {p["mask"]: [f"{name} {share:.1%}" for name, share in p["areas"].items()] for p in predictions}
-        lines = [f"{mask}: {', '.join(each[: options['top']])}" for mask, each in shares.items()]
+        out = _required_out(options, "masks")
+        for images in options["images"]:
+            check_outside("--out", out, images)
+        predictions = run.predict_scenes(files, out)
+        lines = [p.get("error") or f"{p['mask']}: {_areas(p, options['top'])}" for p in predictions]
         return "\n".join(lines), {"predictions": predictions}
     if options["out"]:
         raise ConfigError(f"--out {options['out']}: expected it for a segmentation alone; leave it out")
     from vimoe.evaluate import predict as name_classes
 
     predictions = name_classes(run.model, files, options["top"])
-    lines = [
-        f"{p['file']}: " + ", ".join(f"{c['name']} {c['probability']:.1%}" for c in p["classes"]) for p in predictions
-    ]
+    lines = [p.get("error") or f"{p['file']}: {_classes(p)}" for p in predictions]
     return "\n".join(lines), {"predictions": predictions}
 
 
@@ -322,6 +339,14 @@ def _settings(verb: str, argv: list[str], *sections: str, **extra: str) -> tuple
     if "out" in extra:
         _required_out(values)
     return parser.settings(values), values
+
+
+def _classes(prediction: dict[str, Any]) -> str:
+    return ", ".join(f"{each['name']} {each['probability']:.1%}" for each in prediction["classes"])
+
+
+def _areas(prediction: dict[str, Any], most: int) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in list(prediction["areas"].items())[:most])
 
 
 def _required_out(options: Any, example: str = "runs/first") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vimoe.errors import VimoeError
-from vimoe.loading import eval_loader, preprocessing
+from vimoe.errors import DataError, VimoeError
+from vimoe.images import with_progress
+from vimoe.loading import Readable, eval_loader, preprocessing
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def batches_of(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tu
 
 
 def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:
-    """The most likely classes of image files, best first.
+    """Name the most likely classes of image files, best first.
 
     Args:
         model: a model with preprocessing and label names, as `vimoe.load` gives it.
@@ -111,17 +115,35 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
         workers: processes that decode images, as `DataConfig.workers`.
 
     Returns:
-        For each file {"file", "classes": [{"name", "probability"}]}.
+        For each file {"file", "classes": [{"name", "probability"}]}, or {"file", "error"} where it cannot be read.
+
+    Raises:
+        DataError: where none can be read.
     """
-    loader = eval_loader([(file, 0) for file in files], preprocessing(model), batch_size=32, workers=workers)
-    names = label_names(model)
+    samples, prepared = [(file, 0) for file in files], preprocessing(model)
+    names, weight = label_names(model.eval()), next(model.parameters())
     results: list[dict[str, Any]] = []
-    for logits, _ in forwards(model, loader, "predicting"):
+    loader = eval_loader(samples, prepared, 32, workers, Readable)
+    for images, errors in with_progress(loader, "predicting", len(loader)):
+        with torch.no_grad():
+            logits = model(images.to(weight.device, weight.dtype))
         values, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-        for row, best in zip(values.tolist(), indices.tolist(), strict=True):
+        for row, best, error in zip(values.tolist(), indices.tolist(), errors, strict=True):
             classes = [{"name": names[i], "probability": p} for p, i in zip(row, best, strict=True)]
-            results.append({"file": str(files[len(results)]), "classes": classes})
+            results.append({"file": str(files[len(results)]), **({"error": error} if error else {"classes": classes})})
+    report_errors(results)
     return results
+
+
+def report_errors(predictions: Sequence[dict[str, Any]]) -> None:
+    """Warn of predictions that are errors. Raises DataError where all are."""
+    errors = [each["error"] for each in predictions if "error" in each]
+    if errors and len(errors) == len(predictions):
+        raise DataError(
+            errors[0] if len(errors) == 1 else f"none of {len(errors)} images can be read: {errors[0]}, ..."
+        )
+    if errors:
+        logger.warning("%d of %d images were not predicted, such as: %s", len(errors), len(predictions), errors[0])
 
 
 def label_names(model: nn.Module) -> list[str]:

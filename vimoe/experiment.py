@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -14,9 +13,12 @@ from torch import nn
 from vimoe import checkpoint, runs
 from vimoe.backbone import check_name
 from vimoe.data import absolute
+from vimoe.errors import ConfigError
+from vimoe.figures import png
+from vimoe.files import discard_leftovers, locked, temporary_folder, write_bytes
 from vimoe.folder import save
 from vimoe.loading import preprocessing
-from vimoe.options import Settings
+from vimoe.options import Settings, flat
 from vimoe.problem import Problem, problem_of
 from vimoe.report import write_run_report
 from vimoe.scan import Scan
@@ -39,35 +41,51 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     """
     check_name(settings.model, segmentation=settings.data.task == "segmentation")
     runs.check_new(out)
+    check_outside("--out", out, settings.data.path)
     problem = problem_of(settings)
     check(settings.train, len(problem.data.train))
     model = _model(problem)
     problem.check(model)
     scanned = problem.scan()
     folder = runs.new_run(out)
-    with TemporaryDirectory(dir=folder, prefix=".proof-") as proof:  # what could not be saved should not be trained
-        _save(problem, model, Path(proof) / runs.MODEL)
-    absolute_path = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
-    runs.write_settings(folder, absolute_path)
-    return _train(problem, scanned, model, folder)
+    with locked(folder, runs.TRAINED):
+        checkpoint.check_space(folder, model, bool(settings.train.ema_decay))
+        with temporary_folder(folder) as proof:  # what could not be saved should not be trained
+            _save(problem, model, proof / runs.MODEL)
+        data = replace(settings.data, path=absolute(settings.data.path))
+        return _train(problem, scanned, model, folder, replace(settings, data=data))
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
     """Goes on with a training that was killed or stopped, from its last checkpoint, as `run_training` would have.
 
     Raises:
-        FolderError: where the folder is no run, or its training is finished.
+        FolderError: where the folder is no run, its training is finished, going on in another process, or began with
+            other settings.
     """
     run = runs.open_unfinished(path)
-    settings = run.settings
-    if checkpoint.exists(run.path):  # which has the weights
-        settings = replace(settings, model=replace(settings.model, pretrained=False))
-    problem = problem_of(settings, validation=run.validation())
-    check(settings.train, len(problem.data.train))
-    model = _model(problem)
-    if settings.data.cache == "features" and (stored := checkpoint.read(run.path)):
-        model.load_state_dict(stored["model"])  # whose trunk the features are of
-    return _train(problem, problem.scan(), model, run.path)
+    with locked(run.path, runs.TRAINED):
+        stored = checkpoint.read(run.path, mapped=True)
+        assert stored is not None
+        checkpoint.check_settings(run.path, stored["settings"], flat(run.settings))
+        discard_leftovers(run.path, *(run.path / name for name in (runs.CHECKPOINT.parent, runs.FIGURES)))
+        model_settings = replace(run.settings.model, pretrained=False)  # the checkpoint has the weights
+        problem = problem_of(replace(run.settings, model=model_settings), validation=run.validation())
+        model = _model(problem)
+        if run.settings.data.cache == "features":
+            model.load_state_dict(stored["model"])  # whose trunk the features are of
+        del stored
+        return _train(problem, problem.scan(), model, run.path, run.settings)
+
+
+def check_outside(option: str, out: str | Path, data: str | Path) -> None:
+    """Raise ConfigError where `out` lies in the folder `data`, whose images its pictures would be taken for."""
+    folder = Path(data)
+    if data not in ("", "digits") and folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"{option} {out} lies in {data}, where its pictures would be taken for data: expected another place; name "
+            f"one beside it"
+        )
 
 
 def _model(problem: Problem) -> nn.Module:
@@ -80,14 +98,18 @@ def _save(problem: Problem, model: nn.Module, path: Path) -> None:
     save(model, path, label_names=problem.data.classes, preprocessing=prepared, overwrite=True)
 
 
-def _train(problem: Problem, scanned: Scan | SceneScan, model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Trains in a run folder that has its settings, and finishes it."""
+def _train(
+    problem: Problem, scanned: Scan | SceneScan, model: nn.Module, folder: Path, told: Settings
+) -> dict[str, Any]:
+    """Trains in a run folder, which notes what it was told, and finishes it."""
     settings = problem.settings
-    write_validation(folder, problem)
     logger.info("%s", scanned)
     converted = [site.name for site in select(sites(model), settings.moe.layers)]
     task = problem.task(model, settings.train)
-    summary = train(model, task, settings.train, folder, converted)
+    if names := problem.split_off:
+        runs.write_validation(folder, names)
+    runs.write_settings(folder, told)
+    summary = train(model, task, settings.train, folder, converted, flat(told))
     _save(problem, model, folder / runs.MODEL)
     if settings.data.cache == "features":  # what was saved takes images
         summary["val"] = problem.evaluate(model, problem.deciding(model)).to_dict()
@@ -99,16 +121,10 @@ def _train(problem: Problem, scanned: Scan | SceneScan, model: nn.Module, folder
         "scan": scanned.to_dict(),
         "versions": runs.versions(),
     }
-    runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})
     for name, figure in problem.figures(model).items():
         (folder / runs.FIGURES).mkdir(exist_ok=True)
-        figure.savefig(folder / runs.FIGURES / name, dpi=110)
+        write_bytes(folder / runs.FIGURES / name, png(figure))
+    runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "train", **summary})
     checkpoint.remove(folder)
     report = write_run_report(folder)
     return {**summary, "out": str(folder), "report": str(report)}
-
-
-def write_validation(folder: Path, problem: Problem) -> None:
-    """Lists the images that were split off train, so that every later verb decides on the same ones."""
-    if names := problem.split_off:
-        runs.write_text(folder / runs.VALIDATION, "\n".join(sorted(names)) + "\n")

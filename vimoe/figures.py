@@ -6,6 +6,7 @@ Figures are made without pyplot: a notebook keeps its backend, and nothing has t
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from vimoe.files import read_text
 
 CHANCE = 0.05  # a p above it is no evidence
 COLOURS = ("#1f77b4", "#d95f02", "#2a8a3e", "#c2242c", "#6f4fa8")
@@ -274,6 +277,12 @@ def _rows(axis: Axes, layers: list[dict[str, Any]]) -> None:
         axis.axhline(i - 0.5, color="0.9", lw=0.8)
 
 
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
 def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(io.StringIO(read_text(path), newline="")))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,12 @@ from torch.utils.data import DataLoader
 from vimoe import checkpoint, runs
 from vimoe.analysis import analyze
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, Inference, TrainConfig
-from vimoe.errors import ConfigError, FolderError
+from vimoe.errors import ConfigError, FolderError, Stopped
 from vimoe.evaluate import Score, label_names
 from vimoe.evidence import Evidence
-from vimoe.experiment import write_validation
-from vimoe.figures import contact_sheet
+from vimoe.experiment import check_outside
+from vimoe.figures import contact_sheet, png
+from vimoe.files import read_text, write_bytes
 from vimoe.folder import load, save
 from vimoe.images import open_image
 from vimoe.problem import Problem, problem_of
@@ -116,20 +115,29 @@ class FinishedRun:
             What summary.json of the new run holds, and the paths of the run and its report.
         """
         runs.check_new(out)
+        check_outside("--out", out, self.run.settings.data.path)
         recovery = self._recovery(recover, recover_lr)
+        with runs.made_whole(out) as folder:
+            values = self._prune(folder, tolerance, experts, recovery)
+        return {**values, "out": str(out), "report": str(write_run_report(Path(out)))}
+
+    def _prune(self, folder: Path, tolerance: float, experts: bool, recovery: TrainConfig | None) -> dict[str, Any]:
+        """Prunes, and writes the files of the new run into a folder."""
         known = self.run.path / runs.ROUTING
         evidence = _read_evidence(known) if known.exists() else self.analyze()
         pruned = self._fresh_model()
         loader, sequences = self.problem.deciding(self.model), self.problem.sequences
         done = prune(pruned, evidence, loader, tolerance, experts, progress=True, sequences=sequences)
-        folder = runs.new_run(out)
-        models = {"before": self.model, "after": pruned}
+        models, epochs = {"before": self.model, "after": pruned}, 0
         if recovery:
             models["recovered"] = copy.deepcopy(pruned)
             names = [layer.name for layer in evidence.layers]
             task = self.problem.task(models["recovered"], recovery)
-            recovered = train(models["recovered"], task, recovery, folder, names)
-            recover = recovered["epochs"]  # fewer where it stopped early
+            try:
+                recovered = train(models["recovered"], task, recovery, folder, names)
+            except Stopped as stopped:  # its checkpoint goes with the folder
+                raise KeyboardInterrupt(stopped.status - 128) from None
+            epochs = recovered["epochs"]  # fewer where it stopped early
             checkpoint.remove(folder)
         split, samples = self.reported
         timed = self.problem.deciding(self.model) if self.segments else None
@@ -138,21 +146,24 @@ class FinishedRun:
         summary = {
             **done.to_dict(),
             "kept": [{**asdict(step), "experts": left[step.layer].config.num_experts} for step in done.kept],
-            "recovery_epochs": recover,
+            "recovery_epochs": epochs,
             "recovery_lr": recovery.lr if recovery else None,
             "validation_images": len(self.problem.data.val),
             "split": split,
             **{when: receipt.to_dict() for when, receipt in zip(models, measured, strict=True)},
             "versions": runs.versions(),
         }
-        runs.write_settings(folder, self.run.settings)  # late: a pruning that was killed is no training to go on with
-        write_validation(folder, self.problem)
+        runs.write_settings(folder, self.run.settings)
+        if names := self.problem.split_off:
+            runs.write_validation(folder, names)
         final = models.get("recovered", pruned)
         save(final, folder / runs.MODEL, label_names=label_names(final))
         runs.write_json(folder / runs.ROUTING_BEFORE, evidence.to_dict())
-        shutil.copytree(self.run.path / runs.FIGURES, folder / runs.FIGURES, ignore=_all_but_examples)
+        for sheet in (self.run.path / runs.FIGURES).glob(runs.EXAMPLES.format("*")):
+            (folder / runs.FIGURES).mkdir(exist_ok=True)
+            write_bytes(folder / runs.FIGURES / sheet.name, sheet.read_bytes())
         runs.write_json(folder / runs.SUMMARY, {"schema": runs.SCHEMA, "command": "prune", **summary})
-        return {**summary, "text": str(done), "out": str(folder), "report": str(write_run_report(folder))}
+        return {**summary, "text": str(done)}
 
     def _write_examples(self, evidence: Evidence) -> None:
         """A sheet for each layer: the images that each expert got most of, as figures/examples-LAYER.png."""
@@ -166,7 +177,7 @@ class FinishedRun:
                 for expert in layer.expert_order
                 if layer.examples[expert]
             }
-            contact_sheet(rows).savefig(folder / runs.EXAMPLES.format(layer.name), dpi=110)
+            write_bytes(folder / runs.EXAMPLES.format(layer.name), png(contact_sheet(rows)))
 
     def _picture(self, place: int, classes: tuple[str, ...]) -> tuple[Any, str]:
         sample: Any = self.problem.data.val[place]
@@ -192,12 +203,8 @@ class FinishedRun:
         return self.problem.loader(self.model, samples)
 
 
-def _all_but_examples(_folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if not fnmatch(name, runs.EXAMPLES.format("*"))]
-
-
 def _read_evidence(path: Path) -> Evidence:
     try:
-        return Evidence.from_dict(json.loads(path.read_text()))
+        return Evidence.from_dict(json.loads(read_text(path)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FolderError(f"{path} cannot be read ({error}): expected what analyze wrote; run analyze again") from error

@@ -7,8 +7,6 @@ A folder without MoE layers, widened FFNs and decoder is a plain timm folder, wh
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from vimoe import ffn
 from vimoe.accounting import model_input_size
 from vimoe.config import MoEConfig
 from vimoe.errors import FolderError, VimoeError, first_line
+from vimoe.files import read_text, rename, temporary_folder, write_json
 from vimoe.moe import MoE
 from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.segmenter import Segmenter
@@ -53,16 +52,16 @@ def save(
         label_names: name of each class; by default those that the model came with.
         preprocessing: timm's data config (mean, std, crop_pct, interpolation); by default the model's own.
         model_args: arguments of timm.create_model that timm does not remember or JSON cannot hold.
-        overwrite: replace a folder that is there.
+        overwrite: replace a model folder that is there.
 
     Raises:
-        FolderError: where the folder is there already, or would not rebuild the model; nothing is left behind.
+        FolderError: where the folder is there already, is no model folder, or would not rebuild the model; nothing is
+            left behind.
         VimoeError: for an optimised model.
     """
     path = Path(path)
     model = getattr(model, "_orig_mod", model)  # the model inside of torch.compile's
-    if path.exists() and not overwrite:
-        raise FolderError(f"{path} is there already: expected a new folder; use another name or overwrite=True")
+    _check_place(path, overwrite)
     check_not_packed(model)
     if not hasattr(model, "pretrained_cfg"):
         raise FolderError(f"{type(model).__name__} was not built by timm.create_model, which notes how to rebuild it")
@@ -70,25 +69,21 @@ def save(
         raise FolderError(f"{len(label_names)} label_names for {model.num_classes} classes: expected a name for each")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise FolderError(f"{path} cannot be made: {error.strerror}; name another folder") from error
-    try:
-        model_config = {"label_names": list(label_names)} if label_names else {}
-        save_config_for_hf(vit(model), str(temporary / CONFIG), model_config, model_args, preprocessing)
-        _add_layers(model, temporary / CONFIG)
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        _prove(model, temporary)
-        (temporary / WEIGHTS).chmod(0o644)  # both were made for their owner alone
-        temporary.chmod(0o755)
-        _put(temporary, path)
+        with temporary_folder(path.parent) as temporary:
+            model_config = {"label_names": list(label_names)} if label_names else {}
+            save_config_for_hf(vit(model), str(temporary / CONFIG), model_config, model_args, preprocessing)
+            _add_layers(model, temporary / CONFIG)
+            weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            _prove(model, temporary)
+            (temporary / WEIGHTS).chmod(0o644)  # it was made for its owner alone
+            rename(temporary, path)
     except VimoeError:
         raise
-    except (ValueError, OSError) as error:
-        raise FolderError(f"{path} could not be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (ValueError, OSError, SafetensorError) as error:  # the last of a full disk
+        raise FolderError(
+            f"{path} could not be written: {first_line(error)}; make room, or name another folder"
+        ) from error
     return path
 
 
@@ -126,9 +121,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
+def _check_place(path: Path, overwrite: bool) -> None:
+    """Raise FolderError where a model folder may not be written: only another model folder is ever replaced."""
+    if not path.exists():
+        return
+    held = sorted(inside.name for inside in path.iterdir()) if path.is_dir() else [path.name]
+    if overwrite and (odd := [name for name in held if name not in (CONFIG, WEIGHTS)]):
+        raise FolderError(
+            f"{path} holds {odd[0]!r}, which vimoe.save does not write: expected a model folder to replace; use "
+            f"another name"
+        )
+    if not overwrite:
+        raise FolderError(f"{path} is there already: expected a new folder; use another name or overwrite=True")
+
+
 def _add_layers(model: nn.Module, config_path: Path) -> None:
     """Notes each MoE layer, each FFN that is a multiple of the backbone's width, and the decoder, in the config."""
-    config = json.loads(config_path.read_text())
+    config = json.loads(read_text(config_path))
     segmentation = model.to_dict() if isinstance(model, Segmenter) else None
     with torch.device("meta"):
         parent = _parent(config_path.parent, segmentation)
@@ -145,13 +154,13 @@ def _add_layers(model: nn.Module, config_path: Path) -> None:
         config["vimoe"] = {"format": FORMAT, "layers": rows}
         if segmentation:
             config["vimoe"]["segmentation"] = segmentation
-        config_path.write_text(json.dumps(config, indent=2))
+        write_json(config_path, config)
 
 
 def _rebuild(path: Path) -> nn.Module:
     """The architecture of a folder, with weights still to be loaded."""
     try:
-        section = json.loads((path / CONFIG).read_text()).get("vimoe", {"format": FORMAT, "layers": {}})
+        section = json.loads(read_text(path / CONFIG)).get("vimoe", {"format": FORMAT, "layers": {}})
     except (json.JSONDecodeError, AttributeError) as error:
         raise FolderError(f"{path / CONFIG} is no JSON object: {error}; save the model again") from error
     if not isinstance(section, dict) or section.get("format") != FORMAT:
@@ -222,14 +231,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _put(temporary: Path, path: Path) -> None:
-    """Gives the finished folder its name; one that had it goes only once the new one is whole."""
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-        path.rename(old / "old")
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(path)

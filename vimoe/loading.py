@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
@@ -37,6 +38,16 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         source, label = self.samples[index]
         return self.transform(open_image(source)), label
+
+
+class Readable(Images):
+    """Images with, in the place of a label, why one cannot be read; of such a one a black image."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:  # type: ignore[override]
+        try:
+            return super().__getitem__(index)[0], ""
+        except DataError as error:
+            return self.transform(Image.new("RGB", (1, 1))), str(error)
 
 
 class Augmented(Images):
@@ -173,11 +184,15 @@ def train_loader(
 
 
 def eval_loader(
-    samples: Sequence[Sample], prepared: dict[str, Any], batch_size: int, workers: int | None
+    samples: Sequence[Sample],
+    prepared: dict[str, Any],
+    batch_size: int,
+    workers: int | None,
+    dataset: type[Images] = Images,
 ) -> DataLoader:
-    """Batches in order, resized and centre-cropped."""
+    """Return batches in order, resized and centre-cropped; by `Readable` with reasons in the place of labels."""
     transform = create_transform(**prepared, is_training=False)
-    return DataLoader(Images(samples, transform), batch_size, **processes(workers))
+    return DataLoader(dataset(samples, transform), batch_size, **processes(workers))
 
 
 def processes(workers: int | None) -> dict[str, Any]:

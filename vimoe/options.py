@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from vimoe.config import DataConfig, ModelConfig, MoEConfig, TrainConfig
-from vimoe.errors import ConfigError, nearest
+from vimoe.errors import ConfigError, FolderError, nearest
+from vimoe.files import read_text, read_yaml
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": DataConfig, "train": TrainConfig}
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
@@ -56,6 +59,11 @@ class Settings:
                     )
         self._check_features()
 
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return plain values, as JSON and YAML know them, by section and name."""
+        values: dict[str, dict[str, Any]] = json.loads(json.dumps(asdict(self)))
+        return values
+
     def _check_features(self) -> None:
         cache, train = self.data.cache, self.train
         if cache != "features":
@@ -82,7 +90,7 @@ class Parser(ArgumentParser):
     """jsonargparse's parser, whose mistakes are ConfigErrors of one line."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **kwargs})
+        super().__init__(**{"allow_abbrev": False, "parser_mode": "strict", **kwargs})
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
         """Parses flags; a preset's name after --config stands for its file."""
@@ -90,9 +98,9 @@ class Parser(ArgumentParser):
         for place, arg in enumerate(given):
             flag, equals, name = arg.partition("=")
             if arg == "--config" and place + 1 < len(given):
-                given[place + 1] = _preset(given[place + 1])
+                given[place + 1] = _content(given[place + 1])
             elif flag == "--config" and equals:
-                given[place] = f"--config={_preset(name)}"
+                given[place] = f"--config={_content(name)}"
         return super().parse_args(given, *more, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -137,13 +145,35 @@ class Parser(ArgumentParser):
         return f"unknown option {name}: see {self.prog} --help"
 
 
-def _preset(name: str) -> str:
-    """The file of a preset; any other name as it is. Raises ConfigError where there is neither."""
-    if name in PRESETS and not Path(name).exists():
-        return str(PRESETS[name])
-    if not Path(name).exists() and not Path(name).suffix:
+def _content(name: str) -> str:
+    """Return the content of a YAML file or preset as YAML that needs no file, encoding or second look.
+
+    Raises:
+        ConfigError: where there is neither, or it cannot be read.
+    """
+    path = PRESETS[name] if name in PRESETS and not Path(name).exists() else Path(name)
+    if not path.exists() and not path.suffix:
         raise ConfigError(f"--config {name}: expected a YAML file or a preset; {nearest(name, PRESETS)}")
-    return name
+    try:
+        values = read_yaml(read_text(path))
+    except (yaml.YAMLError, FolderError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {name}: {reason}; expected a YAML file of sections and settings") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config {name}: expected a YAML file of sections and settings, such as 'train: {{epochs: 3}}'"
+        )
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _load_value(text: str) -> Any:
+    """Read one value or a whole file for jsonargparse."""
+    value = read_yaml(text)
+    bare = isinstance(value, dict) and value and all(each is None for each in value.values())  # a path with a colon
+    return text if bare else value
+
+
+set_loader("strict", _load_value, exceptions=(yaml.YAMLError,))
 
 
 # what jsonargparse calls an option that there is not: on the command line, in a section of a file, in no section
@@ -152,6 +182,11 @@ _UNKNOWN = (
     r"Group '(\w+)' does not accept option '([\w.]+)'",
     r"Option '([\w.]+)' is not accepted",
 )
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Return the plain values of all settings by the names of their flags, such as "train.lr"."""
+    return {f"{section}.{name}": v for section, values in settings.to_dict().items() for name, v in values.items()}
 
 
 def read_settings(text: str) -> Settings:

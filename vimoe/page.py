@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from vimoe.files import write_text
+from vimoe.figures import png
+from vimoe.files import write_bytes, write_text
 
 STYLE = """
 * { box-sizing: border-box }
@@ -145,12 +145,11 @@ class Page:
         return path
 
     def _image(self, figure: Figure, name: str, caption: str) -> str:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
+        content = png(figure, dpi=130)
         if self.figures:
             self.figures.mkdir(exist_ok=True)
-            (self.figures / f"{name}.png").write_bytes(buffer.getvalue())
-        return _img(buffer.getvalue(), caption, f" width={96 * figure.get_figwidth():.0f}")
+            write_bytes(self.figures / f"{name}.png", content)
+        return _img(content, caption, f" width={96 * figure.get_figwidth():.0f}")
 
     def _add_figure(self, content: str, caption: str, screen: bool = False) -> None:
         self._parts.append(

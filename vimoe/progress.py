@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vimoe import checkpoint
 from vimoe.errors import FolderError
 from vimoe.files import write_text
 from vimoe.health import Health
@@ -55,6 +56,7 @@ class State:
     """Where a training is: all that a checkpoint holds besides the states of model and optimizer."""
 
     images: int  # fingerprint of the training images
+    settings: dict[str, Any]  # which the training began with, by name ("train.lr")
     epoch: int = 1
     step: int = 0  # batches of this epoch that are done
     updates: int = 0
@@ -121,6 +123,7 @@ class State:
         self.saved = self.seconds
         return {
             "images": self.images,
+            "settings": self.settings,
             **{name: getattr(self, name) for name in _PLAIN},
             **{name: vars(getattr(self, name)) for name in ("totals", "health")},
             "best": vars(self.best),
@@ -129,6 +132,7 @@ class State:
 
     def restore(self, stored: dict[str, Any], parts: Mapping[str, Any], out: Path) -> None:
         """Goes back to what was stored, in the logs too."""
+        checkpoint.check_settings(out, stored["settings"], self.settings)
         if stored["images"] != self.images:
             raise FolderError(
                 f"{out}: its checkpoint is of other training images than those that are there now: expected the data "

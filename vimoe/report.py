@@ -13,6 +13,7 @@ import yaml
 
 from vimoe.errors import FolderError
 from vimoe.figures import INTERVENTIONS, curves, loads
+from vimoe.files import read_text
 from vimoe.findings import RIGHT, add_routing, kind_of, told
 from vimoe.page import Page
 from vimoe.runs import CONFIG, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
@@ -140,14 +141,14 @@ def read_config(run: Path) -> tuple[dict[str, str], str]:
     if not (run / CONFIG).is_file():
         raise FolderError(f"{run} has no {CONFIG}: expected a folder that vimoe train or vimoe prune made")
     with damage_named(run / CONFIG):
-        config = yaml.safe_load((run / CONFIG).read_text())
+        config = yaml.safe_load(read_text(run / CONFIG))
         flat = {f"{section}.{name}": str(value) for section, v in config.items() for name, value in v.items()}
         return {"data.path": "?", **flat}, describe(config)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What a file holds; nothing where there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(read_text(path)) if path.exists() else {}
 
 
 def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
 from vimoe.errors import ConfigError, FolderError, beside
+from vimoe.files import held_by, read_text, rename, temporary_folder, write_text
 from vimoe.files import write_json as write_json
-from vimoe.files import write_text as write_text
 from vimoe.options import Settings, read_settings
 
 SCHEMA = 1  # of what --json prints and summary.json holds
 CONFIG, MODEL, VALIDATION = "config.yaml", "model", "validation.txt"
 ROUTING, ROUTING_BEFORE, SUMMARY = "routing.json", "routing-before-pruning.json", "summary.json"
+CHECKPOINT = Path("checkpoints", "last.pt")  # while it is not finished
+TRAINED = "trained"  # what is done in a folder that is locked
 FIGURES, EXAMPLES = "figures", "examples-{}.png"  # a sheet of images for each MoE layer
 EXPERT_MAPS = "expert-maps.png"  # of a segmentation
 
@@ -36,15 +39,16 @@ class Run:
         return self.path / MODEL
 
     def validation(self) -> list[str]:
-        """Files that were split off train for validation; none where the data has a validation folder."""
+        """Names of the images that were split off train for validation; none where the data has its own."""
         listed = self.path / VALIDATION
-        return listed.read_text().splitlines() if listed.exists() else []
+        return _unlisted(read_text(listed, names=True)) if listed.exists() else []
 
 
 def check_new(path: str | Path) -> Path:
-    """Raises FolderError where something is there already."""
+    """Raise FolderError where something is there already."""
     path = Path(path)
-    if (path / CONFIG).exists() and not (path / SUMMARY).exists():
+    _check_idle(path)
+    if (path / CHECKPOINT).exists() and not (path / SUMMARY).exists():
         raise FolderError(
             f"--out {path} holds a run that did not finish: go on with --resume {path}, remove it, or name another one"
         )
@@ -63,14 +67,31 @@ def new_run(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def made_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes the new folder `path` when the block ends well, and is gone if not."""
+    path = check_new(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
+    with temporary_folder(path.parent) as folder:
+        yield folder
+        try:
+            rename(folder, path)  # over an empty folder at most, or check_new would have refused it
+        except OSError as error:
+            raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
+
+
 def open_run(path: str | Path) -> Run:
     """Reads a run folder. Raises FolderError where it is none, or was not finished."""
-    path = Path(path)
-    if not path.is_dir():
-        raise FolderError(f"{path}: no such run; {beside(path)}")
+    path = _folder(path)
     if not (path / CONFIG).is_file():
         raise FolderError(f"{path} has no {CONFIG}: expected a folder that vimoe train made")
     if not (path / MODEL).is_dir():
+        _check_idle(path)
+        if not (path / CHECKPOINT).exists():
+            raise FolderError(f"{path} has no {MODEL}/: expected a folder that vimoe train made; train again")
         raise FolderError(
             f"{path} has no {MODEL}/: its training did not finish; go on with: vimoe train --resume {path}"
         )
@@ -78,27 +99,44 @@ def open_run(path: str | Path) -> Run:
 
 
 def open_unfinished(path: str | Path) -> Run:
-    """Reads a run folder whose training is to go on, and clears away what a kill left half-written.
+    """Read the folder of a training that is to go on. Nothing in it is changed.
 
     Raises:
-        FolderError: where it is no run, or is finished.
+        FolderError: where it is no run, is finished, has no checkpoint, or is being trained.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FolderError(f"{path}: no such run; {beside(path)}")
+    path = _folder(path)
+    _check_idle(path)
     if not (path / CONFIG).is_file():
         raise FolderError(f"{path} has no {CONFIG}: expected the run folder of a training that was stopped; name that")
     if (path / SUMMARY).exists():
         raise FolderError(f"{path} is finished: expected a run that was stopped; train with another --out")
-    for leftover in path.rglob(".*-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    if not (path / CHECKPOINT).exists():
+        raise FolderError(
+            f"{path} has no {CHECKPOINT}: expected the run folder of a training that was "
+            f"stopped; train with another --out"
+        )
     return Run(path, _settings(path))
+
+
+def _folder(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_file():
+        remedy = f"name {path.parent}" if (path.parent / CONFIG).is_file() else "check the path"
+        raise FolderError(f"{path} is a file: expected a run folder; {remedy}")
+    if not path.is_dir():
+        raise FolderError(f"{path}: no such run; {beside(path)}")
+    return path
+
+
+def _check_idle(path: Path) -> None:
+    if holder := held_by(path):
+        raise FolderError(f"{path} is being {TRAINED} by {holder}: expected a run at rest; wait for it")
 
 
 def _settings(path: Path) -> Settings:
     try:
-        return read_settings((path / CONFIG).read_text())
-    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        return read_settings(read_text(path / CONFIG))
+    except (ConfigError, FolderError) as error:
         raise FolderError(f"{path / CONFIG} cannot be read: {error}; restore it, or train again") from error
 
 
@@ -110,5 +148,17 @@ def versions() -> dict[str, str]:
 
 def write_settings(path: Path, settings: Settings) -> None:
     """Writes the run's config.yaml, with the sections and names that the flags have."""
-    values = {**asdict(settings), "moe": settings.moe.to_dict()}
-    write_text(path / CONFIG, yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False))
+    write_text(path / CONFIG, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+
+
+def write_validation(path: Path, names: Iterable[str]) -> None:
+    """Write the run's validation.txt: a name a line, as a JSON string where a name could be no line of its own."""
+    odd = ("\n", "\r", '"')
+    lines = [json.dumps(name) if any(character in name for character in odd) else name for name in sorted(names)]
+    write_text(path / VALIDATION, "".join(f"{line}\n" for line in lines))
+
+
+def _unlisted(text: str) -> list[str]:
+    """Return the names that `write_validation` wrote; str.splitlines would cut names at other characters too."""
+    lines = text.removesuffix("\n").split("\n")
+    return [json.loads(line) if line.startswith('"') and line.endswith('"') else line for line in lines]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,12 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    model: nn.Module, task: Task, config: TrainConfig, out: Path, converted: Sequence[str] | None = None
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    out: Path,
+    converted: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains in place; the model ends with the weights of the epoch that was best on validation, in eval mode.
 
@@ -52,6 +57,8 @@ def train(
         config: how.
         out: an existing folder.
         converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
+        settings: what checkpoints note, by name ("model.name"), so that a training does not go on with others; by
+            default those of `config`.
 
     Returns:
         {"epochs": those that were trained, "stopped_early": whether they are fewer than asked for, "best_epoch", "val":
@@ -59,7 +66,8 @@ def train(
 
     Raises:
         ConfigError: for settings that contradict the data or the machine, before anything is trained.
-        FolderError: where the disk has no room for checkpoints, or the one that is there is damaged or of other images.
+        FolderError: where the disk has no room for checkpoints, or the one that is there is damaged, of other images,
+            or of other settings.
         VimoeError: where the loss is no longer finite.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
@@ -78,14 +86,16 @@ def train(
     judged = ema.module if ema else plain
     batches = len(loader)
     steps = _Steps(accelerator, model, plain, optimizer, schedule, ema, task, config, order, batches)
-    state = State(images=task.fingerprint)
-    if stored := checkpoint.read(out):
-        state.restore(stored, steps.stateful(), out)
-        logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
+    state = State(images=task.fingerprint, settings=plain_settings(config) if settings is None else dict(settings))
 
     def save() -> None:
         checkpoint.write(out, state.stored(steps.stateful()))
 
+    if stored := checkpoint.read(out):
+        state.restore(stored, steps.stateful(), out)
+        logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
+    else:
+        save()  # so that there is one to go on from whenever it is killed
     started = time.perf_counter() - state.seconds
     try:
         with checkpoint.stopping() as stop, _progress(config.epochs * batches, state.done(batches)) as show:
@@ -208,6 +218,11 @@ class _Steps:
             | ({"ema": self.ema.module} if self.ema else {})
             | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
         )
+
+
+def plain_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings by name ("train.lr"), as a checkpoint notes them."""
+    return {f"train.{name}": value for name, value in asdict(config).items()}
 
 
 def check(config: TrainConfig, images: int) -> None:

@@ -16,8 +16,8 @@ from rich.progress import track
 from torch import nn
 
 from vimoe.config import DataConfig
-from vimoe.errors import FolderError
-from vimoe.evaluate import label_names
+from vimoe.errors import DataError, FolderError
+from vimoe.evaluate import label_names, report_errors
 from vimoe.files import written_whole
 from vimoe.images import open_image
 from vimoe.loading import preprocessing
@@ -35,10 +35,11 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
         config: how whole images are inferred.
 
     Returns:
-        For each file {"file", "mask", "overlay", "areas": the share of pixels of each class that it has}.
+        For each file {"file", "mask", "overlay", "areas": the share of pixels of each class that it has}, or {"file",
+        "error"} where it cannot be read.
 
     Raises:
-        DataError: for an image that cannot be read; those before it are written.
+        DataError: where none can be read.
         FolderError: where the folder cannot be made or written to.
     """
     try:
@@ -54,7 +55,11 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
     results: list[dict[str, Any]] = []
     used: set[str] = set()
     for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
-        image = open_image(file)
+        try:
+            image = open_image(file)
+        except DataError as error:
+            results.append({"file": str(file), "error": str(error)})
+            continue
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         batch = ((pixels - mean) / std)[None].to(weight.device, weight.dtype)
         predicted = infer(model, batch, config)[0].argmax(dim=0).to("cpu", torch.uint8).numpy()
@@ -69,6 +74,7 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
         shares = np.bincount(predicted.ravel(), minlength=len(names)) / predicted.size
         areas = {names[c]: float(shares[c]) for c in np.argsort(-shares, kind="stable") if shares[c] > 0}
         results.append({"file": str(file), **{kind: str(path) for kind, path in paths.items()}, "areas": areas})
+    report_errors(results)
     return results
 
 
