@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vimoe.errors import DataError, first_line, nearest
+from vimoe.files import read_text
 from vimoe.images import ENDINGS, Source, is_hidden, kind_of_junk, with_progress
-from vimoe.sources import LOOSE, SPLITS, ClassImages, Listing, in_order, split_in, table
+from vimoe.sources import LOOSE, ClassImages, Listing, in_order, is_split, split_in, table
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz", ".tbz2", ".tar.zst", ".tzst")
 COMPRESSED_START = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")
@@ -62,7 +63,7 @@ def find_archives(folder: Path) -> list[Path]:
     Because archives often lie beside what was unpacked from them.
     """
     folders = [path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
-    if not all(path.name in SPLITS for path in folders):
+    if not all(is_split(path.name) for path in folders):
         return []
     beside = [path for path in sorted(folder.iterdir()) if path not in folders and not is_hidden(path.name)]
     inside = [path for place in folders for path in sorted(place.iterdir()) if not is_hidden(path.name)]
@@ -96,7 +97,7 @@ def _folders(root: Path, contents: dict[Path, _Contents], junk: Counter[str]) ->
     in_one_folder = _in_one_folder(parts for inside in contents.values() for parts in inside.images)
     for archive, inside in contents.items():
         split = _split(root, archive)
-        above = in_one_folder or (split is not None and {parts[0] for parts in inside.images} <= SPLITS)
+        above = in_one_folder or (split is not None and all(is_split(parts[0]) for parts in inside.images))
         for parts, member in inside.images.items():
             parts = parts[1:] if above else parts
             if len(parts) == 1 and len(contents) > 1 and not split_in(archive.stem):
@@ -123,7 +124,7 @@ def _folders(root: Path, contents: dict[Path, _Contents], junk: Counter[str]) ->
 def _in_one_folder(images: Iterable[Parts]) -> bool:
     """Whether a folder was packed with its name, `photos/cat/1.jpg`, rather than what is in it."""
     tops = {parts[0] if len(parts) > 2 else "" for parts in images}
-    return len(tops) == 1 and not tops <= SPLITS | {""}
+    return len(tops) == 1 and not any(not top or is_split(top) for top in tops)
 
 
 def _split(root: Path, archive: Path) -> str | None:
@@ -167,10 +168,7 @@ def _samples(root: Path, contents: dict[Path, _Contents], junk: Counter[str]) ->
 
 def _class_list(folder: Path) -> list[str]:
     file = next((folder / name for name in CLASS_LISTS if (folder / name).is_file()), None)
-    try:
-        names = [line.strip() for line in file.read_text("utf-8-sig").splitlines()] if file else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({first_line(error)}): expected a class name on each line") from error
+    names = [line.strip() for line in read_text(file).split("\n")] if file else []
     while names and not names[-1]:
         names.pop()
     if len(set(names)) < len(names) or "" in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from PIL import Image
 from vimoe.archives import archives, find_archives, is_archive
 from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside, nearest
-from vimoe.images import Source, Tried, find_images, name_within, try_images
-from vimoe.sources import SYNONYMS, ClassImages, Listing, folder
+from vimoe.images import Source, Tried, find_images, is_hidden, name_within, try_images
+from vimoe.sources import LOOSE, SYNONYMS, ClassImages, Listing, check_levels, folder
 from vimoe.tables import INSTEAD, MNISTS, csv_file, hugging_face, torchvision_files
 
 logger = logging.getLogger(__name__)
@@ -72,13 +72,16 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
         return _digits(config)
     listing = list_data(config)
     chosen = {role: _split(listing, role, getattr(config, f"{role}_split")) for role in ("train", "val", "test")}
-    if chosen["train"] is None and any(chosen.values()):
+    if chosen["train"] is None and (others := {role: split for role, split in chosen.items() if split}):
+        role, split = next(iter(others.items()))
         raise DataError(
-            f"{listing.name} has no {listing.word} {config.train_split!r}: expected one beside the others; "
-            f"{nearest('', listing.splits)}"
+            f"{listing.name} has no {listing.word} {config.train_split!r}: expected one beside {split!r}; "
+            f"{nearest('', listing.splits)}; if {split!r} is a class, set --data.{role}_split none"
         )
     present = {role: split for role, split in chosen.items() if split or role == "train"}
     found = {role: listing.classes(split) for role, split in present.items()}
+    if chosen["train"]:
+        _tell_without_role(listing, chosen)
     where = {role: listing.where(split) for role, split in present.items()}
     names = tuple(classes or found["train"])
     _check_names(where["train"], found["train"])
@@ -88,6 +91,12 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
         raise DataError(
             f"{where['train']} has images/ and annotations/: expected a folder for each class; to learn masks, set "
             f"--data.task segmentation"
+        )
+    check_levels(listing, found["train"], where["train"])
+    if not names and chosen["train"] and listing.junk[LOOSE]:
+        raise DataError(
+            f"{where['train']} holds {listing.junk[LOOSE]} images and no class folder: expected a folder for each "
+            f"class; if {chosen['train']!r} is a class itself, set --data.train_split none"
         )
     if len(names) < 2 and classes is None:
         raise DataError(
@@ -121,13 +130,23 @@ def load_folder(
         Which they are ("test", "validation", or "all" for data without roles), and the images.
     """
     config = replace(config or DataConfig(), path=str(path))
+    if config.path == "digits":
+        return "test", _by_names(_digits(config), classes)
     listing = list_data(config)
     splits = {"test": _split(listing, "test", "test"), "validation": _split(listing, "val", "val"), "all": None}
     name, split = next((name, split) for name, split in splits.items() if split or name == "all")
     found = {name: listing.classes(split)}
+    check_levels(listing, found[name], listing.where(split))
     if config.skip_unreadable:
         found, _ = _leave_out_unreadable(found, listing.root)
     return name, tuple(_samples(listing.where(split), found[name], tuple(classes)))
+
+
+def _by_names(digits: Data, classes: Sequence[str]) -> tuple[Sample, ...]:
+    """The test digits with the labels that a model's class map gives them."""
+    if missing := set(digits.classes) - set(classes):
+        raise DataError(f"digits: no class {min(missing)!r} in the class map from train; {nearest('', classes)}")
+    return tuple((image, list(classes).index(digits.classes[label])) for image, label in digits.test)
 
 
 def list_data(config: DataConfig) -> Listing:
@@ -177,7 +196,7 @@ def on_disk(samples: Iterable[Sample]) -> list[tuple[Source, int]]:
 def list_images(paths: Iterable[str | Path]) -> list[Path]:
     """The image files among files and folders, folders searched through. Raises DataError for what is missing."""
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(Path, map(_named, paths)):
         if path.is_dir():
             inside, _ = find_images(path)
             if not inside:
@@ -190,8 +209,17 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
+def _named(path: str | Path) -> str | Path:
+    if not str(path):  # an unset variable of a shell; pathlib takes it for the working directory
+        raise DataError("an empty path: expected an image file or a folder; name it")
+    return path
+
+
 def split_of(role: str, name: str, splits: Iterable[str], where: str) -> str | None:
-    """Which of the splits has a role ("train", "val", "test"), by the configured name or a synonym; None where none.
+    """Return the split that has a role ("train", "val", "test"), by the configured name or a synonym; None without one.
+
+    Where the name is the role's own, small and capital letters are alike; of several splits that fit the one in small
+    letters has the role.
 
     Args:
         role: which.
@@ -205,9 +233,12 @@ def split_of(role: str, name: str, splits: Iterable[str], where: str) -> str | N
     splits = list(splits)
     if name == "none":
         return None
-    for candidate in (name, *(SYNONYMS[role] if name == role else ())):
-        if candidate in splits:
-            return candidate
+    folded = {split.lower(): split for split in sorted(splits)}  # of several the one in small letters, which sorts last
+    for candidate in (role, *SYNONYMS[role]) if name == role else ():
+        if candidate in folded:
+            return folded[candidate]
+    if name in splits:
+        return name
     if name != role:
         raise DataError(f"data.{role}_split={name!r}: no such {where}; {nearest(name, splits)}")
     return None
@@ -215,6 +246,23 @@ def split_of(role: str, name: str, splits: Iterable[str], where: str) -> str | N
 
 def _split(listing: Listing, role: str, name: str) -> str | None:
     return split_of(role, name, listing.splits, f"{listing.word} in {listing.name}")
+
+
+def _tell_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> None:
+    """Counts images in parts that have no role, and says how to give them one."""
+    for split in listing.splits:
+        if split in chosen.values() or is_hidden(split):
+            continue
+        inside = replace(listing, junk=Counter())
+        try:
+            images = sum(map(len, inside.classes(split).values())) + inside.junk[LOOSE]
+        except DataError:  # such as of a table whose labels are kept secret
+            continue
+        if images:
+            listing.junk[f"images in {split}, which has no role"] += images
+            free = next((role for role in ("val", "test", "train") if chosen[role] is None), None)
+            remedy = f"; to use them, set --data.{free}_split {split}" if free else ""
+            logger.warning("%s has no role, and its %d images are left out%s", listing.where(split), images, remedy)
 
 
 def _leave_out_unreadable(found: dict[str, ClassImages], root: Path) -> tuple[dict[str, ClassImages], Tried]:

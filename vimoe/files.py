@@ -69,18 +69,14 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def read_text(path: Path, names: bool = False) -> str:
+def read_text(path: Path) -> str:
     """Return a text in UTF-8, whatever the locale, with its line ends as they are.
-
-    Args:
-        path: the file.
-        names: of files are in it, which may have bytes that are not UTF-8; else these are refused.
 
     Raises:
         FolderError: where the file cannot be read.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig", errors="surrogateescape" if names else "strict")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise FolderError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
     except UnicodeDecodeError as error:

@@ -74,7 +74,7 @@ class FinishedRun:
 
     def score(self, path: str | None = None) -> tuple[str, Score | SceneScore]:
         """The model's score on the reported images, or on those of another data path; and which images they are."""
-        if path:
+        if path is not None:
             split, loader = self.problem.elsewhere(self.model, path)
         else:
             split, samples = self.reported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from vimoe.errors import ConfigError, FolderError, beside
-from vimoe.files import held_by, read_text, rename, temporary_folder, write_text
+from vimoe.files import held_by, read_text, rename, temporary_folder, write_bytes, write_text
 from vimoe.files import write_json as write_json
 from vimoe.options import Settings, read_settings
 
@@ -41,7 +42,7 @@ class Run:
     def validation(self) -> list[str]:
         """Names of the images that were split off train for validation; none where the data has its own."""
         listed = self.path / VALIDATION
-        return _unlisted(read_text(listed, names=True)) if listed.exists() else []
+        return [_name(line) for line in listed.read_bytes().removesuffix(b"\n").split(b"\n")] if listed.exists() else []
 
 
 def check_new(path: str | Path) -> Path:
@@ -119,6 +120,8 @@ def open_unfinished(path: str | Path) -> Run:
 
 
 def _folder(path: str | Path) -> Path:
+    if not str(path):  # an unset variable of a shell; pathlib takes it for the working directory
+        raise FolderError("an empty path: expected a run folder; name it")
     path = Path(path)
     if path.is_file():
         remedy = f"name {path.parent}" if (path.parent / CONFIG).is_file() else "check the path"
@@ -152,13 +155,20 @@ def write_settings(path: Path, settings: Settings) -> None:
 
 
 def write_validation(path: Path, names: Iterable[str]) -> None:
-    """Write the run's validation.txt: a name a line, as a JSON string where a name could be no line of its own."""
-    odd = ("\n", "\r", '"')
-    lines = [json.dumps(name) if any(character in name for character in odd) else name for name in sorted(names)]
-    write_text(path / VALIDATION, "".join(f"{line}\n" for line in lines))
+    """Write the run's validation.txt: a name a line, in the bytes that it has on disk, whatever the locale.
+
+    A name that could be no line of its own is written as a JSON string.
+    """
+    write_bytes(path / VALIDATION, b"".join(_line(name) + b"\n" for name in sorted(names)))
 
 
-def _unlisted(text: str) -> list[str]:
-    """Return the names that `write_validation` wrote; str.splitlines would cut names at other characters too."""
-    lines = text.removesuffix("\n").split("\n")
-    return [json.loads(line) if line.startswith('"') and line.endswith('"') else line for line in lines]
+def _line(name: str) -> bytes:
+    try:
+        line = os.fsencode(name)
+    except UnicodeEncodeError:  # the name of a member or row, in a locale that has no such letter
+        return json.dumps(name).encode()
+    return json.dumps(name).encode() if any(mark in line for mark in (b"\n", b"\r", b'"')) else line
+
+
+def _name(line: bytes) -> str:
+    return str(json.loads(line)) if line.startswith(b'"') else os.fsdecode(line)

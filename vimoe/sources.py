@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vimoe.images import Source, find_images, is_hidden, kind_of_junk
+from vimoe.errors import DataError
+from vimoe.images import Source, find_images, is_hidden, kind_of_junk, place
 
 # other names that data sets in the wild use for a role; the configured name comes first
 SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
@@ -80,6 +81,25 @@ def in_order(labels: Iterable[str]) -> list[str]:
     """Labels as a class map has them: whole numbers by their value, else by the alphabet."""
     labels = sorted(set(labels))
     return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else labels
+
+
+def is_split(name: str) -> bool:
+    """Return True for what data sets call a role, in small or capital letters."""
+    return name.lower() in SPLITS
+
+
+def check_levels(listing: Listing, found: ClassImages, where: str) -> None:
+    """Raise DataError where all images lie as class/split/image, so that the splits would be merged without a word."""
+    if listing.word != "folder":  # in a table every image has its class and split in writing
+        return
+    folders = {(name, place(image).parent.name) for name, images in found.items() for image in images}
+    splits = {folder.lower() for name, folder in folders if folder != name}
+    if len(splits) > 1 and splits <= SPLITS and all(folder != name for name, folder in folders):
+        name, folder = min(folders)
+        raise DataError(
+            f"{where} has folders of roles inside of class folders, such as {name}/{folder}: expected {folder}/{name}; "
+            f"exchange the two levels"
+        )
 
 
 def split_in(name: str) -> str | None:

@@ -100,6 +100,8 @@ def _read_csv(path: Path, *needed: str) -> list[tuple[int, dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
             columns = reader.fieldnames or []
+            if twice := [name for name in (*needed, "split") if list(columns).count(name) > 1]:
+                raise DataError(f"{path} has the column {twice[0]!r} twice: expected it once; rename or remove one")
             for name in needed:
                 if name not in columns:
                     raise DataError(

@@ -108,4 +108,4 @@ def fingerprint(data: Data) -> int:
     """Of the training images and their labels, as far as names tell; the data may have moved."""
     names = ("" if isinstance(source, Image) else "/".join(place(source).parts[-2:]) for source, _ in data.train)
     names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
-    return zlib.crc32("\n".join(names).encode())
+    return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))

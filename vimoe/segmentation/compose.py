@@ -15,6 +15,7 @@ from PIL import Image
 from vimoe.config import DataConfig
 from vimoe.data import Sample, load_data
 from vimoe.errors import DataError
+from vimoe.files import write_text
 from vimoe.segmentation.layouts import ROLES
 from vimoe.segmentation.legend import IGNORE, LEGEND
 from vimoe.segmentation.pictures import colour
@@ -73,7 +74,7 @@ def compose_scenes(
             )
     colours = [list(rgb) for rgb in (*PALETTE[: known + 1], VOID)]
     legend = {"names": list(NAMES[: known + 1]), "ignore": IGNORE, "palette": colours}
-    (folder / LEGEND).write_text(yaml.safe_dump(legend, default_flow_style=None, sort_keys=False))
+    write_text(folder / LEGEND, yaml.safe_dump(legend, default_flow_style=None, sort_keys=False))
     return folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from vimoe.config import DataConfig
 from vimoe.data import split_of
 from vimoe.errors import ConfigError, DataError, beside, nearest
-from vimoe.images import find_images
+from vimoe.images import find_images, is_hidden
 from vimoe.segmentation.legend import LEGEND, Legend, png_palette, read_legend
 from vimoe.segmentation.scene_tables import Files, scene_tables
 
@@ -157,6 +157,9 @@ def _roles(
     if roles and "train" not in roles and to_train:
         known = nearest(config.train_split, parts)
         raise DataError(f"{where} has no {word} {config.train_split!r}: expected one beside the others; {known}")
+    without = [part for part in parts if part not in roles.values() and not is_hidden(part)]
+    if roles and without:
+        logger.warning("%s: %s without a role: %s; left out", where, word, ", ".join(sorted(without)))
     return {**roles} or {"train": None}
 
 

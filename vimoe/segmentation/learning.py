@@ -129,4 +129,4 @@ def median_frequency(pixels: Sequence[int]) -> Tensor:
 def fingerprint(scenes: Scenes) -> int:
     """Of the training scenes, as far as names tell, and of what their masks mean; the folder may have moved."""
     names = ("/".join((*place(image).parts[-2:], *place(mask).parts[-2:])) for image, mask in scenes.train)
-    return zlib.crc32("\n".join([repr(scenes.legend), *names]).encode())
+    return zlib.crc32("\n".join([repr(scenes.legend), *names]).encode(errors="surrogateescape"))
