@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,12 @@ from pathlib import Path
 import pytest
 from pictures import folder, roles
 
+import vimoe.finished
+import vimoe.train
 from vimoe.cli import VERBS, main
+from vimoe.evaluate import predict
 from vimoe.files import written_whole
+from vimoe.folder import load
 
 TINY = [
     "--model.name=vit_tiny_patch16_224", "--model.pretrained=false", "--model.img_size=16",
@@ -336,6 +341,135 @@ def test_damaged_files_of_a_run_are_one_line(run: Path, tmp_path: Path, capsys: 
         out = ["--out", tmp_path / "out"] if verb == "prune" else []
         assert str(copy) in refused(capsys, verb, copy, *out)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_the_data_folder_is_refused(
+    photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its figures and examples would be images of the next training."""
+    out = photos / "runs" / "first"
+    before = sorted(photos.rglob("*"))
+    said = refused(capsys, "train", "--data.path", photos, *TINY, *QUICK, "--out", out)
+    assert f"--out {out} lies in {photos}" in said and "name one beside it" in said
+    assert f"--out {out} lies in {photos}" in refused(capsys, "prune", run, "--out", out)
+    monkeypatch.chdir(photos)
+    assert "--out run lies in ." in refused(capsys, "train", "--data.path=.", *TINY, *QUICK, "--out=run")
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_one_bad_image_leaves_the_predictions_of_others(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = folder(tmp_path / "new", images=20)
+    (new / "red" / "003.png").write_bytes(b"x")
+    for workers in (0, 2):
+        found = predict(load(run / "model"), sorted(new.rglob("*.png")), workers=workers)
+        assert len(found) == 60
+        assert [Path(each["file"]) for each in found if "error" in each] == [new / "red" / "003.png"]
+    found = call(capsys, "predict", run, new)["predictions"]
+    (bad,) = [each for each in found if "error" in each]
+    assert "classes" not in bad and "no known image format" in bad["error"]
+    assert main(["predict", str(run), str(new)]) == 0
+    printed = capsys.readouterr()
+    assert f"{new / 'red' / '003.png'} cannot be read as an image" in printed.out and printed.out.count("\n") == 60
+    assert "003.png cannot be read" in refused(capsys, "predict", run, new / "red" / "003.png")
+    (new / "red" / "004.png").write_bytes(b"")
+    both = [new / "red" / "003.png", new / "red" / "004.png"]
+    assert "none of 2 images can be read" in refused(capsys, "predict", run, *both)
+
+
+def test_a_pruned_run_needs_no_figures_and_appears_whole(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    call(capsys, "analyze", copy, "--draws=1")
+    shutil.rmtree(copy / "figures")
+    out = tmp_path / "pruned"
+    with monkeypatch.context() as patch:
+        patch.setattr(vimoe.finished, "receipts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["prune", str(copy), "--out", str(out)])
+        patch.setattr(vimoe.finished, "receipts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(["prune", str(copy), "--out", str(out)]) == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    out.mkdir()  # an empty folder may be given
+    assert call(capsys, "prune", copy, "--out", out, "--tolerance=9")["out"] == str(out)
+    assert (out / "summary.json").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["copy", "pruned"]
+    assert "is finished" in refused(capsys, "train", "--resume", out)
+
+
+def test_a_pruning_that_is_stopped_while_it_recovers_leaves_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not say how to go on with what is gone."""
+    monkeypatch.setattr(vimoe.train, "update_bias", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    prune = ["prune", str(run), "--recover=1", "--tolerance=-1", "--out", str(tmp_path / "out")]
+    assert main(prune) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == "vimoe: interrupted" and not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_is_no_working_directory(
+    run: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what a shell makes of a variable that is not set."""
+    monkeypatch.chdir(run)
+    for words in (
+        ["evaluate", ""], ["predict", "", photos], ["predict", run, ""], ["train", "--resume", ""], ["report", ""],
+    ):  # fmt: skip
+        assert "an empty path: expected" in refused(capsys, *words)
+    assert "data.path is empty" in refused(capsys, "evaluate", run, "--data.path", "")
+    assert f"{run / 'config.yaml'} is a file: expected a run folder; name {run}" in refused(
+        capsys, "evaluate", run / "config.yaml"
+    )
+
+
+def test_a_run_of_digits_is_scored_on_digits_by_name(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--data.path=digits", *TINY, *QUICK, "--train.epochs=1", "--data.images_per_class=8"]
+    call(capsys, *train, "--moe.layers=none", "--out", tmp_path / "digits")
+    whole = call(capsys, "evaluate", tmp_path / "digits")
+    assert call(capsys, "evaluate", tmp_path / "digits", "--data.path=digits") == whole and whole["split"] == "test"
+    assert "no class '0' in the class map" in refused(capsys, "evaluate", run, "--data.path=digits")
+
+
+VERBS_THAT_WRITE = {
+    "train": ["train", "--data.path=PHOTOS", *TINY, *QUICK, "--out=OUT"],
+    "train with TensorBoard": ["train", "--data.path=PHOTOS", *TINY, *QUICK, "--train.tensorboard=true", "--out=OUT"],
+    "analyze": ["analyze", "RUN", "--draws=1"],
+    "prune": ["prune", "RUN", "--tolerance=9", "--out=OUT"],
+    "prune and recover": ["prune", "RUN", "--tolerance=9", "--recover=1", "--out=OUT"],
+    "report": ["report", "RUN"],
+    "report of two": ["report", "RUN", "RUN", "--out=OUT"],
+    "demo": ["demo", "--out=OUT"],
+}
+
+
+@pytest.mark.parametrize("words", VERBS_THAT_WRITE)
+@pytest.mark.parametrize("largest", [0, 500, 20_000])
+def test_a_file_that_cannot_be_written_is_one_line(
+    words: str, largest: int, run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files may have so many bytes and no more, which is as a full disk is; what was there is as it was."""
+    shutil.copytree(run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    argv = [
+        word.replace("PHOTOS", str(photos)).replace("RUN", str(tmp_path / "run")).replace("OUT", str(tmp_path / "out"))
+        for word in VERBS_THAT_WRITE[words]
+    ]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    capsys.readouterr()
+    try:
+        status = main(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and error.startswith("vimoe: ") and "make room" in error
+    for path, content in before.items():
+        assert path.read_bytes() == content or json.loads(path.read_text()), path  # whole, if new
+    assert not list(tmp_path.rglob(".vimoe-*"))
 
 
 def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from vimoe.cli import main
 from vimoe.config import DataConfig
 from vimoe.data import Data, load_data
 from vimoe.errors import FolderError, Stopped
-from vimoe.files import TEMPORARY
+from vimoe.files import TEMPORARY, locked
 from vimoe.loading import Shuffled, mix, preprocessing, train_loader
 
 ALL = {"epochs": 3, "ema_decay": 0.8, "mixup": 0.4, "hflip": 0.5, "min_crop": 0.5, "checkpoint_minutes": 0}
@@ -301,6 +301,106 @@ def test_the_command_goes_on(
         assert main(["train", *wrong]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def killed(tmp_path: Path, kill_after: object) -> Path:
+    """A run that was killed in its second epoch."""
+    photos = roles(tmp_path / "photos", train=14, val=0)
+    kill_after(6)
+    with pytest.raises(Killed):
+        main(["train", f"--data.path={photos}", *TRAIN, "--out", str(tmp_path / "killed")])
+    kill_after(1000)
+    return tmp_path / "killed"
+
+
+def test_nothing_is_deleted_of_a_project_that_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config.yaml makes no run: it is what the documents suggest for --config, in anybody's project."""
+    names = ["config.yaml", ".gitlab-ci.yml", ".pre-commit-config.yaml", "src/.my-notes", ".venv-3.11/python"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("train: {epochs: 3}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", "."]) == 2
+    assert "has no checkpoints/last.pt: expected the run folder" in capsys.readouterr().err
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(names)
+
+
+def test_only_what_a_kill_left_is_cleared_away(killed: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").touch()
+    (killed / ".my-notes").mkdir()
+    (killed / ".a-link").symlink_to(tmp_path / "elsewhere")
+    (killed / f"{TEMPORARY}link").symlink_to(tmp_path / "elsewhere")
+    (killed / "checkpoints" / f"{TEMPORARY}half").touch()
+    assert main(["train", "--resume", str(killed)]) == 0
+    assert (killed / ".my-notes").exists() and (killed / ".a-link").exists() and not list(killed.rglob(f"{TEMPORARY}*"))
+    assert (tmp_path / "elsewhere" / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("train.weight_decay", "  weight_decay: 0.05", "  weight_decay: 5.0"),
+        ("train.layer_decay", "layer_decay: 1.0", "layer_decay: 0.5"),
+        ("train.ema_decay", "ema_decay: 0.8", "ema_decay: 0.0"),
+        ("train.epochs", "epochs: 3", "epochs: 4"),
+        ("train.train_only", "train_only: all", "train_only: moe"),
+        ("train.batch_size", "batch_size: 8", "batch_size: 4"),
+        ("moe.num_experts", "num_experts: 4", "num_experts: 2"),
+        ("moe.layers", "layers: all", "layers: none"),
+        ("model.args", "depth: 2", "depth: 3"),
+        ("model.img_size", "img_size: 16", "img_size: 32"),
+        ("data.seed", "  seed: 0\n  skip", "  seed: 1\n  skip"),
+    ],
+)
+def test_a_setting_that_was_changed_since_is_named(
+    killed: Path, name: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = (killed / "config.yaml").read_text()
+    assert settings.count(old) == 1
+    (killed / "config.yaml").write_text(settings.replace(old, new))
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["train", "--resume", str(killed)]) == 2
+    err = capsys.readouterr().err
+    assert f"{killed}: {name} is " in err and "when the training began: expected the same" in err
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+
+
+def test_the_data_may_have_moved_and_a_run_may_be_saved_more_often(killed: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    settings = (killed / "config.yaml").read_text().replace(str(tmp_path / "photos"), str(tmp_path / "moved"))
+    (killed / "config.yaml").write_text(settings.replace("checkpoint_minutes: 0", "checkpoint_minutes: 5"))
+    assert main(["train", "--resume", str(killed)]) == 0
+
+
+def test_what_is_trained_with_other_settings_is_refused_in_python_too(
+    data: Data, tmp_path: Path, kill_after: object
+) -> None:
+    kill_after(6)
+    with pytest.raises(Killed):
+        run(data, tmp_path, **ALL)
+    kill_after(1000)
+    with pytest.raises(FolderError, match=r"train.lr is 0.1 and was .* when the training began: expected the same"):
+        run(data, tmp_path, **{**ALL, "lr": 0.1})
+
+
+def test_a_run_that_is_alive_is_left_alone(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a process of its own, because a process may lock twice."""
+    command = [sys.executable, "-m", "vimoe.cli", "train", "--resume", str(killed)]
+    (killed / "checkpoints" / f"{TEMPORARY}last").touch()
+    with locked(killed, "trained"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and f"is being trained by process {os.getpid()} on" in done.stderr
+        assert (killed / "checkpoints" / f"{TEMPORARY}last").exists()
+        for verb in (["evaluate", killed], ["train", f"--data.path={killed}", "--out", killed]):
+            capsys.readouterr()
+            assert main([*map(str, verb)]) == 2
+            assert "is being trained by process" in capsys.readouterr().err
+    assert main(["train", "--resume", str(killed)]) == 0
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, MoEConfig, Task
-from vimoe.errors import ConfigError, Stopped, VimoeError, nearest
+from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(_answer(argv, as_json), flush=True)
     except BrokenPipeError:  # who reads has enough, such as head
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115,PTH123  what Python flushes at its end
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115,PTH123  what Python flushes at its end
         return 128 + signal.SIGPIPE
     except Stopped as stopped:
         print(f"vimoe: {stopped}", file=sys.stderr)
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except (VimoeError, OSError) as error:
         if not isinstance(error, VimoeError) and error.errno not in _OF_THE_MACHINE:
             raise
-        message = _one_line(error)
+        message = _one_line(error if isinstance(error, VimoeError) else _of_machine(error))
         if as_json:
             print(json.dumps({"error": message}))
         print(f"vimoe: {message}", file=sys.stderr)
@@ -389,6 +389,12 @@ def _log_to_stderr() -> None:
         logging.getLogger("vimoe").setLevel(logging.INFO)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, handlers=[_Stderr()])
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+
+
+def _of_machine(error: OSError) -> FolderError:
+    """Return an error of disks and permissions in the form of all others."""
+    where = error.filename if error.filename is not None else "a file or folder"
+    return FolderError(f"{where} cannot be used ({error.strerror or error}); make room, or mend permissions")
 
 
 def _one_line(error: Exception) -> str:

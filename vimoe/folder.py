@@ -18,7 +18,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models._hub import save_config_for_hf  # what timm.models.save_for_hf calls for its config.json
-from torch import nn
+from torch import Tensor, nn
 
 from vimoe import ffn
 from vimoe.accounting import model_input_size
@@ -112,13 +112,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw nothing from the user's seed
         model = _rebuild(path)
     try:
-        mapped = safetensors.torch.load_file(path / WEIGHTS)
+        mapped = _tensors(path / WEIGHTS)
         # copied out of the mapped file, whose offsets are not aligned as matrix products like their operands
         model.load_state_dict({name: tensor.clone() for name, tensor in mapped.items()}, assign=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FolderError(f"{path / WEIGHTS} does not fit {CONFIG}: {reason}; save the model again") from error
     return model.to(device).eval()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file into memory; read them where its name is not UTF-8, which safetensors cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return safetensors.torch.load(path.read_bytes())
+    return safetensors.torch.load_file(path)
 
 
 def _check_place(path: Path, overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from vimoe.errors import FolderError
+from vimoe.errors import FolderError, VimoeError
 from vimoe.figures import INTERVENTIONS, curves, loads
 from vimoe.files import read_text
 from vimoe.findings import RIGHT, add_routing, kind_of, told
@@ -132,6 +132,8 @@ def damage_named(path: Path) -> Iterator[None]:
     """Raises FolderError, with the name of the file, where what it holds cannot be shown."""
     try:
         yield
+    except VimoeError:  # such as of a full disk
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
         raise FolderError(f"{path} is damaged ({error!r}); restore it, or make it again") from error
 

@@ -77,7 +77,10 @@ def made_whole(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
     with temporary_folder(path.parent) as folder:
-        yield folder
+        try:
+            yield folder
+        except FolderError as error:
+            raise FolderError(str(error).replace(str(folder), str(path))) from error
         try:
             rename(folder, path)  # over an empty folder at most, or check_new would have refused it
         except OSError as error:

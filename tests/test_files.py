@@ -1,0 +1,155 @@
+"""Files are written whole, read in UTF-8, and deleted only where they are vimoe's own."""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vimoe import files
+from vimoe.errors import FolderError
+from vimoe.files import LOCK, TEMPORARY
+
+PACKAGE = Path(files.__file__).parent
+DELETING = {"rmtree", "unlink", "rmdir", "os.remove", "os.removedirs", "TemporaryDirectory"}
+
+
+def calls(source: str) -> list[tuple[str, ast.Call]]:
+    """The calls in a source, by the last part of the name that is called; those of `os` by the whole of it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+            found.append((f"os.{name}" if owner == "os" else name, node))
+    return found
+
+
+def text_without_encoding(source: str) -> list[str]:
+    """Calls that read or write text in the locale's encoding."""
+    found = []
+    for name, node in calls(source):
+        given = {keyword.arg for keyword in node.keywords}
+        words = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        opened = name == "open" and not any("b" in word and set(word) <= set("rwabx+") for word in words)
+        opened &= not ast.unparse(node.func).startswith(("Image.", "tarfile."))
+        if (name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute) or opened) and (
+            "encoding" not in given
+        ):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_text_depends_on_the_locale_and_one_file_deletes(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert text_without_encoding(source) == []
+    if path != PACKAGE / "files.py":
+        assert [name for name, _ in calls(source) if name in DELETING] == []
+
+
+def test_these_checks_can_fail() -> None:
+    for line in ("path.read_text()", "path.open()", "open(name, newline='')", "path.write_text('bytes')"):
+        assert text_without_encoding(line), line
+    for line in ("path.read_text(encoding='utf-8')", "path.open('rb')", "Image.open(path)", "read_text(path)"):
+        assert not text_without_encoding(line), line
+    assert [name for name, _ in calls("shutil.rmtree(x); handle.remove(); os.remove(x)") if name in DELETING] == [
+        "rmtree", "os.remove",
+    ]  # fmt: skip
+
+
+def test_only_temporary_names_are_deleted(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / f"{TEMPORARY}a", tmp_path / "notes"
+    theirs.mkdir()
+    (theirs / "text").touch()
+    mine.symlink_to(theirs)
+    (tmp_path / f"{TEMPORARY}b").mkdir()
+    (tmp_path / f"{TEMPORARY}b" / "half").touch()
+    (tmp_path / ".model-abc").touch()
+    with pytest.raises(AssertionError, match="not vimoe's to delete"):
+        files.discard(theirs)
+    files.discard_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model-abc", "notes"] and (theirs / "text").exists()
+    files.discard_file(theirs / "text")
+    files.discard_file(theirs / "text")  # which is gone
+    assert [path.name for path in tmp_path.iterdir()] == [".model-abc"]
+
+
+def test_what_was_there_stays_where_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 127 + "x")  # 255 bytes, the longest name that there is
+    files.write_text(path, "before\r\nis kept")
+    with pytest.raises(FolderError, match="could not be written: no room"), files.written_whole(path) as file:
+        file.write(b"half")
+        raise OSError("no room")
+    assert files.read_text(path) == "before\r\nis kept" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ZeroDivisionError), files.temporary_folder(tmp_path) as folder:
+        (folder / "half").touch()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b"\xff")
+    with pytest.raises(FolderError, match="invalid start byte at byte 0; save it in UTF-8"):
+        files.read_text(path)
+
+
+def test_a_folder_takes_the_place_of_another_one(tmp_path: Path) -> None:
+    old = tmp_path / "model"
+    old.mkdir()
+    (old / "old").touch()
+    with files.temporary_folder(tmp_path) as folder:
+        (folder / "new").touch()
+        files.rename(folder, old)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and [p.name for p in old.iterdir()] == ["new"]
+
+
+def test_yaml_is_read_as_its_reader_expects() -> None:
+    text = "a: &base {x: 1}\nb: {<<: *base, x: 2}\nday: 2024-01-02\nrate: 1e-3\n'1': s\n1: n"
+    read = files.read_yaml(text)
+    assert read == {"a": {"x": 1}, "b": {"x": 2}, "day": "2024-01-02", "rate": 1e-3, "1": "s", 1: "n"}
+    for twice, line in (
+        ("a: 1\nb: 2\na: 3", "1 and 3"),
+        ("c:\n  0: x\n  0: y", "2 and 3"),
+        ("[{k: 1, k: 1}]", "1 and 1"),
+    ):
+        with pytest.raises(yaml.YAMLError, match=f"stands twice, in lines {line}"):
+            files.read_yaml(twice)
+
+
+def _hold(folder: Path, held: object) -> None:
+    with files.locked(folder, "trained"):
+        held.set()
+        signal.pause()
+
+
+def test_a_folder_is_one_process_s_until_that_is_killed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, held))
+    process.start()
+    assert held.wait(60)
+    who = f"process {process.pid} on "
+    assert who in (files.held_by(tmp_path) or "")
+    said = f"is being trained by {who}.*: expected one process; wait for it"
+    with pytest.raises(FolderError, match=said), files.locked(tmp_path, "trained"):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (tmp_path / LOCK).exists() and files.held_by(tmp_path) is None
+    with files.locked(tmp_path, "trained"):
+        assert files.held_by(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_for_the_reader() -> None:
+    assert [files.in_units(size) for size in (0, 56_700, 2_070_000, 1.2e9)] == ["0 kB", "57 kB", "2.07 MB", "1.20 GB"]
+
+
+def test_settings_and_files_import_no_torch() -> None:
+    code = "import vimoe.files, vimoe.runs, vimoe.report, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
