@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pictures import folder, roles
+from pictures import folder, picture, roles
 from tiny import vit
 
 from vimoe.config import DataConfig, TrainConfig
@@ -27,6 +28,81 @@ def test_other_names_of_the_roles_are_understood(tmp_path: Path) -> None:
     folder(tmp_path / "training", 2), folder(tmp_path / "valid", 1), folder(tmp_path / "testing", 1)
     data = load_data(DataConfig(path=str(tmp_path)))
     assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "names", [("Train", "Val", "Test"), ("TRAIN", "Validation", "TEST"), ("Training", "val", "Testing")]
+)
+def test_roles_in_capital_letters_are_no_classes(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    for name, images in zip(names, (2, 1, 1), strict=True):
+        folder(tmp_path / "photos" / name, images)
+    data = load_data(DataConfig(path=str(tmp_path / "photos")))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3) and data.classes == ("blue", "green", "red")
+    assert load_folder(tmp_path / "photos", data.classes)[0] == "test"
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(tmp_path / "photos", "photos")
+    data = load_data(DataConfig(path=str(tmp_path / "photos.tar")))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3)
+    (tmp_path / "shards").mkdir()
+    for name in names:
+        with tarfile.open(tmp_path / "shards" / f"{name}.tar", "w") as archive:
+            archive.add(tmp_path / "photos" / name, ".")
+    data = load_data(DataConfig(path=str(tmp_path / "shards")))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3)
+
+
+def test_of_two_folders_for_a_role_the_one_in_small_letters_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, images in {"train": 3, "Train": 2, "Training": 1}.items():
+        folder(tmp_path / name, images)
+    data = load_data(DataConfig(path=str(tmp_path), val_fraction=0.4))
+    assert len(data.train) + len(data.val) == 9
+    assert dict(data.junk) == {
+        "images in Train, which has no role": 6, "images in Training, which has no role": 3,
+    }  # fmt: skip
+    assert "Train has no role, and its 6 images are left out; to use them, set --data.val_split Train" in caplog.text
+
+
+def test_a_class_of_the_name_of_a_role_can_be_one(tmp_path: Path) -> None:
+    folder(tmp_path / "kinds", 4, classes=("bus", "car", "train"))
+    with pytest.raises(DataError, match=r"kinds/train holds 4 images and no class folder: .*data.train_split none"):
+        load_data(DataConfig(path=str(tmp_path / "kinds")))
+    assert load_data(DataConfig(path=str(tmp_path / "kinds"), train_split="none")).classes == ("bus", "car", "train")
+    folder(tmp_path / "arms", 4, classes=("Control", "Test"))
+    with pytest.raises(DataError, match=r"if 'Test' is a class, set --data.test_split none"):
+        load_data(DataConfig(path=str(tmp_path / "arms")))
+    assert load_data(DataConfig(path=str(tmp_path / "arms"), test_split="none")).classes == ("Control", "Test")
+
+
+def test_roles_inside_of_classes_are_refused(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        folder(tmp_path / "photos" / name, 3, classes=("Train", "Test"))
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(tmp_path / "photos", ".")
+    for path in ("photos", "photos.tar"):
+        with pytest.raises(DataError, match=r"roles inside of class folders, such as cat/Test: expected Test/cat"):
+            load_data(DataConfig(path=str(tmp_path / path)))
+        with pytest.raises(DataError, match="roles inside of class folders"):
+            load_folder(tmp_path / path, ("cat", "dog"))
+    folder(tmp_path / "photos" / "cat", 1, classes=("indoors",))  # then these are groups of some other kind
+    assert load_data(DataConfig(path=str(tmp_path / "photos"))).classes == ("cat", "dog")
+
+
+def test_images_without_a_role_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder(tmp_path / "train", 4), folder(tmp_path / "dev", 2), folder(tmp_path / ".hidden", 2)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "text.txt").touch()
+    for i in range(2):
+        picture((9, 9, 9), i).save(tmp_path / "notes" / f"{i}.png")
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert dict(data.junk) == {"images in dev, which has no role": 6, "images in notes, which has no role": 2}
+    assert f"{tmp_path}/dev has no role, and its 6 images are left out; to use them, set --data.val_split dev" in (
+        caplog.text
+    )
+    caplog.clear()
+    assert len(load_data(DataConfig(path=str(tmp_path), val_split="dev", test_split="none")).val) == 6
+    assert "dev" not in caplog.text
 
 
 def test_a_class_missing_from_validation_shifts_no_label(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_ade20ks_role_names_and_folders_inside(tmp_path: Path) -> None:
     assert counts(found) == (2, 2, 0)
 
 
+def test_roles_in_capital_letters_and_a_folder_without_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i, role in enumerate(("Train", "Train", "Val", "Test", "Dev")):
+        scene(tmp_path, role, f"s{i}", mask(i))
+    (tmp_path / "classes.yaml").write_text(YAML)
+    assert counts(load(tmp_path)) == (2, 1, 1)
+    assert f"{tmp_path / 'images'}: folder without a role: Dev; left out" in caplog.text
+
+
 def test_a_flat_folder_is_all_for_training(tmp_path: Path) -> None:
     for i in range(4):
         scene(tmp_path, "", f"{'abcd'[i]}", mask(i))

@@ -10,6 +10,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vimoe.errors import VimoeError, expect, first_line
 from vimoe.moe import MoE
 from vimoe.surgery import vit
 
@@ -46,7 +47,11 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     Args:
         model: any timm ViT, dense or upcycled, on any device.
         input_size: (channels, height, width); by default what the model was made for.
+
+    Raises:
+        VimoeError: for what is no model, or a size that it does not take.
     """
+    expect("model", model, nn.Module, "build one, such as by timm.create_model")
     model = meta_copy(model).eval().requires_grad_(False)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     params = sum(p.numel() for p in model.parameters())
@@ -61,7 +66,16 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     for layer in layers.values():
         layer.register_forward_pre_hook(count_instead)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(meta_images(model, 1, input_size))
+        images = meta_images(model, 1, input_size)
+        try:
+            model(images)
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            if input_size is None:
+                raise
+            raise VimoeError(
+                f"input_size={input_size}: the model does not take it ({first_line(error)}); expected such as "
+                f"{model_input_size(model)}"
+            ) from error
     return Cost(params, params - round(idle), counter.get_total_flops() // 2 + routed, tuple(layers))
 
 
@@ -77,6 +91,11 @@ def model_input_size(model: nn.Module) -> tuple[int, int, int]:
 def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] | None = None) -> Tensor:
     """Images of the model's size and type for a copy without weights."""
     dtype = next(model.parameters()).dtype
+    sides = input_size if isinstance(input_size, (tuple, list, torch.Size)) else ()
+    if input_size is not None and (len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides)):
+        raise VimoeError(
+            f"input_size={input_size}: expected (channels, height, width), such as {model_input_size(model)}"
+        )
     return torch.empty(number, *(input_size or model_input_size(model)), device="meta", dtype=dtype)
 
 

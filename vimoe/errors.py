@@ -59,6 +59,20 @@ def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
     return f"known: {', '.join(names[:listed])}{', ...' if len(names) > listed else ''}"
 
 
+def expect(name: str, value: object, kind: type, remedy: str) -> None:
+    """Raise VimoeError where an argument is of another kind.
+
+    >>> expect("config", {"layers": "all"}, int, "give a number")
+    Traceback (most recent call last):
+    vimoe.errors.VimoeError: config is of type dict, {'layers': 'all'}: expected int; give a number
+    """
+    if not isinstance(value, kind):
+        shown = " ".join(repr(value).split())
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+        what = "None" if value is None else f"of type {type(value).__name__}, {shown}"
+        raise VimoeError(f"{name} is {what}: expected {kind.__name__}; {remedy}")
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its class where it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

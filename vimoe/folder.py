@@ -28,7 +28,7 @@ from vimoe.files import read_text, rename, temporary_folder, write_json
 from vimoe.moe import MoE
 from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.segmenter import Segmenter
-from vimoe.surgery import vit
+from vimoe.surgery import unwrapped, vit
 from vimoe.upcycling import sites, upcycle
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -60,7 +60,7 @@ def save(
         VimoeError: for an optimised model.
     """
     path = Path(path)
-    model = getattr(model, "_orig_mod", model)  # the model inside of torch.compile's
+    model = unwrapped(model)
     _check_place(path, overwrite)
     check_not_packed(model)
     if not hasattr(model, "pretrained_cfg"):

@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from vimoe.config import LAYER_WORDS, check_layers
-from vimoe.errors import SurgeryError, nearest
+from vimoe.errors import SurgeryError, expect, nearest
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Site:
 def vit(model: nn.Module) -> nn.Module:
     """The ViT that a model is or has inside: the outermost module that says how it makes tokens, else the model."""
     return model.get_submodule(_vit_name(model))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of torch.compile's module, DataParallel or DistributedDataParallel.
+
+    Raises:
+        VimoeError: for what is no module.
+    """
+    expect("model", model, nn.Module, "build one, such as by timm.create_model")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    compiled: Any = getattr(model, "_orig_mod", None)
+    return model if compiled is None else unwrapped(compiled)
 
 
 def _vit_name(model: nn.Module) -> str:

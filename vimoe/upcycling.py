@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vimoe import ffn, surgery
 from vimoe.accounting import Cost, count, meta_copy, meta_images
 from vimoe.config import MoEConfig
-from vimoe.errors import SurgeryError, first_line, nearest
+from vimoe.errors import SurgeryError, expect, first_line, nearest
 from vimoe.moe import MoE
 from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
@@ -55,6 +55,7 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
     Raises:
         SurgeryError: as `upcycle`.
     """
+    _check(model, config)
     copied = meta_copy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,6 +84,7 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
         SurgeryError: where a block cannot be converted; the model is as it was.
         VimoeError: for an optimised model.
     """
+    _check(model, config)
     surgery.swap(model, _replacements(model, config))
     if config.router_is_blind and config.layers != "none":
         warnings.warn(
@@ -127,6 +129,11 @@ def densify(
         raise SurgeryError(f"gate_mass of {unknown!r}, which is no MoE layer: {nearest(unknown, names)}")
     surgery.swap(model, {site.name: _dense(site, how, masses.get(site.name)) for site in chosen})
     return model
+
+
+def _check(model: nn.Module, config: MoEConfig) -> None:
+    expect("model", model, nn.Module, "build one, such as by timm.create_model")
+    expect("config", config, MoEConfig, "write MoEConfig(layers=...), or MoEConfig.from_dict(...)")
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

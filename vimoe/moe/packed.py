@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimoe.errors import VimoeError
+from vimoe.errors import VimoeError, expect
 from vimoe.moe.experts import Experts
 from vimoe.moe.grouped import experts_with_units, rows_at
 
@@ -30,7 +30,8 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def check_not_packed(model: nn.Module) -> None:
-    """Raises VimoeError for a model that went through `vimoe.optimize`, which can only be run."""
+    """Raise VimoeError for what is no model, or went through `vimoe.optimize` and can only be run."""
+    expect("model", model, nn.Module, "build one, such as by timm.create_model")
     if any(isinstance(m, (PackedLinear, PackedExperts)) or hasattr(m, OPTIMIZED) for m in model.modules()):
         _refuse()
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vimoe.errors import VimoeError
+from vimoe.errors import VimoeError, expect
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
         VimoeError: where a layer runs without gradient inside a recorder that was entered with it. Reentrant
             checkpointing does that, and a loss of such a record would train nothing.
     """
+    expect("model", model, nn.Module, "give the one that is to be recorded")
     names = {id(module): name for name, module in model.named_modules()}
     recorder = _Recorder(names)
     token = _recorders.set((*_recorders.get(), recorder))

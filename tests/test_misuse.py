@@ -1,0 +1,49 @@
+"""A caller's mistake in Python is a VimoeError of one line, with the value, what was expected and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import config, images, upcycle, vit
+from torch import nn
+
+import vimoe
+
+NOTHING = Path("never")
+MISTAKES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
+    "a name for a model": (lambda m: vimoe.upcycle("vit_tiny", config()), "model is of type str, 'vit_tiny': expected"),
+    "settings as a dict": (lambda m: vimoe.upcycle(m, {"layers": "all"}), "config is of type dict, {'layers': 'all'}"),
+    "a plan of nothing": (lambda m: vimoe.plan(None, config()), "model is None: expected Module"),
+    "a plan by a dict": (lambda m: vimoe.plan(m, {}), "expected MoEConfig; write MoEConfig"),
+    "another size": (lambda m: vimoe.count(m, (3, 65, 65)), r"input_size=(3, 65, 65): the model does not take it"),
+    "two sides": (lambda m: vimoe.count(m, (64, 64)), "expected (channels, height, width), such as (3, 32, 32)"),
+    "one side": (lambda m: vimoe.count(m, 64), "input_size=64: expected (channels, height, width)"),
+    "a size of 0": (lambda m: vimoe.count(m, (3, 0, 32)), "expected (channels, height, width)"),
+    "a count of text": (lambda m: vimoe.count("m"), "model is of type str"),
+    "densify a path": (lambda m: vimoe.densify(NOTHING), "model is of type PosixPath"),
+    "save a state dict": (lambda m: vimoe.save(m.state_dict(), NOTHING), "model is of type OrderedDict"),
+    "record a list": (lambda m: vimoe.record([m]).__enter__(), "model is of type list"),
+    "optimize a class": (lambda m: vimoe.optimize(nn.Linear), "model is of type type"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_it_is_one_line(what: str) -> None:
+    call, said = MISTAKES[what]
+    model = vit()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(vimoe.VimoeError) as caught:
+        call(model)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert {name: type(module) for name, module in model.named_modules()} == before and not NOTHING.exists()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_saved_as_what_is_inside(wrap: Callable, tmp_path: Path) -> None:
+    model = upcycle(vit(), config())
+    vimoe.save(wrap(model), tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(vimoe.load(tmp_path / "model")(images(model)), model(images(model)))
