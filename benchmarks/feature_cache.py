@@ -47,7 +47,11 @@ from vimoe.trunk import cut_before
 def processor() -> str:
     """What the system calls it."""
     info = Path("/proc/cpuinfo")
-    named = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    named = [
+        line.partition(":")[2].strip()
+        for line in info.read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
     return named[0] if info.exists() and named else platform.processor()
 
 
@@ -59,7 +63,7 @@ def epoch(model: nn.Module, task: Task, config: TrainConfig) -> dict[str, float]
         start = time.process_time()
         summary = train(model, task, config, Path(out), trained)
         processor_time = time.process_time() - start
-        with (Path(out) / "metrics.csv").open() as file:
+        with (Path(out) / "metrics.csv").open(encoding="utf-8") as file:
             rate = float(next(csv.DictReader(file))["images_per_second"])
     start = time.perf_counter()
     task.evaluate(model)

@@ -162,9 +162,12 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_page() -> None:
     """Puts the tables of all results between the marks of README.md."""
-    results = {path.stem: merged(json.loads(path.read_text())["processes"]) for path in sorted(RESULTS.glob("*.json"))}
+    results = {
+        path.stem: merged(json.loads(path.read_text(encoding="utf-8"))["processes"])
+        for path in sorted(RESULTS.glob("*.json"))
+    }
     page = HERE / "README.md"
-    before, _, rest = page.read_text().partition(BEGIN)
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     write_text(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{rest.partition(END)[2]}")
 
 

@@ -18,7 +18,7 @@ from study import difference, spread, vimoe
 
 def rise(run: Path) -> float:
     """How much the validation loss of the last epoch is above the lowest."""
-    with (run / "metrics.csv").open(newline="") as file:
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         losses = [float(row["val_loss"]) for row in csv.DictReader(file)]
     return losses[-1] - min(losses)
 
@@ -32,7 +32,7 @@ def table(runs: Path, arms: list[str], seeds: list[int]) -> str:
     for arm in arms:
         folders = [runs / f"{arm}-{seed}" for seed in seeds]
         scores = [vimoe("evaluate", str(run)) for run in folders]
-        summaries = [json.loads((run / "summary.json").read_text()) for run in folders]
+        summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in folders]
         top1 = [100 * score["top1"] for score in scores]
         control = control or top1
         paired = [ours - theirs for ours, theirs in zip(top1, control, strict=True)]

@@ -169,7 +169,7 @@ def pretrain(settings: Settings, out: Path, precision: str) -> dict[str, Any]:
         if epoch % 10 == 0 or epoch == settings.epochs:
             state |= {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.write(out, state)
-            with (out / "metrics.csv").open("w", newline="") as file:
+            with (out / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, state["rows"][0])
                 writer.writeheader()
                 writer.writerows(state["rows"])

@@ -54,7 +54,7 @@ def run_one(study: Path, arm: Path, seed: int, runs: Path, extra: Sequence[str])
     elif not run.exists():
         configs = ["--config", str(study / "base.yaml"), "--config", str(arm)]
         vimoe("train", *configs, *extra, "--train.seed", str(seed), "--out", str(run))
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     settings = (study / "base.yaml").read_bytes() + arm.read_bytes() + "\n".join(extra).encode()
     write_json(result, {
         "arm": arm.stem,
@@ -144,12 +144,12 @@ def difference(paired: list[float], comparisons: int) -> str:
 
 def write_table(study: Path, control: str) -> None:
     """Puts the table between the marks of the study's README."""
-    results = [json.loads(path.read_text()) for path in sorted((study / "results").glob("*.json"))]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((study / "results").glob("*.json"))]
     for arm in {result["arm"] for result in results}:
         if len({result["settings"] for result in results if result["arm"] == arm}) > 1:
             place = study / "results"
             raise SystemExit(f"{place}: the seeds of {arm} had different settings: expected the same; remove the older")
-    text = (study / "README.md").read_text()
+    text = (study / "README.md").read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after and END not in rest:
