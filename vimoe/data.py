@@ -16,7 +16,7 @@ from PIL import Image
 from vimoe.archives import archives, find_archives, is_archive
 from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside, nearest
-from vimoe.images import Source, Tried, find_images, name_within, try_images
+from vimoe.images import Source, Tried, find_images, name_within, passed_over, try_images
 from vimoe.sources import SYNONYMS, ClassImages, Listing, folder
 from vimoe.tables import INSTEAD, MNISTS, csv_file, hugging_face, torchvision_files
 
@@ -83,7 +83,9 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     names = tuple(classes or found["train"])
     _check_names(where["train"], found["train"])
     if empty := [name for name, images in found["train"].items() if not images]:
-        raise DataError(f"{where['train']}/{empty[0]} holds no image: expected some, or no such folder")
+        raise DataError(
+            f"{where['train']}/{empty[0]} holds no image{passed_over(listing.junk)}: expected some, or no such folder"
+        )
     if set(names) == {"annotations", "images"}:
         raise DataError(
             f"{where['train']} has images/ and annotations/: expected a folder for each class; to learn masks, set "
@@ -179,9 +181,9 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside, _ = find_images(path)
+            inside, junk = find_images(path)
             if not inside:
-                raise DataError(f"{path} holds no image: expected files such as .jpg or .png")
+                raise DataError(f"{path} holds no image{passed_over(junk)}: expected files such as .jpg or .png")
             found += inside
         elif path.is_file():
             found.append(path)

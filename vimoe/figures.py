@@ -275,5 +275,5 @@ def _rows(axis: Axes, layers: list[dict[str, Any]]) -> None:
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

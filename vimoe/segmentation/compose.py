@@ -73,7 +73,7 @@ def compose_scenes(
             )
     colours = [list(rgb) for rgb in (*PALETTE[: known + 1], VOID)]
     legend = {"names": list(NAMES[: known + 1]), "ignore": IGNORE, "palette": colours}
-    (folder / LEGEND).write_text(yaml.safe_dump(legend, default_flow_style=None, sort_keys=False))
+    (folder / LEGEND).write_text(yaml.safe_dump(legend, default_flow_style=None, sort_keys=False), "utf-8")
     return folder
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from vimoe.config import DataConfig
 from vimoe.data import split_of
-from vimoe.errors import ConfigError, DataError, beside, nearest
+from vimoe.errors import ConfigError, DataError, beside, first_line, nearest
 from vimoe.images import find_images
-from vimoe.segmentation.legend import LEGEND, Legend, png_palette, read_legend
+from vimoe.segmentation.legend import IGNORE, LEGEND, Colour, Legend, read_legend
 from vimoe.segmentation.scene_tables import Files, scene_tables
 
 ROLES = ("train", "val", "test")
@@ -108,7 +108,7 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
 def _voc(root: Path, config: DataConfig) -> Found:
     """JPEGImages/NAME.jpg and SegmentationClass/NAME.png, with the names of a role in ImageSets/Segmentation/ROLE.txt.
 
-    Of a list the masks that are there count; of the images that no list names nothing is read.
+    Images that no list names are not read. The labels of test are withheld, so without any the role is left out.
     """
     from torchvision.models.segmentation import FCN_ResNet50_Weights
 
@@ -120,25 +120,46 @@ def _voc(root: Path, config: DataConfig) -> Found:
         split = split_of(role, getattr(config, f"{role}_split"), there_are, f"list in {lists}")
         if split is None:
             continue
-        names = (lists / f"{split}.txt").read_text().split()
-        found = {kind: {name: root / kind / f"{name}{ending}" for name in names} for kind, ending in _VOC.items()}
-        there: list[Files] = [
-            {name: path for name, path in files.items() if path.is_file()} for files in found.values()
-        ]
-        if there[1]:  # test has none
-            images[role], masks[role] = there
-    names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
-    first = next((path for path in masks.get("train", {}).values()), None)
-    if first is None:
+        names = _listed(lists / f"{split}.txt")
+        for files, kind, ending in ((images, "JPEGImages", ".jpg"), (masks, "SegmentationClass", ".png")):
+            paths = {name: root / kind / f"{name}{ending}" for name in names}
+            files[role] = {name: path for name, path in paths.items() if path.is_file()}
+        if role == "test" and not masks[role]:
+            logger.info("%s has no masks of %s.txt: left out", root, split)
+            del images[role], masks[role]
+        elif gone := [name for name in names if name not in images[role] and name not in masks[role]]:
+            raise DataError(
+                f"{lists}/{split}.txt: {len(gone)} of {len(names)} names have neither image nor mask, such as "
+                f"{gone[0]!r}: expected JPEGImages/NAME.jpg and SegmentationClass/NAME.png, a name on each line; "
+                f"correct the list, or download the data again"
+            )
+    if not masks.get("train"):
         raise DataError(
             f"{lists} lists no mask to train on: expected {config.train_split}.txt; download the data again"
         )
+    names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
     ids = tuple(range(len(names)))
-    return Found(root, images, masks, Legend(tuple(names), ids, palette=png_palette(first, ids)))
+    return Found(root, images, masks, Legend(tuple(names), ids, palette=tuple(map(_voc_colour, (*ids, IGNORE)))))
+
+
+def _listed(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, without the blanks around them."""
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would cut names at other characters
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({first_line(error)}): expected a name on each line in UTF-8"
+        ) from error
+    return [name for line in lines if (name := line.strip(" \t\r"))]
+
+
+def _voc_colour(value: int) -> Colour:
+    """Pascal VOC's colour of a value: its bits, in turn for red, green and blue, from their top bits down."""
+    red, green, blue = (sum((value >> 3 * i + c & 1) << 7 - i for i in range(8)) for c in range(3))
+    return red, green, blue
 
 
 _CITY_SEQUENCE = r"(.+?)(?:_\d+)?$"  # names are CITY_SEQUENCE_FRAME; another is for itself
-_VOC = {"JPEGImages": ".jpg", "SegmentationClass": ".png"}
 
 
 def _role_folders(root: Path, config: DataConfig, to_train: bool) -> dict[str, Path]:
