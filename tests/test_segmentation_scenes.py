@@ -238,6 +238,13 @@ def test_images_of_train_in_validation_are_warned_of(tmp_path: Path, caplog: pyt
     assert "1 of 2 validation images are in train too, such as images/val/a100.png" in caplog.text
 
 
+def test_scenes_that_are_lines_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = scenes(tmp_path)
+    scene(root, "val", "a100", np.zeros((1, 40), "uint8"))
+    scanned(root)
+    assert "1 of 10 images are more than 16 times as long as wide, such as images/val/a100.png (40x1)" in caplog.text
+
+
 def voc(root: Path) -> Path:
     year = root / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
