@@ -1,6 +1,7 @@
 """Figures of a run, by matplotlib, from the plain contents of its files: for PNGs and for notebooks. Imports no torch.
 
-Figures are made without pyplot: a notebook keeps its backend, and nothing has to be closed.
+Figures are made without pyplot: a notebook keeps its backend, and nothing has to be closed. Names are shown as they
+are: matplotlib would read what is between two dollar signs as mathematics.
 """
 
 from __future__ import annotations
@@ -104,12 +105,12 @@ def heatmap(evidence: dict[str, Any], layer: str, axis: Axes | None = None) -> A
     share, classes = shares(evidence, found), [evidence["classes"][i] for i in evidence["class_order"]]
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
     axis.imshow(share, aspect="auto", vmin=0, vmax=1, cmap=colours, interpolation="nearest")
-    axis.set_title(layer, fontsize=9)
+    axis.set_title(layer, fontsize=9, parse_math=False)
     axis.tick_params(labelsize=7)
     thinned = range(0, share.shape[1], -(-share.shape[1] // 16))
     axis.set_xticks(thinned, [str(found["expert_order"][i]) for i in thinned])
     named = classes if len(classes) <= LABELLED else []
-    axis.set_yticks(range(len(named)), [short(name) for name in named])
+    axis.set_yticks(range(len(named)), [short(name) for name in named], parse_math=False)
     return axis
 
 
@@ -170,8 +171,8 @@ def agreement(evidence: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(side + 2.6, side + 1.4), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+    axis.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     for (i, j), value in np.ndenumerate(matrix):
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < 0.6 else "k")
     figure.colorbar(image, ax=axis, shrink=0.8, label="AMI")
@@ -187,8 +188,11 @@ def contact_sheet(rows: Mapping[str, Sequence[tuple[Any, str]]]) -> Figure:
             axis.axis("off")
         for axis, (picture, caption) in zip(axes, pictures, strict=False):
             axis.imshow(picture)
-            axis.set_title(short(caption, 16), fontsize=7, pad=2)
-        axes[0].text(-0.15, 0.5, name, transform=axes[0].transAxes, rotation=90, ha="right", va="center", fontsize=8)
+            axis.set_title(short(caption, 16), fontsize=7, pad=2, parse_math=False)
+        axes[0].text(
+            -0.15, 0.5, name, transform=axes[0].transAxes, rotation=90, ha="right", va="center", fontsize=8,
+            parse_math=False,
+        )  # fmt: skip
     return figure
 
 
@@ -212,7 +216,11 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
     right.set(xlabel="epoch", ylabel=f"{SCORES[column]} on validation, %")
     for axis in (left, right):
         axis.xaxis.set_major_locator(_whole())
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    lines = left.get_lines()  # all of them: by itself a legend has no name that begins with an underscore
+    names = [str(line.get_label()) for line in lines]
+    legend = figure.legend(lines, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 
@@ -231,7 +239,7 @@ def loads(load: Path) -> Figure:
         for expert in dict.fromkeys(row["expert"] for row in mine):
             points = [(int(row["epoch"]), 100 * float(row["share"])) for row in mine if row["expert"] == expert]
             axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 3 else None)
-        axis.set_title(layer, fontsize=9)
+        axis.set_title(layer, fontsize=9, parse_math=False)
         axis.tick_params(labelsize=7)
         axis.xaxis.set_major_locator(_whole())
     axes[0].set_ylim(bottom=0)  # of all, once all lines are there
@@ -267,7 +275,7 @@ def _dots(axis: Axes, dots: list[Dot], colour: str, label: str | None = None) ->
 
 def _rows(axis: Axes, layers: list[dict[str, Any]]) -> None:
     """A row a layer, the first on top."""
-    axis.set_yticks(range(len(layers)), [layer["name"] for layer in layers], fontsize=8)
+    axis.set_yticks(range(len(layers)), [layer["name"] for layer in layers], fontsize=8, parse_math=False)
     axis.set_ylim(len(layers) - 0.5, -0.5)
     axis.axvline(0, color="0.4", lw=0.8)
     for i in range(1, len(layers)):
