@@ -239,6 +239,14 @@ def test_images_of_train_in_validation_are_warned_of(tmp_path: Path, caplog: pyt
     assert "1 of 2 validation images are in train too, such as images/val/a100.png" in caplog.text
 
 
+def test_images_that_cannot_be_read_are_told_by_their_endings(tmp_path: Path) -> None:
+    root = scenes(tmp_path, val=0, test=0)
+    for path in (root / "images/train").iterdir():
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(DataError, match=r"0 images but 6 \.heic files \(.*convert them\) and 6 masks"):
+        load(root)
+
+
 def test_scenes_that_are_lines_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = scenes(tmp_path)
     scene(root, "val", "a100", np.zeros((1, 40), "uint8"))

@@ -14,6 +14,7 @@ from torch import nn
 from vimoe import checkpoint, runs
 from vimoe.backbone import check_name
 from vimoe.data import absolute
+from vimoe.files import TEMPORARY
 from vimoe.folder import save
 from vimoe.loading import preprocessing
 from vimoe.options import Settings
@@ -45,7 +46,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     problem.check(model)
     scanned = problem.scan()
     folder = runs.new_run(out)
-    with TemporaryDirectory(dir=folder, prefix=".proof-") as proof:  # what could not be saved should not be trained
+    with TemporaryDirectory(dir=folder, prefix=TEMPORARY) as proof:  # what could not be saved should not be trained
         _save(problem, model, Path(proof) / runs.MODEL)
     absolute_path = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
     runs.write_settings(folder, absolute_path)

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from vimoe.errors import FolderError
 
+TEMPORARY = ".vimoe-tmp-"  # begins the name of all that is not finished; the final name may leave no room for more
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
@@ -22,7 +24,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()

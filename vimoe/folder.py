@@ -26,6 +26,7 @@ from vimoe import ffn
 from vimoe.accounting import model_input_size
 from vimoe.config import MoEConfig
 from vimoe.errors import FolderError, VimoeError, first_line
+from vimoe.files import TEMPORARY
 from vimoe.moe import MoE
 from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.segmenter import Segmenter
@@ -70,7 +71,7 @@ def save(
         raise FolderError(f"{len(label_names)} label_names for {model.num_classes} classes: expected a name for each")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
     except OSError as error:
         raise FolderError(f"{path} cannot be made: {error.strerror}; name another folder") from error
     try:
@@ -227,7 +228,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _put(temporary: Path, path: Path) -> None:
     """Gives the finished folder its name; one that had it goes only once the new one is whole."""
     if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+        old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         path.rename(old / "old")
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vimoe.config import DataConfig
@@ -30,6 +31,7 @@ class Found:
     images: dict[str, Files]
     masks: dict[str, Files]
     legend: Legend | None
+    junk: Counter[str] = field(default_factory=Counter)  # what else is among the images, by kind
 
 
 def find_scenes(config: DataConfig, to_train: bool = True) -> Found:
@@ -68,7 +70,8 @@ def _ade20k(root: Path, config: DataConfig, to_train: bool) -> Found:
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = read_legend(root / LEGEND) if (root / LEGEND).is_file() else None
-    return Found(root, _files(images), _files(masks, ".png"), legend)
+    junk: Counter[str] = Counter()
+    return Found(root, _files(images, junk), _files(masks, Counter(), ".png"), legend, junk)
 
 
 def _table(config: DataConfig, to_train: bool) -> Found:
@@ -102,7 +105,9 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
     if config.test_split == "test":
         images.pop("test", None), masks.pop("test", None)
     ending = "_gtFine_labelIds"
-    return Found(root, _files(images, cut="_leftImg8bit"), _files(masks, ".png", cut=ending, only=ending), legend)
+    junk: Counter[str] = Counter()
+    pictures = _files(images, junk, cut="_leftImg8bit")
+    return Found(root, pictures, _files(masks, Counter(), ".png", cut=ending, only=ending), legend, junk)
 
 
 def _voc(root: Path, config: DataConfig) -> Found:
@@ -181,14 +186,17 @@ def _roles(
     return {**roles} or {"train": None}
 
 
-def _files(folders: dict[str, Path], ending: str = "", cut: str = "", only: str = "") -> dict[str, Files]:
-    return {role: _named(folder, ending, cut, only) for role, folder in folders.items()}
+def _files(
+    folders: dict[str, Path], junk: Counter[str], ending: str = "", cut: str = "", only: str = ""
+) -> dict[str, Files]:
+    return {role: _named(folder, junk, ending, cut, only) for role, folder in folders.items()}
 
 
-def _named(folder: Path, ending: str, cut: str, only: str) -> Files:
+def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -> Files:
     """The image files below a folder by their paths in it, without the ending and what is `cut` from it."""
     named: Files = {}
-    found: Iterable[Path] = find_images(folder)[0]
+    found, others = find_images(folder)
+    junk.update(others)
     for path in found:
         if (ending and path.suffix.lower() != ending) or not path.stem.endswith(only):
             continue
