@@ -448,6 +448,15 @@ def test_folders_have_each_their_own_cache_however_they_are_named(
     assert len(list(remembered.cache.iterdir())) == 2 and len(remembered.decoded) == 10
 
 
+def test_a_folder_with_a_long_name_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(images, "cache_folder", lambda: tmp_path / "cache")
+    root = folder(tmp_path / ("\U0001f600" * 63), 1)
+    assert len(try_images(find_images(root)[0], root).digests) == 3 and not caplog.records
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_many_unreadable_images_are_a_line(tmp_path: Path) -> None:
     for name in "abcde":
         (tmp_path / f"{name}.png").write_bytes(b"")

@@ -342,7 +342,7 @@ def _cannot_list(error: OSError) -> NoReturn:
 
 def _cache_file(folder: Path) -> Path:
     whole = folder.resolve()
-    return cache_folder() / f"{whole.name}-{hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()}.json"
+    return cache_folder() / f"{whole.name[:50]}-{hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()}.json"
 
 
 def _read_cache(folder: Path) -> dict[str, Entry]:
