@@ -243,7 +243,7 @@ def test_images_that_cannot_be_read_are_told_by_their_endings(tmp_path: Path) ->
     root = scenes(tmp_path, val=0, test=0)
     for path in (root / "images/train").iterdir():
         path.rename(path.with_suffix(".heic"))
-    with pytest.raises(DataError, match=r"0 images but 6 \.heic files \(.*convert them\) and 6 masks"):
+    with pytest.raises(DataError, match=r"0 images \(6 \.heic files were passed over, .*convert them\) and 6 masks"):
         load(root)
 
 

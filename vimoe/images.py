@@ -206,7 +206,8 @@ def kind_of_junk(name: str) -> str:
 def passed_over(junk: Mapping[str, int]) -> str:
     """Words for the files without an image's ending, where a message says that there is no image; none without any."""
     files = [f"{count} {kind}" for kind, count in junk.items() if kind.startswith(".")]
-    return f" but {', '.join(files[:6])} (what is read: {', '.join(sorted(ENDINGS))}; convert them)" if files else ""
+    known = ", ".join(sorted(ENDINGS))
+    return f" ({', '.join(files[:6])} were passed over, what is read is {known}; convert them)" if files else ""
 
 
 def is_hidden(name: str) -> bool:
