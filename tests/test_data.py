@@ -185,6 +185,18 @@ def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
         load_data(DataConfig(path=str(tmp_path)))
 
 
+def test_files_that_phones_make_are_told_by_their_endings(tmp_path: Path) -> None:
+    for i, name in enumerate(("cat/0.HEIC", "cat/1.heic", "cat/2.avif", "dog/3.heic")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes([i]))
+    with pytest.raises(
+        DataError, match=r"cat holds no image \(3 \.heic files, 1 \.avif files were .*\.jpg.*convert them"
+    ):
+        load_data(DataConfig(path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"dog holds no image \(1 \.heic files were passed over, .*convert them"):
+        list_images([tmp_path / "dog"])
+
+
 def test_the_digits_have_three_disjoint_roles() -> None:
     data = load_data(DataConfig(path="digits"))
     assert len(data.train) + len(data.val) + len(data.test) == 1797

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from vimoe import figures, interactive
 
@@ -153,3 +155,53 @@ def test_every_figure_can_be_drawn_of_one_layer_and_of_twelve(name: str) -> None
         figure = getattr(figures, name)(evidence(layers=layers, classes=3, experts=2))
         figure.draw_without_rendering()
         assert len(figure.axes) >= (layers if name == "heatmaps" else 1)
+
+
+HOSTILE = ["$0_$50", "$50_$100", "$5-$10", r"a_$\frac", "$$", "_x$y$"]
+
+
+def shown(figure: Figure) -> set[str]:
+    """The names of HOSTILE that a figure shows letter by letter; draws it."""
+    figure.canvas.draw()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and "$" in text.get_text()]
+    assert not any(text.get_parse_math() for text in texts), [text.get_text() for text in texts]
+    return {text.get_text() for text in texts} & set(HOSTILE)
+
+
+def hostile_run(path: Path) -> Path:
+    path.write_text("epoch,layer,expert,share,train_loss,val_loss,val_top1\n" + "".join(
+        f"1,{name},0,0.5,2,3,0.25\n" for name in HOSTILE))  # fmt: skip
+    return path
+
+
+def named_so(layers: int) -> dict[str, Any]:
+    found = evidence(layers, classes=len(HOSTILE), experts=3)
+    found["classes"] = list(HOSTILE)
+    for layer, name in zip(found["layers"], HOSTILE, strict=False):
+        layer["name"] = name
+    return found
+
+
+DRAWN = {
+    "heatmap": lambda path: figures.heatmap(named_so(1), HOSTILE[0]).figure,
+    "heatmaps": lambda path: figures.heatmaps(named_so(6)),
+    "dependence": lambda path: figures.dependence(named_so(6)),
+    "effects": lambda path: figures.effects(named_so(6)),
+    "experts": lambda path: figures.experts(named_so(6)),
+    "agreement": lambda path: figures.agreement(named_so(6)),
+    "captions": lambda path: figures.contact_sheet({"row": [(np.ones((2, 2, 3)), name) for name in HOSTILE]}),
+    "rows": lambda path: figures.contact_sheet({name: [(np.ones((2, 2, 3)), "x")] for name in HOSTILE}),
+    "curves": lambda path: figures.curves(dict.fromkeys(HOSTILE, hostile_run(path / "metrics.csv"))),
+    "loads": lambda path: figures.loads(hostile_run(path / "load.csv")),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_names_with_dollar_signs_are_shown_as_they_are(tmp_path: Path, kind: str) -> None:
+    assert shown(DRAWN[kind](tmp_path)) == set(HOSTILE)
+
+
+def test_plots_have_names_with_dollar_signs_too() -> None:
+    assert list(interactive.heatmaps(named_so(1)).layout.yaxis.ticktext) == [
+        HOSTILE[i] for i in named_so(1)["class_order"]
+    ]

@@ -107,15 +107,16 @@ def test_arguments_that_json_cannot_hold_are_asked_for_by_name(tmp_path: Path) -
     assert_same(vimoe.load(tmp_path / "m"), model)
 
 
-def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["m", "m" * 255])  # as long as a name may be
+def test_a_folder_is_replaced_only_when_asked(tmp_path: Path, name: str) -> None:
     first, second = trained(), perturb_experts(trained())
-    vimoe.save(first, tmp_path / "m")
+    vimoe.save(first, tmp_path / name)
     with pytest.raises(FolderError, match="is there already.*overwrite=True"):
-        vimoe.save(second, tmp_path / "m")
-    assert_same(vimoe.load(tmp_path / "m"), first)
-    vimoe.save(second, tmp_path / "m", overwrite=True)
-    assert_same(vimoe.load(tmp_path / "m"), second)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+        vimoe.save(second, tmp_path / name)
+    assert_same(vimoe.load(tmp_path / name), first)
+    vimoe.save(second, tmp_path / name, overwrite=True)
+    assert_same(vimoe.load(tmp_path / name), second)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_type_of_the_weights_travels(tmp_path: Path) -> None:

@@ -245,6 +245,19 @@ def test_torch_export_keeps_every_expert_and_takes_any_number_of_images(layout: 
     assert {name for name, _ in layer.named_parameters()} == set(program.state_dict)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own: traces are deprecated, and constants are in them
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("traced", [1, 3])
+@pytest.mark.parametrize("layout", ["image by class token", "image by mean", "token"])
+def test_a_trace_is_right_on_other_images_and_other_numbers_of_them(layout: str, traced: int, k: int) -> None:
+    layer = make("mlp", layout, k=k).eval()
+    with torch.no_grad():
+        trace = torch.jit.trace(layer, tokens(traced), check_trace=False)
+        for count in (1, 2, 5):
+            others = tokens(count).flip(-1)
+            torch.testing.assert_close(trace(others), layer(others))
+
+
 def test_another_number_of_images_compiles_once_more_and_then_never() -> None:
     layer = make("mlp", "token", k=1)
     torch._dynamo.reset()

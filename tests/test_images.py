@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import folder, picture
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
 from vimoe import images
 from vimoe.errors import DataError
-from vimoe.images import cache_folder, find_images, open_image, try_images
+from vimoe.images import cache_folder, find_images, image_size, open_image, try_images
+from vimoe.segmentation.legend import Legend
 
 WHITE, BLACK, RED, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255)
 
@@ -66,10 +74,10 @@ def test_inks_in_a_jpeg_are_not_inverted(tmp_path: Path) -> None:
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.array([[0, 257, 25700, 65535]], dtype="uint16")
+    values = np.arange(2**16, dtype="uint16").reshape(256, 256)
     for name in ("x.png", "x.tif"):
         Image.fromarray(values).save(tmp_path / name)
-        assert np.asarray(open_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 100, 255]
+        assert (np.asarray(open_image(tmp_path / name))[..., 0] == (values / 257).round()).all()
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -120,6 +128,137 @@ def test_what_is_no_whole_image_is_named_with_the_reason_when_opened_and_when_tr
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     assert try_images([tmp_path / "x.jpg"], tmp_path).errors == {tmp_path / "x.jpg": "not a regular file"}
+
+
+OTHER_FORMATS = {
+    "EPS": b"%!PS-Adobe",
+    "PDF": b"%PDF",
+    "ICO": b"\x00\x00\x01\x00",
+    "TGA": b"\x00\x00\x02\x00",
+    "PCX": b"\n\x05\x01",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_files_of_other_formats_are_refused_with_what_they_begin_with(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.jpg"
+    picture(RED, 0).save(path, kind)
+    start = re.escape(repr(OTHER_FORMATS[kind])[:-1])
+    for look in (open_image, image_size):
+        with pytest.raises(DataError, match=rf"x\.jpg cannot be read as an image \(no known .* begins with {start}"):
+            look(path)
+    with pytest.raises(DataError, match=rf"x\.jpg: cannot be read as a mask \(no known .* begins with {start}"):
+        Legend(("a", "b"), (0, 1)).read(path)
+    assert "no known image format" in try_images([path], tmp_path).errors[path]
+
+
+def test_no_other_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr("subprocess.Popen.__init__", lambda self, *args, **_: started.append(args))
+    picture(RED, 0).save(tmp_path / "x.png", "EPS")
+    try_images([tmp_path / "x.png"], tmp_path)
+    assert not started
+
+
+def opened_without_formats(source: str) -> list[int]:
+    """Lines where a source opens an image by whatever format Pillow knows, or by another library."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [(ast.unparse(call.func), call) for call in calls]
+    return [
+        call.lineno
+        for name, call in named
+        if (name.endswith("Image.open") and all(keyword.arg != "formats" for keyword in call.keywords))
+        or name.split(".")[-1] in ("imread", "read_image", "decode_image", "default_loader", "pil_loader")
+    ]
+
+
+def test_every_image_is_opened_by_the_documented_formats() -> None:
+    for path in Path(images.__file__).parent.rglob("*.py"):
+        assert not opened_without_formats(path.read_text("utf-8")), path
+    assert opened_without_formats("Image.open(x)\nPIL.Image.open(x, 'r')\nio.read_image(x)") == [1, 2, 3]
+    assert not opened_without_formats("Image.open(x, formats=FORMATS)\npath.open()")
+
+
+def test_of_a_photo_with_a_preview_beside_it_the_photo_is_seen(tmp_path: Path) -> None:
+    photo, preview = picture(RED, 0, 64), picture(BLUE, 0, 16)
+    photo.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[preview])
+    assert open_image(tmp_path / "x.jpg").size == (64, 64)
+
+
+def test_jfif_is_jpeg(tmp_path: Path) -> None:
+    jpeg(tmp_path / "x.JFIF")
+    assert find_images(tmp_path) == ([tmp_path / "x.JFIF"], {}) and open_image(tmp_path / "x.JFIF").size == (64, 64)
+
+
+def sparse(path: Path, start: bytes, size: int) -> Path:
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.parametrize("start", [b"", b"\xff\xd8\xff\xe0", b"II*\0\x08\0\0\0", b"RIFF\0\0\0\0WEBPVP8 "])
+def test_a_file_larger_than_any_image_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes
+) -> None:
+    path = sparse(tmp_path / "x.png", start, 3 << 30)
+    monkeypatch.setattr(images, "_digest", None)
+    tracemalloc.start()
+    (why,) = try_images([path], tmp_path).errors.values()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert re.match(r"3\.2 GB that begin with b'.*more than 1\.1 GB; shrink it", why) and most < 10e6
+
+
+def test_what_is_no_image_is_not_read_beyond_its_beginning(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "x.png", b"", 1 << 29)
+    tracemalloc.start()
+    (why,) = try_images([path], tmp_path).errors.values()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "no known image format" in why and most < 10e6
+
+
+def test_a_file_is_hashed_in_pieces_to_the_hash_of_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    content = jpeg(path)
+    with path.open("ab") as file:
+        file.truncate(100 << 20)
+    tracemalloc.start()
+    (digest,) = try_images([path], tmp_path).digests.values()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    whole = content + bytes((100 << 20) - len(content))
+    assert digest == hashlib.blake2b(whole, digest_size=16).hexdigest() and most < 10e6
+
+
+def test_large_metadata_do_not_keep_an_image_from_being_read(tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("workflow", "x" * (2 << 20), zip=True)
+    profile = bytes(2 << 20)
+    picture(RED, 0).save(tmp_path / "x.png", pnginfo=text, icc_profile=profile)
+    assert (np.asarray(open_image(tmp_path / "x.png")) == np.asarray(picture(RED, 0))).all()
+    Image.fromarray(np.eye(4, dtype="uint8")).save(tmp_path / "m.png", pnginfo=text, icc_profile=profile)
+    assert (Legend(("a", "b"), (0, 1)).read(tmp_path / "m.png") == np.eye(4)).all()
+
+
+def test_metadata_beyond_the_bound_are_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(RED, 0).save(tmp_path / "x.png", icc_profile=bytes(2 << 20))
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 1 << 20)
+    with pytest.raises(DataError, match=r"a colour profile of more than 64 MB; save it again without metadata"):
+        open_image(tmp_path / "x.png")
+
+
+def test_large_images_are_read_without_a_warning(tmp_path: Path) -> None:
+    picture(RED, 0, 40).save(tmp_path / "x.png")
+    code = (
+        "from pathlib import Path; from PIL import Image; from vimoe.images import open_image\n"
+        "Image.MAX_IMAGE_PIXELS = 1000; print(open_image(Path('x.png')).size)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::Warning:PIL", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("(40, 40)\n", "")
 
 
 def test_a_decompression_bomb_is_told_with_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +313,8 @@ class Remembered:
         decode = images._decode
 
         def noting(file: BytesIO) -> Image.Image:
-            self.decoded.append(file.getvalue())
+            self.decoded.append(file.read())
+            file.seek(0)
             return decode(file)
 
         monkeypatch.setattr(images, "_decode", noting)
@@ -306,6 +446,15 @@ def test_folders_have_each_their_own_cache_however_they_are_named(
     other = folder(remembered.root.parent / "other" / "data", 3)
     try_images(find_images(other)[0], other)
     assert len(list(remembered.cache.iterdir())) == 2 and len(remembered.decoded) == 10
+
+
+def test_a_folder_with_a_long_name_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(images, "cache_folder", lambda: tmp_path / "cache")
+    root = folder(tmp_path / ("\U0001f600" * 63), 1)
+    assert len(try_images(find_images(root)[0], root).digests) == 3 and not caplog.records
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_many_unreadable_images_are_a_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pictures import folder, roles
+from PIL import Image
 from test_cli import QUICK, TINY, call, refused
 
 from vimoe.config import DataConfig
@@ -178,3 +179,17 @@ def test_a_run_tells_of_its_scan_and_later_verbs_see_the_same_images(
     for name in bad:
         (photos / name).unlink()
     assert FinishedRun(run).problem.data == first
+
+
+def test_lines_are_warned_of_also_when_they_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = roles(tmp_path / "data")
+    for name, size in (("train/red/000.png", (1, 17)), ("val/red/000.png", (400, 20)), ("test/red/000.png", (16, 1))):
+        Image.new("RGB", size).save(root / name)
+    message = "2 of 42 images are more than 16 times as long as wide, such as train/red/000.png (1x17): "
+    for _ in range(2):
+        caplog.clear()
+        scanned(root)
+        assert [text.startswith(message) for text in caplog.messages] == [True]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from scenery import NAMES, PALETTE, VOID, YAML, mask, painted
 
 from vimoe.errors import DataError
 from vimoe.segmentation.legend import IGNORE, Legend, legend_of_masks, read_legend
+from vimoe.segmentation.pictures import colour
 
 COLOURS = f"palette: {[list(colour) for colour in PALETTE]}\n"
 
@@ -53,6 +58,97 @@ def test_a_palette_png_is_its_indices(tmp_path: Path) -> None:
     with Image.open(path) as opened:
         assert opened.mode == "P"
     assert legend(tmp_path, YAML).read(path).tolist() == [[0, 1], [2, IGNORE]]
+
+
+VALUES = np.array([[0, 1, 1], [2, 2, VOID]], "uint8")
+READ = [[0, 1, 1], [2, 2, IGNORE]]
+COLOUR_OF = dict(zip((0, 1, 2, VOID), PALETTE, strict=True))
+
+
+def indexed(path: Path, order: list[int], colours: dict[int, tuple] = COLOUR_OF) -> Path:
+    """VALUES as a palette PNG whose palette has the colours of these values in this order."""
+    indices = np.vectorize(order.index)(VALUES).astype("uint8")
+    colour(indices, [colours[value] for value in order]).save(path)
+    return path
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((0, 1, 2, VOID))))
+def test_a_palette_png_in_an_order_of_its_own_is_read_by_the_colours_of_the_legend(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    path = indexed(tmp_path / "m.png", list(order))
+    assert legend(tmp_path, YAML + COLOURS).read(path).tolist() == READ
+
+
+def test_what_quantize_makes_of_a_mask_in_colour_is_read_as_the_mask(tmp_path: Path) -> None:
+    painted(mask(0)).quantize(4).save(tmp_path / "m.png")
+    with Image.open(tmp_path / "m.png") as opened:
+        assert opened.mode == "P"
+    expected = np.where(mask(0) == VOID, IGNORE, mask(0))
+    assert (legend(tmp_path, YAML + COLOURS).read(tmp_path / "m.png") == expected).all()
+
+
+def test_without_colours_of_the_legend_a_palette_png_is_its_indices(tmp_path: Path) -> None:
+    described = legend(tmp_path, YAML + COLOURS)
+    for shade in (lambda v: (v, v, v), lambda v: (255 - v, 9, v), lambda v: COLOUR_OF.get(v, (1, 1, 1))):
+        colour(VALUES, [shade(v) for v in range(256)]).save(tmp_path / "m.png")
+        assert described.read(tmp_path / "m.png").tolist() == READ
+    colour(VALUES, [(9, 9, v) if v == VOID else COLOUR_OF.get(v, (1, 1, 1)) for v in range(VOID + 1)]).save(
+        tmp_path / "m.png"
+    )
+    assert described.read(tmp_path / "m.png").tolist() == READ  # void has another colour, which contradicts nothing
+
+
+def test_places_of_classes_with_the_colours_of_the_legend_are_the_classes(tmp_path: Path) -> None:
+    """As `predict` writes them, whatever values the data have."""
+    described = legend(tmp_path, "names: {2: sky, 7: road, 9: car}\n" + f"palette: {[list(c) for c in PALETTE[:3]]}\n")
+    colour(np.array([[0, 1, 2]], "uint8"), PALETTE[:3]).save(tmp_path / "m.png")
+    assert described.read(tmp_path / "m.png").tolist() == [[0, 1, 2]]
+
+
+def test_colours_that_contradict_the_values_are_refused(tmp_path: Path) -> None:
+    path = indexed(tmp_path / "m.png", [1, 0, 2, VOID], {**COLOUR_OF, 2: (9, 9, 9)})
+    with pytest.raises(
+        DataError,
+        match=r"the value 0 is class 'sky', and its colour .*, \[120, 120, 120\], that of class 'road': .*; save",
+    ) as error:
+        legend(tmp_path, YAML + COLOURS).read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_greys_whose_levels_are_other_values_are_refused(tmp_path: Path) -> None:
+    """Programs that make PNGs small give masks of one channel a palette of greys, in any order."""
+    path = indexed(tmp_path / "m.png", [1, 0, 2, VOID], {value: (value, value, value) for value in COLOUR_OF})
+    with pytest.raises(DataError, match=r"the value 0 is class 'sky', .* \[1, 1, 1\], that of class 'road'"):
+        legend(tmp_path, YAML).read(path)
+
+
+def test_black_and_white_are_two_values(tmp_path: Path) -> None:
+    for black, white in ((0, 255), (255, 0)):
+        colour(np.array([[0, 1]], "uint8"), [(black,) * 3, (white,) * 3]).save(tmp_path / "m.png")
+        assert legend(tmp_path, "names: [ground, crack]\n").read(tmp_path / "m.png").tolist() == [[0, 1]]
+        assert legend_of_masks([tmp_path / "m.png"]).names == ("0", "1")
+
+
+def test_values_whose_colour_differs_from_mask_to_mask_mean_nothing(tmp_path: Path) -> None:
+    masks = [indexed(tmp_path / "a.png", [0, 1, 2, VOID]), indexed(tmp_path / "b.png", [2, 1, 0, VOID])]
+    with pytest.raises(
+        DataError,
+        match=r"value 0 has the colour \[40, 80, 220\] in .*a\.png and \[220, 40, 40\] in .*b\.png, and no classes",
+    ) as error:
+        legend_of_masks(masks)
+    assert "\n" not in str(error.value)
+    assert legend_of_masks(masks[:1]).palette[:3] == PALETTE[:3]
+
+
+def test_colours_come_from_all_masks(tmp_path: Path) -> None:
+    masks = []
+    for value, shade in ((0, (5, 6, 7)), (1, (8, 9, 10))):
+        colours = [(0, 0, 0)] * 2
+        colours[value] = shade
+        colour(np.full((2, 2), value, "uint8"), colours).save(path := tmp_path / f"{value}.png")
+        masks.append(path)
+    assert legend_of_masks(masks).palette == ((5, 6, 7), (8, 9, 10))
 
 
 def test_reduce_zero_is_ade20k(tmp_path: Path) -> None:
@@ -135,8 +231,39 @@ def test_without_a_legend_the_masks_say_how_many_classes(tmp_path: Path) -> None
 
 
 def test_one_class_is_no_segmentation(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="values up to 0.*at least two"):
+    with pytest.raises(DataError, match="values of 0, .*at least two; write names and ignore there$"):
         legend_of_masks([saved(tmp_path, np.zeros((2, 2), "uint8"))])
+
+
+def test_masks_of_0_and_255_are_told_how_they_are_read(tmp_path: Path) -> None:
+    path = saved(tmp_path, np.array([[0, 255]], "uint8"))
+    with pytest.raises(DataError, match="values of 0, 255, .* 255 was taken for void; if it is a class write") as error:
+        legend_of_masks([path])
+    (text,) = re.findall("'(names.*)'", str(error.value))
+    assert legend(tmp_path, text).read(path).tolist() == [[0, 1]]
+
+
+def test_255_is_void_unless_it_has_a_name_or_nothing_is(tmp_path: Path) -> None:
+    named = legend(tmp_path, "names: {0: background, 255: crack}\nignore: []\n")
+    assert named == legend(tmp_path, "names: {0: background, 255: crack}\n")
+    assert legend(tmp_path, "names: [background, crack]\n").ignored == (255,)
+    with pytest.raises(DataError, match=r"ignore has 255, which is class 'crack': .* take it out \('ignore: \[\]'"):
+        legend(tmp_path, "names: {0: background, 255: crack}\nignore: 255\n")
+    with pytest.raises(DataError, match="the value 7: expected 0, 255; name it"):
+        named.read(saved(tmp_path, np.array([[0, 7]], "uint8")))
+
+
+def test_a_legend_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_bytes("\ufeffnames: [Straße, Weg]\n".encode())
+    code = (
+        "from pathlib import Path; from vimoe.segmentation.legend import read_legend; "
+        "print(ascii(read_legend(Path('classes.yaml')).names))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"},
+    )  # fmt: skip
+    assert done.stdout == "('Stra\\xdfe', 'Weg')\n", done.stderr
 
 
 def test_what_is_no_mask_is_refused(tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_each_patch_has_the_expert_that_its_colour_asks_for(name: str, size: tup
     assert np.array_equal(found["backbone.blocks.0.mlp"].numpy(), layouts)
 
 
+def test_names_with_dollar_signs_are_in_the_legend_as_they_are(tmp_path: Path) -> None:
+    names = ("$0_$50", r"a_$\frac", "__void$$")
+    scene(tmp_path, "val", "a", mask(0, 16, 16))
+    pair = (tmp_path / "images/val/a.png", tmp_path / "annotations/val/a.png")
+    figure = expert_maps(by_colour(), [pair], Legend(names, (0, 1, 2), (VOID,)), PREPARED)
+    figure.canvas.draw()
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    assert [text.get_text() for text in texts][:4] == [*names, "void"]
+    assert not any(text.get_parse_math() for text in texts)
+
+
 def test_padding_of_a_vit_of_fixed_size_is_cut_off() -> None:
     layout = np.array([[0, 1, 2], [2, 0, 1]])
     _, found = choices(by_colour(dynamic_img_size=False), painted(layout, 7, 12))

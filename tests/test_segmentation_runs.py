@@ -142,6 +142,21 @@ def test_predict_writes_masks_overlays_and_areas(
     assert "mask.png" in main_text(capsys, "predict", run, files[0], "--out", tmp_path / "again")
 
 
+def test_long_names_are_predicted_to_names_that_fit(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = next((data / "images/test").iterdir())
+    stems = ["a" * 251, "a" * 236, "ü" * 125, "\U0001f600" * 62, "a" * 250]
+    files = [shutil.copy(image, tmp_path / f"{stem}.png") for stem in stems]
+    predictions = call(capsys, "predict", run, *files, "--out", tmp_path / "masks")["predictions"]
+    written = [Path(p[kind]) for p in predictions for kind in ("mask", "overlay")]
+    assert len(set(written)) == 10 and {path.name for path in written} == {
+        path.name for path in (tmp_path / "masks").iterdir()
+    }
+    assert [path.name for path in written[:4:2]] == ["a" * 243 + "-mask.png", "a" * 236 + "-mask.png"]
+    assert written[8].name == "a" * 241 + "-2-mask.png"
+
+
 def opened(path: str | Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()

@@ -14,6 +14,7 @@ from scenery import NAMES, PALETTE, VOID, YAML, mask, painted, scene, scenes
 
 from vimoe.config import DataConfig
 from vimoe.errors import DataError
+from vimoe.segmentation.pictures import colour
 from vimoe.segmentation.scene_scan import scan_scenes
 from vimoe.segmentation.scenes import Scenes, load_scenes, sequence
 
@@ -246,6 +247,25 @@ def test_images_of_train_in_validation_are_warned_of(tmp_path: Path, caplog: pyt
     assert "1 of 2 validation images are in train too, such as images/val/a100.png" in caplog.text
 
 
+def test_images_that_cannot_be_read_are_told_by_their_endings(tmp_path: Path) -> None:
+    root = scenes(tmp_path, val=0, test=0)
+    for path in (root / "images/train").iterdir():
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(DataError, match=r"0 images \(6 \.heic files were passed over, .*convert them\) and 6 masks"):
+        load(root)
+
+
+def test_scenes_that_are_lines_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = scenes(tmp_path)
+    scene(root, "val", "a100", np.zeros((1, 40), "uint8"))
+    scanned(root)
+    assert "1 of 10 images are more than 16 times as long as wide, such as images/val/a100.png (40x1)" in caplog.text
+
+
+# of the data: background, aeroplane, bicycle, bird; black elsewhere but for void
+COLOUR_MAP = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), *[(0, 0, 0)] * 251, (224, 224, 192)]
+
+
 def voc(root: Path) -> Path:
     year = root / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -258,9 +278,7 @@ def voc(root: Path) -> Path:
         if role != "test":
             values = mask(i, void=False)
             values[0, 0] = 255
-            picture = Image.fromarray(values)
-            picture.putpalette([channel for v in range(256) for channel in (v, 255 - v, 7)])
-            picture.save(year / "SegmentationClass" / f"{name}.png")
+            colour(values, COLOUR_MAP).save(year / "SegmentationClass" / f"{name}.png")
     return root
 
 
@@ -269,7 +287,7 @@ def test_pascal_voc_as_torchvision_unpacks_it(tmp_path: Path) -> None:
     found = load(root)
     assert counts(found) == (2, 1, 0)
     assert found.classes[:3] == ("__background__", "aeroplane", "bicycle") and len(found.classes) == 21
-    assert found.palette[:2] == ((0, 255, 7), (1, 254, 7))
+    assert found.palette[:4] == tuple(COLOUR_MAP[:4]) and found.palette[20] == (0, 64, 128)
     assert scanned(root)["void"] == {"train": 2, "validation": 1, "test": 0}
     assert load(root / "VOCdevkit" / "VOC2012").train
     with pytest.raises(DataError, match=r"data.val_split='vall': no such list in .*; did you mean 'val'"):
@@ -277,6 +295,50 @@ def test_pascal_voc_as_torchvision_unpacks_it(tmp_path: Path) -> None:
     (root / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink()
     with pytest.raises(DataError, match="1 images have no mask: .*2007_000001.jpg"):
         scanned(root)
+
+
+def test_masks_of_pascal_voc_that_were_quantized_are_what_they_were(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    expected = scanned(root)
+    for path in (root / "VOCdevkit/VOC2012/SegmentationClass").iterdir():
+        with Image.open(path) as opened:
+            opened.convert("RGB").quantize(4).save(path)
+    assert scanned(root) == expected
+
+
+ODD = ("shot 1", "a\u2028b", "a\x0bb", "a\x85b", "käse", "7 -1", "x.y")
+
+
+def test_names_of_pascal_voc_are_lines(tmp_path: Path) -> None:
+    root = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for i, name in enumerate(ODD):
+        painted(mask(i)).save(root / "JPEGImages" / f"{name}.jpg")
+        Image.fromarray(mask(i)).save(root / "SegmentationClass" / f"{name}.png")
+    text = "\ufeff" + "".join(f"{name} \r\n" for name in ODD) + "\n"
+    (root / "ImageSets/Segmentation/train.txt").write_bytes(text.encode())
+    (root / "ImageSets/Segmentation/val.txt").write_bytes(ODD[0].encode())
+    found = load(root)
+    assert {image.stem for image, _ in found.train} == set(ODD) and counts(found) == (7, 1, 0)
+
+
+def test_names_of_pascal_voc_without_files_are_told(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    year = root / "VOCdevkit/VOC2012"
+    (year / "JPEGImages/2007_000001.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 masks have no image: .*2007_000001\.png"):
+        scanned(root)
+    (year / "SegmentationClass/2007_000001.png").unlink()
+    with pytest.raises(DataError, match=r"train\.txt: 1 of 2 names have neither image nor mask, such as '2007_000001'"):
+        load(root)
+    (year / "ImageSets/Segmentation/train.txt").write_bytes(b"2007_000000\n2007_000004\n")
+    (year / "SegmentationClass/2007_000002.png").unlink()
+    with pytest.raises(DataError, match=r"1 images have no mask: .*2007_000002\.jpg"):
+        scanned(root)  # a validation without masks is none that was withheld
+    (year / "ImageSets/Segmentation/train.txt").write_bytes(b"k\xe4se\n")
+    with pytest.raises(DataError, match=r"neither image nor mask, such as 'k\\udce4se'"):
+        load(root)
 
 
 def cityscapes(root: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packing import as_csv, as_idx, as_parquet, as_shards, as_tar, as_tars, png, tar
-from pictures import folder, roles
+from pictures import folder, picture, roles
 from safetensors.torch import load_file
 from test_cli import QUICK, TINY, call, refused
 from test_mistakes import PICKLE
@@ -761,3 +761,33 @@ def test_a_pickle_beside_the_data_is_not_read(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "executed").exists()
     pickle.loads(PICKLE)  # which the check would see
     assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "TIFF lzw", "WEBP", "GIF", "BMP", "PPM"])
+def test_an_image_of_any_format_is_read_from_within_an_archive(tmp_path: Path, kind: str) -> None:
+    """Decoders seek, and some would take the number of the open file and read the archive by it."""
+    name, _, compression = kind.partition(" ")
+    options = {"compression": f"tiff_{compression}"} if compression else {}
+    for place in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+        (tmp_path / "photos" / place).parent.mkdir(parents=True, exist_ok=True)
+        picture((200, 30, 90), ord(place[0]) + int(place[2]), 40).save(tmp_path / "photos" / place, name, **options)
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(tmp_path / "photos", "photos")
+    inside, outside = (load_data(DataConfig(path=str(tmp_path / name))) for name in ("photos.tar", "photos"))
+    for (member, _), (file, _) in zip(inside.train, outside.train, strict=True):
+        assert np.array_equal(open_image(member), open_image(file))
+    assert [*scan_digests(inside)] == [*scan_digests(outside)]
+
+
+def scan_digests(data: Data) -> list[str]:
+    tried = images.try_images([source for source, _ in (*data.train, *data.val)], data.root)
+    assert not tried.errors
+    return list(tried.digests.values())
+
+
+def test_class_names_are_the_lines_of_their_list(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", 3)
+    shards = as_shards(photos, tmp_path / "shards", ("blue", "green", "red"))
+    names = ["a\u2028b", "c\x0bd", "e\x85f"]
+    (shards / "classes.txt").write_bytes("\r\n".join(names).encode())
+    assert load_data(DataConfig(path=str(shards))).classes == tuple(names)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vimoe.errors import DataError, first_line, nearest
 from vimoe.files import read_text
@@ -36,13 +38,44 @@ class Member:
     def path(self) -> Path:
         return self.file / self.name
 
-    def read(self) -> bytes:
-        with self.file.open("rb") as file:  # anew each time: an open file is not to be shared by threads or processes
-            file.seek(self.offset)
-            content = file.read(self.size)
-        if len(content) < self.size:
+    def stream(self) -> BinaryIO:
+        file = self.file.open("rb")  # anew each time: an open file is not to be shared by threads or processes
+        if os.fstat(file.fileno()).st_size < self.offset + self.size:
+            file.close()
             raise EOFError(f"{self.file.name} ends within it")
-        return self.header + content
+        part = io.BufferedReader(_Part(file, self.offset, self.size))
+        if not self.header:
+            return part
+        with part:
+            return io.BytesIO(self.header + part.read())
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file of its own. It has no number that a decoder could read the whole file by."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.at)
+        some = self.file.read(max(0, min(len(buffer), self.size - self.at)))
+        buffer[: len(some)] = some
+        self.at += len(some)
+        return len(some)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 @dataclass
@@ -257,7 +290,8 @@ def _add(contents: _Contents, parts: Parts, member: Member, junk: Counter[str]) 
 
 def _label(member: Member, ending: str) -> str:
     """What a .cls file says, or the field "label" of a .json file; nothing where it says nothing."""
-    text = member.read().decode("utf-8", "replace").strip()
+    with member.stream() as file:
+        text = file.read().decode("utf-8", "replace").strip()
     if ending == ".cls":
         return text
     try:

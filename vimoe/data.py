@@ -16,7 +16,7 @@ from PIL import Image
 from vimoe.archives import archives, find_archives, is_archive
 from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside, nearest
-from vimoe.images import Source, Tried, find_images, is_hidden, name_within, try_images
+from vimoe.images import Source, Tried, find_images, is_hidden, name_within, passed_over, try_images
 from vimoe.sources import LOOSE, SYNONYMS, ClassImages, Listing, check_levels, folder
 from vimoe.tables import INSTEAD, MNISTS, csv_file, hugging_face, torchvision_files
 
@@ -86,7 +86,9 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     names = tuple(classes or found["train"])
     _check_names(where["train"], found["train"])
     if empty := [name for name, images in found["train"].items() if not images]:
-        raise DataError(f"{where['train']}/{empty[0]} holds no image: expected some, or no such folder")
+        raise DataError(
+            f"{where['train']}/{empty[0]} holds no image{passed_over(listing.junk)}: expected some, or no such folder"
+        )
     if set(names) == {"annotations", "images"}:
         raise DataError(
             f"{where['train']} has images/ and annotations/: expected a folder for each class; to learn masks, set "
@@ -100,7 +102,8 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
         )
     if len(names) < 2 and classes is None:
         raise DataError(
-            f"{where['train']}: {len(names)} classes with images: expected at least 2; {nearest('', listing.splits)}"
+            f"{where['train']}: {len(names)} classes with images{passed_over(listing.junk)}: expected at least 2; "
+            f"{nearest('', listing.splits)}"
         )
     tried = None
     if config.skip_unreadable:
@@ -198,9 +201,9 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, map(_named, paths)):
         if path.is_dir():
-            inside, _ = find_images(path)
+            inside, junk = find_images(path)
             if not inside:
-                raise DataError(f"{path} holds no image: expected files such as .jpg or .png")
+                raise DataError(f"{path} holds no image{passed_over(junk)}: expected files such as .jpg or .png")
             found += inside
         elif path.is_file():
             found.append(path)

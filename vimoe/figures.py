@@ -1,12 +1,14 @@
 """Figures of a run, by matplotlib, from the plain contents of its files: for PNGs and for notebooks. Imports no torch.
 
-Figures are made without pyplot: a notebook keeps its backend, and nothing has to be closed.
+Figures are made without pyplot: a notebook keeps its backend, and nothing has to be closed. Names are shown as they
+are: matplotlib would read what is between two dollar signs as mathematics.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vimoe.files import read_text
+from vimoe.files import printable, read_text
 
 CHANCE = 0.05  # a p above it is no evidence
 COLOURS = ("#1f77b4", "#d95f02", "#2a8a3e", "#c2242c", "#6f4fa8")
@@ -107,12 +109,12 @@ def heatmap(evidence: dict[str, Any], layer: str, axis: Axes | None = None) -> A
     share, classes = shares(evidence, found), [evidence["classes"][i] for i in evidence["class_order"]]
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="lightgrey")
     axis.imshow(share, aspect="auto", vmin=0, vmax=1, cmap=colours, interpolation="nearest")
-    axis.set_title(layer, fontsize=9)
+    axis.set_title(layer, fontsize=9, parse_math=False)
     axis.tick_params(labelsize=7)
     thinned = range(0, share.shape[1], -(-share.shape[1] // 16))
     axis.set_xticks(thinned, [str(found["expert_order"][i]) for i in thinned])
     named = classes if len(classes) <= LABELLED else []
-    axis.set_yticks(range(len(named)), [short(name) for name in named])
+    axis.set_yticks(range(len(named)), [short(name) for name in named], parse_math=False)
     return axis
 
 
@@ -173,8 +175,8 @@ def agreement(evidence: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(side + 2.6, side + 1.4), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+    axis.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     for (i, j), value in np.ndenumerate(matrix):
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < 0.6 else "k")
     figure.colorbar(image, ax=axis, shrink=0.8, label="AMI")
@@ -190,8 +192,11 @@ def contact_sheet(rows: Mapping[str, Sequence[tuple[Any, str]]]) -> Figure:
             axis.axis("off")
         for axis, (picture, caption) in zip(axes, pictures, strict=False):
             axis.imshow(picture)
-            axis.set_title(short(caption, 16), fontsize=7, pad=2)
-        axes[0].text(-0.15, 0.5, name, transform=axes[0].transAxes, rotation=90, ha="right", va="center", fontsize=8)
+            axis.set_title(short(caption, 16), fontsize=7, pad=2, parse_math=False)
+        axes[0].text(
+            -0.15, 0.5, name, transform=axes[0].transAxes, rotation=90, ha="right", va="center", fontsize=8,
+            parse_math=False,
+        )  # fmt: skip
     return figure
 
 
@@ -215,7 +220,11 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
     right.set(xlabel="epoch", ylabel=f"{SCORES[column]} on validation, %")
     for axis in (left, right):
         axis.xaxis.set_major_locator(_whole())
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    lines = left.get_lines()  # all of them: by itself a legend has no name that begins with an underscore
+    names = [printable(str(line.get_label())) for line in lines]
+    legend = figure.legend(lines, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure
 
 
@@ -234,7 +243,7 @@ def loads(load: Path) -> Figure:
         for expert in dict.fromkeys(row["expert"] for row in mine):
             points = [(int(row["epoch"]), 100 * float(row["share"])) for row in mine if row["expert"] == expert]
             axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 3 else None)
-        axis.set_title(layer, fontsize=9)
+        axis.set_title(layer, fontsize=9, parse_math=False)
         axis.tick_params(labelsize=7)
         axis.xaxis.set_major_locator(_whole())
     axes[0].set_ylim(bottom=0)  # of all, once all lines are there
@@ -244,7 +253,8 @@ def loads(load: Path) -> Figure:
 
 
 def short(name: str, length: int = 18) -> str:
-    """A name that fits beside an axis."""
+    """Return a name that fits beside an axis."""
+    name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
@@ -270,7 +280,7 @@ def _dots(axis: Axes, dots: list[Dot], colour: str, label: str | None = None) ->
 
 def _rows(axis: Axes, layers: list[dict[str, Any]]) -> None:
     """A row a layer, the first on top."""
-    axis.set_yticks(range(len(layers)), [layer["name"] for layer in layers], fontsize=8)
+    axis.set_yticks(range(len(layers)), [layer["name"] for layer in layers], fontsize=8, parse_math=False)
     axis.set_ylim(len(layers) - 0.5, -0.5)
     axis.axvline(0, color="0.4", lw=0.8)
     for i in range(1, len(layers)):
@@ -280,7 +290,9 @@ def _rows(axis: Axes, layers: list[dict[str, Any]]) -> None:
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is a box in the figure; the page has it
+        figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 

@@ -6,6 +6,7 @@ folders are deleted; what has another name is moved to one first, by the functio
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -81,6 +82,26 @@ def read_text(path: Path) -> str:
         raise FolderError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
     except UnicodeDecodeError as error:
         raise FolderError(f"{path} cannot be read: {error.reason} at byte {error.start}; save it in UTF-8") from error
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the names in a user's list of files, a name a line, as the file system has them.
+
+    Blanks around a name do not count; str.splitlines would cut names at other characters too.
+
+    Raises:
+        FolderError: where the list cannot be read.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise FolderError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
+    return [os.fsdecode(name) for line in lines if (name := line.strip(b" \t\r"))]
+
+
+def printable(name: str) -> str:
+    """Return a name with a mark in the place of what no font has: line ends, and bytes that are not UTF-8."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
 
 
 class _Strict(yaml.SafeLoader):  # type: ignore[misc]

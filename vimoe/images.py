@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import stat
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
@@ -17,22 +19,32 @@ from typing import BinaryIO, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
 from vimoe.errors import DataError, FolderError, first_line
-from vimoe.files import write_text
+from vimoe.files import read_text, write_text
 
-ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+ENDINGS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+# Pillow's names of what has these endings. Others that it knows are not safe: of an EPS it starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+LARGEST = 1 << 30  # bytes of an image file, of which some decoders read all; the most pixels have half of it in RGB
+THIN = 16  # side ratio above which evaluation cuts the longer side
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")  # copies and thumbnails that macOS and Synology leave beside the images
 UNKNOWN = (-1, -1)  # the stamp of an image of which nothing says when it changes
-MADE_BY = f"vimoe 1, Pillow {PIL.__version__}"  # another Pillow may read what this one does not
+MADE_BY = f"vimoe 2, Pillow {PIL.__version__}"  # another Pillow may read what this one does not
 Item = TypeVar("Item")
 Stamp = tuple[int, int]  # of a file: bytes, modification time in ns
-Entry = tuple[int, int, str]  # of a whole image in the cache: the stamp of its file, hash
+Entry = tuple[int, int, str, int, int]  # of a whole image in the cache: the stamp of its file, hash, width, height
 
 logger = logging.getLogger(__name__)
+
+# A text or a colour profile of PNG may be as large as Pillow lets all texts of an image be. (Without that it refuses
+# images for 1 MB of either.)
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+# Pillow warns of each image from half of the pixels on that it refuses. (To catch the warning is not safe in threads.)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Packed(Protocol):
@@ -49,8 +61,8 @@ class Packed(Protocol):
     def file(self) -> Path | None:
         """The file whose size and time change when the image does; None where that is not known."""
 
-    def read(self) -> bytes:
-        """The image as the bytes of an image file. May raise anything: `open_image` gives the reason."""
+    def stream(self) -> BinaryIO:
+        """The image as an image file, to be closed. May raise anything: `open_image` gives the reason."""
 
 
 Source = Path | Packed
@@ -63,11 +75,13 @@ class Tried:
     Args:
         folder: the data folder, or the file that holds them all.
         digests: a hash of the bytes of each whole image.
+        sizes: (width, height) of each whole image.
         errors: why each of the others cannot be read.
     """
 
     folder: Path
     digests: dict[Source, str] = field(default_factory=dict)
+    sizes: dict[Source, tuple[int, int]] = field(default_factory=dict)
     errors: dict[Source, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -98,17 +112,17 @@ def open_image(source: Source | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     try:
-        with source.open("rb") if isinstance(source, Path) else BytesIO(source.read()) as file:
+        with _file(source) as file:
             return _decode(file)
     except Exception as error:  # what decoders raise on damaged files has no common class
-        raise DataError(
-            f"{place(source)} cannot be read as an image ({_reason(error)}): expected a whole one"
-        ) from error
+        raise _unreadable(source, error) from error
 
 
-def undecoded(source: Source) -> Image.Image:
-    """An image as Pillow opens it, with its header read and no more. May raise anything."""
-    return Image.open(source if isinstance(source, Path) else BytesIO(source.read()))
+@contextmanager
+def undecoded(source: Source) -> Iterator[Image.Image]:
+    """An image with its header read and no more, of one of `FORMATS`. May raise anything: `reason` puts it in words."""
+    with _file(source) as file:
+        yield _header(file)
 
 
 def image_size(source: Source) -> tuple[int, int]:
@@ -122,10 +136,24 @@ def image_size(source: Source) -> tuple[int, int]:
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             width, height = reversed(opened.size) if turned else opened.size
     except Exception as error:  # as in open_image
-        raise DataError(
-            f"{place(source)} cannot be read as an image ({_reason(error)}): expected a whole one"
-        ) from error
+        raise _unreadable(source, error) from error
     return height, width
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; shrink it"
+    text = (isinstance(error, OSError) and error.strerror) or first_line(error)
+    if "MAX_TEXT" in text:  # the name of a variable of Pillow
+        most = PngImagePlugin.MAX_TEXT_MEMORY >> 20
+        return f"a text or a colour profile of more than {most} MB; save it again without metadata"
+    return text
+
+
+def is_thin(size: tuple[int, int]) -> bool:
+    """True for a (width, height) of which one is more than `THIN` times the other."""
+    return max(size) > THIN * min(size)
 
 
 def identity(source: Source | Image.Image) -> bytes:
@@ -135,19 +163,16 @@ def identity(source: Source | Image.Image) -> bytes:
         DataError: where it is gone.
     """
     if isinstance(source, Image.Image):
-        return _digest(source.tobytes()) + repr(source.size).encode()
+        return _digest(BytesIO(source.tobytes())) + repr(source.size).encode()
     file = source if isinstance(source, Path) else source.file
     try:
         if file is None:
-            return _digest(source.read())  # type: ignore[union-attr]  # a Path is a file
+            with _file(source) as opened:
+                return _digest(opened)
         status = file.stat()
     except OSError as error:
         raise DataError(f"{place(source)} cannot be read ({error.strerror}): expected an image") from error
     return f"{place(source).absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -178,6 +203,13 @@ def kind_of_junk(name: str) -> str:
     return "" if ending in ENDINGS else f"{ending} files" if ending else "files without an ending"
 
 
+def passed_over(junk: Mapping[str, int]) -> str:
+    """Words for the files without an image's ending, where a message says that there is no image; none without any."""
+    files = [f"{count} {kind}" for kind, count in junk.items() if kind.startswith(".")]
+    known = ", ".join(sorted(ENDINGS))
+    return f" ({', '.join(files[:6])} were passed over, what is read is {known}; convert them)" if files else ""
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is the system's, not the user's."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
@@ -205,11 +237,11 @@ def try_images(sources: Sequence[Source], folder: Path) -> Tried:
             entry = known.get(name)
             if entry and entry[:2] == stamp:
                 return entry
-            content = source.read_bytes() if isinstance(source, Path) else source.read()
-            _decode(BytesIO(content))
-            return *(stamp or UNKNOWN), hashlib.blake2b(content, digest_size=16).hexdigest()
+            with _file(source) as opened:
+                size = _decode(opened).size
+                return *(stamp or UNKNOWN), _digest(opened).hex(), *size
         except Exception as error:  # as in open_image
-            return _reason(error)
+            return reason(error)
 
     try:
         with ThreadPool() as pool:
@@ -219,7 +251,8 @@ def try_images(sources: Sequence[Source], folder: Path) -> Tried:
                 if isinstance(result, str):
                     tried.errors[source] = result
                 else:
-                    tried.digests[source] = result[2]
+                    _, _, tried.digests[source], *size = result
+                    tried.sizes[source] = size[0], size[1]
                     if result[:2] != UNKNOWN:
                         fresh[name] = result
     finally:  # what an interrupted scan has done is kept too
@@ -254,16 +287,35 @@ def make_cache_folder(name: str, cache: str) -> Path:
     return folder
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _unreadable(source: Source, error: Exception) -> DataError:
+    return DataError(f"{place(source)} cannot be read as an image ({reason(error)}): expected a whole one")
+
+
+def _file(source: Source) -> BinaryIO:
+    return source.open("rb") if isinstance(source, Path) else source.stream()
+
+
+def _digest(file: BinaryIO) -> bytes:
+    """Hash of a file, which is read in pieces."""
+    file.seek(0)
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()  # type: ignore[arg-type]
+
+
+def _header(file: BinaryIO) -> Image.Image:
+    start, size = file.read(12), file.seek(0, os.SEEK_END)
+    if size > LARGEST:
+        raise DataError(f"{size / 1e9:.1f} GB that begin with {start!r}: more than {LARGEST / 1e9:.1f} GB; shrink it")
     try:
-        with Image.open(file) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
-        file.seek(0)
-        start = file.read(12)
         raise DataError(f"no known image format, it begins with {start!r}" if start else "the file is empty") from error
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    image = _header(file)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # convert would clip what is above 255, and so nearly everything
-        image = Image.fromarray((np.asarray(image) / 257).round().astype("uint8"))
+        image = Image.fromarray(((np.asarray(image).astype("uint32") + 128) // 257).astype("uint8"))  # to the nearest
     if image.mode in ("I", "F"):
         raise DataError(f"32 bits a pixel (mode {image.mode}), of which nothing says what is white")
     if image.has_transparency_data:  # convert would show whatever colour the transparent pixels happen to have
@@ -285,27 +337,24 @@ def _is_there(path: Path, entry: Entry) -> bool:
     return _stamp(holder) == entry[:2] if holder else path.exists()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError):
-        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; shrink it"
-    return (isinstance(error, OSError) and error.strerror) or first_line(error)
-
-
 def _cannot_list(error: OSError) -> NoReturn:
     raise DataError(f"{error.filename} cannot be listed ({error.strerror}): expected a folder of images") from error
 
 
 def _cache_file(folder: Path) -> Path:
     whole = folder.resolve()
-    return cache_folder() / f"{whole.name}-{hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()}.json"
+    return cache_folder() / f"{whole.name[:50]}-{hashlib.blake2b(os.fsencode(whole), digest_size=8).hexdigest()}.json"
 
 
 def _read_cache(folder: Path) -> dict[str, Entry]:
     """What is remembered of a folder; nothing where the file is missing, damaged or another version's."""
     try:
-        stored = json.loads(_cache_file(folder).read_text())
+        stored = json.loads(read_text(_cache_file(folder)))
         files = stored["files"] if stored["made_by"] == MADE_BY else {}
-        return {name: (int(size), int(time), str(digest)) for name, (size, time, digest) in files.items()}
+        return {
+            name: (int(size), int(time), str(digest), int(width), int(height))
+            for name, (size, time, digest, width, height) in files.items()
+        }
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 

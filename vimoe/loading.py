@@ -22,7 +22,7 @@ from vimoe.crops import KERNELS, RandomCrops, pad
 from vimoe.data import Sample
 from vimoe.decoded import Decoded, Shrink, Where, decode
 from vimoe.errors import DataError
-from vimoe.images import open_image
+from vimoe.images import THIN, open_image
 from vimoe.surgery import vit
 
 
@@ -48,6 +48,25 @@ class Readable(Images):
             return super().__getitem__(index)[0], ""
         except DataError as error:
             return self.transform(Image.new("RGB", (1, 1))), str(error)
+
+
+class CutThin:
+    """Cuts the middle out of images whose longer side is more than `ratio` times the shorter one.
+
+    A centre crop sees no more of them. But it comes after the resize, which makes gigabytes of a line of one pixel.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        most = math.ceil(self.ratio * min(image.size))
+        width, height = (min(side, most) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+
+    def __repr__(self) -> str:
+        return f"CutThin({self.ratio})"
 
 
 class Augmented(Images):
@@ -146,7 +165,7 @@ def decoded_for_training(
 
 def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], where: Where) -> Decoded:
     """The images decoded, resized and cropped once; with `crop_pct` 1 `eval_loader` does nothing more to them."""
-    steps = create_transform(**prepared, is_training=False, use_prefetcher=True).transforms
+    steps = _eval_transform(prepared, use_prefetcher=True).transforms
     return decode(samples, Compose(steps[:-1]), where)  # the last makes a tensor of it
 
 
@@ -191,8 +210,16 @@ def eval_loader(
     dataset: type[Images] = Images,
 ) -> DataLoader:
     """Return batches in order, resized and centre-cropped; by `Readable` with reasons in the place of labels."""
-    transform = create_transform(**prepared, is_training=False)
-    return DataLoader(dataset(samples, transform), batch_size, **processes(workers))
+    return DataLoader(dataset(samples, _eval_transform(prepared)), batch_size, **processes(workers))
+
+
+def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:
+    """Timm's transform for evaluation, for images of any shape."""
+    steps = create_transform(**prepared, is_training=False, **options).transforms
+    if prepared.get("crop_mode") == "squash":  # which shows all of the image
+        return Compose(steps)
+    sides = prepared["input_size"][1:]
+    return Compose([CutThin(THIN * max(sides) / min(sides)), *steps])
 
 
 def processes(workers: int | None) -> dict[str, Any]:

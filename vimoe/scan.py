@@ -9,7 +9,7 @@ from typing import Any
 
 from vimoe.data import Data, Sample, on_disk
 from vimoe.errors import DataError
-from vimoe.images import Source, Tried, try_images
+from vimoe.images import THIN, Source, Tried, is_thin, try_images
 from vimoe.sources import LOOSE
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def scan(data: Data) -> Scan:
         DataError: where images cannot be read and were not left out already (`DataConfig.skip_unreadable`).
     """
     tried = data.tried or _try(data)
+    warn_of_thin(tried, lambda source: _name(source, data))
     train = [source for source, _ in on_disk(data.train)]
     in_train = {
         role: duplicates(role, [source for source, _ in on_disk(samples)], train, tried, lambda s: _name(s, data))
@@ -97,6 +98,18 @@ def duplicates(
             len(pairs), len(images), role, *map(name, pairs[0]),
         )  # fmt: skip
     return len(pairs)
+
+
+def warn_of_thin(tried: Tried, name: Callable[[Source], str]) -> None:
+    """Warns of images that are a line rather than a picture, with the first of them."""
+    thin = [source for source, size in tried.sizes.items() if is_thin(size)]
+    if thin:
+        width, height = tried.sizes[thin[0]]
+        logger.warning(
+            "%d of %d images are more than %d times as long as wide, such as %s (%dx%d): a model sees little of each; "
+            "cut them into pieces, or remove them",
+            len(thin), len(tried.sizes), THIN, name(thin[0]), width, height,
+        )  # fmt: skip
 
 
 def _try(data: Data) -> Tried:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import struct
 import sys
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vimoe.archives import Member
 from vimoe.errors import DataError, beside, first_line, nearest
@@ -47,11 +48,11 @@ class Row:
         row = self.root / self.split / str(self.index)
         return row if self.alone else row / self.column
 
-    def read(self) -> bytes:
+    def stream(self) -> BinaryIO:
         image = self.table[self.index][self.column]
         if image is None:
             raise DataError("there is none in this row")
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        return io.BytesIO(image["bytes"]) if image["bytes"] is not None else Path(image["path"]).open("rb")
 
 
 def csv_file(path: Path, image_column: str, label_column: str, splits: Collection[str]) -> Listing:

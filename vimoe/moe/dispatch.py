@@ -34,7 +34,8 @@ class Dispatch:
 def dispatch(routing: Routing) -> Dispatch:
     """Sorts the choices by expert. Nothing is copied yet."""
     chosen = routing.experts.flatten()
-    if chosen.shape[0] == 1:  # one image for one expert
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if chosen.shape[0] == 1 and not tracing:  # one image for one expert; a trace would be of one image for ever
         first = torch.zeros_like(chosen)
         return Dispatch(first, first.view_as(routing.experts), routing.load)
     order = chosen.argsort(stable=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vimoe.config import DataConfig
 from vimoe.data import split_of
 from vimoe.errors import ConfigError, DataError, beside, nearest
+from vimoe.files import read_names
 from vimoe.images import find_images, is_hidden
-from vimoe.segmentation.legend import LEGEND, Legend, png_palette, read_legend
+from vimoe.segmentation.legend import IGNORE, LEGEND, Colour, Legend, read_legend
 from vimoe.segmentation.scene_tables import Files, scene_tables
 
 ROLES = ("train", "val", "test")
@@ -30,6 +32,7 @@ class Found:
     images: dict[str, Files]
     masks: dict[str, Files]
     legend: Legend | None
+    junk: Counter[str] = field(default_factory=Counter)  # what else is among the images, by kind
 
 
 def find_scenes(config: DataConfig, to_train: bool = True) -> Found:
@@ -68,7 +71,8 @@ def _ade20k(root: Path, config: DataConfig, to_train: bool) -> Found:
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = read_legend(root / LEGEND) if (root / LEGEND).is_file() else None
-    return Found(root, _files(images), _files(masks, ".png"), legend)
+    junk: Counter[str] = Counter()
+    return Found(root, _files(images, junk), _files(masks, Counter(), ".png"), legend, junk)
 
 
 def _table(config: DataConfig, to_train: bool) -> Found:
@@ -102,13 +106,15 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
     if config.test_split == "test":
         images.pop("test", None), masks.pop("test", None)
     ending = "_gtFine_labelIds"
-    return Found(root, _files(images, cut="_leftImg8bit"), _files(masks, ".png", cut=ending, only=ending), legend)
+    junk: Counter[str] = Counter()
+    pictures = _files(images, junk, cut="_leftImg8bit")
+    return Found(root, pictures, _files(masks, Counter(), ".png", cut=ending, only=ending), legend, junk)
 
 
 def _voc(root: Path, config: DataConfig) -> Found:
     """JPEGImages/NAME.jpg and SegmentationClass/NAME.png, with the names of a role in ImageSets/Segmentation/ROLE.txt.
 
-    Of a list the masks that are there count; of the images that no list names nothing is read.
+    Images that no list names are not read. The labels of test are withheld, so without any the role is left out.
     """
     from torchvision.models.segmentation import FCN_ResNet50_Weights
 
@@ -120,25 +126,35 @@ def _voc(root: Path, config: DataConfig) -> Found:
         split = split_of(role, getattr(config, f"{role}_split"), there_are, f"list in {lists}")
         if split is None:
             continue
-        names = (lists / f"{split}.txt").read_text().split()
-        found = {kind: {name: root / kind / f"{name}{ending}" for name in names} for kind, ending in _VOC.items()}
-        there: list[Files] = [
-            {name: path for name, path in files.items() if path.is_file()} for files in found.values()
-        ]
-        if there[1]:  # test has none
-            images[role], masks[role] = there
-    names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
-    first = next((path for path in masks.get("train", {}).values()), None)
-    if first is None:
+        names = read_names(lists / f"{split}.txt")
+        for files, kind, ending in ((images, "JPEGImages", ".jpg"), (masks, "SegmentationClass", ".png")):
+            paths = {name: root / kind / f"{name}{ending}" for name in names}
+            files[role] = {name: path for name, path in paths.items() if path.is_file()}
+        if role == "test" and not masks[role]:
+            logger.info("%s has no masks of %s.txt: left out", root, split)
+            del images[role], masks[role]
+        elif gone := [name for name in names if name not in images[role] and name not in masks[role]]:
+            raise DataError(
+                f"{lists}/{split}.txt: {len(gone)} of {len(names)} names have neither image nor mask, such as "
+                f"{gone[0]!r}: expected JPEGImages/NAME.jpg and SegmentationClass/NAME.png, a name on each line; "
+                f"correct the list, or download the data again"
+            )
+    if not masks.get("train"):
         raise DataError(
             f"{lists} lists no mask to train on: expected {config.train_split}.txt; download the data again"
         )
+    names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
     ids = tuple(range(len(names)))
-    return Found(root, images, masks, Legend(tuple(names), ids, palette=png_palette(first, ids)))
+    return Found(root, images, masks, Legend(tuple(names), ids, palette=tuple(map(_voc_colour, (*ids, IGNORE)))))
+
+
+def _voc_colour(value: int) -> Colour:
+    """Pascal VOC's colour of a value: its bits, in turn for red, green and blue, from their top bits down."""
+    red, green, blue = (sum((value >> 3 * i + c & 1) << 7 - i for i in range(8)) for c in range(3))
+    return red, green, blue
 
 
 _CITY_SEQUENCE = r"(.+?)(?:_\d+)?$"  # names are CITY_SEQUENCE_FRAME; another is for itself
-_VOC = {"JPEGImages": ".jpg", "SegmentationClass": ".png"}
 
 
 def _role_folders(root: Path, config: DataConfig, to_train: bool) -> dict[str, Path]:
@@ -163,14 +179,17 @@ def _roles(
     return {**roles} or {"train": None}
 
 
-def _files(folders: dict[str, Path], ending: str = "", cut: str = "", only: str = "") -> dict[str, Files]:
-    return {role: _named(folder, ending, cut, only) for role, folder in folders.items()}
+def _files(
+    folders: dict[str, Path], junk: Counter[str], ending: str = "", cut: str = "", only: str = ""
+) -> dict[str, Files]:
+    return {role: _named(folder, junk, ending, cut, only) for role, folder in folders.items()}
 
 
-def _named(folder: Path, ending: str, cut: str, only: str) -> Files:
+def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -> Files:
     """The image files below a folder by their paths in it, without the ending and what is `cut` from it."""
     named: Files = {}
-    found: Iterable[Path] = find_images(folder)[0]
+    found, others = find_images(folder)
+    junk.update(others)
     for path in found:
         if (ending and path.suffix.lower() != ending) or not path.stem.endswith(only):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from vimoe.errors import DataError, first_line, nearest
-from vimoe.images import Source, place, undecoded
+from vimoe.errors import DataError, nearest
+from vimoe.files import read_text, read_yaml
+from vimoe.images import Source, place, reason, undecoded
 
 IGNORE = 255  # what void pixels are in every mask that leaves this file; so there can be 255 classes
 LEGEND = "classes.yaml"
@@ -33,7 +34,7 @@ class Legend:
         ids: the value of each class in mask files of one channel.
         ignored: values of void pixels.
         palette: (red, green, blue) of each class, and after these of as many of `ignored` as have a colour. Masks
-            in colour are read by it.
+            in colour are read by it, those of a palette image too where its values say something else.
         sequence: regular expression with one group, which in an image's name is the video that it is a frame of; None
             where images are no frames, or nobody says.
 
@@ -57,7 +58,7 @@ class Legend:
             value = min(both)
             raise DataError(
                 f"ignore has {value}, which is class {self.names[self.ids.index(value)]!r}: expected values that no "
-                f"name has; take the name out"
+                f"name has; take it out ('ignore: []' where nothing is void), or the name"
             )
         if outside := [v for v in (*self.ids, *self.ignored) if not 0 <= v < 2**16]:
             raise DataError(f"{outside[0]} as a value of a mask: expected 0 to 65535; correct {LEGEND}")
@@ -94,20 +95,50 @@ class Legend:
                 ignored.
         """
         try:
-            raw = read_values(mask)
-            return self._of_colours(raw) if raw.ndim == 3 else self._of_values(raw)
+            raw, palette = read_values(mask)
+            if raw.ndim == 3:
+                return self._of_colours(raw)
+            table = self._numbers if palette is None else self._of_palette(raw, palette)
+            return self._of_values(raw, table)
         except DataError as error:
             raise DataError(f"{place(mask)}: {error}") from None
 
-    def _of_values(self, raw: Array) -> Array:
-        numbers = self._numbers[raw]
+    def _of_values(self, raw: Array, table: Array) -> Array:
+        numbers = table[raw]
         if (numbers < 0).any():
             value = int(raw[numbers < 0][0])
+            void = f", or {_ranges(self.ignored)} for void" if self.ignored else ""
             raise DataError(
-                f"a pixel has the value {value}: expected {_ranges(self.ids)}, or {_ranges(self.ignored)} for void; "
-                f"name it in {LEGEND}, or put it under ignore"
+                f"a pixel has the value {value}: expected {_ranges(self.ids)}{void}; name it in {LEGEND}, or put it "
+                f"under ignore"
             )
         return numbers.astype("uint8")
+
+    def _of_palette(self, raw: Array, palette: Array) -> Array:
+        """Class number by value in a palette image.
+
+        Programs that save few colours as a palette put them in an order of their own. So colours overrule values where
+        all that the mask has are the legend's.
+        """
+        used = np.flatnonzero(np.bincount(raw.ravel()))
+        shown = {int(v): tuple(map(int, palette[v])) for v in used if v < len(palette)}
+        known = {value: self._meaning[colour] for value, colour in shown.items() if colour in self._meaning}
+        moved = [value for value, number in known.items() if number != self._numbers[value]]
+        every = len(known) == len(used)
+        if not moved:
+            return self._numbers
+        if self.palette and every:
+            table = self._numbers.copy()
+            table[list(known)] = list(known.values())
+            return table
+        levels = (palette == palette[:, :1]).all() and len({*known.values()} - {IGNORE}) > 1
+        if self.palette or (every and levels):
+            raise DataError(
+                f"the value {moved[0]} is {self._word(self._numbers[moved[0]])}, and its colour in the palette, "
+                f"{list(shown[moved[0]])}, that of {self._word(known[moved[0]])}: expected values and colours that "
+                f"agree, or no colours but those of {LEGEND}; save the masks as one channel of values without a palette"
+            )
+        return self._numbers
 
     def _of_colours(self, raw: Array) -> Array:
         if self.palette is None:
@@ -116,15 +147,21 @@ class Legend:
                 f"numbers; give a palette in {LEGEND}"
             )
         codes, numbers = self._colours
-        code = raw.astype("int64") @ (65536, 256, 1)
-        place = np.searchsorted(codes, code).clip(max=len(codes) - 1)
-        if (unknown := codes[place] != code).any():
-            y, x = np.argwhere(unknown)[0]
-            raise DataError(
-                f"the pixel at row {y}, column {x} has the colour {raw[y, x].tolist()}: expected one of the palette's "
-                f"{len(codes)}; add it to {LEGEND}, for void after those of the classes"
-            )
-        return numbers[place]
+        found = np.empty(raw.shape[:2], "uint8")
+        for y, row in enumerate(raw):  # one by one, because the codes take ten times the memory of the colours
+            code = row.astype("int64") @ (65536, 256, 1)
+            place = np.searchsorted(codes, code).clip(max=len(codes) - 1)
+            if (unknown := codes[place] != code).any():
+                x = int(unknown.argmax())
+                raise DataError(
+                    f"the pixel at row {y}, column {x} has the colour {row[x].tolist()}: expected one of the palette's "
+                    f"{len(codes)}; add it to {LEGEND}, for void after those of the classes"
+                )
+            found[y] = numbers[place]
+        return found
+
+    def _word(self, number: int) -> str:
+        return "no class" if number < 0 else "void" if number == IGNORE else f"class {self.names[number]!r}"
 
     @cached_property
     def _numbers(self) -> Array:
@@ -135,18 +172,25 @@ class Legend:
         return table
 
     @cached_property
+    def _meaning(self) -> dict[Colour, int]:
+        """Class number by colour; without a palette a value is the grey of that level."""
+        numbers = [*range(len(self.names)), *[IGNORE] * len(self.ignored)]
+        greys = [(value, value, value) for value in (*self.ids, *self.ignored)]
+        return dict(zip(self.palette or greys, numbers, strict=False))
+
+    @cached_property
     def _colours(self) -> tuple[Array, Array]:
         """(codes of the colours in rising order, the class number of each)."""
-        assert self.palette is not None
-        codes = np.array(self.palette) @ (65536, 256, 1)
-        numbers = np.array([*range(len(self.names)), *[IGNORE] * (len(codes) - len(self.names))], "uint8")
+        codes = np.array(list(self._meaning)) @ (65536, 256, 1)
         order = codes.argsort()
-        return codes[order], numbers[order]
+        return codes[order], np.array(list(self._meaning.values()), "uint8")[order]
 
 
-def read_values(mask: Source) -> Array:
-    """What a mask file holds: (height, width) values of one channel of 1, 8 or 16 bits or of a palette PNG, or
-    (height, width, 3) colours.
+def read_values(mask: Source) -> tuple[Array, Array | None]:
+    """What a mask file holds, and for a palette image the colours (n, 3) of its values.
+
+    The first is (height, width) values of one channel of 1, 8 or 16 bits or of a palette, or (height, width, 3)
+    colours. A palette whose value v is the grey of level v is none: such are made of masks without colours.
 
     Raises:
         DataError: for a file that is no image, or one of another kind.
@@ -154,34 +198,36 @@ def read_values(mask: Source) -> Array:
     try:
         with undecoded(mask) as opened:
             mode, raw = opened.mode, np.asarray(opened)
+            palette = np.array(opened.getpalette() or []).reshape(-1, 3) if mode == "P" else np.empty((0, 3))
     except Exception as error:  # what decoders raise on damaged files has no common class
-        raise DataError(f"cannot be read as a mask ({first_line(error)}): expected a whole PNG") from error
+        raise DataError(f"cannot be read as a mask ({reason(error)}): expected a whole PNG") from error
     if mode in ("1", "L", "P") or mode.startswith("I;16"):
-        return raw.astype("uint16")
+        grey = len(palette) != 1 and (palette == np.arange(len(palette))[:, None]).all()
+        return raw.astype("uint16"), None if grey else palette
     if mode in ("RGB", "RGBA"):
-        return raw[..., :3]
+        return raw[..., :3], None
     raise DataError(f"a mask of mode {mode}: expected one channel of 8 or 16 bits, or RGB; convert it")
 
 
 def read_legend(path: Path) -> Legend:
     """The legend in a YAML file.
 
-    `names` is a list (values 0, 1, ...) or a mapping from value to name; `ignore` one value or several (255 without
-    it); `palette` a list of [red, green, blue] for the names in the order of their values, and then for the ignored
-    values; with `reduce_zero: true` 0 is void and the first name has the value 1, as in ADE20K. `sequence` is the
-    expression by which an image's name tells its video (`Legend`).
+    `names` is a list (values 0, 1, ...) or a mapping from value to name; `ignore` one value or several (without it 255,
+    unless that has a name); `palette` a list of [red, green, blue] for the names in the order of their values, and then
+    for the ignored values; with `reduce_zero: true` 0 is void and the first name has the value 1, as in ADE20K.
+    `sequence` is the expression by which an image's name tells its video (`Legend`).
 
     Raises:
         DataError: for what it does not understand, naming the file.
     """
     try:
-        given = yaml.safe_load(path.read_text())
+        given = read_yaml(read_text(path))
         if not isinstance(given, dict) or "names" not in given:
             raise DataError("no names in it: expected 'names: [sky, road, ...]'")
         if unknown := [key for key in given if key not in KEYS]:
             raise DataError(f"unknown entry {unknown[0]!r}; {nearest(unknown[0], KEYS)}")
         return _legend(given)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; correct it") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
@@ -191,12 +237,13 @@ def legend_of_masks(masks: Sequence[Source]) -> Legend:
     """Classes 0 to the largest value in the masks, named by their numbers; 255 is void.
 
     Raises:
-        DataError: where a mask cannot be read or is in colour, or there is only one class.
+        DataError: where a mask cannot be read or is in colour, a value has several colours, or there is only one class.
     """
 
-    def values(mask: Source) -> set[int]:
+    def look(mask: Source) -> tuple[list[int], Array | None]:
+        """The values in a mask, and the colours of its palette."""
         try:
-            raw = read_values(mask)
+            raw, palette = read_values(mask)
         except DataError as error:
             raise DataError(f"{place(mask)}: {error}") from None
         if raw.ndim == 3:
@@ -204,28 +251,41 @@ def legend_of_masks(masks: Sequence[Source]) -> Legend:
                 f"{place(mask)} is in colour and nothing says which colour is which class: expected one channel of "
                 f"class numbers, or names and a palette in {LEGEND} beside the images"
             )
-        return set(np.flatnonzero(np.bincount(raw.ravel())).tolist())
+        return np.flatnonzero(np.bincount(raw.ravel())).tolist(), palette
 
+    found: set[int] = set()
+    shown: dict[int, tuple[list[int], Source]] = {}  # by value its colour, and the first mask that it is in
+    spare: Array | None = None  # the first palette, for values that no mask has
     with ThreadPool(os.cpu_count()) as pool:
-        found = set().union(*pool.imap_unordered(values, masks, chunksize=16)) - {IGNORE}
-    largest = max(found, default=-1)
+        for mask, (values, palette) in zip(masks, pool.imap(look, masks, chunksize=16), strict=True):
+            found.update(values)
+            if palette is None:
+                continue
+            spare = palette if spare is None else spare
+            for value in values:
+                colour = palette[value].tolist() if value < len(palette) else []
+                before, first = shown.setdefault(value, (colour, mask))
+                if colour != before:
+                    raise DataError(
+                        f"the value {value} has the colour {before} in {place(first)} and {colour} in {place(mask)}, "
+                        f"and no {LEGEND} says which of them count: expected one palette in all masks; write names "
+                        f"there if values count, and a palette if colours do"
+                    )
+    largest = max(found - {IGNORE}, default=-1)
     if not 1 <= largest < IGNORE:
+        remedy = "write names and ignore there"
+        if IGNORE in found:
+            remedy = (
+                f"{IGNORE} was taken for void; if it is a class write 'names: {{0: background, {IGNORE}: crack}}' there"
+            )
         raise DataError(
-            f"the train masks have values up to {largest}, and no {LEGEND} says what they mean: expected classes 0 to "
-            f"254 and at least two; write names and ignore there"
+            f"the train masks have values of {_ranges(sorted(found))}, and no {LEGEND} says what they mean: expected "
+            f"classes 0 to 254 and at least two; {remedy}"
         )
     ids = tuple(range(largest + 1))
-    return Legend(tuple(map(str, ids)), ids, palette=png_palette(masks[0], ids))
-
-
-def png_palette(mask: Source, ids: Iterable[int]) -> tuple[Colour, ...] | None:
-    """The colours that a palette PNG shows these values in; nothing where it has none, or the same for several."""
-    with undecoded(mask) as opened:
-        flat = opened.getpalette() if opened.mode == "P" else None
-    if flat is None:
-        return None
-    colours = tuple((r, g, b) for r, g, b in (flat[3 * i : 3 * i + 3] or (0, 0, 0) for i in ids))
-    return None if _twice(colours) else colours
+    colours = [shown[i][0] if i in shown else [] if spare is None else spare[i : i + 1].ravel().tolist() for i in ids]
+    distinct = [] not in colours and not _twice(colours)
+    return Legend(tuple(map(str, ids)), ids, palette=tuple((r, g, b) for r, g, b in colours) if distinct else None)
 
 
 def _legend(given: Mapping[str, Any]) -> Legend:
@@ -242,7 +302,7 @@ def _legend(given: Mapping[str, Any]) -> Legend:
         raise DataError(f"names has the value {wrong[0]!r}: expected a whole number")
     if wrong := [name for name in names.values() if type(name) not in (str, int) or name == ""]:
         raise DataError(f"{wrong[0]!r} as a name: expected text; put it in quotes")
-    ignored = given.get("ignore", IGNORE)
+    ignored = given.get("ignore", [] if IGNORE in names else IGNORE)
     ignored = ignored if isinstance(ignored, list) else [ignored]
     if wrong := [value for value in ignored if type(value) is not int]:
         raise DataError(f"ignore has {wrong[0]!r}: expected whole numbers, the values of void pixels")

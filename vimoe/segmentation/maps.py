@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from vimoe.files import printable
 from vimoe.images import open_image
 from vimoe.moe import record
 from vimoe.segmentation.legend import IGNORE, Colour, Legend
@@ -96,7 +97,7 @@ def expert_maps(model: Segmenter, scenes: Sequence[Scene], legend: Legend, prepa
         for axis in row:  # what patches hold beyond the image's edge is padding
             axis.set(xticks=[], yticks=[], xlim=(-0.5, truth.shape[1] - 0.5), ylim=(truth.shape[0] - 0.5, -0.5))
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, parse_math=False)
     listed = dict(zip(names, classes, strict=True)) if len(names) <= LISTED else {}
     _legend(figure, {**listed, "void": (1.0, 1.0, 1.0)}, "outside upper center")
     _legend(figure, {f"expert {i}": shade for i, shade in enumerate(experts)}, "outside lower center")
@@ -143,6 +144,10 @@ def _legend(
     figure: Figure, entries: Mapping[str, Shade], where: Literal["outside upper center", "outside lower center"]
 ) -> None:
     if entries:
-        handles = [Patch(facecolor=shade, edgecolor="0.5", lw=0.5, label=name) for name, shade in entries.items()]
+        handles = [Patch(facecolor=shade, edgecolor="0.5", lw=0.5) for shade in entries.values()]
         across = max(3, int(figure.get_figwidth() / 1.1))
-        figure.legend(handles=handles, loc=where, ncols=across, fontsize=8, frameon=False)
+        legend = figure.legend(
+            handles, list(map(printable, entries)), loc=where, ncols=across, fontsize=8, frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names may have dollar signs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ from vimoe.loading import preprocessing
 from vimoe.segmentation.learning import infer
 from vimoe.segmentation.legend import Colour
 
+LONGEST = 255  # bytes of a file's name, on nearly all file systems
+
 
 def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: DataConfig) -> list[dict[str, Any]]:
     """Writes NAME-mask.png (a palette image whose values are places in the model's classes) and NAME-overlay.png.
 
     Args:
         model: a segmenter with preprocessing and label names, as `vimoe.load` gives it.
-        files: image files; those of one name in several folders get a number.
+        files: image files; those of one name in several folders get a number, and a long name is cut.
         out: folder to write into; made where it is not there.
         config: how whole images are inferred.
 
@@ -63,8 +66,8 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         batch = ((pixels - mean) / std)[None].to(weight.device, weight.dtype)
         predicted = infer(model, batch, config)[0].argmax(dim=0).to("cpu", torch.uint8).numpy()
-        numbered = (f"{file.stem}-{number}" for number in itertools.count(2))
-        name = next(name for name in itertools.chain([file.stem], numbered) if name not in used)
+        numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        name = next(name for number in numbers if (name := _name(file.stem, number)) not in used)
         used.add(name)
         mask = colour(predicted, colours)
         paths = {"mask": out / f"{name}-mask.png", "overlay": out / f"{name}-overlay.png"}
@@ -76,6 +79,13 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
         results.append({"file": str(file), **{kind: str(path) for kind, path in paths.items()}, "areas": areas})
     report_errors(results)
     return results
+
+
+def _name(stem: str, number: str) -> str:
+    """As much of a name as leaves room for a number and the longest ending in the bytes that a file's name may have."""
+    while len(os.fsencode(f"{stem}{number}-overlay.png")) > LONGEST:
+        stem = stem[:-1]
+    return stem + number
 
 
 def colour(predicted: np.ndarray, colours: Sequence[Colour]) -> Image.Image:

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from vimoe.errors import DataError
 from vimoe.images import Source, image_size, name_within, place, try_images
-from vimoe.scan import duplicates
+from vimoe.scan import duplicates, warn_of_thin
 from vimoe.segmentation.legend import IGNORE, Array
 from vimoe.segmentation.scenes import Scene, Scenes
 
@@ -66,8 +66,8 @@ class SceneScan:
 def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
     """Opens every image and mask, images only where `vimoe.images.try_images` does not remember them.
 
-    Warns of classes without a pixel in train or validation, masks that are entirely void, and images of validation or
-    test that are in train too.
+    Warns of classes without a pixel in train or validation, masks that are entirely void, images that are thin as a
+    line, and images of validation or test that are in train too.
 
     Args:
         scenes: what to look at.
@@ -84,6 +84,7 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
     everything = [scene for listed in roles.values() for scene in listed]
     tried = try_images([image for image, _ in everything], root)
     _refuse(tried.errors, f"of {len(everything)} images cannot be read", root, "remove them with their masks")
+    warn_of_thin(tried, lambda image: name_within(root, image))
     counts = _count_pixels(everything, scenes, root)
     of_role = {role: _sum(counts, listed, len(scenes.classes)) for role, listed in roles.items()}
     absent = {role: _absent(of_role[role], scenes.classes, role) for role in ("train", "validation")}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vimoe.config import DataConfig
 from vimoe.errors import DataError
-from vimoe.images import Source, name_within
+from vimoe.images import Source, name_within, passed_over
 from vimoe.segmentation.layouts import ROLES, Found, find_scenes
 from vimoe.segmentation.legend import Colour, Legend, legend_of_masks
 
@@ -84,9 +84,10 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
     root = found.root
     names, pairs, images_alone, masks_alone = _paired(found)
     if not pairs["train"]:
+        other = "" if images_alone else passed_over(found.junk)
         raise DataError(
-            f"{root}: {len(images_alone)} images and {len(masks_alone)} masks, and no pair of them in train: expected "
-            f"masks with the images' names that end in .png, or rows with both; rename or complete them"
+            f"{root}: {len(images_alone)} images{other} and {len(masks_alone)} masks, and no pair of them in train: "
+            f"expected masks with the images' names that end in .png, or rows with both; rename or complete them"
         )
     legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
     _check_classes(root, legend, classes or legend.names)
