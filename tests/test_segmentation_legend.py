@@ -212,6 +212,8 @@ def test_a_value_outside_of_the_classes_is_named(tmp_path: Path) -> None:
         ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", r"palette has \[0, 0, 300\]"),
         ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 0]]", r"\(0, 0, 0\) stands twice"),
         ("names: [a, b", "cannot be read"),
+        ("names: {0: sky, 1: road, 1: car}", "cannot be read: 1 stands twice, in lines 1 and 1"),
+        ("names: [a, b]\nignore: 3\nignore: 4", "'ignore' stands twice, in lines 2 and 3"),
         ("names: [a, b]\nsequence: 3", "sequence is 3: expected a regular expression; put it in quotes"),
         ("names: [a, b]\nsequence: '(a'", r"sequence is '\(a', which is no regular expression \(missing \)"),
         ("names: [a, b]\nsequence: a_", "sequence is 'a_' with 0 groups: expected one"),

@@ -142,6 +142,21 @@ def test_predict_writes_masks_overlays_and_areas(
     assert "mask.png" in main_text(capsys, "predict", run, files[0], "--out", tmp_path / "again")
 
 
+def test_one_bad_image_leaves_the_masks_of_others(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    shutil.copytree(data / "images" / "test", new)
+    good = sorted(new.iterdir())
+    (new / "bad.png").write_bytes(b"x")
+    found = call(capsys, "predict", run, new, "--out", tmp_path / "masks")["predictions"]
+    assert [each["file"] for each in found if "error" in each] == [str(new / "bad.png")]
+    assert len([each for each in found if Path(each.get("mask", "none")).is_file()]) == len(good)
+    assert "bad.png cannot be read" in main_text(capsys, "predict", run, new, "--out", tmp_path / "masks")
+    assert "bad.png cannot be read" in refused(capsys, "predict", run, new / "bad.png", "--out", tmp_path / "masks")
+    assert "lies in" in refused(capsys, "predict", run, new, "--out", new / "masks")  # they would be images of the next
+
+
 def test_long_names_are_predicted_to_names_that_fit(
     run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

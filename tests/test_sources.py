@@ -635,6 +635,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
     "csv: no such file": (lambda root: "x.csv", "data.path='x.csv': no such folder or file"),
     "csv: misspelt": (lambda root: (rows(RED)(root), "y.csv")[1], "did you mean 'x.csv'?"),
     "csv: empty": (written("x.csv", b""), "has no column 'path'"),
+    "csv: a column twice": (
+        rows("photos/red/000.png,red,blue", header="path,label,label"), "has the column 'label' twice",
+    ),
     "csv: no rows": (rows(), "has no row: expected one for each image"),
     "csv: no label column": (rows("photos/red/000.png", header="path"), "has no column 'label'"),
     "csv: misspelt column": (rows(RED, header="path,labl"), "did you mean 'labl'?"),
