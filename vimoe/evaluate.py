@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from vimoe.errors import VimoeError
 from vimoe.loading import eval_loader, preprocessing
+from vimoe.terminal import track
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -95,9 +94,7 @@ def batches_of(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tu
     """(images, labels) of each batch on the model's device and in its type, the model in eval mode; as `forwards`."""
     model.eval()
     weight = next(model.parameters())
-    console = Console(stderr=True)
-    hidden = not (task and console.is_terminal)
-    for images, labels in track(loader, task or "", console=console, disable=hidden, transient=True):
+    for images, labels in track(loader, task):
         yield images.to(weight.device, weight.dtype, non_blocking=True), labels.to(weight.device)
 
 

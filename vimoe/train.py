@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -30,6 +27,7 @@ from vimoe.optim import adamw, freeze_all_but
 from vimoe.progress import State
 from vimoe.steering import set_random_share, update_bias
 from vimoe.task import Task
+from vimoe.terminal import progress
 from vimoe.upcycling import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -86,9 +84,9 @@ def train(
     def save() -> None:
         checkpoint.write(out, state.stored(steps.stateful()))
 
-    started = time.perf_counter() - state.seconds
+    started, total = time.perf_counter() - state.seconds, config.epochs * batches
     try:
-        with checkpoint.stopping() as stop, _progress(config.epochs * batches, state.done(batches)) as show:
+        with checkpoint.stopping() as stop, progress("training", total, state.done(batches), stays=True) as show:
             while state.epoch <= config.epochs and not state.stalled(config.early_stopping):
                 order.start(state.epoch, state.step * config.batch_size)
                 for _ in steps.epoch(loader, state):
@@ -269,12 +267,3 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: in
         optimizer, t_initial=total - warmup, lr_min=config.min_lr, warmup_t=warmup, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip
-
-
-@contextmanager
-def _progress(steps: int, done: int) -> Iterator[Callable[[str, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=steps, completed=done)
-        yield lambda description, steps: progress.update(task, advance=steps, description=description)

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from vimoe.config import DataConfig
@@ -23,6 +21,7 @@ from vimoe.images import open_image
 from vimoe.loading import preprocessing
 from vimoe.segmentation.learning import infer
 from vimoe.segmentation.legend import Colour
+from vimoe.terminal import track
 
 
 def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: DataConfig) -> list[dict[str, Any]]:
@@ -50,10 +49,9 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
     mean, std = (torch.tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
     weight = next(model.parameters())
     model.eval()
-    console = Console(stderr=True)
     results: list[dict[str, Any]] = []
     used: set[str] = set()
-    for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
+    for file in track(files, "predicting"):
         image = open_image(file)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         batch = ((pixels - mean) / std)[None].to(weight.device, weight.dtype)
