@@ -47,3 +47,47 @@ def test_a_wrapped_model_is_saved_as_what_is_inside(wrap: Callable, tmp_path: Pa
     vimoe.save(wrap(model), tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(vimoe.load(tmp_path / "model")(images(model)), model(images(model)))
+
+
+X, Y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+LOADERS = {
+    "dicts": ([{"pixel_values": X, "labels": Y}], "gives a dict of 2: expected pairs (images, labels)"),
+    "triples": ([(X, Y, ["a"] * 4)], "gives a tuple of 3: expected pairs"),
+    "images alone": ([X], "gives a Tensor: expected pairs"),
+    "a list of labels": ([(X, [0, 1, 2, 3])], "gives labels of type list: expected a tensor"),
+    "arrays": ([(X.numpy(), Y)], "gives images of type ndarray: expected a tensor"),
+    "another size": ([(torch.randn(4, 3, 48, 48), Y)], "images of (48, 48): expected (32, 32), the model's size"),
+    "one-hot labels": ([(X, torch.eye(5)[Y])], "labels of torch.float32 and shape (4, 5) for 4 images"),
+    "fewer labels": ([(X, Y[:3])], "labels of torch.int64 and shape (3,) for 4 images"),
+    "a tensor": (X, "the loader is of type Tensor: expected batches"),
+    "nothing": (None, "the loader is of type NoneType: expected batches"),
+    "an empty list": ([], "the loader is empty"),
+    "a class too many": ([(X, Y + 3)], "the label 6: expected 0 to 4"),
+}
+
+
+@pytest.mark.parametrize("what", LOADERS)
+def test_a_loader_of_another_kind_is_one_line(what: str) -> None:
+    loader, said = LOADERS[what]
+    model = upcycle(vit(), config())
+    with pytest.raises(vimoe.VimoeError) as caught:
+        vimoe.analyze(model, loader, draws=2)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_labels_of_any_whole_numbers_and_wrapped_models_are_analysed() -> None:
+    model = upcycle(vit(), config())
+    expected = vimoe.analyze(model, [(X, Y)], draws=2)
+    for loader in ([(X, Y.int())], [[X, Y.to(torch.uint8)]], ((X[:2], Y[:2]), (X[2:], Y[2:]))):
+        assert vimoe.analyze(model, loader, draws=2).base.images == 4
+    wrapped = nn.DataParallel(model)
+    found = vimoe.analyze(wrapped, [(X, Y)], draws=2)
+    assert found.to_dict() == expected.to_dict()  # names and all
+    assert vimoe.prune(wrapped, found, [(X, Y)], tolerance=100).steps and not vimoe.count(model).moe_layers
+
+
+def test_evidence_of_another_kind_is_one_line() -> None:
+    with pytest.raises(
+        vimoe.VimoeError, match="evidence is of type dict, {}: expected Evidence"
+    ):
+        vimoe.prune(upcycle(vit(), config()), {})

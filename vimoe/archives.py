@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 
 from vimoe.errors import DataError, first_line, nearest
 from vimoe.files import read_text
-from vimoe.images import ENDINGS, Source, is_hidden, kind_of_junk, with_progress
+from vimoe.images import ENDINGS, Source, is_hidden, kind_of_junk
 from vimoe.sources import LOOSE, ClassImages, Listing, in_order, is_split, split_in, table
+from vimoe.terminal import track
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz", ".tbz2", ".tar.zst", ".tzst")
 COMPRESSED_START = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")
@@ -117,7 +118,7 @@ def archives(root: Path, files: Sequence[Path]) -> Listing:
             not in the list of classes.
     """
     junk: Counter[str] = Counter()
-    contents = {file: _index(file, junk) for file in with_progress(files, "reading archives", len(files))}
+    contents = {file: _index(file, junk) for file in track(files, "reading archives")}
     flat = all(len(parts) == 1 for inside in contents.values() for parts in inside.images)
     if any(inside.explicit or (flat and inside.labels) for inside in contents.values()):
         return _samples(root, contents, junk)

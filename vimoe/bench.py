@@ -28,12 +28,12 @@ from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
 from vimoe.errors import ConfigError
 from vimoe.execution import optimize, set_backend
 from vimoe.ffn import macs
-from vimoe.images import with_progress
 from vimoe.moe import MoE
 from vimoe.moe.grouped import BACKENDS, Backend, unfit_for_grouped_mm
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.routing import Routing, record
 from vimoe.runs import versions
+from vimoe.terminal import track
 from vimoe.upcycling import moe_layers, upcycle
 
 DRAWS = 2000
@@ -78,7 +78,7 @@ def interleaved(contestants: Contestants, rounds: int, warmup: int = 2, what: st
     seconds = {name: np.empty(rounds) for name in contestants}
     order = np.random.default_rng(0)
     turns = range(-warmup, rounds)
-    for turn in with_progress(turns, what, len(turns)) if what else turns:
+    for turn in track(turns, what):
         for name in order.permutation(list(contestants)):
             start = time.perf_counter()
             contestants[name]()

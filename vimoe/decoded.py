@@ -14,13 +14,12 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from vimoe.data import Sample
 from vimoe.errors import DataError
 from vimoe.files import written_whole
 from vimoe.images import MADE_BY, cache_folder, identity, make_cache_folder, open_image
+from vimoe.terminal import track
 
 Pixels = NDArray[np.uint8]
 Where = Literal["memory", "disk"]  # `DataConfig.cache`, but "none"
@@ -122,9 +121,7 @@ def _decode(samples: Sequence[Sample], fit: Fit) -> Iterator[Pixels]:
                 some = samples[start : start + AHEAD]
                 yield from pool.imap(lambda sample: np.array(fit(open_image(sample[0]))), some, chunksize=16)
 
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    yield from track(each(), "decoding images", len(samples), console=console, disable=hidden, transient=True)
+    yield from track(each(), "decoding images", len(samples))
 
 
 def _watched(images: Iterator[Pixels], total: int, where: Where, free: Callable[[], int]) -> Iterator[Pixels]:

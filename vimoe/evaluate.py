@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from vimoe.errors import DataError, VimoeError
-from vimoe.images import with_progress
 from vimoe.loading import Readable, eval_loader, preprocessing
+from vimoe.terminal import track
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -72,7 +70,7 @@ class ScoreCounts:
 
 
 def evaluate(model: nn.Module, loader: Batches, task: str = "") -> Score:
-    """Top-1, top-5 and loss over a loader of (images, labels), with a progress bar if `task` names it.
+    """Top-1, top-5 and loss over a loader of (images, labels), and shows how far it is if `task` names it.
 
     Leaves the model in eval mode.
     """
@@ -88,7 +86,7 @@ def forwards(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tupl
     Args:
         model: a classifier.
         loader: batches of (images, labels).
-        task: what to call this in a progress bar on standard error; none without it.
+        task: what to call this where it is shown how far it is (`vimoe.terminal`); not shown without it.
     """
     for images, labels in batches_of(model, loader, task):
         with torch.no_grad():
@@ -97,12 +95,36 @@ def forwards(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tupl
 
 def batches_of(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) of each batch on the model's device and in its type, the model in eval mode; as `forwards`."""
+    if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
+        raise DataError(f"the loader is of type {type(loader).__name__}: expected batches of (images, labels)")
     model.eval()
     weight = next(model.parameters())
-    console = Console(stderr=True)
-    hidden = not (task and console.is_terminal)
-    for images, labels in track(loader, task or "", console=console, disable=hidden, transient=True):
-        yield images.to(weight.device, weight.dtype, non_blocking=True), labels.to(weight.device)
+    for batch in track(loader, task):
+        images, labels = _pair(model, batch)
+        yield images.to(weight.device, weight.dtype, non_blocking=True), labels.to(weight.device, torch.int64)
+
+
+def _pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a batch. Raises DataError for what is none that the model takes."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
+        raise DataError(f"the loader gives {what}: expected pairs (images, labels); wrap it in one that gives these")
+    for name, part in zip(("images", "labels"), batch, strict=True):
+        if not isinstance(part, Tensor):
+            raise DataError(f"the loader gives {name} of type {type(part).__name__}: expected a tensor; convert it")
+    images, labels = batch
+    if labels.is_floating_point() or labels.ndim not in (1, 3) or len(labels) != len(images):
+        raise DataError(
+            f"the loader gives labels of {labels.dtype} and shape {tuple(labels.shape)} for {len(images)} images: "
+            f"expected whole numbers of shape ({len(images)},), or masks (images, height, width)"
+        )
+    embed: Any = getattr(model, "patch_embed", None)
+    if images.ndim == 4 and getattr(embed, "strict_img_size", False) and images.shape[-2:] != tuple(embed.img_size):
+        raise DataError(
+            f"the loader gives images of {tuple(images.shape[-2:])}: expected {tuple(embed.img_size)}, the model's "
+            f"size; resize them, or build the model with img_size={images.shape[-1]}"
+        )
+    return images, labels
 
 
 def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:
@@ -124,7 +146,7 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
     names, weight = label_names(model.eval()), next(model.parameters())
     results: list[dict[str, Any]] = []
     loader = eval_loader(samples, prepared, 32, workers, Readable)
-    for images, errors in with_progress(loader, "predicting", len(loader)):
+    for images, errors in track(loader, "predicting"):
         with torch.no_grad():
             logits = model(images.to(weight.device, weight.dtype))
         values, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)

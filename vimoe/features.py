@@ -28,10 +28,11 @@ from vimoe.data import Data, Sample
 from vimoe.errors import DataError, FolderError
 from vimoe.evaluate import evaluate
 from vimoe.files import written_whole
-from vimoe.images import MADE_BY, cache_folder, identity, make_cache_folder, with_progress
+from vimoe.images import MADE_BY, cache_folder, identity, make_cache_folder
 from vimoe.loading import Shuffled, eval_loader, mix, processes
 from vimoe.optim import freeze_all_but
 from vimoe.task import Task, classification
+from vimoe.terminal import track
 from vimoe.trunk import Rest, cut_before, digest
 
 STORED = "float16"  # its 11 bits round eight times as finely as bfloat16's 8; its range is looked after
@@ -194,7 +195,7 @@ class FeatureCache:
         header = {"descr": np.dtype(STORED).str, "fortran_order": False, "shape": (file.images, *self.shape)}
         with written_whole(file.path) as out:
             np.lib.format.write_array_header_1_0(out, header)
-            for images, _ in with_progress(loader, f"features, {file.what}", len(loader)):
+            for images, _ in track(loader, f"features, {file.what}"):
                 features = self._trunk(images).to(getattr(torch, STORED))
                 if not features.isfinite().all():
                     raise DataError(

@@ -9,22 +9,21 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol, TypeVar
+from typing import BinaryIO, NoReturn, Protocol
 
 import numpy as np
 import PIL
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
 
 from vimoe.errors import DataError, FolderError, first_line
 from vimoe.files import read_text, write_text
+from vimoe.terminal import track
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Pillow's names of what has these endings. Others that it knows are not safe: of an EPS it starts Ghostscript.
@@ -34,7 +33,6 @@ THIN = 16  # side ratio above which evaluation cuts the longer side
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")  # copies and thumbnails that macOS and Synology leave beside the images
 UNKNOWN = (-1, -1)  # the stamp of an image of which nothing says when it changes
 MADE_BY = f"vimoe 2, Pillow {PIL.__version__}"  # another Pillow may read what this one does not
-Item = TypeVar("Item")
 Stamp = tuple[int, int]  # of a file: bytes, modification time in ns
 Entry = tuple[int, int, str, int, int]  # of a whole image in the cache: the stamp of its file, hash, width, height
 
@@ -246,7 +244,7 @@ def try_images(sources: Sequence[Source], folder: Path) -> Tried:
     try:
         with ThreadPool() as pool:
             results = pool.imap(lambda item: attempt(*item), zip(sources, names, strict=True), chunksize=16)
-            shown = with_progress(results, "scanning images", len(sources))
+            shown = track(results, "scanning images", len(sources))
             for source, name, result in zip(sources, names, shown, strict=True):
                 if isinstance(result, str):
                     tried.errors[source] = result
@@ -261,12 +259,6 @@ def try_images(sources: Sequence[Source], folder: Path) -> Tried:
         if entries != known:
             _write_cache(folder, entries)
     return tried
-
-
-def with_progress(work: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """The same, with a bar on standard error where a person looks at it."""
-    console = Console(stderr=True)
-    return track(work, what, total, console=console, disable=not console.is_terminal, transient=True)
 
 
 def cache_folder() -> Path:

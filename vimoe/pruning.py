@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from vimoe.accounting import Cost, count
 from vimoe.config import PRUNE_TOLERANCE
-from vimoe.errors import ConfigError, VimoeError
+from vimoe.errors import ConfigError, VimoeError, expect
 from vimoe.evaluate import Batches, Score, evaluate
 from vimoe.evidence import Effect, Evidence
-from vimoe.interventions import Changes, Images, Intervention, Without, measure
+from vimoe.interventions import Changes, Intervention, Subjects, Without, measure
 from vimoe.segmentation.score import SceneScore
 from vimoe.specialisation import numbered, over
-from vimoe.surgery import swap
+from vimoe.surgery import swap, unwrapped
 from vimoe.upcycling import moe_layers
+
+_TIMED_IMAGES, _TIMED_SECONDS = 32, 10.0  # a receipt's throughput must not cost more than its score
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ def prune(
     as if it were removed alone, which several together may not bear out. Interrupted, the model is left with the
     removals until then.
 
+    The loader is read once where what comes before the first MoE layer takes at most 1 GiB: it never changes. After
+    that a round costs the blocks from there on, and for each way of making a layer dense those after the layer.
+
     Args:
         model: the model that the evidence is of; left in eval mode.
         evidence: from `vimoe.analyze`; its gate masses weigh the mean of experts.
@@ -125,7 +130,7 @@ def prune(
         experts: also drop experts of the layers that stay, from the last layer to the first, one after another by the
             same rule. It saves memory but no arithmetic. Needs the loader.
         seed: draws the bootstrap.
-        progress: show a progress bar on standard error for each reading of the loader.
+        progress: show how far each measurement is, as in `vimoe.analyze`.
         sequences: for each image of the loader the video that it is a frame of, as in `vimoe.analyze`.
 
     Raises:
@@ -136,6 +141,8 @@ def prune(
         raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")
     if experts and loader is None:
         raise ConfigError("experts=True without a loader: expected one, because each removal is measured; pass loader")
+    model = unwrapped(model)
+    expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
     layers = moe_layers(model)
     known = {e.name: (e.num_experts, e.top_k, e.routing) for e in evidence.layers}
     ours = {n: (m.config.num_experts, m.config.top_k, m.config.routing) for n, m in layers.items()}
@@ -181,11 +188,11 @@ class _Greedy:
         sequences: Sequence[Hashable] | None,
     ) -> None:  # fmt: skip
         self.model = model.eval()  # what is built in a layer's place has its mode
-        self.loader, self.tolerance, self.seed, self.progress = loader, tolerance, seed, progress
+        self.tolerance, self.seed, self.progress = tolerance, seed, progress
+        self._subjects = Subjects(model, loader, list(moe_layers(model)))
         self.steps: list[Step] = []
         self._units, self.sequences = numbered(sequences)
         self._named = None if sequences is None else len(sequences)
-        self._images: Images | None = None  # of the first reading, which others must give again
         self._total = Changes(np.zeros(1), np.zeros(1))  # (I,) of each image, by all steps
 
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
@@ -222,7 +229,7 @@ class _Greedy:
 
     def _measure(self, plan: Mapping[str, list[Intervention]], task: str) -> dict[str, Changes]:
         task = task if self.progress else ""
-        changes, self._images = measure(self.model, self.loader, plan, self._images, task)
+        changes = measure(self._subjects, plan, task)
         images = len(next(iter(changes.values())).loss)
         if self._named not in (None, images):
             raise ConfigError(f"{self._named} sequences of {images} images: expected one for each image")
@@ -238,8 +245,9 @@ class _Greedy:
 def receipts(
     models: list[nn.Module],
     loader: Batches,
-    score: Callable[[nn.Module, Any], Score | SceneScore] = evaluate,
+    score: Callable[[nn.Module, Any, str], Score | SceneScore] = evaluate,
     timed: Batches | None = None,
+    task: str = "",
 ) -> list[Receipt]:
     """The same measurements of each model; speed on the loader's first batch, in turns, because machines are noisy.
 
@@ -248,21 +256,27 @@ def receipts(
         loader: test batches.
         score: of a model on a loader; of classifiers by default.
         timed: batches to time a forward on, by default those of the loader.
+        task: what to call the scoring where it is shown how far it is; not shown without it.
     """
     speeds = images_per_second(models, next(iter(timed or loader))[0])
-    return [Receipt(score(m, loader), count(m), s) for m, s in zip(models, speeds, strict=True)]
+    scores = [score(m, loader, task and f"{task}, {i} of {len(models)}") for i, m in enumerate(models, 1)]
+    return [Receipt(score, count(m), s) for m, score, s in zip(models, scores, speeds, strict=True)]
 
 
 def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 15) -> list[float]:
     """Median inference throughput of each model on the same images, timed in turns after a round to warm up.
+
+    On a CPU these are at most 32 images, and there are fewer rounds, but 3 at least, once they have taken 10 s.
 
     The images should be real ones: how long an MoE takes depends on which experts they go to.
     """
     times: list[list[float]] = [[] for _ in models]
     weight = next(models[0].parameters())
     device, images = weight.device, images.to(weight.device, weight.dtype)
+    if device.type == "cpu":
+        images = images[:_TIMED_IMAGES]
     with torch.inference_mode():
-        for _ in range(rounds + 1):
+        while len(times[0]) <= rounds and (len(times[0]) <= 3 or sum(map(sum, times)) < _TIMED_SECONDS):
             for model, seconds in zip(models, times, strict=True):
                 model.eval()
                 _wait_for(device)

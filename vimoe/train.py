@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -30,6 +27,7 @@ from vimoe.optim import adamw, freeze_all_but
 from vimoe.progress import State
 from vimoe.steering import set_random_share, update_bias
 from vimoe.task import Task
+from vimoe.terminal import progress
 from vimoe.upcycling import moe_layers
 
 logger = logging.getLogger(__name__)
@@ -96,9 +94,9 @@ def train(
         logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
     else:
         save()  # so that there is one to go on from whenever it is killed
-    started = time.perf_counter() - state.seconds
+    started, total = time.perf_counter() - state.seconds, config.epochs * batches
     try:
-        with checkpoint.stopping() as stop, _progress(config.epochs * batches, state.done(batches)) as show:
+        with checkpoint.stopping() as stop, progress("training", total, state.done(batches), stays=True) as show:
             while state.epoch <= config.epochs and not state.stalled(config.early_stopping):
                 order.start(state.epoch, state.step * config.batch_size)
                 for _ in steps.epoch(loader, state):
@@ -284,12 +282,3 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: in
         optimizer, t_initial=total - warmup, lr_min=config.min_lr, warmup_t=warmup, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip
-
-
-@contextmanager
-def _progress(steps: int, done: int) -> Iterator[Callable[[str, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=steps, completed=done)
-        yield lambda description, steps: progress.update(task, advance=steps, description=description)

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from vimoe.config import DataConfig
@@ -24,6 +22,7 @@ from vimoe.images import open_image
 from vimoe.loading import preprocessing
 from vimoe.segmentation.learning import infer
 from vimoe.segmentation.legend import Colour
+from vimoe.terminal import track
 
 LONGEST = 255  # bytes of a file's name, on nearly all file systems
 
@@ -54,10 +53,9 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
     mean, std = (torch.tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
     weight = next(model.parameters())
     model.eval()
-    console = Console(stderr=True)
     results: list[dict[str, Any]] = []
     used: set[str] = set()
-    for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
+    for file in track(files, "predicting"):
         try:
             image = open_image(file)
         except DataError as error:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from vimoe.errors import DataError
 from vimoe.images import Source, image_size, name_within, place, try_images
 from vimoe.scan import duplicates, warn_of_thin
 from vimoe.segmentation.legend import IGNORE, Array
 from vimoe.segmentation.scenes import Scene, Scenes
+from vimoe.terminal import track
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +124,9 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[S
         found = np.bincount(numbers.ravel(), minlength=IGNORE + 1)
         return np.append(found[:classes], found[IGNORE])
 
-    console = Console(stderr=True)
     with ThreadPool() as pool:
         results = pool.imap(count, scenes, chunksize=8)
-        hidden = not console.is_terminal
-        shown = track(results, "scanning masks", len(scenes), console=console, disable=hidden, transient=True)
+        shown = track(results, "scanning masks", len(scenes))
         for (_, mask), result in zip(scenes, shown, strict=True):
             if isinstance(result, DataError):
                 wrong[mask] = str(result).removeprefix(f"{place(mask)}: ")

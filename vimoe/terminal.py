@@ -1,0 +1,83 @@
+"""How far long work is: a bar where standard error is a terminal, elsewhere a line in the log every half minute."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from operator import length_hint
+from time import monotonic
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+EVERY = 30.0  # seconds between two lines, and before the first one
+
+Item = TypeVar("Item")
+Show = Callable[[str, int], None]  # what is being done now, and how many steps were done since the last call
+
+logger = logging.getLogger(__name__)
+
+
+def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """The items of the work, while it is shown how many of them are done.
+
+    Args:
+        work: its items are counted when the next one is asked for.
+        what: what is being done, such as "evaluating"; "" to show nothing.
+        total: how many items there are; by default as many as the work says itself.
+    """
+    if not what:
+        yield from work
+        return
+    with progress(what, total or length_hint(work) or None) as show:
+        for item in work:
+            yield item
+            show(what, 1)
+
+
+@contextmanager
+def progress(what: str, total: int | None, done: int = 0, stays: bool = False) -> Iterator[Show]:
+    """Shows steps while it holds; yields a function to be called after each.
+
+    Args:
+        what: what is being done at first.
+        total: how many steps there are, None where nobody knows.
+        done: how many of them were done before.
+        stays: leave the bar on the terminal when the work is over.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(total, done).show
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=not stays) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda what, steps: bar.update(task, advance=steps, description=what)
+
+
+class _Lines:
+    """Logs now and then how far work is."""
+
+    def __init__(self, total: int | None, done: int) -> None:
+        self.total, self.done, self.before = total, done, done
+        self.start = self.last = monotonic()
+
+    def show(self, what: str, steps: int) -> None:
+        self.done += steps
+        now = monotonic()
+        if now - self.last < EVERY or self.done == self.total:
+            return
+        self.last = now
+        if self.total is None or self.done == self.before:
+            logger.info("%s: %d done", what, self.done)
+            return
+        left = (now - self.start) / (self.done - self.before) * (self.total - self.done)
+        logger.info("%s: %d of %d, about %s left", what, self.done, self.total, _in_words(left))
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
