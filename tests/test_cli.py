@@ -393,7 +393,13 @@ def test_a_pruned_run_needs_no_figures_and_appears_whole(
         patch.setattr(vimoe.finished, "receipts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main(["prune", str(copy), "--out", str(out)]) == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
-    out.mkdir()  # an empty folder may be given
+    out.mkdir()  # an empty folder may be given; what is put there meanwhile stays
+    with monkeypatch.context() as patch:
+        real = vimoe.finished.receipts
+        patch.setattr(vimoe.finished, "receipts", lambda *args: [(out / "mine").touch(), real(*args)][1])
+        assert "--out" in refused(capsys, "prune", copy, "--out", out, "--tolerance=9")
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
     assert call(capsys, "prune", copy, "--out", out, "--tolerance=9")["out"] == str(out)
     assert (out / "summary.json").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["copy", "pruned"]
     assert "is finished" in refused(capsys, "train", "--resume", out)

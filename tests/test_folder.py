@@ -163,3 +163,21 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     assert not sprung.exists()
     pickle.loads(bomb)
     assert sprung.exists()  # the trap works
+
+
+def test_only_a_model_folder_is_ever_replaced(tmp_path: Path) -> None:
+    """Whoever names a project, or a run with its photos, loses nothing of it."""
+    model = vit()
+    project = tmp_path / "project"
+    (project / "photos").mkdir(parents=True)
+    (project / "config.json").write_text("{}")
+    for name, place in {"photos": project, "a file": tmp_path / "file"}.items():
+        place.touch()
+        with pytest.raises(FolderError, match="which vimoe.save does not write: expected a model folder to replace"):
+            vimoe.save(model, place, overwrite=True)
+        assert place.exists() and (project / "photos").is_dir(), name
+    vimoe.save(model, tmp_path / "model")
+    vimoe.save(model, tmp_path / "model", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    vimoe.save(model, tmp_path / "empty", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "model", "project"]

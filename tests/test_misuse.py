@@ -87,7 +87,5 @@ def test_labels_of_any_whole_numbers_and_wrapped_models_are_analysed() -> None:
 
 
 def test_evidence_of_another_kind_is_one_line() -> None:
-    with pytest.raises(
-        vimoe.VimoeError, match="evidence is of type dict, {}: expected Evidence"
-    ):
+    with pytest.raises(vimoe.VimoeError, match="evidence is of type dict, {}: expected Evidence"):
         vimoe.prune(upcycle(vit(), config()), {})

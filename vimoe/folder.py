@@ -77,6 +77,7 @@ def save(
             safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
             _prove(model, temporary)
             (temporary / WEIGHTS).chmod(0o644)  # it was made for its owner alone
+            _check_place(path, overwrite)  # again: somebody may have put something there meanwhile
             rename(temporary, path)
     except VimoeError:
         raise

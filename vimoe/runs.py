@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from vimoe.errors import ConfigError, FolderError, beside
-from vimoe.files import held_by, read_text, rename, temporary_folder, write_bytes, write_text
+from vimoe.errors import ConfigError, FolderError, beside, first_line
+from vimoe.files import held_by, read_text, temporary_folder, write_bytes, write_text
 from vimoe.files import write_json as write_json
 from vimoe.options import Settings, read_settings
 
@@ -42,7 +42,12 @@ class Run:
     def validation(self) -> list[str]:
         """Names of the images that were split off train for validation; none where the data has its own."""
         listed = self.path / VALIDATION
-        return [_name(line) for line in listed.read_bytes().removesuffix(b"\n").split(b"\n")] if listed.exists() else []
+        if not listed.exists():
+            return []
+        try:
+            return [_name(line) for line in listed.read_bytes().removesuffix(b"\n").split(b"\n")]
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{listed} cannot be read: {first_line(error)}; restore it, or train again") from error
 
 
 def check_new(path: str | Path) -> Path:
@@ -82,7 +87,7 @@ def made_whole(path: str | Path) -> Iterator[Path]:
         except FolderError as error:
             raise FolderError(str(error).replace(str(folder), str(path))) from error
         try:
-            rename(folder, path)  # over an empty folder at most, or check_new would have refused it
+            folder.rename(path)  # over an empty folder at most: the system refuses what was put there meanwhile
         except OSError as error:
             raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
 
@@ -116,8 +121,8 @@ def open_unfinished(path: str | Path) -> Run:
         raise FolderError(f"{path} is finished: expected a run that was stopped; train with another --out")
     if not (path / CHECKPOINT).exists():
         raise FolderError(
-            f"{path} has no {CHECKPOINT}: expected the run folder of a training that was "
-            f"stopped; train with another --out"
+            f"{path} has no {CHECKPOINT}: expected the run folder of a training that was stopped; train with another "
+            f"--out"
         )
     return Run(path, _settings(path))
 
