@@ -18,7 +18,7 @@ from vimoe import analysis, specialisation
 from vimoe.config import MoEConfig
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.evidence import Evidence
-from vimoe.interventions import Changes, Handed, Images
+from vimoe.interventions import Changes, Handed, Subjects
 from vimoe.moe.router import TokenLayout
 from vimoe.upcycling import moe_layers
 
@@ -176,7 +176,7 @@ def test_what_is_kept_is_what_the_model_did(routing: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(analysis, "_COMPARED", 4)
     inputs: list[Tensor] = []
     batches = list(zip(x.split(7), labels.split(7), strict=True))
-    _, seen = analysis._observe(model, batches, moe_layers(model), 0, "")
+    _, seen = analysis._observe(model, Subjects(model, batches, list(moe_layers(model))), moe_layers(model), 0, "")
     handle = layers(model)[1].register_forward_pre_hook(lambda _layer, args: inputs.append(args[0]))
     with torch.no_grad(), vimoe.record(model) as routings:
         model(x)
@@ -234,10 +234,10 @@ def test_orders_come_from_the_half_that_is_not_drawn(monkeypatch: pytest.MonkeyP
 def test_every_draw_is_another_permutation_of_the_measured_images(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = {}
 
-    def look(_model: nn.Module, _loader: object, plan: dict, chosen: Images, _task: str) -> tuple[dict, Images]:
-        plans.update(plan, chosen=chosen)
+    def look(subjects: Subjects, plan: dict, _task: str) -> dict[str, Changes]:
+        plans.update(plan, chosen=subjects.images)
         columns = {name: np.arange(len(each)) * np.ones((20, 1)) for name, each in plan.items()}
-        return {name: Changes(values, -values) for name, values in columns.items()}, chosen
+        return {name: Changes(values, -values) for name, values in columns.items()}
 
     monkeypatch.setattr(analysis, "measure", look)
     found = vimoe.analyze(Known(), loader(by_class=True), draws=4, overrule=20)
@@ -248,10 +248,51 @@ def test_every_draw_is_another_permutation_of_the_measured_images(monkeypatch: p
     assert all(sorted(d) == sorted(places) for d in donors) and len({tuple(d) for d in donors}) == 4
     layer = found.layers[0]
     assert layer.permuted.loss.value == 1.5 and layer.permuted.right.value == -1.5  # the mean of columns 0 to 3
-    assert layer.frozen.loss.value == 4
+    assert layer.frozen.loss.value == 4 and layer.draws == found.draws == 4
     assert [effect.loss.value for effect in layer.experts] == [5, 6, 7, 8]
     assert [effect.loss.value for effect in layer.dense.values()] == [9, 10, 11]
     assert list(layer.dense) == ["shared", "merge", "matched"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"), [(0.0, range(4, 9)), (1.0, range(16, 21))], ids=["of images alone", "of pairs alone"]
+)
+def test_more_draws_are_made_where_they_narrow_the_interval(
+    noise: float, expected: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a whole block follows; after the last one a draw costs next to nothing, and all are made."""
+    rng, plans = np.random.default_rng(0), []
+
+    def scripted(_subjects: Subjects, plan: dict, _task: str) -> dict[str, Changes]:
+        plans.append({name: sum(isinstance(each, Handed) for each in group) for name, group in plan.items()})
+        made = {}
+        for name, group in plan.items():
+            of_images = np.random.default_rng(1).normal(size=(60, 1)) * (1 - noise)
+            loss = of_images + noise * rng.normal(size=(60, len(group)))
+            made[name] = Changes(loss, np.sign(loss))
+        return made
+
+    monkeypatch.setattr(analysis, "measure", scripted)
+    evidence = vimoe.analyze(Known(), loader())
+    first, last = evidence.layers
+    assert plans[0] == {"blocks.0.mlp": 4, "blocks.1.mlp": 20} and evidence.draws == 20
+    assert plans[1:] == ([{"blocks.0.mlp": first.draws - 4}] if first.draws > 4 else [])
+    assert first.draws in expected and last.draws == 20
+
+
+def test_draws_in_two_lots_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever are enough, the first so many permutations of the seed are taken."""
+    model = perturb_experts(upcycle(vit("siglip, attention pool", depth=3), config()))
+    batches = [(images(model, 12), torch.arange(12) % 5)]
+    by_four = vimoe.analyze(model, batches, draws=7)
+    monkeypatch.setattr(analysis, "FIRST_DRAWS", 7)
+    at_once = vimoe.analyze(model, batches, draws=7)
+    for two, one in zip(by_four.layers, at_once.layers, strict=True):
+        assert one.draws == 7 and two.draws in range(4, 8)
+        if two.draws == 7:
+            assert two.permuted.loss.value == pytest.approx(one.permuted.loss.value, abs=1e-6)
+        assert two.frozen.loss.value == pytest.approx(one.frozen.loss.value, abs=1e-6)
+    assert any(layer.draws == 7 for layer in by_four.layers[:-1])
 
 
 def test_frozen_is_the_most_frequent_decision() -> None:
@@ -346,7 +387,8 @@ def test_memory_does_not_grow_with_the_images() -> None:
     assert int(grown.stdout) < 20_000
 
 
-def test_a_loader_that_shuffles_is_refused() -> None:
+def test_a_loader_that_shuffles_is_refused_where_it_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vimoe.interventions.KEPT_BYTES", 0)
     batches = loader()
 
     def shuffled() -> list:
@@ -358,9 +400,29 @@ def test_a_loader_that_shuffles_is_refused() -> None:
         vimoe.analyze(Known(), changing)
 
 
-def test_what_cannot_be_analysed_is_refused() -> None:
+def test_what_can_be_read_once_is_analysed_as_long_as_it_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    once, again = vimoe.analyze(Known(), iter(loader())), vimoe.analyze(Known(), loader())
+    assert json.dumps(once.to_dict()) == json.dumps(again.to_dict())
+    monkeypatch.setattr("vimoe.interventions.KEPT_BYTES", 0)
     with pytest.raises(DataError, match="fewer images when it was read again"):
         vimoe.analyze(Known(), iter(loader()))
+
+
+@pytest.mark.parametrize("overrule", [20, None])
+def test_it_does_not_matter_whether_what_comes_before_is_kept(
+    overrule: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = perturb_experts(upcycle(vit(depth=3), config(layers="last:2", top_k=2)))
+    batches = list(zip(images(model, 30).split(7), (torch.arange(30) % 5).split(7), strict=True))
+    kept = vimoe.analyze(model, batches, overrule=overrule)
+    monkeypatch.setattr("vimoe.interventions.KEPT_BYTES", 0)
+    read = vimoe.analyze(model, batches, overrule=overrule)
+    for one, other in zip(kept.layers, read.layers, strict=True):
+        for effects in zip((one.permuted, *one.experts), (other.permuted, *other.experts), strict=True):
+            assert effects[0].loss.value == pytest.approx(effects[1].loss.value, abs=1e-5)
+
+
+def test_what_cannot_be_analysed_is_refused() -> None:
     broken = Known()
     with torch.no_grad():
         broken.blocks[0].mlp.shared.fc2.bias[-1] = float("nan")

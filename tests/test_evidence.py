@@ -47,3 +47,12 @@ def test_figures_go_on_axes_of_yours(found: Evidence) -> None:
     assert isinstance(found.plot_heatmaps(), Figure) and isinstance(found.plot_effects(), Figure)
     with pytest.raises(ConfigError, match=r"layer='blocks.7.mlp': expected one of blocks.0.mlp"):
         found.plot_heatmap("blocks.7.mlp")
+
+
+def test_older_files_say_once_how_many_draws_there_were(found: Evidence) -> None:
+    values = found.to_dict()
+    for layer in values["layers"]:
+        del layer["draws"]
+    assert [layer.draws for layer in Evidence.from_dict(values).layers] == [20, 20]
+    again = Evidence.from_dict(replace(found, layers=(replace(found.layers[0], draws=7),)).to_dict())
+    assert again.draws == 20 and again.layers[0].draws == 7

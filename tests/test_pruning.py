@@ -20,7 +20,7 @@ import vimoe
 from vimoe.errors import VimoeError
 from vimoe.evaluate import Score
 from vimoe.evidence import Effect, Evidence, LayerEvidence
-from vimoe.interventions import Changes
+from vimoe.interventions import Changes, Subjects
 from vimoe.pruning import images_per_second, receipts
 from vimoe.specialisation import Dependence, Interval
 
@@ -73,13 +73,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch, losses: Callable[[str, int, int], 
     """Replaces the measurement: losses(layer, column, reading) of ten images; they are right where the loss falls."""
     readings = []
 
-    def measured(_model: nn.Module, _loader: object, plan: dict, *_: object) -> tuple[dict, object]:
+    def measured(_subjects: Subjects, plan: dict, _task: str) -> dict[str, Changes]:
         readings.append(plan)
         made = {}
         for name, ways in plan.items():
             loss = np.array([losses(name, column, len(readings)) for column in range(len(ways))], dtype=float).T
             made[name] = Changes(loss, -np.sign(loss))
-        return made, None
+        return made
 
     monkeypatch.setattr("vimoe.pruning.measure", measured)
 
@@ -179,8 +179,9 @@ def test_each_layer_is_merged_by_its_own_gates(with_loader: bool, monkeypatch: p
         )
 
 
-def test_a_loader_that_shuffles_is_refused() -> None:
+def test_a_loader_that_shuffles_is_refused_where_it_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The changes of one image would be added to those of another."""
+    monkeypatch.setattr("vimoe.interventions.KEPT_BYTES", 0)
     model = Known()
     found = vimoe.analyze(model, loader())
     readings = [loader(), loader()[::-1]]
@@ -332,3 +333,32 @@ def test_throughput_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(np.arange(0, 1000, 0.5))
     monkeypatch.setattr("vimoe.pruning.time.perf_counter", lambda: next(clock))
     assert images_per_second([nn.Linear(4, 2)], torch.zeros(7, 4), rounds=3) == [14.0]
+
+
+def test_throughput_of_slow_models_is_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for each forward, of which two models have four rounds; and no more than 32 images on a CPU."""
+    clock = iter(np.arange(0, 1000, 1.0))
+    monkeypatch.setattr("vimoe.pruning.time.perf_counter", lambda: next(clock))
+    seen: list[int] = []
+    models = [nn.Linear(4, 2), nn.Linear(4, 2)]
+    for model in models:
+        model.register_forward_pre_hook(lambda _model, args: seen.append(len(args[0])))
+    assert images_per_second(models, torch.zeros(128, 4)) == [32.0, 32.0]
+    assert seen == [32] * 10
+    seen.clear()
+    monkeypatch.setattr("vimoe.pruning._TIMED_SECONDS", 0.0)
+    images_per_second(models, torch.zeros(5, 4))
+    assert seen == [5] * 8
+
+
+def test_the_trunk_is_computed_once_for_all_rounds() -> None:
+    """What comes before the first MoE layer does not change while layers and experts are removed."""
+    model = perturb_experts(upcycle(vit(depth=4), config(layers="last:2")))
+    batches = [(images(model, 10), torch.arange(10) % 5)]
+    found = vimoe.analyze(model, batches, draws=1)
+    ran: list[int] = []
+    for block in model.blocks[:2]:
+        block.attn.qkv.register_forward_pre_hook(lambda _qkv, args: ran.append(len(args[0])))
+    done = vimoe.prune(model, found, batches, tolerance=100.0, experts=True)
+    assert len(done.steps) == 2
+    assert ran == [2] * len(ran[:-2]) + [10, 10]  # to find the way, and one reading

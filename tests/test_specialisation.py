@@ -274,3 +274,25 @@ def test_memory_for_resamples_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(specialisation, "_CHUNK", 10_000)
     for one, other in zip(whole, mean_intervals(values), strict=True):
         assert (other.value, other.low, other.high) == pytest.approx((one.value, one.low, one.high))
+
+
+@pytest.mark.parametrize(("of_pairs", "low", "high"), [(0.0, 4, 8), (0.5, 5, 11), (8.0, 16, 20)])
+def test_draws_are_enough_once_more_would_not_narrow_the_interval(of_pairs: float, low: int, high: int) -> None:
+    """In 20 data sets, with values of images and of which two of them meet: the mean number, and what it gives away."""
+    found, wider = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        partners = np.stack([rng.permutation(200) for _ in range(20)], axis=1)
+        values = rng.normal(size=(200, 1)) + of_pairs * rng.normal(size=(200, 20))
+        found.append(specialisation.enough_draws(values[:, :4], partners[:, :4], 20, seed))
+        assert found[-1] == specialisation.enough_draws(values[:, :4] + 7.0, partners[:, :4], 20, seed)
+        some, every = (specialisation.pair_interval(values[:, :d], partners[:, :d], seed) for d in (found[-1], 20))
+        wider.append((some.high - some.low) / (every.high - every.low))
+    assert low <= np.mean(found) <= high
+    assert np.mean(wider) < specialisation.WIDER + 0.03
+
+
+def test_draws_that_all_say_the_same_are_enough() -> None:
+    partners = np.stack([np.random.default_rng(d).permutation(30) for d in range(4)], axis=1)
+    assert specialisation.enough_draws(np.zeros((30, 4)), partners, 20) == 4
+    assert specialisation.enough_draws(np.random.default_rng(0).normal(size=(30, 4)), partners, 5) in (4, 5)

@@ -9,7 +9,8 @@ Axes: I images, C classes, N experts, U routed units of an image, K chosen exper
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +25,17 @@ from vimoe.config import DRAWS, OVERRULED_IMAGES
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.evaluate import Batches, Score, ScoreCounts, batches_of, label_names
 from vimoe.evidence import Effect, Evidence, LayerEvidence
-from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, Without, measure, signature
+from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, Subjects, Without, measure, signature
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.legend import IGNORE
 from vimoe.segmentation.score import SceneCounts, SceneScore, patch_classes
-from vimoe.specialisation import Dependence, pair_interval, tables_of_units
+from vimoe.specialisation import Dependence, enough_draws, pair_interval, tables_of_units
 from vimoe.upcycling import moe_layers
 
 KEPT_IMAGES = 20_000  # whose decisions are kept, at most
 KEPT_UNITS = 2**21  # of each layer, at most: tokens are many
+FIRST_DRAWS = 4  # by which it is judged how many are enough
 _COMPARED = 16  # images whose tokens go to all experts of a layer
 _EXAMPLES = 8  # images that are named for each expert
 
@@ -82,7 +84,8 @@ def analyze(
     layers = moe_layers(model)
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
-    base, seen = _observe(model, loader, layers, seed, "observing the routing" if progress else "")
+    subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule)
+    base, seen = _observe(model, subjects, layers, seed, "observing the routing" if progress else "")
     classes = label_names(model)
     by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
     if sequences is not None and len(sequences) != base.images:
@@ -103,8 +106,9 @@ def analyze(
     donors = np.stack([rng.permutation(overruled) for _ in range(draws)], axis=1)  # of the images that are measured
     overruled_units, overruled_sequences = specialisation.numbered(videos and [videos[row] for row in rows.tolist()])
     task = "overruling the routing" if progress else ""
+    subjects.choose(Images(seen.places[rows], seen.signatures[rows]))
     measured = (rows, donors, overruled_units)
-    effects = _effects(model, loader, layers, seen, gate_mass, *measured, seed, task) if overruled else {}
+    effects = _effects(subjects, layers, seen, gate_mass, *measured, seed, task) if overruled else {}
 
     evidence = []
     for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
@@ -123,7 +127,7 @@ def analyze(
                 effective_experts=specialisation.effective_number(by_class[name].per_image(), seed, units),
                 comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
                 examples=seen.examples(gates[name]) if seen.labels.ndim == 1 else (),
-                **effects.get(name, {"permuted": None, "frozen": None, "dense": {}, "experts": ()}),
+                **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
         )
     possible = math.prod(math.comb(layer.config.num_experts, layer.config.top_k) for layer in layers.values())
@@ -153,26 +157,43 @@ def _half(seen: _Seen, sequences: np.ndarray | None, seed: int) -> np.ndarray:
 
 
 def _effects(
-    model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
+    subjects: Subjects, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
     rows: np.ndarray, donors: np.ndarray, sequences: np.ndarray | None, seed: int, task: str,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """The fields of LayerEvidence that tell of interventions, by layer, from one reading of the loader.
+    """The fields of LayerEvidence that tell of interventions, by layer.
 
     The images that are measured are `rows` of those seen, of these `sequences`. Decisions are permuted between single
     images all the same (`donors`, a column a draw): what `permuted` means should not depend on who is whose neighbour.
     """
+
+    def handed(name: str, some: slice) -> list[Handed]:
+        experts, gates = torch.from_numpy(seen.experts[name]), torch.from_numpy(seen.gates[name])
+        return [Handed(experts, gates, torch.from_numpy(rows[draw])) for draw in donors.T[some]]
+
     draws = donors.shape[1]
-    plan = {name: _interventions(layer, seen, name, rows[donors], gate_mass[name]) for name, layer in layers.items()}
-    flat = {name: [each for group in groups.values() for each in group] for name, groups in plan.items()}
-    changes, _ = measure(model, loader, flat, Images(seen.places[rows], seen.signatures[rows]), task)
+    first = {name: min(FIRST_DRAWS, draws) if subjects.blocks_after(name) else draws for name in layers}
+    others = {name: _interventions(layer, seen, name, gate_mass[name]) for name, layer in layers.items()}
+    plan = {name: [*handed(name, slice(first[name])), *sum(groups.values(), [])] for name, groups in others.items()}
+    changes = measure(subjects, plan, task)
+    permuted = {name: (each.loss[:, : first[name]], each.right[:, : first[name]]) for name, each in changes.items()}
+    enough = {
+        name: draws if first[name] == draws else enough_draws(loss, donors[:, : first[name]], draws, seed, sequences)
+        for name, (loss, _) in permuted.items()
+    }
+    more = {name: handed(name, slice(first[name], to)) for name, to in enough.items() if to > first[name]}
+    if more:
+        for name, also in measure(subjects, more, task and f"{task}, more draws").items():
+            loss, right = permuted[name]
+            permuted[name] = np.hstack([loss, also.loss]), np.hstack([right, also.right])
     fields = {}
-    for name, groups in plan.items():
-        both = (changes[name].loss, changes[name].right)
-        loss, right = (pair_interval(values[:, :draws], donors, seed, sequences) for values in both)
-        rest = iter(Effect.each(Changes(*(values[:, draws:] for values in both)), seed, sequences))
-        found = {key: [next(rest) for _ in group] for key, group in groups.items() if key != "permuted"}
+    for name, groups in others.items():
+        pairs = [pair_interval(values, donors[:, : enough[name]], seed, sequences) for values in permuted[name]]
+        rest = Changes(changes[name].loss[:, first[name] :], changes[name].right[:, first[name] :])
+        effects = iter(Effect.each(rest, seed, sequences))
+        found = {key: [next(effects) for _ in group] for key, group in groups.items()}
         fields[name] = {
-            "permuted": Effect(loss, right),
+            "draws": enough[name],
+            "permuted": Effect(*pairs),
             "frozen": found.pop("frozen")[0],
             "experts": tuple(found.pop("experts")),
             "dense": {how: effect for how, (effect,) in found.items()},
@@ -180,15 +201,11 @@ def _effects(
     return fields
 
 
-def _interventions(
-    layer: MoE, seen: _Seen, name: str, donors: np.ndarray, gate_mass: np.ndarray
-) -> dict[str, list[Intervention]]:
-    """All interventions on a layer by kind, the permutations first. Donors are (images, draws)."""
-    experts, gates = torch.from_numpy(seen.experts[name]), torch.from_numpy(seen.gates[name])
+def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) -> dict[str, list[Intervention]]:
+    """The interventions on a layer by kind, but for permutations."""
     frozen = specialisation.most_frequent(seen.experts[name], seen.gates[name])
     n, k = layer.config.num_experts, layer.config.top_k
     return {
-        "permuted": [Handed(experts, gates, torch.from_numpy(draw)) for draw in donors.T],
         "frozen": [Frozen(*map(torch.from_numpy, frozen))],
         "experts": [Without(expert) for expert in range(n)] if n > k else [],
         **{how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.hows},
@@ -260,17 +277,22 @@ class _Seen:
         self._rng = np.random.default_rng(seed)
         self._limit = KEPT_IMAGES
 
-    def expect(self, images: int) -> None:
-        """Decides whose inputs to keep of a batch that is about to run."""
-        self._compared = self._slots(images, _COMPARED)
+    @contextmanager
+    def watching(self, images: int) -> Iterator[None]:
+        """Keeps the inputs of the layers for a few images of the batch that runs while it holds."""
+        slots, rows = self._slots(images, _COMPARED)
 
-    def add_input(self, name: str, x: Tensor) -> None:
-        """Keeps the inputs (B, T, D) of a layer for the images that were decided on."""
-        slots, rows = self._compared
-        if name not in self.inputs:
-            self.inputs[name] = x.new_empty(_COMPARED, *x.shape[1:])
-        for slot, row in zip(slots, rows, strict=True):
-            self.inputs[name][slot] = x[row]
+        def add_input(name: str, x: Tensor) -> None:
+            if name not in self.inputs:
+                self.inputs[name] = x.new_empty(_COMPARED, *x.shape[1:])
+            for slot, row in zip(slots, rows, strict=True):
+                self.inputs[name][slot] = x[row]
+
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                hook = layer.register_forward_pre_hook(lambda _layer, args, name=name: add_input(name, args[0]))
+                stack.callback(hook.remove)
+            yield
 
     def add(self, labels: np.ndarray, routings: list[Routing], signatures: np.ndarray) -> None:
         """Takes what a batch did: (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
@@ -315,32 +337,20 @@ class _Seen:
 
 
 def _observe(
-    model: nn.Module, loader: Batches, layers: Mapping[str, MoE], seed: int, task: str
+    model: nn.Module, subjects: Subjects, layers: Mapping[str, MoE], seed: int, task: str
 ) -> tuple[Score | SceneScore, _Seen]:
     seen, classes = _Seen(layers, seed), len(label_names(model))
     score: ScoreCounts | SceneCounts | None = None
     shape: torch.Size | None = None
-    handles = [
-        layer.register_forward_pre_hook(lambda _layer, args, name=name: seen.add_input(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad(), record(model) as routings:
-            for x, labels in batches_of(model, loader, task):
-                _check_labels(labels, classes)
-                shape = shape or x.shape[1:]
-                if x.shape[1:] != shape:
-                    raise DataError(
-                        f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size"
-                    )
-                seen.expect(len(labels))
-                score = score or (ScoreCounts() if labels.ndim == 1 else SceneCounts(classes))
-                score.add(model(x), labels)
-                seen.add(_classes_of(model, labels, classes), routings, signature(labels))
-                routings.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
+    for x, labels in batches_of(model, subjects.loader, task):
+        _check_labels(labels, classes)
+        shape = shape or x.shape[1:]
+        if x.shape[1:] != shape:
+            raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
+        score = score or (ScoreCounts() if labels.ndim == 1 else SceneCounts(classes))
+        with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
+            score.add(model(x), labels)
+        seen.add(_classes_of(model, labels, classes), routings, signature(labels))
     if score is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")
     found: Score | SceneScore = score.score()

@@ -63,6 +63,7 @@ class LayerEvidence:
         experts: when expert e cannot be chosen, for each e; empty where N = k.
         comparison: how alike the experts are (vimoe.comparison).
         examples: for each expert places in the loader of the images that it got most of.
+        draws: how many permutations `permuted` is the mean of; 0 where nothing was overruled.
     """
 
     name: str
@@ -81,6 +82,7 @@ class LayerEvidence:
     experts: tuple[Effect, ...]
     comparison: dict[str, Any] | None
     examples: tuple[tuple[int, ...], ...]
+    draws: int = 0
 
     @property
     def heatmap(self) -> np.ndarray:
@@ -126,7 +128,7 @@ class Evidence:
         base: the score of the untouched model on all images.
         classes: their names.
         images: how many images the numbers are of, overruled_images: and the interventions.
-        draws: permutations.
+        draws: permutations, at most; `LayerEvidence.draws` says how many were enough.
         class_order: (C,) one order for all layers, found on one half of the images; draw `LayerEvidence.drawn`.
         pairs: distinct (layer, expert) pairs that an image activates: the mean, the least and the most.
         routes: distinct combinations of experts over depth that were taken, their effective number exp(entropy), and
@@ -172,8 +174,9 @@ class Evidence:
     def from_dict(cls, values: dict[str, Any]) -> Evidence:
         """The inverse of `to_dict`."""
         pairs, routes = values["pairs"], values["routes"]
+        all_draws = {"draws": values["draws"]}  # as older files mean it, which do not say so for each layer
         made = {
-            "layers": tuple(LayerEvidence.from_dict(layer) for layer in values["layers"]),
+            "layers": tuple(LayerEvidence.from_dict({**all_draws, **layer}) for layer in values["layers"]),
             "base": SceneScore.from_dict(values["base"]) if "miou" in values["base"] else Score(**values["base"]),
             "classes": tuple(values["classes"]),
             "class_order": np.array(values["class_order"]),

@@ -133,7 +133,13 @@ class FinishedRun:
             checkpoint.remove(folder)
         split, samples = self.reported
         timed = self.problem.deciding(self.model) if self.segments else None
-        measured = receipts(list(models.values()), self._loader(samples), self.problem.evaluate, timed)
+        measured = receipts(
+            list(models.values()),
+            self._loader(samples),
+            self.problem.evaluate,
+            timed,
+            f"scoring on {split} for the receipt",
+        )
         left = moe_layers(pruned)
         summary = {
             **done.to_dict(),

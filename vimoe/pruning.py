@@ -19,11 +19,13 @@ from vimoe.config import PRUNE_TOLERANCE
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import Batches, Score, evaluate
 from vimoe.evidence import Effect, Evidence
-from vimoe.interventions import Changes, Images, Intervention, Without, measure
+from vimoe.interventions import Changes, Intervention, Subjects, Without, measure
 from vimoe.segmentation.score import SceneScore
 from vimoe.specialisation import numbered, over
 from vimoe.surgery import swap
 from vimoe.upcycling import moe_layers
+
+_TIMED_IMAGES, _TIMED_SECONDS = 32, 10.0  # a receipt's throughput must not cost more than its score
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,11 @@ class _Greedy:
         sequences: Sequence[Hashable] | None,
     ) -> None:  # fmt: skip
         self.model = model.eval()  # what is built in a layer's place has its mode
-        self.loader, self.tolerance, self.seed, self.progress = loader, tolerance, seed, progress
+        self.tolerance, self.seed, self.progress = tolerance, seed, progress
+        self._subjects = Subjects(model, loader, list(moe_layers(model)))
         self.steps: list[Step] = []
         self._units, self.sequences = numbered(sequences)
         self._named = None if sequences is None else len(sequences)
-        self._images: Images | None = None  # of the first reading, which others must give again
         self._total = Changes(np.zeros(1), np.zeros(1))  # (I,) of each image, by all steps
 
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
@@ -222,7 +224,7 @@ class _Greedy:
 
     def _measure(self, plan: Mapping[str, list[Intervention]], task: str) -> dict[str, Changes]:
         task = task if self.progress else ""
-        changes, self._images = measure(self.model, self.loader, plan, self._images, task)
+        changes = measure(self._subjects, plan, task)
         images = len(next(iter(changes.values())).loss)
         if self._named not in (None, images):
             raise ConfigError(f"{self._named} sequences of {images} images: expected one for each image")
@@ -238,8 +240,9 @@ class _Greedy:
 def receipts(
     models: list[nn.Module],
     loader: Batches,
-    score: Callable[[nn.Module, Any], Score | SceneScore] = evaluate,
+    score: Callable[[nn.Module, Any, str], Score | SceneScore] = evaluate,
     timed: Batches | None = None,
+    task: str = "",
 ) -> list[Receipt]:
     """The same measurements of each model; speed on the loader's first batch, in turns, because machines are noisy.
 
@@ -248,21 +251,27 @@ def receipts(
         loader: test batches.
         score: of a model on a loader; of classifiers by default.
         timed: batches to time a forward on, by default those of the loader.
+        task: what to call the scoring where it is shown how far it is; not shown without it.
     """
     speeds = images_per_second(models, next(iter(timed or loader))[0])
-    return [Receipt(score(m, loader), count(m), s) for m, s in zip(models, speeds, strict=True)]
+    scores = [score(m, loader, task and f"{task}, {i} of {len(models)}") for i, m in enumerate(models, 1)]
+    return [Receipt(score, count(m), s) for m, score, s in zip(models, scores, speeds, strict=True)]
 
 
 def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 15) -> list[float]:
     """Median inference throughput of each model on the same images, timed in turns after a round to warm up.
+
+    On a CPU these are at most 32 images, and there are fewer rounds, but 3 at least, once they have taken 10 s.
 
     The images should be real ones: how long an MoE takes depends on which experts they go to.
     """
     times: list[list[float]] = [[] for _ in models]
     weight = next(models[0].parameters())
     device, images = weight.device, images.to(weight.device, weight.dtype)
+    if device.type == "cpu":
+        images = images[:_TIMED_IMAGES]
     with torch.inference_mode():
-        for _ in range(rounds + 1):
+        while len(times[0]) <= rounds and (len(times[0]) <= 3 or sum(map(sum, times)) < _TIMED_SECONDS):
             for model, seconds in zip(models, times, strict=True):
                 model.eval()
                 _wait_for(device)

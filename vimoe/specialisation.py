@@ -12,6 +12,7 @@ L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from sklearn.metrics.cluster import expected_mutual_information
 CONFIDENCE = 0.95
 Z = 1.959964  # half the width of a normal interval of that confidence, in standard deviations
 RESAMPLES = 500
+WIDER = 1.05  # than it could be, at most, an interval over draws that ended early
 FEWEST = 5  # sequences that are resampled: of fewer the samples are too alike for an interval
 _PERMUTED_UNITS = 200_000_000  # decisions that are permuted for a null distribution
 _CHUNK = 400_000  # resampled images at a time, which bounds the memory
@@ -110,6 +112,32 @@ def pair_interval(
         means.append(sums[weights > 0] / weights[weights > 0])  # of few images a sample may hold no pair
     low, high = np.quantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def enough_draws(
+    values: np.ndarray, partners: np.ndarray, most: int, seed: int = 0, sequences: np.ndarray | None = None
+) -> int:
+    """How many draws give an interval at most `WIDER` times as wide as `most` of them would, judged by a few.
+
+    The square of the width of `pair_interval` is a + b / draws: a is from the images, b from which of them meet, and
+    from b alone more draws take away. Both follow from the width for these draws and for either half of them. The mean
+    plays no part in it, so that to stop does not move the mean.
+
+    Args:
+        values, partners, seed, sequences: as for `pair_interval`, of an even number of draws.
+        most: the most draws that can be made.
+    """
+    draws = values.shape[1]
+
+    def square(some: slice) -> float:
+        interval = pair_interval(values[:, some], partners[:, some], seed, sequences)
+        return (interval.high - interval.low) ** 2
+
+    whole, halves = square(slice(None)), square(slice(draws // 2)) / 2 + square(slice(draws // 2, None)) / 2
+    b = draws * max(0.0, halves - whole)
+    a = max(0.0, whole - b / draws)
+    room = WIDER**2 * (a + b / most) - a
+    return min(most, max(draws, math.ceil(b / room - 1e-9))) if room > 0 else draws
 
 
 def dependence(
