@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import analysis_cost
 import numpy as np
 import peers
 import torch
@@ -162,10 +163,13 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write_page() -> None:
     """Puts the tables of all results between the marks of README.md."""
-    results = {path.stem: merged(json.loads(path.read_text())["processes"]) for path in sorted(RESULTS.glob("*.json"))}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    analyses = [analysis_cost.table(result) for result in found.values() if "processes" not in result]
+    results = {name: merged(result["processes"]) for name, result in found.items() if "processes" in result}
     page = HERE / "README.md"
     before, _, rest = page.read_text().partition(BEGIN)
-    write_text(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{rest.partition(END)[2]}")
+    made = "\n\n".join([tables(results), *analyses])
+    write_text(page, f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:

@@ -364,3 +364,23 @@ def test_a_file_of_the_users_goes_before_a_preset_of_its_name(
     parser.add_sections("model", "moe", "train")
     settings = parser.settings(parser.parse_args(["--config", name]))
     assert (settings.train.epochs, settings.train.early_stopping) == (3, None)
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a line for each step in place of one every half minute."""
+    monkeypatch.setattr("vimoe.terminal.EVERY", 0.0)
+    caplog.set_level("INFO", "vimoe")
+    run = tmp_path / "run"
+    small = ["--data.workers=0", "--train.batch_size=2", "--train.epochs=1", "--train.tensorboard=false"]
+    data = ["--data.path", str(photos), "--data.cache=disk"]
+    assert main(["train", *data, *TINY, *small, "--train.precision=no", "--moe.layers=all", "--out", str(run)]) == 0
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["prune", str(run), "--out", str(tmp_path / "pruned"), "--tolerance=100"]) == 0
+    said = {record.getMessage().partition(":")[0] for record in caplog.records if record.name == "vimoe.terminal"}
+    assert said >= {
+        "scanning images", "decoding images", "epoch 1/1", "evaluating", "observing the routing",
+        "overruling the routing", "pruning layers", "scoring on test for the receipt, 1 of 2",
+        "scoring on test for the receipt, 2 of 2",
+    }  # fmt: skip

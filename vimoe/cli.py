@@ -166,7 +166,7 @@ def analyze(verb: str, argv: list[str]) -> Result:
     """
     parser = _parser(verb)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="permutations of the images' decisions")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="permutations of the images' decisions, at most")
     overrule = "images to overrule the routing on, drawn at random; 0 for none"
     parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=overrule)
     parser.add_argument("--seed", type=int, default=0, help="of the draws")

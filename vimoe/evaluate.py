@@ -67,7 +67,7 @@ class ScoreCounts:
 
 
 def evaluate(model: nn.Module, loader: Batches, task: str = "") -> Score:
-    """Top-1, top-5 and loss over a loader of (images, labels), with a progress bar if `task` names it.
+    """Top-1, top-5 and loss over a loader of (images, labels), and shows how far it is if `task` names it.
 
     Leaves the model in eval mode.
     """
@@ -83,7 +83,7 @@ def forwards(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tupl
     Args:
         model: a classifier.
         loader: batches of (images, labels).
-        task: what to call this in a progress bar on standard error; none without it.
+        task: what to call this where it is shown how far it is (`vimoe.terminal`); not shown without it.
     """
     for images, labels in batches_of(model, loader, task):
         with torch.no_grad():

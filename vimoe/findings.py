@@ -178,7 +178,7 @@ def _does_it_matter(page: Page, evidence: dict[str, Any], prefix: str) -> None:
         page.text("No layer was overruled in this analysis, so whether the routing matters was not measured.")
         return
     meanings = {
-        "permuted": f"each image gets another image's complete decisions; mean of {evidence['draws']} permutations",
+        "permuted": f"each image gets another image's complete decisions; mean of {_draws(evidence)} permutations",
         "frozen": "every image (or token) gets the layer's most frequent decision, so that it no longer chooses",
         "shared": "the layer is replaced by its shared expert alone",
         "merge": "the layer is replaced by one FFN with the experts' mean weights",
@@ -269,6 +269,12 @@ def _how_alike(page: Page, evidence: dict[str, Any]) -> None:
         [[layer, *(f"{n[name]:.3f}" if name in n else "–" for name in names)] for layer, n in compared.items()],
     )
     page.items(f"{name.replace('_', ' ')}: {COMPARED[name]}." for name in names if name in COMPARED)
+
+
+def _draws(evidence: dict[str, Any]) -> str:
+    """How many permutations were made, over the layers."""
+    made = [layer.get("draws", evidence["draws"]) for layer in evidence["layers"]]
+    return f"{min(made)}" if min(made) == max(made) else f"{min(made)} to {max(made)}"
 
 
 def _overruled(evidence: dict[str, Any]) -> str:

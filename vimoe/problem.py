@@ -114,7 +114,7 @@ class Classification:
         return None
 
     def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> Score:
-        """Scores a model, with a progress bar if `task` names it."""
+        """Scores a model, and shows how far it is if `task` names it."""
         return evaluate(model, loader, task)
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:

@@ -118,6 +118,9 @@ def prune(
     as if it were removed alone, which several together may not bear out. Interrupted, the model is left with the
     removals until then.
 
+    The loader is read once where what comes before the first MoE layer takes at most 1 GiB: it never changes. After
+    that a round costs the blocks from there on, and for each way of making a layer dense those after the layer.
+
     Args:
         model: the model that the evidence is of; left in eval mode.
         evidence: from `vimoe.analyze`; its gate masses weigh the mean of experts.
@@ -127,7 +130,7 @@ def prune(
         experts: also drop experts of the layers that stay, from the last layer to the first, one after another by the
             same rule. It saves memory but no arithmetic. Needs the loader.
         seed: draws the bootstrap.
-        progress: show a progress bar on standard error for each reading of the loader.
+        progress: show how far each measurement is, as in `vimoe.analyze`.
         sequences: for each image of the loader the video that it is a frame of, as in `vimoe.analyze`.
 
     Raises:

@@ -74,7 +74,7 @@ def whole_images(
 
 
 def evaluate_scenes(model: nn.Module, loader: Batches, config: DataConfig, task: str = "") -> SceneScore:
-    """Mean IoU and what belongs to it over a loader of whole images, with a progress bar if `task` names it."""
+    """Mean IoU and what belongs to it over a loader of whole images, and shows how far it is if `task` names it."""
     classes: Any = model.num_classes
     counts = SceneCounts(classes)
     for images, masks in batches_of(model, loader, task):
