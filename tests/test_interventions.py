@@ -96,11 +96,12 @@ READ = {  # families whose head reads no patches, and how many tokens are none
 @pytest.mark.parametrize(("routing", "top_k"), [("image", 1), ("image", 2), ("token", 1), ("token", 2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_what_a_naive_loop_does(family: str, routing: str, top_k: int) -> None:
-    """One intervention at a time by hooks on the whole model; with a block before the layers, and one between."""
-    model = perturb_experts(upcycle(vit(family, depth=4), config(layers=[1, 3], routing=routing, top_k=top_k)))
+    """One intervention at a time by hooks on the whole model; with blocks before, between and after the layers."""
+    places = [1, 3] if top_k == 1 else [0, 2]  # in the last block too, or not
+    model = perturb_experts(upcycle(vit(family, depth=4), config(layers=places, routing=routing, top_k=top_k)))
     x = images(model, batch=5)
     way = find_way(model, x)
-    assert (way.blocks, way.first) == ("blocks", 1)
+    assert (way.blocks, way.first) == ("blocks", places[0])
     assert way.read == READ.get(family)
     assert_as_naive(model, x)
 
@@ -148,6 +149,33 @@ def test_a_part_that_runs_on_both_sides_of_the_layer_is_not_remembered() -> None
     perturb_experts(upcycle(model, config(layers=[1])))
     assert find_way(model, images(model)).blocks == "blocks"
     assert_as_naive(model, images(model, 5))
+
+
+class Deaf(Wrapped):
+    """Runs its layers, and does not look at what they give."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inside(x)
+        return self.head(x.mean(dim=(1, 2, 3)).expand(5, -1).T)
+
+
+def test_a_model_that_does_not_use_its_layers_is_refused_and_not_pruned() -> None:
+    """All interventions would seem to cost nothing."""
+    model = upcycle(Deaf(vit(), beside=False).eval(), config())
+    with pytest.raises(VimoeError, match=r"gives the same whatever inside.blocks.0.mlp gives: expected a model that"):
+        find_way(model, images(vit()))
+
+
+def test_a_compiled_model_is_overruled_too() -> None:
+    model = perturb_experts(upcycle(vit(depth=2), config(layers=[1])))
+    compiled, x = torch.compile(model, backend="eager"), images(model, 6)
+    with torch.no_grad():
+        compiled(x)  # what was compiled before there is something to overrule
+    batches, name = [(x, torch.arange(6) % 5)], "blocks.1.mlp"
+    plan = [Without(1)]
+    plain, found = measure_on(model, batches, {name: plan}), measure_on(compiled, batches, {f"_orig_mod.{name}": plan})
+    assert found[f"_orig_mod.{name}"].loss == pytest.approx(plain[name].loss, abs=1e-5)
+    assert abs(plain[name].loss).max() > 1e-3
 
 
 def test_in_low_precision_the_way_is_as_short() -> None:

@@ -22,7 +22,7 @@ from timm.layers import PatchDropout
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, VimoeError
 from vimoe.segmentation.segmenter import Segmenter
 from vimoe.surgery import block_name
 from vimoe.upcycling import sites
@@ -252,13 +252,22 @@ class Way:
             layers: their names.
             images: a few.
             prefix: how many tokens are no patches.
+
+        Raises:
+            VimoeError: where the model gives the same whatever a layer gives.
         """
         places = [(block_name(model, name) or "").rpartition(".") for name in layers]
         ways = []
         if places[0][0] and len({blocks for blocks, *_ in places}) == 1:
             whole = cls(model, places[0][0], min(int(number) for *_, number in places))
             ways = [*([replace(whole, read=prefix)] if prefix else []), whole]
-        return next((way for way in ways if way._fits(layers, images)), cls(model))
+        way = next((way for way in ways if way._fits(layers, images)), cls(model))
+        if not way.blocks and (deaf := way._deaf(way.forward(Start(images), layers)[1])):
+            raise VimoeError(
+                f"the model gives the same whatever {deaf} gives: expected a model that calls its MoE layers; pass the "
+                f"module that was compiled or traced in place of the result"
+            )
+        return way
 
     def _fits(self, layers: Sequence[str], images: Tensor) -> bool:
         expected = self.model(images)
@@ -266,9 +275,18 @@ class Way:
         try:
             found, passages = self.forward(Start(images), layers)
             again = [self.rest(name, p, rows, p.y) for name, p in passages.items() if p.y is not None]
+            return all(alike(each, expected) for each in (found, *again)) and not self._deaf(passages)
         except Exception:  # whatever a forward raises that was not made for this
             return False
-        return all(alike(each, expected) for each in (found, *again))
+
+    def _deaf(self, passages: Mapping[str, Passage]) -> str:
+        """The name of a layer that could give NaN and nobody would see it, as where its forward was compiled away."""
+        for name, p in passages.items():
+            assert p.y is not None
+            rows = torch.arange(len(p.y), device=p.y.device)
+            if self.rest(name, p, rows, torch.full_like(p.y, math.nan)).isfinite().all():
+                return name
+        return ""
 
     def forward(self, start: Start, layers: Iterable[str] = ()) -> tuple[Tensor, dict[str, Passage]]:
         """What the model gives from here on, and the passages through these layers."""
