@@ -152,16 +152,21 @@ def test_a_part_that_runs_on_both_sides_of_the_layer_is_not_remembered() -> None
 
 
 class Deaf(Wrapped):
-    """Runs its layers, and does not look at what they give."""
+    """Runs its layers, if at all, and does not look at what they give."""
+
+    runs = True
 
     def forward(self, x: Tensor) -> Tensor:
-        self.inside(x)
+        if self.runs:
+            self.inside(x)
         return self.head(x.mean(dim=(1, 2, 3)).expand(5, -1).T)
 
 
-def test_a_model_that_does_not_use_its_layers_is_refused_and_not_pruned() -> None:
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_model_that_does_not_use_its_layers_is_refused_and_not_pruned(runs: bool) -> None:
     """All interventions would seem to cost nothing."""
     model = upcycle(Deaf(vit(), beside=False).eval(), config())
+    model.runs = runs
     with pytest.raises(VimoeError, match=r"gives the same whatever inside.blocks.0.mlp gives: expected a model that"):
         find_way(model, images(vit()))
 
@@ -391,12 +396,23 @@ def test_the_loader_is_read_again_where_there_is_too_much_to_keep(limit: int, mo
     plan = {"blocks.1.mlp": [Without(1)]}
     subjects = Subjects(model, loader, ["blocks.1.mlp"])
     first, again = measure(subjects, plan), measure(subjects, plan)
-    assert len(readings) == (1 if limit > 9 * 480 else 2)
+    assert len(readings) == (1 if limit > 9 * (480 + 8) else 2)
     assert first["blocks.1.mlp"].loss == pytest.approx(again["blocks.1.mlp"].loss, abs=1e-6)
     if len(readings) == 2:
         batches.reverse()
         with pytest.raises(DataError, match="another order each time"):
             measure(subjects, plan)
+
+
+def test_masks_count_as_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a segmentation they are larger than what the blocks give."""
+    model, x = model_and_images()
+    for limit, kept in ((3 * (480 + 8 * 32 * 32), True), (3 * 8 * 32 * 32, False)):
+        monkeypatch.setattr("vimoe.interventions.KEPT_BYTES", limit)
+        subjects = Subjects(model, [], ["blocks.1.mlp"])
+        with torch.no_grad(), subjects.keeping(x, torch.zeros(3, 32, 32, dtype=torch.long)):
+            model(x)
+        assert (subjects._kept is not None) == kept
 
 
 def test_no_more_images_are_kept_than_will_be_measured() -> None:

@@ -56,9 +56,9 @@ def analyze(
     an image's pixels that are.
 
     It costs one pass over the loader to see the routing, and for the interventions, of which there are up to `draws` +
-    N + 4 on a layer, as many times the blocks after that layer, on the images that are overruled. In the last blocks of
-    a ViT that is classified from its class token that is little: 2 to 3 more passes for `last:2`. What comes before the
-    first layer is kept where it takes at most 1 GiB; else the loader is read again, once or twice.
+    N + 4 on a layer, as many times the blocks after that layer, on the images that are overruled. For `last:2` of a ViT
+    that is classified from its class token that is about 2 more passes, and 5 of one that pools its patches. What comes
+    before the first layer is kept where it takes at most 1 GiB; else the loader is read again, once or twice.
 
     Where whole blocks come after a layer a few permutations are made first, and then as many as narrow the interval by
     more than a twentieth (`vimoe.specialisation.enough_draws`). How many that is follows from widths, not from the

@@ -31,7 +31,7 @@ from vimoe.segmentation.legend import IGNORE
 from vimoe.terminal import track
 from vimoe.trunk import Passage, Start, Way
 
-KEPT_BYTES = 2**30  # of what the blocks before the first overruled layer give, at most
+KEPT_BYTES = 2**30  # of what the blocks before the first overruled layer give, and of labels, at most
 _BROKEN = 1e6  # nats, of an image for which an intervention gives no finite loss
 _ROWS = 128  # images that run through the rest of the model at a time: more would not stay in a CPU's cache
 _HELD = 512  # times that an expert computes an image whose outputs are held at a time
@@ -148,7 +148,7 @@ class Subjects:
         if self._kept is None:
             return
         self._kept.append((found[-1], labels))
-        self._bytes += found[-1].nbytes
+        self._bytes += found[-1].nbytes + labels.nbytes  # masks are as large as images
         count = sum(len(labels) for _, labels in self._kept)
         if self._bytes > KEPT_BYTES or (self.most is not None and count > self.most):
             self._kept = None
@@ -300,15 +300,12 @@ class _Others:
 
     def of_images(self, decisions: Tensor) -> Tensor:
         """(R, K) to (B, U, K)."""
-        return decisions.view(self.shape[0], self.units, -1)
+        return decisions.reshape(self.shape[0], self.units, -1)
 
     def __call__(self, images: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """(M, T, D) for (M,) images of the batch by decisions (M, U, K)."""
         units = (images[:, None] * self.units + torch.arange(self.units, device=images.device)).flatten()
-        number, mix = (
-            self.layer.config.num_experts,
-            self.layer.shared is not None and self.layer.config.combine == "mix",
-        )
+        number = self.layer.config.num_experts
         home = units[:, None] * number + experts.flatten(0, 1)
         wanted = home.unique()
         new = wanted[~self.known[wanted]]
@@ -318,6 +315,7 @@ class _Others:
             self.table[new] = self.layer.experts(self.x_RTD[new // number], torch.arange(len(new)).to(new), load)
             self.known[new] = True
         shared = None if self.shared is None else self.shared[units]
+        mix = shared is not None and self.layer.config.combine == "mix"
         return combine(self.table, gates.flatten(0, 1), home, shared, mix).view(len(images), *self.shape[1:])
 
 

@@ -282,7 +282,8 @@ class Way:
     def _deaf(self, passages: Mapping[str, Passage]) -> str:
         """The name of a layer that could give NaN and nobody would see it, as where its forward was compiled away."""
         for name, p in passages.items():
-            assert p.y is not None
+            if p.y is None:
+                return name
             rows = torch.arange(len(p.y), device=p.y.device)
             if self.rest(name, p, rows, torch.full_like(p.y, math.nan)).isfinite().all():
                 return name
