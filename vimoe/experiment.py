@@ -22,7 +22,7 @@ from vimoe.report import write_run_report
 from vimoe.scan import Scan
 from vimoe.segmentation.scene_scan import SceneScan
 from vimoe.surgery import select
-from vimoe.train import check, train
+from vimoe.train import check, settle, train
 from vimoe.upcycling import sites, upcycle
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,10 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_name(settings.model, segmentation=settings.data.task == "segmentation")
     runs.check_new(out)
     problem = problem_of(settings)
-    check(settings.train, len(problem.data.train))
     model = _model(problem)
+    settings = replace(settings, train=settle(settings.train, len(problem.data.train), model))
+    problem.settings = settings
+    check(settings.train, len(problem.data.train))
     problem.check(model)
     scanned = problem.scan()
     folder = runs.new_run(out)
