@@ -99,7 +99,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "inference": ["windows"], "flip_test": FLAGS,
     },
     TrainConfig: {
-        "epochs": COUNTS, "batch_size": COUNTS, "accumulation": COUNTS, "lr": RATES, "min_lr": [*RATES, 1.0],
+        "epochs": COUNTS, "batch_size": COUNTS, "accumulation": COUNTS, "lr": RATES, "min_lr": RATES,
         "warmup_epochs": RATES, "weight_decay": RATES, "layer_decay": [*SHARES, 0], "router_lr_scale": RATES,
         "router_weight_decay": RATES, "router_warmup_epochs": RATES, "expert_weight_decay": RATES,
         "train_only": ["mlp"], "balance_loss": RATES, "z_loss": RATES, "importance_loss": RATES,

@@ -152,6 +152,11 @@ def test_accumulated_small_batches_are_one_large_batch(data: Data, tmp_path: Pat
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_the_rate_never_rises_after_its_peak(data: Data, tmp_path: Path) -> None:
+    run(data, tmp_path, model(layers="none"), lr=1e-7, epochs=3, warmup_epochs=0)  # below what min_lr is by default
+    assert [float(row["lr"]) for row in rows(tmp_path / "metrics.csv")] == pytest.approx([1e-7] * 3)
+
+
 def norms(data: Data, out: Path, monkeypatch: pytest.MonkeyPatch, network: nn.Module, **changes: object) -> list[float]:
     """Gradient norms of the updates of an epoch in which nothing moves."""
     seen: list[float] = []
@@ -226,6 +231,8 @@ def test_the_first_step_learns_and_the_rate_ends_low(data: Data, tmp_path: Path)
     first = weights(before).clone()
     after, _ = run(data, tmp_path, before, epochs=1, batch_size=24, warmup_epochs=0.9, min_lr=1e-5)
     assert not torch.equal(first, weights(after))  # one step in all
+    (row,) = rows(tmp_path / "metrics.csv")
+    assert float(row["lr"]) == pytest.approx((QUICK.lr + 1e-5) / 2)  # not the lowest, which would learn nothing
     run(data, tmp_path / "longer", epochs=3, warmup_epochs=1)
     rates = [float(row["lr"]) for row in rows(tmp_path / "longer" / "metrics.csv")]
     assert rates[0] == pytest.approx(QUICK.lr) and rates[-1] == pytest.approx(QUICK.min_lr)

@@ -241,7 +241,7 @@ class TrainConfig:
         batch_size: images a step (on each device); lowered, with a warning, where there are fewer training images.
         accumulation: steps whose gradients are added up before the weights move.
         lr: peak learning rate of AdamW, reached after the warm-up and then decayed by a cosine to min_lr.
-        min_lr: learning rate at the end.
+        min_lr: learning rate at the end, or lr where that is lower.
         warmup_epochs: epochs of linear warm-up.
         weight_decay: of matrices; biases, norms, embeddings have none.
         layer_decay: learning rate of a block relative to the block after it (1 is the same rate everywhere).
@@ -320,8 +320,6 @@ class TrainConfig:
             _check_choice(name, getattr(self, name), choices)
         _check_count("seed", self.seed, 0, LARGEST_SEED)
         _check_flags(self, "tensorboard")
-        if self.min_lr > self.lr:
-            raise ConfigError(f"min_lr={self.min_lr:g}: expected at most lr={self.lr:g}, the peak; lower it")
         if self.max_scale < self.min_scale:
             raise ConfigError(
                 f"max_scale={self.max_scale}: expected at least min_scale={self.min_scale}; exchange them"

@@ -292,8 +292,9 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> CosineLRScheduler:
     total, warmup = config.epochs * updates, math.floor(config.warmup_epochs * updates)
+    cosine = max(total - warmup, 2)  # of one update alone, the rate would be that of its end
     return CosineLRScheduler(
-        optimizer, t_initial=total - warmup, lr_min=config.min_lr, warmup_t=warmup, warmup_prefix=True,
+        optimizer, t_initial=cosine, lr_min=min(config.min_lr, config.lr), warmup_t=warmup, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip
 
