@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 
 from vimoe import checkpoint, runs
-from vimoe.backbone import check_name
+from vimoe.backbone import check_name, dense_segmenter
 from vimoe.data import absolute
 from vimoe.folder import save
 from vimoe.loading import preprocessing
@@ -40,10 +42,12 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_name(settings.model, segmentation=settings.data.task == "segmentation")
     runs.check_new(out)
     problem = problem_of(settings)
-    model = _model(problem)
-    settings = replace(settings, train=settle(settings.train, len(problem.data.train), model))
+    sketch = _sketch(problem)
+    select(sites(sketch), settings.moe.layers)
+    settings = replace(settings, train=settle(settings.train, len(problem.data.train), sketch))
     problem.settings = settings
     check(settings.train, len(problem.data.train))
+    model = _model(problem)
     problem.check(model)
     scanned = problem.scan()
     folder = runs.new_run(out)
@@ -70,6 +74,17 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     if settings.data.cache == "features" and (stored := checkpoint.read(run.path)):
         model.load_state_dict(stored["model"])  # whose trunk the features are of
     return _train(problem, problem.scan(), model, run.path)
+
+
+def _sketch(problem: Problem) -> nn.Module:
+    """The dense model without its weights, to see what is wrong before they are downloaded and loaded."""
+    config = problem.settings.model
+    if dense_segmenter(config):  # a folder, read at once
+        return problem.dense_model()
+    light = copy.copy(problem)  # whose data are found already
+    light.settings = replace(problem.settings, model=replace(config, pretrained=False))
+    with torch.device("meta"):
+        return light.dense_model()
 
 
 def _model(problem: Problem) -> nn.Module:
