@@ -26,9 +26,10 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import vimoe
 from vimoe import checkpoint
-from vimoe.config import TrainConfig
+from vimoe.config import Precision, TrainConfig
 from vimoe.crops import Finish
 from vimoe.data import list_images
+from vimoe.execution import resolve
 from vimoe.files import write_json
 from vimoe.loading import Crops, Shuffled, decoded_for_training, mix, preprocessing, seed_everything, train_loader
 from vimoe.runs import versions
@@ -119,7 +120,7 @@ def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def pretrain(settings: Settings, out: Path, precision: str) -> dict[str, Any]:
+def pretrain(settings: Settings, out: Path, precision: Precision) -> dict[str, Any]:
     """Trains, writes OUT/model, and returns what it cost."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", asdict(settings))
@@ -129,7 +130,12 @@ def pretrain(settings: Settings, out: Path, precision: str) -> dict[str, Any]:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model.to(device)
     files = list_images([settings.images])
-    config = TrainConfig(batch_size=settings.batch_size, min_crop=settings.min_crop, seed=settings.seed)
+    config = resolve(
+        TrainConfig(
+            batch_size=settings.batch_size, min_crop=settings.min_crop, seed=settings.seed, precision=precision
+        ),
+        vit,
+    )  # fmt: skip
     prepared = preprocessing(vit)
     samples = decoded_for_training([(file, 0) for file in files], prepared, config, "memory")
     loader = train_loader(samples, prepared, config, 0)
@@ -156,7 +162,7 @@ def pretrain(settings: Settings, out: Path, precision: str) -> dict[str, Any]:
         for step, (images, _) in enumerate(loader):
             seed_everything(mix(settings.seed, epoch, step))
             images = finish(*(part.to(device) for part in images)) if finish else images.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = model(images).loss
             loss.backward()
             optimizer.step()
@@ -185,7 +191,7 @@ def pretrain(settings: Settings, out: Path, precision: str) -> dict[str, Any]:
         "images": len(files),
         "versions": versions(),
     }
-    write_json(out / "summary.json", {**asdict(settings), **cost, "precision": precision, "device": device.type})
+    write_json(out / "summary.json", {**asdict(settings), **cost, "precision": config.precision, "device": device.type})
     return cost
 
 
@@ -194,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", help="folder of images, searched through")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--precision", choices=["no", "bf16"], default="bf16")
+    parser.add_argument("--precision", choices=["auto", "no", "bf16"], default="auto")
     for name, value in asdict(Settings(images="")).items():
         if name != "images":
             parser.add_argument(f"--{name}", type=json.loads if name == "args" else type(value), default=value)

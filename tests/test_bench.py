@@ -56,6 +56,42 @@ def test_every_contestant_runs_once_a_round_in_changing_order() -> None:
     assert all(len(taken) == 20 and (taken > 0).all() for taken in seconds.values())
 
 
+def test_a_slow_comparison_says_how_long_it_takes_and_does_fewer_rounds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, calls = [0.0], []
+
+    def takes(seconds: float) -> None:
+        calls.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(vimoe.bench.time, "perf_counter", lambda: now[0])
+    slow = {"a": lambda: takes(20.0), "b": lambda: takes(10.0)}
+    for asked, timed in ((30, 8), (9, 8), (3, 3), (2, 2)):
+        caplog.clear(), calls.clear()
+        seconds = interleaved(slow, asked)
+        assert seconds["a"].tolist() == [20.0] * timed and len(calls) <= 2 * (timed + 2)
+        assert ("30 s a round, so 8 of 30 rounds are timed, in about 4 min" in caplog.text) == (asked == 30)
+        assert bool(caplog.records) == (asked > 8)
+    glacial = interleaved({"a": lambda: takes(1000.0)}, 30)
+    assert len(glacial["a"]) == 2 and "2 of 30 rounds are timed, in about 33 minutes" in caplog.text
+
+
+def test_the_bench_warns_of_emulated_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vimoe.execution, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(vimoe.bench, "has_bfloat16", lambda: False)
+    small = ["--bench.tokens=8", "--bench.dim=16", "--bench.hidden=32", "--bench.images=2", "--bench.rounds=2"]
+    for option in ("--bench.precision=bf16", "--bench.dtype=bfloat16"):
+        vimoe.execution.warn_of_slow_bfloat16.cache_clear()
+        caplog.clear()
+        assert cli.main(["bench", "layer", *small, option]) == 0
+        said = f"{option.removeprefix('--')} is slow: this CPU has no bfloat16 and emulates it; leave it out"
+        assert [record.getMessage()[: len(said)] for record in caplog.records] == [said]
+    assert "forward, 2 rounds" in capsys.readouterr().out
+
+
 def test_activations_count_each_storage_once_and_no_weights() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     linear = nn.Linear(8, 8)
@@ -110,7 +146,7 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
 def test_a_layer_keeps_at_most_7_percent_more_for_backward_than_the_floor(
     routing: str, dtype: str, backend: str
 ) -> None:
-    case = layer_case(LayerBench(images=2, dtype=dtype), MoEConfig(routing=routing))
+    case = layer_case(LayerBench(images=2, tokens=129, dtype=dtype), MoEConfig(routing=routing))
     kept = layer_memory(replace(case, layers={name: case.layers[name] for name in (*case.floor, f"vimoe {backend}")}))
     assert 1 < kept[f"vimoe {backend}"] / min(kept[name] for name in case.floor) < 1.07
 

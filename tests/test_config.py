@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import fields
+from typing import Any
 
 import pytest
 
-from vimoe.config import MoEConfig, TrainConfig
+from vimoe.config import DataConfig, LayerBench, ModelConfig, MoEConfig, TrainConfig
 from vimoe.errors import VimoeError, nearest
 
 REFUSED = {
@@ -68,6 +71,69 @@ def test_impossible_settings_of_the_training_are_refused(case: str) -> None:
     with pytest.raises(VimoeError, match=message) as raised:
         TrainConfig(**settings)
     assert "\n" not in str(raised.value)
+
+
+NAN, INF = math.nan, math.inf
+SEEDS, FLAGS = [-1, 2**32, 0.5, True], ["no", 1, None]
+COUNTS, SHARES = [0, -1, 1.5, True, "3"], [-0.1, 1.1, NAN, "0.5", True]
+RATES = [-0.1, NAN, INF, "1", True, [1]]
+# values that a setting cannot have; no list for what is free text, or is checked against the data or the model
+OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
+    MoEConfig: {
+        "layers": ["", [], "last:0", 3], "num_experts": COUNTS[1:], "top_k": COUNTS, "routing": ["imgae"],
+        "num_shared_experts": COUNTS[1:], "combine": ["mux"], "normalize_gates": FLAGS, "router_noise": RATES,
+        "bias_update_rate": SHARES, "expert_dropout": [*SHARES, 1.0],
+    },
+    ModelConfig: {
+        "name": None, "pretrained": FLAGS, "img_size": COUNTS, "num_classes": COUNTS, "drop_path_rate": [*SHARES, 1.0],
+        "decoder": ["linaer"], "args": [[8], "depth", {"img_size": 8}],
+    },
+    DataConfig: {
+        "path": None, "image_column": None, "label_column": None,
+        "task": ["detection"], "train_split": ["val", "test"], "val_split": ["train", "test"],
+        "test_split": ["train", "val"], "val_fraction": [*SHARES, 0, 1], "images_per_class": [*COUNTS, 1],
+        "seed": SEEDS, "skip_unreadable": FLAGS, "cache": ["ram"], "views": COUNTS, "workers": [-1, 1.5, "2"],
+        "crop_pct": [*SHARES, 0], "interpolation": ["bicubc"],
+        "mean": [(123.675, 116.28, 103.53), (0.5, 0.5), (), 0.5, (-0.1, 0.5, 0.5), (NAN, 0.5, 0.5), ("a", "b", "c")],
+        "std": [(58.395, 57.12, 57.375), (0.5,) * 4, 0.5, (0.0, 0.5, 0.5), (0.5, 0.5, INF), (0.5, 0.5, True)],
+        "inference": ["windows"], "flip_test": FLAGS,
+    },
+    TrainConfig: {
+        "epochs": COUNTS, "batch_size": COUNTS, "accumulation": COUNTS, "lr": RATES, "min_lr": RATES,
+        "warmup_epochs": RATES, "weight_decay": RATES, "layer_decay": [*SHARES, 0], "router_lr_scale": RATES,
+        "router_weight_decay": RATES, "router_warmup_epochs": RATES, "expert_weight_decay": RATES,
+        "train_only": ["mlp"], "balance_loss": RATES, "z_loss": RATES, "importance_loss": RATES,
+        "label_smoothing": [*SHARES, 1], "mixup": RATES, "cutmix": RATES, "auto_augment": None,
+        "random_erasing": SHARES, "min_crop": [*SHARES, 0], "hflip": SHARES, "color_jitter": SHARES,
+        "min_scale": [*RATES, 0, 3.0], "max_scale": [*RATES, 0, 0.1], "dice_loss": RATES,
+        "class_weights": ["inverse"], "ema_decay": [*SHARES, 1], "clip_grad": RATES, "early_stopping": COUNTS,
+        "precision": ["float32", "bfloat16", None], "seed": SEEDS, "checkpoint_minutes": RATES, "tensorboard": FLAGS,
+    },
+    LayerBench: {
+        "images": COUNTS, "dtype": ["float16"], "precision": ["fp16"], "rounds": [*COUNTS, 1], "tokens": COUNTS,
+        "dim": COUNTS, "hidden": COUNTS, "load": ["even"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", OUT_OF_RANGE, ids=lambda config: config.__name__)
+def test_every_setting_refuses_what_is_out_of_its_range_by_name(config: type) -> None:
+    assert {field.name for field in fields(config)} == set(OUT_OF_RANGE[config])
+    for name, values in OUT_OF_RANGE[config].items():
+        for value in values or []:
+            with pytest.raises(VimoeError) as raised:
+                config(**{name: value})
+                pytest.fail(f"{name}={value!r} was taken")
+            message = str(raised.value)
+            assert name in message and "\n" not in message and ": expected" in message, message
+
+
+def test_a_normalisation_of_pixels_in_0_to_255_is_told_what_to_do() -> None:
+    for name in ("mean", "std"):
+        with pytest.raises(VimoeError, match=rf"{name}=.*58.395.*: expected values in 0..1; divide by 255"):
+            DataConfig(**{name: (58.395, 57.12, 57.375)})
+    for good in ((0.0, 0.5, 1.0), [0.485, 0.456, 0.406], (0.5,)):
+        assert DataConfig(mean=good).mean == good
 
 
 ACCEPTED = [

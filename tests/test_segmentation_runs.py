@@ -28,7 +28,7 @@ from vimoe.segmentation.decoders import DECODERS as KNOWN_DECODERS
 from vimoe.segmentation.learning import dice_loss, fingerprint, median_frequency
 from vimoe.segmentation.legend import IGNORE
 
-SCENES = ["--data.task=segmentation", *TINY, *QUICK, "--train.batch_size=3", "--train.precision=no"]
+SCENES = ["--data.task=segmentation", *TINY, *QUICK, "--train.batch_size=3"]
 MOE = ["--moe.layers=last:1", "--moe.routing=token", "--moe.num_experts=3"]
 
 

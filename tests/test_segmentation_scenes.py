@@ -58,8 +58,16 @@ def test_a_flat_folder_is_all_for_training(tmp_path: Path) -> None:
     for i in range(4):
         scene(tmp_path, "", f"{'abcd'[i]}", mask(i))
     (tmp_path / "classes.yaml").write_text(YAML)
-    found = load(tmp_path, val_fraction=0.25)
-    assert counts(found) == (3, 1, 0) and found.split_off
+    found = load(tmp_path, val_fraction=0.5)
+    assert counts(found) == (2, 2, 0) and found.split_off
+
+
+@pytest.mark.parametrize(("images", "val"), [(2, 1), (3, 1), (4, 2), (14, 2), (15, 2), (25, 2), (30, 3)])
+def test_of_four_images_two_are_split_off_so_that_an_analysis_has_intervals(
+    tmp_path: Path, images: int, val: int
+) -> None:
+    found = load(scenes(tmp_path, train=images, val=0, test=0))
+    assert counts(found) == (images - val, val, 0)
 
 
 def test_test_images_without_masks_are_left_out(tmp_path: Path) -> None:

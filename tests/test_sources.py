@@ -261,7 +261,7 @@ def test_the_training_images_are_known_again_where_they_moved(tmp_path: Path) ->
     assert fingerprint(data) != fingerprint(load_data(config(tmp_path / "b" / "a.tar", images_per_class=2)))
 
 
-TRAIN = [*TINY, *QUICK, "--moe.layers=all", "--train.precision=no", "--train.epochs=2"]
+TRAIN = [*TINY, *QUICK, "--moe.layers=all", "--train.epochs=2"]
 
 
 @pytest.fixture(scope="module")

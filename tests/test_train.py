@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import roles
-from tiny import config, layers, upcycle, vit
+from tiny import config, layers, perturb_experts, upcycle, vit
 from torch import nn
 
 import vimoe
@@ -22,7 +22,7 @@ from vimoe.errors import ConfigError, VimoeError
 from vimoe.evaluate import Score, evaluate
 from vimoe.loading import eval_loader, preprocessing
 from vimoe.task import classification
-from vimoe.train import auxiliary_losses, train
+from vimoe.train import auxiliary_losses, settle, train
 from vimoe.upcycling import moe_layers
 
 QUICK = TrainConfig(epochs=2, batch_size=8, lr=3e-3, warmup_epochs=0.5, min_crop=1, tensorboard=False)
@@ -152,6 +152,60 @@ def test_accumulated_small_batches_are_one_large_batch(data: Data, tmp_path: Pat
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_the_rate_never_rises_after_its_peak(data: Data, tmp_path: Path) -> None:
+    run(data, tmp_path, model(layers="none"), lr=1e-7, epochs=3, warmup_epochs=0)  # below what min_lr is by default
+    assert [float(row["lr"]) for row in rows(tmp_path / "metrics.csv")] == pytest.approx([1e-7] * 3)
+
+
+def norms(data: Data, out: Path, monkeypatch: pytest.MonkeyPatch, network: nn.Module, **changes: object) -> list[float]:
+    """Gradient norms of the updates of an epoch in which nothing moves."""
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def see(self: torch.optim.AdamW, *args: object, **kwargs: object) -> object:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            seen.append(float(nn.utils.get_total_norm(gradients)))
+        return step(self, *args, **kwargs)
+
+    still = {"epochs": 1, "warmup_epochs": 0, "lr": 0.0, "min_lr": 0.0, "clip_grad": 0.0, "hflip": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", see)
+        run(data, out, network, **still, **changes)
+    return seen
+
+
+def test_an_incomplete_window_is_the_mean_of_its_own_steps(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 images: the last 2 of 6 batches of 4 are the last batch of 8, also where 4 are to be accumulated."""
+    dense = {"layers": "none"}
+    large = norms(data, tmp_path / "large", monkeypatch, model(**dense), batch_size=8)
+    small = norms(data, tmp_path / "small", monkeypatch, model(**dense), batch_size=4, accumulation=4)
+    assert len(large) == 3 and len(small) == 2
+    assert small[1] == pytest.approx(large[2], rel=1e-4)
+    whole = norms(data, tmp_path / "whole", monkeypatch, model(**dense), batch_size=4, accumulation=2)
+    assert whole == pytest.approx(large, rel=1e-4)
+    one = norms(data, tmp_path / "one", monkeypatch, model(**dense), batch_size=8, accumulation=99)
+    assert one == pytest.approx(norms(data, tmp_path / "all", monkeypatch, model(**dense), batch_size=24), rel=1e-4)
+
+
+def test_health_shows_the_gradients_of_an_incomplete_window(data: Data, tmp_path: Path) -> None:
+    """Of one image in all batches: each window has the gradient of a single step, however many it adds up."""
+    alike = replace(data, train=data.train[:1] * 6)
+    still = {"epochs": 1, "warmup_epochs": 0, "lr": 0.0, "min_lr": 0.0, "hflip": 0.0, "batch_size": 1}
+    found = []
+    for accumulation in (1, 4):  # of 4: a window of 4 steps and one of 2
+        run(alike, tmp_path / str(accumulation), perturbed(), accumulation=accumulation, **still)
+        (row, _) = rows(tmp_path / str(accumulation) / "health.csv")
+        found.append([float(row["router_gradient"]), float(row["expert_gradient"])])
+    assert min(found[0]) > 0 and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def perturbed() -> nn.Module:
+    return perturb_experts(model())
+
+
 def test_training_the_moe_layers_alone_leaves_the_trunk(data: Data, tmp_path: Path) -> None:
     before = model(layers=[1])
     frozen = {name: p.clone() for name, p in before.named_parameters()}
@@ -177,6 +231,8 @@ def test_the_first_step_learns_and_the_rate_ends_low(data: Data, tmp_path: Path)
     first = weights(before).clone()
     after, _ = run(data, tmp_path, before, epochs=1, batch_size=24, warmup_epochs=0.9, min_lr=1e-5)
     assert not torch.equal(first, weights(after))  # one step in all
+    (row,) = rows(tmp_path / "metrics.csv")
+    assert float(row["lr"]) == pytest.approx((QUICK.lr + 1e-5) / 2)  # not the lowest, which would learn nothing
     run(data, tmp_path / "longer", epochs=3, warmup_epochs=1)
     rates = [float(row["lr"]) for row in rows(tmp_path / "longer" / "metrics.csv")]
     assert rates[0] == pytest.approx(QUICK.lr) and rates[-1] == pytest.approx(QUICK.min_lr)
@@ -311,6 +367,27 @@ def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: 
         run(data, tmp_path, batch_size=64)
     with pytest.raises(ConfigError, match="expected an even number"):
         TrainConfig(batch_size=7, mixup=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "batch"),
+    [
+        ({}, 36, 36),
+        ({}, 64, 64),
+        ({}, 2, 2),
+        ({"batch_size": 50}, 49, 49),
+        ({"mixup": 0.2}, 37, 36),
+        ({"cutmix": 1.0}, 3, 2),
+    ],
+)
+def test_no_batch_is_larger_than_the_training_images(
+    given: dict, images: int, batch: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = TrainConfig(precision="no", **given)
+    settled = settle(asked, images, model())
+    assert settled == replace(asked, batch_size=batch) and settle(settled, images, model()) == settled
+    said = f"train.batch_size={asked.batch_size} is lowered to {batch}, of {images} training images"
+    assert [record.getMessage() for record in caplog.records] == ([said] if batch < asked.batch_size else [])
 
 
 def test_auxiliary_losses_are_weighted_and_none_without_moe() -> None:

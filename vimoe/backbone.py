@@ -1,21 +1,28 @@
-"""A dense ViT from its settings, built by timm."""
+"""A dense ViT from its settings, built by timm.
+
+torch and timm take seconds to import, so names are checked without them.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-from torch import nn
-
-from vimoe.config import ModelConfig
+from vimoe.config import LAYER_WORDS, ModelConfig
 from vimoe.errors import ConfigError, beside, first_line, nearest
 from vimoe.files import read_text
 
+if TYPE_CHECKING:
+    from torch import nn
+
 SOURCES = ("local-dir", "hf-hub")  # as timm names them
+FFN_NAME = re.compile(r"(\w+\.)*(\w*blocks\w*|(post_)?network)\.\d+\.(\w+\.)*\w*mlp")  # in every model of timm
 
 
 def create(config: ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
@@ -29,6 +36,8 @@ def create(config: ModelConfig, num_classes: int | None = None, **overrides: Any
     Raises:
         ConfigError: for a name that timm does not know, weights that cannot be had, or arguments that it refuses.
     """
+    import timm
+
     check_name(config)
     classes = config.num_classes if num_classes is None else num_classes
     wanted = {"img_size": config.img_size, "num_classes": classes, **config.args, **overrides}
@@ -48,6 +57,8 @@ def create(config: ModelConfig, num_classes: int | None = None, **overrides: Any
 
 def create_without_weights(config: ModelConfig) -> nn.Module:
     """The dense model on the meta device: shapes for `plan` and `count`, no memory and no download."""
+    import torch
+
     with torch.device("meta"):
         return create(replace(config, pretrained=False))
 
@@ -61,8 +72,24 @@ def dense_segmenter(config: ModelConfig) -> Path | None:
     return Path(place) if section.get("segmentation") and not section.get("layers") else None
 
 
+def check_layers_of_timm(layers: str | Sequence[int | str]) -> None:
+    """Raises ConfigError for a module name in `MoEConfig.layers` that no FFN of a timm model has, whatever the model.
+
+    Names with wildcards are not judged: only the model can tell.
+    """
+    for item in [layers] if isinstance(layers, str) else layers:
+        if isinstance(item, int) or item.partition(":")[0] in ("all", "none", "last", "every"):
+            continue
+        if any(wild in item for wild in "*?[") or FFN_NAME.fullmatch(item):
+            continue
+        numbered = [f"blocks.{number}.mlp" for number in re.findall(r"\d+", item)]
+        raise ConfigError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *numbered])}")
+
+
 def check_name(config: ModelConfig, segmentation: bool = False) -> None:
     """Raises ConfigError, with the nearest known name, where there is no such model, tag, source or folder.
+
+    A name that timm's source does not have is refused; whether timm builds one that it has, `create` sees.
 
     Args:
         config: whose name it is.
@@ -78,12 +105,22 @@ def check_name(config: ModelConfig, segmentation: bool = False) -> None:
     if colon:
         return
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        vits = [known for known in timm.list_models() if known.startswith(("vit", "deit", "eva", "beit"))]
+    source = _timm_source()
+    if not any(said in source for said in (f"\ndef {architecture}(", f"'{architecture}'", f'"{architecture}"')):
+        vits = re.findall(r"^def ((?:vit|deit|eva|beit)\w*)\(", source, re.MULTILINE)
         raise ConfigError(f"model.name={name!r}: timm has no such model; {nearest(architecture, vits)}")
-    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
-    if tag and name not in tagged:
+    if tag and not any(said in source for said in (f".{tag}'", f'.{tag}"')):
+        tagged = re.findall(rf"['\"]({re.escape(architecture)}\.[\w.]+)['\"]", source)
         raise ConfigError(f"model.name={name!r}: timm has no such weights; {nearest(name, tagged)}")
+
+
+@functools.cache
+def _timm_source() -> str:
+    """The text of timm's models, which has the name of each as a function or string, and each tag in a string."""
+    spec = find_spec("timm")
+    assert spec is not None and spec.submodule_search_locations
+    models = Path(spec.submodule_search_locations[0], "models")
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(models.glob("*.py")))
 
 
 def _check_folder(name: str, folder: Path) -> None:

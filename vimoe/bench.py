@@ -9,6 +9,7 @@ Axes: B images, T tokens of an image, D channels, F hidden units, N experts, k o
 from __future__ import annotations
 
 import copy
+import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from vimoe.accounting import count
 from vimoe.backbone import create
 from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
 from vimoe.errors import ConfigError
-from vimoe.execution import optimize, set_backend
+from vimoe.execution import has_bfloat16, optimize, set_backend, warn_of_slow_bfloat16
 from vimoe.ffn import macs
 from vimoe.moe import MoE
 from vimoe.moe.grouped import BACKENDS, Backend, unfit_for_grouped_mm
@@ -37,6 +38,8 @@ from vimoe.terminal import track
 from vimoe.upcycling import moe_layers, upcycle
 
 DRAWS = 2000
+LONG = 300.0  # seconds that the rounds of a comparison may take
+logger = logging.getLogger(__name__)
 Contestants = Mapping[str, Callable[[], object]]
 
 
@@ -49,6 +52,7 @@ class Timing:
         seconds: median of the rounds.
         ratio: median over rounds of its time over the floor's in the same round.
         low, high: 95% interval of the ratio, by bootstrap over rounds.
+        rounds: how many there were.
         gflops: activated multiply-adds a second, times two, in units of 1e9; None where they are not known.
     """
 
@@ -57,6 +61,7 @@ class Timing:
     ratio: float
     low: float
     high: float
+    rounds: int
     gflops: float | None = None
 
     def __str__(self) -> str:
@@ -71,22 +76,33 @@ def interleaved(contestants: Contestants, rounds: int, warmup: int = 2, what: st
 
     Args:
         contestants: functions by name.
-        rounds: of which each contestant runs once.
-        warmup: rounds before them, which are not timed.
+        rounds: in each of them every contestant runs once; fewer, at least 2, where all would take more than `LONG`.
+        warmup: rounds before them, at least 1, which are not timed.
         what: a name for the bar that shows progress; without one there is none.
     """
-    seconds = {name: np.empty(rounds) for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = np.random.default_rng(0)
-    turns = range(-warmup, rounds)
-    for turn in track(turns, what):
+
+    def turn() -> float:
         for name in order.permutation(list(contestants)):
             start = time.perf_counter()
             contestants[name]()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
-            if turn >= 0:
-                seconds[name][turn] = time.perf_counter() - start
-    return seconds
+            seconds[name].append(time.perf_counter() - start)
+        return sum(taken[-1] for taken in seconds.values())
+
+    first = turn()
+    if first * (warmup + rounds) > LONG:
+        asked, rounds, warmup = rounds, max(2, min(rounds, int(LONG / first) - warmup)), 1
+        logger.warning(
+            "%s: all take %.0f s a round, so %d of %d rounds are timed, in about %.0f minutes; make it smaller",
+            what or "benchmark", first, rounds, asked, first * rounds / 60,
+        )  # fmt: skip
+    turns = range(1, warmup + rounds)
+    for _ in track(turns, what):
+        turn()
+    return {name: np.array(taken[warmup:]) for name, taken in seconds.items()}
 
 
 def compare(seconds: Mapping[str, np.ndarray], floor: tuple[str, ...], flops: Mapping[str, float]) -> list[Timing]:
@@ -100,7 +116,7 @@ def compare(seconds: Mapping[str, np.ndarray], floor: tuple[str, ...], flops: Ma
         low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
         middle = float(np.median(taken))
         speed = flops[name] / middle / 1e9 if name in flops else None
-        timings.append(Timing(name, middle, float(np.median(ratios)), float(low), float(high), speed))
+        timings.append(Timing(name, middle, float(np.median(ratios)), float(low), float(high), rounds, speed))
     return timings
 
 
@@ -127,7 +143,7 @@ def activations(compute: Callable[[], Tensor], without: list[Tensor], casts: boo
 
 def peak_gemm(dtype: torch.dtype, device: torch.device) -> float:
     """GFLOP/s of a plain product of square matrices, the best of five."""
-    size = 2048 if device.type == "cpu" else 8192
+    size = 8192 if device.type != "cpu" else 2048 if dtype != torch.bfloat16 or has_bfloat16() else 256
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / float(interleaved({"": lambda: a @ b}, 5)[""].min()) / 1e9
 
@@ -321,6 +337,12 @@ def _computing(autocast: bool) -> torch.autocast:
     return torch.autocast(_device().type, torch.bfloat16, enabled=autocast)
 
 
+def _warn_where_slow(bench: ModelBench) -> None:
+    if _type_of_products(bench) == torch.bfloat16:
+        setting = "bench.precision=bf16" if bench.precision == "bf16" else "bench.dtype=bfloat16"
+        warn_of_slow_bfloat16(setting, "leave it out to time float32")
+
+
 def _type_of_products(bench: ModelBench) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, bench.dtype) if bench.precision == "no" else torch.bfloat16
     return dtype
@@ -360,7 +382,7 @@ class Benchmark:
             f"a plain matrix product reaches {self.peak_gflops:.0f} GFLOP/s; ratios are to the faster floor",
         ]
         for what, timings in self.timings.items():
-            lines += ["", what, *map(str, timings)]
+            lines += ["", f"{what}, {timings[0].rounds} rounds", *map(str, timings)]
         if self.bytes_kept:
             least = min(self.bytes_kept.values())
             lines += ["", "kept for the backward pass"]
@@ -372,6 +394,7 @@ class Benchmark:
 
 def bench_layer(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = BACKENDS) -> Benchmark:
     """What `vimoe bench layer` shows; "auto" must be among the backends."""
+    _warn_where_slow(bench)
     case = layer_case(bench, moe, backends)
     shape = (
         f"{bench.images} x {bench.tokens} tokens, D {bench.dim}, F {bench.hidden}, N {moe.num_experts}, k {moe.top_k}"
@@ -388,6 +411,7 @@ def bench_layer(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] =
 
 def bench_model(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> Benchmark:
     """What `vimoe bench model` shows."""
+    _warn_where_slow(bench)
     models, images = model_case(bench, model, moe)
     return Benchmark(
         of=f"{model.name}, {moe.routing} routing, {bench.images} images of {tuple(images.shape[1:])}, {bench.words}",

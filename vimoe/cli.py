@@ -19,7 +19,7 @@ from typing import Any, get_args
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, MoEConfig, Task
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.options import Parser, Settings
-from vimoe.runs import SCHEMA
+from vimoe.runs import SCHEMA, open_run
 
 _OF_THE_MACHINE = {  # errors that are no mistakes of ours: of disks, permissions and names
     getattr(errno, name, 0)
@@ -78,7 +78,10 @@ def plan(verb: str, argv: list[str]) -> Result:
     Example: vimoe plan --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers last:2
     """
     settings, _ = _settings(verb, argv, "model", "moe")
-    from vimoe.backbone import create_without_weights
+    from vimoe.backbone import check_layers_of_timm, check_name, create_without_weights
+
+    check_name(settings.model)
+    check_layers_of_timm(settings.moe.layers)
     from vimoe.upcycling import plan as make_plan
 
     made = make_plan(create_without_weights(settings.model), settings.moe)
@@ -110,6 +113,10 @@ def train(verb: str, argv: list[str]) -> Result:
     elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
         raise ConfigError(f"{others[0]} with --resume: expected none, the run has its own settings; leave it out")
     settings = parser.settings(options)
+    from vimoe.backbone import check_layers_of_timm, check_name
+
+    check_name(settings.model, segmentation=settings.data.task == "segmentation")
+    check_layers_of_timm(settings.moe.layers)
     from vimoe.experiment import resume_training, run_training
 
     resumed = options["resume"]
@@ -134,6 +141,7 @@ def evaluate(verb: str, argv: list[str]) -> Result:
     _add_inference(parser)
     parser.add_argument("run", help="run folder")
     options = parser.parse_args(argv)
+    open_run(options["run"])  # a mistake is told before torch is imported
     from vimoe.finished import FinishedRun
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
@@ -154,6 +162,7 @@ def predict(verb: str, argv: list[str]) -> Result:
     options = parser.parse_args(argv)
     if options["top"] < 1:
         raise ConfigError(f"--top {options['top']}: expected at least 1")
+    open_run(options["run"])
     from vimoe.data import list_images
     from vimoe.experiment import check_outside
     from vimoe.finished import FinishedRun
@@ -188,6 +197,7 @@ def analyze(verb: str, argv: list[str]) -> Result:
     parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=overrule)
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     options = parser.parse_args(argv)
+    open_run(options["run"])  # a mistake is told before torch is imported
     from vimoe.finished import FinishedRun
 
     run = FinishedRun(options["run"])
@@ -213,6 +223,7 @@ def prune(verb: str, argv: list[str]) -> Result:
     parser.add_argument("--recover_lr", type=float | None, default=None, help="default: a tenth of the run's")
     options = parser.parse_args(argv)
     out = _required_out(options)
+    open_run(options["run"])
     from vimoe.finished import FinishedRun
     from vimoe.report import receipt_header, receipt_row
 
@@ -233,8 +244,6 @@ def report(verb: str, argv: list[str]) -> Result:
     parser = _parser(verb, out="file to write, of several runs; the page of one run is report.html in it")
     parser.add_argument("runs", nargs="+", help="run folders")
     options = parser.parse_args(argv)
-    from vimoe.runs import open_run
-
     folders = [open_run(path).path for path in options["runs"]]
     if len(folders) == 1:
         if options["out"]:
@@ -285,6 +294,11 @@ def bench(verb: str, argv: list[str]) -> Result:
     made, settings = parser.instantiate(options)["bench"], parser.settings(options)
     if what == "layer" and settings.moe.layers != MoEConfig.layers:
         raise ConfigError(f"moe.layers={settings.moe.layers!r} with bench layer: a layer stands alone; leave it out")
+    if what == "model":
+        from vimoe.backbone import check_layers_of_timm, check_name
+
+        check_name(settings.model)
+        check_layers_of_timm(settings.moe.layers)
     from vimoe import bench as benches
 
     done = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +13,7 @@ from vimoe.errors import ConfigError, nearest
 RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
 BenchType = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 Cache = Literal["none", "memory", "disk", "features"]
 Task = Literal["classification", "segmentation"]
 Inference = Literal["slide", "whole"]
@@ -19,6 +21,7 @@ ClassWeights = Literal["none", "median_frequency"]
 DECODERS = ("linear", "linear4", "upernet")
 LAYER_WORDS = ("all", "none", "last:N", "every:N")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
+LARGEST_SEED = 2**32 - 1  # that numpy takes
 PRUNE_TOLERANCE = 0.01  # nats of validation loss
 DRAWS, OVERRULED_IMAGES = 20, 1_000  # of the causal scores: permutations, and images that they are measured on
 
@@ -72,6 +75,7 @@ class MoEConfig:
         _check_range("router_noise", self.router_noise, 0)
         _check_range("bias_update_rate", self.bias_update_rate, 0.0, 1.0)
         _check_range("expert_dropout", self.expert_dropout, 0.0, 0.99)
+        _check_flags(self, "normalize_gates")
         if self.num_experts == 0 and self.num_shared_experts < 2:
             raise ConfigError(
                 f"num_experts=0 makes a dense FFN of num_shared_experts times the width: expected "
@@ -141,8 +145,11 @@ class ModelConfig:
         if self.num_classes is not None:
             _check_count("num_classes", self.num_classes, 1)
         _check_range("drop_path_rate", self.drop_path_rate, 0.0, 0.99)
+        _check_flags(self, "pretrained")
         if self.decoder is not None:
             _check_choice("decoder", self.decoder, DECODERS)
+        if not isinstance(self.args, dict):
+            raise ConfigError(f"args={self.args!r}: expected arguments by name, such as {{patch_size: 8}}")
         for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
             if name in self.args:
                 raise ConfigError(f"model.args has {name!r}: expected it as model.{name}")
@@ -207,19 +214,22 @@ class DataConfig:
         _check_choice("inference", self.inference, get_args(Inference))
         if self.crop_pct is not None:
             _check_range("crop_pct", self.crop_pct, 0.1, 1.0)
-        if self.std is not None and not all(value > 0 for value in self.std):
-            raise ConfigError(f"std={self.std}: expected values above 0")
+        check_normalisation("mean", self.mean)
+        check_normalisation("std", self.std)
         if self.interpolation is not None:
             _check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if self.workers is not None:
             _check_count("workers", self.workers, 0)
         if self.images_per_class is not None:
             _check_count("images_per_class", self.images_per_class, 2)
-        if self.val_split == self.test_split and self.test_split != "none":
-            raise ConfigError(
-                f"val_split and test_split are both {self.test_split!r}: expected two folders, because what decides "
-                f"must not be what is reported; use val_split='none' to split validation off train"
-            )
+        _check_count("seed", self.seed, 0, LARGEST_SEED)
+        _check_flags(self, "skip_unreadable", "flip_test")
+        for one, other in itertools.combinations(("train_split", "val_split", "test_split"), 2):
+            if (name := getattr(self, one)) == getattr(self, other) != "none":
+                raise ConfigError(
+                    f"{one} and {other} are both {name!r}: expected two splits, because what is trained on, what "
+                    f"decides and what is reported must differ; {other}='none' does without"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +238,10 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a step (on each device).
+        batch_size: images a step (on each device); lowered, with a warning, where there are fewer training images.
         accumulation: steps whose gradients are added up before the weights move.
         lr: peak learning rate of AdamW, reached after the warm-up and then decayed by a cosine to min_lr.
-        min_lr: learning rate at the end.
+        min_lr: learning rate at the end, or lr where that is lower.
         warmup_epochs: epochs of linear warm-up.
         weight_decay: of matrices; biases, norms, embeddings have none.
         layer_decay: learning rate of a block relative to the block after it (1 is the same rate everywhere).
@@ -256,7 +266,8 @@ class TrainConfig:
         ema_decay: decay of the weights' moving average, which is then what is evaluated and saved; 0 is off.
         clip_grad: largest gradient norm; 0 is off.
         early_stopping: epochs without a better validation score after which the training ends; none is off.
-        precision: "no" (float32), "bf16" or "fp16".
+        precision: "no" (float32), "bf16", "fp16", or "auto": bf16 where it is known to be faster, else float32; the
+            run's config.yaml has which.
         seed: of initialisation, order and augmentation.
         checkpoint_minutes: time between checkpoints within an epoch; there is one at the end of each epoch anyway.
         tensorboard: write TensorBoard event files beside metrics.csv.
@@ -293,7 +304,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     clip_grad: float = 1.0
     early_stopping: int | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Precision = "auto"
     seed: int = 0
     checkpoint_minutes: float = 10.0
     tensorboard: bool = True
@@ -307,6 +318,8 @@ class TrainConfig:
                 _check_range(name, value, low, high)
         for name, choices in _TRAIN_CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        _check_count("seed", self.seed, 0, LARGEST_SEED)
+        _check_flags(self, "tensorboard")
         if self.max_scale < self.min_scale:
             raise ConfigError(
                 f"max_scale={self.max_scale}: expected at least min_scale={self.min_scale}; exchange them"
@@ -320,7 +333,7 @@ class TrainConfig:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
 
 
-_TRAIN_COUNTS = {"epochs": 1, "batch_size": 1, "accumulation": 1, "early_stopping": 1, "seed": 0}
+_TRAIN_COUNTS = {"epochs": 1, "batch_size": 1, "accumulation": 1, "early_stopping": 1}
 _TRAIN_RANGES = {
     **dict.fromkeys(("lr", "min_lr", "warmup_epochs", "router_warmup_epochs", "weight_decay", "router_lr_scale",
                      "router_weight_decay", "expert_weight_decay", "balance_loss", "z_loss", "importance_loss",
@@ -332,7 +345,7 @@ _TRAIN_RANGES = {
 }  # fmt: skip
 _TRAIN_CHOICES: dict[str, tuple[str, ...]] = {
     "train_only": ("all", "moe"),
-    "precision": ("no", "bf16", "fp16"),
+    "precision": get_args(Precision),
     "class_weights": get_args(ClassWeights),
 }
 _MAY_BE_NONE = {"early_stopping", "expert_weight_decay", "color_jitter", "label_smoothing"}
@@ -354,18 +367,45 @@ def check_layers(layers: object) -> None:
         raise ConfigError(f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)} with N of 1 or more; {remedy}")
 
 
+def check_normalisation(name: str, values: object) -> None:
+    """Raises ConfigError for a mean or std that is not of channels in 0..1; None is the model's own.
+
+    Args:
+        name: "mean" or "std".
+        values: one for each of the three channels, or one for all.
+    """
+    if values is None:
+        return
+    if not isinstance(values, (tuple, list)) or len(values) not in (1, 3):
+        raise ConfigError(f"{name}={values!r}: expected three values, of red, green and blue, such as [0.5, 0.5, 0.5]")
+    for value in values:
+        _check_range(name, value, 0, math.inf)
+    if max(values) > 1:
+        raise ConfigError(f"{name}={values}: expected values in 0..1; divide by 255")
+    if name == "std" and not min(values):
+        raise ConfigError(f"std={values}: expected values above 0")
+
+
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}; {nearest(value, allowed)}")
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of at least {least}")
+def _check_flags(config: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(value := getattr(config, name), bool):  # "false" would count as true
+            raise ConfigError(f"{name}={value!r}: expected True or False")
+
+
+def _check_count(name: str, value: object, least: int, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ConfigError(f"{name}={value!r}: expected a whole number {expected}")
 
 
 def _check_range(name: str, value: object, low: float, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:  # type: ignore[operator]
         expected = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
         raise ConfigError(f"{name}={value!r}: expected {expected}")
 
@@ -379,7 +419,7 @@ class ModelBench:
         dtype: of weights and images.
         precision: "bf16" computes under autocast, as `TrainConfig.precision`, with weights in float32; what
             `vimoe.optimize` makes, of one type, is then left out.
-        rounds: in each of them every contestant runs once.
+        rounds: in each of them every contestant runs once; fewer, with a warning, where they would take long.
     """
 
     images: int = 16
@@ -389,8 +429,8 @@ class ModelBench:
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
-            if isinstance(value := getattr(self, field_.name), int):
-                _check_count(field_.name, value, 2 if field_.name == "rounds" else 1)  # of one there is no interval
+            if isinstance(field_.default, int):  # of one round there is no interval
+                _check_count(field_.name, getattr(self, field_.name), 2 if field_.name == "rounds" else 1)
         _check_choice("dtype", self.dtype, get_args(BenchType))
         _check_choice("precision", self.precision, ("no", "bf16"))
         if self.precision != "no" and self.dtype != "float32":

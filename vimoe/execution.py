@@ -2,20 +2,85 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import platform
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import nn
 
+from vimoe.config import Precision, TrainConfig
 from vimoe.errors import ConfigError, nearest
 from vimoe.ffn import has_hooks
 from vimoe.moe.grouped import BACKENDS, Backend
 from vimoe.moe.packed import OPTIMIZED, PackedExperts, PackedLinear, can_pack, check_not_packed
+from vimoe.surgery import vit
 from vimoe.upcycling import moe_layers
 
+logger = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=nn.Module)
+_PROCESSORS = {"cpu": "CPU", "cuda": "GPU"}
 _CALL_LINEARS = (Mlp, GluMlp, SwiGLU, Attention)  # others may read the weights of their linear maps
+
+NARROW = 192  # channels, those of ViT-Ti: on a CPU, autocast costs narrower ViTs more than bfloat16 saves them
+
+
+def fastest_precision(model: nn.Module) -> tuple[Precision, str]:
+    """Return "bf16" or "no" (float32), whichever is known to train the model faster on this machine, and why."""
+    device = _device()
+    if device not in ("cpu", "cuda"):
+        return "no", f"bfloat16 was not measured on {device}"
+    if not has_bfloat16():
+        return "no", f"this {_PROCESSORS[device]} has no bfloat16"
+    channels = getattr(vit(model), "embed_dim", 0)
+    if device == "cpu" and channels < NARROW:
+        return "no", f"bfloat16 is no faster on a CPU for a ViT of {channels} channels"
+    return "bf16", f"this {_PROCESSORS[device]} has bfloat16"
+
+
+def resolve(config: TrainConfig, model: nn.Module) -> TrainConfig:
+    """Return the settings with `precision` "auto" replaced by what it means for this model on this machine."""
+    if config.precision != "auto":
+        return config
+    precision, why = fastest_precision(model)
+    logger.info("train.precision auto: %s, because %s", precision, why)
+    return replace(config, precision=precision)
+
+
+def has_bfloat16() -> bool:
+    """False where this machine is known to emulate products of bfloat16, slower than those of float32.
+
+    On a CPU torch's own test is passed by AVX-512 without bfloat16 too, where oneDNN converts each operand.
+    """
+    device = _device()
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return True
+    alike = platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and alike)
+
+
+@functools.cache  # once is enough
+def warn_of_slow_bfloat16(setting: str, remedy: str) -> None:
+    """Logs a warning where this machine emulates the bfloat16 that a setting asks for.
+
+    Args:
+        setting: what asks for it.
+        remedy: what to ask for instead.
+    """
+    if not has_bfloat16():
+        processor = _PROCESSORS[_device()]
+        logger.warning("%s is slow: this %s has no bfloat16 and emulates it; %s", setting, processor, remedy)
+
+
+def _device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
 
 
 def set_backend(model: Model, backend: Backend) -> Model:
@@ -60,6 +125,8 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as torch.bfloat16")
     check_not_packed(model)
+    if dtype == torch.bfloat16:
+        warn_of_slow_bfloat16("vimoe.optimize to torch.bfloat16", "leave dtype out")
     model.eval().requires_grad_(False)
     setattr(model, OPTIMIZED, True)
     if dtype is not None:

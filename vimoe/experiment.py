@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 
 from vimoe import checkpoint, runs
-from vimoe.backbone import check_name
+from vimoe.backbone import check_name, dense_segmenter
 from vimoe.data import absolute
 from vimoe.errors import ConfigError
 from vimoe.figures import png
@@ -24,7 +26,7 @@ from vimoe.report import write_run_report
 from vimoe.scan import Scan
 from vimoe.segmentation.scene_scan import SceneScan
 from vimoe.surgery import select
-from vimoe.train import check, train
+from vimoe.train import check, settle, train
 from vimoe.upcycling import sites, upcycle
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,10 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     runs.check_new(out)
     check_outside("--out", out, settings.data.path)
     problem = problem_of(settings)
+    sketch = _sketch(problem)
+    select(sites(sketch), settings.moe.layers)
+    settings = replace(settings, train=settle(settings.train, len(problem.data.train), sketch))
+    problem.settings = settings
     check(settings.train, len(problem.data.train))
     model = _model(problem)
     problem.check(model)
@@ -86,6 +92,17 @@ def check_outside(option: str, out: str | Path, data: str | Path) -> None:
             f"{option} {out} lies in {data}, where its pictures would be taken for data: expected another place; name "
             f"one beside it"
         )
+
+
+def _sketch(problem: Problem) -> nn.Module:
+    """The dense model without its weights, to see what is wrong before they are downloaded and loaded."""
+    config = problem.settings.model
+    if dense_segmenter(config):  # a folder, read at once
+        return problem.dense_model()
+    light = copy.copy(problem)  # whose data are found already
+    light.settings = replace(problem.settings, model=replace(config, pretrained=False))
+    with torch.device("meta"):
+        return light.dense_model()
 
 
 def _model(problem: Problem) -> nn.Module:

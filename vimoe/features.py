@@ -27,6 +27,7 @@ from vimoe.config import TrainConfig
 from vimoe.data import Data, Sample
 from vimoe.errors import DataError, FolderError
 from vimoe.evaluate import evaluate
+from vimoe.execution import resolve
 from vimoe.files import written_whole
 from vimoe.images import MADE_BY, cache_folder, identity, make_cache_folder
 from vimoe.loading import Shuffled, eval_loader, mix, processes
@@ -107,6 +108,7 @@ class FeatureCache:
     ) -> None:  # fmt: skip
         assert not config.mixup and not config.cutmix  # Settings refuses them: they mix pixels
         freeze_all_but(model, trained)
+        config = resolve(config, model)
         self.model, self.data, self.config, self.workers = model, data, config, workers
         self.pixels = classification(data, prepared, config, workers)
         self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -175,7 +175,8 @@ class Segmentation:
             )
         if model.decoder_name == "upernet" and self.settings.train.batch_size < 2:
             raise ConfigError(
-                "train.batch_size=1 with model.decoder='upernet': expected at least 2 for its batch norms"
+                "a batch of 1 image with model.decoder='upernet': expected at least 2 for its batch norms; raise "
+                "train.batch_size, give more training images, or use model.decoder=linear"
             )
 
     def task(self, model: nn.Module, config: TrainConfig) -> Task:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vimoe import checkpoint
 from vimoe.config import TrainConfig
 from vimoe.errors import ConfigError, Stopped, VimoeError
+from vimoe.execution import resolve, warn_of_slow_bfloat16
 from vimoe.loading import Shuffled, mix, seed_everything
 from vimoe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.moe import Routing, record
@@ -71,6 +72,7 @@ def train(
     """
     order = task.loader.sampler
     assert isinstance(order, Shuffled)
+    config = resolve(config, model)
     check(config, len(task.names))
     if config.train_only == "moe":
         freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
@@ -174,7 +176,7 @@ class _Steps:
                 loss = task + extra
                 if not loss.isfinite():
                     raise VimoeError(self._not_finite(loss.item(), state, len(images)))
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * (self.config.accumulation / self._window(state)))
                 if self.synced:
                     state.health.add_gradients(layers)
                     if self.config.clip_grad:
@@ -203,6 +205,11 @@ class _Steps:
             f"train.clip_grad; the last checkpoint is from before"
         )
 
+    def _window(self, state: State) -> int:
+        """Number of steps whose gradients this step's are added to; Accelerate divides by `accumulation` anyway."""
+        first = state.step - state.step % self.config.accumulation
+        return min(self.config.accumulation, self.batches - first)
+
     @property
     def synced(self) -> bool:
         """Whether no gradient waits to be added to."""
@@ -223,13 +230,31 @@ def plain_settings(config: TrainConfig) -> dict[str, Any]:
     return {f"train.{name}": value for name, value in asdict(config).items()}
 
 
+def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
+    """Return the settings as they are used: no batch of more than there are images, and no precision left open.
+
+    A setting that is changed is logged. What was settled once stays as it is.
+
+    Args:
+        config: as the user gave it.
+        images: number of training images.
+        model: to be trained; its weights do not matter.
+    """
+    if config.batch_size > images:
+        even = images - images % 2 if config.mixup or config.cutmix else images
+        logger.warning("train.batch_size=%d is lowered to %d, of %d training images", config.batch_size, even, images)
+        config = replace(config, batch_size=even)
+    return resolve(config, model)
+
+
 def check(config: TrainConfig, images: int) -> None:
     """Raises ConfigError for settings that contradict the number of training images, one another or the machine."""
     if PartialState().num_processes > 1:
         raise ConfigError(f"{PartialState().num_processes} processes: expected 1, training in more is not there yet")
     if config.batch_size > images:
         raise ConfigError(
-            f"train.batch_size={config.batch_size} with {images} training images: expected at most that many"
+            f"train.batch_size={config.batch_size} with {images} training images: expected at most that many; "
+            f"lower it, as vimoe.train.settle does"
         )
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
@@ -241,7 +266,9 @@ def check(config: TrainConfig, images: int) -> None:
             f"most as many; lower it"
         )
     if config.precision == "fp16" and not torch.accelerator.is_available():
-        raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'bf16' or 'no'")
+        raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
+    if config.precision == "bf16":
+        warn_of_slow_bfloat16("train.precision=bf16", "use train.precision=auto or no")
 
 
 def random_share(config: TrainConfig, epochs: float) -> float:
@@ -278,7 +305,8 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> CosineLRScheduler:
     total, warmup = config.epochs * updates, math.floor(config.warmup_epochs * updates)
+    cosine = max(total - warmup, 2)  # of one update alone, the rate would be that of its end
     return CosineLRScheduler(
-        optimizer, t_initial=total - warmup, lr_min=config.min_lr, warmup_t=warmup, warmup_prefix=True,
+        optimizer, t_initial=cosine, lr_min=min(config.min_lr, config.lr), warmup_t=warmup, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip

@@ -198,7 +198,8 @@ def _split_off(
     elif len(train) < 2:
         raise DataError(f"{root}: 1 scene in train: expected at least two, to split validation off; add some")
     else:
-        wanted = min(len(train) - 1, max(1, round(len(train) * config.val_fraction)))
+        share = min(len(train) - 1, round(len(train) * config.val_fraction))
+        wanted = max(share, min(2, len(train) // 2))  # an analysis needs 2
         val = _whole_sequences(train, of_video, wanted, config.seed)
         if not val:
             logger.info("validation is split off train by image: names tell no sequences that would fit")
