@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/vimoe demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # a file's tests share fixtures
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow

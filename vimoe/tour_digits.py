@@ -21,8 +21,8 @@ from vimoe.pruning import Pruning, Receipt, prune, receipts
 from vimoe.report import RECEIPT_HEADER, receipt_row
 from vimoe.tour import DISCLAIMER, PARENT, SEEDS, Arm, Tour, add_routing_and_training, analysed, compare, told
 
-FIRST = TrainConfig(epochs=50, batch_size=30, lr=2e-3, warmup_epochs=5, hflip=0, min_crop=0.8, tensorboard=False)
-FURTHER = replace(FIRST, epochs=15, lr=1e-3, warmup_epochs=1)
+FIRST = TrainConfig(epochs=45, batch_size=30, lr=2e-3, warmup_epochs=4, hflip=0, min_crop=0.8, tensorboard=False)
+FURTHER = replace(FIRST, epochs=6, lr=1e-3, warmup_epochs=0.5)
 
 ARMS = (
     Arm("dense, continued", MoEConfig(layers="none"), "the parent, trained on"),
