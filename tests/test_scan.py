@@ -146,7 +146,7 @@ def test_cheap_mistakes_are_told_before_the_scan(tmp_path: Path, capsys: pytest.
     photos = damage(roles(tmp_path / "photos"), "test/red/001.png")
     train = ["train", "--data.path", photos, *TINY, *QUICK, "--out", tmp_path / "run"]
     for mistake in (
-        "--train.batch_size=999",
+        "--train.warmup_epochs=99",
         "--model.num_classes=7",
         "--moe.layers=last:9",
         "--train.auto_augment=rnd",

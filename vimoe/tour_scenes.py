@@ -34,7 +34,7 @@ Table = Mapping[str, Sequence[dict[str, Any]]]  # of each arm, what was measured
 HEADER = ("", "mean IoU, %", "pixel accuracy, %", *RECEIPT_HEADER[2:])
 SIZE, PATCH = 48, 6
 KNOWN = 5  # digits: of all ten, a model of this size hardly tells any apart in the time
-TRAIN, VAL, TEST = 1200, 100, 250  # scenes
+TRAIN, VAL, TEST = 800, 100, 250  # scenes
 FIRST = TrainConfig(
     epochs=15, batch_size=16, lr=2e-3, warmup_epochs=2, hflip=0, color_jitter=0, min_scale=1, max_scale=1,
     class_weights="median_frequency", tensorboard=False,
