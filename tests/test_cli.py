@@ -258,6 +258,9 @@ def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: py
     }.items():
         config.write_text(text)
         assert expected in refused(capsys, "count", "--config", config)
+    config.write_text("train: {precision: no}")
+    said = refused(capsys, "train", "--config", config, "--out", tmp_path / "a")
+    assert "train.precision=False: expected one of auto, no, bf16, fp16; put 'no' in quotes" in said
     train = ["train", "--data.path", photos, *TINY, *QUICK]
     assert "is there already" in refused(capsys, *train, "--out", run)
     assert "auto_augment='rnd-m9'" in refused(capsys, *train, "--train.auto_augment=rnd-m9", "--out", tmp_path / "a")

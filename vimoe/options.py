@@ -133,7 +133,9 @@ class Parser(ArgumentParser):
             name, kind, value = found.groups()
             choices = re.findall(r"'([^']+)'", kind) if kind.startswith("Literal") else []
             if choices:
-                return f"{name}={value}: expected one of {', '.join(choices)}; {nearest(value, choices)}"
+                word = value == "False" and "no" in choices  # which is what YAML reads a bare no as
+                remedy = "put 'no' in quotes" if word else nearest(value, choices)
+                return f"{name}={value}: expected one of {', '.join(choices)}; {remedy}"
             return f"{name}={value}: expected a value of type {kind}"
         return text.replace("Problems parsing config: ", "--config: expected a YAML file of sections and settings: ")
 
