@@ -16,6 +16,7 @@ import pytest
 from pictures import folder, roles
 
 import vimoe.finished
+import vimoe.pruning
 import vimoe.train
 from vimoe.cli import VERBS, main
 from vimoe.evaluate import predict
@@ -125,9 +126,18 @@ def test_what_matters_is_kept_with_its_experts_and_recovered(
     assert kept["recovered"]["loss"] != kept["after"]["loss"] == kept["before"]["loss"]
     assert call(capsys, "evaluate", tmp_path / "kept")["loss"] == kept["recovered"]["loss"]
     assert len((tmp_path / "kept" / "metrics.csv").read_text().splitlines()) == 3
-    fewer = call(capsys, "prune", run, "--tolerance=0.01", "--experts=true", "--out", tmp_path / "fewer")
-    assert any(step["expert"] is not None for step in fewer["steps"]) or not fewer["kept"]
-    assert call(capsys, "evaluate", tmp_path / "fewer")["loss"] == pytest.approx(fewer["after"]["loss"])
+
+
+def test_experts_are_dropped_where_it_is_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run whose layers stay, because making one dense is given a price."""
+    monkeypatch.setattr(vimoe.pruning._Greedy, "layers", lambda *_: ())
+    for experts in ("false", "true"):
+        out = tmp_path / experts
+        found = call(capsys, "prune", run, "--tolerance=9", f"--experts={experts}", "--out", out)
+        assert [step["expert"] is not None for step in found["steps"]] == [True] * 14 * (experts == "true")
+        assert call(capsys, "evaluate", out)["loss"] == pytest.approx(found["after"]["loss"])
 
 
 def test_reports_of_one_run_and_of_several(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,8 @@ def test_figures_go_on_axes_of_yours(found: Evidence) -> None:
     assert found.plot_heatmap("blocks.0.mlp", axis) is axis
     assert np.array_equal(axis.images[0].get_array(), np.full((5, 4), 0.25))
     assert isinstance(found.plot_heatmap("blocks.0.mlp"), Axes)
-    assert isinstance(found.plot_heatmaps(), Figure) and isinstance(found.plot_effects(), Figure)
+    assert [axis.get_title() for axis in found.plot_heatmaps().axes[:2]] == ["blocks.0.mlp", "blocks.<b>.mlp"]
+    assert [axis.get_xlabel() for axis in found.plot_effects().axes] == ["change of the loss, nats"]
     with pytest.raises(ConfigError, match=r"layer='blocks.7.mlp': expected one of blocks.0.mlp"):
         found.plot_heatmap("blocks.7.mlp")
 

@@ -62,11 +62,14 @@ def test_an_idle_expert_is_named_and_a_busy_one_is_not(
     load = {(row["layer"], row["expert"]): float(row["share"]) for row in rows(tmp_path / "load.csv")}
     assert load["blocks.0.mlp", "2"] == 0 and load["blocks.0.mlp", "1"] > 0
     assert [record.getMessage() for record in caplog.records if record.name == "vimoe.progress"] == found
+    checked = []
     for layer in ("blocks.0.mlp", "blocks.1.mlp"):
         named = " ".join(re.findall(rf"{layer}: experts? ([\d, ]+) got nothing", " ".join(found)))
         if "collapsed" not in " ".join(alarm for alarm in found if layer in alarm):
             idle = [expert for (name, expert), share in load.items() if name == layer and share == 0]
             assert re.findall(r"\d", named) == idle
+            checked += idle
+    assert checked  # a layer that has not collapsed has idle experts, and all of them were named
 
 
 def test_a_collapse_is_told(data: Data, tmp_path: Path) -> None:
