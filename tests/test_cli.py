@@ -384,6 +384,44 @@ def test_a_run_in_the_data_folder_is_refused(
     assert sorted(photos.rglob("*")) == before
 
 
+def test_a_run_in_what_the_data_folder_links_to_is_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "linked").mkdir()
+    for name in ("blue", "red"):
+        (tmp_path / "linked" / name).symlink_to(photos / "train" / name)
+    out = photos / "train" / "red" / "run"
+    said = refused(capsys, "train", "--data.path", tmp_path / "linked", *TINY, *QUICK, "--out", out)
+    assert "lies in" in said and not out.exists()
+
+
+def test_messages_show_names_with_line_ends_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no\ufffdrun: no such run" in refused(capsys, "evaluate", "no\nrun")
+    assert "x\ufffdy.png: no such file" in refused(capsys, "predict", run, "x\u2028y.png")
+
+
+def test_a_yaml_file_of_empty_sections_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "x.yaml"
+    flags = [*TINY, "--moe.layers=all"]
+    plain = call(capsys, "count", *flags)
+    for text in ("moe:\n#  layers: all\n", "", "model: {}\nmoe:\n"):
+        config.write_text(text)
+        assert text == "" or call(capsys, "count", "--config", config, *flags) == plain
+    config.write_text("moe: {top_k: x}")
+    assert refused(capsys, "count", "--config", config).startswith("vimoe: moe.top_k=x: expected")
+
+
+def test_a_folder_where_a_training_was_killed_before_it_began_may_be_used(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    for name in (".vimoe-lock", ".vimoe-locked-by"):
+        out.mkdir(exist_ok=True), (out / name).write_text("")
+    (out / ".vimoe-tmp-proof").mkdir()
+    call(capsys, "train", "--data.path", photos, *TINY, *QUICK, "--train.epochs=1", "--moe.layers=none", "--out", out)
+    assert not list(out.glob(".vimoe*"))
+
+
 def test_one_bad_image_leaves_the_predictions_of_others(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -420,6 +458,15 @@ def test_a_pruned_run_needs_no_figures_and_appears_whole(
         patch.setattr(vimoe.finished, "receipts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main(["prune", str(copy), "--out", str(out)]) == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    (tmp_path / "real").mkdir(), (tmp_path / "link").symlink_to(tmp_path / "real")  # of a large disk
+    call(capsys, "prune", copy, "--out", tmp_path / "link", "--tolerance=9")
+    assert (tmp_path / "real" / "summary.json").exists()
+    shutil.rmtree(tmp_path / "real")
+    (tmp_path / "link").unlink()
+    with monkeypatch.context() as patch:
+        out.mkdir(), patch.chdir(out)
+        assert "is the working directory" in refused(capsys, "prune", copy, "--out=.")
+    out.rmdir()
     out.mkdir()  # an empty folder may be given; what is put there meanwhile stays
     with monkeypatch.context() as patch:
         real = vimoe.finished.receipts

@@ -61,7 +61,7 @@ def test_of_two_folders_for_a_role_the_one_in_small_letters_has_it(
     assert dict(data.junk) == {
         "images in Train, which has no role": 6, "images in Training, which has no role": 3,
     }  # fmt: skip
-    assert "Train has no role, and its 6 images are left out; to use them, set --data.val_split Train" in caplog.text
+    assert "Train has no role, and its 6 images are left out\n" in caplog.text  # a second train is no validation
 
 
 def test_a_class_of_the_name_of_a_role_can_be_one(tmp_path: Path) -> None:
@@ -85,8 +85,26 @@ def test_roles_inside_of_classes_are_refused(tmp_path: Path) -> None:
             load_data(DataConfig(path=str(tmp_path / path)))
         with pytest.raises(DataError, match="roles inside of class folders"):
             load_folder(tmp_path / path, ("cat", "dog"))
-    folder(tmp_path / "photos" / "cat", 1, classes=("indoors",))  # then these are groups of some other kind
-    assert load_data(DataConfig(path=str(tmp_path / "photos"))).classes == ("cat", "dog")
+    folder(tmp_path / "photos" / "fox", 1, classes=("whole",))
+    with pytest.raises(DataError, match="roles inside of class folders"):  # of some classes
+        load_data(DataConfig(path=str(tmp_path / "photos")))
+    for name in ("cat", "dog"):  # then these are groups of some other kind
+        folder(tmp_path / "photos" / name, 1, classes=("indoors",))
+    assert load_data(DataConfig(path=str(tmp_path / "photos"))).classes == ("cat", "dog", "fox")
+
+
+def test_a_folder_of_somebody_elses_beside_train_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as lost+found of a disk; root, who runs these tests, may list everything."""
+    folder(tmp_path / "train", 4), (tmp_path / "lost+found").mkdir()
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> object:
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert len(load_data(DataConfig(path=str(tmp_path))).classes) == 3
 
 
 def test_images_without_a_role_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -171,13 +171,18 @@ def test_only_a_model_folder_is_ever_replaced(tmp_path: Path) -> None:
     project = tmp_path / "project"
     (project / "photos").mkdir(parents=True)
     (project / "config.json").write_text("{}")
-    for name, place in {"photos": project, "a file": tmp_path / "file"}.items():
-        place.touch()
-        with pytest.raises(FolderError, match="which vimoe.save does not write: expected a model folder to replace"):
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "config.json").write_text('{"my": "settings"}')
+    (tmp_path / "folders" / "model.safetensors" / "precious").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for place in (project, tmp_path / "settings", tmp_path / "folders", tmp_path / "file", project / "config.json"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(FolderError, match="expected a model folder to replace"):
             vimoe.save(model, place, overwrite=True)
-        assert place.exists() and (project / "photos").is_dir(), name
+        assert sorted(tmp_path.rglob("*")) == before
     vimoe.save(model, tmp_path / "model")
     vimoe.save(model, tmp_path / "model", overwrite=True)
     (tmp_path / "empty").mkdir()
     vimoe.save(model, tmp_path / "empty", overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "model", "project"]
+    with pytest.raises(FolderError, match="cannot be made: File name too long"):
+        vimoe.save(model, tmp_path / ("a" * 256))

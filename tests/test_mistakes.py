@@ -137,7 +137,7 @@ DAMAGE = {
     "pruning below a file": (nothing, "prune run --out dense/config.yaml/x", "cannot be made"),
     "side by side without out": (nothing, "report run dense", "--out is missing"),
     "side by side with nothing": (nothing, "report run nowhere --out x.html", "nowhere: no such run"),
-    "a report into no folder": (nothing, "report run dense --out no/where/x.html", "x.html could not be written"),
+    "a report into no folder": (nothing, "report run dense --out no/where/x.html", "no/where: no such folder"),
     "no report at all": (nothing, "report", "required: runs"),
     "evaluation of nothing": (nothing, "evaluate run --data.path nowhere", "data.path='nowhere': no such folder"),
     "evaluation of no image": (nothing, "evaluate run --data.path dense/model", "no image in any class"),

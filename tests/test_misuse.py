@@ -59,6 +59,12 @@ LOADERS = {
     "another size": ([(torch.randn(4, 3, 48, 48), Y)], "images of (48, 48): expected (32, 32), the model's size"),
     "one-hot labels": ([(X, torch.eye(5)[Y])], "labels of torch.float32 and shape (4, 5) for 4 images"),
     "fewer labels": ([(X, Y[:3])], "labels of torch.int64 and shape (3,) for 4 images"),
+    "one channel": ([(X[:, :1], Y)], "images of shape (4, 1, 32, 32) and labels of shape (4,): expected (images, 3,"),
+    "no batch": ([(X[0], Y[:3])], "images of shape (3, 32, 32)"),
+    "masks for a classifier": (
+        [(X, torch.zeros(4, 32, 32, dtype=torch.int64))],
+        "labels of shape (4, 32, 32): expected",
+    ),
     "a tensor": (X, "the loader is of type Tensor: expected batches"),
     "nothing": (None, "the loader is of type NoneType: expected batches"),
     "an empty list": ([], "the loader is empty"),
@@ -78,7 +84,11 @@ def test_a_loader_of_another_kind_is_one_line(what: str) -> None:
 def test_labels_of_any_whole_numbers_and_wrapped_models_are_analysed() -> None:
     model = upcycle(vit(), config())
     expected = vimoe.analyze(model, [(X, Y)], draws=2)
-    for loader in ([(X, Y.int())], [[X, Y.to(torch.uint8)]], ((X[:2], Y[:2]), (X[2:], Y[2:]))):
+    for loader in (
+        [(X[:0], Y[:0]), (X, Y.int()), (X[:0], Y[:0])],
+        [[X, Y.to(torch.uint8)]],
+        ((X[:2], Y[:2]), (X[2:], Y[2:])),
+    ):
         assert vimoe.analyze(model, loader, draws=2).base.images == 4
     wrapped = nn.DataParallel(model)
     found = vimoe.analyze(wrapped, [(X, Y)], draws=2)
@@ -89,3 +99,10 @@ def test_labels_of_any_whole_numbers_and_wrapped_models_are_analysed() -> None:
 def test_evidence_of_another_kind_is_one_line() -> None:
     with pytest.raises(vimoe.VimoeError, match="evidence is of type dict, {}: expected Evidence"):
         vimoe.prune(upcycle(vit(), config()), {})
+
+
+def test_pruning_names_a_label_that_is_no_class() -> None:
+    model = upcycle(vit(), config())
+    found = vimoe.analyze(model, [(X, Y)], draws=2)
+    with pytest.raises(vimoe.VimoeError, match="the label 6: expected 0 to 4"):
+        vimoe.prune(model, found, [(X, Y + 3)])

@@ -15,7 +15,7 @@ from PIL import Image
 from scenery import NAMES, PALETTE, VOID, YAML, mask, painted
 
 from vimoe.errors import DataError
-from vimoe.segmentation.legend import IGNORE, Legend, legend_of_masks, read_legend
+from vimoe.segmentation.legend import IGNORE, Legend, legend_in, legend_of_masks, read_legend
 from vimoe.segmentation.pictures import colour
 
 COLOURS = f"palette: {[list(colour) for colour in PALETTE]}\n"
@@ -38,6 +38,13 @@ def saved(tmp_path: Path, values: np.ndarray, mode: str = "") -> Path:
 def test_values_become_class_numbers_and_void(tmp_path: Path) -> None:
     got = legend(tmp_path, YAML).read(saved(tmp_path, np.array([[0, 1], [2, VOID]], "uint8")))
     assert got.tolist() == [[0, 1], [2, IGNORE]] and got.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["classes.yaml", "Classes.yaml", "classes.yml", "CLASSES.YML"])
+def test_the_legend_is_found_whatever_its_letters(tmp_path: Path, name: str) -> None:
+    assert legend_in(tmp_path) is None and legend_in(tmp_path / "nowhere") is None
+    (tmp_path / name).write_text("names: [sky, road]")
+    assert legend_in(tmp_path).names == ("sky", "road")
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "bool"])
@@ -212,7 +219,7 @@ def test_a_value_outside_of_the_classes_is_named(tmp_path: Path) -> None:
         ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", r"palette has \[0, 0, 300\]"),
         ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 0]]", r"\(0, 0, 0\) stands twice"),
         ("names: [a, b", "cannot be read"),
-        ("names: {0: sky, 1: road, 1: car}", "cannot be read: 1 stands twice, in lines 1 and 1"),
+        ("names: {0: sky, 1: road, 1: car}", "cannot be read: '1' stands twice, in lines 1 and 1"),
         ("names: [a, b]\nignore: 3\nignore: 4", "'ignore' stands twice, in lines 2 and 3"),
         ("names: [a, b]\nsequence: 3", "sequence is 3: expected a regular expression; put it in quotes"),
         ("names: [a, b]\nsequence: '(a'", r"sequence is '\(a', which is no regular expression \(missing \)"),

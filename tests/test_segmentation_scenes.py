@@ -390,3 +390,24 @@ def test_flat_splits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, "vimoe"):
         split(tmp_path, {"a_": 10})
     assert "by image" in caplog.text
+
+
+def test_palettes_that_differ_are_warned_of_where_only_names_are_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Values count then; programs that give each file an order of its own have permuted them."""
+    colours = [(40, 80, 220), (120, 120, 120), (220, 40, 40)]
+    values = np.repeat([[0], [1], [2]], 8, axis=0).repeat(32, axis=1).astype("uint8")
+    for name, order in {"a": (0, 1, 2), "b": (2, 1, 0), "c": (0, 1, 2)}.items():
+        scene(tmp_path, "train", name, values)
+        permuted = Image.fromarray(values)
+        permuted.putpalette([channel for i in order for channel in colours[i]])
+        permuted.save(tmp_path / "annotations" / "train" / f"{name}.png")
+    (tmp_path / "classes.yaml").write_text("names: [sky, road, car]")
+    scanned(tmp_path)
+    assert "class 'sky' has the colour [40, 80, 220] in annotations/train/" in caplog.text
+    assert "values count, since no palette says what colours mean; if colours do, give one in classes" in caplog.text
+    caplog.clear()
+    (tmp_path / "classes.yaml").write_text(f"names: [sky, road, car]\npalette: {[list(each) for each in colours]}")
+    scanned(tmp_path)
+    assert "values count" not in caplog.text

@@ -25,7 +25,18 @@ from vimoe.config import DRAWS, OVERRULED_IMAGES
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.evaluate import Batches, Score, ScoreCounts, batches_of, label_names
 from vimoe.evidence import Effect, Evidence, LayerEvidence
-from vimoe.interventions import Changes, Frozen, Handed, Images, Intervention, Subjects, Without, measure, signature
+from vimoe.interventions import (
+    Changes,
+    Frozen,
+    Handed,
+    Images,
+    Intervention,
+    Subjects,
+    Without,
+    check_labels,
+    measure,
+    signature,
+)
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.legend import IGNORE
@@ -353,7 +364,7 @@ def _observe(
     score: ScoreCounts | SceneCounts | None = None
     shape: torch.Size | None = None
     for x, labels in batches_of(model, subjects.loader, task):
-        _check_labels(labels, classes)
+        check_labels(labels, classes)
         shape = shape or x.shape[1:]
         if x.shape[1:] != shape:
             raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
@@ -372,16 +383,6 @@ def _observe(
         )
     seen.close()
     return found, seen
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    counted = labels if labels.ndim == 1 else labels[labels != IGNORE]
-    low, high = (int(each) for each in counted.aminmax()) if counted.numel() else (0, 0)
-    if low < 0 or high >= classes:
-        odd = low if low < 0 else high
-        raise DataError(
-            f"the loader gives the label {odd}: expected 0 to {classes - 1}, the model has {classes} classes"
-        )
 
 
 def _classes_of(model: nn.Module, labels: Tensor, classes: int) -> np.ndarray:

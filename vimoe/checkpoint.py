@@ -42,7 +42,7 @@ def write(run: Path, state: dict[str, Any]) -> None:
         with written_whole(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except RuntimeError as error:  # torch's zip writer, where the disk is full
-        raise FolderError(f"{path} could not be written: {first_line(error)}; make room and resume the run") from error
+        raise FolderError(f"{path} could not be written; make room, and resume the run") from error
 
 
 def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
@@ -103,11 +103,13 @@ def check_space(run: Path, model: nn.Module, ema: bool) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed = 2 * (moments + (3 if ema else 2) * weights) + weights
+    held = (run / CHECKPOINT).stat().st_size if exists(run) else 0  # by one that will be replaced
     free = shutil.disk_usage(run).free
-    if free < needed:
+    if free < needed - held:
+        remedy = "make room" if held else "make room, or name another --out"
         raise FolderError(
-            f"{run}: {in_units(free)} are free: expected {in_units(needed)} for the checkpoints of this training; "
-            f"make room, or name another --out"
+            f"{run}: {in_units(free)} are free: expected {in_units(needed - held)} for the checkpoints of this "
+            f"training; {remedy}"
         )
 
 

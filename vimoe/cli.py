@@ -12,12 +12,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
 from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, MoEConfig, Task
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
+from vimoe.files import printable
 from vimoe.options import Parser, Settings
 from vimoe.runs import SCHEMA, open_run
 
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = _one_line(error if isinstance(error, VimoeError) else _of_machine(error))
         if as_json:
-            print(json.dumps({"error": message}))
+            with suppress(OSError):  # where standard output is what is full
+                print(json.dumps({"error": message}), flush=True)
         print(f"vimoe: {message}", file=sys.stderr)
         return 2
     return 0
@@ -171,7 +173,7 @@ def predict(verb: str, argv: list[str]) -> Result:
     files = list_images(options["images"])
     if run.segments:
         out = _required_out(options, "masks")
-        for images in options["images"]:
+        for images in (*options["images"], run.run.settings.data.path):
             check_outside("--out", out, images)
         predictions = run.predict_scenes(files, out)
         lines = [p.get("error") or f"{p['mask']}: {_areas(p, options['top'])}" for p in predictions]
@@ -408,13 +410,18 @@ def _log_to_stderr() -> None:
 def _of_machine(error: OSError) -> FolderError:
     """Return an error of disks and permissions in the form of all others."""
     where = error.filename if error.filename is not None else "a file or folder"
-    return FolderError(f"{where} cannot be used ({error.strerror or error}); make room, or mend permissions")
+    remedies = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOSPC: "make room", errno.EDQUOT: "make room"}
+    remedy = remedies.get(error.errno or 0, "make room, or mend permissions")
+    return FolderError(f"{where} cannot be used ({error.strerror or error}); {remedy}")
 
 
 def _one_line(error: Exception) -> str:
     """The message; where a data worker sent it with its traceback, the last line of that."""
-    last = [line for line in str(error).splitlines() if line.strip()][-1]
-    return last.partition("Error: ")[2] if last.startswith("vimoe.errors.") else last
+    message = str(error)
+    if "Traceback (most recent call last)" in message:
+        message = [line for line in message.split("\n") if line.strip()][-1]
+        message = message.partition("Error: ")[2] if message.startswith("vimoe.errors.") else message
+    return printable(message)  # names may hold line ends
 
 
 if __name__ == "__main__":

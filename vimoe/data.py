@@ -17,7 +17,7 @@ from vimoe.archives import archives, find_archives, is_archive
 from vimoe.config import DataConfig
 from vimoe.errors import DataError, beside, nearest
 from vimoe.images import Source, Tried, find_images, is_hidden, name_within, passed_over, try_images
-from vimoe.sources import LOOSE, SYNONYMS, ClassImages, Listing, check_levels, folder
+from vimoe.sources import LOOSE, SYNONYMS, ClassImages, Listing, check_levels, folder, is_split
 from vimoe.tables import INSTEAD, MNISTS, csv_file, hugging_face, torchvision_files
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,6 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
         )
     present = {role: split for role, split in chosen.items() if split or role == "train"}
     found = {role: listing.classes(split) for role, split in present.items()}
-    if chosen["train"]:
-        _tell_without_role(listing, chosen)
     where = {role: listing.where(split) for role, split in present.items()}
     names = tuple(classes or found["train"])
     _check_names(where["train"], found["train"])
@@ -111,6 +109,8 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     train, val, test = (
         _samples(where[role], found[role], names) if role in present else [] for role in ("train", "val", "test")
     )
+    if chosen["train"]:
+        _tell_without_role(listing, chosen)
     split_off = not val
     if split_off:
         train, val = _split_off(train, listing, config, set(validation))
@@ -182,13 +182,20 @@ def list_data(config: DataConfig) -> Listing:
 
 def absolute(path: str) -> str:
     """A data path that means the same from any working directory."""
-    if path == "digits":
+    place = local(path)
+    if place is None or not place.exists():  # of the hub
         return path
-    start = path.index(":") + 1 if path.startswith("torch/") and ":" in path else 5 if path.startswith("hfds/") else 0
-    place = Path(path[start:])
-    if not place.exists():  # of the hub
-        return path
-    return path[:start] + str(place.resolve() if place.is_dir() else place.parent.resolve() / place.name)
+    return path[: _start(path)] + str(place.resolve() if place.is_dir() else place.parent.resolve() / place.name)
+
+
+def local(path: str) -> Path | None:
+    """Return the file or folder that a data path names, without the kind before it; None for data of no file."""
+    return None if path in ("", "digits") else Path(path[_start(path) :])
+
+
+def _start(path: str) -> int:
+    """Return where the file or folder begins in a data path, after its kind."""
+    return path.index(":") + 1 if path.startswith("torch/") and ":" in path else 5 if path.startswith("hfds/") else 0
 
 
 def on_disk(samples: Iterable[Sample]) -> list[tuple[Source, int]]:
@@ -259,12 +266,12 @@ def _tell_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> No
         inside = replace(listing, junk=Counter())
         try:
             images = sum(map(len, inside.classes(split).values())) + inside.junk[LOOSE]
-        except DataError:  # such as of a table whose labels are kept secret
+        except (DataError, OSError):  # a table whose labels are kept secret, a folder of somebody else's
             continue
         if images:
             listing.junk[f"images in {split}, which has no role"] += images
             free = next((role for role in ("val", "test", "train") if chosen[role] is None), None)
-            remedy = f"; to use them, set --data.{free}_split {split}" if free else ""
+            remedy = f"; to use them, set --data.{free}_split {split}" if free and not is_split(split) else ""
             logger.warning("%s has no role, and its %d images are left out%s", listing.where(split), images, remedy)
 
 
@@ -306,7 +313,9 @@ def _samples(where: str, found: ClassImages, classes: tuple[str, ...]) -> list[S
             raise DataError(f"{where}: no class {name!r} in the class map from train; {nearest(name, classes)}")
     samples: list[Sample] = [(i, label) for label, name in enumerate(classes) for i in found.get(name, [])]
     if not samples:
-        raise DataError(f"{where}: no image in any class; expected classes named {', '.join(classes[:3])}, ...")
+        raise DataError(
+            f"{where}: no image in any class; expected classes named {', '.join(classes[:3])}, ...; add or remove it"
+        )
     return samples
 
 

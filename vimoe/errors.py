@@ -80,6 +80,8 @@ def first_line(error: BaseException) -> str:
 
 def beside(path: Path) -> str:
     """The remedy for a path that is not there: the nearest name in its folder, or a look at the path."""
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if path.is_symlink():
+        return "it is a link to what is not there"
+    names = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {str(path.with_name(close[0]))!r}?" if close else "check the path"

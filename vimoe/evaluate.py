@@ -101,6 +101,8 @@ def batches_of(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tu
     weight = next(model.parameters())
     for batch in track(loader, task):
         images, labels = _pair(model, batch)
+        if not len(images):
+            continue
         yield images.to(weight.device, weight.dtype, non_blocking=True), labels.to(weight.device, torch.int64)
 
 
@@ -119,7 +121,15 @@ def _pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             f"expected whole numbers of shape ({len(images)},), or masks (images, height, width)"
         )
     embed: Any = getattr(model, "patch_embed", None)
-    if images.ndim == 4 and getattr(embed, "strict_img_size", False) and images.shape[-2:] != tuple(embed.img_size):
+    if embed is None:  # a segmenter, or the rest of a model on features
+        return images, labels
+    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
+    if images.ndim != 4 or channels not in (None, images.shape[1]) or labels.ndim != 1:
+        raise DataError(
+            f"the loader gives images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}: "
+            f"expected (images, {channels or 'channels'}, height, width) and (images,)"
+        )
+    if getattr(embed, "strict_img_size", False) and images.shape[-2:] != tuple(embed.img_size):
         raise DataError(
             f"the loader gives images of {tuple(images.shape[-2:])}: expected {tuple(embed.img_size)}, the model's "
             f"size; resize them, or build the model with img_size={images.shape[-1]}"

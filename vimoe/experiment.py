@@ -14,7 +14,7 @@ from torch import nn
 
 from vimoe import checkpoint, runs
 from vimoe.backbone import check_name, dense_segmenter
-from vimoe.data import absolute
+from vimoe.data import absolute, local
 from vimoe.errors import ConfigError
 from vimoe.figures import png
 from vimoe.files import discard_leftovers, locked, temporary_folder, write_bytes
@@ -25,6 +25,7 @@ from vimoe.problem import Problem, problem_of
 from vimoe.report import write_run_report
 from vimoe.scan import Scan
 from vimoe.segmentation.scene_scan import SceneScan
+from vimoe.sources import is_split
 from vimoe.surgery import select
 from vimoe.train import check, settle, train
 from vimoe.upcycling import sites, upcycle
@@ -55,6 +56,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     scanned = problem.scan()
     folder = runs.new_run(out)
     with locked(folder, runs.TRAINED):
+        discard_leftovers(folder)  # of one that was killed before it began
         checkpoint.check_space(folder, model, bool(settings.train.ema_decay))
         with temporary_folder(folder) as proof:  # what could not be saved should not be trained
             _save(problem, model, proof / runs.MODEL)
@@ -86,8 +88,12 @@ def resume_training(path: str | Path) -> dict[str, Any]:
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
     """Raise ConfigError where `out` lies in the folder `data`, whose images its pictures would be taken for."""
-    folder = Path(data)
-    if data not in ("", "digits") and folder.is_dir() and Path(out).resolve().is_relative_to(folder.resolve()):
+    folder, place = local(str(data)), Path(out).resolve()
+    if folder is None or not folder.is_dir():
+        return
+    roles = [inside for inside in folder.iterdir() if inside.is_dir() and is_split(inside.name)]
+    linked = [inside for each in (folder, *roles) for inside in each.iterdir() if inside.is_symlink()]
+    if any(place.is_relative_to(each.resolve()) for each in (folder, *linked)):
         raise ConfigError(
             f"{option} {out} lies in {data}, where its pictures would be taken for data: expected another place; name "
             f"one beside it"

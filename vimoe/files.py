@@ -24,7 +24,7 @@ import yaml
 from vimoe.errors import FolderError
 
 TEMPORARY = ".vimoe-tmp-"  # short, and without the final name, which may have all of the 255 bytes that a name can have
-LOCK = ".vimoe-lock"
+LOCK, HOLDER = ".vimoe-lock", ".vimoe-locked-by"  # the first is filelock's own to write to
 
 
 @contextmanager
@@ -35,6 +35,8 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         FolderError: where it cannot be written; what was at `path` before is as it was.
     """
     temporary = None
+    if not path.parent.is_dir():
+        raise FolderError(f"{path.parent}: no such folder: expected one to write {path.name} into; make it first")
     try:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
         temporary = Path(name)
@@ -115,16 +117,15 @@ class _Strict(yaml.SafeLoader):  # type: ignore[misc]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        known: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
-            if key in known:
-                raise yaml.YAMLError(f"{key!r} stands twice, in lines {known[key]} and {line}: expected it once")
-            known[key] = line
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # as it is written: merged keys come later
+        known: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, what = key.start_mark.line + 1, (key.tag, key.value)
+            if what in known:
+                raise yaml.YAMLError(f"{key.value!r} stands twice, in lines {known[what]} and {line}: expected it once")
+            known[what] = line
+        return node
 
 
 _Strict.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), "-+0123456789")
@@ -203,41 +204,47 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
     Raises:
         FolderError: where another process holds it.
     """
-    path = folder / LOCK
-    lock = filelock.FileLock(path, timeout=0)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise FolderError(f"{folder} is being {doing} by {_holder(path)}: expected one process; wait for it") from None
-    except OSError as error:
-        raise FolderError(f"{folder} cannot be written to: {error.strerror}; name another folder") from error
+        raise FolderError(
+            f"{folder} is being {doing} by {_holder(folder)}: expected one process; wait for it"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise FolderError(f"{folder} cannot be locked: {error}; mend its permissions, or name another one") from error
     try:
         with suppress(OSError):  # of a full disk: it is for a message
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
+        for name in (HOLDER, LOCK):
+            with suppress(OSError):
+                (folder / name).unlink()
         lock.release()
 
 
 def held_by(folder: Path) -> str | None:
     """Return which process holds a folder (`locked`): "process 17 on host"; None where none does."""
-    path = folder / LOCK
-    if path.exists():
+    if (folder / LOCK).exists():
         try:
-            with filelock.FileLock(path, timeout=0):
+            with filelock.FileLock(folder / LOCK, timeout=0):
                 return None
         except filelock.Timeout:
-            return _holder(path)
-        except OSError:  # such as a file system that nobody can write to
+            return _holder(folder)
+        except (OSError, NotImplementedError):  # such as a file system that nobody can write to
             return None
     return None
 
 
-def _holder(path: Path) -> str:
+def is_own(path: Path) -> bool:
+    """Return True for what a killed process of vimoe's leaves in a folder that it had just begun to use."""
+    return path.name in (LOCK, HOLDER) or path.name.startswith(TEMPORARY)
+
+
+def _holder(folder: Path) -> str:
     with suppress(OSError):
-        return path.read_text(encoding="utf-8") or "another process"
+        return (folder / HOLDER).read_text(encoding="utf-8") or "another process"
     return "another process"
 
 

@@ -22,7 +22,7 @@ from vimoe.evaluate import Score, label_names
 from vimoe.evidence import Evidence
 from vimoe.experiment import check_outside
 from vimoe.figures import contact_sheet, png
-from vimoe.files import read_text, write_bytes
+from vimoe.files import read_text, temporary_folder, write_bytes
 from vimoe.folder import load, save
 from vimoe.images import open_image
 from vimoe.problem import Problem, problem_of
@@ -92,6 +92,8 @@ class FinishedRun:
 
     def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
         """Measures the routing on validation, and writes routing.json, example images and the report."""
+        with temporary_folder(self.run.path):  # before all the work
+            pass
         loader, sequences = self.problem.deciding(self.model), self.problem.sequences
         evidence = analyze(self.model, loader, draws, overrule, seed, progress=True, sequences=sequences)
         runs.write_json(self.run.path / runs.ROUTING, evidence.to_dict())

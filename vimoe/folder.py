@@ -24,7 +24,7 @@ from vimoe import ffn
 from vimoe.accounting import model_input_size
 from vimoe.config import MoEConfig
 from vimoe.errors import FolderError, VimoeError, first_line
-from vimoe.files import read_text, rename, temporary_folder, write_json
+from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
 from vimoe.moe import MoE
 from vimoe.moe.packed import check_not_packed
 from vimoe.segmentation.segmenter import Segmenter
@@ -61,7 +61,10 @@ def save(
     """
     path = Path(path)
     model = unwrapped(model)
-    _check_place(path, overwrite)
+    try:
+        _check_place(path, overwrite)
+    except OSError as error:
+        raise FolderError(f"{path} cannot be made: {error.strerror}; use another name") from error
     check_not_packed(model)
     if not hasattr(model, "pretrained_cfg"):
         raise FolderError(f"{type(model).__name__} was not built by timm.create_model, which notes how to rebuild it")
@@ -135,14 +138,26 @@ def _check_place(path: Path, overwrite: bool) -> None:
     """Raise FolderError where a model folder may not be written: only another model folder is ever replaced."""
     if not path.exists():
         return
-    held = sorted(inside.name for inside in path.iterdir()) if path.is_dir() else [path.name]
-    if overwrite and (odd := [name for name in held if name not in (CONFIG, WEIGHTS)]):
-        raise FolderError(
-            f"{path} holds {odd[0]!r}, which vimoe.save does not write: expected a model folder to replace; use "
-            f"another name"
-        )
     if not overwrite:
         raise FolderError(f"{path} is there already: expected a new folder; use another name or overwrite=True")
+    if not path.is_dir():
+        raise FolderError(f"{path} is a file: expected a model folder to replace; use another name")
+    held = [inside for inside in path.iterdir() if not inside.name.startswith(TEMPORARY)]
+    odd = [inside.name for inside in held if inside.name not in (CONFIG, WEIGHTS) or not inside.is_file()]
+    if not odd and held and not _is_model_config(path / CONFIG):
+        odd = [CONFIG]
+    if odd:
+        raise FolderError(
+            f"{path} holds {odd[0]!r}, which is not of vimoe.save: expected a model folder to replace; use another name"
+        )
+
+
+def _is_model_config(path: Path) -> bool:
+    """Return True for a config.json as timm writes it for a model."""
+    try:
+        return "architecture" in json.loads(read_text(path))
+    except (FolderError, ValueError, TypeError):
+        return False
 
 
 def _add_layers(model: nn.Module, config_path: Path) -> None:

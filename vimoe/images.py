@@ -284,7 +284,10 @@ def _unreadable(source: Source, error: Exception) -> DataError:
 
 
 def _file(source: Source) -> BinaryIO:
-    return source.open("rb") if isinstance(source, Path) else source.stream()
+    if not isinstance(source, Path):
+        return source.stream()
+    _stamp(source)  # which refuses what is no file, such as a pipe that nobody writes to
+    return source.open("rb")
 
 
 def _digest(file: BinaryIO) -> bytes:

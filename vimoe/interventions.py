@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe.errors import DataError, VimoeError
-from vimoe.evaluate import Batches, batches_of
+from vimoe.evaluate import Batches, batches_of, label_names
 from vimoe.moe import MoE, Routing
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine
@@ -200,6 +200,7 @@ class Subjects:
                 rows = chosen.places[first:last] - seen
             places.append(seen + rows)
             seen += len(x)
+            check_labels(labels, len(label_names(self.model)))
             if len(rows) < len(x):
                 x, labels = x[torch.from_numpy(rows).to(x.device)], labels[torch.from_numpy(rows).to(x.device)]
             signatures.append(signature(labels))
@@ -333,3 +334,14 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def signature(labels: Tensor) -> np.ndarray:
     """(B,) a number for each image by which to know it again: its class, or the sum of its mask."""
     return (labels if labels.ndim == 1 else labels.flatten(1).sum(dim=1)).cpu().numpy()
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise DataError for a label that is none of so many classes."""
+    counted = labels if labels.ndim == 1 else labels[labels != IGNORE]
+    low, high = (int(each) for each in counted.aminmax()) if counted.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        odd = low if low < 0 else high
+        raise DataError(
+            f"the loader gives the label {odd}: expected 0 to {classes - 1}, the model has {classes} classes"
+        )

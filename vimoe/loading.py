@@ -216,10 +216,11 @@ def eval_loader(
 def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:
     """Timm's transform for evaluation, for images of any shape."""
     steps = create_transform(**prepared, is_training=False, **options).transforms
-    if prepared.get("crop_mode") == "squash":  # which shows all of the image
+    mode, sides = prepared.get("crop_mode") or "center", prepared["input_size"][1:]
+    if mode == "squash":  # which shows all of the image
         return Compose(steps)
-    sides = prepared["input_size"][1:]
-    return Compose([CutThin(THIN * max(sides) / min(sides)), *steps])
+    # "border" shows all of it too, as long as it is a pixel wide then
+    return Compose([CutThin(THIN * max(sides) / min(sides) if mode == "center" else max(sides)), *steps])
 
 
 def processes(workers: int | None) -> dict[str, Any]:

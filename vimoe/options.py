@@ -126,6 +126,7 @@ class Parser(ArgumentParser):
     def _one_line(self, message: str) -> str:
         """The message of jsonargparse in the form of all others: value, what was expected, remedy."""
         text = " ".join(re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message).split())
+        text = re.sub(r'(Parser key "config": )+', "", text)
         for pattern in _UNKNOWN:
             if found := re.search(pattern, text):
                 return self._unknown(".".join(found.groups()).partition("=")[0])
@@ -165,14 +166,13 @@ def _content(name: str) -> str:
         raise ConfigError(
             f"--config {name}: expected a YAML file of sections and settings, such as 'train: {{epochs: 3}}'"
         )
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump({name: part for name, part in values.items() if part is not None}, sort_keys=False)
 
 
 def _load_value(text: str) -> Any:
     """Read one value or a whole file for jsonargparse."""
     value = read_yaml(text)
-    bare = isinstance(value, dict) and value and all(each is None for each in value.values())  # a path with a colon
-    return text if bare else value
+    return text if re.fullmatch(r"\S[^\n]*:", text.strip()) else value  # a path that ends in a colon is no mapping
 
 
 set_loader("strict", _load_value, exceptions=(yaml.YAMLError,))

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from vimoe.errors import ConfigError, FolderError, beside, first_line
-from vimoe.files import held_by, read_text, temporary_folder, write_bytes, write_text
+from vimoe.files import held_by, is_own, read_text, temporary_folder, write_bytes, write_text
 from vimoe.files import write_json as write_json
 from vimoe.options import Settings, read_settings
 
@@ -45,7 +45,7 @@ class Run:
         if not listed.exists():
             return []
         try:
-            return [_name(line) for line in listed.read_bytes().removesuffix(b"\n").split(b"\n")]
+            return [_name(line.removesuffix(b"\r")) for line in listed.read_bytes().removesuffix(b"\n").split(b"\n")]
         except (OSError, ValueError) as error:
             raise FolderError(f"{listed} cannot be read: {first_line(error)}; restore it, or train again") from error
 
@@ -58,7 +58,7 @@ def check_new(path: str | Path) -> Path:
         raise FolderError(
             f"--out {path} holds a run that did not finish: go on with --resume {path}, remove it, or name another one"
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not is_own(inside) for inside in path.iterdir())):
         raise FolderError(f"--out {path} is there already: expected a new folder; name another one")
     return path
 
@@ -77,17 +77,20 @@ def new_run(path: str | Path) -> Path:
 def made_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes the new folder `path` when the block ends well, and is gone if not."""
     path = check_new(path)
+    place = path.resolve()  # a link to a folder cannot be renamed over by its name
+    if place == Path.cwd():
+        raise FolderError(f"--out {path} is the working directory, whose place is to be taken: name another one")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
-    with temporary_folder(path.parent) as folder:
+    with temporary_folder(place.parent) as folder:
         try:
             yield folder
         except FolderError as error:
             raise FolderError(str(error).replace(str(folder), str(path))) from error
         try:
-            folder.rename(path)  # over an empty folder at most: the system refuses what was put there meanwhile
+            folder.rename(place)  # over an empty folder at most: the system refuses what was put there meanwhile
         except OSError as error:
             raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
 
@@ -100,7 +103,9 @@ def open_run(path: str | Path) -> Run:
     if not (path / MODEL).is_dir():
         _check_idle(path)
         if not (path / CHECKPOINT).exists():
-            raise FolderError(f"{path} has no {MODEL}/: expected a folder that vimoe train made; train again")
+            raise FolderError(
+                f"{path} has no {MODEL}/: expected a folder that vimoe train made; train again with another --out"
+            )
         raise FolderError(
             f"{path} has no {MODEL}/: its training did not finish; go on with: vimoe train --resume {path}"
         )

@@ -92,10 +92,12 @@ def check_levels(listing: Listing, found: ClassImages, where: str) -> None:
     """Raise DataError where all images lie as class/split/image, so that the splits would be merged without a word."""
     if listing.word != "folder":  # in a table every image has its class and split in writing
         return
-    folders = {(name, place(image).parent.name) for name, images in found.items() for image in images}
-    splits = {folder.lower() for name, folder in folders if folder != name}
-    if len(splits) > 1 and splits <= SPLITS and all(folder != name for name, folder in folders):
-        name, folder = min(folders)
+    inside = {name: {place(image).parent.name for image in images} for name, images in found.items()}
+    nested = {
+        (name, each) for name, here in inside.items() if name not in here and all(map(is_split, here)) for each in here
+    }
+    if len({folder.lower() for _, folder in nested}) > 1:
+        name, folder = min(nested)
         raise DataError(
             f"{where} has folders of roles inside of class folders, such as {name}/{folder}: expected {folder}/{name}; "
             f"exchange the two levels"

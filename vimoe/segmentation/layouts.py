@@ -13,7 +13,7 @@ from vimoe.data import split_of
 from vimoe.errors import ConfigError, DataError, beside, nearest
 from vimoe.files import read_names
 from vimoe.images import find_images, is_hidden
-from vimoe.segmentation.legend import IGNORE, LEGEND, Colour, Legend, read_legend
+from vimoe.segmentation.legend import IGNORE, Colour, Legend, legend_in
 from vimoe.segmentation.scene_tables import Files, scene_tables
 
 ROLES = ("train", "val", "test")
@@ -70,7 +70,7 @@ def _ade20k(root: Path, config: DataConfig, to_train: bool) -> Found:
     images, masks = (_role_folders(root / kind, config, to_train) for kind in ("images", "annotations"))
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
-    legend = read_legend(root / LEGEND) if (root / LEGEND).is_file() else None
+    legend = legend_in(root)
     junk: Counter[str] = Counter()
     return Found(root, _files(images, junk), _files(masks, Counter(), ".png"), legend, junk)
 
@@ -87,7 +87,7 @@ def _table(config: DataConfig, to_train: bool) -> Found:
     if "test" in masks and not masks["test"]:
         logger.info("%s has no masks in test: left out", config.path)
         del images["test"], masks["test"]
-    legend = read_legend(root / LEGEND) if (root / LEGEND).is_file() else None
+    legend = legend_in(root)
     return Found(root, images, masks, legend)
 
 

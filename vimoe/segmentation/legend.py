@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from PIL.Image import Image
 
 from vimoe.errors import DataError, nearest
 from vimoe.files import read_text, read_yaml
@@ -197,16 +198,35 @@ def read_values(mask: Source) -> tuple[Array, Array | None]:
     """
     try:
         with undecoded(mask) as opened:
-            mode, raw = opened.mode, np.asarray(opened)
-            palette = np.array(opened.getpalette() or []).reshape(-1, 3) if mode == "P" else np.empty((0, 3))
+            mode, raw, palette = opened.mode, np.asarray(opened), _shown(opened)
     except Exception as error:  # what decoders raise on damaged files has no common class
         raise DataError(f"cannot be read as a mask ({reason(error)}): expected a whole PNG") from error
     if mode in ("1", "L", "P") or mode.startswith("I;16"):
-        grey = len(palette) != 1 and (palette == np.arange(len(palette))[:, None]).all()
-        return raw.astype("uint16"), None if grey else palette
+        return raw.astype("uint16"), palette
     if mode in ("RGB", "RGBA"):
         return raw[..., :3], None
     raise DataError(f"a mask of mode {mode}: expected one channel of 8 or 16 bits, or RGB; convert it")
+
+
+def palette_of(mask: Source) -> Array | None:
+    """Return the colours (n, 3) of the values of a mask that `read_values` could read; None where it has none."""
+    with undecoded(mask) as opened:
+        return _shown(opened)
+
+
+def _shown(image: Image) -> Array | None:
+    if image.mode != "P":
+        return None
+    palette = np.array(image.getpalette() or []).reshape(-1, 3)
+    grey = len(palette) != 1 and (palette == np.arange(len(palette))[:, None]).all()
+    return None if grey else palette
+
+
+def legend_in(folder: Path) -> Legend | None:
+    """Return the legend of a data folder; None without one. Its name may be in capital letters, and end in .yml."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    file = next((path for path in inside if path.name.lower() in (LEGEND, "classes.yml") and path.is_file()), None)
+    return read_legend(file) if file else None
 
 
 def read_legend(path: Path) -> Legend:

@@ -14,7 +14,7 @@ import numpy as np
 from vimoe.errors import DataError
 from vimoe.images import Source, image_size, name_within, place, try_images
 from vimoe.scan import duplicates, warn_of_thin
-from vimoe.segmentation.legend import IGNORE, Array
+from vimoe.segmentation.legend import IGNORE, LEGEND, Array, Legend, palette_of
 from vimoe.segmentation.scenes import Scene, Scenes
 from vimoe.terminal import track
 
@@ -113,6 +113,9 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[S
     wrong: dict[Source, str] = {}
     sizes: dict[Source, str] = {}
 
+    colours: dict[int, tuple[tuple[int, ...], Source]] = {}  # by class its colour in a palette, and where that was seen
+    differing: list[str] = []
+
     def count(scene: Scene) -> Array | DataError | str:
         image, mask = scene
         try:
@@ -134,9 +137,34 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[S
                 sizes[mask] = result
             else:
                 counts[mask] = result
+                if all_scenes.legend.palette is None and not differing:
+                    differing += _differing(mask, result, all_scenes.legend, colours, root)
+    if differing:
+        logger.warning("%s: values count, since no palette says what colours mean; if colours do, give one in %s",
+                       differing[0], LEGEND)  # fmt: skip
     _refuse(wrong, f"of {len(scenes)} masks cannot be used", root)
     _refuse(sizes, f"of {len(scenes)} masks have another size than their image", root, "make them of one size")
     return counts
+
+
+def _differing(
+    mask: Source, pixels: Array, legend: Legend, known: dict[int, tuple[tuple[int, ...], Source]], root: Path
+) -> list[str]:
+    """Return a class that has another colour in this palette image than in one before: its values may be permuted."""
+    palette = palette_of(mask)
+    if palette is None:
+        return []
+    for number in np.flatnonzero(pixels[:-1]).tolist():
+        value = legend.ids[number]
+        colour = tuple(palette[value].tolist()) if value < len(palette) else ()
+        before, first = known.setdefault(number, (colour, mask))
+        if before != colour:
+            names = name_within(root, first), name_within(root, mask)
+            return [
+                f"class {legend.names[number]!r} has the colour {list(before)} in {names[0]} and {list(colour)} in "
+                f"{names[1]}"
+            ]
+    return []
 
 
 def _refuse(files: Mapping[Any, str], what: str, root: Path, remedy: str = "") -> None:
