@@ -213,3 +213,18 @@ def test_the_config_imports_no_torch(code: str) -> None:
 
 def test_the_check_for_torch_can_fail() -> None:
     assert imports_torch("import vimoe; vimoe.balance_loss")
+
+
+def test_a_model_that_the_caller_has_registered_with_timm_is_known() -> None:
+    import timm
+    from timm.models import register_model
+
+    from vimoe.backbone import check_name
+    from vimoe.config import ModelConfig
+
+    def vit_of_the_caller(pretrained: bool = False, **kwargs: object) -> object:
+        return timm.create_model("vit_tiny_patch16_224", pretrained=pretrained, **kwargs)
+
+    vit_of_the_caller.__module__ = __name__
+    register_model(vit_of_the_caller)
+    check_name(ModelConfig(name="vit_of_the_caller"))

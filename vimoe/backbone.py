@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -105,6 +106,9 @@ def check_name(config: ModelConfig, segmentation: bool = False) -> None:
     if colon:
         return
     architecture, _, tag = name.partition(".")
+    timm_models = sys.modules.get("timm.models")
+    if timm_models and timm_models.is_model(architecture) and not tag:  # also one that the caller has registered
+        return
     source = _timm_source()
     if not any(said in source for said in (f"\ndef {architecture}(", f"'{architecture}'", f'"{architecture}"')):
         vits = re.findall(r"^def ((?:vit|deit|eva|beit)\w*)\(", source, re.MULTILINE)
