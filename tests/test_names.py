@@ -82,7 +82,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(odd: Path) -> None:
 
 def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path: Path) -> None:
     """Python's text is then ASCII: a run is trained, and everything in it read again."""
-    for name in ("blue", "red"):
+    for name in ("blau", "grün"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(8):
             picture((20, 90, 200), i).save(tmp_path / "photos" / name / f"bär{i}.png")
@@ -101,6 +101,11 @@ for verb in (["evaluate", "run"], ["analyze", "run", "--draws=1"], ["report", "r
     assert (tmp_path / "locale").read_text() == "ascii"
     assert "bär" in (tmp_path / "run" / "validation.txt").read_text(encoding="utf-8")
     assert main(["evaluate", str(tmp_path / "run")]) == 0  # in this locale too
+    assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["classes"] == ["blau", "grün"]
+    command = [sys.executable, "-m", "vimoe.cli", *TRAIN, "--data.path", "photos", "--out", "run2"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    command = [sys.executable, "-m", "vimoe.cli", "evaluate", "run2"]
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment, capture_output=True)
 
 
 def test_a_list_of_names_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -101,6 +101,11 @@ def read_names(path: Path) -> list[str]:
     return [os.fsdecode(name) for line in lines if (name := line.strip(b" \t\r"))]
 
 
+def in_utf8(name: str) -> str:
+    """Return the name of a file as UTF-8 has it, so that it is the same in every locale."""
+    return os.fsencode(name).decode(errors="surrogateescape")
+
+
 def printable(name: str) -> str:
     """Return a name with a mark in the place of what no font has: line ends, and bytes that are not UTF-8."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in name)

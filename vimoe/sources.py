@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vimoe.errors import DataError
+from vimoe.files import in_utf8
 from vimoe.images import Source, find_images, is_hidden, kind_of_junk, place
 
 # other names that data sets in the wild use for a role; the configured name comes first
@@ -92,7 +93,7 @@ def check_levels(listing: Listing, found: ClassImages, where: str) -> None:
     """Raise DataError where all images lie as class/split/image, so that the splits would be merged without a word."""
     if listing.word != "folder":  # in a table every image has its class and split in writing
         return
-    inside = {name: {place(image).parent.name for image in images} for name, images in found.items()}
+    inside = {name: {_folder_of(image) for image in images} for name, images in found.items()}
     nested = {
         (name, each) for name, here in inside.items() if name not in here and all(map(is_split, here)) for each in here
     }
@@ -102,6 +103,11 @@ def check_levels(listing: Listing, found: ClassImages, where: str) -> None:
             f"{where} has folders of roles inside of class folders, such as {name}/{folder}: expected {folder}/{name}; "
             f"exchange the two levels"
         )
+
+
+def _folder_of(image: Source) -> str:
+    name = place(image).parent.name
+    return in_utf8(name) if isinstance(image, Path) else name
 
 
 def split_in(name: str) -> str | None:
@@ -122,6 +128,6 @@ def _class_folders(root: Path, junk: Counter[str]) -> ClassImages:
             junk["links to folders"] += 1
         else:
             files, others = find_images(path)
-            found[path.name] = list(files)
+            found[in_utf8(path.name)] = list(files)
             junk.update(others)
     return found
