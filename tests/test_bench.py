@@ -221,6 +221,7 @@ def test_the_table_beside_other_libraries_is_made_where_none_is_installed(monkey
     assert "fastest peer" not in table and "Versions" not in table
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loop itself is chosen: tests/test_grouped.py")
 # images, routing, number of experts
 @pytest.mark.parametrize(("images", "routing", "experts"), [(8, "token", 8), (8, "image", 8), (1, "image", 64)])
 def test_what_is_chosen_is_not_slower_than_the_loop_beyond_noise(images: int, routing: str, experts: int) -> None:
