@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import resource
@@ -550,6 +552,19 @@ def test_a_file_that_cannot_be_written_is_one_line(
     for path, content in before.items():
         assert path.read_bytes() == content or json.loads(path.read_text()), path  # whole, if new
     assert not list(tmp_path.rglob(".vimoe-*"))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_standard_output_that_is_full_is_one_line(
+    options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert main(["plan", *TINY, "--moe.layers=all", *options]) == 2
+    assert capsys.readouterr().err == "vimoe: a file or folder cannot be used (No space left on device); make room\n"
 
 
 def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,6 +240,20 @@ def test_room_is_asked_for_before_training(data: Data, tmp_path: Path, monkeypat
     assert not (tmp_path / "metrics.csv").exists()
 
 
+def test_a_checkpoint_that_will_be_replaced_is_no_want_of_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, free = model(), 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 10**9, free))
+    weights_ = sum(tensor.nbytes for tensor in network.state_dict().values())
+    needed = 2 * (2 * sum(p.nbytes for p in network.parameters()) + 2 * weights_) + weights_
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.pt").write_bytes(bytes(1000))
+    free = needed - 1000
+    checkpoint.check_space(tmp_path, network, ema=False)
+    free -= 1
+    with pytest.raises(FolderError, match="for the checkpoints of this training; make room$"):
+        checkpoint.check_space(tmp_path, network, ema=False)
+
+
 PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."
 
 
