@@ -109,7 +109,7 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     train, val, test = (
         _samples(where[role], found[role], names) if role in present else [] for role in ("train", "val", "test")
     )
-    if chosen["train"]:
+    if chosen["train"] and classes is None:  # once, before training: later verbs need not walk them again
         _tell_without_role(listing, chosen)
     split_off = not val
     if split_off:

@@ -129,8 +129,7 @@ def _train(
     logger.info("%s", scanned)
     converted = [site.name for site in select(sites(model), settings.moe.layers)]
     task = problem.task(model, settings.train)
-    if names := problem.split_off:
-        runs.write_validation(folder, names)
+    runs.write_validation(folder, problem.split_off)
     runs.write_settings(folder, told)
     summary = train(model, task, settings.train, folder, converted, flat(told))
     _save(problem, model, folder / runs.MODEL)

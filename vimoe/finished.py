@@ -162,8 +162,7 @@ class FinishedRun:
             "versions": runs.versions(),
         }
         runs.write_settings(folder, self.run.settings)
-        if names := self.problem.split_off:
-            runs.write_validation(folder, names)
+        runs.write_validation(folder, self.problem.split_off)
         final = models.get("recovered", pruned)
         save(final, folder / runs.MODEL, label_names=label_names(final))
         runs.write_json(folder / runs.ROUTING_BEFORE, evidence.to_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -167,11 +167,13 @@ def write_settings(path: Path, settings: Settings) -> None:
     write_text(path / CONFIG, yaml.safe_dump(settings.to_dict(), sort_keys=False))
 
 
-def write_validation(path: Path, names: Iterable[str]) -> None:
+def write_validation(path: Path, names: Collection[str]) -> None:
     """Write the run's validation.txt: a name a line, in the bytes that it has on disk, whatever the locale.
 
-    A name that could be no line of its own is written as a JSON string.
+    A name that could be no line of its own is written as a JSON string. Without names there is no file.
     """
+    if not names:
+        return
     write_bytes(path / VALIDATION, b"".join(_line(name) + b"\n" for name in sorted(names)))
 
 
