@@ -26,11 +26,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vimoe
+from vimoe.analysis.pruning import receipts
 from vimoe.bench import machine
-from vimoe.evaluate import evaluate
 from vimoe.files import write_json
-from vimoe.pruning import receipts
-from vimoe.upcycling import moe_layers
+from vimoe.metrics.classification import evaluate
+from vimoe.moe.layer import moe_layers
 
 RESULT = Path(__file__).parent / "results" / "analysis float32.json"
 GOALS = {"analysis": 4.0, "pruning": 6.0}  # times the evaluation

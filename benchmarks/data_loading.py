@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_loader
 
-from vimoe.config import TrainConfig
-from vimoe.crops import Finish
-from vimoe.data import Sample, load_folder
-from vimoe.images import try_images
-from vimoe.loading import Crops, Shuffled, decoded_for_training, train_loader
-from vimoe.runs import versions
+from vimoe.config.train import TrainConfig
+from vimoe.data.classification import Sample, load_folder
+from vimoe.data.crops import Finish
+from vimoe.data.images import try_images
+from vimoe.data.loaders import Crops, decoded_for_training, train_loader
+from vimoe.data.order import Shuffled
+from vimoe.run_folder import versions
 
 CONFIG = TrainConfig(batch_size=64)
 Pipeline = Callable[[], Iterable[Any]]

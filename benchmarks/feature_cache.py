@@ -34,14 +34,16 @@ import torch
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.config import MoEConfig, TrainConfig
-from vimoe.data import Data, load_folder
-from vimoe.features import FeatureCache
-from vimoe.loading import preprocessing
-from vimoe.runs import versions
-from vimoe.task import Task, classification
-from vimoe.train import train
-from vimoe.trunk import cut_before
+from vimoe.config.moe import MoEConfig
+from vimoe.config.train import TrainConfig
+from vimoe.data.classification import Data, load_folder
+from vimoe.data.loaders import preprocessing
+from vimoe.models.frozen_trunk import cut_before
+from vimoe.run_folder import versions
+from vimoe.tasks.cached_features import FeatureCache
+from vimoe.tasks.image_training import classification
+from vimoe.training.loop import train
+from vimoe.training.task import Task
 
 
 def processor() -> str:

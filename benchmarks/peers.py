@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, SwiGLU
 from torch import Tensor, nn
 
-from vimoe.config import MoEConfig
+from vimoe.config.moe import MoEConfig
 from vimoe.errors import VimoeError, first_line
 from vimoe.moe import MoE
 from vimoe.moe.router import TokenLayout

@@ -40,9 +40,11 @@ from vimoe.bench import (
     optimised,
     peak_gemm,
 )
-from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
+from vimoe.config.bench import LayerBench, ModelBench
+from vimoe.config.model import ModelConfig
+from vimoe.config.moe import MoEConfig
 from vimoe.files import write_json, write_text
-from vimoe.moe.grouped import BACKENDS
+from vimoe.moe.grouped_linear import BACKENDS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import vimoe
-from vimoe import checkpoint
-from vimoe.config import Precision, TrainConfig
-from vimoe.crops import Finish
-from vimoe.data import list_images
-from vimoe.execution import resolve
+from vimoe.config.train import Precision, TrainConfig
+from vimoe.data.classification import list_images
+from vimoe.data.crops import Finish
+from vimoe.data.loaders import Crops, decoded_for_training, preprocessing, train_loader
+from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.files import write_json
-from vimoe.loading import Crops, Shuffled, decoded_for_training, mix, preprocessing, seed_everything, train_loader
-from vimoe.runs import versions
+from vimoe.models.precision import resolve
+from vimoe.run_folder import versions
+from vimoe.training import checkpoint
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from typing import Any
 
 from scipy import stats
 
-from vimoe.accounting import count
 from vimoe.files import write_json, write_text
-from vimoe.folder import load
+from vimoe.models.cost import count
+from vimoe.models.model_folder import load
 
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
 KEPT = ("val", "best_epoch", "epochs", "seconds", "train_images", "classes", "versions")  # of summary.json

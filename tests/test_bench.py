@@ -14,18 +14,11 @@ from torch import nn
 
 import vimoe
 from vimoe import cli
-from vimoe.bench import (
-    activations,
-    compare,
-    interleaved,
-    layer_case,
-    layer_memory,
-    layer_seconds,
-    model_case,
-    wanted,
-)
-from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
-from vimoe.moe.grouped import BACKENDS
+from vimoe.bench import activations, compare, interleaved, layer_case, layer_memory, layer_seconds, model_case, wanted
+from vimoe.config.bench import LayerBench, ModelBench
+from vimoe.config.model import ModelConfig
+from vimoe.config.moe import MoEConfig
+from vimoe.moe.grouped_linear import BACKENDS
 
 SMALL = LayerBench(images=2, tokens=8, dim=16, hidden=32, rounds=3)
 
@@ -80,11 +73,11 @@ def test_a_slow_comparison_says_how_long_it_takes_and_does_fewer_rounds(
 def test_the_bench_warns_of_emulated_bfloat16(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(vimoe.execution, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(vimoe.models.precision, "has_bfloat16", lambda: False)
     monkeypatch.setattr(vimoe.bench, "has_bfloat16", lambda: False)
     small = ["--bench.tokens=8", "--bench.dim=16", "--bench.hidden=32", "--bench.images=2", "--bench.rounds=2"]
     for option in ("--bench.precision=bf16", "--bench.dtype=bfloat16"):
-        vimoe.execution.warn_of_slow_bfloat16.cache_clear()
+        vimoe.models.precision.warn_of_slow_bfloat16.cache_clear()
         caplog.clear()
         assert cli.main(["bench", "layer", *small, option]) == 0
         said = f"{option.removeprefix('--')} is slow: this CPU has no bfloat16 and emulates it; leave it out"
@@ -221,7 +214,7 @@ def test_the_table_beside_other_libraries_is_made_where_none_is_installed(monkey
     assert "fastest peer" not in table and "Versions" not in table
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loop itself is chosen: tests/test_grouped.py")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the loop is chosen: test_grouped_linear.py")
 # images, routing, number of experts
 @pytest.mark.parametrize(("images", "routing", "experts"), [(8, "token", 8), (8, "image", 8), (1, "image", 64)])
 def test_what_is_chosen_is_not_slower_than_the_loop_beyond_noise(images: int, routing: str, experts: int) -> None:

@@ -15,44 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
-from pictures import folder, roles
+from helpers.commands import QUICK, TINY, call, refused
+from helpers.pictures import folder, roles
 
-import vimoe.finished
-import vimoe.pruning
-import vimoe.train
+import vimoe.analysis.pruning
+import vimoe.experiments.finished_run
+import vimoe.training.loop
 from vimoe.cli import VERBS, main
-from vimoe.evaluate import predict
 from vimoe.files import written_whole
-from vimoe.folder import load
-
-TINY = [
-    "--model.name=vit_tiny_patch16_224", "--model.pretrained=false", "--model.img_size=16",
-    '--model.args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}',
-]  # fmt: skip
-QUICK = [
-    "--train.epochs=3",
-    "--train.batch_size=8",
-    "--train.lr=3e-3",
-    "--data.workers=0",
-    "--train.tensorboard=false",
-]
-
-
-def call(capsys: pytest.CaptureFixture[str], *argv: object) -> dict:
-    """Runs a verb with --json; its last line of output is the object."""
-    assert main([*map(str, argv), "--json"]) == 0
-    values = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert values["schema"] == 1 and values["command"] == argv[0]
-    return values
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """What a mistake prints: one line on standard error, nothing on standard output."""
-    capsys.readouterr()
-    assert main([*map(str, argv)]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("vimoe: ") and printed.err.count("\n") == 1
-    return printed.err
+from vimoe.models.model_folder import load
+from vimoe.tasks.predictions import predict
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +106,7 @@ def test_experts_are_dropped_where_it_is_asked_for(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a run whose layers stay, because making one dense is given a price."""
-    monkeypatch.setattr(vimoe.pruning._Greedy, "layers", lambda *_: ())
+    monkeypatch.setattr(vimoe.analysis.pruning._Greedy, "layers", lambda *_: ())
     for experts in ("false", "true"):
         out = tmp_path / experts
         found = call(capsys, "prune", run, "--tolerance=9", f"--experts={experts}", "--out", out)
@@ -325,7 +297,7 @@ def test_a_run_that_did_not_finish_says_so(
 
     train = ["train", "--data.path", str(photos), *TINY, *QUICK, "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr("vimoe.progress.Best.offer", interrupt)
+        patch.setattr("vimoe.training.state.Best.offer", interrupt)
         assert main(train) == 130
     assert capsys.readouterr().err.endswith("vimoe: interrupted\n")
     assert "its training did not finish" in refused(capsys, "evaluate", tmp_path / "run")
@@ -454,10 +426,10 @@ def test_a_pruned_run_needs_no_figures_and_appears_whole(
     shutil.rmtree(copy / "figures")
     out = tmp_path / "pruned"
     with monkeypatch.context() as patch:
-        patch.setattr(vimoe.finished, "receipts", lambda *_: 1 / 0)
+        patch.setattr(vimoe.experiments.finished_run, "receipts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["prune", str(copy), "--out", str(out)])
-        patch.setattr(vimoe.finished, "receipts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(vimoe.experiments.finished_run, "receipts", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main(["prune", str(copy), "--out", str(out)]) == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     (tmp_path / "real").mkdir(), (tmp_path / "link").symlink_to(tmp_path / "real")  # of a large disk
@@ -471,8 +443,10 @@ def test_a_pruned_run_needs_no_figures_and_appears_whole(
     out.rmdir()
     out.mkdir()  # an empty folder may be given; what is put there meanwhile stays
     with monkeypatch.context() as patch:
-        real = vimoe.finished.receipts
-        patch.setattr(vimoe.finished, "receipts", lambda *args: [(out / "mine").touch(), real(*args)][1])
+        real = vimoe.experiments.finished_run.receipts
+        patch.setattr(
+            vimoe.experiments.finished_run, "receipts", lambda *args: [(out / "mine").touch(), real(*args)][1]
+        )
         assert "--out" in refused(capsys, "prune", copy, "--out", out, "--tolerance=9")
     assert [path.name for path in out.iterdir()] == ["mine"]
     (out / "mine").unlink()
@@ -485,7 +459,7 @@ def test_a_pruning_that_is_stopped_while_it_recovers_leaves_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And does not say how to go on with what is gone."""
-    monkeypatch.setattr(vimoe.train, "update_bias", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(vimoe.training.loop, "update_bias", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     prune = ["prune", str(run), "--recover=1", "--tolerance=-1", "--out", str(tmp_path / "out")]
     assert main(prune) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.splitlines()[-1] == "vimoe: interrupted" and not list(tmp_path.iterdir())
@@ -573,7 +547,7 @@ def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_preset_is_a_file_whose_settings_flags_override() -> None:
-    from vimoe.options import PRESETS, Parser
+    from vimoe.config.command_line import PRESETS, Parser
 
     assert set(PRESETS) == {"frozen-trunk", "small-data"}
     for form in (["--config", "frozen-trunk"], ["--config=frozen-trunk"]):
@@ -588,7 +562,7 @@ def test_a_preset_is_a_file_whose_settings_flags_override() -> None:
 def test_a_file_of_the_users_goes_before_a_preset_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from vimoe.options import Parser
+    from vimoe.config.command_line import Parser
 
     monkeypatch.chdir(tmp_path)
     Path(name).write_text("train:\n  epochs: 3\n")

@@ -164,7 +164,7 @@ def test_sizes_for_the_reader() -> None:
 
 
 def test_settings_and_files_import_no_torch() -> None:
-    code = "import vimoe.files, vimoe.runs, vimoe.report, sys; sys.exit('torch' in sys.modules)"
+    code = "import vimoe.files, vimoe.run_folder, vimoe.report.run_report, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,50 +9,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vimoe.accounting import count as count
-    from vimoe.analysis import analyze as analyze
-    from vimoe.config import MoEConfig as MoEConfig
+    from vimoe.analysis.analyze import analyze as analyze
+    from vimoe.analysis.pruning import prune as prune
+    from vimoe.config.moe import MoEConfig as MoEConfig
     from vimoe.errors import VimoeError as VimoeError
-    from vimoe.execution import optimize as optimize
-    from vimoe.execution import set_backend as set_backend
-    from vimoe.folder import load as load
-    from vimoe.folder import save as save
-    from vimoe.losses import balance_loss as balance_loss
-    from vimoe.losses import importance_loss as importance_loss
-    from vimoe.losses import router_z_loss as router_z_loss
+    from vimoe.models.cost import count as count
+    from vimoe.models.inference import optimize as optimize
+    from vimoe.models.inference import set_backend as set_backend
+    from vimoe.models.model_folder import load as load
+    from vimoe.models.model_folder import save as save
+    from vimoe.models.upcycling import densify as densify
+    from vimoe.models.upcycling import plan as plan
+    from vimoe.models.upcycling import upcycle as upcycle
+    from vimoe.moe.balancing import set_random_share as set_random_share
+    from vimoe.moe.balancing import update_bias as update_bias
     from vimoe.moe.layer import MoE as MoE
+    from vimoe.moe.losses import balance_loss as balance_loss
+    from vimoe.moe.losses import importance_loss as importance_loss
+    from vimoe.moe.losses import router_z_loss as router_z_loss
     from vimoe.moe.routing import Routing as Routing
     from vimoe.moe.routing import record as record
-    from vimoe.pruning import prune as prune
-    from vimoe.steering import set_random_share as set_random_share
-    from vimoe.steering import update_bias as update_bias
-    from vimoe.upcycling import densify as densify
-    from vimoe.upcycling import plan as plan
-    from vimoe.upcycling import upcycle as upcycle
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "MoEConfig": "config",
+    "MoEConfig": "config.moe",
     "VimoeError": "errors",
     "MoE": "moe.layer",
     "Routing": "moe.routing",
     "record": "moe.routing",
-    "balance_loss": "losses",
-    "router_z_loss": "losses",
-    "importance_loss": "losses",
-    "count": "accounting",
-    "plan": "upcycling",
-    "upcycle": "upcycling",
-    "densify": "upcycling",
-    "update_bias": "steering",
-    "set_random_share": "steering",
-    "optimize": "execution",
-    "set_backend": "execution",
-    "save": "folder",
-    "load": "folder",
-    "analyze": "analysis",
-    "prune": "pruning",
+    "balance_loss": "moe.losses",
+    "router_z_loss": "moe.losses",
+    "importance_loss": "moe.losses",
+    "count": "models.cost",
+    "plan": "models.upcycling",
+    "upcycle": "models.upcycling",
+    "densify": "models.upcycling",
+    "update_bias": "moe.balancing",
+    "set_random_share": "moe.balancing",
+    "optimize": "models.inference",
+    "set_backend": "models.inference",
+    "save": "models.model_folder",
+    "load": "models.model_folder",
+    "analyze": "analysis.analyze",
+    "prune": "analysis.pruning",
 }
 __all__ = ["__version__", *_HOME]
 

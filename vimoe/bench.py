@@ -23,19 +23,23 @@ from timm.layers import Mlp
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from vimoe.accounting import count
-from vimoe.backbone import create
-from vimoe.config import LayerBench, ModelBench, ModelConfig, MoEConfig
+from vimoe.config.bench import LayerBench, ModelBench
+from vimoe.config.model import ModelConfig
+from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError
-from vimoe.execution import has_bfloat16, optimize, set_backend, warn_of_slow_bfloat16
-from vimoe.ffn import macs
+from vimoe.models.cost import count
+from vimoe.models.inference import optimize, set_backend
+from vimoe.models.precision import has_bfloat16, warn_of_slow_bfloat16
+from vimoe.models.timm_vit import create
+from vimoe.models.upcycling import upcycle
 from vimoe.moe import MoE
-from vimoe.moe.grouped import BACKENDS, Backend, unfit_for_grouped_mm
+from vimoe.moe.ffn import macs
+from vimoe.moe.grouped_linear import BACKENDS, Backend, unfit_for_grouped_mm
+from vimoe.moe.layer import moe_layers
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.routing import Routing, record
-from vimoe.runs import versions
+from vimoe.run_folder import versions
 from vimoe.terminal import track
-from vimoe.upcycling import moe_layers, upcycle
 
 DRAWS = 2000
 LONG = 300.0  # seconds that the rounds of a comparison may take

@@ -16,11 +16,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
-from vimoe.config import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE, LayerBench, ModelBench, MoEConfig, Task
+from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
+from vimoe.config.bench import LayerBench, ModelBench
+from vimoe.config.command_line import Parser
+from vimoe.config.data import Task
+from vimoe.config.moe import MoEConfig
+from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.files import printable
-from vimoe.options import Parser, Settings
-from vimoe.runs import SCHEMA, open_run
+from vimoe.run_folder import SCHEMA, open_run
 
 _OF_THE_MACHINE = {  # errors that are no mistakes of ours: of disks, permissions and names
     getattr(errno, name, 0)
@@ -80,11 +84,11 @@ def plan(verb: str, argv: list[str]) -> Result:
     Example: vimoe plan --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers last:2
     """
     settings, _ = _settings(verb, argv, "model", "moe")
-    from vimoe.backbone import check_layers_of_timm, check_name, create_without_weights
+    from vimoe.models.timm_vit import check_layers_of_timm, check_name, create_without_weights
 
     check_name(settings.model)
     check_layers_of_timm(settings.moe.layers)
-    from vimoe.upcycling import plan as make_plan
+    from vimoe.models.upcycling import plan as make_plan
 
     made = make_plan(create_without_weights(settings.model), settings.moe)
     dense = {"params": made.dense.params, "macs": made.dense.macs}
@@ -115,15 +119,15 @@ def train(verb: str, argv: list[str]) -> Result:
     elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
         raise ConfigError(f"{others[0]} with --resume: expected none, the run has its own settings; leave it out")
     settings = parser.settings(options)
-    from vimoe.backbone import check_layers_of_timm, check_name
+    from vimoe.models.timm_vit import check_layers_of_timm, check_name
 
     check_name(settings.model, segmentation=settings.data.task == "segmentation")
     check_layers_of_timm(settings.moe.layers)
-    from vimoe.experiment import resume_training, run_training
+    from vimoe.experiments.train import resume_training, run_training
 
     resumed = options["resume"]
     summary = run_training(settings, options["out"]) if resumed is None else resume_training(resumed)
-    from vimoe.report import MEASURES, judged_by
+    from vimoe.report.run_report import MEASURES, judged_by
 
     val = summary["val"]
     shares = f"{MEASURES[judged_by(val)].removesuffix(', %')} {val[judged_by(val)]:.2%}"
@@ -144,7 +148,7 @@ def evaluate(verb: str, argv: list[str]) -> Result:
     parser.add_argument("run", help="run folder")
     options = parser.parse_args(argv)
     open_run(options["run"])  # a mistake is told before torch is imported
-    from vimoe.finished import FinishedRun
+    from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     split, score = run.score(options["data.path"])
@@ -165,9 +169,9 @@ def predict(verb: str, argv: list[str]) -> Result:
     if options["top"] < 1:
         raise ConfigError(f"--top {options['top']}: expected at least 1")
     open_run(options["run"])
-    from vimoe.data import list_images
-    from vimoe.experiment import check_outside
-    from vimoe.finished import FinishedRun
+    from vimoe.data.classification import list_images
+    from vimoe.experiments.finished_run import FinishedRun
+    from vimoe.experiments.train import check_outside
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     files = list_images(options["images"])
@@ -180,7 +184,7 @@ def predict(verb: str, argv: list[str]) -> Result:
         return "\n".join(lines), {"predictions": predictions}
     if options["out"]:
         raise ConfigError(f"--out {options['out']}: expected it for a segmentation alone; leave it out")
-    from vimoe.evaluate import predict as name_classes
+    from vimoe.tasks.predictions import predict as name_classes
 
     predictions = name_classes(run.model, files, options["top"])
     lines = [p.get("error") or f"{p['file']}: {_classes(p)}" for p in predictions]
@@ -200,7 +204,7 @@ def analyze(verb: str, argv: list[str]) -> Result:
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     options = parser.parse_args(argv)
     open_run(options["run"])  # a mistake is told before torch is imported
-    from vimoe.finished import FinishedRun
+    from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"])
     evidence, folder = run.analyze(options["draws"], options["overrule"], options["seed"]), run.run.path
@@ -226,8 +230,8 @@ def prune(verb: str, argv: list[str]) -> Result:
     options = parser.parse_args(argv)
     out = _required_out(options)
     open_run(options["run"])
-    from vimoe.finished import FinishedRun
-    from vimoe.report import receipt_header, receipt_row
+    from vimoe.experiments.finished_run import FinishedRun
+    from vimoe.report.run_report import receipt_header, receipt_row
 
     keys = ("tolerance", "experts", "recover", "recover_lr")
     values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
@@ -250,11 +254,11 @@ def report(verb: str, argv: list[str]) -> Result:
     if len(folders) == 1:
         if options["out"]:
             raise ConfigError(f"--out {options['out']} with one run: its page is report.html in it; leave --out out")
-        from vimoe.report import write_run_report
+        from vimoe.report.run_report import write_run_report
 
         page = write_run_report(folders[0])
     else:
-        from vimoe.side_by_side import write_comparison
+        from vimoe.report.run_comparison import write_comparison
 
         page = write_comparison(folders, Path(_required_out(options, "comparison.html")))
     return str(page), {"report": str(page)}
@@ -268,7 +272,7 @@ def demo(verb: str, argv: list[str]) -> Result:
     parser = _parser(verb, out="folder to make (default: runs/demo-DATE-TIME)")
     parser.add_argument("--task", choices=get_args(Task), default="classification", help="what to show")
     options = parser.parse_args(argv)
-    from vimoe.demo import run_demo
+    from vimoe.demo.tours import run_demo
 
     return run_demo(options["out"], options["task"])
 
@@ -297,7 +301,7 @@ def bench(verb: str, argv: list[str]) -> Result:
     if what == "layer" and settings.moe.layers != MoEConfig.layers:
         raise ConfigError(f"moe.layers={settings.moe.layers!r} with bench layer: a layer stands alone; leave it out")
     if what == "model":
-        from vimoe.backbone import check_layers_of_timm, check_name
+        from vimoe.models.timm_vit import check_layers_of_timm, check_name
 
         check_name(settings.model)
         check_layers_of_timm(settings.moe.layers)

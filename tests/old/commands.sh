@@ -10,7 +10,7 @@ rm -rf digits scenes
 vimoe train --data.path=digits --data.images_per_class=16 "${vit[@]}" "${train[@]}" --train.batch_size=16 --moe.top_k=2 \
     --out digits
 vimoe analyze digits --draws=4 --overrule=100
-python -c "from vimoe.segmentation.compose import compose_scenes; compose_scenes('photos', 12, 4, 4)"
+python -c "from vimoe.demo.composed_scenes import compose_scenes; compose_scenes('photos', 12, 4, 4)"
 vimoe train --data.path=photos --data.task=segmentation "${vit[@]}" "${train[@]}" --train.batch_size=4 --moe.routing=token \
     --out scenes
 vimoe analyze scenes --draws=4

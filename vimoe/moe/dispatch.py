@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vimoe.moe.blocks import blocks
+from vimoe.moe.chunks import blocks
 from vimoe.moe.routing import Routing
 
 

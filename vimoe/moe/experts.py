@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimoe import ffn
-from vimoe.moe.grouped import Backend, grouped_linear
+from vimoe.moe import ffn
+from vimoe.moe.grouped_linear import Backend, grouped_linear
 
 
 class Stacked(nn.Module):

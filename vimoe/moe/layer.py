@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from vimoe import ffn
-from vimoe.config import MoEConfig
+from vimoe.config.moe import MoEConfig
 from vimoe.errors import VimoeError
+from vimoe.moe import ffn
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine, dispatch
 from vimoe.moe.experts import Experts, Stacked
@@ -37,7 +37,7 @@ class MoE(nn.Module):
     where the FFN is frozen. There are first derivatives in reverse mode.
 
     Args:
-        dense: an FFN for which `vimoe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
+        dense: an FFN for which `vimoe.moe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
         config: of what kind; `config.layers` plays no part here.
         layout: which tokens are no patches; only image routing reads it.
     """
@@ -121,3 +121,8 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"combine={self.config.combine!r}"
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The model's MoE layers by module name, in forward order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vimoe.errors import VimoeError, expect
 from vimoe.moe.experts import Experts
-from vimoe.moe.grouped import experts_with_units, rows_at
+from vimoe.moe.grouped_linear import experts_with_units, rows_at
 
 OPTIMIZED = "_optimized_by_vimoe"  # attribute of a whole model, whether or not there was something to pack
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from vimoe.config import MoEConfig
+from vimoe.config.moe import MoEConfig
 from vimoe.errors import VimoeError
 from vimoe.moe.autocast import own_type
-from vimoe.moe.blocks import blocks
+from vimoe.moe.chunks import blocks
 from vimoe.moe.routing import Routing
 
 INIT_STD = 0.02  # as ViTs initialise their linear maps; zero would send every image to the same expert

@@ -1,0 +1,301 @@
+"""How alike experts are, on layers whose answers are known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from helpers.tiny import config, randomise
+from timm.layers import GluMlp, Mlp, SwiGLU
+from torch import Tensor, nn
+
+import vimoe
+from vimoe.analysis import expert_similarity
+from vimoe.analysis.expert_similarity import ExpertComparison, compare_experts
+from vimoe.moe import ffn
+from vimoe.moe.router import TokenLayout
+
+DIM, HIDDEN, EXPERTS = 8, 12, 4
+ABOUT = 1e-5
+FFNS = {
+    "mlp": lambda: Mlp(DIM, HIDDEN),
+    "mlp, norm": lambda: Mlp(DIM, HIDDEN, norm_layer=nn.LayerNorm),
+    "glu": lambda: GluMlp(DIM, 2 * HIDDEN, norm_layer=nn.LayerNorm),
+    "swiglu": lambda: SwiGLU(DIM, HIDDEN, bias=False),
+}
+SIMILARITIES = ("weight_similarity", "output_similarity", "neuron_similarity", "matched_neuron_similarity")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def moe(dense: nn.Module | None = None, **settings: object) -> vimoe.MoE:
+    """A layer whose experts are copies, as right after upcycling; images are routed by their first token."""
+    return vimoe.MoE(randomise(dense or Mlp(DIM, HIDDEN)), config(**settings), TokenLayout(1, True))
+
+
+def tokens(batch: int = 3, length: int = 5, dim: int = DIM) -> Tensor:
+    return torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(1))
+
+
+def set_experts(layer: vimoe.MoE, **values: Tensor) -> vimoe.MoE:
+    """All weights of the experts: those named fc1_weight and so on as given, all others zero."""
+    for name, stacked in layer.experts.named_parameters():
+        stacked.data = values.get(name.replace(".", "_"), torch.zeros_like(stacked)).expand_as(stacked).clone()
+    return layer
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("dense", FFNS)
+def test_copies_are_alike_and_what_needs_a_difference_is_undefined(dense: str, routing: str) -> None:
+    found = compare_experts(moe(FFNS[dense](), routing=routing, num_experts=6), tokens())  # 6 w / 6 is not always w
+    assert [getattr(found, name) for name in SIMILARITIES] == pytest.approx([1, 1, 1, 1], abs=ABOUT)
+    assert found.deviation_similarity is None
+    assert found.deviation_directions is None
+    assert found.score_norm_correlation is None
+    assert found.top1_has_largest_norm is None
+    assert found.router_expert_correlation is None
+    assert (found.num_experts, found.chance) == (6, 1 / 6)
+
+
+def test_one_expert_is_compared_with_nothing() -> None:
+    found = compare_experts(moe(num_experts=1), tokens()).to_dict()
+    defined = {name for name, value in found.items() if value is not None}
+    assert defined == {"num_experts", "chance", "active_neurons"}
+
+
+@pytest.mark.parametrize("broken", ["weights", "tokens"])
+def test_what_has_diverged_is_undefined_and_raises_nothing(broken: str) -> None:
+    layer, x = randomise(moe()), tokens()
+    if broken == "weights":
+        layer.experts.fc1.weight.data[:] = torch.nan
+    else:
+        x[:] = torch.inf
+    found = compare_experts(layer, x)
+    assert found.output_similarity is found.top1_has_largest_norm is found.score_norm_correlation is None
+    assert (found.weight_similarity is None) == (found.neuron_similarity is None) == (broken == "weights")
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_experts_that_share_no_weight_and_no_output_channel_are_orthogonal() -> None:
+    """Expert e has hidden unit e alone, which writes to channel e alone."""
+    eye = torch.eye(EXPERTS, HIDDEN)  # expert, hidden unit
+    layer = set_experts(
+        moe(Mlp(DIM, HIDDEN, act_layer=nn.ReLU)),
+        fc1_bias=eye,
+        fc2_weight=torch.einsum("ef,ed->edf", eye, torch.eye(EXPERTS, DIM)),
+    )
+    found = compare_experts(layer, tokens())
+    assert found.weight_similarity == pytest.approx(0, abs=ABOUT)
+    assert found.output_similarity == pytest.approx(0, abs=ABOUT)
+    assert found.deviation_similarity == pytest.approx(-1 / (EXPERTS - 1), abs=ABOUT)
+    assert found.deviation_directions == pytest.approx(EXPERTS - 1, abs=ABOUT)
+    assert found.active_neurons == pytest.approx(1 / HIDDEN)
+    assert found.score_norm_correlation is found.top1_has_largest_norm is None  # all outputs have norm 1
+    assert found.router_expert_correlation is None  # all pairs are equally similar
+
+
+def test_opposite_experts() -> None:
+    layer = set_experts(moe(num_experts=2), fc2_bias=torch.tensor([[1.0], [-1.0]]) * torch.arange(DIM))
+    found = compare_experts(layer, tokens())
+    assert (found.weight_similarity, found.deviation_similarity, found.output_similarity) == pytest.approx((-1, -1, -1))
+    assert found.deviation_directions == pytest.approx(1)
+    assert found.router_expert_correlation is None  # one pair correlates with nothing
+    assert found.neuron_similarity is found.active_neurons is None  # no neuron says anything
+
+
+@pytest.mark.parametrize(
+    ("moves", "similarity", "directions"),
+    [
+        ([[1, 0], [1, 0], [-1, 0], [-1, 0]], -1 / 3, 1),  # two against two, as equal in length as independent moves
+        ([[1, 0], [-1, 0], [0, 1], [0, -1]], -1 / 3, 2),
+        ([[4, 0], [0, 0], [0, 0], [0, 0]], 0, 1),  # one alone: (N - 4) / N
+    ],
+)
+def test_deviations_from_a_parent(moves: list[list[float]], similarity: float, directions: float) -> None:
+    layer = moe()
+    layer.experts.fc2.weight.data[:, :2, 3] += torch.tensor(moves)
+    found = compare_experts(layer, tokens())
+    assert found.weight_similarity > 0.5  # the parent hides how they moved
+    assert found.deviation_similarity == pytest.approx(similarity, abs=1e-4)
+    assert found.deviation_directions == pytest.approx(directions, abs=1e-4)
+
+
+def test_independent_moves_have_as_many_directions_as_there_can_be() -> None:
+    layer = moe(Mlp(DIM, 300), num_experts=6)
+    randomise(layer.experts, scale=0.1)
+    found = compare_experts(layer, tokens())
+    assert found.deviation_similarity == pytest.approx(-1 / 5, abs=0.01)
+    assert found.deviation_directions == pytest.approx(5, abs=0.1)
+
+
+@pytest.mark.parametrize("dense", FFNS)
+def test_permuted_copies_are_alike_once_their_neurons_are_matched(dense: str) -> None:
+    layer = moe(FFNS[dense]())
+    for e in range(EXPERTS):
+        order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(e))
+        for name, w in layer.experts.weights(e).items():
+            if name == "fc2.weight":
+                w.copy_(w[:, order])
+            elif name != "fc2.bias":
+                w.copy_(torch.cat([half[order] for half in w.split(HIDDEN)]))
+    found = compare_experts(layer, tokens())
+    assert found.neuron_similarity < 0.5
+    assert found.matched_neuron_similarity == pytest.approx(1, abs=ABOUT)
+    assert found.weight_similarity < 0.9
+    assert found.output_similarity == pytest.approx(1, abs=ABOUT)
+    assert found.score_norm_correlation is found.top1_has_largest_norm is None  # norms differ by rounding alone
+
+
+@pytest.mark.parametrize(
+    ("said", "share"),
+    [([1.0] * HIDDEN, 1), ([2.0] * 3 + [0.0] * (HIDDEN - 3), 3 / HIDDEN), ([3.0, -1.0] + [0.0] * 10, 16 / 120)],
+)
+@pytest.mark.parametrize("where", ["hidden", "column"])
+def test_active_neurons(said: list[float], share: float, where: str) -> None:
+    """A neuron says its hidden unit times its column, so it does not matter which of them is large."""
+    weights, ones = torch.tensor(said), torch.ones(HIDDEN)
+    hidden, columns = (weights, ones) if where == "hidden" else (ones, weights)
+    dense = Mlp(DIM, HIDDEN, act_layer=nn.Identity)
+    layer = set_experts(moe(dense), fc1_bias=hidden, fc2_weight=columns.expand(DIM, HIDDEN))
+    assert compare_experts(layer, tokens()).active_neurons == pytest.approx(share)
+
+
+def by_size(**settings: object) -> vimoe.MoE:
+    """Expert e computes e + 1 times one function, and likes the first channel of the router the more."""
+    layer = moe(top_k=2, **settings)
+    sizes = torch.arange(1.0, 1 + layer.config.num_experts)
+    layer.experts.fc2.weight.data *= sizes[:, None, None]
+    layer.experts.fc2.bias.data *= sizes[:, None]
+    layer.router.weight.data.zero_()[:, 0] = sizes
+    return layer
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize(
+    ("signs", "correlation", "share"),
+    [([1, 1, 1, 1], 1, 1), ([-1, -1, -1, -1], -1, 0), ([1, 1, 1, -1], 0.5, 0.75), ([1, 0, 0, 0], 1, None)],
+)
+def test_the_router_against_the_outputs_norms(
+    routing: str, signs: list[int], correlation: float, share: float | None
+) -> None:
+    """A router that follows norms, flees them, does either by turns, or has a preference for one unit alone."""
+    x = tokens(4, 1 if routing == "token" else 3)
+    x[:, 0, 0] = torch.tensor(signs)  # of an image the class token decides, so its other tokens keep their own
+    found = compare_experts(by_size(routing=routing), x)
+    assert found.score_norm_correlation == pytest.approx(correlation)
+    assert share is None or found.top1_has_largest_norm == pytest.approx(share)
+    assert found.output_similarity == pytest.approx(1, abs=ABOUT)
+
+
+def test_scores_that_saturate_the_softmax_still_have_an_order() -> None:
+    x = tokens(2, 3)
+    x[:, 0, 0] = 1000
+    assert compare_experts(by_size(), x).score_norm_correlation == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("routing", "share"), [("image", 1.0), ("token", 0.75)])
+def test_an_image_is_judged_by_the_mean_norm_over_its_tokens(routing: str, share: float) -> None:
+    """Expert 0 answers the class token and expert 1 the three patches; the router takes 1 throughout."""
+    layer = moe(Mlp(3, 1, act_layer=nn.ReLU), num_experts=2, routing=routing)
+    set_experts(layer, fc1_weight=torch.eye(3)[1:, None], fc2_weight=torch.ones(3, 1))
+    layer.router.weight.data = torch.tensor([[0.0, 0, 0], [1, 0, 0]])
+    x = torch.tensor([[1.0, 2, 0], [1, 0, 1], [1, 0, 1], [1, 0, 1]]).expand(2, 4, 3)
+    found = compare_experts(layer, x)
+    assert found.top1_has_largest_norm == pytest.approx(share)
+    assert found.score_norm_correlation == pytest.approx(2 * share - 1)
+
+
+def test_experts_that_share_the_largest_norm_share_the_hit() -> None:
+    """Experts 2 and 3 are one, up to the order of their units and so to rounding."""
+    layer = by_size(routing="token")
+    for name, w in layer.experts.weights(2).items():
+        other = layer.experts.weights(3)[name]
+        w.copy_(other if name == "fc2.bias" else other.flip(1 if name == "fc2.weight" else 0))
+    x = tokens(batch=20)
+    x[..., 0] = 1
+    assert compare_experts(layer, x).top1_has_largest_norm == pytest.approx(0.5)
+
+
+def alike(rows: Tensor, deviations: Tensor) -> float | None:
+    layer = moe()
+    layer.experts.fc2.weight.data[:, :, 0] += deviations
+    layer.router.weight.data = rows
+    return compare_experts(layer, tokens()).router_expert_correlation
+
+
+def test_router_rows_against_experts() -> None:
+    rows = torch.randn(EXPERTS, DIM, generator=torch.Generator().manual_seed(2))
+    rows -= rows.mean(dim=0)
+    assert alike(rows, 5 * rows + 3) == pytest.approx(1, abs=1e-4)  # what all experts share plays no part
+    assert abs(alike(rows, rows.roll(1, dims=0))) < 0.9
+    pairs = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]]) @ torch.eye(2, DIM)
+    apart = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]) @ torch.eye(2, DIM)
+    assert alike(apart, pairs) == pytest.approx(-1, abs=1e-4)  # twins in one are opposites in the other
+    assert alike(torch.eye(EXPERTS, DIM), rows) is None  # the router finds all pairs equally similar
+    assert alike(torch.zeros(EXPERTS, DIM), rows) is None
+
+
+@pytest.mark.parametrize("dense", FFNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_it_agrees_with_the_experts_run_as_modules(dense: str, dtype: torch.dtype) -> None:
+    layer, x = moe(FFNS[dense]()), tokens().to(dtype)
+    randomise(layer.experts, scale=0.5)
+    layer.to(dtype)
+    modules = [ffn.build(FFNS[dense](), layer.experts.weights(e)).float().eval() for e in range(EXPERTS)]
+    seen: list[Tensor] = []
+    for module in modules:
+        module.fc2.register_forward_pre_hook(lambda fc2, args: seen.append((args[0] * fc2.weight.norm(dim=0)).abs()))
+    outputs = [module(x.float()) for module in modules]
+    pairs = list(itertools.combinations(range(EXPERTS), 2))
+    cosines = torch.stack([nn.functional.cosine_similarity(outputs[i], outputs[j], dim=-1) for i, j in pairs])
+    active = torch.stack([a.sum(dim=-1) ** 2 / (HIDDEN * a.square().sum(dim=-1)) for a in seen])
+    flat = [torch.cat([p.flatten() for p in module.parameters()]) for module in modules]
+    deviations = torch.stack(flat) - torch.stack(flat).mean(dim=0)
+    eigenvalues = torch.linalg.eigvalsh(deviations.double() @ deviations.double().T)
+    found = compare_experts(layer, x)
+    close = {"rel": 1e-4, "abs": 1e-5}
+    assert found.output_similarity == pytest.approx(cosines.mean().item(), **close)
+    assert found.active_neurons == pytest.approx(active.mean().item(), **close)
+    similarity = [nn.functional.cosine_similarity(flat[i], flat[j], dim=0).item() for i, j in pairs]
+    assert found.weight_similarity == pytest.approx(sum(similarity) / len(pairs), **close)
+    own = [ffn.read(module) for module in modules]
+    neurons = [torch.cat([*w["fc1.weight"].split(HIDDEN), w["fc2.weight"].T], dim=1) for w in own]
+    similarity = [nn.functional.cosine_similarity(neurons[i], neurons[j]).mean().item() for i, j in pairs]
+    assert found.neuron_similarity == pytest.approx(sum(similarity) / len(pairs), **close)
+    directions = (eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item()
+    assert found.deviation_directions == pytest.approx(directions, **close)
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_it_does_not_depend_on_the_chunks(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomise(moe(routing=routing))
+    whole = compare_experts(layer, tokens())
+    monkeypatch.setattr(expert_similarity, "CHUNK", 4)  # five tokens are an image
+    monkeypatch.setattr(expert_similarity, "SPAN", 7)
+    assert compare_experts(layer, tokens()).to_dict() == pytest.approx(whole.to_dict(), rel=1e-4, abs=1e-5)
+
+
+def test_it_looks_only() -> None:
+    """No routing is recorded, no gradient kept, dropout and autocast play no part, and nothing changes."""
+    layer = randomise(moe(Mlp(DIM, HIDDEN, drop=0.5)))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    expected = compare_experts(layer.eval(), tokens())
+    with vimoe.record(layer.train()) as routings, torch.autocast("cpu", dtype=torch.bfloat16):
+        found = compare_experts(layer, tokens())
+    assert found == expected
+    assert routings == []
+    assert layer.training
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_it_is_json() -> None:
+    found = compare_experts(randomise(moe()), tokens())
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert None not in values.values()
+    assert ExpertComparison(**values) == found

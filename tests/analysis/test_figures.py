@@ -1,0 +1,161 @@
+"""Figures show the numbers of routing.json, in its order, and tell changes from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.found import effect, evidence
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from vimoe.analysis import figures
+from vimoe.report import plotly_figures
+from vimoe.report.curves import curves, loads
+
+
+def test_heatmaps_draw_the_counts_that_did_not_make_the_order() -> None:
+    found = evidence(layers=1, classes=3, experts=2)
+    layer = found["layers"][0]
+    found["class_order"], layer["expert_order"] = [2, 0, 1], [1, 0]
+    layer["drawn"], layer["counts"] = [[3, 1], [0, 0], [0, 5]], [[9, 9]] * 3
+    expected = [[1, 0], [0.25, 0.75], [np.nan, np.nan]]
+    np.testing.assert_array_equal(figures.shares(found, layer), expected)
+    axis = figures.heatmap(found, layer["name"])
+    np.testing.assert_array_equal(np.ma.filled(axis.images[0].get_array().astype(float), np.nan), expected)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["class 2", "class 0", "class 1"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "0"]
+    plot = plotly_figures.heatmaps(found)
+    np.testing.assert_array_equal(plot.data[0].z, expected)
+    assert list(plot.layout.yaxis.ticktext) == ["class 2", "class 0", "class 1"]
+    assert list(plot.layout.xaxis.ticktext) == ["1", "0"]
+    assert [list(cell) for cell in plot.data[0].customdata[1]] == [["class 0", 1, 1, 4], ["class 0", 0, 3, 4]]
+
+
+def test_the_layer_with_the_largest_ami_comes_first_and_each_can_be_chosen() -> None:
+    found = evidence(layers=3)
+    found["layers"][1]["adjusted_mutual_information"]["value"] = 0.99
+    plot = plotly_figures.heatmaps(found)
+    assert [trace.visible for trace in plot.data] == [False, True, False]
+    buttons = plot.layout.updatemenus[0].buttons
+    assert [button.args[0]["visible"].index(True) for button in buttons] == [0, 1, 2]
+    assert buttons[2].args[1]["xaxis.ticktext"] == [str(e) for e in found["layers"][2]["expert_order"]]
+
+
+def test_a_dot_is_hollow_where_its_interval_holds_zero() -> None:
+    found = evidence(layers=2)
+    found["layers"][0]["dense"], found["layers"][1]["dense"] = {}, {"shared": effect(0.5, 0.1)}
+    found["layers"][0]["permuted"], found["layers"][1]["permuted"] = effect(0.1, 0.2), effect(-0.3, 0.1)
+    plot = plotly_figures.effects(found)
+    assert [trace.name for trace in plot.data if trace.name] == [
+        figures.INTERVENTIONS[k] for k in ("permuted", "frozen", "shared")
+    ]
+    permuted = plot.data[0]
+    assert list(permuted.x) == [0.1, -0.3] and list(permuted.marker.symbol) == ["circle-open", "circle"]
+    assert "cannot be told from 0" in permuted.text[0] and "cannot" not in permuted.text[1]
+    np.testing.assert_allclose(permuted.error_x.array, [0.2, 0.1])
+    (axis,) = figures.effects(found).axes
+    faces = [container.lines[0].get_markerfacecolor() for container in axis.containers]
+    assert faces == [
+        "w",
+        figures.COLOURS[0],
+        "w",
+        figures.COLOURS[1],
+        figures.COLOURS[2],
+    ]  # permuted, frozen, shared; layer 0 first
+
+
+def test_single_experts_are_named_with_their_load() -> None:
+    found = evidence(layers=2, experts=4)
+    dots = figures.expert_dots(found)
+    assert [round(dot.y) for dot in dots] == [0] * 4 + [1] * 4 and dots == sorted(dots, key=lambda dot: dot.y)
+    assert dots[6].label.startswith("blocks.1.mlp, expert 2 (load ")
+    assert dots[6].change == found["layers"][1]["experts"][2]["loss"]
+
+
+def test_curves_of_one_run_and_of_several(tmp_path: Path) -> None:
+    paths = {}
+    for name, top1 in (("one", 0.5), ("two", 0.7)):
+        paths[name] = tmp_path / f"{name}.csv"
+        paths[name].write_text(f"epoch,train_loss,val_loss,val_top1\n1,2,3,0.25\n2,1,2,{top1}\n")
+    left, right = curves(paths["one"]).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[2, 1], [3, 2]]
+    left, right = curves(paths).axes
+    assert [line.get_label() for line in left.lines] == ["one", "two"]
+    assert [list(line.get_ydata()) for line in right.lines] == [[25, 50], [25, 70]]
+
+
+def test_one_epoch_has_one_tick(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,train_loss,val_loss,val_top1\n1,2,3,0.25\n")
+    (tmp_path / "load.csv").write_text("epoch,layer,expert,share\n1,blocks.0.mlp,0,1\n")
+    for figure in (curves(tmp_path / "metrics.csv"), loads(tmp_path / "load.csv")):
+        for axis in figure.axes:
+            low, high = axis.get_xlim()
+            assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
+
+
+def test_loads_have_a_panel_a_layer_and_a_line_an_expert(tmp_path: Path) -> None:
+    rows = [f"{epoch},blocks.{layer}.mlp,{expert},0.5" for epoch in (1, 2) for layer in range(7) for expert in (0, 1)]
+    (tmp_path / "load.csv").write_text("\n".join(["epoch,layer,expert,share", *rows]))
+    axes = loads(tmp_path / "load.csv").axes
+    assert [len(axis.lines) for axis in axes if axis.axison] == [2] * 7
+
+
+@pytest.mark.parametrize("name", ["dependence", "effects", "experts", "agreement", "heatmaps"])
+def test_every_figure_can_be_drawn_of_one_layer_and_of_twelve(name: str) -> None:
+    for layers in (1, 12):
+        figure = getattr(figures, name)(evidence(layers=layers, classes=3, experts=2))
+        figure.draw_without_rendering()
+        assert len(figure.axes) >= (layers if name == "heatmaps" else 1)
+
+
+HOSTILE = ["$0_$50", "$50_$100", "$5-$10", r"a_$\frac", "$$", "_x$y$"]
+
+
+def shown(figure: Figure) -> set[str]:
+    """The names of HOSTILE that a figure shows letter by letter; draws it."""
+    figure.canvas.draw()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and "$" in text.get_text()]
+    assert not any(text.get_parse_math() for text in texts), [text.get_text() for text in texts]
+    return {text.get_text() for text in texts} & set(HOSTILE)
+
+
+def hostile_run(path: Path) -> Path:
+    path.write_text("epoch,layer,expert,share,train_loss,val_loss,val_top1\n" + "".join(
+        f"1,{name},0,0.5,2,3,0.25\n" for name in HOSTILE))  # fmt: skip
+    return path
+
+
+def named_so(layers: int) -> dict[str, Any]:
+    found = evidence(layers, classes=len(HOSTILE), experts=3)
+    found["classes"] = list(HOSTILE)
+    for layer, name in zip(found["layers"], HOSTILE, strict=False):
+        layer["name"] = name
+    return found
+
+
+DRAWN = {
+    "heatmap": lambda path: figures.heatmap(named_so(1), HOSTILE[0]).figure,
+    "heatmaps": lambda path: figures.heatmaps(named_so(6)),
+    "dependence": lambda path: figures.dependence(named_so(6)),
+    "effects": lambda path: figures.effects(named_so(6)),
+    "experts": lambda path: figures.experts(named_so(6)),
+    "agreement": lambda path: figures.agreement(named_so(6)),
+    "captions": lambda path: figures.contact_sheet({"row": [(np.ones((2, 2, 3)), name) for name in HOSTILE]}),
+    "rows": lambda path: figures.contact_sheet({name: [(np.ones((2, 2, 3)), "x")] for name in HOSTILE}),
+    "curves": lambda path: curves(dict.fromkeys(HOSTILE, hostile_run(path / "metrics.csv"))),
+    "loads": lambda path: loads(hostile_run(path / "load.csv")),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_names_with_dollar_signs_are_shown_as_they_are(tmp_path: Path, kind: str) -> None:
+    assert shown(DRAWN[kind](tmp_path)) == set(HOSTILE)
+
+
+def test_plots_have_names_with_dollar_signs_too() -> None:
+    assert list(plotly_figures.heatmaps(named_so(1)).layout.yaxis.ticktext) == [
+        HOSTILE[i] for i in named_so(1)["class_order"]
+    ]

@@ -1,0 +1,288 @@
+"""Roles, the class map, and images as they are found in the wild."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.pictures import folder, picture, roles
+from helpers.tiny import vit
+
+from vimoe.config.data import DataConfig
+from vimoe.config.train import TrainConfig
+from vimoe.data.classification import list_images, load_data, load_folder
+from vimoe.data.loaders import eval_loader, preprocessing, train_loader
+from vimoe.errors import ConfigError, DataError
+
+
+def test_folders_give_roles_and_sorted_classes(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(roles(tmp_path))))
+    assert data.classes == ("blue", "green", "red")
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 9, 9)
+    assert all(path.parent.name == data.classes[label] for path, label in data.train + data.val + data.test)
+
+
+def test_other_names_of_the_roles_are_understood(tmp_path: Path) -> None:
+    folder(tmp_path / "training", 2), folder(tmp_path / "valid", 1), folder(tmp_path / "testing", 1)
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "names", [("Train", "Val", "Test"), ("TRAIN", "Validation", "TEST"), ("Training", "val", "Testing")]
+)
+def test_roles_in_capital_letters_are_no_classes(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    for name, images in zip(names, (2, 1, 1), strict=True):
+        folder(tmp_path / "photos" / name, images)
+    data = load_data(DataConfig(path=str(tmp_path / "photos")))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3) and data.classes == ("blue", "green", "red")
+    assert load_folder(tmp_path / "photos", data.classes)[0] == "test"
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(tmp_path / "photos", "photos")
+    data = load_data(DataConfig(path=str(tmp_path / "photos.tar")))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3)
+    (tmp_path / "shards").mkdir()
+    for name in names:
+        with tarfile.open(tmp_path / "shards" / f"{name}.tar", "w") as archive:
+            archive.add(tmp_path / "photos" / name, ".")
+    data = load_data(DataConfig(path=str(tmp_path / "shards")))
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 3, 3)
+
+
+def test_of_two_folders_for_a_role_the_one_in_small_letters_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, images in {"train": 3, "Train": 2, "Training": 1}.items():
+        folder(tmp_path / name, images)
+    data = load_data(DataConfig(path=str(tmp_path), val_fraction=0.4))
+    assert len(data.train) + len(data.val) == 9
+    assert dict(data.junk) == {
+        "images in Train, which has no role": 6, "images in Training, which has no role": 3,
+    }  # fmt: skip
+    assert "Train has no role, and its 6 images are left out\n" in caplog.text  # a second train is no validation
+
+
+def test_a_class_of_the_name_of_a_role_can_be_one(tmp_path: Path) -> None:
+    folder(tmp_path / "kinds", 4, classes=("bus", "car", "train"))
+    with pytest.raises(DataError, match=r"kinds/train holds 4 images and no class folder: .*data.train_split none"):
+        load_data(DataConfig(path=str(tmp_path / "kinds")))
+    assert load_data(DataConfig(path=str(tmp_path / "kinds"), train_split="none")).classes == ("bus", "car", "train")
+    folder(tmp_path / "arms", 4, classes=("Control", "Test"))
+    with pytest.raises(DataError, match=r"if 'Test' is a class, set --data.test_split none"):
+        load_data(DataConfig(path=str(tmp_path / "arms")))
+    assert load_data(DataConfig(path=str(tmp_path / "arms"), test_split="none")).classes == ("Control", "Test")
+
+
+def test_roles_inside_of_classes_are_refused(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        folder(tmp_path / "photos" / name, 3, classes=("Train", "Test"))
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(tmp_path / "photos", ".")
+    for path in ("photos", "photos.tar"):
+        with pytest.raises(DataError, match=r"roles inside of class folders, such as cat/Test: expected Test/cat"):
+            load_data(DataConfig(path=str(tmp_path / path)))
+        with pytest.raises(DataError, match="roles inside of class folders"):
+            load_folder(tmp_path / path, ("cat", "dog"))
+    folder(tmp_path / "photos" / "fox", 1, classes=("whole",))
+    with pytest.raises(DataError, match="roles inside of class folders"):  # of some classes
+        load_data(DataConfig(path=str(tmp_path / "photos")))
+    for name in ("cat", "dog"):  # then these are groups of some other kind
+        folder(tmp_path / "photos" / name, 1, classes=("indoors",))
+    assert load_data(DataConfig(path=str(tmp_path / "photos"))).classes == ("cat", "dog", "fox")
+
+
+def test_a_folder_of_somebody_elses_beside_train_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as lost+found of a disk; root, who runs these tests, may list everything."""
+    folder(tmp_path / "train", 4), (tmp_path / "lost+found").mkdir()
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> object:
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert len(load_data(DataConfig(path=str(tmp_path))).classes) == 3
+
+
+def test_images_without_a_role_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder(tmp_path / "train", 4), folder(tmp_path / "dev", 2), folder(tmp_path / ".hidden", 2)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "text.txt").touch()
+    for i in range(2):
+        picture((9, 9, 9), i).save(tmp_path / "notes" / f"{i}.png")
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert dict(data.junk) == {"images in dev, which has no role": 6, "images in notes, which has no role": 2}
+    assert f"{tmp_path}/dev has no role, and its 6 images are left out; to use them, set --data.val_split dev" in (
+        caplog.text
+    )
+    caplog.clear()
+    assert len(load_data(DataConfig(path=str(tmp_path), val_split="dev", test_split="none")).val) == 6
+    assert "dev" not in caplog.text
+
+
+def test_a_class_missing_from_validation_shifts_no_label(tmp_path: Path) -> None:
+    folder(tmp_path / "train", 2)
+    folder(tmp_path / "val", 2, classes=("green", "red"))
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert {(path.parent.name, label) for path, label in data.val} == {("green", 1), ("red", 2)}
+
+
+def test_a_class_that_train_has_not_is_named(tmp_path: Path) -> None:
+    folder(tmp_path / "train", 2)
+    folder(tmp_path / "val", 1, classes=("green", "gren"))
+    with pytest.raises(DataError, match=r"no class 'gren' .* did you mean 'green'"):
+        load_data(DataConfig(path=str(tmp_path)))
+
+
+def test_validation_is_split_off_by_class_and_seed(tmp_path: Path) -> None:
+    config = DataConfig(path=str(folder(tmp_path, 20)))
+    data, again, other = load_data(config), load_data(config), load_data(replace(config, seed=1))
+    assert Counter(label for _, label in data.val) == {0: 2, 1: 2, 2: 2}
+    assert not {path for path, _ in data.train} & {path for path, _ in data.val}
+    assert len(data.train) + len(data.val) == 60 and not data.test
+    assert data == again and data.val != other.val
+
+
+def test_a_listed_validation_split_is_found_again_and_missed_when_gone(tmp_path: Path) -> None:
+    config = DataConfig(path=str(folder(tmp_path, 20)))
+    listed = [str(path.relative_to(tmp_path)) for path, _ in load_data(config).val]
+    folder(tmp_path, 25)  # more images came since: the seed alone would draw others
+    again = load_data(config, validation=listed)
+    assert [str(path.relative_to(tmp_path)) for path, _ in again.val] == listed
+    assert load_data(config).val != again.val
+    (tmp_path / listed[0]).unlink()
+    with pytest.raises(DataError, match="1 of the run's 6 validation images are gone"):
+        load_data(config, validation=listed)
+
+
+def test_a_class_is_never_split_off_whole(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(folder(tmp_path, 2)), val_fraction=0.9))
+    assert Counter(label for _, label in data.train) == Counter(label for _, label in data.val) == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_subset_has_as_many_images_of_each_class(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(roles(tmp_path, train=8)), images_per_class=5))
+    assert Counter(label for _, label in data.train) == {0: 5, 1: 5, 2: 5} and len(data.val) == 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ""}, "data.path is empty"),
+        ({"path": "nowhere"}, "'nowhere': no such folder"),
+        ({"train_split": "trian"}, r"no such folder in .* did you mean 'train'"),
+        ({"test_split": "tset"}, r"data.test_split='tset': .* did you mean 'test'"),
+    ],
+)
+def test_a_missing_folder_is_one_line_with_the_remedy(tmp_path: Path, settings: dict, message: str) -> None:
+    roles(tmp_path)
+    with pytest.raises(DataError, match=message) as error:
+        load_data(DataConfig(**{"path": str(tmp_path), **settings}))
+    assert "\n" not in str(error.value)
+
+
+def test_what_decides_must_not_be_what_is_reported() -> None:
+    with pytest.raises(ConfigError, match="both 'val'"):
+        DataConfig(path="x", test_split="val")
+
+
+def test_files_that_are_no_images_are_left_out(tmp_path: Path) -> None:
+    folder(tmp_path, 4)
+    (tmp_path / "red" / "notes.txt").write_text("x")
+    (tmp_path / "red" / ".hidden.png").write_bytes(b"x")
+    data = load_data(DataConfig(path=str(tmp_path)))
+    assert len(data.train) + len(data.val) == 12 and data.classes == ("blue", "green", "red")
+
+
+def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
+    (folder(tmp_path, 4) / "zebra").mkdir()
+    with pytest.raises(DataError, match="zebra holds no image"):
+        load_data(DataConfig(path=str(tmp_path)))
+
+
+def test_files_that_phones_make_are_told_by_their_endings(tmp_path: Path) -> None:
+    for i, name in enumerate(("cat/0.HEIC", "cat/1.heic", "cat/2.avif", "dog/3.heic")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes([i]))
+    with pytest.raises(
+        DataError, match=r"cat holds no image \(3 \.heic files, 1 \.avif files were .*\.jpg.*convert them"
+    ):
+        load_data(DataConfig(path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"dog holds no image \(1 \.heic files were passed over, .*convert them"):
+        list_images([tmp_path / "dog"])
+
+
+def test_the_digits_have_three_disjoint_roles() -> None:
+    data = load_data(DataConfig(path="digits"))
+    assert len(data.train) + len(data.val) + len(data.test) == 1797
+    drawn = [{image.tobytes() for image, _ in role} for role in (data.train, data.val, data.test)]
+    assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
+    other = load_data(DataConfig(path="digits", seed=5))
+    assert [y for _, y in other.test] == [y for _, y in data.test] and other.val != data.val
+
+
+def test_loaders_give_normalised_batches_of_the_models_size(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(roles(tmp_path))))
+    model = vit()
+    prepared = preprocessing(model)
+    images, labels = next(iter(train_loader(data.train, prepared, TrainConfig(batch_size=8), workers=0)))
+    assert images.shape == (8, 3, *model.patch_embed.img_size) and labels.shape == (8,)
+    images, labels = next(iter(eval_loader(data.test, prepared, 9, workers=0)))
+    red = images[labels == 2].mean(dim=(0, 2, 3))
+    assert red[0] > 0.2 and red[1] < -0.5  # the model's mean and std are 0.5
+
+
+def test_settings_of_the_data_overrule_the_models_preprocessing() -> None:
+    prepared = preprocessing(vit(), DataConfig(crop_pct=1.0, interpolation="bilinear", mean=(0.1, 0.2, 0.3)))
+    assert (prepared["crop_pct"], prepared["interpolation"], prepared["mean"]) == (1.0, "bilinear", (0.1, 0.2, 0.3))
+
+
+def test_images_are_found_among_files_and_folders(tmp_path: Path) -> None:
+    folder(tmp_path, 2)
+    assert len(list_images([tmp_path, tmp_path / "red" / "000.png"])) == 7
+    with pytest.raises(DataError, match="did you mean"):
+        list_images([tmp_path / "red" / "00.png"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no image"):
+        list_images([tmp_path / "none"])
+
+
+def test_a_folder_says_which_images_it_gave(tmp_path: Path) -> None:
+    classes = ("blue", "green", "red")
+    role, samples = load_folder(folder(tmp_path / "plain", 2), classes)
+    assert (role, len(samples)) == ("all", 6)
+    assert load_folder(roles(tmp_path / "roles", test=0), classes)[0] == "validation"
+    assert load_folder(roles(tmp_path / "roles", test=1), classes)[0] == "test"
+
+
+def test_digits_are_the_embedded_ones_whatever_is_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "digits", 2)
+    assert len(load_data(DataConfig(path="digits")).classes) == 10
+    assert len(load_data(DataConfig(path="./digits")).classes) == 3
+
+
+@pytest.mark.parametrize(("one", "other"), [("red", "Red"), ("caf\u00e9", "cafe\u0301"), ("CAF\u00c9", "cafe\u0301")])
+def test_classes_that_differ_by_case_or_normalisation_are_both_named(tmp_path: Path, one: str, other: str) -> None:
+    folder(tmp_path / "plain", 2, classes=("blue", one, other))
+    with pytest.raises(DataError, match="differ only by case") as error:
+        load_data(DataConfig(path=str(tmp_path / "plain")))
+    assert ascii(one) in str(error.value) and ascii(other) in str(error.value)
+    folder(tmp_path / "roles" / "train", 2, classes=("blue", one))
+    folder(tmp_path / "roles" / "val", 2, classes=("blue", other))
+    with pytest.raises(DataError, match="differ only by case"):
+        load_data(DataConfig(path=str(tmp_path / "roles")))
+
+
+def test_an_image_of_the_listed_validation_that_was_damaged_since_is_missed(tmp_path: Path) -> None:
+    config = DataConfig(path=str(folder(tmp_path, 20)), skip_unreadable=True)
+    listed = [str(path.relative_to(tmp_path)) for path, _ in load_data(config).val]
+    (tmp_path / listed[0]).write_bytes(b"")
+    with pytest.raises(DataError, match="1 of the run's 6 validation images are gone or damaged"):
+        load_data(config, validation=listed)

@@ -1,0 +1,324 @@
+"""Where surgery cuts: the layers that are named, all or none of them, and never what it cannot convert."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from helpers.tiny import config, images, layers, upcycle, vit
+from torch import nn
+
+import vimoe
+from vimoe.errors import SurgeryError
+from vimoe.models.interface import block_name
+
+
+def converted(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, vimoe.MoE)]
+
+
+def mlps(*blocks: int) -> list[str]:
+    return [f"blocks.{block}.mlp" for block in blocks]
+
+
+# ----- which layers
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("none", []),
+        ("all", mlps(0, 1, 2, 3, 4, 5)),
+        ("last:1", mlps(5)),
+        ("last:2", mlps(4, 5)),
+        ("last:6", mlps(0, 1, 2, 3, 4, 5)),
+        ("every:1", mlps(0, 1, 2, 3, 4, 5)),
+        ("every:2", mlps(1, 3, 5)),
+        ("every:4", mlps(3)),
+        ([0, -1], mlps(0, 5)),
+        ([-1, 0, 5], mlps(0, 5)),
+        ([-6], mlps(0)),
+        ("blocks.[24].mlp", mlps(2, 4)),
+        ("blocks.3.mlp", mlps(3)),
+        ([1, "blocks.[45].*"], mlps(1, 4, 5)),
+    ],
+    ids=str,
+)
+def test_layers_are_named_by_word_index_or_pattern(named: str | list, expected: list[str]) -> None:
+    model = upcycle(vit(depth=6), config(layers=named))
+    assert converted(model) == expected
+
+
+def test_none_is_the_parent() -> None:
+    parent = vit()
+    model = upcycle(copy.deepcopy(parent), config(layers="none", num_experts=1))  # and there is nothing to warn of
+    assert torch.equal(model(images(model)), parent(images(parent)))
+
+
+def test_a_block_with_two_ffns_counts_once() -> None:
+    model = upcycle(vit("parallel FFNs", depth=3), config(layers="last:1"))
+    assert converted(model) == ["blocks.2.ffns.0.mlp", "blocks.2.ffns.1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("last:3", "layers='last:3': expected at most 2"),
+        ("every:3", "layers='every:3': expected at most 2"),
+        ([2], "no block 2: expected -2 to 1"),
+        ([-3], "no block -3: expected -2 to 1"),
+        ("al", "layers='al' names no FFN: did you mean 'all'"),
+        ("lasst", "names no FFN: did you mean 'last:N'"),
+        ("block.1.mlp", "names no FFN: did you mean 'blocks.1.mlp'"),
+        ([0, "blocks.7.mlp"], "'blocks.7.mlp' names no FFN: did you mean 'blocks.*.mlp'"),
+    ],
+    ids=str,
+)
+def test_a_name_without_a_layer_is_refused_with_the_nearest_one(named: str | list, message: str) -> None:
+    assert_refused(vit(), message, layers=named)
+
+
+@pytest.mark.parametrize("named", ["all", "none"])
+def test_densify_that_would_do_nothing_is_refused(named: str) -> None:
+    with pytest.raises(SurgeryError, match="has no MoE layer"):
+        vimoe.densify(vit(), layers=named)
+
+
+@pytest.mark.parametrize("named", ["last:x", "every:0", "first:1"])
+def test_densify_refuses_words_that_a_config_would_refuse(named: str) -> None:
+    model = upcycle(vit(), config())
+    with pytest.raises(vimoe.VimoeError, match=named):
+        vimoe.densify(model, layers=named)
+
+
+# ----- all or nothing
+
+
+def assert_refused(model: nn.Module, message: str, **settings: object) -> None:
+    """Upcycling and planning raise the same error, and neither has changed the model."""
+    before = dict(model.named_modules())
+    for verb in (vimoe.upcycle, vimoe.plan):
+        with pytest.raises(SurgeryError, match=message):
+            verb(model, config(**settings))
+    after = dict(model.named_modules())
+    assert list(after) == list(before)
+    assert all(after[name] is module for name, module in before.items())
+
+
+class Quantised(nn.Linear):
+    """As the layers of quantisation libraries, a subclass that computes something else."""
+
+
+class Adapted(nn.Module):
+    """As the layers of adapter libraries, a wrapper of the matrix that is no nn.Linear."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+
+def test_one_subclassed_matrix_refuses_the_whole_model_and_names_the_block() -> None:
+    model = vit(depth=3)
+    model.blocks[1].mlp.fc1 = Quantised(24, 96)
+    assert_refused(model, r"blocks\.1\.mlp \(block 1\): fc1 is a Quantised: expected a plain nn.Linear")
+    assert converted(upcycle(model, config(layers=[0, 2]))) == mlps(0, 2)
+
+
+def test_one_adapted_matrix_refuses_the_whole_model_instead_of_being_passed_over() -> None:
+    model = vit(depth=3)
+    model.blocks[1].mlp.fc1 = Adapted(model.blocks[1].mlp.fc1)
+    assert_refused(model, r"blocks\.1\.mlp \(block 1\): fc1 is a Adapted")
+
+
+def test_blocks_are_those_of_the_vit_where_it_is_a_numbered_part_itself() -> None:
+    model = vimoe.upcycle(nn.Sequential(nn.Identity(), vit(depth=4)), config(layers="last:1"))
+    assert converted(model) == ["1.blocks.3.mlp"]
+    assert block_name(model, "1.blocks.3.mlp") == "1.blocks.3"
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.fc1", "mlp.act"])
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_experts_would_not_call_are_refused(part: str, hook: str) -> None:
+    model = vit(depth=2)
+    handle = getattr(model.blocks[1].get_submodule(part), hook)(lambda *args: None)
+    with pytest.raises(SurgeryError, match=r"blocks\.1\.mlp \(block 1\) has forward hooks"):
+        vimoe.upcycle(model, config(layers="all"))
+    assert not converted(model)
+    handle.remove()
+    assert converted(vimoe.upcycle(model, config(layers="all"))) == mlps(0, 1)
+
+
+def test_a_parametrised_matrix_is_refused() -> None:
+    model = vit()
+    nn.utils.parametrizations.weight_norm(model.blocks[1].mlp.fc2)
+    assert_refused(model, r"blocks\.1\.mlp \(block 1\): fc2 is a Parametrized")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"norm": nn.RMSNorm(96)}, "norm is a RMSNorm"),
+        ({"norm": nn.LayerNorm(96, elementwise_affine=False)}, "norm has no weight"),
+        ({"act": nn.PReLU()}, "it has the parameter act.weight .its activation is PReLU."),
+    ],
+    ids=["rms norm", "norm without weights", "trained activation"],
+)
+def test_a_part_that_experts_could_not_reproduce_is_refused(part: dict[str, nn.Module], message: str) -> None:
+    model = vit()
+    for name, module in part.items():
+        setattr(model.blocks[0].mlp, name, module)
+    assert_refused(model, rf"blocks\.0\.mlp \(block 0\): {message}")
+
+
+def test_a_layer_that_is_moe_already_is_refused_and_others_are_not() -> None:
+    model = upcycle(vit(depth=3), config(layers="last:1"))
+    assert_refused(model, r"blocks\.2\.mlp \(block 2\) is an MoE layer already.*densify it first")
+    assert converted(upcycle(model, config(layers=[0], routing="token"))) == mlps(0, 2)
+
+
+def test_densify_refuses_a_dense_layer_by_name_and_changes_nothing() -> None:
+    model = upcycle(vit(depth=3), config(layers="last:1"))
+    with pytest.raises(SurgeryError, match=r"blocks\.1\.mlp \(block 1\) is a dense FFN already"):
+        vimoe.densify(model, layers="last:2")
+    assert converted(model) == mlps(2)
+    assert converted(vimoe.densify(model, layers=[2])) == []
+
+
+def test_densify_changes_the_named_layers_only() -> None:
+    model = upcycle(vit(depth=3), config())
+    assert converted(vimoe.densify(model, layers=[-2])) == mlps(0, 2)
+
+
+@pytest.mark.parametrize("how", ["merg", ""])
+def test_an_unknown_way_to_densify_is_refused(how: str) -> None:
+    with pytest.raises(SurgeryError, match="expected 'shared' or 'merge'"):
+        vimoe.densify(upcycle(vit(), config()), how=how)
+
+
+def test_one_ffn_in_two_blocks_is_refused() -> None:
+    model = vit(depth=3)
+    model.blocks[2].mlp = model.blocks[0].mlp
+    assert_refused(model, r"blocks\.2\.mlp is the same module as blocks\.0\.mlp.*untie")
+
+
+def test_one_ffn_at_two_places_of_a_block_is_refused() -> None:
+    model = vit()
+    model.blocks[1].second_mlp = model.blocks[1].mlp
+    assert_refused(model, r"blocks\.1\.second_mlp is the same module as blocks\.1\.mlp.*untie")
+
+
+# ----- models that are no plain ViT
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("samvit_base_patch16_224", "VisionTransformerSAM"),
+        ("naflexvit_base_patch16_gap", "NaFlexVit"),
+        ("tnt_s_patch16_224", r"blocks\.0\.mlp_in \(block 0\) gets \(392, 16, 24\) for 2 images"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("resnet18", "no FFN was found inside the model's blocks"),
+    ],
+)
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_other_models_are_refused_by_class_or_block(name: str, message: str, routing: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert_refused(model, message, layers="all", routing=routing)
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "xcit_nano_12_p16_224", "convit_tiny"])
+def test_image_routing_is_refused_where_the_class_token_joins_later(name: str) -> None:
+    """Their first blocks see patches alone, so the first token there is a patch and no class token."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert_refused(model, r"blocks\.0\.mlp|" + type(model).__name__, routing="image")
+
+
+def test_the_ffn_of_an_attention_pool_is_left_alone() -> None:
+    model = upcycle(vit("siglip, attention pool"), config())
+    assert type(model.attn_pool.mlp).__name__ == "Mlp"
+    assert converted(model) == mlps(0, 1)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_mlp_of_relative_positions_is_left_alone(heads: int) -> None:
+    """It maps two coordinates to one bias for each head, so with two heads it is as square as an FFN."""
+    arguments = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": heads}
+    model = timm.create_model("vit_relpos_small_patch16_224", pretrained=False, **arguments)
+    assert converted(upcycle(model, config())) == mlps(0, 1)
+
+
+# ----- plan
+
+
+def test_plan_changes_nothing_and_says_what_upcycle_would_do() -> None:
+    model = vit(depth=3)
+    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
+    plan = vimoe.plan(model, config(layers="last:2"))
+    assert all(new is old for new, old in zip(model.modules(), modules, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert plan.dense == vimoe.count(model)
+    assert plan.moe == vimoe.count(upcycle(model, config(layers="last:2")))
+    text = str(plan)
+    assert f"before: {plan.dense}" in text
+    assert f"after:  {plan.moe}" in text
+    assert [line.split(":")[0].strip() for line in text.splitlines()[2:]] == mlps(1, 2)
+
+
+def test_hooks_of_the_user_see_no_tensors_without_values() -> None:
+    model, seen = vit(), []
+    model.blocks[0].register_forward_hook(lambda _module, _args, output: seen.append(output.sum().item()))
+    vimoe.plan(model, config())
+    vimoe.count(upcycle(model, config()))
+    assert not seen
+    model(images(model))
+    assert len(seen) == 1
+
+
+def test_plan_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    model = vit()
+    torch.manual_seed(0)
+    vimoe.plan(model, config())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_ffn_that_changes_the_number_of_channels_is_refused() -> None:
+    model = vit()
+    model.blocks[0].mlp = timm.layers.Mlp(24, 12, 20)
+    assert_refused(model, r"blocks\.0\.mlp \(block 0\): it maps 24 channels to 20")
+
+
+def test_a_model_whose_token_count_is_unknown_is_refused() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("mvitv2_tiny")
+    assert_refused(model, "MultiScaleVit|tokens: expected")
+
+
+def test_plan_of_a_blind_router_is_silent_and_upcycle_warns() -> None:
+    blind = config(num_experts=1)
+    vimoe.plan(vit(), blind)
+    with pytest.warns(UserWarning, match="num_experts=1.*never trains the router"):
+        vimoe.upcycle(vit(), blind)
+
+
+def test_experts_keep_the_device_and_mode_of_their_ffn() -> None:
+    meta = upcycle(vit().to("meta").train(), config())
+    assert all(p.is_meta for layer in layers(meta) for p in layer.parameters())
+    assert all(module.training for module in meta.modules())
+    assert not any(module.training for module in upcycle(vit().eval(), config()).modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_type_is_converted_and_counted_in_it(dtype: torch.dtype) -> None:
+    model = upcycle(vit().to(dtype), config())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert vimoe.count(model) == vimoe.count(upcycle(vit(), config()))
+    assert {p.dtype for p in vimoe.densify(model, how="merge").parameters()} == {dtype}

@@ -1,0 +1,109 @@
+"""Names are refused without torch, and none is that timm has."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from helpers.pictures import folder
+from helpers.tiny import FAMILIES, vit
+
+from vimoe.config.data import DataConfig
+from vimoe.config.model import ModelConfig
+from vimoe.config.moe import MoEConfig
+from vimoe.config.settings import Settings
+from vimoe.errors import ConfigError, VimoeError
+from vimoe.experiments.train import run_training
+from vimoe.models.segmenter import Segmenter
+from vimoe.models.timm_vit import FFN_NAME, check_layers_of_timm, check_name, create, create_without_weights
+from vimoe.models.upcycling import sites
+
+
+def test_no_name_that_timm_has_is_refused() -> None:
+    names = [*timm.list_models(), *timm.list_models(pretrained=True), "vit_small_patch16_224_dino"]  # a deprecated one
+    assert len(names) > 2000
+    for name in names:
+        check_name(ModelConfig(name=name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_name_of_no_ffn_is_refused(family: str) -> None:
+    model = vit(family)
+    names = [site.name for site in sites(model)] + [site.name for site in sites(Segmenter(vit(num_classes=0), 3))]
+    assert names and all(FFN_NAME.fullmatch(name) for name in names)
+    check_layers_of_timm(names)
+
+
+def test_names_of_other_kinds_of_models_are_not_refused() -> None:
+    """They are refused later, for what they are."""
+    for name in ("swinv2_cr_tiny_224", "cait_xxs24_224", "convnext_tiny", "efficientformer_l1", "xcit_nano_12_p8_224"):
+        check_layers_of_timm([site.name for site in sites(create_without_weights(ModelConfig(name=name)))])
+
+
+@pytest.mark.parametrize("layers", ["all", "none", "last:2", "every:3", (0, -1), "blocks.1?.mlp", ("*mlp", 1)])
+def test_words_indices_and_wildcards_are_left_to_the_model(layers: object) -> None:
+    check_layers_of_timm(layers)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("blocks.1.mpl", "blocks.1.mlp"), ("block.11.mlp", "blocks.11.mlp"), ("blocks.3", "blocks.3.mlp"), ("al", "all")],
+)
+def test_a_misspelt_layer_is_told_the_right_one(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"layers={wrong!r} names no FFN: did you mean {right!r}"):
+        check_layers_of_timm(["blocks.0.mlp", wrong])
+
+
+def test_what_the_text_has_but_timm_does_not_build_is_refused_by_timm() -> None:
+    for name in ("checkpoint_filter_fn", "vit_tiny_patch16_224.lvd142m"):  # a helper, and a tag of another model
+        check_name(ModelConfig(name=name))
+        with pytest.raises(ConfigError, match=f"timm could not build {name!r}"):
+            create(ModelConfig(name=name, pretrained=False))
+
+
+MISSPELT = [
+    "count --model.name vit_smal_patch16_224",
+    "plan --model.name vit_small_patch14_dinov2.lvd142",
+    "plan --moe.layers blocks.1.mpl",
+    "train --data.path . --model.name vit_smal_patch16_224 --out never",
+    "train --data.path . --moe.layers blocks.1.mpl --out never",
+    "train --data.path . --train.lrr 1 --out never",
+    "bench model --moe.layers blocks.1.mpl",
+    "evaluate nowhere", "predict nowhere .", "analyze nowhere", "prune nowhere --out never", "report nowhere",
+]  # fmt: skip
+
+
+def test_a_misspelt_name_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which takes seconds."""
+    code = (
+        "import json, sys; from vimoe.cli import main\n"
+        "statuses = [main(words.split()) for words in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([statuses, [name for name in ('torch', 'timm', 'sklearn') if name in sys.modules]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(MISSPELT)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [[2] * len(MISSPELT), []]
+    assert done.stderr.count("\n") == len(MISSPELT)
+
+
+def test_layers_are_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = [], timm.create_model
+
+    def see(*args: object, **more: object) -> object:
+        asked.append(more["pretrained"])
+        return real(*args, **more)
+
+    monkeypatch.setattr(timm, "create_model", see)
+    settings = Settings(
+        model=ModelConfig(name="vit_tiny_patch16_224"),  # with weights
+        moe=MoEConfig(layers="blocks.99.mlp"),
+        data=DataConfig(path=str(folder(tmp_path / "photos", 3))),
+    )
+    with pytest.raises(VimoeError, match="layers='blocks.99.mlp' names no FFN"):
+        run_training(settings, tmp_path / "run")
+    assert asked == [False] and not (tmp_path / "run").exists()

@@ -1,0 +1,506 @@
+"""A model trained on the features of its frozen trunk is the model trained on images, but for rounding."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.kills import Killed, kill_after, logs
+from helpers.pictures import roles
+from helpers.tiny import FAMILIES, config, images, perturb_experts, upcycle, vit
+from helpers.trainings import QUICK, rows, weights
+from torch import nn
+
+import vimoe.tasks.cached_features
+import vimoe.training.loop
+from vimoe.config.data import DataConfig
+from vimoe.config.model import ModelConfig
+from vimoe.config.moe import MoEConfig
+from vimoe.config.settings import SECTIONS, Settings
+from vimoe.config.train import TrainConfig
+from vimoe.data.classification import Data, load_data
+from vimoe.data.images import cache_folder
+from vimoe.data.loaders import eval_loader, preprocessing
+from vimoe.data.order import Shuffled
+from vimoe.errors import ConfigError, DataError, FolderError
+from vimoe.experiments.finished_run import FinishedRun
+from vimoe.experiments.train import resume_training, run_training
+from vimoe.metrics.classification import evaluate
+from vimoe.models.frozen_trunk import cut_before, digest
+from vimoe.models.model_folder import load
+from vimoe.tasks.cached_features import FeatureCache, Features, Views
+from vimoe.tasks.image_training import classification
+from vimoe.training import checkpoint
+from vimoe.training.loop import train
+from vimoe.training.parameter_groups import freeze_all_but
+
+FROZEN = {"train_only": "moe", "epochs": 3, "min_crop": 0.5, "hflip": 0.5}
+LAYER = "blocks.2.mlp"
+
+__all__ = ["kill_after"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return load_data(DataConfig(path=str(roles(tmp_path_factory.mktemp("pictures"), train=14))))
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vimoe.tasks.cached_features, "STORED", "float32")
+
+
+def model(layers: object = (2,), **settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {"num_classes": 3, "img_size": 16, "patch_size": 8, "depth": 3, **settings}
+    return upcycle(vit(**settings), config(layers=layers))
+
+
+def cache(network: nn.Module, data: Data, views: int = 3, **changes: object) -> FeatureCache:
+    settings = replace(QUICK, **{**FROZEN, **changes})
+    trained = [name for name, module in network.named_modules() if isinstance(module, vimoe.MoE)]
+    return FeatureCache(network, trained, data, preprocessing(network), settings, views, workers=0)
+
+
+def run(data: Data, out: Path, views: int | None = 3, network: nn.Module | None = None, **changes: object) -> tuple:
+    """Trains on features, or on images where there are no views."""
+    network = network or model()
+    out.mkdir()
+    settings = replace(QUICK, **{**FROZEN, **changes})
+    if views is None:
+        task = classification(data, preprocessing(network), settings, workers=0)
+    else:
+        task = cache(network, data, views, **changes).task()
+    return network, train(network, task, settings, out)
+
+
+def kept() -> list[Path]:
+    return sorted((cache_folder() / "features").iterdir())
+
+
+def no_trunk(*_: object) -> None:
+    raise AssertionError("the trunk was run")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_rest_of_every_family_computes_from_features_what_the_whole_does_from_images(family: str) -> None:
+    network = upcycle(vit(family, depth=3), config(layers=[2]))
+    x = images(network)
+    expected = network(x)
+    (name,) = [name for name, module in network.named_modules() if isinstance(module, vimoe.MoE)][:1]
+    cut = cut_before(network, [name], x.shape[1:])
+    features = cut.trunk(network, x)
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, module in network.named_modules()
+        if name.startswith(("blocks.0.", "blocks.1."))
+    ]
+    assert torch.equal(cut.rest(network, features), expected)
+    assert handles and not ran  # nothing inside of the trunk's blocks computes
+    assert not torch.allclose(cut.rest(network, features.flip(0)), expected)
+    assert torch.equal(network(x), expected) and ran  # it is as it was
+    assert torch.equal(cut.rest(copy.deepcopy(network), features), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_whole_model(checkpointing: bool) -> None:
+    network = perturb_experts(model())
+    network.set_grad_checkpointing(checkpointing)
+    x = images(network)
+    cut = cut_before(network, [LAYER], x.shape[1:])
+    with torch.no_grad():
+        features = cut.trunk(network.eval(), x)
+    network.train().requires_grad_(False)
+    trained = [*network.get_submodule(LAYER).requires_grad_(True).parameters()]
+    found = []
+    for outputs in (lambda: network(x), lambda: cut.rest(network, features)):
+        outputs().square().sum().backward()
+        found.append([p.grad.clone() for p in trained])
+        network.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(grad.any() for grad in found[0])
+
+
+def test_a_training_is_that_on_images_with_as_many_views_as_epochs(
+    data: Data, tmp_path: Path, exact: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, summary = run(data, tmp_path / "plain", None, ema_decay=0.5, auto_augment="rand-m5-inc1")
+    ours, other = run(data, tmp_path / "features", 3, ema_decay=0.5, auto_augment="rand-m5-inc1")
+    torch.testing.assert_close(weights(ours), weights(plain), rtol=1e-4, atol=1e-5)
+    assert {**summary, "seconds": 0, "val": 0} == {**other, "seconds": 0, "val": 0}
+    assert other["val"] == pytest.approx(summary["val"], rel=1e-4)
+    fewer, _ = run(data, tmp_path / "fewer", 2, ema_decay=0.5, auto_augment="rand-m5-inc1")
+    assert (weights(fewer) - weights(plain)).abs().max() > 1e-3  # the comparison above would see other draws
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_float16_rounds_off_is_little(data: Data, tmp_path: Path, precision: str) -> None:
+    changes = {"precision": precision, "epochs": 1}
+    run(data, tmp_path / "plain", None, **changes)
+    run(data, tmp_path / "features", 1, **changes)
+    plain, ours = (rows(tmp_path / name / "metrics.csv")[0] for name in ("plain", "features"))
+    for key in ("train_loss", "val_loss"):
+        assert float(ours[key]) == pytest.approx(float(plain[key]), rel=2e-3 if precision == "no" else 2e-2)
+    assert np.load(kept()[0]).dtype == np.float16
+
+
+def test_the_trunk_computes_as_in_evaluation_and_the_rest_as_in_training(data: Data, tmp_path: Path) -> None:
+    plain = cache(model(), data).task()
+    again = cache(model(), data).task()
+    dropped = cache(model(drop_path_rate=0.5), data).task()
+    batches = [next(iter(task.loader))[0] for task in (plain, again, dropped)]
+    assert torch.equal(batches[0], batches[1]) and torch.equal(batches[0], batches[2])
+    network = model(drop_path_rate=0.5).train()
+    features = batches[0].float()
+    assert not torch.equal(dropped.forward(network, features), dropped.forward(network, features))
+
+
+def test_views_come_in_turn_and_are_other_draws(data: Data) -> None:
+    assert issubclass(Views, Shuffled)
+    task = cache(model(), data, views=2).task()
+    seen = []
+    for epoch in (1, 2, 3):
+        task.loader.sampler.start(epoch)
+        order = task.loader.sampler.images_at(0, len(data.train))
+        found = torch.cat([x for x, _ in task.loader])
+        labels = torch.cat([y for _, y in task.loader])
+        assert labels.tolist() == [data.train[i][1] for i in order][: len(labels)]
+        seen.append({index: row for index, row in zip(order, found, strict=False)})
+    both = seen[0].keys() & seen[1].keys() & seen[2].keys()
+    assert len(both) > len(data.train) / 2
+    assert all(torch.equal(seen[0][i], seen[2][i]) and not torch.equal(seen[0][i], seen[1][i]) for i in both)
+
+
+def test_no_more_views_are_made_than_there_are_epochs(data: Data) -> None:
+    task = cache(model(), data, views=9, epochs=2).task()
+    assert task.facts["features"]["views"] == 2 and len(kept()) == 3
+    assert task.facts["features"]["bytes"] == sum(file.stat().st_size for file in kept())
+
+
+def test_all_is_found_again_and_more_views_are_added(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = next(iter(cache(model(), data, views=1).task().loader))
+    names = kept()
+    stamps = [file.stat().st_mtime_ns for file in names]
+    task = cache(model(), data, views=3).task()
+    assert len(kept()) == len(names) + 2
+    assert [file.stat().st_mtime_ns for file in names] == stamps
+    network = model()
+    nn.init.ones_(network.head.weight)  # what is trained is no part of the trunk, nor is anything after
+    nn.init.ones_(network.blocks[2].mlp.router.weight)
+    caches = cache(network, data, views=3)
+    monkeypatch.setattr(vimoe.tasks.cached_features.FeatureCache, "_trunk", no_trunk)
+    again = caches.task()
+    assert again.facts["features"]["seconds"] == 0
+    for each in (task, again):
+        assert all(torch.equal(a, b) for a, b in zip(first, next(iter(each.loader)), strict=True))
+
+
+CHANGES = {"min_crop": 0.7, "hflip": 0.1, "color_jitter": 0.2, "auto_augment": "rand-m5-inc1", "random_erasing": 0.5,
+           "seed": 5}  # fmt: skip
+NO_MATTER = {
+    "epochs", "batch_size", "accumulation", "lr", "min_lr", "warmup_epochs", "weight_decay", "layer_decay",
+    "router_lr_scale", "router_weight_decay", "router_warmup_epochs", "expert_weight_decay", "train_only",
+    "balance_loss", "z_loss", "importance_loss", "label_smoothing", "ema_decay", "clip_grad", "early_stopping",
+    "checkpoint_minutes", "tensorboard",
+}  # fmt: skip
+REFUSED = {"mixup", "cutmix", "min_scale", "max_scale", "dice_loss", "class_weights"}  # or of segmentation
+
+
+def test_every_setting_is_known_to_matter_or_not() -> None:
+    assert {field.name for field in fields(TrainConfig)} == {*CHANGES, *NO_MATTER, *REFUSED, "precision"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_augmentation_is_other_features_of_training_images(data: Data, name: str) -> None:
+    before, after = cache(model(), data), cache(model(), data, **{name: CHANGES[name]})
+    assert not {file.path for file in before.train} & {file.path for file in after.train}
+    assert before.val.path == after.val.path
+
+
+@pytest.mark.parametrize("change", ["weight", "epsilon", "precision", "mean", "cut", "order"])
+def test_another_trunk_preprocessing_or_order_is_other_features(data: Data, change: str) -> None:
+    before = cache(model(), data)
+    network, settings = model(), {}
+    if change == "weight":
+        with torch.no_grad():
+            network.blocks[1].attn.qkv.bias[0] += 1e-3
+    elif change == "epsilon":
+        network.blocks[0].norm1.eps *= 2
+    elif change == "precision":
+        settings["precision"] = "bf16"
+    elif change == "mean":
+        network.pretrained_cfg = {**network.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    elif change == "cut":
+        network = model(layers=(1, 2))
+    else:
+        data = replace(data, train=data.train[::-1], val=data.val[::-1])
+    after = cache(network, data, **settings)
+    assert not {f.path for f in (*before.train, before.val)} & {f.path for f in (*after.train, after.val)}
+
+
+def test_a_changed_file_is_other_features(data: Data, tmp_path: Path) -> None:
+    copied = load_data(DataConfig(path=str(shutil.copytree(Path(data.train[0][0]).parents[2], tmp_path / "copy"))))
+    before = cache(model(), copied)
+    file = Path(copied.train[0][0])
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    after = cache(model(), copied)
+    assert not {each.path for each in before.train} & {each.path for each in after.train}
+    assert before.val.path == after.val.path
+
+
+def test_a_trunk_whose_moe_layers_route_otherwise_is_another() -> None:
+    trunks = []
+    for settings in ({"top_k": 1}, {"top_k": 2}, {"combine": "sum"}, {"routing": "token"}):
+        torch.manual_seed(0)
+        network = perturb_experts(vimoe.upcycle(vit(depth=3), config(layers=[0, 2], **settings)))
+        freeze_all_but(network, [LAYER])
+        trunks.append((cut_before(network, [LAYER], (3, 32, 32)), network))
+    first, *others = (network.state_dict() for _, network in trunks)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    assert len({cut.trunk(network, images(network)).sum().item() for cut, network in trunks}) == len(trunks)
+    assert len({digest(network, cut) for cut, network in trunks}) == len(trunks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_built_again_has_the_same_key(family: str) -> None:
+    digests = set()
+    for _ in range(2):
+        network = upcycle(vit(family, depth=3), config(layers=[2]))
+        (name, *_) = (name for name, module in network.named_modules() if isinstance(module, vimoe.MoE))
+        digests.add(digest(network, cut_before(network, [name], images(network).shape[1:])))
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "pickled", "of another shape", "of another type"])
+def test_a_damaged_file_is_made_anew(data: Data, tmp_path: Path, damage: str) -> None:
+    first = next(iter(cache(model(), data, views=1).task().loader))[0]
+    for file in kept():
+        whole = np.load(file)
+        if damage == "short":
+            file.write_bytes(file.read_bytes()[:-1])
+        elif damage == "empty":
+            file.write_bytes(b"")
+        elif damage == "pickled":
+            np.save(file, np.array([{}]), allow_pickle=True)
+        elif damage == "of another shape":
+            np.save(file, whole[:, :-1])
+        else:
+            np.save(file, whole.astype(np.float32))
+    assert torch.equal(next(iter(cache(model(), data, views=1).task().loader))[0], first)
+
+
+def test_what_is_killed_while_it_is_made_leaves_nothing_that_would_be_used(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = cache(model(), data, views=2)
+    real, calls = vimoe.tasks.cached_features.FeatureCache._trunk, []
+
+    def dies(self: FeatureCache, batch: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 8:  # 6 batches a view
+            raise Killed
+        return real(self, batch)
+
+    monkeypatch.setattr(vimoe.tasks.cached_features.FeatureCache, "_trunk", dies)
+    with pytest.raises(Killed):
+        caches.task()
+    assert len(kept()) == 1  # the first view is whole
+    made = cache(model(), data, views=2)
+    assert len(made.missing) == 2
+    made.task()
+    assert len(kept()) == 3
+
+
+def test_a_worker_maps_the_files(data: Data) -> None:
+    dataset = cache(model(), data).task().loader.dataset
+    assert isinstance(dataset, Features)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < dataset.views[0].nbytes / 10
+    assert torch.equal(pickle.loads(sent)[3, 1][0], dataset[3, 1][0])
+
+
+def test_no_room_is_one_line_before_anything_is_computed(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = (3 * len(data.train) + len(data.val)) * 5 * 24 * 2
+    monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(FolderError, match=r"needs 0.00 GB for 3 views: expected at most .* lower data.views") as raised:
+        cache(model(), data)
+    assert "\n" not in str(raised.value) and not (cache_folder() / "features").exists()
+    monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    cache(model(), data).task()
+    assert sum(np.load(file).nbytes for file in kept()) == needed
+
+
+def test_features_beyond_float16_are_one_line(data: Data) -> None:
+    network = model()
+    with torch.no_grad():
+        network.pos_embed[:] = 1e5
+    with pytest.raises(
+        DataError, match=r"not finite in float16 for one of the images 0 to 7 .* expected less than 655"
+    ):
+        cache(network, data).task()
+    assert not kept()
+
+
+def test_what_cannot_be_cut_is_refused(data: Data) -> None:
+    with pytest.raises(ConfigError, match=r"blocks.0.mlp is in the first block and trained: expected frozen blocks"):
+        cache(model(layers="all"), data)
+    with pytest.raises(ConfigError, match="expected no patch_drop_rate"):
+        cache(model(patch_drop_rate=0.5), data)
+    network = model()
+    real = network.forward_features
+    network.forward_features = lambda x, **_: real(x) + x.mean()  # something else than tokens goes past the blocks
+    with pytest.raises(ConfigError, match=r"VisionTransformer does not compute the same .* use data.cache=disk"):
+        cache(network, data)
+
+
+@pytest.mark.parametrize(("killed_after", "accumulation"), [(0, 1), (7, 1), (11, 2)])
+def test_a_killed_training_ends_as_if_it_had_not_been(
+    data: Data, tmp_path: Path, kill_after: object, killed_after: int, accumulation: int
+) -> None:
+    settings = {"ema_decay": 0.8, "checkpoint_minutes": 0, "accumulation": accumulation}
+    whole, summary = run(data, tmp_path / "whole", 2, **settings)
+    kill_after(killed_after)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "killed", 2, **settings)
+    kill_after(1000)
+    network, config = model(), replace(QUICK, **FROZEN, **settings)
+    again = train(network, cache(network, data, 2, **settings).task(), config, tmp_path / "killed")
+    assert torch.equal(weights(whole), weights(network)) and summary["val"] == again["val"]
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+
+
+RUN = {
+    "moe": {"layers": "last:1", "num_experts": 4},
+    "data": {"cache": "features", "views": 2, "workers": 0},
+    "train": {"epochs": 3, "batch_size": 8, "lr": 3e-3, "train_only": "moe", "min_crop": 0.5, "tensorboard": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parent(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of a trained dense ViT."""
+    photos = str(Path(data.train[0][0]).parents[2])
+    out = tmp_path_factory.mktemp("parent") / "dense"
+    dense = Settings(
+        model=ModelConfig(
+            name="vit_tiny_patch16_224", pretrained=False, img_size=16,
+            args={"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2},
+        ),
+        moe=MoEConfig(layers="none"),
+        data=DataConfig(path=photos, workers=0),
+        train=TrainConfig(epochs=1, batch_size=8, tensorboard=False),
+    )  # fmt: skip
+    run_training(dense, out)
+    return out / "model"
+
+
+def settings_of(data: Data, parent: Path, changes: dict | None = None) -> Settings:
+    changes = changes or {}
+    values = {section: {**RUN.get(section, {}), **changes.get(section, {})} for section in SECTIONS}
+    values["model"]["name"] = f"local-dir:{parent}"
+    values["data"]["path"] = str(Path(data.train[0][0]).parents[2])
+    return Settings(**{section: SECTIONS[section](**values[section]) for section in SECTIONS})
+
+
+def test_a_run_says_what_was_kept_and_is_scored_and_saved_whole(data: Data, parent: Path, tmp_path: Path) -> None:
+    settings = settings_of(data, parent)
+    summary = run_training(settings, tmp_path / "run")
+    files = kept()
+    assert summary["features"] == {
+        "before": "blocks.2", "views": 2, "bytes": sum(file.stat().st_size for file in files),
+        "seconds": summary["features"]["seconds"],
+    }  # fmt: skip
+    assert summary["features"]["seconds"] > 0 and len(files) == 3
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"] == summary["features"]
+    assert "All before blocks.2 was frozen" in (tmp_path / "run" / "report.html").read_text()
+    network = load(tmp_path / "run" / "model")
+    score = evaluate(network, eval_loader(data.val, preprocessing(network), 16, 0))
+    assert score.to_dict() == summary["val"]  # of images, not of rounded features
+    best = rows(tmp_path / "run" / "metrics.csv")[summary["best_epoch"] - 1]
+    assert float(best["val_loss"]) != summary["val"]["loss"]
+    assert float(best["val_loss"]) == pytest.approx(summary["val"]["loss"], rel=1e-2)
+    frozen = load(parent)
+    for name, tensor in frozen.state_dict().items():
+        if not name.startswith(("blocks.2.mlp", "head")):
+            assert torch.equal(network.state_dict()[name], tensor), name
+    assert run_training(settings, tmp_path / "again")["features"]["seconds"] == 0 and kept() == files
+
+
+def test_recovery_after_pruning_trains_on_the_same_features(data: Data, parent: Path, tmp_path: Path) -> None:
+    run_training(settings_of(data, parent), tmp_path / "run")
+    files = kept()
+    pruned = FinishedRun(tmp_path / "run").prune(tmp_path / "pruned", recover=2)
+    assert pruned["recovery_epochs"] == 2 and "recovered" in pruned
+    assert kept() == files
+
+
+@pytest.mark.parametrize("killed_after", [2, 8])
+def test_a_resumed_run_keeps_to_the_trunk_of_its_checkpoint(
+    data: Data, parent: Path, tmp_path: Path, kill_after: object, killed_after: int
+) -> None:
+    """Where there is a checkpoint, the pretrained weights are not loaded any more."""
+    settings = settings_of(data, parent, {"train": {"checkpoint_minutes": 0.0}})
+    whole = run_training(settings, tmp_path / "whole")
+    kill_after(killed_after)
+    with pytest.raises(Killed):
+        run_training(settings, tmp_path / "killed")
+    assert checkpoint.exists(tmp_path / "killed")
+    kill_after(1000)
+    for file in kept():  # so that it must compute them
+        file.unlink()
+    assert resume_training(tmp_path / "killed")["val"] == whole["val"]
+    states = [load(tmp_path / name / "model").state_dict() for name in ("whole", "killed")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+REFUSALS = {
+    "train.train_only='all': expected 'moe'": {"train": {"train_only": "all"}},
+    "train.mixup=0.2 with data.cache='features': expected 0": {"train": {"mixup": 0.2}},
+    "train.cutmix=1 with data.cache='features': expected 0": {"train": {"cutmix": 1.0}},
+    "data.views=2 with data.cache='disk': expected it with data.cache=features alone": {"data": {"cache": "disk"}},
+    "views=0: expected a whole number of at least 1": {"data": {"views": 0}},
+    "data.cache='features' with data.task='segmentation'": {
+        "data": {"task": "segmentation"},
+        "train": {"min_crop": 0.35},
+    },
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_settings_that_contradict_it_are_one_line(data: Data, parent: Path, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        settings_of(data, parent, REFUSALS[message])
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe": {"layers": "all"}}, "blocks.0.mlp is in the first block and trained"),
+        ({"moe": {"layers": "none"}}, "the model has no MoE layer"),
+        ({"model": {"args": {"patch_drop_rate": 0.5}}}, "expected no patch_drop_rate"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_is_refused_before_any_work(
+    data: Data, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
+) -> None:
+    monkeypatch.setattr("vimoe.tasks.classification.scan", None)  # not even the images are opened
+    with pytest.raises(ConfigError, match=message):
+        run_training(settings_of(data, parent, changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and not cache_folder().exists()

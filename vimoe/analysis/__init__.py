@@ -1,0 +1,1 @@
+"""Which MoE layers specialise, whether it matters, and what can go."""

@@ -1,0 +1,408 @@
+"""Which MoE layers specialise, and whether it matters: the evidence that pruning decides on.
+
+Two different questions. By number: do the experts of a layer get different classes? By cause: what happens to the loss
+when the routing of a layer is overruled, or the layer is made dense? A layer can specialise without need.
+
+Axes: I images, C classes, N experts, U routed units of an image, K chosen experts, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimoe.analysis import statistics
+from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
+from vimoe.analysis.expert_similarity import compare_experts
+from vimoe.analysis.interventions import (
+    Changes,
+    Frozen,
+    Handed,
+    Images,
+    Intervention,
+    Subjects,
+    Without,
+    check_labels,
+    measure,
+    signature,
+)
+from vimoe.analysis.statistics import Dependence, enough_draws, pair_interval, tables_of_units
+from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
+from vimoe.config.masks import IGNORE
+from vimoe.errors import ConfigError, DataError, VimoeError
+from vimoe.metrics.batches import Batches, batches_of
+from vimoe.metrics.classification import Score, ScoreCounts
+from vimoe.metrics.segmentation import SceneCounts, SceneScore, patch_classes
+from vimoe.models.interface import label_names, unwrapped
+from vimoe.moe import MoE, Routing, record
+from vimoe.moe.layer import moe_layers
+from vimoe.moe.packed import check_not_packed
+
+KEPT_IMAGES = 20_000  # whose decisions are kept, at most
+KEPT_UNITS = 2**21  # of each layer, at most: tokens are many
+FIRST_DRAWS = 4  # by which it is judged how many are enough
+_COMPARED = 16  # images whose tokens go to all experts of a layer
+_EXAMPLES = 8  # images that are named for each expert
+
+
+def analyze(
+    model: nn.Module,
+    loader: Batches,
+    draws: int = DRAWS,
+    overrule: int | None = OVERRULED_IMAGES,
+    seed: int = 0,
+    progress: bool = False,
+    sequences: Sequence[Hashable] | None = None,
+) -> Evidence:
+    """Measures every MoE layer of a classifier, or of a segmenter, on validation images.
+
+    In a segmentation it is the patches that have a class, that of most of their pixels, and being right is the share of
+    an image's pixels that are.
+
+    It costs one pass over the loader to see the routing, and for the interventions, of which there are up to `draws` +
+    N + 4 on a layer, as many times the blocks after that layer, on the images that are overruled. For `last:2` of a ViT
+    that is classified from its class token that is about 2 more passes, and 5 of one that pools its patches. What comes
+    before the first layer is kept where it takes at most 1 GiB; else the loader is read again, once or twice.
+
+    Where whole blocks come after a layer a few permutations are made first, and then as many as narrow the interval by
+    more than a twentieth (`vimoe.analysis.statistics.enough_draws`). How many that is follows from widths, not from the
+    mean, so it leaves the mean unbiased to all that matters here; and from the seed, as all draws.
+
+    Memory does not depend on how many images there are: the decisions of at most 20,000 are kept, drawn uniformly.
+
+    Args:
+        model: a model with MoE layers; left in eval mode.
+        loader: validation batches of (images, labels) or (images, masks), all images of one size, and the same in the
+            same order when it is read again.
+        draws: permutations of the images' decisions, at most.
+        overrule: images that interventions are measured on, drawn uniformly; 0 for no interventions, None for all that
+            are kept.
+        seed: draws images, permutations and resamples.
+        progress: show how far each pass is: a bar where standard error is a terminal, else lines in the log.
+        sequences: for each image of the loader the video that it is a frame of, by any name. Intervals are then over
+            sequences, where there are at least 5 of them: frames of one video are alike, and intervals over them too
+            narrow. By default each image is for itself.
+
+    Raises:
+        ConfigError: where there are not as many sequences as images.
+        VimoeError: where the model has no MoE layer or is an optimised one, or its loss is not finite.
+        DataError: where the loader is empty, gives something else than pairs of tensors that the model takes, or other
+            images when it is read again.
+    """
+    if draws < 1:
+        raise ConfigError(f"draws={draws}: expected at least 1")
+    if overrule is not None and (overrule < 0 or overrule == 1):  # one image has nobody to exchange decisions with
+        raise ConfigError(f"overrule={overrule}: expected 0 for none, at least 2 images, or None for all")
+    model = unwrapped(model)
+    check_not_packed(model)
+    layers = moe_layers(model)
+    if not layers:
+        raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
+    subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule)
+    base, seen = _observe(model, subjects, layers, seed, "observing the routing" if progress else "")
+    classes = label_names(model)
+    by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
+    if sequences is not None and len(sequences) != base.images:
+        raise ConfigError(f"{len(sequences)} sequences of {base.images} images: expected one for each image")
+    videos = None if sequences is None else [sequences[place] for place in seen.places.tolist()]
+    units, how_many = statistics.numbered(videos)
+    half = _half(seen, units, seed)
+
+    counts = {name: seen.per_image(name) for name in layers}
+    gates = {name: seen.per_image(name, seen.gates[name]) for name in layers}
+    gate_mass = {name: gates[name].sum(axis=0) / seen.experts[name][..., 0].size for name in layers}
+    tables = {name: found.table() for name, found in by_class.items()}
+    drawn = {name: found.table(~half) for name, found in by_class.items()}
+    class_order, expert_orders = statistics.orders([tables[name] - drawn[name] for name in layers])
+    overruled = min(len(seen.labels), len(seen.labels) if overrule is None else overrule)
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(len(seen.labels), overruled, replace=False))
+    donors = np.stack([rng.permutation(overruled) for _ in range(draws)], axis=1)  # of the images that are measured
+    overruled_units, overruled_sequences = statistics.numbered(videos and [videos[row] for row in rows.tolist()])
+    task = "overruling the routing" if progress else ""
+    subjects.choose(Images(seen.places[rows], seen.signatures[rows]))
+    measured = (rows, donors, overruled_units)
+    effects = _effects(subjects, layers, seen, gate_mass, *measured, seed, task) if overruled else {}
+
+    evidence = []
+    for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
+        config = layer.config
+        evidence.append(
+            LayerEvidence(
+                name=name,
+                routing=config.routing,
+                num_experts=config.num_experts,
+                top_k=config.top_k,
+                counts=tables[name],
+                drawn=drawn[name],
+                expert_order=expert_order,
+                gate_mass=gate_mass[name],
+                adjusted_mutual_information=by_class[name].dependence(seed, units),
+                effective_experts=statistics.effective_number(by_class[name].per_image(), seed, units),
+                comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
+                examples=seen.examples(gates[name]) if seen.labels.ndim == 1 else (),
+                **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
+            )
+        )
+    possible = math.prod(math.comb(layer.config.num_experts, layer.config.top_k) for layer in layers.values())
+    return Evidence(
+        layers=tuple(evidence),
+        base=base,
+        classes=tuple(classes),
+        images=len(seen.labels),
+        overruled_images=overruled,
+        draws=draws,
+        class_order=class_order,
+        pairs=statistics.activated_pairs(list(counts.values()), seed, units),
+        routes=(*statistics.routes(list(seen.experts.values())), possible),
+        agreement=statistics.agreement([statistics.favourites(counts[n], gates[n]) for n in layers], seed, units),
+        sequences=how_many,
+        overruled_sequences=overruled_sequences,
+    )
+
+
+def _half(seen: _Seen, sequences: np.ndarray | None, seed: int) -> np.ndarray:
+    """(I,) True for a random half of the images: of each class, of segmented ones, or of sequences."""
+    if sequences is not None:
+        return statistics.halves(np.zeros(sequences.max() + 1), seed)[sequences]
+    return statistics.halves(seen.labels if seen.labels.ndim == 1 else np.zeros(len(seen.labels)), seed)
+
+
+def _effects(
+    subjects: Subjects, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
+    rows: np.ndarray, donors: np.ndarray, sequences: np.ndarray | None, seed: int, task: str,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """The fields of LayerEvidence that tell of interventions, by layer.
+
+    The images that are measured are `rows` of those seen, of these `sequences`. Decisions are permuted between single
+    images all the same (`donors`, a column a draw): what `permuted` means should not depend on who is whose neighbour.
+    """
+
+    def handed(name: str, some: slice) -> list[Handed]:
+        experts, gates = torch.from_numpy(seen.experts[name]), torch.from_numpy(seen.gates[name])
+        return [Handed(experts, gates, torch.from_numpy(rows[draw])) for draw in donors.T[some]]
+
+    draws = donors.shape[1]
+    first = {name: min(FIRST_DRAWS, draws) if subjects.blocks_after(name) else draws for name in layers}
+    others = {name: _interventions(layer, seen, name, gate_mass[name]) for name, layer in layers.items()}
+    plan = {name: [*handed(name, slice(first[name])), *sum(groups.values(), [])] for name, groups in others.items()}
+    changes = measure(subjects, plan, task)
+    permuted = {name: (each.loss[:, : first[name]], each.right[:, : first[name]]) for name, each in changes.items()}
+    enough = {
+        name: draws if first[name] == draws else enough_draws(loss, donors[:, : first[name]], draws, seed, sequences)
+        for name, (loss, _) in permuted.items()
+    }
+    more = {name: handed(name, slice(first[name], to)) for name, to in enough.items() if to > first[name]}
+    if more:
+        for name, also in measure(subjects, more, task and f"{task}, more draws").items():
+            loss, right = permuted[name]
+            permuted[name] = np.hstack([loss, also.loss]), np.hstack([right, also.right])
+    fields = {}
+    for name, groups in others.items():
+        pairs = [pair_interval(values, donors[:, : enough[name]], seed, sequences) for values in permuted[name]]
+        rest = Changes(changes[name].loss[:, first[name] :], changes[name].right[:, first[name] :])
+        effects = iter(Effect.each(rest, seed, sequences))
+        found = {key: [next(effects) for _ in group] for key, group in groups.items()}
+        fields[name] = {
+            "draws": enough[name],
+            "permuted": Effect(*pairs),
+            "frozen": found.pop("frozen")[0],
+            "experts": tuple(found.pop("experts")),
+            "dense": {how: effect for how, (effect,) in found.items()},
+        }
+    return fields
+
+
+def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) -> dict[str, list[Intervention]]:
+    """The interventions on a layer by kind, but for permutations."""
+    frozen = statistics.most_frequent(seen.experts[name], seen.gates[name])
+    n, k = layer.config.num_experts, layer.config.top_k
+    return {
+        "frozen": [Frozen(*map(torch.from_numpy, frozen))],
+        "experts": [Without(expert) for expert in range(n)] if n > k else [],
+        **{how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.hows},
+    }
+
+
+@dataclass(frozen=True)
+class _ByClass:
+    """Which class chose which expert in a layer: of whole images, or of the patches of segmented ones.
+
+    Attributes:
+        labels: (I,), or (I, P) with a class below 0 where a patch has none.
+        experts: (I, U, K) of all units of images with one class, (I, P, K) of patches.
+        classes, num_experts: how many there are.
+    """
+
+    labels: np.ndarray
+    experts: np.ndarray
+    classes: int
+    num_experts: int
+
+    @classmethod
+    def of(cls, seen: _Seen, name: str, classes: int) -> _ByClass:
+        layer, experts = seen.layers[name], seen.experts[name]
+        if seen.labels.ndim == 2:
+            prefix = layer.router.layout.num_prefix_tokens
+            patches = experts[:, prefix:] if layer.config.routing == "token" else experts
+            experts = np.broadcast_to(patches, (*seen.labels.shape, experts.shape[2]))
+        return cls(seen.labels, experts, classes, layer.config.num_experts)
+
+    def table(self, some: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(C, N) how often the units of each class chose each expert, in some of the images."""
+        labels, experts = self.labels[some], self.experts[some]
+        if labels.ndim == 1:
+            labels = np.broadcast_to(labels[:, None], experts.shape[:2])
+        code = labels[..., None] * self.num_experts + experts
+        size = self.classes * self.num_experts
+        return np.bincount(code[labels >= 0].ravel(), minlength=size).reshape(self.classes, self.num_experts)
+
+    def per_image(self) -> np.ndarray:
+        """(I, N) how often each image's units of a class chose each expert."""
+        if self.labels.ndim == 1:
+            return _counts(self.experts, self.num_experts)
+        return tables_of_units(self.labels, self.experts, self.classes, self.num_experts).sum(axis=1)
+
+    def dependence(self, seed: int, sequences: np.ndarray | None) -> Dependence:
+        if self.labels.ndim == 1:
+            return statistics.dependence(self.labels, self.per_image(), seed, sequences=sequences)
+        known = (self.labels, self.experts, self.classes, self.num_experts)
+        return statistics.dependence_of_units(*known, seed, sequences)
+
+
+class _Seen:
+    """What a uniform sample of the images did: their decisions in each layer, and a few layer inputs.
+
+    Attributes:
+        places: (I,) places in the loader, in rising order; signatures: (I,) by which to know the images again.
+        labels: (I,) class of each image, or (I, P) of each patch of segmented ones, negative where it has none.
+        experts, gates: by layer, (I, U, K).
+        inputs: by layer, (a few images, tokens, channels).
+    """
+
+    def __init__(self, layers: Mapping[str, MoE], seed: int) -> None:
+        self.layers = layers
+        self.images = 0
+        self.experts: dict[str, np.ndarray] = {}
+        self.gates: dict[str, np.ndarray] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self._rng = np.random.default_rng(seed)
+        self._limit = KEPT_IMAGES
+
+    @contextmanager
+    def watching(self, images: int) -> Iterator[None]:
+        """Keeps the inputs of the layers for a few images of the batch that runs while it holds."""
+        slots, rows = self._slots(images, _COMPARED)
+
+        def add_input(name: str, x: Tensor) -> None:
+            if name not in self.inputs:
+                self.inputs[name] = x.new_empty(_COMPARED, *x.shape[1:])
+            for slot, row in zip(slots, rows, strict=True):
+                self.inputs[name][slot] = x[row]
+
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                hook = layer.register_forward_pre_hook(lambda _layer, args, name=name: add_input(name, args[0]))
+                stack.callback(hook.remove)
+            yield
+
+    def add(self, labels: np.ndarray, routings: list[Routing], signatures: np.ndarray) -> None:
+        """Takes what a batch did: (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
+        arrays = {r.layer: [_per_image(a, r) for a in (r.experts, r.gates)] for r in routings}
+        if not self.images:
+            self._limit = min(KEPT_IMAGES, *(KEPT_UNITS // e.shape[1] for e, _ in arrays.values()))
+            self.places, self.signatures = np.empty(self._limit, np.int64), np.empty(self._limit, np.int64)
+            self.labels = np.empty((self._limit, *labels.shape[1:]), np.int64 if labels.ndim == 1 else np.int16)
+            for name, (experts, gates) in arrays.items():  # memory is taken when it is written to
+                self.experts[name] = np.empty((self._limit, *experts.shape[1:]), np.int16)
+                self.gates[name] = np.empty((self._limit, *gates.shape[1:]), np.float32)
+        slots, rows = self._slots(len(labels), self._limit)
+        self.places[slots], self.signatures[slots] = self.images + rows, signatures[rows]
+        self.labels[slots] = labels[rows]
+        for name, (experts, gates) in arrays.items():
+            self.experts[name][slots], self.gates[name][slots] = experts[rows], gates[rows]
+        self.images += len(labels)
+
+    def close(self) -> None:
+        """Puts the images in the loader's order."""
+        order = np.argsort(self.places[: self.images])
+        self.places, self.labels, self.signatures = (a[order] for a in (self.places, self.labels, self.signatures))
+        self.experts = {name: kept[order] for name, kept in self.experts.items()}
+        self.gates = {name: kept[order] for name, kept in self.gates.items()}
+        self.inputs = {name: kept[: self.images] for name, kept in self.inputs.items()}
+
+    def per_image(self, name: str, weights: np.ndarray | None = None) -> np.ndarray:
+        """(I, N) how often each image chose each expert, or the sum of weights (I, U, K) of these choices."""
+        return _counts(self.experts[name], self.layers[name].config.num_experts, weights)
+
+    def examples(self, gates: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        """For each expert places of the images that gave it most of (I, N) gates, best first."""
+        best = np.argsort(-gates, axis=0, kind="stable")[:_EXAMPLES].T
+        return tuple(tuple(int(self.places[i]) for i in row if gates[i, e] > 0) for e, row in enumerate(best))
+
+    def _slots(self, images: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Reservoir sampling (Vitter's algorithm R): where to keep which rows of a batch."""
+        nth = np.arange(self.images, self.images + images)
+        slots = np.where(nth < limit, nth, self._rng.integers(0, nth + 1))
+        rows = np.flatnonzero(slots < limit)
+        return slots[rows], rows
+
+
+def _observe(
+    model: nn.Module, subjects: Subjects, layers: Mapping[str, MoE], seed: int, task: str
+) -> tuple[Score | SceneScore, _Seen]:
+    seen, classes = _Seen(layers, seed), len(label_names(model))
+    score: ScoreCounts | SceneCounts | None = None
+    shape: torch.Size | None = None
+    for x, labels in batches_of(model, subjects.loader, task):
+        check_labels(labels, classes)
+        shape = shape or x.shape[1:]
+        if x.shape[1:] != shape:
+            raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
+        score = score or (ScoreCounts() if labels.ndim == 1 else SceneCounts(classes))
+        with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
+            score.add(model(x), labels)
+        seen.add(_classes_of(model, labels, classes), routings, signature(labels))
+    if score is None:
+        raise DataError("the loader is empty: expected validation images to analyse the routing on")
+    found: Score | SceneScore = score.score()
+    if found.images == 1:
+        raise DataError("1 validation image: expected at least 2, of one there are no intervals; give more")
+    if not math.isfinite(found.columns["loss"]):
+        raise VimoeError(
+            f"the model's loss on validation is {found.columns['loss']}: expected a model whose outputs are finite"
+        )
+    seen.close()
+    return found, seen
+
+
+def _classes_of(model: nn.Module, labels: Tensor, classes: int) -> np.ndarray:
+    """(B,) labels as they are; of masks (B, H, W) the class of most of each patch's pixels (B, P), -1 without one."""
+    if labels.ndim == 1:
+        return labels.cpu().numpy()
+    segmenter: Any = model
+    height, width = labels.shape[1:]
+    (rows, columns), (patch_h, patch_w) = segmenter.grid(height, width), segmenter.patch_size
+    masks = F.pad(labels, (0, columns * patch_w - width, 0, rows * patch_h - height), value=IGNORE)
+    found = patch_classes(masks, segmenter.patch_size, classes)
+    return found.where(found != IGNORE, -1).cpu().numpy()
+
+
+def _counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """(I, N) how often each image chose each expert, or the sum of weights, both (I, U, K)."""
+    code = np.arange(len(experts))[:, None, None] * num_experts + experts
+    flat = None if weights is None else weights.ravel()
+    return np.bincount(code.ravel(), flat, len(experts) * num_experts).reshape(-1, num_experts)
+
+
+def _per_image(decisions: Tensor, routing: Routing) -> np.ndarray:
+    """(R, K) of all units to (B, U, K)."""
+    return decisions.view(routing.batch[0], -1, decisions.shape[1]).cpu().numpy()

@@ -1,0 +1,348 @@
+"""What changes, image by image, when an MoE layer is overruled: other decisions, or a dense FFN in its place.
+
+Little is computed twice. A batch runs once untouched, from the first layer's block on where what comes before it is
+known already. An intervention on a layer then needs other outputs of this layer, for the images whose decisions it
+changes, and the rest of the model after them: what its block computed before the layer is remembered, each expert
+computes each unit once whoever sends it there, and where nothing reads the patches that leave the last block, its FFN
+leaves them out.
+
+Axes: I images, B images of a batch, V interventions on a layer, M pairs of an image and an intervention, R routed units
+of a batch, U those of an image, K chosen experts, N experts, T tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimoe.analysis.partial_forward import Passage, Start, Way
+from vimoe.config.masks import IGNORE
+from vimoe.errors import DataError, VimoeError
+from vimoe.metrics.batches import Batches, batches_of
+from vimoe.models.interface import label_names
+from vimoe.moe import MoE, Routing
+from vimoe.moe.autocast import in_type_of_autocast
+from vimoe.moe.dispatch import combine
+from vimoe.terminal import track
+
+KEPT_BYTES = 2**30  # of what the blocks before the first overruled layer give, and of labels, at most
+_BROKEN = 1e6  # nats, of an image for which an intervention gives no finite loss
+_ROWS = 128  # images that run through the rest of the model at a time: more would not stay in a CPU's cache
+_HELD = 512  # times that an expert computes an image whose outputs are held at a time
+_SCORES = 2**26  # of pixels and classes, of these images: fewer run where images have many
+
+
+class Decision(Protocol):
+    """Other decisions for a layer."""
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        """Given the routing of a batch, and which (B,) of the images that are measured they are.
+
+        In the last block it may be the routing of the first tokens alone, where nothing reads the others.
+        """
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Each image gets the complete decisions (experts and gates) of another one.
+
+    Attributes:
+        experts, gates: (I, U, K) decisions of those who give.
+        donors: who gives to each image that is measured.
+    """
+
+    experts: Tensor
+    gates: Tensor
+    donors: Tensor
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        chosen, device = self.donors[images], routing.experts.device
+        units = len(routing.experts) // len(images)
+        experts, gates = (given[chosen, :units].flatten(0, 1).to(device) for given in (self.experts, self.gates))
+        return replace(routing, experts=experts.to(routing.experts.dtype), gates=gates)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Every unit gets the same decision: experts (K,) and gates (K,)."""
+
+    experts: Tensor
+    gates: Tensor
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        shape, device = routing.experts.shape, routing.experts.device
+        experts = self.experts.to(device, routing.experts.dtype).expand(shape)
+        return replace(routing, experts=experts, gates=self.gates.to(device).expand(shape))
+
+
+@dataclass(frozen=True)
+class Without:
+    """An expert cannot be chosen: its units go to their next choice."""
+
+    expert: int
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        logits = routing.logits.clone()
+        logits[:, self.expert] = -torch.inf
+        return layer.router.decide(logits, routing.batch)
+
+
+Intervention = Decision | nn.Module  # a module takes the layer's place
+
+
+@dataclass(frozen=True)
+class Images:
+    """Which images of a loader: places (I,) in rising order, and labels (I,) by which another order is noticed."""
+
+    places: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What interventions on a layer change for each image: the loss in nats, and being right (-1, 0 or 1), (I, V)."""
+
+    loss: np.ndarray
+    right: np.ndarray
+
+
+class Subjects:
+    """The images that interventions are measured on, read from a loader.
+
+    What the blocks before the first layer give for them is kept from one reading to the next, where it is little. Else
+    the loader is read again, and must give the same images.
+
+    Args:
+        model: a classifier, or a segmenter; left in eval mode. It may change, but not before the first layer.
+        loader: batches of (images, labels), or (images, masks).
+        layers: names of the MoE layers that will be overruled, in forward order.
+        most: keep nothing of more images than this; None for any number.
+
+    Attributes:
+        images: which ones they are; None before the first reading, where all of the loader's are meant.
+    """
+
+    def __init__(self, model: nn.Module, loader: Batches, layers: Sequence[str], most: int | None = None) -> None:
+        self.model, self.loader, self.layers, self.most = model, loader, layers, most
+        self.images: Images | None = None
+        self._way: Way | None = None
+        self._kept: list[tuple[Start, Tensor]] | None = []  # None once it is too much
+        self._bytes = 0
+        self._whole = False  # whether this is all there is to measure
+
+    @contextmanager
+    def keeping(self, images: Tensor, labels: Tensor) -> Iterator[Way]:
+        """Keeps what a forward of these images gives before the first layer, which runs while it holds."""
+        if self._way is None:
+            layers: list[Any] = [self.model.get_submodule(name) for name in self.layers]
+            prefix = max(layer.router.layout.num_prefix_tokens for layer in layers)
+            self._way = Way.find(self.model, self.layers, images[:2], prefix)
+        with self._way.starts(images) as found:
+            yield self._way
+        if self._kept is None:
+            return
+        self._kept.append((found[-1], labels))
+        self._bytes += found[-1].nbytes + labels.nbytes  # masks are as large as images
+        count = sum(len(labels) for _, labels in self._kept)
+        if self._bytes > KEPT_BYTES or (self.most is not None and count > self.most):
+            self._kept = None
+
+    def blocks_after(self, layer: str) -> int:
+        """How many whole blocks run after a layer for each image of each intervention; `keeping` has seen a batch."""
+        assert self._way
+        return self._way.blocks_after(layer)
+
+    def choose(self, images: Images) -> None:
+        """Says which of the images are to be measured; `keeping` has seen all of the loader's."""
+        self.images = images
+        kept = self._kept or []
+        self._whole = sum(len(labels) for _, labels in kept) == len(images.places)
+
+    def passages(
+        self, layers: Sequence[str], size: int, task: str = ""
+    ) -> Iterator[tuple[Way, Tensor, dict[str, Passage], Tensor, Tensor]]:
+        """Runs the untouched model on at most `size` images at a time.
+
+        Yields:
+            The way, outputs, passages through these layers, labels, and which (B,) of the images they are.
+        """
+        done = 0
+        for start, labels in self._remembered(size, task) if self._whole else self._read(size, task):
+            with torch.no_grad():
+                if start.cut or self._whole:
+                    assert self._way
+                    way, (outputs, passages) = self._way, self._way.forward(start, layers)
+                else:
+                    with self.keeping(start.inputs, labels) as way:
+                        outputs, passages = way.forward(start, layers)
+            yield way, outputs, passages, labels, torch.arange(done, done + len(labels))
+            done += len(labels)
+
+    def _remembered(self, size: int, task: str) -> Iterator[tuple[Start, Tensor]]:
+        for start, labels in track(self._kept or (), task):
+            for at in range(0, len(labels), size):
+                yield start[at : at + size], labels[at : at + size]
+
+    def _read(self, size: int, task: str) -> Iterator[tuple[Start, Tensor]]:
+        self._kept, self._bytes = [], 0
+        chosen, seen = self.images, 0
+        places, signatures = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for x, labels in batches_of(self.model, self.loader, task):
+            rows = np.arange(len(x))
+            if chosen:
+                first, last = np.searchsorted(chosen.places, [seen, seen + len(x)])
+                rows = chosen.places[first:last] - seen
+            places.append(seen + rows)
+            seen += len(x)
+            check_labels(labels, len(label_names(self.model)))
+            if len(rows) < len(x):
+                x, labels = x[torch.from_numpy(rows).to(x.device)], labels[torch.from_numpy(rows).to(x.device)]
+            signatures.append(signature(labels))
+            if chosen and not np.array_equal(signatures[-1], chosen.labels[first:last]):
+                raise DataError("the loader gives its images in another order each time: expected shuffle=False")
+            for at in range(0, len(x), size):
+                yield Start(x[at : at + size]), labels[at : at + size]
+        found = Images(np.concatenate(places), np.concatenate(signatures))
+        if chosen and len(found.places) != len(chosen.places):
+            raise DataError("the loader gave fewer images when it was read again: expected the same each time")
+        if not len(found.places):
+            raise DataError("the loader is empty: expected validation images")
+        self.images = chosen or found
+        self._whole = self._kept is not None
+
+
+def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task: str = "") -> dict[str, Changes]:
+    """Overrules one layer at a time and compares with the untouched model.
+
+    Args:
+        subjects: the model and the images to measure on.
+        plan: for each layer, by module name, the interventions on it.
+        task: what to call this where it is shown how far it is; not shown without it.
+
+    Returns:
+        For each layer the changes, a column an intervention in the order of the plan.
+
+    Raises:
+        DataError: where the loader is empty, or gives other images when it is read again.
+        VimoeError: where the loss of the untouched model is not finite.
+    """
+    layers: dict[str, Any] = {name: subjects.model.get_submodule(name) for name in plan}
+    most = max((layer.config.num_experts for layer in layers.values()), default=1)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in plan}
+    for way, logits, passages, labels, index in subjects.passages(list(plan), max(1, _HELD // most), task):
+        base = _losses(logits, labels)
+        if not base[0].isfinite().all():
+            raise VimoeError(f"the model's loss is {float(base[0].sum())}: expected a model whose outputs are finite")
+        size = max(1, min(_ROWS, _SCORES // logits[0].numel()))
+        for name, interventions in plan.items():
+            loss, right = (each.repeat(len(interventions), 1) for each in base)
+            with torch.no_grad():
+                for columns, rows, y in _outputs(layers[name], passages[name], interventions, index, size):
+                    others = _losses(way.rest(name, passages[name], rows, y), labels[rows])
+                    loss[columns, rows], right[columns, rows] = others
+            loss = loss.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
+            found[name].append(((loss - base[0]).T.cpu(), (right - base[1]).T.cpu()))
+    return {
+        name: Changes(*(torch.cat(column).double().numpy() for column in zip(*parts, strict=True)))
+        for name, parts in found.items()
+    }
+
+
+def _outputs(
+    layer: MoE, passage: Passage, interventions: Sequence[Intervention], index: Tensor, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What the layer gives instead of what it gave, of at most `size` images at a time.
+
+    Yields:
+        (M,) interventions, (M,) images of the batch whose decisions they change, and (M, T, D) outputs for them.
+    """
+    assert passage.x is not None
+    x, others = passage.x, _Others(layer, passage.x)
+    for v, module in enumerate(interventions):
+        if isinstance(module, nn.Module):
+            y = others.shared.view(x.shape) if module is layer.shared and others.shared is not None else module(x)
+            for rows in torch.arange(len(x), device=x.device).split(size):
+                yield torch.full_like(rows, v), rows, y[rows]
+    own = [others.of_images(each) for each in (others.routing.experts, others.routing.gates)]
+    changed: list[tuple[Tensor, ...]] = []
+    for v, decision in enumerate(interventions):
+        if not isinstance(decision, nn.Module):
+            routing = decision(layer, others.routing, index)
+            experts, gates = (others.of_images(each) for each in (routing.experts, routing.gates))
+            differs = (experts != own[0]) | (gates != own[1])
+            rows = differs.flatten(1).any(dim=1).nonzero()[:, 0]
+            changed.append((torch.full_like(rows, v), rows, experts[rows], gates[rows].to(own[1].dtype)))
+    if changed:
+        columns, images, experts, gates = (torch.cat(each) for each in zip(*changed, strict=True))
+        for at in torch.arange(len(images), device=x.device).split(size):
+            if len(at):
+                yield columns[at], images[at], others(images[at], experts[at], gates[at])
+
+
+class _Others:
+    """What a layer gives for a batch by other decisions. Each expert computes each unit once, when it is asked for."""
+
+    def __init__(self, layer: MoE, x: Tensor) -> None:
+        x = in_type_of_autocast(x)
+        self.layer, self.shape = layer, x.shape
+        self.routing = layer.router(x)
+        self.units = len(self.routing.experts) // len(x)  # of an image
+        self.x_RTD = x.reshape(len(x) * self.units, self.routing.tokens_per_unit, x.shape[2])
+        self.shared = None if layer.shared is None else layer.shared(x).view(self.x_RTD.shape)
+        places = len(self.x_RTD) * layer.config.num_experts
+        self.known = torch.zeros(places, dtype=torch.bool, device=x.device)
+        self.table: Tensor = x.new_empty(places, *self.x_RTD.shape[1:])  # by unit, then by expert
+
+    def of_images(self, decisions: Tensor) -> Tensor:
+        """(R, K) to (B, U, K)."""
+        return decisions.reshape(self.shape[0], self.units, -1)
+
+    def __call__(self, images: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """(M, T, D) for (M,) images of the batch by decisions (M, U, K)."""
+        units = (images[:, None] * self.units + torch.arange(self.units, device=images.device)).flatten()
+        number = self.layer.config.num_experts
+        home = units[:, None] * number + experts.flatten(0, 1)
+        wanted = home.unique()
+        new = wanted[~self.known[wanted]]
+        if len(new):
+            new = new[(new % number).argsort(stable=True)]
+            load = torch.bincount(new % number, minlength=number)
+            self.table[new] = self.layer.experts(self.x_RTD[new // number], torch.arange(len(new)).to(new), load)
+            self.known[new] = True
+        shared = None if self.shared is None else self.shared[units]
+        mix = shared is not None and self.layer.config.combine == "mix"
+        return combine(self.table, gates.flatten(0, 1), home, shared, mix).view(len(images), *self.shape[1:])
+
+
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) of each image the loss, and the share of it that is right: 0 or 1, or of its pixels that are not void."""
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE if labels.ndim > 1 else -100, reduction="none")
+    right = (logits.argmax(dim=1) == labels).float()
+    if labels.ndim == 1:
+        return loss, right
+    counted = labels != IGNORE
+    pixels = counted.flatten(1).sum(dim=1).clamp(min=1)
+    return loss.flatten(1).sum(dim=1) / pixels, (right * counted).flatten(1).sum(dim=1) / pixels
+
+
+def signature(labels: Tensor) -> np.ndarray:
+    """(B,) a number for each image by which to know it again: its class, or the sum of its mask."""
+    return (labels if labels.ndim == 1 else labels.flatten(1).sum(dim=1)).cpu().numpy()
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise DataError for a label that is none of so many classes."""
+    counted = labels if labels.ndim == 1 else labels[labels != IGNORE]
+    low, high = (int(each) for each in counted.aminmax()) if counted.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        odd = low if low < 0 else high
+        raise DataError(
+            f"the loader gives the label {odd}: expected 0 to {classes - 1}, the model has {classes} classes"
+        )

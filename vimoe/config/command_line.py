@@ -1,0 +1,125 @@
+"""Flags and YAML files become settings; a mistake becomes one line with the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_loader
+
+from vimoe.config.settings import SECTIONS, Settings
+from vimoe.errors import ConfigError, FolderError, nearest
+from vimoe.files import read_text, read_yaml
+
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, whose mistakes are ConfigErrors of one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "parser_mode": "strict", **kwargs})
+
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
+        """Parses flags; a preset's name after --config stands for its file."""
+        given = list(sys.argv[1:] if args is None else args)
+        for place, arg in enumerate(given):
+            flag, equals, name = arg.partition("=")
+            if arg == "--config" and place + 1 < len(given):
+                given[place + 1] = _content(given[place + 1])
+            elif flag == "--config" and equals:
+                given[place] = f"--config={_content(name)}"
+        return super().parse_args(given, *more, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ConfigError in place of printing a usage text."""
+        raise ConfigError(self._one_line(message)) from ex
+
+    def add_sections(self, *names: str) -> None:
+        """Adds --SECTION.OPTION for every setting of the named sections, and --config for a YAML file of them."""
+        presets = ", ".join(PRESETS)
+        text = f"YAML file with the same sections and names as the flags, or a preset: {presets}; flags after it win"
+        self.add_argument("--config", action="config", help=text)
+        for name in names:
+            self.add_class_arguments(SECTIONS[name], name)
+
+    def settings(self, values: Namespace) -> Settings:
+        """The settings of the sections that this parser has; the others keep their defaults."""
+        for name in SECTIONS:
+            if not isinstance(values.get(name, Namespace()), Namespace):
+                raise ConfigError(f"section {name!r} is {values[name]!r}: expected its settings by name")
+        made = self.instantiate(values)
+        return Settings(**{name: made[name] for name in SECTIONS if name in made})
+
+    def _one_line(self, message: str) -> str:
+        """The message of jsonargparse in the form of all others: value, what was expected, remedy."""
+        text = " ".join(re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message).split())
+        text = re.sub(r'(Parser key "config": )+', "", text)
+        for pattern in _UNKNOWN:
+            if found := re.search(pattern, text):
+                return self._unknown(".".join(found.groups()).partition("=")[0])
+        if found := re.search(r"key \"([\w.]+)\": Expected an? (.+)\. Got value: (.*)", text):
+            name, kind, value = found.groups()
+            choices = re.findall(r"'([^']+)'", kind) if kind.startswith("Literal") else []
+            if choices:
+                word = value == "False" and "no" in choices  # which is what YAML reads a bare no as
+                remedy = "put 'no' in quotes" if word else nearest(value, choices)
+                return f"{name}={value}: expected one of {', '.join(choices)}; {remedy}"
+            return f"{name}={value}: expected a value of type {kind}"
+        return text.replace("Problems parsing config: ", "--config: expected a YAML file of sections and settings: ")
+
+    def _unknown(self, name: str) -> str:
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        known = flags if name.startswith("-") else [flag.removeprefix("--") for flag in flags]
+        if difflib.get_close_matches(name, known, n=1):
+            return f"unknown option {name}: {nearest(name, known)}"
+        return f"unknown option {name}: see {self.prog} --help"
+
+
+def _content(name: str) -> str:
+    """Return the content of a YAML file or preset as YAML that needs no file, encoding or second look.
+
+    Raises:
+        ConfigError: where there is neither, or it cannot be read.
+    """
+    path = PRESETS[name] if name in PRESETS and not Path(name).exists() else Path(name)
+    if not path.exists() and not path.suffix:
+        raise ConfigError(f"--config {name}: expected a YAML file or a preset; {nearest(name, PRESETS)}")
+    try:
+        values = read_yaml(read_text(path))
+    except (yaml.YAMLError, FolderError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {name}: {reason}; expected a YAML file of sections and settings") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"--config {name}: expected a YAML file of sections and settings, such as 'train: {{epochs: 3}}'"
+        )
+    return yaml.safe_dump({name: part for name, part in values.items() if part is not None}, sort_keys=False)
+
+
+def _load_value(text: str) -> Any:
+    """Read one value or a whole file for jsonargparse."""
+    value = read_yaml(text)
+    return text if re.fullmatch(r"\S[^\n]*:", text.strip()) else value  # a path that ends in a colon is no mapping
+
+
+set_loader("strict", _load_value, exceptions=(yaml.YAMLError,))
+
+
+# what jsonargparse calls an option that there is not: on the command line, in a section of a file, in no section
+_UNKNOWN = (
+    r"[Uu]nrecognized arguments: (\S+)",
+    r"Group '(\w+)' does not accept option '([\w.]+)'",
+    r"Option '([\w.]+)' is not accepted",
+)
+
+
+def read_settings(text: str) -> Settings:
+    """Settings from YAML. Raises ConfigError for what is no section, no setting or no value of one."""
+    parser = Parser(prog="settings")
+    parser.add_sections(*SECTIONS)
+    return parser.settings(parser.parse_string(text))

@@ -1,0 +1,50 @@
+"""Which dense ViT to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vimoe.config.checks import check_choice, check_count, check_flags, check_range
+from vimoe.errors import ConfigError
+
+DECODERS = ("linear", "linear4", "upernet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense ViT to start from, in timm's terms.
+
+    Args:
+        name: a timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format.
+        pretrained: load the weights that belong to the name (`plan` and `count` never do).
+        img_size: side of the square input image in pixels; by default the model's own.
+        num_classes: size of the classifier; `train` takes it from the data.
+        drop_path_rate: stochastic depth while training.
+        decoder: of segmentation: "linear" on the last layer (the default) or "linear4" on the last four, as in DINOv2,
+            or "upernet".
+        args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}.
+    """
+
+    name: str = "vit_small_patch14_dinov2"
+    pretrained: bool = True
+    img_size: int | None = None
+    num_classes: int | None = None
+    drop_path_rate: float = 0.0
+    decoder: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.img_size is not None:
+            check_count("img_size", self.img_size, 1)
+        if self.num_classes is not None:
+            check_count("num_classes", self.num_classes, 1)
+        check_range("drop_path_rate", self.drop_path_rate, 0.0, 0.99)
+        check_flags(self, "pretrained")
+        if self.decoder is not None:
+            check_choice("decoder", self.decoder, DECODERS)
+        if not isinstance(self.args, dict):
+            raise ConfigError(f"args={self.args!r}: expected arguments by name, such as {{patch_size: 8}}")
+        for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
+            if name in self.args:
+                raise ConfigError(f"model.args has {name!r}: expected it as model.{name}")

@@ -1,0 +1,85 @@
+"""All settings of a run, by section."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vimoe.config.data import DataConfig
+from vimoe.config.model import ModelConfig
+from vimoe.config.moe import MoEConfig
+from vimoe.config.train import TrainConfig
+from vimoe.errors import ConfigError
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": DataConfig, "train": TrainConfig}
+
+
+# settings that only one task reads; another task refuses them, rather than to pass them over
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "classification": (
+        "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
+        "data.images_per_class", "data.cache", "data.views", "data.crop_pct", "data.interpolation",
+        "data.skip_unreadable",
+    ),
+    "segmentation": (
+        "model.decoder", "data.inference", "data.flip_test", "train.min_scale", "train.max_scale", "train.dice_loss",
+        "train.class_weights",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a run was told, by section.
+
+    Raises:
+        ConfigError: for a setting that the task does not read, or that cached features cannot have.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for task, names in ONLY_FOR.items():
+            for section, name in (full.split(".") for full in names if task != self.data.task):
+                value, default = (getattr(each, name) for each in (getattr(self, section), SECTIONS[section]()))
+                if value != default:
+                    raise ConfigError(
+                        f"{section}.{name}={value!r} with data.task={self.data.task!r}: expected it for {task} alone; "
+                        f"leave it out"
+                    )
+        self._check_features()
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return plain values, as JSON and YAML know them, by section and name."""
+        values: dict[str, dict[str, Any]] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    def _check_features(self) -> None:
+        cache, train = self.data.cache, self.train
+        if cache != "features":
+            if self.data.views != DataConfig().views:
+                raise ConfigError(
+                    f"data.views={self.data.views} with data.cache={cache!r}: expected it with data.cache=features "
+                    f"alone; leave it out"
+                )
+            return
+        if train.train_only != "moe":
+            raise ConfigError(
+                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since features of "
+                f"blocks that are trained do not last; set it, or use data.cache=disk"
+            )
+        for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):
+            if value:
+                raise ConfigError(
+                    f"train.{name}={value:g} with data.cache='features': expected 0, since it mixes pixels; leave it "
+                    f"out, or use data.cache=disk"
+                )
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Return the plain values of all settings by the names of their flags, such as "train.lr"."""
+    return {f"{section}.{name}": v for section, values in settings.to_dict().items() for name, v in values.items()}

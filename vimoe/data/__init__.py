@@ -1,0 +1,1 @@
+"""Images in three roles (train, validation, test), from a path to batches."""

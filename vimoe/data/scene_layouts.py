@@ -1,0 +1,201 @@
+"""Where data sets keep images and masks: as ADE20K does, Pascal VOC, Cityscapes, or in Hugging Face tables."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vimoe.config.data import DataConfig
+from vimoe.config.masks import IGNORE, Colour
+from vimoe.data.classification import split_of
+from vimoe.data.images import find_images, is_hidden
+from vimoe.data.masks import Legend, legend_in
+from vimoe.data.scene_tables import Files, scene_tables
+from vimoe.errors import ConfigError, DataError, beside, nearest
+from vimoe.files import read_names
+
+ROLES = ("train", "val", "test")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of each role, still unpaired; without a legend where nothing says what the masks' values mean.
+
+    They are named from `root`.
+    """
+
+    root: Path
+    images: dict[str, Files]
+    masks: dict[str, Files]
+    legend: Legend | None
+    junk: Counter[str] = field(default_factory=Counter)  # what else is among the images, by kind
+
+
+def find_scenes(config: DataConfig, to_train: bool = True) -> Found:
+    """Finds images and masks in `config.path`, whichever of the four layouts it has; with a role to train if asked.
+
+    Raises:
+        DataError: where it is not there or has none of them, or names a folder for a role that is not there.
+        ConfigError: for the name of a column where there is no table.
+    """
+    if config.path.startswith("hfds/"):
+        return _table(config, to_train)
+    root = Path(config.path)
+    if not config.path or not root.is_dir():
+        raise DataError(
+            f"data.path={config.path!r}: no such folder, expected one with images/ and annotations/; {beside(root)}"
+        )
+    for name in ("image_column", "label_column"):
+        if given := getattr(config, name):
+            raise ConfigError(f"data.{name}={given!r} with a folder: expected it for a table (hfds/); leave it out")
+    if (root / "images").is_dir() and (root / "annotations").is_dir():
+        return _ade20k(root, config, to_train)
+    if (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir():
+        return _cityscapes(root, config, to_train)
+    for year in (root, *sorted(root.glob("VOC2*")), *sorted(root.glob("VOCdevkit/VOC2*"))):
+        if (year / "JPEGImages").is_dir() and (year / "SegmentationClass").is_dir():
+            return _voc(year, config)
+    raise DataError(
+        f"{root} has no masks that are known: expected images/ and annotations/ (as ADE20K), leftImg8bit/ and gtFine/ "
+        f"(Cityscapes) or VOCdevkit/VOC2012/; {nearest('images', (p.name for p in root.iterdir() if p.is_dir()))}"
+    )
+
+
+def _ade20k(root: Path, config: DataConfig, to_train: bool) -> Found:
+    """images/ROLE/NAME.jpg and annotations/ROLE/NAME.png, with folders inside of these where there are many."""
+    images, masks = (_role_folders(root / kind, config, to_train) for kind in ("images", "annotations"))
+    if "test" in images and "test" not in masks:
+        logger.info("%s has no masks in annotations: left out", images.pop("test"))
+    legend = legend_in(root)
+    junk: Counter[str] = Counter()
+    return Found(root, _files(images, junk), _files(masks, Counter(), ".png"), legend, junk)
+
+
+def _table(config: DataConfig, to_train: bool) -> Found:
+    """A row for each scene, with a column of images and one of masks; the legend in the folder of a local one."""
+    root, splits = scene_tables(config.path.removeprefix("hfds/"), config.image_column, config.label_column)
+    images: dict[str, Files] = {}
+    masks: dict[str, Files] = {}
+    for role, split in _roles(splits, config, "split", config.path, to_train).items():
+        for kind, files in enumerate((images, masks)):
+            chosen = splits.values() if split is None else [splits[split]]
+            files[role] = {name: file for both in chosen for name, file in both[kind].items()}
+    if "test" in masks and not masks["test"]:
+        logger.info("%s has no masks in test: left out", config.path)
+        del images["test"], masks["test"]
+    legend = legend_in(root)
+    return Found(root, images, masks, legend)
+
+
+def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
+    """leftImg8bit/ROLE/CITY/NAME_leftImg8bit.png, gtFine/ROLE/CITY/NAME_gtFine_labelIds.png; 19 of the 34 labels.
+
+    The test labels are withheld (the files there are blank), so the role is left out.
+    """
+    from torchvision.datasets import Cityscapes
+
+    used = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < 255), key=lambda c: c.train_id)
+    ids = tuple(c.id for c in used)
+    void = tuple(c.id % 256 for c in Cityscapes.classes if c.id not in ids)  # -1 is 255 in a file of 8 bits
+    legend = Legend(tuple(c.name for c in used), ids, void, tuple(c.color for c in used), sequence=_CITY_SEQUENCE)
+    images, masks = (_role_folders(root / kind, config, to_train) for kind in ("leftImg8bit", "gtFine"))
+    if config.test_split == "test":
+        images.pop("test", None), masks.pop("test", None)
+    ending = "_gtFine_labelIds"
+    junk: Counter[str] = Counter()
+    pictures = _files(images, junk, cut="_leftImg8bit")
+    return Found(root, pictures, _files(masks, Counter(), ".png", cut=ending, only=ending), legend, junk)
+
+
+def _voc(root: Path, config: DataConfig) -> Found:
+    """JPEGImages/NAME.jpg and SegmentationClass/NAME.png, with the names of a role in ImageSets/Segmentation/ROLE.txt.
+
+    Images that no list names are not read. The labels of test are withheld, so without any the role is left out.
+    """
+    from torchvision.models.segmentation import FCN_ResNet50_Weights
+
+    lists = root / "ImageSets" / "Segmentation"
+    images: dict[str, Files] = {}
+    masks: dict[str, Files] = {}
+    there_are = [path.stem for path in lists.glob("*.txt")]
+    for role in ROLES:
+        split = split_of(role, getattr(config, f"{role}_split"), there_are, f"list in {lists}")
+        if split is None:
+            continue
+        names = read_names(lists / f"{split}.txt")
+        for files, kind, ending in ((images, "JPEGImages", ".jpg"), (masks, "SegmentationClass", ".png")):
+            paths = {name: root / kind / f"{name}{ending}" for name in names}
+            files[role] = {name: path for name, path in paths.items() if path.is_file()}
+        if role == "test" and not masks[role]:
+            logger.info("%s has no masks of %s.txt: left out", root, split)
+            del images[role], masks[role]
+        elif gone := [name for name in names if name not in images[role] and name not in masks[role]]:
+            raise DataError(
+                f"{lists}/{split}.txt: {len(gone)} of {len(names)} names have neither image nor mask, such as "
+                f"{gone[0]!r}: expected JPEGImages/NAME.jpg and SegmentationClass/NAME.png, a name on each line; "
+                f"correct the list, or download the data again"
+            )
+    if not masks.get("train"):
+        raise DataError(
+            f"{lists} lists no mask to train on: expected {config.train_split}.txt; download the data again"
+        )
+    names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+    ids = tuple(range(len(names)))
+    return Found(root, images, masks, Legend(tuple(names), ids, palette=tuple(map(_voc_colour, (*ids, IGNORE)))))
+
+
+def _voc_colour(value: int) -> Colour:
+    """Pascal VOC's colour of a value: its bits, in turn for red, green and blue, from their top bits down."""
+    red, green, blue = (sum((value >> 3 * i + c & 1) << 7 - i for i in range(8)) for c in range(3))
+    return red, green, blue
+
+
+_CITY_SEQUENCE = r"(.+?)(?:_\d+)?$"  # names are CITY_SEQUENCE_FRAME; another is for itself
+
+
+def _role_folders(root: Path, config: DataConfig, to_train: bool) -> dict[str, Path]:
+    """The folder of each role that has one; where there are none, all is for train."""
+    inside = [path.name for path in root.iterdir() if path.is_dir()]
+    return {role: root / (name or "") for role, name in _roles(inside, config, "folder", root, to_train).items()}
+
+
+def _roles(
+    there_are: Iterable[str], config: DataConfig, word: str, where: str | Path, to_train: bool
+) -> dict[str, str | None]:
+    """The part of each role that has one; None for train, which is all of them, where no part has a role."""
+    parts = list(there_are)
+    named = {role: split_of(role, getattr(config, f"{role}_split"), parts, f"{word} in {where}") for role in ROLES}
+    roles = {role: part for role, part in named.items() if part}
+    if roles and "train" not in roles and to_train:
+        known = nearest(config.train_split, parts)
+        raise DataError(f"{where} has no {word} {config.train_split!r}: expected one beside the others; {known}")
+    without = [part for part in parts if part not in roles.values() and not is_hidden(part)]
+    if roles and without:
+        logger.warning("%s: %s without a role: %s; left out", where, word, ", ".join(sorted(without)))
+    return {**roles} or {"train": None}
+
+
+def _files(
+    folders: dict[str, Path], junk: Counter[str], ending: str = "", cut: str = "", only: str = ""
+) -> dict[str, Files]:
+    return {role: _named(folder, junk, ending, cut, only) for role, folder in folders.items()}
+
+
+def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -> Files:
+    """The image files below a folder by their paths in it, without the ending and what is `cut` from it."""
+    named: Files = {}
+    found, others = find_images(folder)
+    junk.update(others)
+    for path in found:
+        if (ending and path.suffix.lower() != ending) or not path.stem.endswith(only):
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(cut)
+        if twin := named.get(name):
+            raise DataError(f"{twin} and {path.name} have the same name: expected one of them; remove the other")
+        named[name] = path
+    return named

@@ -1,0 +1,190 @@
+"""What is wrong with images and masks, found before anything is trained on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vimoe.config.masks import IGNORE
+from vimoe.data.images import Source, image_size, name_within, place, try_images
+from vimoe.data.masks import LEGEND, Array, Legend, palette_of
+from vimoe.data.scan import duplicates, warn_of_thin
+from vimoe.data.scenes import Scene, Scenes
+from vimoe.errors import DataError
+from vimoe.terminal import track
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneScan:
+    """Counts of scenes and of their pixels.
+
+    Args:
+        train, validation, test: scenes of each role.
+        classes: how many there are.
+        opened: images and masks that were opened; of images, now or in an earlier scan of the unchanged file.
+        pixels: by role, how many pixels each class has.
+        void: by role, how many pixels are void.
+        absent: by role, the classes that have no pixel; test is left out, since nothing is decided there.
+        all_void: scenes whose mask is entirely void.
+        validation_in_train, test_in_train: images of the role whose bytes a train image has too.
+    """
+
+    train: int
+    validation: int
+    test: int
+    classes: int
+    opened: int
+    pixels: dict[str, list[int]]
+    void: dict[str, int]
+    absent: dict[str, list[str]]
+    all_void: int
+    validation_in_train: int
+    test_in_train: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        train = sum(self.pixels["train"]) + self.void["train"]
+        return (
+            f"{self.train} train, {self.validation} validation, {self.test} test scenes of {self.classes} classes; "
+            f"{self.opened} files opened; void: {self.void['train'] / max(train, 1):.1%} of train's pixels, "
+            f"{self.all_void} whole masks; duplicates of train: {self.validation_in_train} in validation, "
+            f"{self.test_in_train} in test"
+        )
+
+
+def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
+    """Opens every image and mask, images only where `vimoe.data.images.try_images` does not remember them.
+
+    Warns of classes without a pixel in train or validation, masks that are entirely void, images that are thin as a
+    line, and images of validation or test that are in train too.
+
+    Args:
+        scenes: what to look at.
+        folder: the data folder.
+
+    Raises:
+        DataError: for images without mask and masks without image, images that cannot be read, and masks that cannot,
+            or have values outside of the legend, or another size than their image (as its EXIF tag turns it).
+    """
+    root = Path(folder)
+    _refuse(dict.fromkeys(scenes.images_alone, ""), "images have no mask", root, "add masks, or remove the images")
+    _refuse(dict.fromkeys(scenes.masks_alone, ""), "masks have no image", root, "add images, or remove the masks")
+    roles = {"train": scenes.train, "validation": scenes.val, "test": scenes.test}
+    everything = [scene for listed in roles.values() for scene in listed]
+    tried = try_images([image for image, _ in everything], root)
+    _refuse(tried.errors, f"of {len(everything)} images cannot be read", root, "remove them with their masks")
+    warn_of_thin(tried, lambda image: name_within(root, image))
+    counts = _count_pixels(everything, scenes, root)
+    of_role = {role: _sum(counts, listed, len(scenes.classes)) for role, listed in roles.items()}
+    absent = {role: _absent(of_role[role], scenes.classes, role) for role in ("train", "validation")}
+    blank = [mask for _, mask in everything if not counts[mask][:-1].any()]
+    if blank:
+        logger.warning("%d of %d masks are entirely void, such as %s: nothing can be learned or measured there",
+                       len(blank), len(everything), name_within(root, blank[0]))  # fmt: skip
+    train = [image for image, _ in scenes.train]
+    in_train = {
+        role: duplicates(role, [image for image, _ in roles[role]], train, tried, lambda i: name_within(root, i))
+        for role in ("validation", "test")
+    }
+    return SceneScan(
+        **{role: len(listed) for role, listed in roles.items()},
+        classes=len(scenes.classes), opened=2 * len(everything),
+        pixels={role: count[:-1].tolist() for role, count in of_role.items()},
+        void={role: int(count[-1]) for role, count in of_role.items()},
+        absent=absent, all_void=len(blank),
+        validation_in_train=in_train["validation"], test_in_train=in_train["test"],
+    )  # fmt: skip
+
+
+def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[Source, Array]:
+    """(classes + 1,) pixels of each class and of void, by mask; in threads, because Pillow decodes without the GIL."""
+    classes = len(all_scenes.classes)
+    counts: dict[Source, Array] = {}
+    wrong: dict[Source, str] = {}
+    sizes: dict[Source, str] = {}
+
+    colours: dict[int, tuple[tuple[int, ...], Source]] = {}  # by class its colour in a palette, and where that was seen
+    differing: list[str] = []
+
+    def count(scene: Scene) -> Array | DataError | str:
+        image, mask = scene
+        try:
+            numbers = all_scenes.legend.read(mask)
+        except DataError as error:
+            return error
+        if numbers.shape != (size := image_size(image)):
+            return f"{numbers.shape[1]}x{numbers.shape[0]}, the image {size[1]}x{size[0]}"
+        found = np.bincount(numbers.ravel(), minlength=IGNORE + 1)
+        return np.append(found[:classes], found[IGNORE])
+
+    with ThreadPool() as pool:
+        results = pool.imap(count, scenes, chunksize=8)
+        shown = track(results, "scanning masks", len(scenes))
+        for (_, mask), result in zip(scenes, shown, strict=True):
+            if isinstance(result, DataError):
+                wrong[mask] = str(result).removeprefix(f"{place(mask)}: ")
+            elif isinstance(result, str):
+                sizes[mask] = result
+            else:
+                counts[mask] = result
+                if all_scenes.legend.palette is None and not differing:
+                    differing += _differing(mask, result, all_scenes.legend, colours, root)
+    if differing:
+        logger.warning("%s: values count, since no palette says what colours mean; if colours do, give one in %s",
+                       differing[0], LEGEND)  # fmt: skip
+    _refuse(wrong, f"of {len(scenes)} masks cannot be used", root)
+    _refuse(sizes, f"of {len(scenes)} masks have another size than their image", root, "make them of one size")
+    return counts
+
+
+def _differing(
+    mask: Source, pixels: Array, legend: Legend, known: dict[int, tuple[tuple[int, ...], Source]], root: Path
+) -> list[str]:
+    """Return a class that has another colour in this palette image than in one before: its values may be permuted."""
+    palette = palette_of(mask)
+    if palette is None:
+        return []
+    for number in np.flatnonzero(pixels[:-1]).tolist():
+        value = legend.ids[number]
+        colour = tuple(palette[value].tolist()) if value < len(palette) else ()
+        before, first = known.setdefault(number, (colour, mask))
+        if before != colour:
+            names = name_within(root, first), name_within(root, mask)
+            return [
+                f"class {legend.names[number]!r} has the colour {list(before)} in {names[0]} and {list(colour)} in "
+                f"{names[1]}"
+            ]
+    return []
+
+
+def _refuse(files: Mapping[Any, str], what: str, root: Path, remedy: str = "") -> None:
+    """Raises DataError with the number and the first names, where there are any."""
+    if not files:
+        return
+    first = [name_within(root, file) + (f" ({why})" if why else "") for file, why in list(files.items())[:3]]
+    rest = [f"{len(files) - 3} more"] if len(files) > 3 else []
+    raise DataError(f"{len(files)} {what}: {', '.join([*first, *rest])}" + (f"; {remedy}" if remedy else ""))
+
+
+def _sum(counts: dict[Source, Array], scenes: tuple[Scene, ...], classes: int) -> Array:
+    return sum((counts[mask] for _, mask in scenes), np.zeros(classes + 1, "int64"))
+
+
+def _absent(count: Array, classes: tuple[str, ...], role: str) -> list[str]:
+    absent = [name for name, pixels in zip(classes, count[:-1], strict=True) if not pixels]
+    if absent:
+        consequence = {"train": "they cannot be learned", "validation": "they play no part in its mean IoU"}[role]
+        logger.warning("%d of %d classes have no pixel in %s, such as %s: %s", len(absent), len(classes), role,
+                       ", ".join(absent[:3]), consequence)  # fmt: skip
+    return absent

@@ -1,0 +1,92 @@
+"""Images and masks in Hugging Face tables: the two columns that they are in, and the rows that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vimoe.data.images import Source
+from vimoe.data.tables import Row, open_tables
+from vimoe.errors import DataError, nearest
+
+IMAGES = ("image", "images", "img", "pixel_values")  # what such columns are called
+MASKS = (
+    "mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentation_mask",
+    "semantic_segmentation",
+)  # fmt: skip
+Files = dict[str, Source]  # by what an image and its mask are both called
+
+
+def scene_tables(
+    name: str, image_column: str | None, mask_column: str | None
+) -> tuple[Path, dict[str, tuple[Files, Files]]]:
+    """The images and the masks of each split, by row; a row where one is null has but the other.
+
+    Args:
+        name: of a data set of the hub, or a local folder of parquet or arrow files.
+        image_column, mask_column: which columns; by default of those of images the ones called so (`IMAGES`, `MASKS`).
+
+    Raises:
+        DataError: where the data set cannot be loaded, or it is not clear which column is which.
+    """
+    root, splits = open_tables(name)
+    columns = _columns(root, next(iter(splits.values())).features, image_column, mask_column)
+    found = {}
+    for split, rows in splits.items():
+        images, masks = (_files(root, split, rows, column) for column in columns)
+        found[split] = (images, masks)
+    return root, found
+
+
+def _columns(root: Path, features: Any, image_column: str | None, mask_column: str | None) -> tuple[str, str]:
+    pictures = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    for setting, given in (("image_column", image_column), ("label_column", mask_column)):
+        if given is not None and given not in pictures:
+            raise DataError(
+                f"data.{setting}={given!r}: no such column of type Image in {root}; {nearest(given, pictures)}"
+            )
+    image = image_column or _only(pictures, IMAGES, mask_column)
+    mask = mask_column or _only(pictures, MASKS, image_column)
+    if len(pictures) == 2:  # then the name of one tells the other
+        image = image or (mask and _only(pictures, pictures, mask))
+        mask = mask or (image and _only(pictures, pictures, image))
+    if not image or not mask or image == mask:
+        raise DataError(
+            f"{root} has {len(pictures)} columns of type Image ({', '.join(pictures)}): expected one of images and one "
+            f"of masks, called so; name them with --data.image_column and --data.label_column"
+        )
+    return image, mask
+
+
+def _only(pictures: Sequence[str], names: Collection[str], other: str | None) -> str | None:
+    """The only column of one of the names, but for the other."""
+    fitting = [name for name in pictures if name.lower() in names and name != other]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _files(root: Path, split: str, rows: Any, column: str) -> Files:
+    """What a column holds, by SPLIT/ROW; nothing is read but which rows are null."""
+    from datasets import Image
+
+    chosen = rows.select_columns([column])
+    images = chosen.cast_column(column, Image(decode=False))
+    file = next((Path(file["filename"]) for file in images.cache_files), None)
+    digits = len(str(len(rows)))  # so that names have the order of the rows
+    return {
+        f"{split}/{index:0{digits}}": Row(root, split, index, column, file, images, alone=False)
+        for index in _present(chosen, column)
+    }
+
+
+def _present(rows: Any, column: str) -> list[int]:
+    """The rows where an image is neither null nor a struct of nulls."""
+    if not len(rows):
+        return []
+    from pyarrow import compute
+
+    values = rows.with_format("arrow")[:][column]
+    inside = [compute.struct_field(values, field).is_valid() for field in ("bytes", "path")]
+    return np.flatnonzero(np.asarray(values.is_valid()) & (np.asarray(inside[0]) | np.asarray(inside[1]))).tolist()

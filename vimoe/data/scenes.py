@@ -1,0 +1,237 @@
+"""Images with a mask each, in three roles: train, validation (which decides) and test (which is only reported)."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vimoe.config.data import DataConfig
+from vimoe.config.masks import Colour
+from vimoe.data.images import Source, name_within, passed_over
+from vimoe.data.masks import Legend, legend_of_masks
+from vimoe.data.scene_layouts import ROLES, Found, find_scenes
+from vimoe.errors import DataError
+
+Scene = tuple[Source, Source]  # an image, and its mask
+MOST_OF_TRAIN = 0.25  # a split by sequence that would take more than this share from train is none
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The scenes of each role.
+
+    Args:
+        legend: the classes, and how mask files write them.
+        train, val, test: (image, mask) of each scene.
+        split_off: whether validation was taken from train.
+        sequences: of each scene of val the video that it is a frame of; None where nothing says.
+        images_alone, masks_alone: files without their counterpart, which the scan refuses.
+        root: the data folder, from which images are named.
+    """
+
+    legend: Legend
+    train: tuple[Scene, ...]
+    val: tuple[Scene, ...]
+    test: tuple[Scene, ...]
+    split_off: bool = False
+    sequences: tuple[str, ...] | None = None
+    images_alone: tuple[Source, ...] = field(default=(), repr=False)
+    masks_alone: tuple[Source, ...] = field(default=(), repr=False)
+    root: Path = Path()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names; masks hold places in this."""
+        return self.legend.names
+
+    @property
+    def palette(self) -> tuple[Colour, ...] | None:
+        """(red, green, blue) of each class, where the data says."""
+        return self.legend.palette and self.legend.palette[: len(self.classes)]
+
+    def names(self, scenes: Iterable[Scene]) -> list[str]:
+        """What the images of scenes are called, in lists that outlast this process."""
+        return [name_within(self.root, image) for image, _ in scenes]
+
+    def __str__(self) -> str:
+        roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
+        return f"{roles} scenes of {len(self.classes)} classes"
+
+
+def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Iterable[str] = ()) -> Scenes:
+    """Finds images and masks, and gives each pair a role.
+
+    What the masks' values mean is said by `classes.yaml` beside the images (`vimoe.data.masks.read_legend`);
+    without it they are classes 0 to the largest in train's masks, and 255 is void. Where there is no validation,
+    `config.val_fraction` is split off train: whole sequences where the legend or names tell them (`sequence`), else
+    single images.
+
+    Args:
+        config: where they are.
+        classes: the names that a trained model has; the data must have the same.
+        validation: images (as `Scenes.names` gives them) that a run split off train, so that it finds the same again.
+
+    Raises:
+        DataError: where folders are missing or hold no pair, or the classes are others.
+    """
+    found = find_scenes(config)
+    root = found.root
+    names, pairs, images_alone, masks_alone = _paired(found)
+    if not pairs["train"]:
+        other = "" if images_alone else passed_over(found.junk)
+        raise DataError(
+            f"{root}: {len(images_alone)} images{other} and {len(masks_alone)} masks, and no pair of them in train: "
+            f"expected masks with the images' names that end in .png, or rows with both; rename or complete them"
+        )
+    legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
+    _check_classes(root, legend, classes or legend.names)
+    videos = _videos(legend, names, pairs)
+    train, val = pairs["train"], pairs["val"]
+    if not val:
+        of_video = [videos.get(scene) or sequence(name) for scene, name in zip(train, names["train"], strict=True)]
+        train, val = _split_off(train, of_video, root, config, set(validation))
+    return Scenes(
+        legend, tuple(train), tuple(val), tuple(pairs["test"]), split_off=not pairs["val"],
+        sequences=tuple(videos[scene] for scene in val) if videos else None,
+        images_alone=tuple(images_alone), masks_alone=tuple(masks_alone), root=root,
+    )  # fmt: skip
+
+
+def load_others(
+    path: str, classes: Sequence[str], legend: Legend, config: DataConfig | None = None
+) -> tuple[str, Scenes]:
+    """Scenes of another folder for a trained model to be scored on, in the role of test.
+
+    Args:
+        path: as `DataConfig.path`, but it needs none to train on.
+        classes: the names that the model has.
+        legend: what masks mean where the data do not say.
+        config: of which the names of a table's columns are taken.
+
+    Returns:
+        Which they are ("test", "validation", or "all" of a folder without roles), and the scenes.
+
+    Raises:
+        DataError: where there are none, some have no counterpart, or the classes are others.
+    """
+    other = DataConfig(path=path, task="segmentation")
+    if config and path.startswith("hfds/"):
+        other = replace(other, image_column=config.image_column, label_column=config.label_column)
+    found = find_scenes(other, to_train=False)
+    root = found.root
+    _, pairs, images_alone, masks_alone = _paired(found)
+    if images_alone or masks_alone:
+        raise DataError(
+            f"{root}: {len(images_alone)} images have no mask and {len(masks_alone)} masks no image, such as "
+            f"{name_within(root, (images_alone + masks_alone)[0])}: expected pairs; remove them"
+        )
+    legend = found.legend or legend
+    _check_classes(root, legend, classes)
+    roles = {"test": pairs["test"], "validation": pairs["val"], "all": pairs["train"]}
+    role = next((role for role, scenes in roles.items() if scenes), None)
+    if role is None:
+        raise DataError(f"{root} holds no image with a mask: expected masks with the images' names that end in .png")
+    return role, Scenes(legend, (), (), tuple(roles[role]), root=root)
+
+
+def _paired(found: Found) -> tuple[dict[str, list[str]], dict[str, list[Scene]], list[Source], list[Source]]:
+    """By role the names of pairs and the pairs; and the images and masks that have no counterpart."""
+    names: dict[str, list[str]] = {}
+    pairs: dict[str, list[Scene]] = {}
+    images_alone: list[Source] = []
+    masks_alone: list[Source] = []
+    for role in ROLES:
+        images, masks = found.images.get(role, {}), found.masks.get(role, {})
+        names[role] = sorted(images.keys() & masks.keys())
+        pairs[role] = [(images[name], masks[name]) for name in names[role]]
+        images_alone += [images[name] for name in sorted(images.keys() - masks.keys())]
+        masks_alone += [masks[name] for name in sorted(masks.keys() - images.keys())]
+    return names, pairs, images_alone, masks_alone
+
+
+def _videos(legend: Legend, names: dict[str, list[str]], pairs: dict[str, list[Scene]]) -> dict[Scene, str]:
+    """The video of each scene, by the legend; nothing where it says none."""
+    scenes = [scene for role in ROLES for scene in pairs[role]]
+    videos = legend.sequences([name for role in ROLES for name in names[role]])
+    return dict(zip(scenes, videos, strict=True)) if videos else {}
+
+
+def _check_classes(root: Path, legend: Legend, classes: Sequence[str]) -> None:
+    if tuple(classes) != legend.names:
+        raise DataError(
+            f"{root} has the classes {_few(legend.names)}: expected the model's {_few(classes)}, in this order; "
+            f"correct its classes.yaml"
+        )
+
+
+def sequence(name: str) -> str:
+    """The video that a frame may be of, by its name: what stands before its last run of digits and underscores.
+
+    Neighbouring frames are nearly equal, so a split must not part them. Where all names have one prefix
+    ("ADE_train_00000001") this tells nothing. It is a guess that does no harm to a split; intervals need a legend that
+    says it.
+
+    >>> sequence("0006R0_f00930"), sequence("0001TP_006690"), sequence("aachen/aachen_000000_000019")
+    ('0006R0_f', '0001TP', 'aachen/aachen')
+    """
+    runs = list(re.finditer(r"[\d_]*\d[\d_]*", name))
+    return name[: runs[-1].start()] if runs else name
+
+
+def _split_off(
+    train: list[Scene], of_video: list[str], root: Path, config: DataConfig, listed: set[str]
+) -> tuple[list[Scene], list[Scene]]:
+    """Takes validation from train: the listed images where a run names them, else a seeded share."""
+    if listed:
+        val = [scene for scene in train if name_within(root, scene[0]) in listed]
+        if len(val) != len(listed):
+            raise DataError(
+                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone: expected the "
+                f"folder as it was in training; restore it, or train again"
+            )
+    elif len(train) < 2:
+        raise DataError(f"{root}: 1 scene in train: expected at least two, to split validation off; add some")
+    else:
+        share = min(len(train) - 1, round(len(train) * config.val_fraction))
+        wanted = max(share, min(2, len(train) // 2))  # an analysis needs 2
+        val = _whole_sequences(train, of_video, wanted, config.seed)
+        if not val:
+            logger.info("validation is split off train by image: names tell no sequences that would fit")
+            val = random.Random(config.seed).sample(train, wanted)
+    taken = set(val)
+    return [scene for scene in train if scene not in taken], [scene for scene in train if scene in taken]
+
+
+def _whole_sequences(train: list[Scene], of_video: list[str], wanted: int, seed: int) -> list[Scene]:
+    """Sequences in seeded order that fit into the wanted number; where these are few, the shortest of the rest too.
+
+    Nothing where there is one sequence only, or they would be more than `MOST_OF_TRAIN` or less than half of what is
+    wanted.
+    """
+    videos: dict[str, list[Scene]] = defaultdict(list)
+    for scene, name in zip(train, of_video, strict=True):
+        videos[name].append(scene)
+    if len(videos) < 2:
+        return []
+    chosen: list[Scene] = []
+    left: list[list[Scene]] = []
+    for video in random.Random(seed).sample(list(videos.values()), len(videos)):
+        if len(chosen) + len(video) <= wanted:
+            chosen += video
+        else:
+            left.append(video)
+    if 2 * len(chosen) < wanted and left:
+        shortest = min(left, key=len)
+        chosen += shortest
+    return chosen if wanted <= 2 * len(chosen) <= 2 * MOST_OF_TRAIN * len(train) else []
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")

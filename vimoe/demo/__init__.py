@@ -1,0 +1,1 @@
+"""Tours in a few minutes on handwritten digits."""

@@ -1,0 +1,1 @@
+"""Runs as a whole: trained, and opened again."""

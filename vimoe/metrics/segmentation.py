@@ -1,0 +1,164 @@
+"""How well masks are predicted: confusion counts, what follows from them, and what a patch size costs.
+
+Void pixels (IGNORE) never count: not as truth, and not as predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimoe.config.masks import IGNORE
+
+
+@dataclass(frozen=True)
+class SceneScore:
+    """Shares in 0..1.
+
+    Args:
+        miou: mean of `per_class_iou` over the classes that have at least one truth pixel.
+        per_class_iou: intersection over union of the pixels of each class, over all images together; None for a class
+            without a truth pixel, which plays no part in the mean, whatever was predicted (what is wrongly taken for
+            it is missing in the class that it is).
+        pixel_accuracy: share of pixels that are right.
+        loss: mean cross-entropy of a pixel in nats; None where there were no scores.
+        pixels, images: how many these are of; pixels that are not void.
+    """
+
+    miou: float
+    per_class_iou: tuple[float | None, ...]
+    pixel_accuracy: float
+    loss: float | None
+    pixels: int
+    images: int
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Of two scores the better one has the larger: by mean IoU, then by loss."""
+        return self.miou, -(self.loss or 0.0)
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What the logs show."""
+        return {"loss": self.loss or 0.0, "miou": self.miou, "pixel_accuracy": self.pixel_accuracy}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {**asdict(self), "per_class_iou": list(self.per_class_iou)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SceneScore:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "per_class_iou": tuple(values["per_class_iou"])})
+
+    def __str__(self) -> str:
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return f"mean IoU {self.miou:.2%}, pixel accuracy {self.pixel_accuracy:.2%}{loss} of {self.images} images"
+
+
+class SceneCounts:
+    """Counts from which a SceneScore follows, added up batch by batch on the device of the batches.
+
+    Attributes:
+        confusion: (classes, classes) int64, pixels by truth (row) and prediction (column).
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes, self.images = classes, 0
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        self._loss: Tensor | None = None
+
+    def add(self, logits: Tensor, masks: Tensor) -> None:
+        """Counts a batch: scores (B, classes, H, W), masks (B, H, W) int64."""
+        loss = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="none").double().sum()
+        self._loss = loss if self._loss is None else self._loss.to(loss.device) + loss
+        self.add_predictions(logits.argmax(dim=1), masks)
+
+    def add_predictions(self, predicted: Tensor, masks: Tensor) -> None:
+        """Counts a batch of predicted classes (B, H, W)."""
+        counted = masks != IGNORE
+        pairs = masks[counted].long() * self.classes + predicted[counted]
+        found = torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
+        self.confusion = self.confusion.to(found.device) + found
+        self.images += len(masks)
+
+    def score(self) -> SceneScore:
+        """What has been counted so far; 0 where nothing was."""
+        confusion = self.confusion.cpu().double()
+        right, truth, predicted = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)
+        ious = [
+            float(right[c] / (truth[c] + predicted[c] - right[c])) if truth[c] > 0 else None
+            for c in range(self.classes)
+        ]
+        present = [iou for iou in ious if iou is not None]
+        pixels = int(self.confusion.sum())
+        return SceneScore(
+            miou=sum(present) / max(len(present), 1),
+            per_class_iou=tuple(ious),
+            pixel_accuracy=float(right.sum()) / max(pixels, 1),
+            loss=None if self._loss is None else float(self._loss) / max(pixels, 1),
+            pixels=pixels,
+            images=self.images,
+        )
+
+
+def pixel_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the pixels that are not void; 0 with a gradient of 0 where all are, and not NaN.
+
+    Args:
+        logits: (B, classes, H, W).
+        masks: (B, H, W) int64 with IGNORE.
+        weights: (classes,), by which pixels count; by default alike.
+        smoothing: mass given to the other classes.
+    """
+    total = F.cross_entropy(
+        logits.float(), masks, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+    )
+    counted = masks[masks != IGNORE]
+    return total / (torch.ones_like(counted) if weights is None else weights[counted]).sum().clamp(min=1e-6)
+
+
+def patch_classes(masks: Tensor, patch: tuple[int, int], classes: int) -> Tensor:
+    """(B, P) the class that most pixels of each patch have (of equals the first), IGNORE where all are void.
+
+    Args:
+        masks: (B, H, W) int64 with IGNORE. Patches are counted row by row; at the edges they may be cut.
+        patch: (height, width) in pixels.
+        classes: how many there are.
+    """
+    images, height, width = masks.shape
+    rows, columns = (
+        torch.arange(side, device=masks.device) // part for side, part in zip((height, width), patch, strict=True)
+    )
+    number = (rows[-1] + 1) * (columns[-1] + 1)
+    patches = rows[:, None] * (columns[-1] + 1) + columns
+    index = torch.arange(images, device=masks.device)[:, None, None] * number + patches
+    counted = masks != IGNORE
+    votes = torch.bincount(index[counted] * classes + masks[counted], minlength=images * int(number) * classes)
+    votes = votes.view(images, int(number), classes)
+    return torch.where(votes.any(dim=-1), votes.argmax(dim=-1), IGNORE)
+
+
+def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
+    """What a decoder would reach that knows the majority class of each patch, and nothing finer.
+
+    Each patch predicts the class that most of its pixels have (of equals the first), for all of its pixels. It shows
+    what the patch size costs. It is no strict bound: bilinear interpolation can draw borders inside of patches.
+
+    Args:
+        masks: (H, W) each, int64 with IGNORE; sizes may differ.
+        patch: side of a patch in pixels.
+        classes: how many there are.
+    """
+    counts = SceneCounts(classes)
+    for mask in masks:
+        height, width = mask.shape
+        best = patch_classes(mask[None], (patch, patch), classes).view(-(-height // patch), -1)
+        grown = best.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:height, :width]
+        counts.add_predictions(grown[None].clamp(max=classes - 1), mask[None])  # where all is void nothing counts
+    return counts.score()

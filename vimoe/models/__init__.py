@@ -1,0 +1,1 @@
+"""A ViT, dense or with MoE layers: found, upcycled, counted, cut, saved and loaded."""

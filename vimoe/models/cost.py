@@ -1,0 +1,125 @@
+"""What a model costs: parameters, activated parameters and multiply-adds, counted on a copy without weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vimoe.errors import VimoeError, expect, first_line
+from vimoe.models.interface import model_input_size
+from vimoe.moe import MoE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Figures for one image.
+
+    Attributes:
+        params: all parameters.
+        activated_params: those that one image or token uses: the dense part, and of each MoE layer the router, k
+            experts and the shared expert.
+        macs: multiply-adds of matrix products and convolutions in one forward pass of one image (half of what
+            torch's counter calls flops; the papers' "FLOPs").
+        moe_layers: names of the MoE layers.
+    """
+
+    params: int
+    activated_params: int
+    macs: int
+    moe_layers: tuple[str, ...]
+
+    def __str__(self) -> str:
+        layers = f", {len(self.moe_layers)} MoE layers" if self.moe_layers else ""
+        return (
+            f"{self.params / 1e6:.2f} M parameters, {self.activated_params / 1e6:.2f} M activated, "
+            f"{self.macs / 1e9:.3f} G multiply-adds{layers}"
+        )
+
+
+def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Cost:
+    """Counts a model as it stands; nothing is computed and no memory taken for weights.
+
+    Args:
+        model: any timm ViT, dense or upcycled, on any device.
+        input_size: (channels, height, width); by default what the model was made for.
+
+    Raises:
+        VimoeError: for what is no model, or a size that it does not take.
+    """
+    expect("model", model, nn.Module, "build one, such as by timm.create_model")
+    model = meta_copy(model).eval().requires_grad_(False)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    params = sum(p.numel() for p in model.parameters())
+    idle = sum(_numel(layer.experts) * _idle_share(layer) for layer in layers.values())
+    routed = 0
+
+    def count_instead(layer: MoE, args: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal routed
+        routed += _moe_macs(layer, args[0].shape[1])
+        return args
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(count_instead)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        images = meta_images(model, 1, input_size)
+        try:
+            model(images)
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            if input_size is None:
+                raise
+            raise VimoeError(
+                f"input_size={input_size}: the model does not take it ({first_line(error)}); expected such as "
+                f"{model_input_size(model)}"
+            ) from error
+    return Cost(params, params - round(idle), counter.get_total_flops() // 2 + routed, tuple(layers))
+
+
+def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] | None = None) -> Tensor:
+    """Images of the model's size and type for a copy without weights."""
+    dtype = next(model.parameters()).dtype
+    sides = input_size if isinstance(input_size, (tuple, list, torch.Size)) else ()
+    if input_size is not None and (len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides)):
+        raise VimoeError(
+            f"input_size={input_size}: expected (channels, height, width), such as {model_input_size(model)}"
+        )
+    return torch.empty(number, *(input_size or model_input_size(model)), device="meta", dtype=dtype)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy with shapes and no weights, made without copying the weights first.
+
+    Routing depends on weights and data, so its MoE layers compute nothing and pass the shape on. Hooks are left out:
+    they are the user's, and may not expect tensors without values.
+    """
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        if isinstance(module, MoE):
+            module.forward = torch.empty_like  # type: ignore[method-assign, assignment]
+    return copied
+
+
+def _moe_macs(layer: MoE, tokens: int) -> int:
+    config = layer.config
+    decisions = 1 if config.routing == "image" else tokens
+    ffns = config.top_k + config.num_shared_experts
+    return tokens * ffns * layer.experts.macs + decisions * layer.router.weight.numel()
+
+
+def _idle_share(layer: MoE) -> float:
+    return 1 - layer.config.top_k / layer.config.num_experts
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,105 @@
+"""How a model is computed; never what it computes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from torch import nn
+
+from vimoe.errors import ConfigError, nearest
+from vimoe.models.precision import warn_of_slow_bfloat16
+from vimoe.moe.ffn import has_hooks
+from vimoe.moe.grouped_linear import BACKENDS, Backend
+from vimoe.moe.layer import moe_layers
+from vimoe.moe.packed import OPTIMIZED, PackedExperts, PackedLinear, can_pack, check_not_packed
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+_CALL_LINEARS = (Mlp, GluMlp, SwiGLU, Attention)  # others may read the weights of their linear maps
+
+
+def set_backend(model: Model, backend: Backend) -> Model:
+    """Chooses how the products of experts are computed, in place; returns the model. It is not saved with it.
+
+    Args:
+        model: with MoE layers, or one.
+        backend: "auto" (by device and type, `vimoe.moe.grouped_linear.choose`), "loop", "grouped_mm"
+            or "bmm" (padded to the largest load). `vimoe bench layer` shows what each costs.
+
+    Raises:
+        ConfigError: for another name.
+        VimoeError: for an optimised model.
+    """
+    check_not_packed(model)
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend {backend!r}: {nearest(backend, BACKENDS)}")
+    for layer in moe_layers(model).values():
+        layer.experts.backend = backend
+    return model
+
+
+def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool = False) -> nn.Module:
+    """Makes a model, dense or with MoE layers, fast for inference, in place; it can then only be run.
+
+    On a CPU the matrices of FFNs, experts and attention are packed once in the order in which products read them, and
+    activations computed with the product before them, except for parts with forward hooks. Routers keep their float32
+    weights, so that in another type, too, the choice is rounded by the tokens alone.
+
+    Args:
+        model: best in the state that `vimoe.load` gives it.
+        dtype: of weights and tokens, such as torch.bfloat16; inputs are cast. By default the model's own.
+        compile: by torch.compile, which then does the packing's work in its way. It needs a C++ compiler on a CPU.
+
+    Returns:
+        The model, with `compile` inside of torch.compile's module.
+
+    Raises:
+        ConfigError: for a dtype that is no floating point type.
+        VimoeError: for a model that is optimised already.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as torch.bfloat16")
+    check_not_packed(model)
+    if dtype == torch.bfloat16:
+        warn_of_slow_bfloat16("vimoe.optimize to torch.bfloat16", "leave dtype out")
+    model.eval().requires_grad_(False)
+    setattr(model, OPTIMIZED, True)
+    if dtype is not None:
+        _cast(model, dtype)
+    if compile:
+        return torch.compile(model)  # type: ignore[return-value]
+    _pack(model)
+    return model
+
+
+def _pack(model: nn.Module) -> None:
+    for layer in moe_layers(model).values():
+        if can_pack(layer.experts.fc1.weight) and not has_hooks(layer.experts):
+            layer.experts = PackedExperts(layer.experts)  # type: ignore[assignment]
+    for module in model.modules():
+        linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
+        if type(module) not in _CALL_LINEARS or not all(can_pack(linear.weight) for linear in linears.values()):
+            continue
+        if any(has_hooks(child) for child in module.children()):
+            continue
+        acts: dict[str, nn.Module] = {}
+        if isinstance(module, Mlp) and "fc1" in linears:
+            acts["fc1"], module.act = module.act, nn.Identity()
+        for name, linear in linears.items():
+            setattr(module, name, PackedLinear(linear.weight, linear.bias, acts.get(name)))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    exact = {layer: layer.router.weight.detach().clone() for layer in moe_layers(model).values()}
+    model.to(dtype)
+    for layer, weight in exact.items():
+        layer.router.weight.data = weight
+
+    def cast(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args]
+        return tuple(a.to(dtype) if is_ else a for a, is_ in zip(args, floating, strict=True))
+
+    model.register_forward_pre_hook(cast)

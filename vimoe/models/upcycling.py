@@ -1,0 +1,250 @@
+"""Dense to MoE and back: `plan` says what would change, `upcycle` and `densify` do it, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import RelPosMlp
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
+
+from vimoe.config.moe import MoEConfig
+from vimoe.errors import SurgeryError, expect, first_line, nearest
+from vimoe.models import surgery
+from vimoe.models.cost import Cost, count, meta_copy, meta_images
+from vimoe.models.interface import vit
+from vimoe.models.surgery import Site
+from vimoe.moe import MoE, ffn
+from vimoe.moe.layer import moe_layers
+from vimoe.moe.packed import check_not_packed
+from vimoe.moe.router import TokenLayout
+
+HOW = ("shared", "merge", "matched")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `upcycle` would do. Print it."""
+
+    sites: tuple[Site, ...]
+    config: MoEConfig
+    dense: Cost
+    moe: Cost
+
+    def __str__(self) -> str:
+        c = self.config
+        kind = (
+            f"{c.num_experts} experts, top_k={c.top_k}, {c.routing} routing, {c.num_shared_experts} shared, {c.combine}"
+            if c.num_experts
+            else f"dense FFN of {c.num_shared_experts} times the width"
+        )
+        lines = [f"  {site.name}: {type(site.module).__name__} -> {kind}" for site in self.sites]
+        return "\n".join([f"before: {self.dense}", f"after:  {self.moe}", *lines])
+
+
+def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] | None = None) -> Plan:
+    """What `upcycle(model, config)` would change and cost. Changes nothing and needs no memory for weights.
+
+    Args:
+        model: a timm ViT.
+        config: which blocks, and what kind of layer.
+        input_size: (channels, height, width) to count for; by default what the model was made for.
+
+    Raises:
+        SurgeryError: as `upcycle`.
+    """
+    _check(model, config)
+    copied = meta_copy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        replaced = _replacements(copied, config)
+    changed = tuple(site for site in sites(model) if site.name in replaced)
+    dense = count(model, input_size)
+    surgery.swap(copied, replaced)
+    return Plan(changed, config, dense, count(copied, input_size))
+
+
+def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
+    """Replaces the FFNs of the chosen blocks by MoE layers whose experts are copies of them (sparse upcycling).
+
+    In place. With `combine="mix"`, the default, the model computes exactly what it did before, to rounding: all
+    experts agree, so the task loss gives the routers no gradient until a step has separated them.
+
+    Args:
+        model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), or a module with one inside such as
+            `vimoe.models.segmenter.Segmenter`, on any device.
+        config: which blocks, and what kind of layer.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SurgeryError: where a block cannot be converted; the model is as it was.
+        VimoeError: for an optimised model.
+    """
+    _check(model, config)
+    surgery.swap(model, _replacements(model, config))
+    if config.router_is_blind and config.layers != "none":
+        warnings.warn(
+            f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
+            f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",
+            stacklevel=2,
+        )
+    return model
+
+
+def densify(
+    model: nn.Module,
+    layers: str | Sequence[int | str] = "all",
+    how: str = "shared",
+    gate_mass: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Replaces MoE layers by dense FFNs: the inverse of `upcycle`.
+
+    Args:
+        model: an upcycled model; changed in place.
+        layers: which blocks, as in `MoEConfig.layers`; "all" are all MoE layers.
+        how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" does so
+            after it has put their hidden units in the same order, as far as they have one (`ffn.match`).
+        gate_mass: for both means, by layer name, (N,) the mean gate that each expert got
+            (`LayerEvidence.gate_mass`). Without it, experts count as a router that has no preference would weigh them.
+
+    Returns:
+        The same model. Right after `upcycle` its state is the parent's, bit for bit.
+
+    Raises:
+        SurgeryError: where no MoE layer is named, or one has no shared expert to keep; nothing was changed.
+        VimoeError: for an optimised model.
+    """
+    if how not in HOW:
+        raise SurgeryError(f"how={how!r}: expected {' or '.join(map(repr, HOW))}")
+    chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
+    if not chosen:
+        raise SurgeryError(f"layers={layers!r}: the model has no MoE layer there: expected one that upcycle made")
+    masses = dict(gate_mass or {})
+    names = list(moe_layers(model))  # those that stay are evidence of the same model
+    if unknown := next((name for name in masses if name not in names), None):
+        raise SurgeryError(f"gate_mass of {unknown!r}, which is no MoE layer: {nearest(unknown, names)}")
+    surgery.swap(model, {site.name: _dense(site, how, masses.get(site.name)) for site in chosen})
+    return model
+
+
+def _check(model: nn.Module, config: MoEConfig) -> None:
+    expect("model", model, nn.Module, "build one, such as by timm.create_model")
+    expect("config", config, MoEConfig, "write MoEConfig(layers=...), or MoEConfig.from_dict(...)")
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """The places of a model that hold an FFN or an MoE layer, in forward order. VimoeError for an optimised model."""
+    check_not_packed(model)
+    return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module), skip=(RelPosMlp,))
+
+
+def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
+    """The new module of every chosen site, after all checks."""
+    chosen = surgery.select(sites(model), config.layers)
+    if not chosen:
+        return {}
+    layout = _token_layout(model)
+    for site in chosen:
+        if isinstance(site.module, MoE):
+            raise SurgeryError(f"{site} is an MoE layer already: expected a dense FFN; densify it first")
+        if ffn.has_hooks(site.module):
+            raise SurgeryError(
+                f"{site} has forward hooks, which experts would not call: expected none; remove them first"
+            )
+        _describe(site, site.module)
+    _check_tokens(model, chosen, layout)
+    return {site.name: _upcycled(site.module, config, layout) for site in chosen}
+
+
+def _describe(site: Site, dense: nn.Module) -> None:
+    try:
+        ffn.describe(dense)
+    except SurgeryError as error:
+        raise SurgeryError(f"{site}: {error}") from None
+
+
+def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Module:
+    if config.num_experts == 0:
+        return ffn.widen(dense, config.num_shared_experts)
+    return MoE(dense, config, layout)
+
+
+def _token_layout(model: nn.Module) -> TokenLayout:
+    model = vit(model)
+    if isinstance(model, NaFlexVit):
+        raise SurgeryError(
+            "NaFlexVit pads its tokens and hides which: expected a ViT of fixed size; use its vit_* twin"
+        )
+    if not hasattr(model, "num_prefix_tokens"):
+        raise SurgeryError(
+            f"{type(model).__name__} does not say which tokens are no patches (num_prefix_tokens): "
+            f"expected a plain ViT of timm (vit_*, deit*)"
+        )
+    prefix: Any = model.num_prefix_tokens
+    return TokenLayout(prefix, getattr(model, "cls_token", None) is not None)
+
+
+def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout) -> None:
+    """Runs two images through a copy without weights, to see that each FFN gets (images, tokens, channels)."""
+    copied = meta_copy(model).eval()
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda _module, args: shapes.__setitem__(name, tuple(args[0].shape))
+
+    for site in chosen:
+        copied.get_submodule(site.name).register_forward_pre_hook(see(site.name))
+    images = meta_images(copied, 2)
+    try:
+        with torch.no_grad():
+            copied(images)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = tuple(images.shape[1:])
+        raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
+    patches = getattr(getattr(vit(model), "patch_embed", None), "num_patches", None)
+    for site in chosen:
+        shape = shapes.get(site.name)
+        if shape is None or len(shape) != 3 or shape[0] != 2:
+            raise SurgeryError(
+                f"{site} gets {shape} for 2 images: expected (2, tokens, channels); a block that folds windows "
+                f"into the batch or keeps a grid cannot be converted"
+            )
+        if patches is None:
+            raise SurgeryError(
+                f"{type(model).__name__} does not say how many patches it makes: expected a plain ViT of timm"
+            )
+        if shape[1] != patches + layout.num_prefix_tokens:
+            raise SurgeryError(
+                f"{site} gets {shape[1]} tokens: expected {patches} patches and {layout.num_prefix_tokens} others "
+                f"(num_prefix_tokens), so that the router knows which is which; leave the block out of layers"
+            )
+
+
+def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
+    layer = site.module
+    if not isinstance(layer, MoE):
+        raise SurgeryError(f"{site} is a dense FFN already: expected an MoE layer; leave it out of layers")
+    config = layer.config
+    if how == "shared":
+        if layer.shared is None:
+            raise SurgeryError(f"{site} has no shared expert: expected one for how='shared'; use how='merge'")
+        return layer.without_experts()
+    if config.num_shared_experts > 1:
+        raise SurgeryError(
+            f"{site} has {config.num_shared_experts} shared experts, which are wider than its experts: "
+            f"expected at most 1 for how={how!r}; use how='shared'"
+        )
+    if layer.shared is not None:
+        _describe(site, layer.shared)
+    if gate_mass is None:
+        total = 1.0 if config.gates_sum_to_one else config.top_k / config.num_experts
+        gate_mass = torch.full((config.num_experts,), total / config.num_experts)
+    if gate_mass.shape != (config.num_experts,):
+        raise SurgeryError(f"gate_mass of {site} has shape {tuple(gate_mass.shape)}: expected ({config.num_experts},)")
+    return layer.merged(gate_mass, matched=how == "matched")

@@ -1,0 +1,72 @@
+"""What a training loop does to the routers between steps: a bias that evens the load, and decisions at random.
+
+Axes: N experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vimoe.errors import VimoeError
+from vimoe.moe import Routing
+from vimoe.moe.layer import moe_layers
+
+
+@torch.no_grad()
+def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
+    """After an update of the weights: b_i += rate * sign(mean load - load_i), of each layer that has a bias.
+
+    Loss-free balancing: Wang et al., arXiv 2408.15664, algorithm 1, here on softmax probabilities. The load is summed
+    over all records of a layer, so with gradient accumulation pass those of all its steps. Image routing counts
+    images, token routing tokens. Layers without a bias (`MoEConfig.bias_update_rate` of 0) are passed over.
+
+    Args:
+        model: the model that was recorded.
+        routings: what `vimoe.record(model)` collected since the last update.
+
+    Raises:
+        VimoeError: where a record is of a layer that this model does not have.
+    """
+    layers, loads = moe_layers(model), dict[str, Tensor]()
+    for routing in routings:
+        if routing.layer not in layers:
+            raise VimoeError(
+                f"a routing of layer {routing.layer!r}: expected one of {', '.join(layers) or 'none'}; pass the model "
+                f"that was recorded"
+            )
+        if layers[routing.layer].router.choice_bias is not None:
+            load_N = routing.load
+            loads[routing.layer] = loads[routing.layer] + load_N if routing.layer in loads else load_N
+    for name, load_N in loads.items():
+        router = layers[name].router
+        assert router.choice_bias is not None
+        below_N = (load_N.sum() - len(load_N) * load_N).sign()  # whole numbers, in which an even load is exactly so
+        router.choice_bias += router.config.bias_update_rate * below_N
+
+
+def set_random_share(model: nn.Module, share: float) -> None:
+    """From now on this share of the decisions is taken at random in training: k distinct experts, all alike likely.
+
+    So every expert is trained before a router has an opinion. Gates are the router's probabilities of the experts that
+    it got, so it learns meanwhile. In eval mode nothing is random.
+
+    Args:
+        model: with MoE layers, or without.
+        share: 0 to 1; leave the model with 0.
+
+    Raises:
+        VimoeError: for a share outside of these.
+    """
+    if not 0 <= share <= 1:
+        raise VimoeError(f"share={share}: expected 0 to 1")
+    for layer in moe_layers(model).values():
+        router = layer.router
+        if not share:
+            router.random_share = None
+        elif router.random_share is None:
+            router.random_share = torch.tensor(float(share), device=router.weight.device)
+        else:
+            router.random_share.fill_(share)

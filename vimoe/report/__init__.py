@@ -1,0 +1,1 @@
+"""Pages written from the files of runs; no torch."""

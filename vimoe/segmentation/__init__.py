@@ -1,1 +1,0 @@
-"""Semantic segmentation: scenes with a mask each, decoders on a ViT, inference and scores."""

@@ -1,0 +1,76 @@
+"""Training to name the class of an image: batches, loss and score."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from PIL.Image import Image
+from timm.data import Mixup
+from torch import Tensor
+
+from vimoe.config.train import TrainConfig
+from vimoe.data.classification import Data, Sample
+from vimoe.data.crops import Finish
+from vimoe.data.decoded import Where
+from vimoe.data.images import place
+from vimoe.data.loaders import (
+    Crops,
+    decoded_for_evaluation,
+    decoded_for_training,
+    eval_loader,
+    train_loader,
+)
+from vimoe.metrics.classification import evaluate
+from vimoe.training.task import Task
+
+
+def classification(
+    data: Data,
+    prepared: dict[str, Any],
+    config: TrainConfig,
+    workers: int | None = None,
+    cache: Where | Literal["none"] = "none",
+) -> Task:
+    """To name the class of an image: cross-entropy, mixup and cutmix, top-1.
+
+    Args:
+        data: only train and val are read.
+        prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
+        config: augmentation and batches.
+        workers: processes that decode images, as `DataConfig.workers`.
+        cache: where decoded images are kept, as `DataConfig.cache`; features are `FeatureCache`'s.
+    """
+    train: Sequence[Sample] = data.train
+    val: Sequence[Sample] = data.val
+    val_prepared = prepared
+    if cache != "none":
+        train = decoded_for_training(train, prepared, config, cache)
+        val, val_prepared = decoded_for_evaluation(val, prepared, cache), {**prepared, "crop_pct": 1.0}
+    loader = train_loader(train, prepared, config, workers)
+    val_loader = eval_loader(val, val_prepared, 2 * config.batch_size, workers)
+    finish = Finish(prepared, config) if isinstance(loader.dataset, Crops) else None
+    smoothing = 0.1 if config.label_smoothing is None else config.label_smoothing
+    classes = len(data.classes)
+    mixed = config.mixup or config.cutmix
+    mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes) if mixed else None
+
+    def prepare(images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if finish:
+            images = finish.to(labels.device)(*images)
+        return mixup(images, labels) if mixup else (images, labels)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else smoothing)
+
+    names = [f"image {i}" if isinstance(image, Image) else str(place(image)) for i, (image, _) in enumerate(data.train)]
+    return Task(loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader))
+
+
+def fingerprint(data: Data) -> int:
+    """Of the training images and their labels, as far as names tell; the data may have moved."""
+    names = ("" if isinstance(source, Image) else "/".join(place(source).parts[-2:]) for source, _ in data.train)
+    names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
+    return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))

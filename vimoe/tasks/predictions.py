@@ -1,0 +1,59 @@
+"""The most likely classes of image files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vimoe.data.loaders import Readable, eval_loader, preprocessing
+from vimoe.errors import DataError
+from vimoe.models.interface import label_names
+from vimoe.terminal import track
+
+logger = logging.getLogger(__name__)
+
+
+def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:
+    """Name the most likely classes of image files, best first.
+
+    Args:
+        model: a model with preprocessing and label names, as `vimoe.load` gives it.
+        files: image files.
+        top: how many classes to name.
+        workers: processes that decode images, as `DataConfig.workers`.
+
+    Returns:
+        For each file {"file", "classes": [{"name", "probability"}]}, or {"file", "error"} where it cannot be read.
+
+    Raises:
+        DataError: where none can be read.
+    """
+    samples, prepared = [(file, 0) for file in files], preprocessing(model)
+    names, weight = label_names(model.eval()), next(model.parameters())
+    results: list[dict[str, Any]] = []
+    loader = eval_loader(samples, prepared, 32, workers, Readable)
+    for images, errors in track(loader, "predicting"):
+        with torch.no_grad():
+            logits = model(images.to(weight.device, weight.dtype))
+        values, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+        for row, best, error in zip(values.tolist(), indices.tolist(), errors, strict=True):
+            classes = [{"name": names[i], "probability": p} for p, i in zip(row, best, strict=True)]
+            results.append({"file": str(files[len(results)]), **({"error": error} if error else {"classes": classes})})
+    report_errors(results)
+    return results
+
+
+def report_errors(predictions: Sequence[dict[str, Any]]) -> None:
+    """Warn of predictions that are errors. Raises DataError where all are."""
+    errors = [each["error"] for each in predictions if "error" in each]
+    if errors and len(errors) == len(predictions):
+        raise DataError(
+            errors[0] if len(errors) == 1 else f"none of {len(errors)} images can be read: {errors[0]}, ..."
+        )
+    if errors:
+        logger.warning("%d of %d images were not predicted, such as: %s", len(errors), len(predictions), errors[0])

@@ -1,0 +1,133 @@
+"""To learn to name the class of every pixel: the loss, and the score on whole images."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vimoe.config.data import DataConfig
+from vimoe.config.masks import IGNORE
+from vimoe.config.train import TrainConfig
+from vimoe.data.images import place
+from vimoe.data.scene_loaders import eval_loader, eval_transform, train_loader, train_transform
+from vimoe.data.scenes import Scene, Scenes
+from vimoe.errors import ConfigError
+from vimoe.metrics.batches import Batches, batches_of
+from vimoe.metrics.segmentation import SceneCounts, SceneScore, pixel_loss
+from vimoe.tasks.windows import sliding, whole
+from vimoe.training.task import Task
+
+JITTER = 0.5  # of colours, where the settings do not say
+
+
+def segmentation(
+    scenes: Scenes,
+    prepared: dict[str, Any],
+    crop: tuple[int, int],
+    config: TrainConfig,
+    data: DataConfig,
+    pixels: Sequence[int],
+) -> Task:
+    """To name the class of every pixel: cross-entropy, soft Dice where it is asked for, mean IoU.
+
+    Args:
+        scenes: only train and val are read.
+        prepared: mean and std, as `vimoe.data.loaders.preprocessing` gives them.
+        crop: (height, width) to train on.
+        config: augmentation, batches and losses.
+        data: how whole images are inferred, and the processes that decode them.
+        pixels: how many pixels each class has in train, for `config.class_weights`.
+    """
+    jitter = JITTER if config.color_jitter is None else config.color_jitter
+    scale = (config.min_scale, config.max_scale)
+    transform = train_transform(crop, prepared["mean"], prepared["std"], scale=scale, hflip=config.hflip, jitter=jitter)
+    loader = train_loader(scenes.train, scenes.legend, transform, config.batch_size, config.seed, data.workers)
+    val_loader = whole_images(scenes.val, scenes, prepared, config.batch_size, data.workers)
+    weights = median_frequency(pixels) if config.class_weights == "median_frequency" else None
+
+    def loss(logits: Tensor, masks: Tensor) -> Tensor:
+        each = None if weights is None else weights.to(logits.device)
+        total = pixel_loss(logits, masks, each, config.label_smoothing or 0.0)
+        return total + config.dice_loss * dice_loss(logits, masks) if config.dice_loss else total
+
+    return Task(
+        loader,
+        [str(place(image)) for image, _ in scenes.train],
+        fingerprint(scenes),
+        lambda images, masks: (images, masks),
+        loss,
+        lambda model: evaluate_scenes(model, val_loader, data),
+    )
+
+
+def whole_images(
+    scenes: Sequence[Scene], all_scenes: Scenes, prepared: dict[str, Any], batch_size: int, workers: int | None
+) -> DataLoader:
+    """Batches of whole images and masks, in order."""
+    transform = eval_transform(prepared["mean"], prepared["std"])
+    return eval_loader(scenes, all_scenes.legend, transform, batch_size, workers)
+
+
+def evaluate_scenes(model: nn.Module, loader: Batches, config: DataConfig, task: str = "") -> SceneScore:
+    """Mean IoU and what belongs to it over a loader of whole images, and shows how far it is if `task` names it."""
+    classes: Any = model.num_classes
+    counts = SceneCounts(classes)
+    for images, masks in batches_of(model, loader, task):
+        counts.add(infer(model, images, config), masks)
+    return counts.score()
+
+
+def infer(model: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
+    """Scores (B, classes, H, W) of images (B, 3, H, W), as `config.inference` and `config.flip_test` say."""
+    if config.inference == "whole":
+        return whole(model, images, config.flip_test)
+    window: Any = model.crop
+    return sliding(model, images, window, flip=config.flip_test)
+
+
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """1 - the mean soft Dice coefficient over the classes that the batch has (Milletari et al., arXiv 1606.04797).
+
+    With p the probabilities and t the truth, 2 sum(p t) / (sum p + sum t) over all pixels of the batch that are not
+    void; 0 where all are.
+
+    Args:
+        logits: (B, classes, H, W).
+        masks: (B, H, W) int64 with IGNORE.
+    """
+    counted = (masks != IGNORE)[:, None]
+    truth = (masks[:, None] == torch.arange(logits.shape[1], device=masks.device)[:, None, None]) & counted
+    chances = logits.float().softmax(dim=1) * counted
+    over = (0, 2, 3)
+    sums = truth.sum(over)
+    dice = 2 * (chances * truth).sum(over) / (chances.sum(over) + sums).clamp(min=1e-6)
+    present = sums > 0
+    return (present * (1 - dice)).sum() / present.sum().clamp(min=1)
+
+
+def median_frequency(pixels: Sequence[int]) -> Tensor:
+    """(classes,) weights: the median of the classes' pixels over the pixels of each.
+
+    As Eigen and Fergus (arXiv 1411.4734) balance classes, but by all of train, not by the images that hold a class. A
+    class without pixels has weight 0 and no part in the median.
+
+    Raises:
+        ConfigError: where no class has any.
+    """
+    counts = np.asarray(pixels, dtype=np.float64)
+    if not counts.any():
+        raise ConfigError("train.class_weights='median_frequency' of masks without a pixel: expected some; use 'none'")
+    weights = np.divide(np.median(counts[counts > 0]), counts, out=np.zeros_like(counts), where=counts > 0)
+    return torch.from_numpy(weights).float()
+
+
+def fingerprint(scenes: Scenes) -> int:
+    """Of the training scenes, as far as names tell, and of what their masks mean; the folder may have moved."""
+    names = ("/".join((*place(image).parts[-2:], *place(mask).parts[-2:])) for image, mask in scenes.train)
+    return zlib.crc32("\n".join([repr(scenes.legend), *names]).encode(errors="surrogateescape"))

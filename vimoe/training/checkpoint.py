@@ -1,0 +1,138 @@
+"""The state of a training on disk, so that a killed one goes on to the very weights it would have reached.
+
+A step depends on the seed, the epoch and its number alone, and an image's augmentation on the seed, the epoch and the
+image (see `vimoe.data.order.Shuffled`). So no state of a random generator is stored, and no worker process has one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vimoe.errors import FolderError, first_line
+from vimoe.files import discard_file, in_units, written_whole
+from vimoe.run_folder import CHECKPOINT
+
+FORMAT = 3
+MAY_DIFFER = frozenset({"data.path", "data.workers", "train.checkpoint_minutes", "train.tensorboard"})
+
+
+def write(run: Path, state: dict[str, Any]) -> None:
+    """Writes the last checkpoint of a run; the one before stays until this one is whole.
+
+    Args:
+        run: the run folder.
+        state: tensors, numbers, strings, and lists and dicts of them.
+
+    Raises:
+        FolderError: where it cannot be written; the checkpoint before is as it was.
+    """
+    path = run / CHECKPOINT
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with written_whole(path) as file:
+            torch.save({"format": FORMAT, **state}, file)
+    except RuntimeError as error:  # torch's zip writer, where the disk is full
+        raise FolderError(f"{path} could not be written; make room, and resume the run") from error
+
+
+def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
+    """Return the last checkpoint, or None where there is none. Nothing is unpickled but tensors and plain values.
+
+    Args:
+        run: the run folder.
+        mapped: map the tensors from the file, for a caller that does not keep them.
+
+    Raises:
+        FolderError: where it is damaged, or from another version.
+    """
+    path = run / CHECKPOINT
+    if not exists(run):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise FolderError(f"{path} cannot be read: {first_line(error)}; train again in another folder") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise FolderError(f"{path} is not a checkpoint of format {FORMAT}: expected one of this version; train again")
+    return state
+
+
+def exists(run: Path) -> bool:
+    """Return True where there is one to go on from."""
+    return (run / CHECKPOINT).exists()
+
+
+def remove(run: Path) -> None:
+    """Forget a finished training."""
+    discard_file(run / CHECKPOINT)
+
+
+def check_settings(run: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than a training began with, which its weights and its report are of.
+
+    Args:
+        run: the run folder.
+        began: the settings in the checkpoint, by name ("train.lr").
+        now: those that it would go on with. What `MAY_DIFFER` names does not change the outcome.
+
+    Raises:
+        FolderError: naming the settings that differ.
+    """
+    names = [name for name in {**began, **now} if name not in MAY_DIFFER and began.get(name) != now.get(name)]
+    if names:
+        name = names[0]
+        more = f", and {', '.join(names[1:4])} differ too" if names[1:] else ""
+        raise FolderError(
+            f"{run}: {name} is {now.get(name)!r} and was {began.get(name)!r} when the training began{more}: expected "
+            f"the same to go on; restore config.yaml, or train with another --out"
+        )
+
+
+def check_space(run: Path, model: nn.Module, ema: bool) -> None:
+    """Raise FolderError where the disk has no room for two checkpoints and the model."""
+    weights = sum(p.numel() * p.element_size() for p in model.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = 2 * (moments + (3 if ema else 2) * weights) + weights
+    held = (run / CHECKPOINT).stat().st_size if exists(run) else 0  # by one that will be replaced
+    free = shutil.disk_usage(run).free
+    if free < needed - held:
+        remedy = "make room" if held else "make room, or name another --out"
+        raise FolderError(
+            f"{run}: {in_units(free)} are free: expected {in_units(needed - held)} for the checkpoints of this "
+            f"training; {remedy}"
+        )
+
+
+class Stop:
+    """Whether somebody asked the training to end; `signal` says which way."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """While it holds, SIGTERM and the first Ctrl-C are noted, to be heeded after a step; a second one ends it."""
+    stop, before = Stop(), {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt(number)
+        stop.signal = number
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
