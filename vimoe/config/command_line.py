@@ -1,4 +1,4 @@
-"""Flags and YAML files become settings; a mistake becomes one line with the nearest right name."""
+"""Flags and YAML files as settings; a mistake is an error of one line with the nearest right name."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from vimoe.config.settings import SECTIONS, Settings
+from vimoe.config.yaml_reader import read_yaml
 from vimoe.errors import ConfigError, FolderError, nearest
-from vimoe.files import read_text, read_yaml
+from vimoe.files import read_text
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, whose mistakes are ConfigErrors of one line."""
+    """jsonargparse's parser, with errors of one line (ConfigError)."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "parser_mode": "strict", **kwargs})
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
-        """Parses flags; a preset's name after --config stands for its file."""
+        """Parse flags; --config takes a file or the name of a preset."""
         given = list(sys.argv[1:] if args is None else args)
-        for place, arg in enumerate(given):
+        for index, arg in enumerate(given):
             flag, equals, name = arg.partition("=")
-            if arg == "--config" and place + 1 < len(given):
-                given[place + 1] = _content(given[place + 1])
+            if arg == "--config" and index + 1 < len(given):
+                given[index + 1] = _content(given[index + 1])
             elif flag == "--config" and equals:
-                given[place] = f"--config={_content(name)}"
+                given[index] = f"--config={_content(name)}"
         return super().parse_args(given, *more, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises ConfigError in place of printing a usage text."""
+        """Raise ConfigError, where jsonargparse would print a usage text and exit."""
         raise ConfigError(self._one_line(message)) from ex
 
     def add_sections(self, *names: str) -> None:
-        """Adds --SECTION.OPTION for every setting of the named sections, and --config for a YAML file of them."""
+        """Add a flag --SECTION.OPTION for every setting of the named sections, and --config for a YAML file."""
         presets = ", ".join(PRESETS)
         text = f"YAML file with the same sections and names as the flags, or a preset: {presets}; flags after it win"
         self.add_argument("--config", action="config", help=text)
@@ -48,7 +49,7 @@ class Parser(ArgumentParser):
             self.add_class_arguments(SECTIONS[name], name)
 
     def settings(self, values: Namespace) -> Settings:
-        """The settings of the sections that this parser has; the others keep their defaults."""
+        """Return parsed settings; sections that this parser does not have keep their defaults."""
         for name in SECTIONS:
             if not isinstance(values.get(name, Namespace()), Namespace):
                 raise ConfigError(f"section {name!r} is {values[name]!r}: expected its settings by name")
@@ -81,10 +82,10 @@ class Parser(ArgumentParser):
 
 
 def _content(name: str) -> str:
-    """Return the content of a YAML file or preset as YAML that needs no file, encoding or second look.
+    """Return a YAML file or preset as YAML text, so that jsonargparse reads no file in the locale's encoding.
 
     Raises:
-        ConfigError: where there is neither, or it cannot be read.
+        ConfigError: if it is missing or cannot be read.
     """
     path = PRESETS[name] if name in PRESETS and not Path(name).exists() else Path(name)
     if not path.exists() and not path.suffix:
@@ -102,9 +103,11 @@ def _content(name: str) -> str:
 
 
 def _load_value(text: str) -> Any:
-    """Read one value or a whole file for jsonargparse."""
+    """Return the value of a text for jsonargparse: of one flag, or of a whole file."""
     value = read_yaml(text)
-    return text if re.fullmatch(r"\S[^\n]*:", text.strip()) else value  # a path that ends in a colon is no mapping
+    return (
+        text if re.fullmatch(r"\S[^\n]*:", text.strip()) else value
+    )  # a path that ends in a colon is a text, not a mapping
 
 
 set_loader("strict", _load_value, exceptions=(yaml.YAMLError,))
@@ -119,7 +122,7 @@ _UNKNOWN = (
 
 
 def read_settings(text: str) -> Settings:
-    """Settings from YAML. Raises ConfigError for what is no section, no setting or no value of one."""
+    """Return settings from YAML. Raises ConfigError if a section, a setting or a value is wrong."""
     parser = Parser(prog="settings")
     parser.add_sections(*SECTIONS)
     return parser.settings(parser.parse_string(text))
