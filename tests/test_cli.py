@@ -201,7 +201,7 @@ MISTAKES = {
     "count --model.name local-dir:nowhere": "no model folder there",
     "count --model.name resnet18": "no FFN was found",
     "train --data.interpolation bicubc --out never": "did you mean 'bicubic'?",
-    "count --moe.num_experts x": "moe.num_experts=x: expected a value of type int",
+    "count --moe.num_experts x": "moe.num_experts=x: expected a whole number",
     "count --moe.num_experts -1": "num_experts=-1: expected a whole number of at least 0",
     "count --moe.top_k 9": "top_k=9: expected at most num_experts=8",
     "count --moe.routing imgae": "did you mean 'image'?",

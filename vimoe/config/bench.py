@@ -52,7 +52,11 @@ class LayerBench(ModelBench):
     """Settings of `vimoe bench layer`.
 
     Args:
-        images, dtype, precision, rounds: as for a model.
+        images: number of images in a batch.
+        dtype: type of weights and images.
+        precision: "bf16" for autocast with weights in float32, as `TrainConfig.precision`.
+        rounds: number of rounds, in each of which every contestant runs once; lowered, with a warning, if they would
+            take long.
         tokens: number of tokens of an image.
         dim: number of channels.
         hidden: number of hidden units of an FFN.

@@ -28,9 +28,10 @@ class DataConfig:
         train_split: name of the folder or split to train on.
         val_split: name of the split for every decision; if it is missing or "none", validation is split off train.
         test_split: name of the split that only `evaluate` and the receipt of `prune` read.
-        image_column, label_column: names of columns; by default "path" and "label" in a CSV file. In a Hugging Face
-            table they are the only ones of images and of class labels (segmentation: those named like images and
-            masks).
+        image_column: column of the images; by default "path" in a CSV file, and the only one of images in a Hugging
+            Face table (segmentation: the one that is named like images).
+        label_column: column of the labels; by default "label" in a CSV file, and the only one of class labels in a
+            Hugging Face table (segmentation: the one that is named like masks).
         val_fraction: share of each class that is split off train if there is no validation split.
         images_per_class: largest number of train images of each class, drawn by `seed`.
         seed: seed of the validation split and of the subset.
@@ -41,7 +42,8 @@ class DataConfig:
         workers: number of processes that decode images; by default one per core, at most 8, if a GPU computes, else 0.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
         interpolation: filter for resizing images ("bicubic", "bilinear"); by default the model's own.
-        mean, std: normalisation of each channel, values in 0..1; by default the model's own.
+        mean: mean of each channel for normalisation, values in 0..1; by default the model's own.
+        std: standard deviation of each channel for normalisation, values in 0..1; by default the model's own.
         inference: "slide" a window of the training crop over an image, or predict the "whole" image at once
             (segmentation only).
         flip_test: average with the scores of the mirrored image (segmentation only).

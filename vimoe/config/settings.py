@@ -69,8 +69,8 @@ class Settings:
             return
         if train.train_only != "moe":
             raise ConfigError(
-                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since training changes "
-                f"the features of other blocks; set it, or use data.cache=disk"
+                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since training "
+                f"changes the features of other blocks; set it, or use data.cache=disk"
             )
         for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):
             if value:

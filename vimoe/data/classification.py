@@ -114,7 +114,7 @@ def load_folder(
         Name of the images ("test", "validation", or "all" for data without roles), and the images.
 
     Raises:
-        DataError: as `load_data`.
+        DataError: errors of `load_data`.
     """
     config = replace(config or DataConfig(), path=str(path))
     if config.path == "digits":

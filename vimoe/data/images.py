@@ -93,7 +93,7 @@ def image_size(source: Source) -> tuple[int, int]:
     """Return (height, width) of the result of `open_image`, read from the header alone.
 
     Raises:
-        DataError: as `open_image`.
+        DataError: errors of `open_image`.
     """
     try:
         with undecoded(source) as opened:
