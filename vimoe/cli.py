@@ -127,7 +127,7 @@ def train(verb: str, argv: list[str]) -> Result:
 
     resumed = options["resume"]
     summary = run_training(settings, options["out"]) if resumed is None else resume_training(resumed)
-    from vimoe.report.run_report import MEASURES, judged_by
+    from vimoe.report.table_cells import MEASURES, judged_by
 
     val = summary["val"]
     shares = f"{MEASURES[judged_by(val)].removesuffix(', %')} {val[judged_by(val)]:.2%}"
@@ -231,7 +231,7 @@ def prune(verb: str, argv: list[str]) -> Result:
     out = _required_out(options)
     open_run(options["run"])
     from vimoe.experiments.finished_run import FinishedRun
-    from vimoe.report.run_report import receipt_header, receipt_row
+    from vimoe.report.table_cells import receipt_header, receipt_row
 
     keys = ("tolerance", "experts", "recover", "recover_lr")
     values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
