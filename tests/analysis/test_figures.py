@@ -54,7 +54,7 @@ def test_a_dot_is_hollow_where_its_interval_holds_zero() -> None:
     ]
     permuted = plot.data[0]
     assert list(permuted.x) == [0.1, -0.3] and list(permuted.marker.symbol) == ["circle-open", "circle"]
-    assert "not distinguishable from 0" in permuted.text[0] and "distinguishable" not in permuted.text[1]
+    assert "interval contains 0" in permuted.text[0] and "contains" not in permuted.text[1]
     np.testing.assert_allclose(permuted.error_x.array, [0.2, 0.1])
     (axis,) = figures.effects(found).axes
     faces = [container.lines[0].get_markerfacecolor() for container in axis.containers]

@@ -128,7 +128,7 @@ def test_the_page_of_an_analysis_says_what_is_uncertain(tmp_path: Path) -> None:
     read = Reader(write_run_report(run))
     assert "blocks.0.mlp 0.000 [-0.050, 0.050] not distinguishable from chance 0.400" in read.text
     assert "blocks.2.mlp 0.900 [0.850, 0.950] 0.002" in read.text
-    assert "blocks.0.mlp +0.0000 [-0.0100, +0.0100] not distinguishable from 0" in read.text
+    assert "blocks.0.mlp +0.0000 [-0.0100, +0.0100] interval contains 0" in read.text
     assert "blocks.2.mlp +0.3000 [+0.2900, +0.3100] +0.2000" in read.text  # permuted, frozen
     assert "blocks.2.mlp -3.00 [-3.10, -2.90]" in read.text  # top-1 in points
     assert "For 11 of 24 experts the change is not distinguishable from 0" in read.text
@@ -150,12 +150,12 @@ def test_what_was_not_measured_is_left_out_with_a_sentence(tmp_path: Path) -> No
     assert "whether the routing matters was not measured" in read.text
     assert "The effect of single experts was not measured" in read.text
     assert "were not compared with one another" in read.text
-    assert "not distinguishable from 0" not in read.text and not (tmp_path / "run" / "figures" / "effects.png").exists()
+    assert "interval contains 0" not in read.text and not (tmp_path / "run" / "figures" / "effects.png").exists()
 
 
 def test_the_page_of_a_pruning_has_its_removals_in_order(tmp_path: Path) -> None:
     read = Reader(write_run_report(pruned(tmp_path / "run")))
-    assert "1. blocks.0.mlp shared expert alone +0.0015 [-0.0085, +0.0115] not distinguishable from 0 – –" in read.text
+    assert "1. blocks.0.mlp shared expert alone +0.0015 [-0.0085, +0.0115] interval contains 0 – –" in read.text
     assert "2. blocks.1.mlp, expert 5 other experts +0.0040 [+0.0030, +0.0050] +0.0055" in read.text
     assert "blocks.1.mlp 7 experts averaged +0.2500" in read.text
     assert "before pruning 61.00" in read.text and "pruned, then trained further 62.50" in read.text

@@ -58,7 +58,7 @@ def measured_interventions(layer: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def zero_warning(change: dict[str, float]) -> str:
     """Return a warning in words if the interval of a change contains 0, else ""."""
-    return "not distinguishable from 0" if change["low"] <= 0 <= change["high"] else ""
+    return "interval contains 0" if change["low"] <= 0 <= change["high"] else ""
 
 
 def chance_warning(ami: dict[str, float]) -> str:

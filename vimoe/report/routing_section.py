@@ -125,7 +125,7 @@ def _add_heatmaps(page: Page, evidence: dict[str, Any], prefix: str) -> None:
 def _add_dependence(page: Page, evidence: dict[str, Any], prefix: str) -> None:
     page.subheading("Does the expert depend on the class?")
     page.text(
-        "AMI is the adjusted mutual information of class and expert: 0 at chance level, 1 if either determines the "
+        "AMI is the adjusted mutual information of class and expert: 0 at chance level, 1 if each determines the "
         "other. p is the share of random reassignments of classes to whole images with at least as much mutual "
         f"information; above {CHANCE} the layer is not distinguishable from chance. Effective experts are exp(entropy "
         "of the load): N if all loads are equal, 1 if one expert receives everything. Gates is the mean sum of the "
