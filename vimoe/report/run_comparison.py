@@ -122,8 +122,8 @@ def _routing(page: Page, folders: dict[str, Path], runs: dict[str, _Run]) -> Non
         "One row for each layer of each run that was analysed, on validation images. AMI says how far the expert "
         "depends on the class (0 at chance level, 1 fully). Effective experts is the number of experts in use. The "
         "last two columns are changes of the loss in nats: if images exchange their routing decisions, and if the "
-        "layer becomes dense by its cheapest replacement. Brackets hold 95% bootstrap intervals over images, unless a line "
-        "below says otherwise."
+        "layer becomes dense by its cheapest replacement. Brackets hold 95% bootstrap intervals over images, unless a "
+        "line below says otherwise."
     )
     sequences = {name: run.evidence.get("sequences") for name, run in runs.items()}
     if videos := [f"{name}: intervals {over(count)}." for name, count in sequences.items() if count is not None]:
