@@ -83,17 +83,20 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     found = evidence(layers=2)
     found["classes"][0] = found["layers"][1]["name"] = NASTY
     page = Page("a <b> run", tmp_path / "figures")
-    page.heading(NASTY)
+    for add in (page.heading, page.subheading, page.text, lambda text: page.items([text])):
+        add(NASTY)
+    page.table([NASTY], [])
     page.table(("layer", "AMI"), [(NASTY, "0.5\n[0.4, 0.6]")], folded=NASTY)
     page.plotly_figure(plotly_figures.heatmaps(found), NASTY)
     page.plotly_figure(plotly_figures.effects(found), 'a "caption"', figures.effects(found), "effects")
     page.figure(figures.heatmaps(found), "heatmaps", 'P("e" | c)')
+    page.image(tmp_path / "figures" / "heatmaps.png", '">' + NASTY)
     read = Reader(page.write(tmp_path / "report.html"))
     assert not any(script.strip().startswith("alert") for script in read.scripts)
     assert len(read.scripts) == 1 + 2  # plotly once, two figures
     assert read.loaded and all(link.startswith(("data:", "#section-")) for link in read.loaded)
     assert (
-        read.text.count("alert(1)") == 5 and "<title>a &lt;b&gt; run</title>" in (tmp_path / "report.html").read_text()
+        read.text.count("alert(1)") == 10 and "<title>a &lt;b&gt; run</title>" in (tmp_path / "report.html").read_text()
     )
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"effects.png", "heatmaps.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "figures"}
