@@ -12,6 +12,7 @@ from timm.layers import RelPosMlp
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from vimoe.config.layers import Layers
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import SurgeryError, expect, first_line, nearest
 from vimoe.models import surgery
@@ -86,15 +87,22 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
         SurgeryError: where a block cannot be converted; the model is as it was.
         VimoeError: for an optimised model.
     """
+    convert(model, config)
+    return model
+
+
+def convert(model: nn.Module, config: MoEConfig) -> list[str]:
+    """Do what `upcycle` does, and return the names of the converted FFNs in forward order."""
     _check(model, config)
-    surgery.swap(model, _replacements(model, config))
+    replacements = _replacements(model, config)
+    surgery.swap(model, replacements)
     if config.router_is_blind and config.layers != "none":
         warnings.warn(
             f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
             f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model
+    return list(replacements)
 
 
 def densify(
@@ -122,7 +130,7 @@ def densify(
     """
     if how not in HOW:
         raise SurgeryError(f"how={how!r}: expected {' or '.join(map(repr, HOW))}")
-    chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
+    chosen = [s for s in Layers.parse(layers).select(sites(model)) if isinstance(s.module, MoE) or layers != "all"]
     if not chosen:
         raise SurgeryError(f"layers={layers!r}: the model has no MoE layer there: expected one that upcycle made")
     masses = dict(gate_mass or {})
@@ -146,7 +154,7 @@ def sites(model: nn.Module) -> list[Site]:
 
 def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     """The new module of every chosen site, after all checks."""
-    chosen = surgery.select(sites(model), config.layers)
+    chosen = config.selection.select(sites(model))
     if not chosen:
         return {}
     layout = _token_layout(model)
