@@ -473,7 +473,7 @@ REFUSALS = {
     "train.train_only='all': expected 'moe'": {"train": {"train_only": "all"}},
     "train.mixup=0.2 with data.cache='features': expected 0": {"train": {"mixup": 0.2}},
     "train.cutmix=1 with data.cache='features': expected 0": {"train": {"cutmix": 1.0}},
-    "data.views=2 with data.cache='disk': expected it with data.cache=features alone": {"data": {"cache": "disk"}},
+    "data.views=2 with data.cache='disk': expected it with data.cache=features only": {"data": {"cache": "disk"}},
     "views=0: expected a whole number of at least 1": {"data": {"views": 0}},
     "data.cache='features' with data.task='segmentation'": {
         "data": {"task": "segmentation"},
