@@ -84,7 +84,7 @@ def every_kind(model: nn.Module, name: str, x: Tensor) -> list[Intervention]:
         *(Handed(experts, gates, torch.arange(len(x)).roll(by)) for by in range(3)),
         Frozen(torch.arange(k), torch.full((k,), 0.4)),
         *(Without(expert) for expert in range(layer.config.num_experts)),
-        *(layer.dense(how, torch.full((4,), 0.1)) for how in layer.hows),
+        *(layer.dense(how, torch.full((4,), 0.1)) for how in layer.densify_methods),
     ]
 
 
@@ -255,10 +255,10 @@ def test_what_replaces_a_layer_computes_what_it_would_in_its_place(family: str) 
     """Several at once: each part of the output is that of a model with this one FFN there."""
     model, x = model_and_images(family)
     for name, layer in moe_layers(model).items():
-        ways = [layer.dense(how, torch.full((4,), 0.1)) for how in layer.hows]
+        ways = [layer.dense(how, torch.full((4,), 0.1)) for how in layer.densify_methods]
         assert len(ways) == 3
         parts = overruled(model, name, ways, x)
-        for how, part in zip(layer.hows, parts, strict=True):
+        for how, part in zip(layer.densify_methods, parts, strict=True):
             alone = vimoe.densify(copy.deepcopy(model), [name], how, {name: torch.full((4,), 0.1)})
             torch.testing.assert_close(part, alone(x).detach(), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(parts[0], parts[1])

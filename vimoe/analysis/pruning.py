@@ -147,7 +147,7 @@ def prune(
     expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
     layers = moe_layers(model)
     known = {e.name: (e.num_experts, e.top_k, e.routing) for e in evidence.layers}
-    ours = {n: (m.config.num_experts, m.config.top_k, m.config.routing) for n, m in layers.items()}
+    ours = {n: (m.config.num_experts, m.router.slots, m.config.routing) for n, m in layers.items()}
     if known != ours:
         odd = sorted(set(known.items()) ^ set(ours.items()))[0][0]
         raise VimoeError(
@@ -166,9 +166,9 @@ def prune(
 
 
 def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:
-    if not all(layer.dense for layer in evidence.layers):
+    if not evidence.overruled_images:
         raise VimoeError("the evidence has no interventions: expected those of making layers dense; pass the loader")
-    all_steps = [Step(e.name, None, *e.best_dense) for e in evidence.layers]
+    all_steps = [Step(e.name, None, *e.best_dense) for e in evidence.layers if e.dense]
     steps = [step for step in all_steps if step.change.loss.high <= tolerance]
     if len(steps) > 1:
         warnings.warn(
@@ -200,7 +200,11 @@ class _Greedy:
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
         """Makes layers dense as long as one can go; returns what those that stay would have cost."""
         layers = moe_layers(self.model)
-        ways = {name: {how: layer.dense(how, mass[name]) for how in layer.hows} for name, layer in layers.items()}
+        ways = {
+            name: {how: layer.dense(how, mass[name]) for how in layer.densify_methods}
+            for name, layer in layers.items()
+            if layer.densify_methods
+        }
         while ways:
             changes = self._measure({name: list(way.values()) for name, way in ways.items()}, "pruning layers")
             best: dict[str, tuple[Step, int]] = {}

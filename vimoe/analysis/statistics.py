@@ -146,12 +146,12 @@ def dependence(
 ) -> Dependence:  # fmt: skip
     """Adjusted mutual information of an image's class and its experts (Vinh et al., JMLR 2010, arithmetic mean).
 
-    Where each image chose one expert it is scikit-learn's `adjusted_mutual_info_score`. Else it is that of class and
+    If each image chose one expert, it is scikit-learn's `adjusted_mutual_info_score`. Else it is that of class and
     expert over all choices, and what chance gives is the mean over permutations of whole images.
 
     Args:
         labels: (I,) class of each image.
-        counts: (I, N) how often it chose each expert; each row has the same sum.
+        counts: (I, N) how often it chose each expert; an image may have chosen none.
         seed: draws resamples and permutations.
         permutations: for p, and for what chance gives where images chose several experts; of single images.
         sequences: what is resampled for the interval.
@@ -175,18 +175,36 @@ def dependence(
     return _adjusted(table, nats, expected, null, np.concatenate(samples))
 
 
+def count_experts(
+    group: np.ndarray, experts: np.ndarray, groups: int, num_experts: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """(groups, N) how often each expert was chosen in each group, or the sum of the weights of these choices.
+
+    Args:
+        group: (...,) number of the group that each decision belongs to, from 0.
+        experts: (..., K) chosen experts; -1, an empty slot, does not count.
+        groups, num_experts: number of groups, and N.
+        weights: (..., K).
+    """
+    code = group[..., None] * (num_experts + 1) + experts + 1  # empty slots have a column of their own
+    flat = None if weights is None else weights.ravel()
+    counts = np.bincount(code.ravel(), flat, groups * (num_experts + 1))
+    return counts.reshape(groups, num_experts + 1)[:, 1:]
+
+
 def tables_of_units(labels: np.ndarray, experts: np.ndarray, classes: int, num_experts: int) -> np.ndarray:
     """(I, C, N) how often the units of each class chose each expert, image by image.
 
     Args:
         labels: (I, U) class of each unit; negative where it has none, and does not count.
-        experts: (I, U, K).
+        experts: (I, U, K), -1 in empty slots.
         classes, num_experts: C and N.
     """
     images, counted = len(labels), labels >= 0
-    place = np.broadcast_to(np.arange(images)[:, None], labels.shape)[counted]
-    codes = ((place * classes + labels[counted])[:, None] * num_experts + experts[counted]).ravel()
-    return np.bincount(codes, minlength=images * classes * num_experts).reshape(images, classes, num_experts)
+    image = np.broadcast_to(np.arange(images)[:, None], labels.shape)[counted]
+    return count_experts(image * classes + labels[counted], experts[counted], images * classes, num_experts).reshape(
+        images, classes, num_experts
+    )
 
 
 def dependence_of_units(
@@ -240,8 +258,12 @@ def effective_number(counts: np.ndarray, seed: int = 0, sequences: np.ndarray | 
 
 
 def favourites(counts: np.ndarray, gates: np.ndarray) -> np.ndarray:
-    """(I,) each image's most used expert; of equally used ones that with the larger sum of gates (I, N)."""
-    return (counts + gates / (1 + gates.sum(axis=1, keepdims=True))).argmax(axis=1)
+    """Return each image's most used expert (I,); N, which is none, for an image without any.
+
+    Of equally used experts the one with the larger sum of gates (I, N) counts.
+    """
+    most = (counts + gates / (1 + gates.sum(axis=1, keepdims=True))).argmax(axis=1)
+    return np.where(counts.any(axis=1), most, counts.shape[1])
 
 
 def agreement(
@@ -276,7 +298,8 @@ def routes(decisions: Sequence[np.ndarray]) -> tuple[int, float]:
     """Distinct combinations of experts over depth, and their effective number, exp(entropy).
 
     Args:
-        decisions: for each layer (I, U, K) chosen experts. A layer that routes whole images sends all its tokens there.
+        decisions: for each layer (I, U, K) chosen experts, -1 in empty slots. A layer that routes whole images sends
+            all its tokens there.
     """
     units = max(layer.shape[1] for layer in decisions)
     spread = [
@@ -370,10 +393,10 @@ def _exchanges(sequences: np.ndarray, count: int, rng: np.random.Generator) -> I
 
 
 def _codes(rows: np.ndarray) -> np.ndarray:
-    """A number for each row of small numbers, equal where the rows are."""
+    """Return a number for each row of small numbers, from -1 on; it is equal where the rows are."""
     codes = np.zeros(len(rows), dtype=np.int64)
     for column in rows.T:
-        _, codes = np.unique(codes * (int(column.max()) + 1) + column, return_inverse=True)  # renumbered: stays small
+        _, codes = np.unique(codes * (int(column.max()) + 2) + column + 1, return_inverse=True)  # small again
     return codes
 
 
@@ -400,7 +423,7 @@ def _resampled_tables(
 
 def _mutual_information(table: np.ndarray) -> np.ndarray:
     """In nats, of the two variables of contingency tables (..., C, N)."""
-    joint = table / table.sum(axis=(-2, -1), keepdims=True)
+    joint = table / np.maximum(table.sum(axis=(-2, -1), keepdims=True), 1)  # counts, of which there may be none
     independent = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
     ratio = np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0)
     return (joint * np.log(ratio)).sum(axis=(-2, -1))
@@ -408,5 +431,5 @@ def _mutual_information(table: np.ndarray) -> np.ndarray:
 
 def _entropy(counts: np.ndarray) -> np.ndarray:
     """In nats, over the last axis."""
-    shares = counts / counts.sum(axis=-1, keepdims=True)
+    shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
     return -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=-1)
