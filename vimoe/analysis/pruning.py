@@ -166,7 +166,8 @@ def prune(
 
 
 def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:
-    if not evidence.overruled_images:
+    layers = moe_layers(model)
+    if any(layers[e.name].densify_methods and not e.dense for e in evidence.layers):
         raise VimoeError("the evidence has no interventions: expected those of making layers dense; pass the loader")
     all_steps = [Step(e.name, None, *e.best_dense) for e in evidence.layers if e.dense]
     steps = [step for step in all_steps if step.change.loss.high <= tolerance]
@@ -176,7 +177,6 @@ def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor
             f"is not known: pass the loader, and it is measured after each",
             stacklevel=3,
         )
-    layers = moe_layers(model)
     swap(model, {step.layer: layers[step.layer].dense(step.how, mass[step.layer]) for step in steps})
     kept = tuple(step for step in all_steps if step not in steps)
     return Pruning(tuple(steps), kept, tolerance, evidence.overruled_sequences)
