@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from vimoe.config.checks import check_choice, check_count, check_flags, check_range
+from vimoe.config.layers import Layers
 from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError, nearest
 
 RoutedUnit = Literal["image", "token"]
-
-
 Combine = Literal["mix", "sum"]
 
 
@@ -20,9 +19,6 @@ ROUTERS = Registry("moe.router", {"softmax": "vimoe.moe.softmax_router:SoftmaxRo
 
 
 EXPERTS = Registry("moe.experts", {"ffn": "vimoe.moe.stacked_ffns:StackedFFNs"})
-
-
-LAYER_WORDS = ("all", "none", "last:N", "every:N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +48,10 @@ class MoEConfig:
 
     Raises:
         ConfigError: for a value outside of these, or values that contradict one another.
+
+    >>> import vimoe
+    >>> vimoe.MoEConfig(layers="last:2", num_experts=4, routing="token").to_dict()["num_experts"]
+    4
     """
 
     layers: str | tuple[int | str, ...] = "last:2"
@@ -68,9 +68,7 @@ class MoEConfig:
     experts: str = "ffn"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        check_layers(self.layers)
+        object.__setattr__(self, "layers", self.selection.written)  # a list becomes a tuple
         check_choice("routing", self.routing, get_args(RoutedUnit))
         check_choice("combine", self.combine, get_args(Combine))
         check_count("num_experts", self.num_experts, 0)
@@ -95,6 +93,11 @@ class MoEConfig:
                 "expert (without one they are normalised already); drop it, or use combine='sum'"
             )
 
+    @cached_property
+    def selection(self) -> Layers:
+        """`layers`, parsed."""
+        return Layers.parse(self.layers)
+
     @property
     def gates_sum_to_one(self) -> bool:
         """True if the softmax router divides the gates of the chosen experts by their sum."""
@@ -115,19 +118,3 @@ class MoEConfig:
             if name not in known:
                 raise ConfigError(f"unknown MoE setting {name!r}: {nearest(name, known)}")
         return cls(**values)
-
-
-def check_layers(layers: object) -> None:
-    """Raises ConfigError where `layers` is neither one of LAYER_WORDS, nor block indices or module-name patterns."""
-    items = tuple(layers) if isinstance(layers, (tuple, list)) else (layers,)
-    named = [item for item in items if isinstance(item, str) and item]
-    indices = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
-    if not items or len(named) + len(indices) < len(items) or (indices and not isinstance(layers, (tuple, list))):
-        raise ConfigError(
-            f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)}, block indices such as [3, 4], "
-            f"or module-name patterns such as 'blocks.1?.mlp'"
-        )
-    word, colon, number = layers.partition(":") if isinstance(layers, str) else ("", "", "")
-    if colon and not (word in ("last", "every") and re.fullmatch(r"[1-9]\d*", number)):
-        remedy = nearest(f"{word}:N", LAYER_WORDS)
-        raise ConfigError(f"layers={layers!r}: expected one of {', '.join(LAYER_WORDS)} with N of 1 or more; {remedy}")

@@ -9,14 +9,12 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimoe.config.model import ModelConfig
-from vimoe.config.moe import LAYER_WORDS
 from vimoe.errors import ConfigError, beside, first_line, nearest
 from vimoe.files import read_text
 
@@ -72,20 +70,6 @@ def dense_segmenter(config: ModelConfig) -> Path | None:
         return None
     section = _vimoe_section(config.name, Path(place))
     return Path(place) if section.get("segmentation") and not section.get("layers") else None
-
-
-def check_layers_of_timm(layers: str | Sequence[int | str]) -> None:
-    """Raises ConfigError for a module name in `MoEConfig.layers` that no FFN of a timm model has, whatever the model.
-
-    Names with wildcards are not judged: only the model can tell.
-    """
-    for item in [layers] if isinstance(layers, str) else layers:
-        if isinstance(item, int) or item.partition(":")[0] in ("all", "none", "last", "every"):
-            continue
-        if any(wild in item for wild in "*?[") or FFN_NAME.fullmatch(item):
-            continue
-        numbered = [f"blocks.{number}.mlp" for number in re.findall(r"\d+", item)]
-        raise ConfigError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *numbered])}")
 
 
 def check_name(config: ModelConfig, segmentation: bool = False) -> None:

@@ -12,6 +12,7 @@ from timm.layers import RelPosMlp
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from vimoe.config.layers import Layers
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import SurgeryError, expect, first_line, nearest
 from vimoe.models import surgery
@@ -66,6 +67,12 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
 
     Raises:
         SurgeryError: as `upcycle`.
+
+    >>> import timm, vimoe
+    >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
+    before: 0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
+    after:  0.41 M parameters, 0.33 M activated, 0.040 G multiply-adds, 1 MoE layers
+      blocks.5.mlp: Mlp -> 4 experts, top_k=1, image routing, 1 shared, mix
     """
     _check(model, config)
     copied = meta_copy(model)
@@ -95,7 +102,20 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
     Raises:
         SurgeryError: if a block cannot be converted; the model is as it was.
         VimoeError: for an optimised model.
+
+    >>> import timm, torch, vimoe
+    >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
+    >>> before = model(images)
+    >>> after = vimoe.upcycle(model, vimoe.MoEConfig(layers="last:2", num_experts=4))(images)
+    >>> torch.allclose(before, after, atol=1e-5)
+    True
     """
+    convert(model, config)
+    return model
+
+
+def convert(model: nn.Module, config: MoEConfig) -> list[str]:
+    """Do what `upcycle` does, and return the names of the converted FFNs in forward order."""
     _check(model, config)
     replaced = _replacements(model, config)
     surgery.swap(model, replaced)
@@ -103,9 +123,9 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
         warnings.warn(
             f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
             f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return model
+    return list(replaced)
 
 
 def densify(
@@ -130,10 +150,17 @@ def densify(
     Raises:
         SurgeryError: if no MoE layer is named, or `how` does not fit one of them; nothing was changed.
         VimoeError: for an optimised model.
+
+    >>> import timm, torch, vimoe
+    >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
+    >>> before = model(images)
+    >>> model = vimoe.densify(vimoe.upcycle(model, vimoe.MoEConfig(layers="last:2", num_experts=4)))
+    >>> torch.equal(before, model(images))
+    True
     """
     if how not in HOW:
         raise SurgeryError(f"how={how!r}: expected {' or '.join(map(repr, HOW))}")
-    chosen = [s for s in surgery.select(sites(model), layers) if isinstance(s.module, MoE) or layers != "all"]
+    chosen = [s for s in Layers.parse(layers).select(sites(model)) if isinstance(s.module, MoE) or layers != "all"]
     if not chosen:
         raise SurgeryError(f"layers={layers!r}: the model has no MoE layer there: expected one that upcycle made")
     masses = dict(gate_mass or {})
@@ -161,7 +188,7 @@ def sites(model: nn.Module) -> list[Site]:
 
 def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     """Return the new module of every chosen site, after all checks."""
-    chosen = surgery.select(sites(model), config.layers)
+    chosen = config.selection.select(sites(model))
     if not chosen:
         return {}
     layout = _token_layout(model)

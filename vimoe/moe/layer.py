@@ -47,6 +47,14 @@ class MoE(nn.Module):
         router: of the kind `config.router`.
         experts: of the kind `config.experts`.
         shared: the shared expert, or None.
+
+    >>> import torch, vimoe
+    >>> from timm.layers import Mlp
+    >>> from vimoe.moe.router import TokenLayout
+    >>> tokens = TokenLayout(num_prefix_tokens=1, class_token=True)
+    >>> layer = vimoe.MoE(Mlp(16, 32), vimoe.MoEConfig(num_experts=4, routing="token"), tokens)
+    >>> layer(torch.randn(2, 5, 16)).shape  # (images, tokens, channels)
+    torch.Size([2, 5, 16])
     """
 
     router: Router

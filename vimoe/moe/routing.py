@@ -43,6 +43,15 @@ class Routing:
         batch: (B, T), number of images and of tokens of an image.
         layer: module name of the layer; a recorder sets it.
         ragged: True if slots can be empty. The router says so without a look at the data.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> def mean_gate(routing: vimoe.Routing) -> float:
+    ...     return routing.gates.mean().item()
+    >>> 0 < mean_gate(routings[0]) < 1
+    True
     """
 
     logits: Tensor
@@ -123,6 +132,13 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
     Raises:
         VimoeError: if a layer runs without gradient inside a recorder that was entered with it. Reentrant
             checkpointing does that, and a loss of such a record would train nothing.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:2", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> [routing.layer for routing in routings]
+    ['blocks.4.mlp', 'blocks.5.mlp']
     """
     expect("model", model, nn.Module, "give the one that is to be recorded")
     names = {id(module): name for name, module in model.named_modules()}
