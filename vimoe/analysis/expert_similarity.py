@@ -36,29 +36,29 @@ class ExpertComparison:
 
     Attributes:
         num_experts: N.
-        weight_similarity: of the experts' weights, all in one vector.
-        deviation_similarity: of the experts' deviations from their mean weights. -1/(N-1) where they moved apart
-            independently, but also wherever else they moved equally far, because deviations sum to zero: it shows
-            how equally far, and goes up to (N-4)/N where one alone has moved. None for copies.
-        deviation_directions: in 1..N-1, how many directions the deviations have: the participation ratio
-            (sum v)^2 / sum v^2 of their variances v along principal axes. N-1 where experts moved independently and
-            equally far, 1 where all of them are on a line. None for copies.
-        output_similarity: of the experts' outputs for the same token; mean over tokens, routed there or not.
-        neuron_similarity: of neuron f of one expert to neuron f of the other, by its rows of fc1 and its column of
-            fc2; mean over neurons.
+        weight_similarity: similarity of the experts' weights, all in one vector.
+        deviation_similarity: similarity of the experts' deviations from their mean weights. It is -1/(N-1) if they
+            moved apart independently. Deviations sum to zero, so it is that for any moves that are equally long: it
+            shows how equal they are, and goes up to (N-4)/N if one expert alone has moved. None for copies.
+        deviation_directions: number of directions of the deviations, 1..N-1: the participation ratio
+            (sum v)^2 / sum v^2 of their variances v along principal axes. N-1 if experts moved independently and
+            equally far, 1 if all of them are on a line. None for copies.
+        output_similarity: similarity of the experts' outputs for the same token; mean over tokens, routed there or not.
+        neuron_similarity: similarity of neuron f of one expert to neuron f of the other, by its rows of fc1 and its
+            column of fc2; mean over neurons.
         matched_neuron_similarity: the same, each neuron with its partner in `ffn.match`. Much more than
             neuron_similarity says that experts are in part permutations of each other. Unrelated neurons come out
             above 0 too, as each gets a partner that suits it.
-        active_neurons: in 1/F..1, share of the neurons that make an expert's output: (sum a)^2 / (F sum a^2) with
-            a_f = |h_f| |w_f|, hidden unit times the norm of its column of fc2; mean over tokens and experts. 1 where
-            all say equally much.
-        score_norm_correlation: in -1..1, Spearman correlation over experts of the router's score with the norm of
-            the expert's output (for an image the mean norm over its tokens); mean over rows.
-        top1_has_largest_norm: in 0..1, share of the rows with an expert whose first choice has the largest output; t
+        active_neurons: share of the neurons that make an expert's output, 1/F..1: (sum a)^2 / (F sum a^2) with
+            a_f = |h_f| |w_f|, hidden unit times the norm of its column of fc2; mean over tokens and experts. 1 if all
+            add equally much.
+        score_norm_correlation: Spearman correlation, -1..1, over experts of the router's score with the norm of the
+            expert's output (for an image the mean norm over its tokens); mean over rows.
+        top1_has_largest_norm: share, 0..1, of the rows with an expert whose first choice has the largest output; t
             experts that share the largest norm count 1/t.
         chance: 1/N, the value of top1_has_largest_norm for a router that knows nothing.
-        router_expert_correlation: in -1..1, Pearson correlation over pairs of experts of the cosine of their rows in
-            the router with the cosine of their deviations: 1 where the router likes experts alike that are alike.
+        router_expert_correlation: Pearson correlation, -1..1, over pairs of experts of the cosine of their rows in the
+            router with the cosine of their deviations: 1 if the router scores similar experts similarly.
             None below 3 experts, or if all pairs are equally similar.
     """
 
@@ -76,7 +76,7 @@ class ExpertComparison:
     router_expert_correlation: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, as JSON knows them."""
+        """Return the fields by name, as JSON knows them."""
         return asdict(self)
 
 

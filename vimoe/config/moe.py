@@ -36,8 +36,8 @@ class MoEConfig:
         num_shared_experts: n experts that every token passes; n of them are one FFN of n times the width.
         combine: "mix" is S(x) + sum g_i (E_i(x) - S(x)), "sum" is S(x) + sum g_i E_i(x) (the ViMoE paper).
         normalize_gates: divide the gates by their sum over the chosen experts; goes with "sum".
-        router_noise: in training, normal noise on the router's scores, its standard deviation in units of
-            1 / num_experts (V-MoE, arXiv 2106.05974, has 1).
+        router_noise: standard deviation, in units of 1 / num_experts, of normal noise on the router's scores in
+            training (V-MoE, arXiv 2106.05974, has 1).
         bias_update_rate: step by which each update of the weights moves a bias on the choice of experts, up for
             experts with less than the mean load and down for those with more; gates stay without it (loss-free
             balancing, arXiv 2408.15664, has 0.001). 0 makes no bias.
@@ -47,7 +47,7 @@ class MoEConfig:
         experts: kind of the experts, a name in `EXPERTS`; "ffn" gives each expert weights of its own.
 
     Raises:
-        ConfigError: for a value outside of these, or values that contradict one another.
+        ConfigError: if a value is another, or values contradict one another.
 
     >>> import vimoe
     >>> vimoe.MoEConfig(layers="last:2", num_experts=4, routing="token").to_dict()["num_experts"]

@@ -48,7 +48,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
         input_size: (channels, height, width); by default that of the model.
 
     Raises:
-        VimoeError: for a value that is no model, or a size that the model does not take.
+        VimoeError: if the model is none, or does not take the size.
 
     >>> import timm, vimoe
     >>> print(vimoe.count(timm.create_model("test_vit", num_classes=4)))

@@ -30,8 +30,8 @@ def set_backend(model: Model, backend: Backend) -> Model:
             or "bmm" (padded to the largest load). `vimoe bench layer` shows what each costs.
 
     Raises:
-        ConfigError: for another name.
-        VimoeError: for an optimised model.
+        ConfigError: if there is no such backend.
+        VimoeError: if the model is optimised.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -63,8 +63,8 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
         The model, with `compile` inside of torch.compile's module.
 
     Raises:
-        ConfigError: for a dtype that is no floating point type.
-        VimoeError: for a model that is optimised already.
+        ConfigError: if the dtype is no floating point type.
+        VimoeError: if the model is optimised already.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))

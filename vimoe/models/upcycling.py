@@ -66,7 +66,7 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
         input_size: (channels, height, width) to count for; by default that of the model.
 
     Raises:
-        SurgeryError: as `upcycle`.
+        SurgeryError: if `upcycle` would raise it.
 
     >>> import timm, vimoe
     >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
@@ -101,7 +101,7 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
 
     Raises:
         SurgeryError: if a block cannot be converted; the model is as it was.
-        VimoeError: for an optimised model.
+        VimoeError: if the model is optimised.
 
     >>> import timm, torch, vimoe
     >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
@@ -141,15 +141,15 @@ def densify(
         layers: blocks, as in `MoEConfig.layers`; "all" means all MoE layers.
         how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" does so
             after it has put their hidden units in the same order, as far as they have one (`ffn.match`).
-        gate_mass: for both means, by layer name, (N,) the mean gate that each expert got
-            (`LayerEvidence.gate_mass`). Without it, experts count as a router without preference weighs them.
+        gate_mass: (N,) mean gate that each expert got, by layer name, for both means (`LayerEvidence.gate_mass`).
+            Without it, experts count as a router without preference weighs them.
 
     Returns:
         The same model. Right after `upcycle` its state is the parent's, bit for bit.
 
     Raises:
         SurgeryError: if no MoE layer is named, or `how` does not fit one of them; nothing was changed.
-        VimoeError: for an optimised model.
+        VimoeError: if the model is optimised.
 
     >>> import timm, torch, vimoe
     >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
@@ -180,7 +180,7 @@ def sites(model: nn.Module) -> list[Site]:
     """Return the sites of a model that hold an FFN or an MoE layer, in forward order.
 
     Raises:
-        VimoeError: for an optimised model.
+        VimoeError: if the model is optimised.
     """
     check_not_packed(model)
     return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module), skip=(RelPosMlp,))

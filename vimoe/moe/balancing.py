@@ -29,7 +29,7 @@ def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
         routings: records that `vimoe.record(model)` collected since the last update.
 
     Raises:
-        VimoeError: for a record of a layer that this model does not have.
+        VimoeError: if the model does not have the layer of a record.
 
     >>> import timm, torch, vimoe
     >>> config = vimoe.MoEConfig(layers="last:1", num_experts=4, bias_update_rate=0.001)
@@ -66,7 +66,7 @@ def set_random_share(model: nn.Module, share: float) -> None:
         share: 0 to 1; leave the model with 0.
 
     Raises:
-        VimoeError: for a share outside of these, or a router whose decisions cannot be random.
+        VimoeError: if the share is another, or the decisions of a router cannot be random.
 
     >>> import timm, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))

@@ -1,8 +1,7 @@
 """Dispatch: sort the filled slots by expert. Combine: add the experts' outputs up, row by row.
 
-Axes: B images, T tokens of an image, D channels, R rows that are routed, K slots of a row, N experts, U tokens of a row
-(T when whole images are routed, 1 when tokens are), S filled slots in the order of their experts. No token is dropped
-here.
+Axes: D channels, R rows that are routed (images or tokens), K slots of a row, N experts, U tokens of a row (1 if tokens
+are routed), S filled slots in the order of their experts. No token is dropped here.
 """
 
 from __future__ import annotations

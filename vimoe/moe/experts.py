@@ -58,7 +58,7 @@ class Experts(nn.Module):
         config: settings of the layer. Its `expert_dropout` holds on the hidden units unless the FFN has a larger rate.
 
     Raises:
-        SurgeryError: for an FFN with a part that experts could not reproduce.
+        SurgeryError: if experts could not reproduce a part of the FFN.
     """
 
     are_ffns = True

@@ -41,7 +41,7 @@ def grouped_linear(
         backend: name of the backend; "auto" is what `choose` returns.
 
     Raises:
-        ConfigError: for a backend that cannot compute this.
+        ConfigError: if the backend cannot compute this.
     """
     x_RUI = in_type_of_autocast(x_RUI)
     if backend == "auto":

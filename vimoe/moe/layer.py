@@ -1,7 +1,7 @@
 """The MoE layer on one page: route, dispatch, compute, combine, add the shared expert.
 
-Axes: B images, T tokens of an image, D channels, R rows that are routed (images or tokens), U tokens of a row, N
-experts, S filled slots in the order of their experts (a row has one slot at each of its experts).
+Axes: B images, T tokens of an image, D channels, N experts, R rows that are routed (images or tokens), U tokens of a
+row, S filled slots in the order of their experts. A row has one slot at each of its experts.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class MoE(nn.Module):
         layout: tokens that are no patches; only image routing reads it.
 
     Attributes:
-        router: of the kind `config.router`.
-        experts: of the kind `config.experts`.
+        router: router of the kind `config.router`.
+        experts: experts of the kind `config.experts`.
         shared: the shared expert, or None.
 
     >>> import torch, vimoe

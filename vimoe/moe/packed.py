@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
         act: an activation, or None.
 
     Raises:
-        VimoeError: in `forward`, if a gradient is wanted: the operators would end it without a word.
+        VimoeError: if `forward` is to have a gradient: the operators would end it without a word.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: nn.Module | None = None) -> None:

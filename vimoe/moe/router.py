@@ -75,7 +75,7 @@ class Router(nn.Module):
         like: a weight of the FFN, for type and device.
 
     Raises:
-        ConfigError: for a `bias_update_rate` that the router does not read.
+        ConfigError: if the router does not read a `bias_update_rate` other than 0.
     """
 
     ragged = False
@@ -163,7 +163,8 @@ class Router(nn.Module):
         """Return the decisions of a ragged router: the chosen experts of each row by falling gate, K at most.
 
         Args:
-            logits_RN, batch: as in `decide`.
+            logits_RN: scores, as `decide` gets them.
+            batch: (B, T).
             gates_RN: weight of each expert, if it is chosen.
             chosen_RN: bool; experts with a score of -inf are left out.
         """
