@@ -44,7 +44,7 @@ def test_the_checks_see_what_is_wrong() -> None:
 
 
 def test_the_picture_shows_the_imports_as_they_are() -> None:
-    assert PICTURE.read_text("utf-8") == draw(), "draw it again: python docs/architecture.py"
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "draw it again: python docs/architecture.py"
 
 
 def test_an_import_that_others_imply_is_found() -> None:
