@@ -428,7 +428,7 @@ def test_a_run_says_what_was_kept_and_is_scored_and_saved_whole(data: Data, pare
     }  # fmt: skip
     assert summary["features"]["seconds"] > 0 and len(files) == 3
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"] == summary["features"]
-    assert "All before blocks.2 was frozen" in (tmp_path / "run" / "report.html").read_text()
+    assert "The trunk before blocks.2 was frozen" in (tmp_path / "run" / "report.html").read_text()
     network = load(tmp_path / "run" / "model")
     score = evaluate(network, eval_loader(data.val, preprocessing(network), 16, 0))
     assert score.to_dict() == summary["val"]  # of images, not of rounded features
