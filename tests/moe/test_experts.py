@@ -156,8 +156,9 @@ def test_optimised_it_computes_the_same_and_packs_ffns(router: str, kind: str) -
     torch.testing.assert_close(fast(images(model)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_that_are_no_ffns_are_compared_by_their_outputs() -> None:
-    layer, x = make(experts="scaled").eval(), tokens()
+@pytest.mark.parametrize("router", ["softmax", "threshold"])
+def test_experts_that_are_no_ffns_are_compared_by_their_outputs(router: str) -> None:
+    layer, x = make(experts="scaled", router=router).eval(), tokens()
     with torch.no_grad():
         layer.experts.scale.copy_(torch.tensor([1.0, 2.0, -1.0, 3.0])[:, None].expand_as(layer.experts.scale))
     found = compare_experts(layer, x)
@@ -167,6 +168,8 @@ def test_experts_that_are_no_ffns_are_compared_by_their_outputs() -> None:
     with vimoe.record(layer) as routings:
         layer(x)
     best = routings[0].experts[:, 0]
+    best = best[best >= 0]
+    assert 0 < (best == 3).sum() < len(best)
     assert found.top1_has_largest_norm == pytest.approx(float((best == 3).float().mean()))
 
 
