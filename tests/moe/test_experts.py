@@ -136,6 +136,20 @@ def test_merging_takes_the_mean_of_what_the_experts_are() -> None:
         torch.testing.assert_close(w, mean)
 
 
+@torch.no_grad()
+def test_merging_without_evidence_weighs_as_the_router_does_at_equal_scores() -> None:
+    for router, mass in (("softmax", 1 / 4), ("expert_choice", 1.0), ("threshold", 0.0)):
+        model = perturb_experts(upcycle(vit(), config(router=router, top_k=1)))
+        layer = layers(model)[0]
+        expected = ffn.read(layer.merged(torch.full((EXPERTS,), mass / EXPERTS)))
+        torch.testing.assert_close(ffn.read(vimoe.densify(model, how="merge").blocks[0].mlp), expected)
+    alone = upcycle(vit(), config(router="threshold", num_shared_experts=0, top_k=2))
+    with pytest.raises(vimoe.VimoeError, match="chooses no expert at equal scores.*expected gate_mass"):
+        vimoe.densify(alone, how="merge")
+    masses = {f"blocks.{block}.mlp": torch.full((EXPERTS,), 0.5) for block in (0, 1)}
+    assert not layers(vimoe.densify(alone, how="merge", gate_mass=masses))
+
+
 @pytest.mark.parametrize("how", ["merge", "matched"])
 def test_experts_that_are_no_ffns_are_not_merged(how: str) -> None:
     model = upcycle(vit(), config(experts="scaled"))

@@ -290,6 +290,11 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     if layer.shared is not None:
         _describe(site, layer.shared)
     mass_N = layer.router.neutral_gate_mass() if gate_mass is None else gate_mass
+    if gate_mass is None and layer.shared is None and not mass_N.any():
+        raise SurgeryError(
+            f"{site} has a router that chooses no expert at equal scores, and no shared expert: expected gate_mass; "
+            f"pass that of vimoe.analyze"
+        )
     if mass_N.shape != (n,):
         raise SurgeryError(f"gate_mass of {site} has shape {tuple(mass_N.shape)}: expected ({n},)")
     return layer.dense(how, mass_N)
