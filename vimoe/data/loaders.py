@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
@@ -23,7 +22,7 @@ from vimoe.data.decoded import Decoded, Shrink, Where, decode
 from vimoe.data.images import THIN, open_image
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.errors import DataError
-from vimoe.models.interface import vit
+from vimoe.models.interface import find_backbone
 
 
 class Images(Dataset):
@@ -102,11 +101,22 @@ class Crops(Dataset):
 
 
 def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
-    """The data config of timm (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
+    """Return how images are prepared for a model, in timm's terms (`Backbone.data_config`).
+
+    Args:
+        model: a model with a ViT of a known family in it.
+        config: `crop_pct`, `interpolation`, `mean` and `std` hold before the model's own, where they are set.
+
+    Returns:
+        {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}.
+
+    Raises:
+        DataError: for settings that do not fit the model, or a model whose images are not RGB.
+    """
     names = ("crop_pct", "interpolation", "mean", "std")
     given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
     try:
-        prepared = resolve_input_data_config(vit(model), given)
+        prepared = find_backbone(model).data_config(given)
     except ValueError as error:
         raise DataError(f"data settings {given} do not fit the model: {error}") from error
     if prepared["input_size"][0] != 3:

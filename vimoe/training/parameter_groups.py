@@ -11,53 +11,56 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
+from vimoe.models.interface import find_backbone
 from vimoe.moe.layer import moe_layers
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that are to be trained; timm's schedules read the groups' `lr_scale`."""
+    """Return AdamW over the trainable parameters; timm's schedules read the groups' `lr_scale`."""
     return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, weight_decay=config.weight_decay)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups of parameters, each with its weight_decay and lr_scale; every trainable parameter is in exactly one."""
-    vit: Any = model
-    no_decay = set(vit.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    """Return groups of parameters, each with its weight_decay and lr_scale; each trainable parameter is in one group.
+
+    Vectors have no weight decay. The order of groups is fixed, because an optimiser's state in a checkpoint follows it.
+    """
+    backbone = find_backbone(model)
+    depths, no_decay = backbone.layer_numbers(), backbone.no_weight_decay()
     for name, layer in moe_layers(model).items():  # what was a vector in the parent is now a stack of them
         no_decay |= {f"{name}.experts.{part}" for part, p in layer.experts.named_parameters() if p.ndim == 2}
-    groups = param_groups_layer_decay(
-        model, config.weight_decay, no_weight_decay_list=no_decay, layer_decay=config.layer_decay
-    )
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((depths[name], p.ndim > 1 and name not in no_decay), []).append(p)
+    deepest = max(depths.values())
     layers = moe_layers(model).values()
     routers = {id(p) for layer in layers for p in layer.router.parameters()}
     matrices = {id(p) for layer in layers for p in layer.experts.parameters() if p.ndim == 3}
     own_decay = matrices if config.expert_weight_decay is not None else set()
     result: list[dict[str, Any]] = []
-    for group in groups:
-        kind = {key: value for key, value in group.items() if key in ("weight_decay", "lr_scale")}
+    for (depth, decays), parameters in groups.items():
+        rate = config.layer_decay ** (deepest - depth)
+        kind = {"weight_decay": config.weight_decay if decays else 0.0, "lr_scale": rate}
         router_kind = {
             "weight_decay": config.router_weight_decay,
             "lr_scale": kind["lr_scale"] * config.router_lr_scale,
         }
         expert_kind = {**kind, "weight_decay": config.expert_weight_decay}
-        result.append({**kind, "params": [p for p in group["params"] if id(p) not in routers | own_decay]})
-        result.append({**router_kind, "params": [p for p in group["params"] if id(p) in routers]})
-        result.append({**expert_kind, "params": [p for p in group["params"] if id(p) in own_decay]})
+        result.append({**kind, "params": [p for p in parameters if id(p) not in routers | own_decay]})
+        result.append({**router_kind, "params": [p for p in parameters if id(p) in routers]})
+        result.append({**expert_kind, "params": [p for p in parameters if id(p) in own_decay]})
     return [group for group in result if group["params"]]
 
 
 def freeze_all_but(model: nn.Module, layers: Sequence[str]) -> None:
-    """Leaves only the named layers and the classifier to be trained. Raises ConfigError where none is named."""
+    """Leave only the named layers and the model's head to be trained. Raises ConfigError where none is named."""
     if not layers:
         raise ConfigError("train.train_only='moe': the model has no MoE layer; set moe.layers, or train_only='all'")
-    model.requires_grad_(False)
-    vit: Any = model
-    head = vit.get_classifier()  # DeiT's distilled models have two
-    parts = [model.get_submodule(name) for name in layers]
-    for module in (*parts, *(head if isinstance(head, tuple) else [head])):
-        module.requires_grad_(True)
+    trained, head = tuple(f"{name}." for name in layers), find_backbone(model).head()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in head or name.startswith(trained))

@@ -1,0 +1,113 @@
+"""Names of models and of their layers, checked before torch and timm are imported, which takes seconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vimoe.config.model import FAMILIES, ModelConfig
+from vimoe.config.moe import LAYER_WORDS
+from vimoe.errors import ConfigError, beside, nearest
+from vimoe.files import read_text
+
+SOURCES = ("local-dir", "hf-hub")  # as timm names them
+FFN_NAME = re.compile(r"(\w+\.)*(\w*blocks\w*|(post_)?network)\.\d+\.(\w+\.)*\w*mlp")  # in every model of timm
+
+
+def dense_segmenter(config: ModelConfig) -> Path | None:
+    """Return the model folder that the name means if it holds a whole segmenter without MoE layers, else None."""
+    source, _, place = config.name.partition(":")
+    if source != "local-dir" or not (Path(place) / "config.json").is_file():
+        return None
+    section = _vimoe_section(config.name, Path(place))
+    return Path(place) if section.get("segmentation") and not section.get("layers") else None
+
+
+def check_layer_names(config: ModelConfig, layers: str | Sequence[int | str]) -> None:
+    """Raise ConfigError for a module name in `MoEConfig.layers` that no FFN of any timm model has.
+
+    Names with wildcards, and models of other families, are left to surgery, which sees the model.
+    """
+    if config.family[0] != "timm":
+        return
+    for item in [layers] if isinstance(layers, str) else layers:
+        if isinstance(item, int) or item.partition(":")[0] in ("all", "none", "last", "every"):
+            continue
+        if any(wild in item for wild in "*?[") or FFN_NAME.fullmatch(item):
+            continue
+        numbered = [f"blocks.{number}.mlp" for number in re.findall(r"\d+", item)]
+        raise ConfigError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *numbered])}")
+
+
+def check_name(config: ModelConfig, segmentation: bool = False) -> None:
+    """Raise ConfigError, with the nearest known name, for an unknown model, tag, family, source or folder.
+
+    A timm name must stand in timm's source text; `vimoe.models.interface.create` finds out if timm can build it. Names
+    within other families are left to these.
+
+    Args:
+        config: settings whose name is checked.
+        segmentation: accept the folder of a dense segmenter too.
+    """
+    if segmentation and dense_segmenter(config):
+        return
+    family, name = config.family
+    if family != "timm":
+        return
+    source, colon, place = name.partition(":")
+    if colon and source not in SOURCES:
+        known = [*FAMILIES, *SOURCES]
+        raise ConfigError(
+            f"model.name={name!r}: unknown source {source!r}; {nearest(source, known)}, or import what registers it"
+        )
+    if source == "local-dir" and colon:
+        _check_folder(name, Path(place))
+    if colon:
+        return
+    architecture, _, tag = name.partition(".")
+    timm_models = sys.modules.get("timm.models")
+    if timm_models and timm_models.is_model(architecture) and not tag:  # also one that the caller has registered
+        return
+    source = _timm_source()
+    if not any(said in source for said in (f"\ndef {architecture}(", f"'{architecture}'", f'"{architecture}"')):
+        vits = re.findall(r"^def ((?:vit|deit|eva|beit)\w*)\(", source, re.MULTILINE)
+        raise ConfigError(f"model.name={name!r}: timm has no such model; {nearest(architecture, vits)}")
+    if tag and not any(said in source for said in (f".{tag}'", f'.{tag}"')):
+        tagged = re.findall(rf"['\"]({re.escape(architecture)}\.[\w.]+)['\"]", source)
+        raise ConfigError(f"model.name={name!r}: timm has no such weights; {nearest(name, tagged)}")
+
+
+@functools.cache
+def _timm_source() -> str:
+    """Return the text of timm's models: it has each model's name as a function or string, each tag in a string."""
+    spec = find_spec("timm")
+    assert spec is not None and spec.submodule_search_locations
+    models = Path(spec.submodule_search_locations[0], "models")
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(models.glob("*.py")))
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"model.name={name!r}: no model folder there; {beside(folder)}")
+    if _vimoe_section(name, folder):
+        raise ConfigError(
+            f"model.name={name!r} holds MoE layers, widened FFNs, a decoder or a ViT of another family: expected a "
+            f"dense ViT in timm's format; start from the dense one, or use vimoe.load in Python"
+        )
+
+
+def _vimoe_section(name: str, folder: Path) -> dict[str, Any]:
+    """Return the "vimoe" section of a model folder's config; empty for a plain timm folder."""
+    config = folder / "config.json"
+    try:
+        section: dict[str, Any] = json.loads(read_text(config)).get("vimoe", {})
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.name={name!r}: {config} is no JSON ({error}); save the model again") from error
+    return section
