@@ -29,9 +29,10 @@ from vimoe.moe.router import TokenLayout
 class Backbone:
     """A model and the ViT in it: the base class of all families.
 
-    A family defines `owns`, `create`, `layout`, `num_patches`, `input_size`, `width` and `classifiers`, and for model
-    folders `arguments` and `build`. The other answers follow from these and from `holder`, the name of the ModuleList
-    with the blocks. A block takes tokens (B, T, D) as its first argument and returns tokens (B, T, D).
+    A family defines `models`, `holder`, `layout`, `num_patches`, `input_size`, `width` and `classifiers`; for
+    `model.name` also `create`, and for model folders `arguments` and `build`. All other answers follow from these, and
+    a family overrides those that do not fit. A block takes tokens (B, T, D) as its first argument and returns tokens
+    (B, T, D).
 
     An instance of this base class stands for a model of no family. It answers what any module can. Any other question
     raises SurgeryError with one line that says so.
@@ -43,10 +44,12 @@ class Backbone:
 
     Attributes:
         vit: the ViT.
+        models: classes of the family's ViTs.
         holder: name of the module in the ViT whose children are its blocks, in forward order.
         skipped: classes of modules that are no FFN and have none inside, though they look like one.
     """
 
+    models: tuple[type[nn.Module], ...] = ()
     holder: str = "blocks"
     skipped: tuple[type[nn.Module], ...] = ()
 
@@ -58,8 +61,8 @@ class Backbone:
 
     @classmethod
     def owns(cls, module: nn.Module) -> bool:
-        """Return True if the module is a ViT of this family, and not only around one."""
-        return False
+        """Return True if the module is a ViT of this family, and not only around one; by default by its class."""
+        return isinstance(module, cls.models)
 
     @classmethod
     def create(
