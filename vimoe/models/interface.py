@@ -315,7 +315,9 @@ class Backbone:
                 f"no family knows {type(self.model).__name__}: expected a ViT of {', '.join(FAMILIES)}, or a family of "
                 f"your own that answers '{question}' (vimoe.models.interface.Backbone)"
             )
-        return SurgeryError(f"the family {self.family!r} does not answer {question!r}: expected it of {type(self)}")
+        return SurgeryError(
+            f"the family {self.family!r} does not answer {question!r}: expected it of {type(self).__name__}; add it"
+        )
 
 
 def find_backbone(model: nn.Module) -> Backbone:
