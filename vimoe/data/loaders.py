@@ -26,7 +26,7 @@ from vimoe.models.interface import find_backbone
 
 
 class Images(Dataset):
-    """Images on disk or in memory, opened as RGB the way they are meant to be seen."""
+    """Images on disk or in memory, opened as upright RGB and transformed, with their labels."""
 
     def __init__(self, samples: Sequence[Sample], transform: Any) -> None:
         self.samples, self.transform = samples, transform
@@ -40,7 +40,7 @@ class Images(Dataset):
 
 
 class Readable(Images):
-    """Images with, in the place of a label, why one cannot be read; of such a one a black image."""
+    """Images with an error message in place of the label: "" for a readable image, else the image is black."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:  # type: ignore[override]
         try:
@@ -50,9 +50,9 @@ class Readable(Images):
 
 
 class CutThin:
-    """Cuts the middle out of images whose longer side is more than `ratio` times the shorter one.
+    """Transform that cuts the middle out of images whose longer side is more than `ratio` times the shorter one.
 
-    A centre crop sees no more of them. But it comes after the resize, which makes gigabytes of a line of one pixel.
+    A centre crop uses no more of them. But it follows the resize, which makes gigabytes of a line of one pixel.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -69,7 +69,7 @@ class CutThin:
 
 
 class Augmented(Images):
-    """Images whose transform draws from the seed that comes with the index, whichever process it runs in."""
+    """Images whose transform draws from the seed that comes with the index, in any process."""
 
     def __getitem__(self, key: Any) -> tuple[Tensor, int]:
         index, seed = key
@@ -78,7 +78,7 @@ class Augmented(Images):
 
 
 class Crops(Dataset):
-    """Batches of random crops of decoded images, for `vimoe.data.crops.Finish` to resize; seeded as `Augmented`."""
+    """Batches of random crops of decoded images, which `vimoe.data.crops.Finish` resizes; seeded like `Augmented`."""
 
     def __init__(self, samples: Decoded, config: TrainConfig) -> None:
         self.samples, self.cut = samples, RandomCrops(config)
@@ -87,7 +87,7 @@ class Crops(Dataset):
         return len(self.samples)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """((padded crops, boxes), labels) of a batch."""
+        """Return ((padded crops, boxes), labels) for a batch of (index, seed)."""
         crops = []
         for index, seed in keys:
             seed_host(seed)
@@ -96,7 +96,7 @@ class Crops(Dataset):
 
     @staticmethod
     def collate(batch: Any) -> Any:
-        """For a DataLoader: it is a batch already."""
+        """Return the batch as it is, for a DataLoader: `__getitems__` made it already."""
         return batch
 
 
@@ -127,12 +127,12 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
 def decoded_for_training(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, where: Where
 ) -> Decoded:
-    """The images decoded once, as large as the smallest crop needs them to have all the model's pixels."""
+    """Decode images once, as large as the smallest training crop needs to fill the model's input."""
     return decode(samples, Shrink(math.ceil(max(prepared["input_size"][1:]) / math.sqrt(config.min_crop))), where)
 
 
 def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], where: Where) -> Decoded:
-    """The images decoded, resized and cropped once; with `crop_pct` 1 `eval_loader` does nothing more to them."""
+    """Decode, resize and crop images once; `eval_loader` with `crop_pct` 1 leaves their pixels as they are."""
     steps = _eval_transform(prepared, use_prefetcher=True).transforms
     return decode(samples, Compose(steps[:-1]), where)  # the last makes a tensor of it
 
@@ -140,10 +140,19 @@ def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], 
 def train_loader(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
 ) -> DataLoader:
-    """Shuffled batches with timm's augmentation, the same for an epoch of a seed; an incomplete last one is dropped.
+    """Return shuffled batches with timm's augmentation; seed and epoch decide all draws. A short last batch is dropped.
 
-    Of decoded images a GPU gets `Crops`, which `vimoe.data.crops.Finish` makes images of. A policy of augmentation and
-    jitter of colours need images of Pillow, and so does a CPU, which would gain nothing.
+    For decoded images and a GPU the batches are `Crops`, which `vimoe.data.crops.Finish` turns into images. An
+    augmentation policy and colour jitter need Pillow's images instead, and a CPU would gain nothing from crops.
+
+    Args:
+        samples: images with labels.
+        prepared: preprocessing, as `preprocessing` returns it.
+        config: augmentation, batch size and seed.
+        workers: number of processes, as `processes` takes it.
+
+    Raises:
+        DataError: for an augmentation policy that timm does not know.
     """
     whole = config.min_crop == 1
     try:
@@ -177,12 +186,20 @@ def eval_loader(
     workers: int | None,
     dataset: type[Images] = Images,
 ) -> DataLoader:
-    """Return batches in order, resized and centre-cropped; by `Readable` with reasons in the place of labels."""
+    """Return batches in order, resized and centre-cropped.
+
+    Args:
+        samples: images with labels.
+        prepared: preprocessing, as `preprocessing` returns it.
+        batch_size: number of images in a batch.
+        workers: number of processes, as `processes` takes it.
+        dataset: `Readable` for error messages in place of labels.
+    """
     return DataLoader(dataset(samples, _eval_transform(prepared)), batch_size, **processes(workers))
 
 
 def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:
-    """Timm's transform for evaluation, for images of any shape."""
+    """Return timm's transform for evaluation, made safe for images of any shape."""
     steps = create_transform(**prepared, is_training=False, **options).transforms
     mode, sides = prepared.get("crop_mode") or "center", prepared["input_size"][1:]
     if mode == "squash":  # which shows all of the image
@@ -192,7 +209,7 @@ def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:
 
 
 def processes(workers: int | None) -> dict[str, Any]:
-    """Arguments of a DataLoader: this many processes, by default one a core beside a GPU and none beside a CPU."""
+    """Return a DataLoader's arguments for `workers` processes; by default one a core with a GPU, none without."""
     if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
         workers = min(os.cpu_count() or 1, 8) if _gpu() else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}

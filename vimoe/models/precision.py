@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _PROCESSORS = {"cpu": "CPU", "cuda": "GPU"}
 
 
-NARROW = 192  # channels, those of ViT-Ti: on a CPU, autocast costs narrower ViTs more than bfloat16 saves them
+NARROW = 192  # channels of ViT-Ti: on a CPU, autocast costs narrower ViTs more time than bfloat16 saves
 
 
 def fastest_precision(model: nn.Module) -> tuple[Precision, str]:
@@ -45,9 +45,9 @@ def resolve(config: TrainConfig, model: nn.Module) -> TrainConfig:
 
 
 def has_bfloat16() -> bool:
-    """False where this machine is known to emulate products of bfloat16, slower than those of float32.
+    """Return False if this machine is known to emulate products of bfloat16, which is slower than float32.
 
-    On a CPU torch's own test is passed by AVX-512 without bfloat16 too, where oneDNN converts each operand.
+    On a CPU torch's own test also passes for AVX-512 without bfloat16, where oneDNN converts each operand.
     """
     device = _device()
     if device == "cuda":

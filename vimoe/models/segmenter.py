@@ -27,7 +27,7 @@ class Segmenter(nn.Module):
         classes: number of classes.
         decoder: a name in `vimoe.models.decoders.DECODERS`.
         crop: (height, width) of the training images, and of the windows of inference; by default the ViT's own size.
-        palette: (red, green, blue) of each class, to draw with.
+        palette: (red, green, blue) of each class, for pictures.
 
     Raises:
         ConfigError: for a model that gives no feature maps, an unknown decoder, or other values that cannot be.
@@ -96,7 +96,7 @@ class Segmenter(nn.Module):
         return most_h // patch_h, most_w // patch_w
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (B, classes, H, W) of images (B, 3, H, W), bilinear between patches.
+        """Return scores (B, classes, H, W) of images (B, 3, H, W), bilinear between patches.
 
         Raises:
             VimoeError: where the images are larger than a ViT of fixed size.

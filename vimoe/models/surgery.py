@@ -1,6 +1,6 @@
 """Find modules inside the blocks of a ViT, choose some by block, and swap them all or none.
 
-Nothing here knows what an expert is: the caller says which modules count and what takes their place.
+Nothing here knows of experts: the caller decides which modules match, and builds the modules that replace them.
 """
 
 from __future__ import annotations

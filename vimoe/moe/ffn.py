@@ -42,14 +42,14 @@ class FFN:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How one class of FFN maps to the canonical layout: the names of its parts.
+    """Names of the parts of one class of FFN, by which its weights are read and written in the canonical layout.
 
     Args:
-        fc1: name of its first nn.Linear; of a gated FFN with two, the gate's and the value's.
-        fc2: name of its last nn.Linear.
+        fc1: name of the first nn.Linear; for a gated FFN with two of them, the gate's name and the value's.
+        fc2: name of the last nn.Linear.
         act: name of the activation, a module.
-        norm: name of the LayerNorm or nn.Identity between the matrices; None where there can be none.
-        drops: names of the dropouts on the hidden units and on the output; None where there is none.
+        norm: name of the LayerNorm or nn.Identity between the matrices; None for a class without one.
+        drops: names of the dropouts on the hidden units and on the output; None for a class without one.
         gated: True if it computes act(gate) * value.
         value_first: True for a module whose fc1 has the value's rows before the gate's.
 

@@ -1,8 +1,8 @@
-"""Parameter groups: experts are treated as the parent's FFN was, routers have a rate and decay of their own.
+"""Parameter groups: experts have the rate and decay of the parent's FFN, routers their own.
 
-Experts' matrices have another decay where one is asked for. Stacked biases (N, F) are biases: no weight decay. An
-expert that is idle in a step has a gradient of zero, not none: AdamW still moves it by what is left of its momentum
-and decays its weights, as it does any weight with zero gradient.
+The matrices of experts get another decay if `expert_weight_decay` is set. Stacked biases (N, F) are biases: no weight
+decay. An expert that is idle in a step has a gradient of zero, not none: AdamW still moves it by its remaining
+momentum and decays its weights, like any weight with zero gradient.
 """
 
 from __future__ import annotations
