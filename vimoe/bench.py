@@ -27,8 +27,9 @@ from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError
 from vimoe.models.cost import count
+from vimoe.models.create import create
 from vimoe.models.inference import optimize, set_backend
-from vimoe.models.interface import create, find_backbone
+from vimoe.models.interface import find_backbone
 from vimoe.models.precision import has_bfloat16, warn_of_slow_bfloat16
 from vimoe.models.upcycling import upcycle
 from vimoe.moe import MoE

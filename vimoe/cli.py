@@ -84,11 +84,10 @@ def plan(verb: str, argv: list[str]) -> Result:
     Example: vimoe plan --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers last:2
     """
     settings, _ = _settings(verb, argv, "model", "moe")
-    from vimoe.models.model_names import check_layer_names, check_name
+    from vimoe.models.create import check_layer_names, check_name, create_without_weights
 
     check_name(settings.model)
     check_layer_names(settings.model, settings.moe.layers)
-    from vimoe.models.interface import create_without_weights
     from vimoe.models.upcycling import plan as make_plan
 
     made = make_plan(create_without_weights(settings.model), settings.moe)
@@ -120,7 +119,7 @@ def train(verb: str, argv: list[str]) -> Result:
     elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
         raise ConfigError(f"{others[0]} with --resume: expected none, the run has its own settings; leave it out")
     settings = parser.settings(options)
-    from vimoe.models.model_names import check_layer_names, check_name
+    from vimoe.models.create import check_layer_names, check_name
 
     check_name(settings.model, segmentation=settings.data.task == "segmentation")
     check_layer_names(settings.model, settings.moe.layers)
@@ -302,7 +301,7 @@ def bench(verb: str, argv: list[str]) -> Result:
     if what == "layer" and settings.moe.layers != MoEConfig.layers:
         raise ConfigError(f"moe.layers={settings.moe.layers!r} with bench layer: a layer stands alone; leave it out")
     if what == "model":
-        from vimoe.models.model_names import check_layer_names, check_name
+        from vimoe.models.create import check_layer_names, check_name
 
         check_name(settings.model)
         check_layer_names(settings.model, settings.moe.layers)

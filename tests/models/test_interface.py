@@ -20,7 +20,8 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, DataError, FolderError, SurgeryError, VimoeError
 from vimoe.metrics.classification import evaluate
-from vimoe.models.interface import Backbone, create, find_backbone, label_names, logits_of
+from vimoe.models.create import create
+from vimoe.models.interface import Backbone, find_backbone, label_names, logits_of
 from vimoe.models.timm_vit import TimmViT
 from vimoe.training.parameter_groups import parameter_groups
 
@@ -202,3 +203,5 @@ def test_a_family_that_leaves_a_question_open_is_named(monkeypatch: pytest.Monke
         vimoe.upcycle(Plain(), config(layers="all"))
     with pytest.raises(ConfigError, match="PlainFamily builds no models by name"):
         create(ModelConfig(name="plain:x"))
+    with pytest.raises(ConfigError, match="multiple values for keyword argument 'any_size'; look at model.args"):
+        create(ModelConfig(name="plain:x", args={"any_size": True}))

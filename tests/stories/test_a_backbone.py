@@ -25,7 +25,8 @@ from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError, FolderError, SurgeryError
 from vimoe.experiments.train import run_training
 from vimoe.metrics.classification import evaluate
-from vimoe.models.interface import create_without_weights, find_backbone, logits_of
+from vimoe.models.create import create_without_weights
+from vimoe.models.interface import find_backbone, logits_of
 from vimoe.models.segmenter import create_segmenter
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
 

@@ -22,8 +22,8 @@ from vimoe.data.scan import Scan
 from vimoe.data.scene_scan import SceneScan
 from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, locked, temporary_folder, write_bytes
+from vimoe.models.create import check_name, dense_segmenter
 from vimoe.models.model_folder import save
-from vimoe.models.model_names import check_name, dense_segmenter
 from vimoe.models.surgery import select
 from vimoe.models.upcycling import sites, upcycle
 from vimoe.report.run_report import write_run_report

@@ -11,18 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from vimoe.config.model import FAMILIES, ModelConfig
+from vimoe.config.model import FAMILIES
 from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError, expect, first_line
 from vimoe.files import read_text, write_json
-from vimoe.models.model_names import check_name
 from vimoe.moe.router import TokenLayout
 
 
@@ -342,44 +339,6 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Run a model, and return its logits: its output if that is a tensor, else what its family reads from it."""
     output = model(images)
     return output if isinstance(output, Tensor) else find_backbone(model).logits(output)
-
-
-def create(
-    config: ModelConfig, num_classes: int | None = None, *, img_size: tuple[int, int] | None = None,
-    any_size: bool = False,
-) -> nn.Module:  # fmt: skip
-    """Build the dense ViT that `model.name` names, by its family.
-
-    Args:
-        config: settings of the model.
-        num_classes: size of the classifier in place of `config.num_classes`; 0 for none.
-        img_size: (height, width) in place of `config.img_size`.
-        any_size: let the ViT take images of other sizes too, if it can.
-
-    Raises:
-        ConfigError: for an unknown name, weights that cannot be loaded, or arguments that do not fit.
-    """
-    check_name(config)
-    family, name = config.family
-    try:
-        model: nn.Module = FAMILIES.find(family).create(
-            name,
-            pretrained=config.pretrained,
-            num_classes=config.num_classes if num_classes is None else num_classes,
-            img_size=img_size or config.img_size,
-            any_size=any_size,
-            drop_path_rate=config.drop_path_rate,
-            **config.args,
-        )
-    except TypeError as error:
-        raise ConfigError(f"model.name={config.name!r}: {first_line(error)}; look at model.args") from error
-    return model
-
-
-def create_without_weights(config: ModelConfig) -> nn.Module:
-    """Build the dense ViT on the meta device: shapes for `plan` and `count`, no memory and no download."""
-    with torch.device("meta"):
-        return create(replace(config, pretrained=False))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

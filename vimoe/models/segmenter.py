@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from vimoe.config.masks import IGNORE, Colour
 from vimoe.config.model import ModelConfig
 from vimoe.errors import ConfigError, VimoeError, nearest
+from vimoe.models.create import create
 from vimoe.models.decoders import DECODERS
-from vimoe.models.interface import create, find_backbone
+from vimoe.models.interface import find_backbone
 
 
 class Segmenter(nn.Module):
@@ -130,7 +131,7 @@ def create_segmenter(
         classes, decoder, crop, palette: as in `Segmenter`; crop by default `config.img_size`.
 
     Raises:
-        ConfigError: as `vimoe.models.interface.create` and `Segmenter`.
+        ConfigError: as `vimoe.models.create.create` and `Segmenter`.
     """
     backbone = create(config, num_classes=0, img_size=crop, any_size=True)
     return Segmenter(backbone, classes, decoder, crop, palette)

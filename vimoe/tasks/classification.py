@@ -21,7 +21,8 @@ from vimoe.data.loaders import (
 from vimoe.data.scan import Scan, scan
 from vimoe.errors import ConfigError
 from vimoe.metrics.classification import Score, evaluate
-from vimoe.models.interface import create, label_names
+from vimoe.models.create import create
+from vimoe.models.interface import label_names
 from vimoe.models.surgery import select
 from vimoe.models.upcycling import sites
 from vimoe.tasks.cached_features import FeatureCache

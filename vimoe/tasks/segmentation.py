@@ -24,9 +24,9 @@ from vimoe.data.scene_scan import SceneScan, scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
 from vimoe.metrics.segmentation import SceneScore, ceiling
+from vimoe.models.create import dense_segmenter
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load
-from vimoe.models.model_names import dense_segmenter
 from vimoe.models.segmenter import Segmenter, create_segmenter
 from vimoe.moe.layer import moe_layers
 from vimoe.tasks.scene_training import evaluate_scenes, segmentation, whole_images

@@ -1,4 +1,7 @@
-"""Names of models and of their layers, checked before torch and timm are imported, which takes seconds."""
+"""A dense ViT from its settings: names are checked, and the family builds it.
+
+torch and timm take seconds to import, so names are checked without them.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,61 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vimoe.config.model import FAMILIES, ModelConfig
 from vimoe.config.moe import LAYER_WORDS
-from vimoe.errors import ConfigError, beside, nearest
+from vimoe.errors import ConfigError, beside, first_line, nearest
 from vimoe.files import read_text
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SOURCES = ("local-dir", "hf-hub")  # as timm names them
 FFN_NAME = re.compile(r"(\w+\.)*(\w*blocks\w*|(post_)?network)\.\d+\.(\w+\.)*\w*mlp")  # in every model of timm
+
+
+def create(
+    config: ModelConfig, num_classes: int | None = None, *, img_size: tuple[int, int] | None = None,
+    any_size: bool = False,
+) -> nn.Module:  # fmt: skip
+    """Build the dense ViT that `model.name` names, by its family.
+
+    Args:
+        config: settings of the model.
+        num_classes: size of the classifier in place of `config.num_classes`; 0 for none.
+        img_size: (height, width) in place of `config.img_size`.
+        any_size: let the ViT take images of other sizes too, if it can.
+
+    Raises:
+        ConfigError: for an unknown name, weights that cannot be loaded, or arguments that do not fit.
+    """
+    check_name(config)
+    family, name = config.family
+    try:
+        model: nn.Module = FAMILIES.find(family).create(
+            name,
+            pretrained=config.pretrained,
+            num_classes=config.num_classes if num_classes is None else num_classes,
+            img_size=img_size or config.img_size,
+            any_size=any_size,
+            drop_path_rate=config.drop_path_rate,
+            **config.args,
+        )
+    except TypeError as error:
+        raise ConfigError(f"model.name={config.name!r}: {first_line(error)}; look at model.args") from error
+    return model
+
+
+def create_without_weights(config: ModelConfig) -> nn.Module:
+    """Build the dense ViT on the meta device: shapes for `plan` and `count`, no memory and no download."""
+    import torch
+
+    with torch.device("meta"):
+        return create(replace(config, pretrained=False))
 
 
 def dense_segmenter(config: ModelConfig) -> Path | None:
@@ -48,7 +95,7 @@ def check_layer_names(config: ModelConfig, layers: str | Sequence[int | str]) ->
 def check_name(config: ModelConfig, segmentation: bool = False) -> None:
     """Raise ConfigError, with the nearest known name, for an unknown model, tag, family, source or folder.
 
-    A timm name must stand in timm's source text; `vimoe.models.interface.create` finds out if timm can build it. Names
+    A timm name must stand in timm's source text; `create` finds out if timm can build it. Names
     within other families are left to these.
 
     Args:
