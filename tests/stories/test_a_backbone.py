@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from vimoe.metrics.classification import evaluate
 from vimoe.models.create import create_without_weights
 from vimoe.models.interface import find_backbone, logits_of
 from vimoe.models.segmenter import create_segmenter
+from vimoe.moe.ffn import KINDS
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
 
 TRAIN = TrainConfig(
@@ -185,3 +189,32 @@ def test_a_folder_that_the_family_cannot_rebuild_says_so(tmp_path: Path) -> None
 def test_models_of_the_name_are_built_without_weights_too() -> None:
     model = create_without_weights(ModelConfig(name="mine:tiny", num_classes=4))
     assert all(p.is_meta for p in model.parameters()) and find_backbone(model).num_classes == 4
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What a test adds to the tables is taken back."""
+    before = [(table, dict(table)) for table in (FAMILIES, KINDS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.usefixtures("tables")
+@torch.no_grad()
+def test_the_example_of_the_documentation_works() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n([^`]*class TorchvisionViT.*?)```", page, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(example, made)
+    parent = made["VisionTransformer"](16, 8, 2, 2, 24, 48, num_classes=5).eval()
+    randomise(parent)
+    x = pictures(4, 16)
+    model = vimoe.upcycle(copy.deepcopy(parent), MoEConfig(layers="all", num_experts=4))
+    torch.testing.assert_close(model(x), parent(x), rtol=1e-4, atol=1e-5)
+    evidence = vimoe.analyze(model, [(x, torch.arange(4))], draws=2)
+    assert [layer.name for layer in evidence.layers] == [f"encoder.layers.encoder_layer_{i}.mlp" for i in range(2)]
+    assert not torch.equal(randomise(model)(x), parent(x))
+    with pytest.raises(SurgeryError, match="the family 'torchvision' does not answer 'arguments'"):
+        vimoe.save(model, "never")
