@@ -13,6 +13,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 import vimoe
+from vimoe.models.upcycling import convert
 from vimoe.moe import ffn
 
 EXPERTS_AND_K = [(1, 1), (4, 1), (4, 2), (8, 1), (8, 2)]
@@ -165,3 +166,13 @@ def assert_same_state(model: nn.Module, parent: nn.Module) -> None:
     assert list(state) == list(expected)
     differing = [name for name, value in expected.items() if not torch.equal(state[name], value)]
     assert not differing
+
+
+@pytest.mark.parametrize("experts", [4, 0], ids=["experts", "widened FFN"])
+def test_convert_returns_the_names_of_the_ffns_that_it_replaced(experts: int) -> None:
+    model = vit(depth=4)
+    before = dict(model.named_modules())
+    names = convert(model, config(layers=[-1, 1], num_experts=experts, num_shared_experts=2))
+    assert names == ["blocks.1.mlp", "blocks.3.mlp"]
+    assert [f"blocks.{i}.mlp" for i, b in enumerate(model.blocks) if b.mlp is not before[f"blocks.{i}.mlp"]] == names
+    assert convert(model, config(layers="none")) == []

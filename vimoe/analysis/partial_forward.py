@@ -90,13 +90,13 @@ class PartialForward:
         """Return the cheapest shortcuts with which the model's outputs for these images stay the same.
 
         Args:
-            model: in eval mode.
+            model: model in eval mode.
             layers: names of the layers.
             images: a few images.
             prefix: number of tokens before the patches.
 
         Raises:
-            VimoeError: where the model's outputs do not depend on the output of a layer.
+            VimoeError: if the model's outputs do not depend on the output of a layer.
         """
         backbone = find_backbone(model)
         inside = [backbone.block_of(name) for name in layers]

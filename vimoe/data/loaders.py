@@ -1,4 +1,4 @@
-"""Batches of images for training and evaluation: the transforms, and an order and draws that follow from seeds."""
+"""Batches of images for training and evaluation: transforms, and an order and augmentation that follow from seeds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vimoe.models.interface import find_backbone
 
 
 class Images(Dataset):
-    """Images on disk or in memory, opened as upright RGB and transformed, with their labels."""
+    """Dataset of (transformed image, label) from samples on disk or in memory (`open_image`)."""
 
     def __init__(self, samples: Sequence[Sample], transform: Any) -> None:
         self.samples, self.transform = samples, transform
@@ -40,7 +40,7 @@ class Images(Dataset):
 
 
 class Readable(Images):
-    """Images with an error message in place of the label: "" for a readable image, else the image is black."""
+    """Dataset of (transformed image, error); a black image and the reason if one cannot be read, else ""."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:  # type: ignore[override]
         try:
@@ -50,9 +50,10 @@ class Readable(Images):
 
 
 class CutThin:
-    """Transform that cuts the middle out of images whose longer side is more than `ratio` times the shorter one.
+    """Cut the middle out of an image whose longer side is more than `ratio` times the shorter one.
 
-    A centre crop uses no more of them. But it follows the resize, which makes gigabytes of a line of one pixel.
+    A centre crop sees no more of such an image. But it comes after the resize, which turns an image one pixel wide into
+    gigabytes.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -69,7 +70,7 @@ class CutThin:
 
 
 class Augmented(Images):
-    """Images whose transform draws from the seed that comes with the index, in any process."""
+    """Dataset whose transform draws from the seed that comes with the index, in whichever process it runs."""
 
     def __getitem__(self, key: Any) -> tuple[Tensor, int]:
         index, seed = key
@@ -78,7 +79,10 @@ class Augmented(Images):
 
 
 class Crops(Dataset):
-    """Batches of random crops of decoded images, which `vimoe.data.crops.Finish` resizes; seeded like `Augmented`."""
+    """Dataset of batches of random crops of decoded images, which `vimoe.data.crops.Finish` resizes.
+
+    Crops are seeded as in `Augmented`.
+    """
 
     def __init__(self, samples: Decoded, config: TrainConfig) -> None:
         self.samples, self.cut = samples, RandomCrops(config)
@@ -87,7 +91,7 @@ class Crops(Dataset):
         return len(self.samples)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return ((padded crops, boxes), labels) for a batch of (index, seed)."""
+        """Return ((padded crops, boxes), labels) of a batch (`vimoe.data.crops.pad`)."""
         crops = []
         for index, seed in keys:
             seed_host(seed)
@@ -96,22 +100,19 @@ class Crops(Dataset):
 
     @staticmethod
     def collate(batch: Any) -> Any:
-        """Return the batch as it is, for a DataLoader: `__getitems__` made it already."""
+        """Return the batch as it is (for a DataLoader)."""
         return batch
 
 
 def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
-    """Return how images are prepared for a model, in timm's terms (`Backbone.data_config`).
+    """Return timm's data config for a model: input_size, mean, std, crop_pct, crop_mode, interpolation.
 
     Args:
-        model: a model with a ViT of a known family in it.
-        config: `crop_pct`, `interpolation`, `mean` and `std` hold before the model's own, where they are set.
-
-    Returns:
-        {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}.
+        model: a ViT, or a module around one.
+        config: settings, of which crop_pct, interpolation, mean and std replace the model's own.
 
     Raises:
-        DataError: for settings that do not fit the model, or a model whose images are not RGB.
+        DataError: if the settings do not fit the model, or it does not take 3 channels.
     """
     names = ("crop_pct", "interpolation", "mean", "std")
     given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
@@ -127,32 +128,33 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
 def decoded_for_training(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, where: Where
 ) -> Decoded:
-    """Decode images once, as large as the smallest training crop needs to fill the model's input."""
+    """Decode images once, at the size at which the smallest crop still has all the pixels that the model reads."""
     return decode(samples, Shrink(math.ceil(max(prepared["input_size"][1:]) / math.sqrt(config.min_crop))), where)
 
 
 def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], where: Where) -> Decoded:
-    """Decode, resize and crop images once; `eval_loader` with `crop_pct` 1 leaves their pixels as they are."""
+    """Decode, resize and crop images once; `eval_loader` with `crop_pct` 1 then changes nothing more."""
     steps = _eval_transform(prepared, use_prefetcher=True).transforms
-    return decode(samples, Compose(steps[:-1]), where)  # the last makes a tensor of it
+    return decode(samples, Compose(steps[:-1]), where)  # without the last step, which makes a tensor
 
 
 def train_loader(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
 ) -> DataLoader:
-    """Return shuffled batches with timm's augmentation; seed and epoch decide all draws. A short last batch is dropped.
+    """Return shuffled batches with timm's augmentation; the last one is dropped if it is incomplete.
 
-    For decoded images and a GPU the batches are `Crops`, which `vimoe.data.crops.Finish` turns into images. An
-    augmentation policy and colour jitter need Pillow's images instead, and a CPU would gain nothing from crops.
+    Order and augmentation follow from the seed and the epoch. If the samples are decoded and there is a GPU, batches
+    are `Crops`, which `vimoe.data.crops.Finish` turns into images there. An augmentation policy and colour jitter need
+    Pillow's images, and a CPU would gain nothing, so these get images.
 
     Args:
-        samples: images with labels.
-        prepared: preprocessing, as `preprocessing` returns it.
-        config: augmentation, batch size and seed.
-        workers: number of processes, as `processes` takes it.
+        samples: train images.
+        prepared: preprocessing of the model (`preprocessing`).
+        config: settings of the augmentation.
+        workers: number of processes (`processes`).
 
     Raises:
-        DataError: for an augmentation policy that timm does not know.
+        DataError: if `config.auto_augment` is no policy of timm.
     """
     whole = config.min_crop == 1
     try:
@@ -186,31 +188,27 @@ def eval_loader(
     workers: int | None,
     dataset: type[Images] = Images,
 ) -> DataLoader:
-    """Return batches in order, resized and centre-cropped.
-
-    Args:
-        samples: images with labels.
-        prepared: preprocessing, as `preprocessing` returns it.
-        batch_size: number of images in a batch.
-        workers: number of processes, as `processes` takes it.
-        dataset: `Readable` for error messages in place of labels.
-    """
+    """Return batches in order, resized and centre-cropped; with dataset=`Readable`, errors stand in place of labels."""
     return DataLoader(dataset(samples, _eval_transform(prepared)), batch_size, **processes(workers))
 
 
 def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:
-    """Return timm's transform for evaluation, made safe for images of any shape."""
+    """Return timm's transform for evaluation, with a cut in front for thin images."""
     steps = create_transform(**prepared, is_training=False, **options).transforms
     mode, sides = prepared.get("crop_mode") or "center", prepared["input_size"][1:]
-    if mode == "squash":  # which shows all of the image
+    if mode == "squash":  # shows the whole image
         return Compose(steps)
-    # "border" shows all of it too, as long as it is a pixel wide then
+    # "border" also shows the whole image, as long as its short side keeps a pixel
     return Compose([CutThin(THIN * max(sides) / min(sides) if mode == "center" else max(sides)), *steps])
 
 
 def processes(workers: int | None) -> dict[str, Any]:
-    """Return a DataLoader's arguments for `workers` processes; by default one a core with a GPU, none without."""
-    if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
+    """Return arguments of a DataLoader.
+
+    Args:
+        workers: number of processes; by default one per core, at most 8, if a GPU computes, else 0.
+    """
+    if workers is None:  # decoders would only compete with a model that computes on all cores
         workers = min(os.cpu_count() or 1, 8) if _gpu() else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}
 

@@ -138,7 +138,7 @@ class FinishedRun:
         if recovery:
             models["recovered"] = copy.deepcopy(pruned)
             names = [layer.name for layer in evidence.layers]
-            task = self.problem.task(models["recovered"], recovery)
+            task = self.problem.task(models["recovered"], recovery, names)
             try:
                 recovered = train(models["recovered"], task, recovery, folder, names)
             except Stopped as stopped:  # its checkpoint goes with the folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,16 @@ from torch import nn
 from vimoe import run_folder
 from vimoe.analysis.figures import png
 from vimoe.config.settings import Settings, flat
-from vimoe.data.classification import absolute, local
-from vimoe.data.listing import is_split
+from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
 from vimoe.data.scan import Scan
 from vimoe.data.scene_scan import SceneScan
+from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
-from vimoe.files import discard_leftovers, locked, temporary_folder, write_bytes
+from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.models.create import check_name, dense_segmenter
 from vimoe.models.model_folder import save
-from vimoe.models.surgery import select
-from vimoe.models.upcycling import sites, upcycle
+from vimoe.models.upcycling import convert, sites
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.registry import Problem, problem_of
 from vimoe.training import checkpoint
@@ -48,21 +48,21 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_outside("--out", out, settings.data.path)
     problem = problem_of(settings)
     sketch = _sketch(problem)
-    select(sites(sketch), settings.moe.layers)
+    settings.moe.selection.select(sites(sketch))
     settings = replace(settings, train=settle(settings.train, len(problem.data.train), sketch))
     problem.settings = settings
     check(settings.train, len(problem.data.train))
-    model = _model(problem)
-    problem.check(model)
+    model, converted = _model(problem)
+    problem.check(model, converted)
     scanned = problem.scan()
     folder = run_folder.new_run(out)
-    with locked(folder, run_folder.TRAINED):
+    with run_folder.locked(folder):
         discard_leftovers(folder)  # of one that was killed before it began
         checkpoint.check_space(folder, model, bool(settings.train.ema_decay))
         with temporary_folder(folder) as proof:  # what could not be saved should not be trained
             _save(problem, model, proof / run_folder.MODEL)
         data = replace(settings.data, path=absolute(settings.data.path))
-        return _train(problem, scanned, model, folder, replace(settings, data=data))
+        return _train(problem, scanned, model, converted, folder, replace(settings, data=data))
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
@@ -73,18 +73,18 @@ def resume_training(path: str | Path) -> dict[str, Any]:
             other settings.
     """
     run = run_folder.open_unfinished(path)
-    with locked(run.path, run_folder.TRAINED):
+    with run_folder.locked(run.path):
         stored = checkpoint.read(run.path, mapped=True)
         assert stored is not None
         checkpoint.check_settings(run.path, stored["settings"], flat(run.settings))
         discard_leftovers(run.path, *(run.path / name for name in (run_folder.CHECKPOINT.parent, run_folder.FIGURES)))
         model_settings = replace(run.settings.model, pretrained=False)  # the checkpoint has the weights
         problem = problem_of(replace(run.settings, model=model_settings), validation=run.validation())
-        model = _model(problem)
+        model, converted = _model(problem)
         if run.settings.data.cache == "features":
             model.load_state_dict(stored["model"])  # whose trunk the features are of
         del stored
-        return _train(problem, problem.scan(), model, run.path, run.settings)
+        return _train(problem, problem.scan(), model, converted, run.path, run.settings)
 
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
@@ -112,9 +112,11 @@ def _sketch(problem: Problem) -> nn.Module:
         return light.dense_model()
 
 
-def _model(problem: Problem) -> nn.Module:
+def _model(problem: Problem) -> tuple[nn.Module, list[str]]:
+    """Return the upcycled model, and the names of the FFNs that were converted."""
     set_seed(problem.settings.train.seed)
-    return upcycle(problem.dense_model(), problem.settings.moe)
+    model = problem.dense_model()
+    return model, convert(model, problem.settings.moe)
 
 
 def _save(problem: Problem, model: nn.Module, path: Path) -> None:
@@ -123,13 +125,17 @@ def _save(problem: Problem, model: nn.Module, path: Path) -> None:
 
 
 def _train(
-    problem: Problem, scanned: Scan | SceneScan, model: nn.Module, folder: Path, told: Settings
+    problem: Problem,
+    scanned: Scan | SceneScan,
+    model: nn.Module,
+    converted: Sequence[str],
+    folder: Path,
+    told: Settings,
 ) -> dict[str, Any]:
     """Trains in a run folder, which notes what it was told, and finishes it."""
     settings = problem.settings
     logger.info("%s", scanned)
-    converted = [site.name for site in select(sites(model), settings.moe.layers)]
-    task = problem.task(model, settings.train)
+    task = problem.task(model, settings.train, converted)
     run_folder.write_validation(folder, problem.split_off)
     run_folder.write_settings(folder, told)
     summary = train(model, task, settings.train, folder, converted, flat(told))

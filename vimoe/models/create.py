@@ -9,14 +9,13 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimoe.config.model import FAMILIES, ModelConfig
-from vimoe.config.moe import LAYER_WORDS
+from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, beside, first_line, nearest
 from vimoe.files import read_text
 
@@ -40,7 +39,7 @@ def create(
         any_size: let the ViT take images of other sizes too, if it can.
 
     Raises:
-        ConfigError: for an unknown name, weights that cannot be loaded, or arguments that do not fit.
+        ConfigError: if the name is unknown, weights cannot be loaded, or arguments do not fit.
     """
     check_name(config)
     family, name = config.family
@@ -76,20 +75,13 @@ def dense_segmenter(config: ModelConfig) -> Path | None:
     return Path(place) if section.get("segmentation") and not section.get("layers") else None
 
 
-def check_layer_names(config: ModelConfig, layers: str | Sequence[int | str]) -> None:
-    """Raise ConfigError for a module name in `MoEConfig.layers` that no FFN of any timm model has.
+def check_layer_names(config: ModelConfig, moe: MoEConfig) -> None:
+    """Raise ConfigError for a module name in `moe.layers` that no FFN of any timm model has.
 
     Names with wildcards, and models of other families, are left to surgery, which sees the model.
     """
-    if config.family[0] != "timm":
-        return
-    for item in [layers] if isinstance(layers, str) else layers:
-        if isinstance(item, int) or item.partition(":")[0] in ("all", "none", "last", "every"):
-            continue
-        if any(wild in item for wild in "*?[") or FFN_NAME.fullmatch(item):
-            continue
-        numbered = [f"blocks.{number}.mlp" for number in re.findall(r"\d+", item)]
-        raise ConfigError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *numbered])}")
+    if config.family[0] == "timm":
+        moe.selection.check_names(FFN_NAME)
 
 
 def check_name(config: ModelConfig, segmentation: bool = False) -> None:

@@ -104,7 +104,7 @@ def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, i
         size: (channels, height, width) of the images.
 
     Raises:
-        ConfigError: where no block comes before, or a block hands more than tokens to the next one.
+        ConfigError: if no block comes before, or a block hands more than tokens to the next one.
     """
     backbone = find_backbone(model)
     blocks = backbone.blocks

@@ -78,7 +78,7 @@ class Backbone:
             args: `model.args`.
 
         Raises:
-            ConfigError: for an unknown name, weights that cannot be loaded, or arguments that do not fit.
+            ConfigError: if the name is unknown, weights cannot be loaded, or arguments do not fit.
         """
         raise ConfigError(f"model.name={name!r}: {cls.__name__} builds no models by name; use vimoe.upcycle in Python")
 
@@ -106,11 +106,11 @@ class Backbone:
         Args:
             path: file to write.
             label_names: name of each class; by default those that the model came with.
-            preprocessing: as `data_config` gives it; by default the model's own.
+            preprocessing: values of `data_config`; by default the model's own.
             model_args: arguments of `build` that replace the model's own.
 
         Raises:
-            VimoeError: for arguments that JSON cannot hold.
+            VimoeError: if JSON cannot hold the arguments.
         """
         names = list(label_names) if label_names else self.vit_config.get("label_names")
         values = {
@@ -131,7 +131,7 @@ class Backbone:
         """Build the dense ViT from its config.json, with weights still to be loaded.
 
         Raises:
-            FolderError: where it does not fit.
+            FolderError: if it does not fit.
         """
         values = json.loads(read_text(config))
         try:
@@ -220,7 +220,7 @@ class Backbone:
             given: values by these names, which hold before the model's own.
 
         Raises:
-            ValueError: for values that do not fit the model.
+            ValueError: if values do not fit the model.
         """
         return resolve_data_config({**given, "input_size": self.input_size}, pretrained_cfg=self.vit_config)
 
@@ -251,7 +251,7 @@ class Backbone:
         """Names of the classes, or their numbers where the model came without names.
 
         Raises:
-            VimoeError: where there are names for another number of classes.
+            VimoeError: if there are names for another number of classes.
         """
         names, classes = self.vit_config.get("label_names"), self.num_classes
         if names and len(names) != classes:
@@ -345,7 +345,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside of torch.compile's module, DataParallel or DistributedDataParallel.
 
     Raises:
-        VimoeError: for what is no module.
+        VimoeError: if it is no module.
     """
     expect("model", model, nn.Module, "build one, such as by timm.create_model")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -358,6 +358,6 @@ def label_names(model: nn.Module) -> list[str]:
     """Return the names of a model's classes, or their numbers where it has none.
 
     Raises:
-        VimoeError: where there are names for another number of classes.
+        VimoeError: if there are names for another number of classes.
     """
     return find_backbone(model).label_names

@@ -53,9 +53,15 @@ def save(
         overwrite: replace a model folder that is there.
 
     Raises:
-        FolderError: where the folder is there already, is no model folder, or would not rebuild the model; nothing is
+        FolderError: if the folder is there already, is no model folder, or would not rebuild the model; nothing is
             left behind.
-        VimoeError: for an optimised model.
+        VimoeError: if the model is optimised.
+
+    >>> import tempfile, timm, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in vimoe.save(model, f"{folder}/model").iterdir())
+    ['config.json', 'model.safetensors']
     """
     path = Path(path)
     model = unwrapped(model)
@@ -103,7 +109,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         device: device of the loaded model.
 
     Raises:
-        FolderError: where the folder is missing, incomplete, damaged, or from a newer version.
+        FolderError: if the folder is missing, incomplete, damaged, or from a newer version.
+
+    >>> import tempfile, timm, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     type(vimoe.load(vimoe.save(model, f"{folder}/model"))).__name__
+    'VisionTransformer'
     """
     if str(path).startswith("hf-hub:"):
         from huggingface_hub import snapshot_download

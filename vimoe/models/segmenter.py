@@ -31,7 +31,7 @@ class Segmenter(nn.Module):
         palette: (red, green, blue) of each class, for pictures.
 
     Raises:
-        ConfigError: for a model that gives no feature maps, an unknown decoder, or other values that cannot be.
+        ConfigError: if the model gives no feature maps, the decoder is unknown, or another value is impossible.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Segmenter(nn.Module):
         """(rows, columns) of the patches of images of that size, patches of mere padding among them.
 
         Raises:
-            VimoeError: where the images are larger than a ViT of fixed size.
+            VimoeError: if the images are larger than a ViT of fixed size.
         """
         patch_h, patch_w = self.patch_size
         if self.fixed_size is None:
@@ -100,7 +100,7 @@ class Segmenter(nn.Module):
         """Return scores (B, classes, H, W) of images (B, 3, H, W), bilinear between patches.
 
         Raises:
-            VimoeError: where the images are larger than a ViT of fixed size.
+            VimoeError: if the images are larger than a ViT of fixed size.
         """
         height, width = images.shape[-2:]
         (rows, columns), (patch_h, patch_w) = self.grid(height, width), self.patch_size
@@ -128,10 +128,10 @@ def create_segmenter(
 
     Args:
         config: settings of the ViT; `config.num_classes` plays no part.
-        classes, decoder, crop, palette: as in `Segmenter`; crop by default `config.img_size`.
+        classes, decoder, crop, palette: arguments of `Segmenter`; crop by default `config.img_size`.
 
     Raises:
-        ConfigError: as `vimoe.models.create.create` and `Segmenter`.
+        ConfigError: if `vimoe.models.create.create` or `Segmenter` raises it.
     """
     backbone = create(config, num_classes=0, img_size=crop, any_size=True)
     return Segmenter(backbone, classes, decoder, crop, palette)

@@ -1,18 +1,16 @@
-"""Find modules inside the blocks of a ViT, choose some by block, and swap them all or none.
+"""Find modules inside the blocks of a ViT, and swap them all or none.
 
 Nothing here knows of experts: the caller decides which modules match, and builds the modules that replace them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
-from vimoe.config.moe import LAYER_WORDS, check_layers
-from vimoe.errors import SurgeryError, nearest
+from vimoe.errors import SurgeryError
 from vimoe.models.interface import find_backbone
 
 
@@ -41,8 +39,8 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
     the family skips (`Backbone.skipped`).
 
     Raises:
-        SurgeryError: where one module stands at two places, since swapping one of them would untie them; or where
-            nothing is found in a model that no family knows.
+        SurgeryError: if one module stands at two places, since swapping one of them would untie them; or if nothing is
+            found in a model that no family knows.
     """
     backbone = find_backbone(model)
     names: dict[nn.Module, str] = {}
@@ -69,48 +67,6 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
     if not sites:
         backbone.check_known("blocks")
     return sites
-
-
-def select(sites: Sequence[Site], layers: str | Sequence[int | str]) -> list[Site]:
-    """Return the sites of the named blocks, in forward order; the syntax is that of `MoEConfig.layers`.
-
-    Raises:
-        ConfigError: for words that `MoEConfig.layers` would refuse.
-        SurgeryError: where a word, index or pattern names no site.
-    """
-    check_layers(layers)
-    count = 1 + max((site.block for site in sites), default=-1)
-    if layers == "none":
-        return []
-    if not sites:
-        raise SurgeryError(
-            "no FFN was found inside the model's blocks: expected a plain ViT of timm (vit_*, deit*), and not one "
-            "that fuses the FFN with the attention, as vit_*_xp and vit_*pwee do"
-        )
-    if layers == "all":
-        return list(sites)
-    if isinstance(layers, str):
-        word, colon, number = layers.partition(":")
-        if colon and int(number) > count:
-            raise SurgeryError(f"layers={layers!r}: expected at most {count}, the number of blocks with an FFN")
-        if word == "last" and colon:
-            return [site for site in sites if site.block >= count - int(number)]
-        if word == "every" and colon:
-            return [site for site in sites if site.block % int(number) == int(number) - 1]
-    wanted = {name for item in ([layers] if isinstance(layers, str) else layers) for name in _named(sites, item, count)}
-    return [site for site in sites if site.name in wanted]
-
-
-def _named(sites: Sequence[Site], item: int | str, count: int) -> list[str]:
-    if isinstance(item, int):
-        if not -count <= item < count:
-            raise SurgeryError(f"layers: no block {item}: expected {-count} to {count - 1}")
-        return [site.name for site in sites if site.block == item % count]
-    found = [site.name for site in sites if fnmatchcase(site.name, item)]
-    if not found:
-        known = [*LAYER_WORDS, *(site.name for site in sites)]
-        raise SurgeryError(f"layers={item!r} names no FFN: {nearest(item, known)}")
-    return found
 
 
 def swap(model: nn.Module, replacements: dict[str, nn.Module]) -> None:

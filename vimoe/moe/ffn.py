@@ -30,7 +30,16 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class FFN:
-    """What an FFN is, apart from its weights."""
+    """Shape and parts of an FFN, without its weights.
+
+    Attributes:
+        dim: number D of channels.
+        hidden: number F of hidden units.
+        gated: True if it computes act(gate) * value.
+        act: activation.
+        norm_eps: epsilon of the LayerNorm between the matrices; None without one.
+        drop: rates of the dropouts on the hidden units and on the output.
+    """
 
     dim: int
     hidden: int
@@ -117,10 +126,10 @@ def is_ffn(module: nn.Module) -> bool:
 
 
 def describe(module: Any) -> FFN:
-    """Reads what an FFN is.
+    """Read the shape and parts of an FFN.
 
     Raises:
-        SurgeryError: for a part that experts could not reproduce, such as a quantised or adapted matrix.
+        SurgeryError: if experts could not reproduce a part, such as a quantised or adapted matrix.
     """
     kind = KINDS[type(module)]
     for name in kind.linears:
@@ -159,7 +168,7 @@ def _rate(module: nn.Module, drop: str | None) -> float:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called with the module's forward, or a part's, that a module in its place would not call."""
+    """True if the module or a part of it has forward hooks or a patched `forward`; a replacement would lose them."""
     return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
 
 
@@ -271,7 +280,7 @@ def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
     Args:
         weights: canonical weights; they are not changed.
         reference: canonical weights of an FFN of the same class and shape.
-        gated: as in `FFN`.
+        gated: True for a gated FFN.
     """
     units_FP, target_FP = hidden_units(weights, gated), hidden_units(reference, gated)
     # A common shift changes no distance, and the products of what units have in common would round away the rest.

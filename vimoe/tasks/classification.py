@@ -13,18 +13,12 @@ from torch.utils.data import DataLoader
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, load_data, load_folder
-from vimoe.data.loaders import (
-    eval_loader,
-    preprocessing,
-    train_loader,
-)
+from vimoe.data.loaders import eval_loader, preprocessing, train_loader
 from vimoe.data.scan import Scan, scan
 from vimoe.errors import ConfigError
 from vimoe.metrics.classification import Score, evaluate
 from vimoe.models.create import create
 from vimoe.models.interface import label_names
-from vimoe.models.surgery import select
-from vimoe.models.upcycling import sites
 from vimoe.tasks.cached_features import FeatureCache
 from vimoe.tasks.image_training import classification
 from vimoe.training.task import Task
@@ -65,23 +59,27 @@ class Classification:
             raise ConfigError(f"model.num_classes={asked}: the data has {len(self.data.classes)} classes; leave it out")
         return create(self.settings.model, len(self.data.classes))
 
-    def check(self, model: nn.Module) -> None:
-        """Raises VimoeError for an augmentation that timm does not know, or features that cannot be kept."""
+    def check(self, model: nn.Module, converted: Sequence[str] = ()) -> None:
+        """Raises VimoeError for an augmentation that timm does not know, or features that cannot be kept.
+
+        Args:
+            model: to be trained.
+            converted: names of the FFNs that `upcycle` converted.
+        """
         train_loader(self.data.train, preprocessing(model, self.settings.data), self.settings.train, workers=0)
         if self.settings.data.cache == "features":
-            self._features(model, self.settings.train)
+            self._features(model, self.settings.train, converted)
 
-    def task(self, model: nn.Module, config: TrainConfig) -> Task:
-        """What a training has to know."""
+    def task(self, model: nn.Module, config: TrainConfig, converted: Sequence[str] = ()) -> Task:
+        """Return what a training has to know; cached features are those before the first of the `converted` FFNs."""
         data = self.settings.data
         if data.cache == "features":
-            return self._features(model, config).task()
+            return self._features(model, config, converted).task()
         return classification(self.data, preprocessing(model, data), config, data.workers, data.cache)
 
-    def _features(self, model: nn.Module, config: TrainConfig) -> FeatureCache:
+    def _features(self, model: nn.Module, config: TrainConfig, converted: Sequence[str]) -> FeatureCache:
         data = self.settings.data
-        trained = [site.name for site in select(sites(model), self.settings.moe.layers)]
-        return FeatureCache(model, trained, self.data, preprocessing(model, data), config, data.views, data.workers)
+        return FeatureCache(model, converted, self.data, preprocessing(model, data), config, data.views, data.workers)
 
     def limits(self, model: nn.Module) -> dict[str, float]:
         """What bounds a score, by name; nothing in a classification."""

@@ -79,7 +79,7 @@ class Segmentation:
                               f"expected those of the data, in their order; correct its classes.yaml")  # fmt: skip
         return model
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, converted: Sequence[str] = ()) -> None:
         assert isinstance(model, Segmenter)
         if self.settings.data.inference == "whole" and model.fixed_size:
             raise ConfigError(
@@ -91,7 +91,7 @@ class Segmentation:
                 "train.batch_size, give more training images, or use model.decoder=linear"
             )
 
-    def task(self, model: nn.Module, config: TrainConfig) -> Task:
+    def task(self, model: nn.Module, config: TrainConfig, converted: Sequence[str] = ()) -> Task:
         assert isinstance(model, Segmenter)
         pixels = self.scan().pixels["train"]
         prepared = preprocessing(model, self.settings.data)

@@ -31,8 +31,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """
     backbone = find_backbone(model)
     depths, no_decay = backbone.layer_numbers(), backbone.no_weight_decay()
-    for name, layer in moe_layers(model).items():  # what was a vector in the parent is now a stack of them
-        no_decay |= {f"{name}.experts.{part}" for part, p in layer.experts.named_parameters() if p.ndim == 2}
+    for name, layer in moe_layers(model).items():
+        no_decay |= {f"{name}.experts.{part}" for part, role in layer.experts.roles.items() if not role.matrix}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -40,7 +40,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     deepest = max(depths.values())
     layers = moe_layers(model).values()
     routers = {id(p) for layer in layers for p in layer.router.parameters()}
-    matrices = {id(p) for layer in layers for p in layer.experts.parameters() if p.ndim == 3}
+    experts = [layer.experts for layer in layers]
+    matrices = {id(e.get_parameter(name)) for e in experts for name, role in e.roles.items() if role.matrix}
     own_decay = matrices if config.expert_weight_decay is not None else set()
     result: list[dict[str, Any]] = []
     for (depth, decays), parameters in groups.items():

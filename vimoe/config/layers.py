@@ -1,0 +1,123 @@
+"""Which blocks of a model are meant: the value of `MoEConfig.layers`, parsed and checked once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol, TypeVar
+
+from vimoe.errors import ConfigError, SurgeryError, nearest
+
+LAYER_WORDS = ("all", "none", "last:N", "every:N")
+
+
+class InBlock(Protocol):
+    """A module of a model: its name there, and the index of its block among the blocks that hold an FFN."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def block(self) -> int: ...
+
+
+Site = TypeVar("Site", bound=InBlock)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Selection of FFNs by block, as `MoEConfig.layers` describes it.
+
+    Attributes:
+        written: "all", "none", "last:2", "every:2", a module-name pattern, or a tuple of block indices and patterns.
+        word: "all", "none", "last" or "every"; "" for indices and patterns.
+        number: N of "last:N" and "every:N", else 0.
+        items: block indices and module-name patterns; none for a word.
+
+    Example:
+        >>> Layers.parse("last:2").number, Layers.parse([3, "blocks.1?.mlp"]).items
+        (2, (3, 'blocks.1?.mlp'))
+    """
+
+    written: str | tuple[int | str, ...]
+    word: str = ""
+    number: int = 0
+    items: tuple[int | str, ...] = ()
+
+    @classmethod
+    def parse(cls, written: object) -> Layers:
+        """Return the selection that a user wrote.
+
+        Raises:
+            ConfigError: for neither one of LAYER_WORDS, nor block indices or module-name patterns.
+        """
+        listed = isinstance(written, (tuple, list))
+        items = tuple(written) if isinstance(written, (tuple, list)) else (written,)
+        if not items or not all(_is_item(item, listed) for item in items):
+            raise ConfigError(
+                f"layers={written!r}: expected one of {', '.join(LAYER_WORDS)}, block indices such as [3, 4], "
+                f"or module-name patterns such as 'blocks.1?.mlp'"
+            )
+        if not isinstance(written, str):
+            return cls(items, items=items)
+        word, colon, number = written.partition(":")
+        if not colon:
+            return cls(written, word=word) if word in ("all", "none") else cls(written, items=items)
+        if word in ("last", "every") and re.fullmatch(r"[1-9]\d*", number):
+            return cls(written, word, int(number))
+        remedy = nearest(f"{word}:N", LAYER_WORDS)
+        raise ConfigError(f"layers={written!r}: expected one of {', '.join(LAYER_WORDS)} with N of 1 or more; {remedy}")
+
+    def check_names(self, ffn_name: re.Pattern[str]) -> None:
+        """Raise ConfigError for a module name that `ffn_name` does not match in full.
+
+        A name with wildcards is left to the model.
+        """
+        for item in self.items:
+            if isinstance(item, int) or any(wild in item for wild in "*?[") or ffn_name.fullmatch(item):
+                continue
+            numbered = [f"blocks.{number}.mlp" for number in re.findall(r"\d+", item)]
+            raise ConfigError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *numbered])}")
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        """Return the selected ones of all sites of a model, in the order given.
+
+        Raises:
+            SurgeryError: where a word, index or pattern selects no site.
+        """
+        if self.word == "none":
+            return []
+        if not sites:
+            raise SurgeryError(
+                "no FFN was found inside the model's blocks: expected a plain ViT of timm (vit_*, deit*), and not one "
+                "that fuses the FFN with the attention, as vit_*_xp and vit_*pwee do"
+            )
+        count = 1 + max(site.block for site in sites)
+        if self.number > count:
+            raise SurgeryError(f"layers={self.written!r}: expected at most {count}, the number of blocks with an FFN")
+        if self.word == "all":
+            return list(sites)
+        if self.word == "last":
+            return [site for site in sites if site.block >= count - self.number]
+        if self.word == "every":
+            return [site for site in sites if site.block % self.number == self.number - 1]
+        selected = {name for item in self.items for name in _names(item, sites, count)}
+        return [site for site in sites if site.name in selected]
+
+
+def _is_item(item: object, listed: bool) -> bool:
+    """True for a module-name pattern, and in a list for a block index."""
+    return bool(item) if isinstance(item, str) else listed and isinstance(item, int) and not isinstance(item, bool)
+
+
+def _names(item: int | str, sites: Sequence[InBlock], count: int) -> list[str]:
+    """Return the names of the sites in one block, or of those that match a pattern."""
+    if isinstance(item, int):
+        if not -count <= item < count:
+            raise SurgeryError(f"layers: no block {item}: expected {-count} to {count - 1}")
+        return [site.name for site in sites if site.block == item % count]
+    matching = [site.name for site in sites if fnmatchcase(site.name, item)]
+    if not matching:
+        raise SurgeryError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *(s.name for s in sites)])}")
+    return matching
