@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import my_vit
+from helpers.commands import call, refused
 from helpers.my_vit import FeedForward, MyViT
 from helpers.tiny import randomise
 from torch import Tensor, nn
@@ -218,3 +219,14 @@ def test_the_example_of_the_documentation_works() -> None:
     assert not torch.equal(randomise(model)(x), parent(x))
     with pytest.raises(SurgeryError, match="the family 'torchvision' does not answer 'arguments'"):
         vimoe.save(model, "never")
+
+
+def test_the_command_line_takes_its_names_and_leaves_its_layers_to_the_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    planned = call(capsys, "plan", "--model.name=mine:tiny", "--moe.layers=encoder.1.ffn")
+    assert planned["moe"]["layers"] == ["encoder.1.ffn"]
+    assert planned["dense"]["params"] == sum(p.numel() for p in dense().parameters())
+    assert "layers='encoder.1.fn' names no FFN" in refused(
+        capsys, "plan", "--model.name=mine:tiny", "--moe.layers=encoder.1.fn"
+    )
