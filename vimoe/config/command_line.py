@@ -89,7 +89,7 @@ class Parser(ArgumentParser):
             return f"{name}={value}: expected {' or '.join(words)}"
         if found := _NO_SECTION.search(text):
             flag = f"--{found[1]}"
-            return f"{flag}={found[2]}: expected a YAML file of this section; or set {flag}.OPTION, see {self.prog} --help"
+            return f"{flag}={found[2]}: expected a YAML file; to set one option use {flag}.NAME, see {self.prog} --help"
         return text.replace("Problems parsing config: ", "--config: expected a YAML file of sections and settings: ")
 
     def _unknown(self, name: str) -> str:
