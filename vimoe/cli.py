@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser
-from vimoe.config.data import Task
+from vimoe.config.data import TASKS
 from vimoe.config.moe import MoEConfig
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
@@ -121,18 +121,18 @@ def train(verb: str, argv: list[str]) -> Result:
     settings = parser.settings(options)
     from vimoe.models.timm_vit import FFN_NAME, check_name
 
-    check_name(settings.model, segmentation=settings.data.task == "segmentation")
+    check_name(settings.model, segmentation=True)  # the task judges the folder of a segmenter
     settings.moe.selection.check_names(FFN_NAME)
     from vimoe.experiments.train import resume_training, run_training
 
     resumed = options["resume"]
     summary = run_training(settings, options["out"]) if resumed is None else resume_training(resumed)
-    from vimoe.report.run_report import MEASURES, judged_by
+    from vimoe.metrics.registry import shown
 
     val = summary["val"]
-    shares = f"{MEASURES[judged_by(val)].removesuffix(', %')} {val[judged_by(val)]:.2%}"
+    names = shown(val)
     text = (
-        f"validation {shares}, loss {val['loss']:.4f} ({val['images']} images) "
+        f"validation {names.judge_name} {val[names.judge]:.2%}, loss {val['loss']:.4f} ({val['images']} images) "
         f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{summary['report']}"
     )
     return text, summary
@@ -175,19 +175,14 @@ def predict(verb: str, argv: list[str]) -> Result:
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     files = list_images(options["images"])
-    if run.segments:
-        out = _required_out(options, "masks")
+    out = options["out"]
+    if run.task.writes_predictions:
         for images in (*options["images"], run.run.settings.data.path):
-            check_outside("--out", out, images)
-        predictions = run.predict_scenes(files, out)
-        lines = [p.get("error") or f"{p['mask']}: {_areas(p, options['top'])}" for p in predictions]
-        return "\n".join(lines), {"predictions": predictions}
-    if options["out"]:
-        raise ConfigError(f"--out {options['out']}: expected it for a segmentation alone; leave it out")
-    from vimoe.tasks.predictions import predict as name_classes
-
-    predictions = name_classes(run.model, files, options["top"])
-    lines = [p.get("error") or f"{p['file']}: {_classes(p)}" for p in predictions]
+            check_outside("--out", _required_out(options, "masks"), images)
+    elif out:
+        raise ConfigError(f"--out {out}: this run's predictions are no files; leave it out")
+    predictions = run.predict(files, out, options["top"])
+    lines = [each.get("error") or run.task.line(each, options["top"]) for each in predictions]
     return "\n".join(lines), {"predictions": predictions}
 
 
@@ -231,12 +226,13 @@ def prune(verb: str, argv: list[str]) -> Result:
     out = _required_out(options)
     open_run(options["run"])
     from vimoe.experiments.finished_run import FinishedRun
+    from vimoe.metrics.registry import shown
     from vimoe.report.run_report import receipt_header, receipt_row
 
     keys = ("tolerance", "experts", "recover", "recover_lr")
     values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
     when = [key for key in ("before", "after", "recovered") if key in values]
-    rows = [receipt_header(values["before"]), *(receipt_row(key, [values[key]]) for key in when)]
+    rows = [receipt_header(shown(values["before"])), *(receipt_row(key, [values[key]]) for key in when)]
     table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
     measured = f"measured on {values['before']['images']} {values['split']} images"
     return "\n".join([values.pop("text"), *table, measured, values["report"]]), values
@@ -270,7 +266,7 @@ def demo(verb: str, argv: list[str]) -> Result:
     Example: vimoe demo --task segmentation
     """
     parser = _parser(verb, out="folder to make (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--task", choices=get_args(Task), default="classification", help="what to show")
+    parser.add_argument("--task", choices=list(TASKS), default="classification", help="what to show")
     options = parser.parse_args(argv)
     from vimoe.demo.tours import run_demo
 
@@ -359,14 +355,6 @@ def _settings(verb: str, argv: list[str], *sections: str, **extra: str) -> tuple
     if "out" in extra:
         _required_out(values)
     return parser.settings(values), values
-
-
-def _classes(prediction: dict[str, Any]) -> str:
-    return ", ".join(f"{each['name']} {each['probability']:.1%}" for each in prediction["classes"])
-
-
-def _areas(prediction: dict[str, Any], most: int) -> str:
-    return ", ".join(f"{name} {share:.1%}" for name, share in list(prediction["areas"].items())[:most])
 
 
 def _required_out(options: Any, example: str = "runs/first") -> str:

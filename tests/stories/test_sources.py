@@ -32,7 +32,7 @@ from vimoe.data.listing import in_order, split_in
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.scan import scan
 from vimoe.errors import DataError
-from vimoe.tasks.image_training import fingerprint
+from vimoe.tasks.classification_job import fingerprint
 
 CLASSES = ("blue", "green", "red")
 

@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vimoe.config.checks import LARGEST_SEED, check_choice, check_count, check_flags, check_range
+from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError
 
 Cache = Literal["none", "memory", "disk", "features"]
 
 
-Task = Literal["classification", "segmentation"]
+TASKS = Registry(
+    "data.task",
+    {
+        "classification": "vimoe.tasks.classification:Classification",
+        "segmentation": "vimoe.tasks.segmentation:Segmentation",
+    },
+)
 
 
 Inference = Literal["slide", "whole"]
@@ -53,7 +60,7 @@ class DataConfig:
     """
 
     path: str = ""
-    task: Task = "classification"
+    task: str = "classification"
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"
@@ -77,7 +84,7 @@ class DataConfig:
         check_range("val_fraction", self.val_fraction, 0.001, 0.9)
         check_choice("cache", self.cache, get_args(Cache))
         check_count("views", self.views, 1)
-        check_choice("task", self.task, get_args(Task))
+        TASKS.check(self.task)
         check_choice("inference", self.inference, get_args(Inference))
         if self.crop_pct is not None:
             check_range("crop_pct", self.crop_pct, 0.1, 1.0)

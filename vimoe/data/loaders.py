@@ -135,9 +135,20 @@ def train_loader(
     Of decoded images a GPU gets `Crops`, which `vimoe.data.crops.Finish` makes images of. A policy of augmentation and
     jitter of colours need images of Pillow, and so does a CPU, which would gain nothing.
     """
+    transform = train_transform(prepared, config)
+    order = Shuffled(len(samples), config.seed)
+    batches: dict[str, Any] = {"batch_size": config.batch_size, "sampler": order, "drop_last": True}
+    batchwise = not (config.auto_augment or config.color_jitter) and prepared["interpolation"] in KERNELS
+    if isinstance(samples, Decoded) and batchwise and _gpu():
+        return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **processes(workers))
+    return DataLoader(Augmented(samples, transform), **batches, **processes(workers))
+
+
+def train_transform(prepared: dict[str, Any], config: TrainConfig) -> Any:
+    """Return timm's augmentation. Raises DataError for a policy that timm does not know."""
     whole = config.min_crop == 1
     try:
-        transform = create_transform(
+        return create_transform(
             **{name: prepared[name] for name in ("input_size", "mean", "std", "interpolation")},
             is_training=True,
             scale=(config.min_crop, 1.0),
@@ -152,12 +163,6 @@ def train_loader(
         raise DataError(
             f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
         ) from error
-    order = Shuffled(len(samples), config.seed)
-    batches: dict[str, Any] = {"batch_size": config.batch_size, "sampler": order, "drop_last": True}
-    batchwise = not (config.auto_augment or config.color_jitter) and prepared["interpolation"] in KERNELS
-    if isinstance(samples, Decoded) and batchwise and _gpu():
-        return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **processes(workers))
-    return DataLoader(Augmented(samples, transform), **batches, **processes(workers))
 
 
 def eval_loader(

@@ -20,10 +20,13 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, load_data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.demo.tour import DISCLAIMER, PARENT, SEEDS, Arm, Tour, add_routing_and_training, analysed, compare, told
+from vimoe.metrics.registry import SCORES
 from vimoe.models.model_folder import load
 from vimoe.report.html_page import Page
-from vimoe.report.run_report import RECEIPT_HEADER, receipt_row
+from vimoe.report.run_report import receipt_header, receipt_row
 
+NAMES = SCORES["classification"]
+HEADER = receipt_header(NAMES)
 FIRST = TrainConfig(epochs=45, batch_size=30, lr=2e-3, warmup_epochs=4, hflip=0, min_crop=0.8, tensorboard=False)
 FURTHER = replace(FIRST, epochs=6, lr=1e-3, warmup_epochs=0.5)
 
@@ -78,7 +81,7 @@ def tour_of_digits(folder: Path) -> tuple[str, dict[str, Any]]:
     shares = {name: [receipt.score.rank[0] for receipt in group] for name, group in table.items()}
     control = ARMS[0].name
     others = [name for name in table if name not in (PARENT, control)]
-    comparisons = [compare(shares, name, control, len(others), len(data.test), "top-1") for name in others]
+    comparisons = [compare(shares, name, control, len(others), len(data.test), NAMES.judge_name) for name in others]
     kept = [keeps(*each) for each in zip(SEEDS, decided, evidence, strict=True)]
 
     seconds = time.perf_counter() - start
@@ -91,12 +94,12 @@ def tour_of_digits(folder: Path) -> tuple[str, dict[str, Any]]:
         "report": str(report),
     }
     run_folder.write_json(folder / run_folder.SUMMARY, {"schema": run_folder.SCHEMA, "command": "demo", **summary})
-    lines = ["", told(RECEIPT_HEADER, rows_of(table)), "", *comparisons, "", *kept, "", DISCLAIMER]
+    lines = ["", told(HEADER, rows_of(table)), "", *comparisons, "", *kept, "", DISCLAIMER]
     return "\n".join([*lines, f"{seconds:.0f} s; report: {report}"]), summary
 
 
 def rows_of(table: dict[str, list[Receipt]]) -> list[tuple[str, ...]]:
-    """The table's rows under RECEIPT_HEADER."""
+    """Return the table's rows under HEADER."""
     return [receipt_row(name, [receipt.to_dict() for receipt in group]) for name, group in table.items()]
 
 
@@ -129,7 +132,7 @@ def _report(
     )
     page.text(DISCLAIMER)
     page.heading("Results")
-    page.table(RECEIPT_HEADER, rows_of(table))
+    page.table(HEADER, rows_of(table))
     page.items([f"{arm.name}: {arm.note}" for arm in ARMS])
     page.text(
         f"Mean ± standard deviation over seeds, all from one parent. MACs are multiply-adds of one image; images/s was "

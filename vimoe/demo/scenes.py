@@ -14,7 +14,6 @@ from torch import nn
 
 from vimoe import run_folder
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.expert_maps import expert_maps
 from vimoe.analysis.pruning import images_per_second
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
@@ -25,16 +24,18 @@ from vimoe.data.loaders import preprocessing
 from vimoe.data.scenes import Scenes
 from vimoe.demo.composed_scenes import compose_scenes
 from vimoe.demo.tour import DISCLAIMER, SEEDS, Arm, Tour, add_routing_and_training, analysed, by_seed, compare, told
+from vimoe.metrics.registry import SCORES
 from vimoe.metrics.segmentation import ceiling
 from vimoe.models.cost import count
 from vimoe.models.model_folder import load
-from vimoe.models.segmenter import Segmenter
 from vimoe.report.html_page import Page
-from vimoe.report.run_report import RECEIPT_HEADER, over_seeds
+from vimoe.report.run_report import COSTS, over_seeds
+from vimoe.tasks.expert_maps import expert_maps
 from vimoe.tasks.segmentation import SHOWN, Segmentation
 
 Table = Mapping[str, Sequence[dict[str, Any]]]  # of each arm, what was measured by seed
-HEADER = ("", "mean IoU, %", "pixel accuracy, %", *RECEIPT_HEADER[2:])
+NAMES = SCORES["segmentation"]
+HEADER = ("", *(f"{name}, %" for name in NAMES.shares.values()), *COSTS)
 SIZE, PATCH = 48, 6
 KNOWN = 5  # digits: of all ten, a model of this size hardly tells any apart in the time
 TRAIN, VAL, TEST = 800, 100, 250  # scenes
@@ -62,17 +63,17 @@ def tour_of_scenes(folder: Path) -> tuple[str, dict[str, Any]]:
     start = time.perf_counter()
     console = Console(stderr=True)
     tour = _tour(compose_scenes(folder / "scenes", TRAIN, VAL, TEST, SIZE, known=KNOWN))
-    problem = Segmentation(Settings(data=tour.data, train=tour.first))
-    scenes = problem.data
+    task = Segmentation(Settings(data=tour.data, train=tour.first))
+    scenes = task.find(tour.data)
     console.print(f"A tour on scenes of scikit-learn's handwritten digits: {scenes}")
     trained = tour.train(folder, console)
     models = {name: [load(run / run_folder.MODEL) for run in group] for name, group in trained.items()}
     console.print("analysing the ViMoEs")
     evidence = analysed(trained[VIMOE.name])
-    table = _measure(problem, models)
-    shares = {name: [measured["miou"] for measured in group] for name, group in table.items()}
+    table = _measure(task, scenes, models)
+    shares = {name: [measured[NAMES.judge] for measured in group] for name, group in table.items()}
     control, *others = (arm.name for arm in ARMS)
-    comparisons = [compare(shares, name, control, len(others), len(scenes.test), "mean IoU") for name in others]
+    comparisons = [compare(shares, name, control, len(others), len(scenes.test), NAMES.judge_name) for name in others]
     masks = (torch.from_numpy(scenes.legend.read(mask)).long() for _, mask in scenes.test)
     best = ceiling(masks, PATCH, len(scenes.classes)).miou
 
@@ -91,7 +92,7 @@ def tour_of_scenes(folder: Path) -> tuple[str, dict[str, Any]]:
 def rows_of(table: Table) -> list[tuple[str, ...]]:
     """The table's rows under HEADER."""
     cells = (
-        ("miou", 0.01, "{:.2f}"), ("pixel_accuracy", 0.01, "{:.2f}"), ("loss", 1, "{:.4f}"), ("params", 1e6, "{:.3f}"),
+        *((key, 0.01, "{:.2f}") for key in NAMES.shares), ("loss", 1, "{:.4f}"), ("params", 1e6, "{:.3f}"),
         ("activated_params", 1e6, "{:.3f}"), ("macs", 1e9, "{:.4f}"), ("images_per_second", 1, "{:.0f}"),
     )  # fmt: skip
     return [(name, *(over_seeds([one[key] for one in group], unit, form) for key, unit, form in cells))
@@ -111,15 +112,17 @@ def _tour(scenes: Path) -> Tour:
     )
 
 
-def _measure(problem: Segmentation, models: Mapping[str, Sequence[nn.Module]]) -> dict[str, list[dict[str, Any]]]:
+def _measure(
+    task: Segmentation, scenes: Scenes, models: Mapping[str, Sequence[nn.Module]]
+) -> dict[str, list[dict[str, Any]]]:
     """Score on test, costs, and images a second in turns, of each model."""
     everything = [model for group in models.values() for model in group]
-    loader = problem.loader(everything[0], problem.data.test)
+    loader = task.loader(everything[0], scenes, scenes.test)
     speeds = iter(images_per_second(everything, next(iter(loader))[0]))
     return {
         name: [
             {
-                **problem.evaluate(model, loader).to_dict(),
+                **task.evaluate(model, loader).to_dict(),
                 **asdict(count(model)),
                 "images_per_second": next(speeds),
             }
@@ -129,9 +132,7 @@ def _measure(problem: Segmentation, models: Mapping[str, Sequence[nn.Module]]) -
     }
 
 
-def _report(
-    folder: Path, scenes: Scenes, vimoe: nn.Module, evidence: Sequence[Evidence], found: dict[str, Any]
-) -> Path:
+def _report(folder: Path, scenes: Scenes, vimoe: Any, evidence: Sequence[Evidence], found: dict[str, Any]) -> Path:
     table: Table = found["table"]
     page = Page("vimoe: a tour on scenes of handwritten digits", folder / run_folder.FIGURES)
     page.text(
@@ -160,7 +161,6 @@ def _report(
         f"patch's first choice. Expert numbers mean nothing between layers. Patches of one kind in one colour are a "
         f"sign that the router follows what is seen; whether it does so by class, and whether that matters, comes next."
     )
-    assert isinstance(vimoe, Segmenter)
     maps = expert_maps(vimoe, scenes.test[:SHOWN], scenes.legend, preprocessing(vimoe))
     page.figure(maps, "expert-maps", "Image, truth (void is white), prediction, and the expert of each patch.")
     add_routing_and_training(page, VIMOE, folder, evidence)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vimoe.config.data import Task
 from vimoe.demo.digits import tour_of_digits
 from vimoe.demo.scenes import tour_of_scenes
 from vimoe.demo.tour import tiny_models, tour_folder
@@ -12,7 +11,7 @@ from vimoe.demo.tour import tiny_models, tour_folder
 TOURS = {"classification": tour_of_digits, "segmentation": tour_of_scenes}
 
 
-def run_demo(out: str | None, task: Task = "classification") -> tuple[str, dict[str, Any]]:
+def run_demo(out: str | None, task: str = "classification") -> tuple[str, dict[str, Any]]:
     """Runs a tour. Returns what to print and the figures.
 
     Args:

@@ -12,8 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vimoe.analysis.figures import _panels
 from vimoe.files import printable, read_text
-
-SCORES = {"val_top1": "top-1", "val_miou": "mean IoU"}  # columns of metrics.csv that a run is judged by
+from vimoe.metrics.registry import shown
 
 
 def curves(metrics: Path | Mapping[str, Path]) -> Figure:
@@ -27,15 +26,16 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
             loss = [float(row["train_loss"]) for row in rows]
             left.plot(epochs, loss, label="train (with its augmentation)", color="C1", marker=".")
         (line,) = left.plot(epochs, [float(row["val_loss"]) for row in rows], label=name, marker=".")
-        column = next(key for key in SCORES if key in rows[0])
-        right.plot(epochs, [100 * float(row[column]) for row in rows], color=line.get_color(), marker=".")
+        names = shown({key.removeprefix("val_"): value for key, value in rows[0].items()})
+        scores = [100 * float(row[f"val_{names.judge}"]) for row in rows]
+        right.plot(epochs, scores, color=line.get_color(), marker=".")
     left.set(xlabel="epoch", ylabel="cross-entropy, nats" if isinstance(metrics, Path) else "validation loss, nats")
-    right.set(xlabel="epoch", ylabel=f"{SCORES[column]} on validation, %")
+    right.set(xlabel="epoch", ylabel=f"{names.judge_name} on validation, %")
     for axis in (left, right):
         axis.xaxis.set_major_locator(_whole())
     lines = left.get_lines()  # all of them: by itself a legend has no name that begins with an underscore
-    names = [printable(str(line.get_label())) for line in lines]
-    legend = figure.legend(lines, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    labels = [printable(str(line.get_label())) for line in lines]
+    legend = figure.legend(lines, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure

@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from vimoe.analysis import figures
 from vimoe.analysis.figures import CHANCE, INTERVENTIONS, doubt, doubt_of_dependence, interventions
 from vimoe.analysis.statistics import FEWEST, over
+from vimoe.metrics.registry import shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
 
@@ -28,13 +29,6 @@ COMPARED = {
     "router_expert_correlation": "whether experts that the router likes alike are alike; 1 is so",
 }
 
-RIGHT = {"top1": "Top-1", "pixel_accuracy": "Pixel accuracy"}  # what interventions call right, by the score's key
-
-
-def kind_of(score: dict[str, Any]) -> str:
-    """The key of RIGHT that a score has."""
-    return next(key for key in RIGHT if key in score)
-
 
 def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str = "") -> None:
     """Adds the section on routing: who goes where, does it follow the class, and does it matter.
@@ -50,13 +44,13 @@ def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str 
     if not layers:
         page.text("The model has no MoE layer, so there is no routing to show.")
         return
-    key = kind_of(base)
+    names = shown(base)
     page.text(
         f"In an MoE layer a router sends each image (or each of its tokens) to a few of the layer's experts. This "
         f"section asks whether it does so by class, and whether that matters. All of it is about validation images: "
         f"the routing of {evidence['images']} of them was recorded. On all {base['images']} the untouched model has "
-        f"loss {base['loss']:.4f} and {RIGHT[key].lower()} {base[key]:.2%}. Intervals, in brackets and as bars, are "
-        f"{evidence['confidence']:.0%} bootstrap intervals {_meaning(evidence.get('sequences'))}"
+        f"loss {base['loss']:.4f} and {names.right_name} {base[names.right]:.2%}. Intervals, in brackets and as bars, "
+        f"are {evidence['confidence']:.0%} bootstrap intervals {_meaning(evidence.get('sequences'))}"
     )
     page.items(in_short(evidence))
     _who_goes_where(page, evidence, prefix)
@@ -185,10 +179,10 @@ def _does_it_matter(page: Page, evidence: dict[str, Any], prefix: str) -> None:
         "merge": "the layer is replaced by one FFN with the experts' mean weights",
         "matched": "the same, after the experts' hidden units were matched to one another",
     }
-    right = RIGHT[kind_of(evidence["base"])]
+    right = shown(evidence["base"]).right_name
     page.text(
         "One layer at a time is overruled, the others stay. What is shown is the change of the validation loss (up is "
-        f"worse) and of the {right.lower()}. Where an interval contains 0 the change cannot be told from 0: on these "
+        f"worse) and of the {right}. Where an interval contains 0 the change cannot be told from 0: on these "
         f"images the layer, or its choice, may do nothing."
     )
     page.items(f"{INTERVENTIONS[kind]}: {meanings[kind]}." for kind in INTERVENTIONS if kind in found)
@@ -196,7 +190,7 @@ def _does_it_matter(page: Page, evidence: dict[str, Any], prefix: str) -> None:
     caption = f"Change of the loss when a layer is overruled, {where} Hollow where the interval contains 0."
     page.interactive(plotly_figures.effects(evidence), caption, figures.effects(evidence), f"{prefix}effects")
     header = ["layer", *(INTERVENTIONS[kind] for kind in INTERVENTIONS if kind in found)]
-    points = (("loss", "Loss, nats", "+z.4f", 1.0), ("right", f"{right}, points", "+z.2f", 0.01))
+    points = (("loss", "Loss, nats", "+z.4f", 1.0), ("right", f"{right.capitalize()}, points", "+z.2f", 0.01))
     for measure, name, form, unit in points:
         rows = [
             [layer["name"]]

@@ -9,6 +9,7 @@ from typing import Any
 
 from vimoe.analysis import figures
 from vimoe.analysis.statistics import over
+from vimoe.metrics.registry import shown
 from vimoe.report.curves import curves
 from vimoe.report.html_page import Page
 from vimoe.report.routing_section import interval, told, told_dependence
@@ -62,7 +63,7 @@ def _read(name: str, run: Path) -> _Row:
             val, epoch = summary["val"], summary["best_epoch"]
             (name_of_it, value), *_ = measures(val).items()
             result = f"{name_of_it.removesuffix(', %')} {value} ({val['images']} images, epoch {epoch})"
-        header = receipt_header(summary["before"]) if "before" in summary else ()
+        header = receipt_header(shown(summary["before"])) if "before" in summary else ()
         receipts = [(*row, f"{summary['before']['images']} {summary['split']}") for row in receipt_rows(summary, name)]
     with damage_named(run / ROUTING):
         evidence = read_json(run / ROUTING)

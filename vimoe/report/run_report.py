@@ -15,26 +15,21 @@ from vimoe.analysis.figures import INTERVENTIONS
 from vimoe.analysis.statistics import over
 from vimoe.errors import FolderError, VimoeError
 from vimoe.files import read_text
+from vimoe.metrics.registry import Shown, shown
 from vimoe.report.curves import curves, loads
 from vimoe.report.html_page import Page
-from vimoe.report.routing_section import RIGHT, add_routing, kind_of, told
+from vimoe.report.routing_section import add_routing, told
 from vimoe.run_folder import CONFIG, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
 
 METRICS, LOAD = "metrics.csv", "load.csv"
-RECEIPT_HEADER = ("", "top-1, %", "loss", "parameters, M", "activated, M", "MACs, G", "images/s")
-MEASURES = {"top1": "top-1, %", "top5": "top-5, %", "miou": "mean IoU, %", "pixel_accuracy": "pixel accuracy, %"}
+COSTS = ("loss", "parameters, M", "activated, M", "MACs, G", "images/s")
 RECEIPTS = {"before": "before pruning", "after": "pruned", "recovered": "pruned, then trained on"}
 PLACE = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIONS.items()} | {"dropped": "other experts"}
 
 
-def judged_by(score: dict[str, Any]) -> str:
-    """The key of a score by which the best is chosen."""
-    return "top1" if "top1" in score else "miou"
-
-
-def receipt_header(receipt: dict[str, Any]) -> tuple[str, ...]:
-    """Above rows of such receipts."""
-    return ("", MEASURES[judged_by(receipt)], *RECEIPT_HEADER[2:])
+def receipt_header(names: Shown) -> tuple[str, ...]:
+    """Return the header of a table of receipts whose scores have these names."""
+    return ("", f"{names.judge_name}, %", *COSTS)
 
 
 def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -44,7 +39,7 @@ def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...
         return over_seeds([receipt[key] for receipt in receipts], unit, form)
 
     return (
-        name, cell(judged_by(receipts[0]), 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
+        name, cell(shown(receipts[0]).judge, 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
         cell("activated_params", 1e6, "{:.3f}"), cell("macs", 1e9, "{:.4f}"), cell("images_per_second", 1, "{:.0f}"),
     )  # fmt: skip
 
@@ -107,7 +102,7 @@ def describe(config: dict[str, Any]) -> str:
 
 
 def receipt_rows(summary: dict[str, Any], name: str = "") -> list[tuple[str, ...]]:
-    """The receipts of a pruned run as rows under RECEIPT_HEADER, with the name of the run before each."""
+    """The receipts of a pruned run as rows under `receipt_header`, with the name of the run before each."""
     return [
         receipt_row(f"{name}, {when}" if name else when, [summary[key]])
         for key, when in RECEIPTS.items()
@@ -116,16 +111,19 @@ def receipt_rows(summary: dict[str, Any], name: str = "") -> list[tuple[str, ...
 
 
 def measures(score: dict[str, Any]) -> dict[str, str]:
-    """The shares of a score by name, in points; a top-1 with half its 95% interval."""
-    found = {name: f"{100 * score[key]:.2f}" for key, name in MEASURES.items() if key in score}
-    if "top1" in score:
-        found[MEASURES["top1"]] += f"\u00a0±\u00a0{margin(score):.2f}"
+    """Return the shares of a score in points, by name; the first with half its 95% interval where it has one."""
+    names = shown(score)
+    found = {f"{name}, %": f"{100 * score[key]:.2f}" for key, name in names.shares.items()}
+    if (half := margin(score)) is not None:
+        found[f"{names.judge_name}, %"] += f"\u00a0±\u00a0{half:.2f}"
     return found
 
 
-def margin(score: dict[str, Any]) -> float:
-    """Half the 95% interval, in points, of a top-1 as a share of so many images."""
-    return 196 * float((score["top1"] * (1 - score["top1"]) / score["images"]) ** 0.5)
+def margin(score: dict[str, Any]) -> float | None:
+    """Return half the 95% interval, in points, of a share of so many images; None for a share of something else."""
+    names = shown(score)
+    share = score[names.judge]
+    return 196 * float((share * (1 - share) / score["images"]) ** 0.5) if names.counts_images else None
 
 
 @contextmanager
@@ -164,10 +162,10 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
             f"{summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} was the best on the {val['images']} "
             f"validation images and is the model that was kept."
         )
-        shares = measures(val)
+        names, shares = shown(val), measures(val)
         header = ("", "images", *shares, "loss")
         page.table(header, [("validation", str(val["images"]), *shares.values(), f"{val['loss']:.4f}")])
-        margins = "± is the 95% margin of so many images. " if "top1" in val else ""
+        margins = "± is the 95% margin of so many images. " if names.counts_images else ""
         page.text(
             f"{margins}The scores are a little too good, because the epoch was chosen by them: vimoe evaluate scores "
             f"test images, which decided nothing.",
@@ -180,11 +178,12 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
                 f"besides those above; 0 s where an earlier run had left it) and trained on in place of images.",
                 note=True,
             )
-        if "patch_ceiling" in summary:
-            best = f"{100 * summary['patch_ceiling']:.2f}"
-            page.text(f"One right label for each patch would reach a mean IoU of {best}% on validation.", note=True)
-        if "per_class_iou" in val and "classes" in summary:
-            _per_class(page, val["per_class_iou"], summary["classes"])
+        for key, sentence in names.limits.items():
+            if key in summary:
+                page.text(sentence.format(f"{100 * summary[key]:.2f}"), note=True)
+        if names.by_class and "classes" in summary:
+            key, name = names.by_class
+            _by_class(page, name, val[key], summary["classes"])
         if alarms := summary.get("alarms"):
             page.text(f"{len(alarms)} alarms were raised in training; the last ones:")
             page.items(alarms[-6:])
@@ -197,20 +196,20 @@ def _what_was_done(page: Page, what: str, data: str, summary: dict[str, Any]) ->
         page.text(f"{what}, on images of {data}. There is no {SUMMARY}, so no result can be shown.")
 
 
-def _per_class(page: Page, ious: list[float | None], classes: list[str]) -> None:
-    rows = [(name, "–" if iou is None else f"{100 * iou:.2f}") for name, iou in zip(classes, ious, strict=True)]
-    page.table(("class", "IoU on validation, %"), sorted(rows, key=lambda row: row[1] == "–"))
+def _by_class(page: Page, what: str, shares: list[float | None], classes: list[str]) -> None:
+    rows = [(name, "–" if share is None else f"{100 * share:.2f}") for name, share in zip(classes, shares, strict=True)]
+    page.table(("class", f"{what} on validation, %"), sorted(rows, key=lambda row: row[1] == "–"))
 
 
 def _pruning(page: Page, summary: dict[str, Any]) -> None:
     before, steps = summary["before"], summary["steps"]
-    right = RIGHT[kind_of(before)].lower()
+    right = shown(before).right_name
     page.heading("Result of pruning")
     page.text(
         "The same images before and after. Activated parameters are those that one image uses; MACs are the "
         "multiply-adds of one image; images/s was measured on the machine that pruned."
     )
-    page.table(receipt_header(before), receipt_rows(summary))
+    page.table(receipt_header(shown(before)), receipt_rows(summary))
     recovery = f" The last row is after {_epochs(summary['recovery_epochs'], 'further ')} of training the pruned model."
     page.text(
         f"On {before['images']} {summary['split']} images.{_margin_told(before)}"
@@ -260,11 +259,12 @@ def _pruning(page: Page, summary: dict[str, Any]) -> None:
 
 
 def _margin_told(score: dict[str, Any]) -> str:
-    if "top1" not in score:
+    half = margin(score)
+    if half is None:
         return ""
     return (
-        f" The 95% margin of a top-1 on so many is ± {margin(score):.2f} points, that of a difference on the same "
-        f"images is mostly smaller."
+        f" The 95% margin of a {shown(score).judge_name} on so many is ± {half:.2f} points, that of a difference on "
+        f"the same images is mostly smaller."
     )
 
 

@@ -27,16 +27,16 @@ from vimoe.moe.layer import moe_layers
 from vimoe.moe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
+from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but
 from vimoe.training.state import State
-from vimoe.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 
 def train(
     model: nn.Module,
-    task: Task,
+    task: Job,
     config: TrainConfig,
     out: Path,
     converted: Sequence[str] | None = None,
@@ -153,7 +153,7 @@ class _Steps:
     optimizer: torch.optim.Optimizer
     schedule: CosineLRScheduler
     ema: ModelEmaV3 | None
-    task: Task
+    task: Job
     config: TrainConfig
     order: Shuffled
     batches: int  # of an epoch

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vimoe.errors import FolderError
 from vimoe.files import write_text
+from vimoe.metrics.base import Score
 from vimoe.moe import MoE
 from vimoe.training import checkpoint
 from vimoe.training.routing_health import Health
-from vimoe.training.task import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Best:
         self.epoch, self.rank = 0, tuple[float, ...]()
         self.score, self.state = dict[str, Any](), dict[str, Tensor]()
 
-    def offer(self, epoch: int, score: Scored, model: nn.Module) -> None:
+    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
         if score.rank > self.rank:
             self.epoch, self.rank, self.score = epoch, score.rank, score.to_dict()
             self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -78,7 +78,7 @@ class State:
         """Whether that many epochs, the last ones, were all no better than one before; never without a patience."""
         return patience is not None and self.epoch - 1 - self.best.epoch >= patience
 
-    def finish_epoch(self, score: Scored, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
+    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
         """Writes the epoch's rows and raises its alarms; returns the row of metrics.csv."""
         row = {
             "lr": lr,
