@@ -269,7 +269,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]])
     """Validation gives these (top1, loss), one an epoch."""
     left = iter(scores)
 
-    def evaluate_next(_model: nn.Module, _loader: object) -> ImageScore:
+    def evaluate_next(_model: nn.Module, _loader: object, **_more: object) -> ImageScore:
         top1, loss = next(left)
         return ImageScore(top1, 1.0, loss, 9)
 
@@ -317,7 +317,7 @@ def test_it_ends_with_the_weights_of_the_best_epoch(
 def test_a_run_whose_stop_is_due_trains_no_further(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0)])
     first, summary = run(data, tmp_path, epochs=6, early_stopping=2)
-    monkeypatch.setattr(vimoe.tasks.classification_job, "evaluate", lambda *_: pytest.fail("another epoch was trained"))
+    monkeypatch.setattr(vimoe.tasks.classification_job, "evaluate", lambda *_, **__: pytest.fail("one more epoch"))
     again, resumed = run(data, tmp_path, epochs=6, early_stopping=2)  # the checkpoint of its last epoch is there
     assert torch.equal(weights(first), weights(again))
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0} and resumed["epochs"] == 4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -51,6 +52,37 @@ class Score(ABC):
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class MeanScore(Score):
+    """Means over images: the share that is right, in 0..1, and the loss in nats.
+
+    In JSON and in the logs the share has the kind for its key.
+    """
+
+    right: float
+    loss: float
+    images: int
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sort key: the share, then the loss."""
+        return self.right, -self.loss
+
+    @property
+    def columns(self) -> dict[str, float]:
+        return {"loss": self.loss, self.kind: self.right}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.columns, "images": self.images}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(values[cls.kind], values["loss"], values["images"])
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.right:.2%}, loss {self.loss:.4f} of {self.images} images"
+
+
 class Counts(ABC):
     """Sums over images that a score follows from."""
 
@@ -86,9 +118,9 @@ class Metric(ABC):
         """Names of the classes that `classes_of` numbers; by default those of the model."""
         return label_names(self.model)
 
-    @abstractmethod
     def counts(self) -> Counts:
-        """Return counts of nothing yet."""
+        """Return counts of nothing yet; by default of means over images, for a `score_type` that is a `MeanScore`."""
+        return MeanCounts(self)
 
     @abstractmethod
     def check(self, images: Tensor, labels: Tensor) -> None:
@@ -111,6 +143,22 @@ class Metric(ABC):
     @abstractmethod
     def classes_of(self, labels: Tensor) -> Tensor:
         """Return the class (B,) of each image, or (B, P) of each patch if `by_patch`; -1 for none."""
+
+
+class MeanCounts(Counts):
+    """Sums of what a metric says of each image."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric, self.images, self.right, self.loss = metric, 0, 0.0, 0.0
+
+    def add(self, outputs: Tensor, labels: Tensor) -> None:
+        loss, right = self.metric.of_each_image(outputs, labels)
+        self.images += len(labels)
+        self.right, self.loss = self.right + float(right.sum()), self.loss + float(loss.sum())
+
+    def score(self) -> Score:
+        n, kind = max(self.images, 1), self.metric.score_type
+        return kind.from_dict({kind.kind: self.right / n, "loss": self.loss / n, "images": self.images})
 
 
 def metric_of(model: nn.Module, name: str | None = None) -> Metric:

@@ -9,7 +9,7 @@ from typing import Any
 from vimoe.config.registry import Registry
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shown:
     """Names for the figures of a score, by their keys in JSON and in metrics.csv.
 
@@ -53,10 +53,10 @@ METRICS = Registry(
 SCORES = Registry(
     "kind of score",
     {
-        "classification": Shown(shares={"top1": "top-1", "top5": "top-5"}, right="top1", counts_images=True),
+        "classification": Shown({"top1": "top-1", "top5": "top-5"}, "top1", counts_images=True),
         "segmentation": Shown(
-            shares={"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"},
-            right="pixel_accuracy",
+            {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"},
+            "pixel_accuracy",
             by_class=("per_class_iou", "IoU"),
             limits={"patch_ceiling": "One right label for each patch would reach a mean IoU of {}% on validation."},
         ),
