@@ -28,7 +28,7 @@ from timm.data import create_loader
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Sample, load_folder
 from vimoe.data.crops import Finish
-from vimoe.data.images import try_images
+from vimoe.data.image_check import check_images
 from vimoe.data.loaders import Crops, decoded_for_training, train_loader
 from vimoe.data.order import Shuffled
 from vimoe.run_folder import versions
@@ -38,7 +38,7 @@ Pipeline = Callable[[], Iterable[Any]]
 
 
 class TimmsDataset(torch.utils.data.Dataset):
-    """The samples as timm's loader wants them: opened by Pillow, with a transform that the loader sets."""
+    """Dataset for timm's loader: images opened by Pillow, with a transform that the loader sets."""
 
     def __init__(self, folder: str, images: list[Sample]) -> None:
         self.inner = timm.data.ImageDataset(folder)
@@ -55,7 +55,7 @@ class TimmsDataset(torch.utils.data.Dataset):
 
 
 def timms_loader(folder: str, samples: list[Sample], prepared: dict[str, Any], workers: int) -> Any:
-    """The loader of timm with the augmentation of CONFIG."""
+    """Return timm's loader with the augmentation of CONFIG."""
     return create_loader(
         TimmsDataset(folder, samples), prepared["input_size"], CONFIG.batch_size, is_training=True,
         scale=(CONFIG.min_crop, 1.0), ratio=(3 / 4, 4 / 3), hflip=CONFIG.hflip, color_jitter=0.0, num_workers=workers,
@@ -65,7 +65,7 @@ def timms_loader(folder: str, samples: list[Sample], prepared: dict[str, Any], w
 
 
 def rate(loader: Iterable[Any], images: int, finish: Finish | None = None) -> float:
-    """Images a second of one epoch."""
+    """Return images per second in one epoch."""
     start = time.perf_counter()
     for batch, _ in loader:
         if finish:
@@ -74,7 +74,7 @@ def rate(loader: Iterable[Any], images: int, finish: Finish | None = None) -> fl
 
 
 def waiting(loader: Iterable[Any], model: torch.nn.Module, steps: int) -> dict[str, float]:
-    """Images a second of a training in bfloat16, and the share of the time in which it waits for images."""
+    """Return images per second of a training in bfloat16, and the share of its time that it waits for images."""
     optimizer = torch.optim.AdamW(model.parameters())
     waited = 0.0
     batches = iter(loader)
@@ -94,7 +94,7 @@ def waiting(loader: Iterable[Any], model: torch.nn.Module, steps: int) -> dict[s
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--images", type=int, default=10_000)
@@ -115,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         start = time.perf_counter()
-        try_images([file for file, _ in samples], Path(args.folder))
+        check_images([file for file, _ in samples], Path(args.folder))
         result["scan_seconds"] = time.perf_counter() - start
         kept = {}
         for where in ("memory", "disk"):

@@ -231,7 +231,9 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
     left_out: dict[str, str] = {}
     for backend in backends:
         layer = MoE(copy.deepcopy(dense), moe, TokenLayout(1, True))
-        if backend == "grouped_mm" and (why := unfit_for_grouped_mm(computed, layer.experts.fc1.weight)):
+        if backend == "grouped_mm" and (
+            why := unfit_for_grouped_mm(computed, layer.experts.weights(0)["fc1.weight"][None])
+        ):
             left_out[f"vimoe {backend}"] = why
             continue
         steer(layer, experts_RK)

@@ -1,4 +1,4 @@
-"""Which FFNs become mixtures of experts, and of what kind."""
+"""Settings of MoE layers: the FFNs that become mixtures of experts, their routers and their experts."""
 
 from __future__ import annotations
 
@@ -8,36 +8,50 @@ from typing import Any, Literal, get_args
 
 from vimoe.config.checks import check_choice, check_count, check_flags, check_range
 from vimoe.config.layers import Layers
+from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError, nearest
 
 RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
 
 
+ROUTERS = Registry("moe.router", {"softmax": "vimoe.moe.softmax_router:SoftmaxRouter"})
+
+
+EXPERTS = Registry("moe.experts", {"ffn": "vimoe.moe.stacked_ffns:StackedFFNs"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Which FFNs become mixtures of experts, and of what kind. Nothing here depends on the backbone.
+    """Settings of MoE layers. Nothing here depends on the backbone.
 
     Args:
         layers: which blocks: "all", "none", "last:2", "every:2" (blocks 1, 3, 5, ...), a list of block
             indices (0 is the first block with an FFN, -1 the last), or module-name patterns ("blocks.1?.mlp").
         num_experts: routed experts N of a layer, each of the FFN's own shape. 0 makes no mixture but a dense
             FFN of num_shared_experts times the width: the control with equal activated parameters.
-        top_k: experts k that one image or token is sent to.
+        top_k: experts k that one image or token is sent to; a router that sends them to any number of experts may
+            read it otherwise, and never has fewer to choose from.
         routing: "image" takes one decision for all tokens of an image, "token" one for each.
         num_shared_experts: n experts that every token passes; n of them are one FFN of n times the width.
         combine: "mix" is S(x) + sum g_i (E_i(x) - S(x)), "sum" is S(x) + sum g_i E_i(x) (the ViMoE paper).
         normalize_gates: divide the gates by their sum over the chosen experts; goes with "sum".
-        router_noise: in training, normal noise on the router's scores, its standard deviation in units of
-            1 / num_experts (V-MoE, arXiv 2106.05974, has 1).
+        router_noise: standard deviation, in units of 1 / num_experts, of normal noise on the router's scores in
+            training (V-MoE, arXiv 2106.05974, has 1).
         bias_update_rate: step by which each update of the weights moves a bias on the choice of experts, up for
             experts with less than the mean load and down for those with more; gates stay without it (loss-free
             balancing, arXiv 2408.15664, has 0.001). 0 makes no bias.
         expert_dropout: dropout rate on the hidden units of the routed experts in training (Switch Transformers,
             arXiv 2101.03961, section 2.4); where the FFN has a larger one of its own, that one holds.
+        router: kind of the router, a name in `ROUTERS`; "softmax" sends each to the k experts of largest probability.
+        experts: kind of the experts, a name in `EXPERTS`; "ffn" gives each expert weights of its own.
 
     Raises:
-        ConfigError: for a value outside of these, or values that contradict one another.
+        ConfigError: if a value is another, or values contradict one another.
+
+    >>> import vimoe
+    >>> vimoe.MoEConfig(layers="last:2", num_experts=4, routing="token").to_dict()["num_experts"]
+    4
     """
 
     layers: str | tuple[int | str, ...] = "last:2"
@@ -50,6 +64,8 @@ class MoEConfig:
     router_noise: float = 0.0
     bias_update_rate: float = 0.0
     expert_dropout: float = 0.0
+    router: str = "softmax"
+    experts: str = "ffn"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.selection.written)  # a list becomes a tuple
@@ -62,6 +78,8 @@ class MoEConfig:
         check_range("bias_update_rate", self.bias_update_rate, 0.0, 1.0)
         check_range("expert_dropout", self.expert_dropout, 0.0, 0.99)
         check_flags(self, "normalize_gates")
+        ROUTERS.check(self.router)
+        EXPERTS.check(self.experts)
         if self.num_experts == 0 and self.num_shared_experts < 2:
             raise ConfigError(
                 f"num_experts=0 makes a dense FFN of num_shared_experts times the width: expected "
@@ -82,16 +100,11 @@ class MoEConfig:
 
     @property
     def gates_sum_to_one(self) -> bool:
-        """Whether the gates of the chosen experts are divided by their sum."""
+        """True if the softmax router divides the gates of the chosen experts by their sum."""
         return self.normalize_gates or (self.combine == "mix" and self.num_shared_experts == 0)
 
-    @property
-    def router_is_blind(self) -> bool:
-        """Whether the task loss can never train the router, because the only gate is always 1."""
-        return self.num_experts == 1 or (self.num_experts > 1 and self.top_k == 1 and self.gates_sum_to_one)
-
     def to_dict(self) -> dict[str, Any]:
-        """These settings as JSON knows them."""
+        """Return these settings as JSON knows them."""
         values = asdict(self)
         if isinstance(self.layers, tuple):
             values["layers"] = list(self.layers)
@@ -99,7 +112,7 @@ class MoEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
-        """The inverse of `to_dict`. Raises ConfigError for a name that is no setting."""
+        """Return the settings that `to_dict` gave. Raises ConfigError for a name that is no setting."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:

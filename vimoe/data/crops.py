@@ -1,8 +1,8 @@
 """Random crops of a whole batch, resized on the device that trains.
 
-A resize is linear and separable: out = V image H^T with a small matrix for each axis, which depends on the crop alone.
-So two batched matrix products resize crops of all sizes at once, mirrored where they are to be, with the filters that
-Pillow has: antialiased, and blind to what is beyond the crop. (Pillow rounds and clips after each axis.)
+A resize is linear and separable: out = V image H^T, with one small matrix per axis that depends on the crop's size
+alone. So two batched matrix products resize (and mirror) crops of all sizes at once. The filters are Pillow's:
+antialiased, and without influence of pixels beyond the crop. (Pillow also rounds and clips after each axis.)
 
 Axes: B images, S side of the output, P side of the padded crops.
 """
@@ -26,7 +26,7 @@ Box = tuple[int, int, bool]  # height, width, mirrored
 
 
 class RandomCrops:
-    """Cuts a random part out of an image: what timm's transforms for one image would cut with the same seed."""
+    """Cut a random part out of an image: the same part as timm's transforms for one image with the same seed."""
 
     def __init__(self, config: TrainConfig) -> None:
         whole = config.min_crop == 1
@@ -34,24 +34,31 @@ class RandomCrops:
         self.hflip = config.hflip
 
     def __call__(self, image: Pixels) -> tuple[Pixels, Box]:
-        size = torch.empty(image.shape[:2], device="meta")  # all that timm looks at
+        size = torch.empty(image.shape[:2], device="meta")  # timm only looks at the size
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(size, self.scale, self.ratio)
         mirrored = self.hflip > 0 and bool(torch.rand(1) < self.hflip)
         return image[top : top + height, left : left + width], (height, width, mirrored)
 
 
 def pad(crops: Sequence[tuple[Pixels, Box]]) -> tuple[Tensor, Tensor]:
-    """Crops in the upper left corners of one array (B, P, P', 3), uint8; and their boxes (B, 3)."""
+    """Put crops into the upper left corners of one array.
+
+    Args:
+        crops: (pixels, box) of each crop.
+
+    Returns:
+        Padded crops (B, P, P', 3) uint8, and their boxes (B, 3): height, width and mirrored.
+    """
     boxes = torch.tensor([box for _, box in crops])
     height, width = boxes[:, :2].amax(dim=0).tolist()
     padded = np.zeros((len(crops), height, width, 3), np.uint8)
-    for place, (pixels, _) in zip(padded, crops, strict=True):
-        place[: pixels.shape[0], : pixels.shape[1]] = pixels
+    for corner, (pixels, _) in zip(padded, crops, strict=True):
+        corner[: pixels.shape[0], : pixels.shape[1]] = pixels
     return torch.from_numpy(padded), boxes
 
 
 class Finish(nn.Module):
-    """Padded crops, as `pad` gives them, to normalised images (B, 3, S, S), some with a part erased."""
+    """Resize and normalise padded crops (`pad`) to images (B, 3, S, S), and erase random parts."""
 
     mean: Tensor
     std: Tensor
@@ -71,31 +78,46 @@ class Finish(nn.Module):
         horizontal = torch.where(mirrored.bool()[:, None, None], horizontal.flip(1), horizontal)
         channels = padded.permute(0, 3, 1, 2).float()  # (B, 3, P, P')
         resized = vertical[:, None] @ (channels @ horizontal.mT[:, None])
-        images = (resized.clamp(0, 255) - self.mean) / self.std  # filters with negative lobes overshoot
+        images = (
+            resized.clamp(0, 255) - self.mean
+        ) / self.std  # clamped, because filters with negative lobes overshoot
         if self.erasing:
             images = RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
         return images
 
 
 def weights(lengths: Tensor, padded: int, size: int, interpolation: str) -> Tensor:
-    """Matrices (B, size, padded) that resize the first `lengths` (B,) of `padded` pixels to `size`, as Pillow does."""
+    """Return the matrices that resize one axis of padded crops as Pillow does.
+
+    Args:
+        lengths: (B,) number of pixels of each crop; the rest is padding, whose weights are 0.
+        padded: number of pixels with padding.
+        size: number of pixels of the result.
+        interpolation: one of `KERNELS`.
+
+    Returns:
+        Matrices (B, size, padded), whose rows sum to 1.
+    """
     kernel, support = KERNELS[interpolation]
     scale = (lengths / size)[:, None, None]
     centre = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * scale
-    place = torch.arange(padded, device=lengths.device) + 0.5
-    distance = (place - centre) / scale.clamp(min=1)
-    inside = (distance.abs() <= support) & (place < lengths[:, None, None])
+    pixel = torch.arange(padded, device=lengths.device) + 0.5
+    distance = (pixel - centre) / scale.clamp(min=1)  # a wider filter when shrinking is the antialiasing
+    inside = (distance.abs() <= support) & (pixel < lengths[:, None, None])
     values = kernel(distance) * inside
     return values / values.sum(dim=-1, keepdim=True)
 
 
 def _cubic(x: Tensor) -> Tensor:
     x = x.abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # a = -0.5, as Pillow has it
+    near, far = (
+        (1.5 * x - 2.5) * x * x + 1,
+        ((-0.5 * x + 2.5) * x - 4) * x + 2,
+    )  # Keys' cubic with a = -0.5, as in Pillow
     return torch.where(x < 1, near, far)
 
 
-# the filters that are continuous, each with the distance beyond which it is 0
+# the continuous filters, each with its support: the distance beyond which it is 0
 KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "bilinear": (lambda x: 1 - x.abs(), 1.0),
     "hamming": (lambda x: torch.sinc(x) * (0.54 + 0.46 * torch.cos(math.pi * x)), 1.0),

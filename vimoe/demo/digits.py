@@ -23,7 +23,7 @@ from vimoe.demo.tour import DISCLAIMER, PARENT, SEEDS, Arm, Tour, add_routing_an
 from vimoe.metrics.registry import SCORES
 from vimoe.models.model_folder import load
 from vimoe.report.html_page import Page
-from vimoe.report.run_report import receipt_header, receipt_row
+from vimoe.report.table_cells import receipt_header, receipt_row
 
 NAMES = SCORES["classification"]
 HEADER = receipt_header(NAMES)

@@ -29,7 +29,7 @@ from vimoe.metrics.segmentation import ceiling
 from vimoe.models.cost import count
 from vimoe.models.model_folder import load
 from vimoe.report.html_page import Page
-from vimoe.report.run_report import COSTS, over_seeds
+from vimoe.report.table_cells import COSTS, over_seeds
 from vimoe.tasks.expert_maps import expert_maps
 from vimoe.tasks.segmentation import SHOWN, Segmentation
 

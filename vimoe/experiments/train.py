@@ -16,11 +16,11 @@ from vimoe import run_folder
 from vimoe.analysis.figures import png
 from vimoe.config.data import TASKS
 from vimoe.config.settings import Settings, flat
-from vimoe.data.classification import absolute, local
-from vimoe.data.listing import is_split
+from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
+from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
-from vimoe.files import discard_leftovers, locked, temporary_folder, write_bytes
+from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.models.model_folder import save
 from vimoe.models.timm_vit import check_name
 from vimoe.models.upcycling import convert, sites
@@ -56,7 +56,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     scanned = task.scan(data)
     job = task.job(model, data, scanned, converted)
     folder = run_folder.new_run(out)
-    with locked(folder, run_folder.TRAINED):
+    with run_folder.locked(folder):
         discard_leftovers(folder)  # of a training that was killed before it began
         checkpoint.check_space(folder, model, bool(settings.train.ema_decay))
         with temporary_folder(folder) as proof:  # a model that could not be saved should not be trained
@@ -74,7 +74,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     """
     run = run_folder.open_unfinished(path)
     settings = run.settings
-    with locked(run.path, run_folder.TRAINED):
+    with run_folder.locked(run.path):
         stored = checkpoint.read(run.path, mapped=True)
         assert stored is not None
         checkpoint.check_settings(run.path, stored["settings"], flat(settings))

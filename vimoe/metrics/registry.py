@@ -58,7 +58,7 @@ SCORES = Registry(
             {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"},
             "pixel_accuracy",
             by_class=("per_class_iou", "IoU"),
-            limits={"patch_ceiling": "One right label for each patch would reach a mean IoU of {}% on validation."},
+            limits={"patch_ceiling": "With one correct label for each patch, mean IoU on validation would be {}%."},
         ),
     },
 )

@@ -15,14 +15,8 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, Sample
 from vimoe.data.crops import Finish
 from vimoe.data.decoded import Where
-from vimoe.data.images import place
-from vimoe.data.loaders import (
-    Crops,
-    decoded_for_evaluation,
-    decoded_for_training,
-    eval_loader,
-    train_loader,
-)
+from vimoe.data.images import source_path
+from vimoe.data.loaders import Crops, decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
 from vimoe.metrics.base import evaluate
 from vimoe.training.job import Job
 
@@ -67,7 +61,9 @@ def job_on_images(
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else smoothing)
 
-    names = [f"image {i}" if isinstance(image, Image) else str(place(image)) for i, (image, _) in enumerate(data.train)]
+    names = [
+        f"image {i}" if isinstance(image, Image) else str(source_path(image)) for i, (image, _) in enumerate(data.train)
+    ]
     return Job(
         loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader, metric=metric)
     )
@@ -75,6 +71,6 @@ def job_on_images(
 
 def fingerprint(data: Data) -> int:
     """Return a hash of the names and labels of the training images; it stays when the data move."""
-    names = ("" if isinstance(source, Image) else "/".join(place(source).parts[-2:]) for source, _ in data.train)
+    names = ("" if isinstance(source, Image) else "/".join(source_path(source).parts[-2:]) for source, _ in data.train)
     names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
     return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
