@@ -140,8 +140,8 @@ def prune(
         sequences: video of each image of the loader, as in `vimoe.analyze`.
 
     Raises:
-        ConfigError: for a tolerance that is no number, `experts` without a loader, or not as many sequences as images.
-        VimoeError: where the evidence is of another model, or has no interventions and there is no loader.
+        ConfigError: if the tolerance is no number, or `experts` without a loader, or not as many sequences as images.
+        VimoeError: if the evidence is of another model, or has no interventions and there is no loader.
 
     >>> import timm, torch, vimoe
     >>> dense = timm.create_model("test_vit", num_classes=2)

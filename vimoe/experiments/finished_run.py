@@ -43,8 +43,8 @@ class FinishedRun:
         inference, flip_test: inference on whole images, as in `DataConfig`; by default the run's.
 
     Raises:
-        FolderError: where it is no run folder, or its training did not finish.
-        ConfigError: for an inference that the run's task does not read.
+        FolderError: if it is no run folder, or its training did not finish.
+        ConfigError: if the run's task reads no such setting.
     """
 
     def __init__(self, path: str | Path, inference: Inference | None = None, flip_test: bool | None = None) -> None:
@@ -109,7 +109,7 @@ class FinishedRun:
 
         Args:
             out: folder to make.
-            tolerance, experts: as in `vimoe.prune`.
+            tolerance, experts: arguments of `vimoe.prune`.
             recover: number of epochs to train the pruned model, with the settings of the run.
             recover_lr: learning rate of these epochs; by default a tenth of the run's.
 

@@ -40,7 +40,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
         Content of summary.json, and the paths of the run and its report.
 
     Raises:
-        VimoeError: for a mistake in the settings, the data or the folder, before anything is trained.
+        VimoeError: if the settings, the data or the folder are mistaken, before anything is trained.
     """
     check_name(settings.model, segmentation=True)
     run_folder.check_new(out)
@@ -69,7 +69,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     """Go on with a training that was killed or stopped, from its last checkpoint, as `run_training` would have.
 
     Raises:
-        FolderError: where the folder is no run, its training is finished, going on in another process, or began with
+        FolderError: if the folder is no run, its training is finished, going on in another process, or began with
             other settings.
     """
     run = run_folder.open_unfinished(path)

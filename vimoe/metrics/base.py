@@ -128,7 +128,7 @@ class Metric(ABC):
 
         Args:
             images: (B, channels, height, width), or what else the model takes.
-            labels: as the loader gives them, of any type of number.
+            labels: (B, ...) from the loader, of any type of number.
         """
 
     @abstractmethod
@@ -169,7 +169,7 @@ def metric_of(model: nn.Module, name: str | None = None) -> Metric:
         name: name in METRICS; by default the model's attribute `metric`, and "classification" for one that has none.
 
     Raises:
-        ConfigError: for a name that is not registered.
+        ConfigError: if no such name is registered.
     """
     model = unwrapped(model)
     metric: Metric = METRICS.find(name or str(getattr(model, "metric", "classification")))(model)
@@ -199,7 +199,7 @@ def evaluate(
         outputs: forward of the model, given the model and images on its device.
 
     Raises:
-        DataError: for batches that the model does not take.
+        DataError: if the model does not take the batches.
     """
     measure = metric_of(model, metric)
     counts = measure.counts()
@@ -220,7 +220,7 @@ def batches(metric: Metric, loader: Batches, bar: str = "") -> Iterator[tuple[Te
         bar: name of the progress bar; without it there is none.
 
     Raises:
-        DataError: for a loader that gives something else than pairs of tensors that the model takes.
+        DataError: if the loader gives something else than pairs of tensors that the model takes.
     """
     if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
         raise DataError(f"the loader is of type {type(loader).__name__}: expected batches of (images, labels)")
@@ -242,7 +242,7 @@ def check_whole(labels: Tensor, images: int, shape: str, axes: int) -> None:
     """Raise DataError for labels that are no whole numbers, or not so many.
 
     Args:
-        labels: as the loader gives them.
+        labels: labels of a batch from the loader.
         images: number of images of the batch.
         shape: expected shape, in words.
         axes: expected number of axes.

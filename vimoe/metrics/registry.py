@@ -73,7 +73,7 @@ def kind_of(figures: Mapping[str, Any]) -> str:
         figures: figures of the score by key, and whatever stands beside them.
 
     Raises:
-        KeyError: for the judges of no kind, or of several.
+        KeyError: if they are the figures of no kind, or of several.
     """
     kinds = [kind for kind, names in SCORES.items() if names.judge in figures]
     if len(kinds) != 1:

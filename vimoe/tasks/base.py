@@ -90,7 +90,7 @@ class Task(ABC, Generic[D]):
             validation: names of the images that a run split off train, so that it finds the same split again.
 
         Raises:
-            DataError: where images, labels or splits are missing or contradict one another.
+            DataError: if images, labels or splits are missing or contradict one another.
         """
 
     @classmethod
@@ -103,7 +103,7 @@ class Task(ABC, Generic[D]):
             data: images whose classes the model is to name.
 
         Raises:
-            ConfigError: for a model that cannot be built, or does not fit the data.
+            ConfigError: if it cannot be built, or does not fit the data.
         """
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Task(ABC, Generic[D]):
 
         Args:
             model: model to be trained.
-            data: only train and val are read.
+            data: images, of which train and val are read.
             scanned: result of `scan`.
             converted: names of the layers that `TrainConfig.train_only="moe"` trains.
         """
@@ -150,7 +150,7 @@ class Task(ABC, Generic[D]):
         """Return batches of the images at another data path, and which they are ("test", "validation" or "all").
 
         Raises:
-            DataError: where there are none, or their classes are not those of the model.
+            DataError: if there are none, or their classes are not those of the model.
         """
 
     @abstractmethod
@@ -169,7 +169,7 @@ class Task(ABC, Generic[D]):
             {"file", ...} of each, or {"file", "error"} for one that cannot be read.
 
         Raises:
-            DataError: where none can be read.
+            DataError: if none can be read.
         """
 
     @abstractmethod

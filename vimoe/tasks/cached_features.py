@@ -101,7 +101,7 @@ class FeatureCache:
     Args:
         model: model on any device; its other layers are frozen, and it is moved to the device that trains.
         trained: names of the layers that are trained.
-        data: only train and val are read.
+        data: images, of which train and val are read.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         config: augmentation, batches, seed and precision; no mixup.
         views: number of augmented versions of each training image; there are never more than epochs.
@@ -109,8 +109,8 @@ class FeatureCache:
         metric: name in METRICS of the metric that scores validation.
 
     Raises:
-        ConfigError: for a model that cannot be cut.
-        FolderError: for a disk without room for the features.
+        ConfigError: if the model cannot be cut.
+        FolderError: if the disk has no room for the features.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ def job_on_images(
     """Return the job of learning the class of each image, by cross-entropy with mixup and cutmix.
 
     Args:
-        data: only train and val are read.
+        data: images, of which train and val are read.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         config: augmentation and batches.
         workers: number of processes that decode images, as `DataConfig.workers`.

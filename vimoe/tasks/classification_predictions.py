@@ -28,7 +28,7 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
         {"file", "classes": [{"name", "probability"}]} of each file, or {"file", "error"} of one that cannot be read.
 
     Raises:
-        DataError: where none can be read.
+        DataError: if none can be read.
     """
     samples, prepared = [(file, 0) for file in files], preprocessing(model)
     names, weight = label_names(model.eval()), next(model.parameters())

@@ -37,7 +37,7 @@ def job_on_scenes(
     """Return the job of learning the class of every pixel, by cross-entropy, and soft Dice if it is asked for.
 
     Args:
-        scenes: only train and val are read.
+        scenes: scenes, of which train and val are read.
         prepared: mean and std, as `vimoe.data.loaders.preprocessing` gives them.
         crop: (height, width) to train on.
         config: augmentation, batches and losses.
@@ -114,7 +114,7 @@ def median_frequency(pixels: Sequence[int]) -> Tensor:
     class; here all of train counts. A class without pixels has weight 0 and no part in the median.
 
     Raises:
-        ConfigError: where no class has any.
+        ConfigError: if no class has any pixel.
     """
     counts = np.asarray(pixels, dtype=np.float64)
     if not counts.any():

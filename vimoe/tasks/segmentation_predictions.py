@@ -41,8 +41,8 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
         that cannot be read.
 
     Raises:
-        DataError: where none can be read.
-        FolderError: where the folder cannot be made or written to.
+        DataError: if none can be read.
+        FolderError: if the folder cannot be made or written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -43,13 +43,13 @@ def sliding(
     H x W x classes float32 numbers of each image.
 
     Args:
-        model, images, flip: as in `whole`; each window is mirrored by itself.
+        model, images, flip: arguments of `whole`; each window is mirrored by itself.
         window: (height, width), the model's training crop.
         stride: (height, width) from one window to the next; by default two thirds of the window.
         batch: number of windows that are computed at once.
 
     Raises:
-        VimoeError: for a window or stride below 1, or a stride that would leave gaps.
+        VimoeError: if a window or stride is below 1, or the stride would leave gaps.
     """
     stride = stride or (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
     if min(*window, *stride, batch) < 1 or stride[0] > window[0] or stride[1] > window[1]:
