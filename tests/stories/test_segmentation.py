@@ -22,7 +22,6 @@ import vimoe
 import vimoe.training.loop
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
-from vimoe.config.masks import IGNORE
 from vimoe.config.model import DECODERS, ModelConfig
 from vimoe.config.settings import OWN_SETTINGS, SECTIONS, Settings
 from vimoe.config.train import TrainConfig
@@ -31,7 +30,6 @@ from vimoe.models.decoders import DECODERS as KNOWN_DECODERS
 from vimoe.models.upcycling import convert
 from vimoe.tasks.base import task_of
 from vimoe.tasks.segmentation import Segmentation
-from vimoe.tasks.segmentation_job import dice_loss, fingerprint, median_frequency
 
 
 @pytest.fixture(scope="module")
@@ -225,22 +223,6 @@ def test_decoders_are_those_that_there_are(data: Path) -> None:
     assert Segmentation.dense_model(model, scenes).decoder_name == "linear4"
 
 
-def test_dice_of_hand_computed_cases() -> None:
-    masks = torch.tensor([[[0, 0], [1, IGNORE]]])
-    right = torch.full((1, 3, 2, 2), -100.0)
-    right[0, 0, 0, :] = right[0, 1, 1, :] = 100.0
-    assert dice_loss(right, masks) == pytest.approx(0)
-    # all pixels evenly: class 0 2*(2/3)/(1+2) = 4/9, class 1 2*(1/3)/(1+1) = 1/3; class 2 is not there
-    assert dice_loss(torch.zeros(1, 3, 2, 2), masks) == pytest.approx(1 - (4 / 9 + 1 / 3) / 2)
-    assert dice_loss(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), IGNORE)) == 0
-
-
-def test_median_frequency_of_a_hand_computed_case() -> None:
-    assert median_frequency([10, 0, 40, 20]).tolist() == [2, 0, 0.5, 1]
-    with pytest.raises(ConfigError, match="without a pixel"):
-        median_frequency([0, 0])
-
-
 def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
     other = {
         "train": {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand-m5", "random_erasing": 0.1, "min_crop": 0.5,
@@ -405,14 +387,6 @@ def test_no_mask_is_written_over(run: Path, data: Path, tmp_path: Path, capsys: 
     files = [tmp_path / "p" / name for name in ("a.png", "x/a.png", "a-2.png")]
     predictions = call(capsys, "predict", run, *files, "--out", tmp_path / "masks")["predictions"]
     assert len({p["mask"] for p in predictions}) == 3 and all(Path(p["mask"]).is_file() for p in predictions)
-
-
-def test_classes_that_were_exchanged_are_other_training_data(tmp_path: Path) -> None:
-    prints = []
-    for yaml in (YAML, YAML.replace("sky, road", "road, sky")):
-        data = Segmentation.find(DataConfig(path=str(scenes(tmp_path, yaml=yaml)), task="segmentation"))
-        prints.append(fingerprint(data))
-    assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize(("role", "name"), [("test", "test"), ("val", "validation"), ("", "all")])
