@@ -12,6 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vimoe.process import Process
+
 EVERY = 30.0  # seconds between two lines, and before the first one
 
 Item = TypeVar("Item")
@@ -47,6 +49,9 @@ def progress(what: str, total: int | None, done: int = 0, stays: bool = False) -
         done: how many of them were done before.
         stays: leave the bar on the terminal when the work is over.
     """
+    if not Process().first:
+        yield lambda what, steps: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(total, done).show

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.model_config import resolve_input_data_config
@@ -18,12 +17,12 @@ from torchvision.transforms import Compose
 from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Sample
-from vimoe.data.crops import KERNELS, RandomCrops, pad
 from vimoe.data.decoded import Decoded, Shrink, Where, decode
 from vimoe.data.images import THIN, open_image
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.errors import DataError
 from vimoe.models.interface import vit
+from vimoe.process import Process
 
 
 class Images(Dataset):
@@ -78,29 +77,6 @@ class Augmented(Images):
         return super().__getitem__(index)
 
 
-class Crops(Dataset):
-    """Batches of random crops of decoded images, for `vimoe.data.crops.Finish` to resize; seeded as `Augmented`."""
-
-    def __init__(self, samples: Decoded, config: TrainConfig) -> None:
-        self.samples, self.cut = samples, RandomCrops(config)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """((padded crops, boxes), labels) of a batch."""
-        crops = []
-        for index, seed in keys:
-            seed_host(seed)
-            crops.append(self.cut(self.samples.pixels[index]))
-        return pad(crops), torch.tensor([self.samples.labels[index] for index, _ in keys])
-
-    @staticmethod
-    def collate(batch: Any) -> Any:
-        """For a DataLoader: it is a batch already."""
-        return batch
-
-
 def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
     """The data config of timm (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
     names = ("crop_pct", "interpolation", "mean", "std")
@@ -130,10 +106,10 @@ def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], 
 def train_loader(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
 ) -> DataLoader:
-    """Shuffled batches with timm's augmentation, the same for an epoch of a seed; an incomplete last one is dropped.
+    """Return shuffled whole batches with timm's augmentation, the same for an epoch of a seed.
 
-    Of decoded images a GPU gets `Crops`, which `vimoe.data.crops.Finish` makes images of. A policy of augmentation and
-    jitter of colours need images of Pillow, and so does a CPU, which would gain nothing.
+    Raises:
+        DataError: for a policy of augmentation that timm does not know.
     """
     whole = config.min_crop == 1
     try:
@@ -153,11 +129,8 @@ def train_loader(
             f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
         ) from error
     order = Shuffled(len(samples), config.seed)
-    batches: dict[str, Any] = {"batch_size": config.batch_size, "sampler": order, "drop_last": True}
-    batchwise = not (config.auto_augment or config.color_jitter) and prepared["interpolation"] in KERNELS
-    if isinstance(samples, Decoded) and batchwise and _gpu():
-        return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **processes(workers))
-    return DataLoader(Augmented(samples, transform), **batches, **processes(workers))
+    images = Augmented(samples, transform)
+    return DataLoader(images, config.batch_size, sampler=order, drop_last=True, **processes(workers))
 
 
 def eval_loader(
@@ -184,9 +157,5 @@ def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:
 def processes(workers: int | None) -> dict[str, Any]:
     """Arguments of a DataLoader: this many processes, by default one a core beside a GPU and none beside a CPU."""
     if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
-        workers = min(os.cpu_count() or 1, 8) if _gpu() else 0
+        workers = min(os.cpu_count() or 1, 8) if Process().device.type != "cpu" else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}
-
-
-def _gpu() -> bool:
-    return torch.accelerator.is_available()

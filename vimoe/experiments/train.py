@@ -29,7 +29,8 @@ from vimoe.models.upcycling import convert, sites
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.registry import Problem, problem_of
 from vimoe.training import checkpoint
-from vimoe.training.loop import check, settle, train
+from vimoe.training.loop import train
+from vimoe.training.settle import settle
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,6 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     settings.moe.selection.select(sites(sketch))
     settings = replace(settings, train=settle(settings.train, len(problem.data.train), sketch))
     problem.settings = settings
-    check(settings.train, len(problem.data.train))
     model, converted = _model(problem)
     problem.check(model, converted)
     scanned = problem.scan()

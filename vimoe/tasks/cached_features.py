@@ -33,6 +33,7 @@ from vimoe.files import written_whole
 from vimoe.metrics.classification import evaluate
 from vimoe.models.frozen_trunk import Rest, cut_before, digest
 from vimoe.models.precision import resolve
+from vimoe.process import Process
 from vimoe.tasks.image_training import classification
 from vimoe.terminal import track
 from vimoe.training.parameter_groups import freeze_all_but
@@ -113,7 +114,7 @@ class FeatureCache:
         config = resolve(config, model)
         self.model, self.data, self.config, self.workers = model, data, config, workers
         self.pixels = classification(data, prepared, config, workers)
-        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        self.device = Process().device
         self.cut = cut_before(model, trained, prepared["input_size"])
         self.shape = self._trunk(torch.zeros(1, *self.cut.size)).shape[1:]
         self.folder = cache_folder() / "features"

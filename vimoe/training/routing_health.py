@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vimoe.moe import MoE, Routing
+from vimoe.process import Process
 
 CONFIDENT = 0.99  # mean probability of a router's first choice, above which its gradient all but vanishes
 COLLAPSED = 1.25  # times k: that many experts in effect, or fewer, get everything
@@ -49,6 +50,12 @@ class Health:
                 router_gradient=_norm(layer.router.parameters()),
                 expert_gradient=_norm(layer.experts.parameters()),
             )
+
+    def over(self, process: Process) -> Health:
+        """Return the sums over all processes."""
+        health = Health()
+        health.sums = {layer: {k: process.sum(v) for k, v in sums.items()} for layer, sums in self.sums.items()}
+        return health
 
     def _add(self, layer: str, **values: Tensor) -> None:
         sums = self.sums.setdefault(layer, {})
