@@ -305,13 +305,10 @@ def bench(verb: str, argv: list[str]) -> Result:
 
         check_name(settings.model)
         settings.moe.selection.check_names(FFN_NAME)
-    from vimoe import bench as benches
+    from vimoe.bench.layer import bench_layer
+    from vimoe.bench.model import bench_model
 
-    done = (
-        benches.bench_model(made, settings.model, settings.moe)
-        if what == "model"
-        else benches.bench_layer(made, settings.moe)
-    )
+    done = bench_model(made, settings.model, settings.moe) if what == "model" else bench_layer(made, settings.moe)
     return str(done), done.to_dict()
 
 
