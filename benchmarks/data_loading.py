@@ -27,7 +27,7 @@ from timm.data import create_loader
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Sample, load_folder
-from vimoe.data.images import try_images
+from vimoe.data.image_check import check_images
 from vimoe.data.loaders import decoded_for_training, train_loader
 from vimoe.run_folder import versions
 
@@ -112,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         start = time.perf_counter()
-        try_images([file for file, _ in samples], Path(args.folder))
+        check_images([file for file, _ in samples], Path(args.folder))
         result["scan_seconds"] = time.perf_counter() - start
         kept = {}
         for where in ("memory", "disk"):

@@ -26,7 +26,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import vimoe
 from vimoe.config.train import Precision, TrainConfig
-from vimoe.data.classification import list_images
+from vimoe.data.image_files import list_images
 from vimoe.data.loaders import decoded_for_training, preprocessing, train_loader
 from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.files import write_json

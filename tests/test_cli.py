@@ -201,7 +201,7 @@ MISTAKES = {
     "count --model.name local-dir:nowhere": "no model folder there",
     "count --model.name resnet18": "no FFN was found",
     "train --data.interpolation bicubc --out never": "did you mean 'bicubic'?",
-    "count --moe.num_experts x": "moe.num_experts=x: expected a value of type int",
+    "count --moe.num_experts x": "moe.num_experts=x: expected a whole number",
     "count --moe.num_experts -1": "num_experts=-1: expected a whole number of at least 0",
     "count --moe.top_k 9": "top_k=9: expected at most num_experts=8",
     "count --moe.routing imgae": "did you mean 'image'?",
@@ -237,8 +237,8 @@ def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: py
         "moo:\n  layers: all\n": "unknown option moo.layers: did you mean 'moe.layers'?",
         "moe: [": "expected a YAML file of sections and settings",
         "- moe": "expected a YAML file of sections and settings",
-        "train: {epochs: 7}\nmoe: {}\ntrain: {batch_size: 4}": "'train' stands twice, in lines 1 and 3",
-        "moe: {layers: all, top_k: 1, layers: none}": "'layers' stands twice",
+        "train: {epochs: 7}\nmoe: {}\ntrain: {batch_size: 4}": "'train' is repeated in lines 1 and 3",
+        "moe: {layers: all, top_k: 1, layers: none}": "'layers' is repeated",
     }.items():
         config.write_text(text)
         assert expected in refused(capsys, "count", "--config", config)
@@ -246,7 +246,7 @@ def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: py
     said = refused(capsys, "train", "--config", config, "--out", tmp_path / "a")
     assert "train.precision=False: expected one of auto, no, bf16, fp16; put 'no' in quotes" in said
     train = ["train", "--data.path", photos, *TINY, *QUICK]
-    assert "is there already" in refused(capsys, *train, "--out", run)
+    assert "already exists" in refused(capsys, *train, "--out", run)
     assert "auto_augment='rnd-m9'" in refused(capsys, *train, "--train.auto_augment=rnd-m9", "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
     assert "holds MoE layers" in refused(capsys, "count", f"--model.name=local-dir:{run / 'model'}")
@@ -301,7 +301,7 @@ def test_a_run_that_did_not_finish_says_so(
         assert main(train) == 130
     assert capsys.readouterr().err.endswith("vimoe: interrupted\n")
     assert "its training did not finish" in refused(capsys, "evaluate", tmp_path / "run")
-    assert "holds a run that did not finish: go on with --resume" in refused(capsys, *train)
+    assert "holds an unfinished run: go on with --resume" in refused(capsys, *train)
 
 
 @pytest.mark.parametrize("what", ["", "layer", "model"])

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ast
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from vimoe import files
 from vimoe.errors import FolderError
-from vimoe.files import LOCK, TEMPORARY
+from vimoe.files import TEMPORARY
 
 PACKAGE = Path(files.__file__).parent
 SOURCES = [
@@ -109,54 +105,6 @@ def test_a_folder_takes_the_place_of_another_one(tmp_path: Path) -> None:
         (folder / "new").touch()
         files.rename(folder, old)
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and [p.name for p in old.iterdir()] == ["new"]
-
-
-def test_yaml_is_read_as_its_reader_expects() -> None:
-    merged = "a: {inner: &x {<<: &b {k: 1}, k: 2}}\ny: {<<: *x}"  # where the loader merges an anchor twice
-    assert files.read_yaml(merged) == {"a": {"inner": {"k": 2}}, "y": {"k": 2}}
-    text = "a: &base {x: 1}\nb: {<<: *base, x: 2}\nday: 2024-01-02\nrate: 1e-3\n'1': s\n1: n"
-    read = files.read_yaml(text)
-    assert read == {"a": {"x": 1}, "b": {"x": 2}, "day": "2024-01-02", "rate": 1e-3, "1": "s", 1: "n"}
-    for twice, line in (
-        ("a: 1\nb: 2\na: 3", "1 and 3"),
-        ("c:\n  0: x\n  0: y", "2 and 3"),
-        ("[{k: 1, k: 1}]", "1 and 1"),
-        ("a: &x {<<: {k: 1}, k: 2, k: 3}", "1 and 1"),
-    ):
-        with pytest.raises(yaml.YAMLError, match=f"stands twice, in lines {line}"):
-            files.read_yaml(twice)
-
-
-def _hold(folder: Path, held: object) -> None:
-    with files.locked(folder, "trained"):
-        held.set()
-        signal.pause()
-
-
-def test_a_folder_is_one_process_s_until_that_is_killed(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, held))
-    process.start()
-    assert held.wait(60)
-    who = f"process {process.pid} on "
-    assert who in (files.held_by(tmp_path) or "")
-    said = f"is being trained by {who}.*: expected one process; wait for it"
-    with pytest.raises(FolderError, match=said), files.locked(tmp_path, "trained"):
-        pass
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert (tmp_path / LOCK).exists() and files.held_by(tmp_path) is None
-    with files.locked(tmp_path, "trained"):
-        assert files.held_by(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lock_leaves_filelocks_own_file_alone(tmp_path: Path) -> None:
-    """On file systems without flock that file says which process holds it, by which a dead one is known."""
-    with files.locked(tmp_path, "trained"):
-        assert "process" not in (tmp_path / LOCK).read_text()
-        assert f"process {os.getpid()} on " in (tmp_path / files.HOLDER).read_text()
 
 
 def test_sizes_for_the_reader() -> None:

@@ -169,7 +169,7 @@ def predict(verb: str, argv: list[str]) -> Result:
     if options["top"] < 1:
         raise ConfigError(f"--top {options['top']}: expected at least 1")
     open_run(options["run"])
-    from vimoe.data.classification import list_images
+    from vimoe.data.image_files import list_images
     from vimoe.experiments.finished_run import FinishedRun
     from vimoe.experiments.train import check_outside
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong. Each message names the value, what was expected and the remedy."""
+"""Mistakes of users. Each message names the value, what was expected and the remedy, in one line."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from pathlib import Path
 
 
 class VimoeError(ValueError):
-    """A mistake of the caller. The command line prints its message as one line and exits with 2."""
+    """A mistake of the caller. The command line prints its message as one line and exits with status 2.
+
+    >>> import vimoe
+    >>> try:
+    ...     vimoe.MoEConfig(routing="imgae")
+    ... except vimoe.VimoeError as error:
+    ...     print(error)
+    routing='imgae': expected one of image, token; did you mean 'image'?
+    """
 
 
 class ConfigError(VimoeError):
-    """A setting has a value that it cannot have."""
+    """A setting has an impossible value."""
 
 
 class SurgeryError(VimoeError):
-    """A model, or a layer of it, cannot be converted as asked. Nothing was changed."""
+    """A model or one of its layers cannot be converted as asked. Nothing was changed."""
 
 
 class DataError(VimoeError):
@@ -24,14 +32,14 @@ class DataError(VimoeError):
 
 
 class FolderError(VimoeError):
-    """A model folder or run folder is missing, incomplete or would not rebuild its model."""
+    """A model folder or run folder is missing or incomplete, or its model cannot be rebuilt."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A training that was asked to end, and left a checkpoint to go on from.
+    """A training that was asked to end, and left a checkpoint from which it can go on.
 
     Attributes:
-        status: exit status of a process that a signal ended, 128 and its number.
+        status: exit status of a process that a signal ended, 128 plus the signal's number.
     """
 
     def __init__(self, run: Path, signal: int) -> None:
@@ -40,15 +48,17 @@ class Stopped(KeyboardInterrupt):
 
 
 def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
-    """The remedy for a misspelt name: ``did you mean 'image'?``, or what is known where nothing is near.
+    """Return the remedy for a misspelt name: the nearest known name, or a list of them if none is near.
 
     Args:
-        word: what was given.
-        known: the right names.
-        listed: how many of them to show at most where none is near.
+        word: name that was given.
+        known: right names.
+        listed: largest number of names to list.
 
     >>> nearest("imgae", ["image", "token"])
     "did you mean 'image'?"
+    >>> nearest("xyz", ["image", "token"])
+    'known: image, token'
     """
     names = [str(name) for name in known]
     close = difflib.get_close_matches(str(word), names, n=1)
@@ -60,7 +70,7 @@ def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
 
 
 def expect(name: str, value: object, kind: type, remedy: str) -> None:
-    """Raise VimoeError where an argument is of another kind.
+    """Raise VimoeError if an argument is of another type.
 
     >>> expect("config", {"layers": "all"}, int, "give a number")
     Traceback (most recent call last):
@@ -69,19 +79,19 @@ def expect(name: str, value: object, kind: type, remedy: str) -> None:
     if not isinstance(value, kind):
         shown = " ".join(repr(value).split())
         shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-        what = "None" if value is None else f"of type {type(value).__name__}, {shown}"
-        raise VimoeError(f"{name} is {what}: expected {kind.__name__}; {remedy}")
+        given = "None" if value is None else f"of type {type(value).__name__}, {shown}"
+        raise VimoeError(f"{name} is {given}: expected {kind.__name__}; {remedy}")
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its class where it says nothing."""
+    """Return the first line of another library's error message, or the error's class if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def beside(path: Path) -> str:
-    """The remedy for a path that is not there: the nearest name in its folder, or a look at the path."""
+    """Return the remedy for a missing path: the nearest name in its folder, or advice to check the path."""
     if path.is_symlink():
-        return "it is a link to what is not there"
+        return "it is a link whose target is missing"
     names = [p.name for p in path.parent.iterdir() if p.name != path.name] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {str(path.with_name(close[0]))!r}?" if close else "check the path"

@@ -1,47 +1,56 @@
-"""A run is one folder: its settings, its model folder, and what was measured. Readable without this software."""
+"""A run folder: settings, model folder and measurements of one training, readable without this software.
+
+One process at a time may write to it (`locked`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import socket
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import filelock
 import yaml
 
 from vimoe.config.command_line import read_settings
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, FolderError, beside, first_line
-from vimoe.files import held_by, is_own, read_text, temporary_folder, write_bytes, write_text
+from vimoe.files import HOLDER, LOCK, discard, is_own, read_text, temporary_folder, write_bytes, write_text
 from vimoe.files import write_json as write_json
 
-SCHEMA = 1  # of what --json prints and summary.json holds
+SCHEMA = 1  # version of the JSON that --json prints and summary.json holds
 CONFIG, MODEL, VALIDATION = "config.yaml", "model", "validation.txt"
 ROUTING, ROUTING_BEFORE, SUMMARY = "routing.json", "routing-before-pruning.json", "summary.json"
-CHECKPOINT = Path("checkpoints", "last.pt")  # while it is not finished
-TRAINED = "trained"  # what is done in a folder that is locked
+CHECKPOINT = Path("checkpoints", "last.pt")  # until the training has finished
 FIGURES, EXAMPLES = "figures", "examples-{}.png"  # a sheet of images for each MoE layer
-EXPERT_MAPS = "expert-maps.png"  # of a segmentation
+EXPERT_MAPS = "expert-maps.png"  # segmentation only
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A run folder that holds a run.
+
+    Attributes:
+        path: the folder.
+        settings: settings of the training.
+    """
 
     path: Path
     settings: Settings
 
     @property
     def model(self) -> Path:
-        """Its model folder."""
+        """Path of the model folder."""
         return self.path / MODEL
 
     def validation(self) -> list[str]:
-        """Names of the images that were split off train for validation; none where the data has its own."""
+        """Return the names of the images that were split off train for validation; [] if the data has its own split."""
         listed = self.path / VALIDATION
         if not listed.exists():
             return []
@@ -52,60 +61,60 @@ class Run:
 
 
 def check_new(path: str | Path) -> Path:
-    """Raise FolderError where something is there already."""
+    """Return the path of a run to be made. Raises FolderError if something exists there."""
     path = Path(path)
     _check_idle(path)
     if (path / CHECKPOINT).exists() and not (path / SUMMARY).exists():
         raise FolderError(
-            f"--out {path} holds a run that did not finish: go on with --resume {path}, remove it, or name another one"
+            f"--out {path} holds an unfinished run: go on with --resume {path}, remove it, or name another folder"
         )
     if path.exists() and (not path.is_dir() or any(not is_own(inside) for inside in path.iterdir())):
-        raise FolderError(f"--out {path} is there already: expected a new folder; name another one")
+        raise FolderError(f"--out {path} already exists: expected a new folder; name another one")
     return path
 
 
 def new_run(path: str | Path) -> Path:
-    """An empty folder for a run. Raises FolderError where it cannot be made."""
+    """Create an empty folder for a run. Raises FolderError if that fails."""
     path = check_new(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
+        raise FolderError(f"--out {path} cannot be created: {error.strerror}; name another one") from error
     return path
 
 
 @contextmanager
 def made_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes the new folder `path` when the block ends well, and is gone if not."""
+    """Yield a temporary folder that is renamed to `path` if the block succeeds, and is deleted if it fails."""
     path = check_new(path)
-    place = path.resolve()  # a link to a folder cannot be renamed over by its name
-    if place == Path.cwd():
-        raise FolderError(f"--out {path} is the working directory, whose place is to be taken: name another one")
+    target = path.resolve()  # a folder cannot be renamed over a link
+    if target == Path.cwd():
+        raise FolderError(f"--out {path} is the working directory, which cannot be replaced: name another one")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
-    with temporary_folder(place.parent) as folder:
+        raise FolderError(f"--out {path} cannot be created: {error.strerror}; name another one") from error
+    with temporary_folder(target.parent) as folder:
         try:
             yield folder
         except FolderError as error:
             raise FolderError(str(error).replace(str(folder), str(path))) from error
         try:
-            folder.rename(place)  # over an empty folder at most: the system refuses what was put there meanwhile
+            folder.rename(target)  # replaces an empty folder only: fails if something was put there meanwhile
         except OSError as error:
-            raise FolderError(f"--out {path} cannot be made: {error.strerror}; name another one") from error
+            raise FolderError(f"--out {path} cannot be created: {error.strerror}; name another one") from error
 
 
 def open_run(path: str | Path) -> Run:
-    """Reads a run folder. Raises FolderError where it is none, or was not finished."""
+    """Read the folder of a finished run. Raises FolderError if it holds none."""
     path = _folder(path)
     if not (path / CONFIG).is_file():
-        raise FolderError(f"{path} has no {CONFIG}: expected a folder that vimoe train made")
+        raise FolderError(f"{path} has no {CONFIG}: expected a run folder of vimoe train")
     if not (path / MODEL).is_dir():
         _check_idle(path)
         if not (path / CHECKPOINT).exists():
             raise FolderError(
-                f"{path} has no {MODEL}/: expected a folder that vimoe train made; train again with another --out"
+                f"{path} has no {MODEL}/: expected a run folder of vimoe train; train again with another --out"
             )
         raise FolderError(
             f"{path} has no {MODEL}/: its training did not finish; go on with: vimoe train --resume {path}"
@@ -114,27 +123,26 @@ def open_run(path: str | Path) -> Run:
 
 
 def open_unfinished(path: str | Path) -> Run:
-    """Read the folder of a training that is to go on. Nothing in it is changed.
+    """Read the folder of a training that is to be resumed, and change nothing in it.
 
     Raises:
-        FolderError: where it is no run, is finished, has no checkpoint, or is being trained.
+        FolderError: if it is no run folder, has finished, has no checkpoint, or is being trained.
     """
     path = _folder(path)
     _check_idle(path)
     if not (path / CONFIG).is_file():
-        raise FolderError(f"{path} has no {CONFIG}: expected the run folder of a training that was stopped; name that")
+        raise FolderError(f"{path} has no {CONFIG}: expected the run folder of a stopped training; name that")
     if (path / SUMMARY).exists():
-        raise FolderError(f"{path} is finished: expected a run that was stopped; train with another --out")
+        raise FolderError(f"{path} is finished: expected a stopped run; train with another --out")
     if not (path / CHECKPOINT).exists():
         raise FolderError(
-            f"{path} has no {CHECKPOINT}: expected the run folder of a training that was stopped; train with another "
-            f"--out"
+            f"{path} has no {CHECKPOINT}: expected the run folder of a stopped training; train with another --out"
         )
     return Run(path, _settings(path))
 
 
 def _folder(path: str | Path) -> Path:
-    if not str(path):  # an unset variable of a shell; pathlib takes it for the working directory
+    if not str(path):  # for example an unset shell variable; pathlib would read it as the working directory
         raise FolderError("an empty path: expected a run folder; name it")
     path = Path(path)
     if path.is_file():
@@ -145,9 +153,53 @@ def _folder(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock an existing run folder for this process; the lock of a killed process is released by the system.
+
+    Raises:
+        FolderError: if another process holds the lock.
+    """
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise _busy(folder) from None
+    except (OSError, NotImplementedError) as error:
+        raise FolderError(f"{folder} cannot be locked: {error}; fix its permissions, or name another one") from error
+    try:
+        with suppress(OSError):  # a full disk: this file only serves the message that other processes print
+            (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        discard(folder / HOLDER)
+        discard(folder / LOCK)
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return True if a process holds the lock of a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):  # for example on a read-only file system
+        return False
+
+
+def _busy(folder: Path) -> FolderError:
+    holder = "another process"
+    with suppress(OSError):
+        holder = (folder / HOLDER).read_text(encoding="utf-8") or holder
+    return FolderError(f"{folder} is being trained by {holder}: expected an idle folder; wait for it")
+
+
 def _check_idle(path: Path) -> None:
-    if holder := held_by(path):
-        raise FolderError(f"{path} is being {TRAINED} by {holder}: expected a run at rest; wait for it")
+    if is_locked(path):
+        raise _busy(path)
 
 
 def _settings(path: Path) -> Settings:
@@ -158,20 +210,20 @@ def _settings(path: Path) -> Settings:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that figures depend on."""
+    """Return the versions of Python and of the libraries that results depend on."""
     names = ("vimoe", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def write_settings(path: Path, settings: Settings) -> None:
-    """Writes the run's config.yaml, with the sections and names that the flags have."""
+    """Write the run's config.yaml, with the sections and names of the flags."""
     write_text(path / CONFIG, yaml.safe_dump(settings.to_dict(), sort_keys=False))
 
 
 def write_validation(path: Path, names: Collection[str]) -> None:
-    """Write the run's validation.txt: a name a line, in the bytes that it has on disk, whatever the locale.
+    """Write the run's validation.txt: one name per line, in its bytes on disk, whatever the locale.
 
-    A name that could be no line of its own is written as a JSON string. Without names there is no file.
+    A name with a line end or quote is written as a JSON string. Without names no file is written.
     """
     if not names:
         return
@@ -181,7 +233,7 @@ def write_validation(path: Path, names: Collection[str]) -> None:
 def _line(name: str) -> bytes:
     try:
         line = os.fsencode(name)
-    except UnicodeEncodeError:  # the name of a member or row, in a locale that has no such letter
+    except UnicodeEncodeError:  # a name inside an archive or table with letters that this locale lacks
         return json.dumps(name).encode()
     return json.dumps(name).encode() if any(mark in line for mark in (b"\n", b"\r", b'"')) else line
 

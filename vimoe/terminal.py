@@ -1,4 +1,4 @@
-"""How far long work is: a bar where standard error is a terminal, elsewhere a line in the log every half minute."""
+"""Progress of long work: a bar if standard error is a terminal, else a line in the log every half minute."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vimoe.process import Process
 
-EVERY = 30.0  # seconds between two lines, and before the first one
+EVERY = 30.0  # seconds before the first line and between lines
 
 Item = TypeVar("Item")
-Show = Callable[[str, int], None]  # what is being done now, and how many steps were done since the last call
+Show = Callable[[str, int], None]  # arguments: name of the current work, steps done since the last call
 
 logger = logging.getLogger(__name__)
 
 
 def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """The items of the work, while it is shown how many of them are done.
+    """Yield the items of some work, and show how many are done.
 
     Args:
-        work: its items are counted when the next one is asked for.
-        what: what is being done, such as "evaluating"; "" to show nothing.
-        total: how many items there are; by default as many as the work says itself.
+        work: items; each counts as done when the next one is asked for.
+        what: name of the work, such as "evaluating"; "" shows nothing.
+        total: number of items; by default the length of `work`, if it has one.
+
+    >>> list(track(["a", "b"], "reading"))
+    ['a', 'b']
     """
     if not what:
         yield from work
@@ -41,13 +44,13 @@ def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator
 
 @contextmanager
 def progress(what: str, total: int | None, done: int = 0, stays: bool = False) -> Iterator[Show]:
-    """Shows steps while it holds; yields a function to be called after each.
+    """Show progress during the block; yields a function to call after each step.
 
     Args:
-        what: what is being done at first.
-        total: how many steps there are, None where nobody knows.
-        done: how many of them were done before.
-        stays: leave the bar on the terminal when the work is over.
+        what: name of the work at first.
+        total: number of steps; None if unknown.
+        done: number of steps that were done before.
+        stays: True to leave the bar on the terminal after the work.
     """
     if not Process().first:
         yield lambda what, steps: None
@@ -63,7 +66,7 @@ def progress(what: str, total: int | None, done: int = 0, stays: bool = False) -
 
 
 class _Lines:
-    """Logs now and then how far work is."""
+    """Progress as lines in the log."""
 
     def __init__(self, total: int | None, done: int) -> None:
         self.total, self.done, self.before = total, done, done

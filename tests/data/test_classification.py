@@ -13,7 +13,8 @@ from helpers.tiny import vit
 
 from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import list_images, load_data, load_folder
+from vimoe.data.classification import load_data, load_folder
+from vimoe.data.image_files import list_images
 from vimoe.data.loaders import eval_loader, preprocessing, train_loader
 from vimoe.errors import ConfigError, DataError
 
@@ -82,12 +83,14 @@ def test_roles_inside_of_classes_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "photos.tar", "w") as archive:
         archive.add(tmp_path / "photos", ".")
     for path in ("photos", "photos.tar"):
-        with pytest.raises(DataError, match=r"roles inside of class folders, such as cat/Test: expected Test/cat"):
+        with pytest.raises(
+            DataError, match=r"split folders inside of class folders, such as cat/Test: expected Test/cat"
+        ):
             load_data(DataConfig(path=str(tmp_path / path)))
-        with pytest.raises(DataError, match="roles inside of class folders"):
+        with pytest.raises(DataError, match="split folders inside of class folders"):
             load_folder(tmp_path / path, ("cat", "dog"))
     folder(tmp_path / "photos" / "fox", 1, classes=("whole",))
-    with pytest.raises(DataError, match="roles inside of class folders"):  # of some classes
+    with pytest.raises(DataError, match="split folders inside of class folders"):  # of some classes
         load_data(DataConfig(path=str(tmp_path / "photos")))
     for name in ("cat", "dog"):  # then these are groups of some other kind
         folder(tmp_path / "photos" / name, 1, classes=("indoors",))
@@ -155,7 +158,7 @@ def test_a_listed_validation_split_is_found_again_and_missed_when_gone(tmp_path:
     assert [str(path.relative_to(tmp_path)) for path, _ in again.val] == listed
     assert load_data(config).val != again.val
     (tmp_path / listed[0]).unlink()
-    with pytest.raises(DataError, match="1 of the run's 6 validation images are gone"):
+    with pytest.raises(DataError, match="1 of the run's 6 validation images are missing"):
         load_data(config, validation=listed)
 
 
@@ -212,7 +215,7 @@ def test_files_that_phones_make_are_told_by_their_endings(tmp_path: Path) -> Non
         DataError, match=r"cat holds no image \(3 \.heic files, 1 \.avif files were .*\.jpg.*convert them"
     ):
         load_data(DataConfig(path=str(tmp_path)))
-    with pytest.raises(DataError, match=r"dog holds no image \(1 \.heic files were passed over, .*convert them"):
+    with pytest.raises(DataError, match=r"dog holds no image \(1 \.heic files were passed over; .*convert them"):
         list_images([tmp_path / "dog"])
 
 
@@ -284,5 +287,5 @@ def test_an_image_of_the_listed_validation_that_was_damaged_since_is_missed(tmp_
     config = DataConfig(path=str(folder(tmp_path, 20)), skip_unreadable=True)
     listed = [str(path.relative_to(tmp_path)) for path, _ in load_data(config).val]
     (tmp_path / listed[0]).write_bytes(b"")
-    with pytest.raises(DataError, match="1 of the run's 6 validation images are gone or damaged"):
+    with pytest.raises(DataError, match="1 of the run's 6 validation images are missing or damaged"):
         load_data(config, validation=listed)

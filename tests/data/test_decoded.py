@@ -15,7 +15,8 @@ from PIL import Image
 import vimoe.data.decoded
 from vimoe.data.classification import Sample
 from vimoe.data.decoded import Decoded, Shrink, decode
-from vimoe.data.images import cache_folder, open_image
+from vimoe.data.images import open_image
+from vimoe.data.user_cache import cache_folder
 from vimoe.errors import DataError, FolderError, VimoeError
 
 SIZES = ((16, 16), (40, 24), (7, 50), (33, 31))
@@ -168,7 +169,9 @@ def test_an_image_that_cannot_be_read_is_named_and_nothing_is_left(samples: list
 
 def test_a_cache_folder_that_cannot_be_made_is_one_line(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(samples[0][0]))  # a file
-    with pytest.raises(FolderError, match=r"cannot be made .*XDG_CACHE_HOME, or use data.cache=memory"):
+    with pytest.raises(
+        FolderError, match=r"cannot be created .*XDG_CACHE_HOME to another folder, or use data.cache=memory"
+    ):
         decode(samples, WIDE, "disk")
 
 

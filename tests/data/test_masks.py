@@ -15,8 +15,9 @@ from helpers.scenery import NAMES, PALETTE, VOID, YAML, mask, painted
 from PIL import Image
 
 from vimoe.config.masks import IGNORE
+from vimoe.data.legends import legend_in, legend_of_masks, read_legend
 from vimoe.data.mask_colours import colour
-from vimoe.data.masks import Legend, legend_in, legend_of_masks, read_legend
+from vimoe.data.masks import Legend
 from vimoe.errors import DataError
 
 COLOURS = f"palette: {[list(colour) for colour in PALETTE]}\n"
@@ -118,7 +119,7 @@ def test_colours_that_contradict_the_values_are_refused(tmp_path: Path) -> None:
     path = indexed(tmp_path / "m.png", [1, 0, 2, VOID], {**COLOUR_OF, 2: (9, 9, 9)})
     with pytest.raises(
         DataError,
-        match=r"the value 0 is class 'sky', and its colour .*, \[120, 120, 120\], that of class 'road': .*; save",
+        match=r"the value 0 is class 'sky', and its colour .*, \[120, 120, 120\], is that of class 'road': .*; save",
     ) as error:
         legend(tmp_path, YAML + COLOURS).read(path)
     assert "\n" not in str(error.value)
@@ -127,7 +128,7 @@ def test_colours_that_contradict_the_values_are_refused(tmp_path: Path) -> None:
 def test_greys_whose_levels_are_other_values_are_refused(tmp_path: Path) -> None:
     """Programs that make PNGs small give masks of one channel a palette of greys, in any order."""
     path = indexed(tmp_path / "m.png", [1, 0, 2, VOID], {value: (value, value, value) for value in COLOUR_OF})
-    with pytest.raises(DataError, match=r"the value 0 is class 'sky', .* \[1, 1, 1\], that of class 'road'"):
+    with pytest.raises(DataError, match=r"the value 0 is class 'sky', .* \[1, 1, 1\], is that of class 'road'"):
         legend(tmp_path, YAML).read(path)
 
 
@@ -142,7 +143,7 @@ def test_values_whose_colour_differs_from_mask_to_mask_mean_nothing(tmp_path: Pa
     masks = [indexed(tmp_path / "a.png", [0, 1, 2, VOID]), indexed(tmp_path / "b.png", [2, 1, 0, VOID])]
     with pytest.raises(
         DataError,
-        match=r"value 0 has the colour \[40, 80, 220\] in .*a\.png and \[220, 40, 40\] in .*b\.png, and no classes",
+        match=r"value 0 has the colour \[40, 80, 220\] in .*a\.png and \[220, 40, 40\] in .*b\.png: .* one palette",
     ) as error:
         legend_of_masks(masks)
     assert "\n" not in str(error.value)
@@ -191,10 +192,10 @@ def test_an_unknown_colour_is_named_with_its_place(tmp_path: Path, colour: tuple
 
 def test_colours_without_a_palette_are_refused_with_the_remedy(tmp_path: Path) -> None:
     painted(mask(0)).save(tmp_path / "m.png")
-    with pytest.raises(DataError, match=r"in colour .* give a palette in classes\.yaml") as error:
+    with pytest.raises(DataError, match=r"in colour, .* give a palette in classes\.yaml") as error:
         legend(tmp_path, YAML).read(tmp_path / "m.png")
     assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match=r"in colour .* names and a palette in classes\.yaml"):
+    with pytest.raises(DataError, match=r"in colour, .* names and a palette in classes\.yaml"):
         legend_of_masks([tmp_path / "m.png"])
 
 
@@ -207,9 +208,9 @@ def test_a_value_outside_of_the_classes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ignore: 3", "no names in it"),
+        ("ignore: 3", "it has no names"),
         ("names: [a, b]\nignored: 3", "unknown entry 'ignored'; did you mean 'ignore'"),
-        ("names: [a, a]", "'a' stands twice"),
+        ("names: [a, a]", "'a' is repeated"),
         ("names: [a]", "1 classes: expected 2 to 255"),
         ("names: [a, yes]", "True as a name: .* in quotes"),
         ("names: [a, b]\nignore: 1", "ignore has 1, which is class 'b'"),
@@ -218,10 +219,10 @@ def test_a_value_outside_of_the_classes_is_named(tmp_path: Path) -> None:
         ("names: {1: a, 2: b}\nreduce_zero: true", "expected names as a list"),
         ("names: [a, b]\npalette: [[0, 0, 0]]", "palette has 1 colours"),
         ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 300]]", r"palette has \[0, 0, 300\]"),
-        ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 0]]", r"\(0, 0, 0\) stands twice"),
+        ("names: [a, b]\npalette: [[0, 0, 0], [0, 0, 0]]", r"\(0, 0, 0\) is repeated"),
         ("names: [a, b", "cannot be read"),
-        ("names: {0: sky, 1: road, 1: car}", "cannot be read: '1' stands twice, in lines 1 and 1"),
-        ("names: [a, b]\nignore: 3\nignore: 4", "'ignore' stands twice, in lines 2 and 3"),
+        ("names: {0: sky, 1: road, 1: car}", "cannot be read: key '1' is repeated in lines 1 and 1"),
+        ("names: [a, b]\nignore: 3\nignore: 4", "'ignore' is repeated in lines 2 and 3"),
         ("names: [a, b]\nsequence: 3", "sequence is 3: expected a regular expression; put it in quotes"),
         ("names: [a, b]\nsequence: '(a'", r"sequence is '\(a', which is no regular expression \(missing \)"),
         ("names: [a, b]\nsequence: a_", "sequence is 'a_' with 0 groups: expected one"),
@@ -241,13 +242,17 @@ def test_without_a_legend_the_masks_say_how_many_classes(tmp_path: Path) -> None
 
 
 def test_one_class_is_no_segmentation(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="values of 0, .*at least two; write names and ignore there$"):
+    with pytest.raises(
+        DataError, match="the values 0: expected at least two.*; write names and ignore in a classes.yaml$"
+    ):
         legend_of_masks([saved(tmp_path, np.zeros((2, 2), "uint8"))])
 
 
 def test_masks_of_0_and_255_are_told_how_they_are_read(tmp_path: Path) -> None:
     path = saved(tmp_path, np.array([[0, 255]], "uint8"))
-    with pytest.raises(DataError, match="values of 0, 255, .* 255 was taken for void; if it is a class write") as error:
+    with pytest.raises(
+        DataError, match="the values 0, 255: .* 255 was taken for void; if it is a class, write"
+    ) as error:
         legend_of_masks([path])
     (text,) = re.findall("'(names.*)'", str(error.value))
     assert legend(tmp_path, text).read(path).tolist() == [[0, 1]]
@@ -257,7 +262,7 @@ def test_255_is_void_unless_it_has_a_name_or_nothing_is(tmp_path: Path) -> None:
     named = legend(tmp_path, "names: {0: background, 255: crack}\nignore: []\n")
     assert named == legend(tmp_path, "names: {0: background, 255: crack}\n")
     assert legend(tmp_path, "names: [background, crack]\n").ignored == (255,)
-    with pytest.raises(DataError, match=r"ignore has 255, which is class 'crack': .* take it out \('ignore: \[\]'"):
+    with pytest.raises(DataError, match=r"ignore has 255, which is class 'crack': .* remove it there \('ignore: \[\]'"):
         legend(tmp_path, "names: {0: background, 255: crack}\nignore: 255\n")
     with pytest.raises(DataError, match="the value 7: expected 0, 255; name it"):
         named.read(saved(tmp_path, np.array([[0, 7]], "uint8")))
@@ -266,7 +271,7 @@ def test_255_is_void_unless_it_has_a_name_or_nothing_is(tmp_path: Path) -> None:
 def test_a_legend_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     (tmp_path / "classes.yaml").write_bytes("\ufeffnames: [Straße, Weg]\n".encode())
     code = (
-        "from pathlib import Path; from vimoe.data.masks import read_legend; "
+        "from pathlib import Path; from vimoe.data.legends import read_legend; "
         "print(ascii(read_legend(Path('classes.yaml')).names))"
     )
     done = subprocess.run(

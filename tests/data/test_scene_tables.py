@@ -111,7 +111,9 @@ def test_what_the_scan_refuses_is_named_by_row_and_column(tmp_path: Path) -> Non
         scan_scenes(found, found.root)
 
 
-THREE = "has 3 columns of type Image (image, photo, scan): expected one of images and one of masks, called so; name"
+THREE = (
+    "has 3 columns of type Image (image, photo, scan): expected one of images and one of masks with usual names; name"
+)
 
 
 @pytest.mark.parametrize(

@@ -143,14 +143,14 @@ def test_a_run_finds_its_validation_again(tmp_path: Path) -> None:
     other = DataConfig(path=str(tmp_path), seed=5)
     assert load_scenes(other, validation=listed) == first != load_scenes(other)
     first.val[0][0].unlink()
-    with pytest.raises(DataError, match="1 of the run's 2 validation images are gone"):
+    with pytest.raises(DataError, match="1 of the run's 2 validation images are missing"):
         load_scenes(other, validation=listed)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: shutil.rmtree(root / "annotations"), "no masks that are known: expected images/ and annot"),
+        (lambda root: shutil.rmtree(root / "annotations"), "no known layout of masks: expected images/ and annot"),
         (lambda root: shutil.rmtree(root / "annotations" / "train"), "has no folder 'train'"),
         (lambda root: [p.unlink() for p in (root / "annotations/train").iterdir()], "6 images and 0 masks"),
         (lambda root: painted(mask(0)).save(root / "images/train/a001.jpg"), "a001.* have the same name"),
@@ -200,7 +200,7 @@ def save(values: np.ndarray, path: Path) -> None:
         ),
         (
             lambda image, mask_: shutil.copy(image, mask_),
-            r"^1 of 7 masks cannot be used: .*\(the mask is in colour .* give a palette",
+            r"^1 of 7 masks cannot be used: .*\(the mask is in colour, .* give a palette",
         ),
     ],
 )
@@ -259,7 +259,7 @@ def test_images_that_cannot_be_read_are_told_by_their_endings(tmp_path: Path) ->
     root = scenes(tmp_path, val=0, test=0)
     for path in (root / "images/train").iterdir():
         path.rename(path.with_suffix(".heic"))
-    with pytest.raises(DataError, match=r"0 images \(6 \.heic files were passed over, .*convert them\) and 6 masks"):
+    with pytest.raises(DataError, match=r"0 images \(6 \.heic files were passed over; .*convert them\) and 6 masks"):
         load(root)
 
 
@@ -406,7 +406,7 @@ def test_palettes_that_differ_are_warned_of_where_only_names_are_given(
     (tmp_path / "classes.yaml").write_text("names: [sky, road, car]")
     scanned(tmp_path)
     assert "class 'sky' has the colour [40, 80, 220] in annotations/train/" in caplog.text
-    assert "values count, since no palette says what colours mean; if colours do, give one in classes" in caplog.text
+    assert "values count, since there is no palette; if colours count, give a palette in classes" in caplog.text
     caplog.clear()
     (tmp_path / "classes.yaml").write_text(f"names: [sky, road, car]\npalette: {[list(each) for each in colours]}")
     scanned(tmp_path)

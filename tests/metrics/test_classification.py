@@ -10,7 +10,7 @@ from helpers.pictures import folder
 from helpers.tiny import vit
 from torch import nn
 
-from vimoe.data.classification import list_images
+from vimoe.data.image_files import list_images
 from vimoe.metrics.classification import ScoreCounts, evaluate
 from vimoe.tasks.predictions import predict
 

@@ -109,7 +109,7 @@ DAMAGE = {
     "summary no JSON": (put("summary.json", b"no"), "report run", "summary.json"),
     "metrics no table": (put("metrics.csv", b"epoch\nx\n"), "report run", "metrics.csv"),
     "validation image gone": (
-        edit("validation.txt", lambda t: t + "train/red/gone.png\n"), "analyze run", "validation images are gone",
+        edit("validation.txt", lambda t: t + "train/red/gone.png\n"), "analyze run", "validation images are missing",
     ),
     "data gone": (lambda root: shutil.rmtree(root / "photos"), "analyze run", "no such folder"),
     "a class that the model does not know": (
@@ -131,9 +131,9 @@ DAMAGE = {
     "recovery of less than no epochs": (nothing, "prune run --out out --recover -1", "recover=-1: expected a number"),
     "recovery that goes back": (nothing, "prune run --out out --recover 1 --recover_lr -1", "lr=-1"),
     "pruning without out": (nothing, "prune run", "--out is missing"),
-    "pruning into a run": (nothing, "prune run --out dense", "is there already"),
-    "pruning into a file": (nothing, "prune run --out dense/config.yaml", "is there already"),
-    "pruning below a file": (nothing, "prune run --out dense/config.yaml/x", "cannot be made"),
+    "pruning into a run": (nothing, "prune run --out dense", "already exists"),
+    "pruning into a file": (nothing, "prune run --out dense/config.yaml", "already exists"),
+    "pruning below a file": (nothing, "prune run --out dense/config.yaml/x", "cannot be created"),
     "side by side without out": (nothing, "report run dense", "--out is missing"),
     "side by side with nothing": (nothing, "report run nowhere --out x.html", "nowhere: no such run"),
     "a report into no folder": (nothing, "report run dense --out no/where/x.html", "no/where: no such folder"),

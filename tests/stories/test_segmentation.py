@@ -254,7 +254,7 @@ def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
         for section, name in (full.split(".") for full in names):
             sections = {"data": {"task": wrong}}
             sections.setdefault(section, {})[name] = other[section][name]
-            with pytest.raises(ConfigError, match=rf"{section}\.{name}=.* expected it for {task} alone"):
+            with pytest.raises(ConfigError, match=rf"{section}\.{name}=.* expected it with {task} only"):
                 Settings(**{each: SECTIONS[each](**values) for each, values in sections.items()})
 
 

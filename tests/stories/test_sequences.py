@@ -26,7 +26,8 @@ from vimoe.analysis.statistics import (
     pair_interval,
 )
 from vimoe.config.data import DataConfig
-from vimoe.data.masks import Legend, read_legend
+from vimoe.data.legends import read_legend
+from vimoe.data.masks import Legend
 from vimoe.data.scenes import load_scenes
 from vimoe.errors import ConfigError, DataError
 from vimoe.report.routing_section import _meaning

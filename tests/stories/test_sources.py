@@ -23,14 +23,17 @@ from safetensors.torch import load_file
 import vimoe.data.decoded
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
-from vimoe.data import images
+from vimoe.data import image_check
 from vimoe.data.archives import find_archives
-from vimoe.data.classification import Data, absolute, load_data, load_folder
+from vimoe.data.classification import Data, load_data, load_folder
+from vimoe.data.data_path import absolute
 from vimoe.data.decoded import Shrink, decode
+from vimoe.data.image_check import check_images
 from vimoe.data.images import open_image
-from vimoe.data.listing import in_order, split_in
+from vimoe.data.listing import in_order
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.scan import scan
+from vimoe.data.splits import split_in
 from vimoe.errors import DataError
 from vimoe.tasks.image_training import fingerprint
 
@@ -138,7 +141,7 @@ def test_a_kind_without_roles_is_split_as_the_folder_is(tmp_path: Path, kind: st
     assert len(set(names)) == 9 and not any(str(tmp_path) in name for name in names)
     again = load_data(replace(packed, seed=7), validation=names)
     assert again.val == data.val and again.train == data.train
-    with pytest.raises(DataError, match=r"1 of the run's 10 validation images are gone"):
+    with pytest.raises(DataError, match=r"1 of the run's 10 validation images are missing"):
         load_data(packed, validation=[*names, "gone.png"])
 
 
@@ -218,9 +221,9 @@ def test_a_second_scan_opens_nothing_until_the_file_changes(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
-    decode = images._decode
-    monkeypatch.setattr(images, "_decode", lambda file: (decoded.append(1), decode(file))[1])
-    monkeypatch.setattr(images, "cache_folder", lambda: tmp_path / "cache")
+    decode = image_check.decode
+    monkeypatch.setattr(image_check, "decode", lambda file: (decoded.append(1), decode(file))[1])
+    monkeypatch.setattr(image_check, "cache_folder", lambda: tmp_path / "cache")
     photos = roles(tmp_path / "photos", train=2, val=1, test=0)
     path = KINDS[kind](photos, tmp_path / "packed")
     first = scan(load_data(config(path)))
@@ -636,7 +639,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
     "csv: misspelt": (lambda root: (rows(RED)(root), "y.csv")[1], "did you mean 'x.csv'?"),
     "csv: empty": (written("x.csv", b""), "has no column 'path'"),
     "csv: a column twice": (
-        rows("photos/red/000.png,red,blue", header="path,label,label"), "has the column 'label' twice",
+        rows("photos/red/000.png,red,blue", header="path,label,label"), "repeats the column 'label'",
     ),
     "csv: no rows": (rows(), "has no row: expected one for each image"),
     "csv: no label column": (rows("photos/red/000.png", header="path"), "has no column 'label'"),
@@ -646,9 +649,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
     "csv: a short row": (rows(RED, "photos/blue/000.png"), "line 3: no label"),
     "csv: no path": (rows(RED, ",red"), "line 3: no path"),
     "csv: images that are not there": (
-        rows(RED, *(f"photos/{i}.png,red" for i in range(5))), "5 of 6 images are not there: ",
+        rows(RED, *(f"photos/{i}.png,red" for i in range(5))), "5 of 6 images are missing: ",
     ),
-    "csv: a folder as an image": (rows(RED, "photos/blue,blue"), "1 of 2 images are not there: "),
+    "csv: a folder as an image": (rows(RED, "photos/blue,blue"), "1 of 2 images are missing: "),
     "csv: several labels": (
         rows(RED, BLUE, "./photos/red/000.png,blue"),
         "line 4: ./photos/red/000.png has label 'blue', and label 'red' in a row above",
@@ -676,7 +679,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
     "tar: damaged header": (
         packed("", lambda content: content[:3072] + b"\xff" * 300 + content[3372:]), "x.tar is damaged at byte 3072",
     ),
-    "tar: two in one file": (packed("", lambda content: content + content), "or several archives in one file"),
+    "tar: two in one file": (packed("", lambda content: content + content), "or holds several archives"),
     "tar: gz": (packed("gz"), "x.tar is compressed, "),
     "tar: gz by name": (packed("gz", name="x.tar.gz"), "expected a plain tar file; decompress it, or unpack it"),
     "tar: xz": (packed("xz", name="x.txz"), "x.txz is compressed, "),
@@ -689,13 +692,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
     "shards: no label": (shard(A, B, ("2.png", png())), "have no label, such as shards/0.tar/2.png: "),
     "shards: an empty label": (shard(A, B, ("2.png", png()), ("2.cls", b" \n")), "1 samples of shards have no label"),
     "shards: a class that is not listed": (
-        shard(A, B, names="dog\ncta\n"), "shards/0.tar/1.png is of class 'cat', which is not in the list",
+        shard(A, B, names="dog\ncta\n"), "shards/0.tar/1.png is of class 'cat', expected one of the list of classes",
     ),
     "shards: a number that is not listed": (
-        shard(A, ("1.cls", b"2"), names="dog\ncat\n"), "is of class 2: expected 0 to 1, by the list of classes",
+        shard(A, ("1.cls", b"2"), names="dog\ncat\n"), "is of class 2: expected 0 to 1; complete the list of classes",
     ),
     "shards: a class twice in the list": (
-        shard(A, B, names="cat\ncat\n"), "classes.txt has an empty line or a class twice",
+        shard(A, B, names="cat\ncat\n"), "classes.txt has an empty line or repeats a class",
     ),
     "shards: cut in a label": (
         lambda root: (
@@ -783,9 +786,9 @@ def test_an_image_of_any_format_is_read_from_within_an_archive(tmp_path: Path, k
 
 
 def scan_digests(data: Data) -> list[str]:
-    tried = images.try_images([source for source, _ in (*data.train, *data.val)], data.root)
-    assert not tried.errors
-    return list(tried.digests.values())
+    checked = check_images([source for source, _ in (*data.train, *data.val)], data.root)
+    assert not checked.errors
+    return list(checked.digests.values())
 
 
 def test_class_names_are_the_lines_of_their_list(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from vimoe.config.moe import MoEConfig
 from vimoe.config.settings import SECTIONS, Settings
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, load_data
-from vimoe.data.images import cache_folder
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.order import Shuffled
+from vimoe.data.user_cache import cache_folder
 from vimoe.errors import ConfigError, DataError, FolderError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import resume_training, run_training

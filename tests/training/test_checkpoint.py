@@ -28,7 +28,8 @@ from vimoe.data.classification import Data, load_data
 from vimoe.data.loaders import preprocessing, train_loader
 from vimoe.data.order import Shuffled, mix
 from vimoe.errors import FolderError, Stopped
-from vimoe.files import TEMPORARY, locked
+from vimoe.files import TEMPORARY
+from vimoe.run_folder import locked
 from vimoe.training import checkpoint
 
 ALL = {"epochs": 3, "ema_decay": 0.8, "mixup": 0.4, "hflip": 0.5, "min_crop": 0.5, "checkpoint_minutes": 0}
@@ -360,7 +361,7 @@ def test_a_run_that_is_alive_is_left_alone(killed: Path, capsys: pytest.CaptureF
     """By a process of its own, because a process may lock twice."""
     command = [sys.executable, "-m", "vimoe.cli", "train", "--resume", str(killed)]
     (killed / "checkpoints" / f"{TEMPORARY}last").touch()
-    with locked(killed, "trained"):
+    with locked(killed):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and f"is being trained by process {os.getpid()} on" in done.stderr
         assert (killed / "checkpoints" / f"{TEMPORARY}last").exists()

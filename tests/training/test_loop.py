@@ -379,7 +379,7 @@ def test_decoded_images_train_the_same_weights_on_a_cpu(
     assert torch.equal(weights(plain), weights(cached))
     assert summary["val"] == other["val"]
     assert rows_but_speed(tmp_path / "plain/metrics.csv") == rows_but_speed(tmp_path / "cached/metrics.csv")
-    monkeypatch.setattr(vimoe.data.images, "_decode", None)  # nothing is left to be decoded
+    monkeypatch.setattr(vimoe.data.images, "decode", None)  # nothing is left to be decoded
     if cache == "disk":
         again, _ = run_cached(data, tmp_path / "again", cache, **settings)
         assert torch.equal(weights(plain), weights(again))

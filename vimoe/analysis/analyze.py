@@ -96,6 +96,14 @@ def analyze(
         VimoeError: where the model has no MoE layer or is an optimised one, or its loss is not finite.
         DataError: where the loader is empty, gives something else than pairs of tensors that the model takes, or other
             images when it is read again.
+
+    >>> import timm, torch, vimoe
+    >>> dense = timm.create_model("test_vit", num_classes=2)
+    >>> model = vimoe.upcycle(dense, vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> loader = [(torch.randn(8, 3, 160, 160), torch.tensor([0, 1] * 4))]
+    >>> evidence = vimoe.analyze(model, loader, draws=1)
+    >>> [layer.name for layer in evidence.layers]
+    ['blocks.5.mlp']
     """
     if draws < 1:
         raise ConfigError(f"draws={draws}: expected at least 1")

@@ -138,6 +138,14 @@ def prune(
     Raises:
         ConfigError: for a tolerance that is no number, `experts` without a loader, or not as many sequences as images.
         VimoeError: where the evidence is of another model, or has no interventions and there is no loader.
+
+    >>> import timm, torch, vimoe
+    >>> dense = timm.create_model("test_vit", num_classes=2)
+    >>> model = vimoe.upcycle(dense, vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> loader = [(torch.randn(8, 3, 160, 160), torch.tensor([0, 1] * 4))]
+    >>> pruning = vimoe.prune(model, vimoe.analyze(model, loader, draws=1), loader)
+    >>> [step.layer for step in pruning.steps]  # all experts are copies still, so nothing is lost
+    ['blocks.5.mlp']
     """
     if not math.isfinite(tolerance):
         raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")

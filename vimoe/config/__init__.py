@@ -1,4 +1,4 @@
-"""Settings: what to build and how to train it. Nothing here imports torch."""
+"""Settings of a run: model, MoE layers, data and training. Nothing here imports torch."""
 
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""What benchmarks time."""
+"""Settings of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ BenchType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBench:
-    """What `vimoe bench model` times.
+    """Settings of `vimoe bench model`.
 
     Args:
-        images: of a batch.
-        dtype: of weights and images.
-        precision: "bf16" computes under autocast, as `TrainConfig.precision`, with weights in float32; what
-            `vimoe.optimize` makes, of one type, is then left out.
-        rounds: in each of them every contestant runs once; fewer, with a warning, where they would take long.
+        images: number of images in a batch.
+        dtype: type of weights and images.
+        precision: "bf16" for autocast with weights in float32, as `TrainConfig.precision`; models of `vimoe.optimize`
+            have one type only, and are then left out.
+        rounds: number of rounds, in each of which every contestant runs once; lowered, with a warning, if they would
+            take long.
     """
 
     images: int = 16
@@ -30,7 +31,7 @@ class ModelBench:
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
-            if isinstance(field_.default, int):  # of one round there is no interval
+            if isinstance(field_.default, int):  # one round gives no interval
                 check_count(field_.name, getattr(self, field_.name), 2 if field_.name == "rounds" else 1)
         check_choice("dtype", self.dtype, get_args(BenchType))
         check_choice("precision", self.precision, ("no", "bf16"))
@@ -42,20 +43,24 @@ class ModelBench:
 
     @property
     def words(self) -> str:
-        """In which type it computes."""
+        """Words for the types that are used."""
         return self.dtype if self.precision == "no" else "bfloat16 autocast of float32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBench(ModelBench):
-    """What `vimoe bench layer` times.
+    """Settings of `vimoe bench layer`.
 
     Args:
-        images, dtype, precision, rounds: as for a model.
-        tokens: of an image.
-        dim: channels.
-        hidden: hidden units of an FFN.
-        load: all experts alike, or expert i with 1 / (i + 1) of the share of expert 0 ("zipf").
+        images: number of images in a batch.
+        dtype: type of weights and images.
+        precision: "bf16" for autocast with weights in float32, as `TrainConfig.precision`.
+        rounds: number of rounds, in each of which every contestant runs once; lowered, with a warning, if they would
+            take long.
+        tokens: number of tokens of an image.
+        dim: number of channels.
+        hidden: number of hidden units of an FFN.
+        load: "balanced" for equal shares, or "zipf" for 1 / (i + 1) of expert 0's share for expert i.
     """
 
     tokens: int = 257

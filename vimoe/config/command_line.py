@@ -1,4 +1,4 @@
-"""Flags and YAML files become settings; a mistake becomes one line with the nearest right name."""
+"""Flags and YAML files as settings; a mistake is an error of one line with the nearest right name."""
 
 from __future__ import annotations
 
@@ -12,35 +12,53 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from vimoe.config.settings import SECTIONS, Settings
+from vimoe.config.yaml_reader import read_yaml
 from vimoe.errors import ConfigError, FolderError, nearest
-from vimoe.files import read_text, read_yaml
+from vimoe.files import read_text
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
+# The wording of jsonargparse, whose exceptions carry neither the setting nor the value. A new version may change it:
+# tests/config/test_command_line.py gives a wrong value to a setting of every type.
+_UNKNOWN = re.compile(
+    r"[Uu]nrecognized arguments: (\S+)"  # on the command line
+    r"|Group '(\w+)' does not accept option '([\w.]+)'"  # in a section of a file
+    r"|Option '([\w.]+)' is not accepted"  # in a file, outside of all sections
+)
+_WRONG_TYPE = re.compile(
+    r'key "(?P<name>[\w.]+)": (?:Expected an? (?P<kind>.+)\. Got value: (?P<value>.*)'
+    r"|Does not validate .* Subtypes: \[(?P<kinds>.+)\] Errors: .* Given value: (?P<given>.*))"
+)
+_NO_SECTION = re.compile(r'key "(\w+)": Unable to load config')
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "values by name",
+    "tuple[float, ...]": "a list of numbers", "NoneType": "none",
+}  # fmt: skip
+
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser, whose mistakes are ConfigErrors of one line."""
+    """jsonargparse's parser, with errors of one line (ConfigError)."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "parser_mode": "strict", **kwargs})
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
-        """Parses flags; a preset's name after --config stands for its file."""
+        """Parse flags; --config takes a file or the name of a preset."""
         given = list(sys.argv[1:] if args is None else args)
-        for place, arg in enumerate(given):
+        for index, arg in enumerate(given):
             flag, equals, name = arg.partition("=")
-            if arg == "--config" and place + 1 < len(given):
-                given[place + 1] = _content(given[place + 1])
+            if arg == "--config" and index + 1 < len(given):
+                given[index + 1] = _content(given[index + 1])
             elif flag == "--config" and equals:
-                given[place] = f"--config={_content(name)}"
+                given[index] = f"--config={_content(name)}"
         return super().parse_args(given, *more, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises ConfigError in place of printing a usage text."""
+        """Raise ConfigError, where jsonargparse would print a usage text and exit."""
         raise ConfigError(self._one_line(message)) from ex
 
     def add_sections(self, *names: str) -> None:
-        """Adds --SECTION.OPTION for every setting of the named sections, and --config for a YAML file of them."""
+        """Add a flag --SECTION.OPTION for every setting of the named sections, and --config for a YAML file."""
         presets = ", ".join(PRESETS)
         text = f"YAML file with the same sections and names as the flags, or a preset: {presets}; flags after it win"
         self.add_argument("--config", action="config", help=text)
@@ -48,7 +66,7 @@ class Parser(ArgumentParser):
             self.add_class_arguments(SECTIONS[name], name)
 
     def settings(self, values: Namespace) -> Settings:
-        """The settings of the sections that this parser has; the others keep their defaults."""
+        """Return parsed settings; sections that this parser does not have keep their defaults."""
         for name in SECTIONS:
             if not isinstance(values.get(name, Namespace()), Namespace):
                 raise ConfigError(f"section {name!r} is {values[name]!r}: expected its settings by name")
@@ -56,20 +74,22 @@ class Parser(ArgumentParser):
         return Settings(**{name: made[name] for name in SECTIONS if name in made})
 
     def _one_line(self, message: str) -> str:
-        """The message of jsonargparse in the form of all others: value, what was expected, remedy."""
+        """Return a message of jsonargparse in our form: value, what was expected, remedy."""
         text = " ".join(re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message).split())
         text = re.sub(r'(Parser key "config": )+', "", text)
-        for pattern in _UNKNOWN:
-            if found := re.search(pattern, text):
-                return self._unknown(".".join(found.groups()).partition("=")[0])
-        if found := re.search(r"key \"([\w.]+)\": Expected an? (.+)\. Got value: (.*)", text):
-            name, kind, value = found.groups()
-            choices = re.findall(r"'([^']+)'", kind) if kind.startswith("Literal") else []
-            if choices:
-                word = value == "False" and "no" in choices  # which is what YAML reads a bare no as
-                remedy = "put 'no' in quotes" if word else nearest(value, choices)
+        if found := _UNKNOWN.search(text):
+            return self._unknown(".".join(filter(None, found.groups())).partition("=")[0])
+        if found := _WRONG_TYPE.search(text):
+            name, kinds, value = found["name"], found["kind"] or found["kinds"], found["value"] or found["given"]
+            if choices := re.findall(r"'([^']+)'", kinds):  # of a Literal
+                bare = value == "False" and "no" in choices  # YAML reads a bare no as False
+                remedy = "put 'no' in quotes" if bare else nearest(value, choices)
                 return f"{name}={value}: expected one of {', '.join(choices)}; {remedy}"
-            return f"{name}={value}: expected a value of type {kind}"
+            words = [_KINDS.get(kind, f"a value of type {kind}") for kind in re.split(r", (?=NoneType)", kinds)]
+            return f"{name}={value}: expected {' or '.join(words)}"
+        if found := _NO_SECTION.search(text):
+            name = found[1]
+            return f"--{name}: expected a YAML file of this section; or set --{name}.OPTION, see {self.prog} --help"
         return text.replace("Problems parsing config: ", "--config: expected a YAML file of sections and settings: ")
 
     def _unknown(self, name: str) -> str:
@@ -81,10 +101,10 @@ class Parser(ArgumentParser):
 
 
 def _content(name: str) -> str:
-    """Return the content of a YAML file or preset as YAML that needs no file, encoding or second look.
+    """Return a YAML file or preset as YAML text, so that jsonargparse reads no file in the locale's encoding.
 
     Raises:
-        ConfigError: where there is neither, or it cannot be read.
+        ConfigError: if it is missing or cannot be read.
     """
     path = PRESETS[name] if name in PRESETS and not Path(name).exists() else Path(name)
     if not path.exists() and not path.suffix:
@@ -102,24 +122,18 @@ def _content(name: str) -> str:
 
 
 def _load_value(text: str) -> Any:
-    """Read one value or a whole file for jsonargparse."""
+    """Return the value of a text for jsonargparse: of one flag, or of a whole file."""
     value = read_yaml(text)
-    return text if re.fullmatch(r"\S[^\n]*:", text.strip()) else value  # a path that ends in a colon is no mapping
+    return (
+        text if re.fullmatch(r"\S[^\n]*:", text.strip()) else value
+    )  # a path that ends in a colon is a text, not a mapping
 
 
 set_loader("strict", _load_value, exceptions=(yaml.YAMLError,))
 
 
-# what jsonargparse calls an option that there is not: on the command line, in a section of a file, in no section
-_UNKNOWN = (
-    r"[Uu]nrecognized arguments: (\S+)",
-    r"Group '(\w+)' does not accept option '([\w.]+)'",
-    r"Option '([\w.]+)' is not accepted",
-)
-
-
 def read_settings(text: str) -> Settings:
-    """Settings from YAML. Raises ConfigError for what is no section, no setting or no value of one."""
+    """Return settings from YAML. Raises ConfigError if a section, a setting or a value is wrong."""
     parser = Parser(prog="settings")
     parser.add_sections(*SECTIONS)
     return parser.settings(parser.parse_string(text))

@@ -1,4 +1,4 @@
-"""Where the images are, and how they are read."""
+"""Settings of the data."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from vimoe.config.checks import LARGEST_SEED, check_choice, check_count, check_f
 from vimoe.errors import ConfigError
 
 Cache = Literal["none", "memory", "disk", "features"]
-
-
 Task = Literal["classification", "segmentation"]
-
-
 Inference = Literal["slide", "whole"]
-
-
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images are and which roles they have.
+    """Images, their roles, and how they are read.
 
     Args:
-        path: a folder of class folders, or one that holds a folder of class folders for each role; a CSV file of
-            paths and labels; a tar file or a folder of them, also of WebDataset; "hfds/NAME" or "hfds/FOLDER" of
-            Hugging Face; "torch/mnist:FOLDER"; "digits" is scikit-learn's handwritten digits ("./digits" is a folder).
-        task: "classification", or "segmentation" of a folder or table ("hfds/") with a mask for each image.
+        path: folder of class folders, or of such a folder for each role; CSV file of paths and labels; tar file or
+            folder of tar files, also WebDataset shards; "hfds/NAME" or "hfds/FOLDER" for Hugging Face;
+            "torch/mnist:FOLDER"; or "digits" for scikit-learn's handwritten digits ("./digits" is a folder).
+        task: "classification", or "segmentation" for a folder or table ("hfds/") with a mask for each image.
         train_split: name of the folder or split to train on.
-        val_split: name of the one that decides; where it is missing or "none", validation is split off train.
-        test_split: name of the one that only `evaluate` and the receipt of `prune` read.
-        image_column, label_column: of a CSV file ("path" and "label") or a Hugging Face table (the only ones of images
-            and of class labels; in a segmentation the ones called images and masks).
-        val_fraction: share of each class that is split off train where there is no validation.
-        images_per_class: train on at most this many images of each class (drawn by `seed`).
-        seed: draws the split and the subset.
+        val_split: name of the split for every decision; if it is missing or "none", validation is split off train.
+        test_split: name of the split that only `evaluate` and the receipt of `prune` read.
+        image_column: column of the images; by default "path" in a CSV file, and the only one of images in a Hugging
+            Face table (segmentation: the one that is named like images).
+        label_column: column of the labels; by default "label" in a CSV file, and the only one of class labels in a
+            Hugging Face table (segmentation: the one that is named like masks).
+        val_fraction: share of each class that is split off train if there is no validation split.
+        images_per_class: largest number of train images of each class, drawn by `seed`.
+        seed: seed of the validation split and of the subset.
         skip_unreadable: leave out images that cannot be read, instead of stopping before training.
-        cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache). Where
-            `TrainConfig.train_only` is "moe", keep the "features" of the frozen blocks, on disk, in place of images.
-        views: of cached features: so many augmented versions of each training image, an epoch each, in turn.
-        workers: processes that decode images; by default one a core, at most 8, where a GPU computes, and none
-            where the CPU does.
+        cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache). With
+            train_only=moe, keep the "features" of the frozen blocks on disk instead of images.
+        views: number of augmented versions cached for each training image; epochs use them in turn (cache=features).
+        workers: number of processes that decode images; by default one per core, at most 8, if a GPU computes, else 0.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
-        interpolation: how images are resized ("bicubic", "bilinear"); by default the model's own.
-        mean, std: normalisation of each channel, values in 0..1; by default the model's own.
-        inference: of segmentation: "slide" a window of the training crop over an image, or the "whole" image at once.
-        flip_test: of segmentation: take the mean with the scores of the mirrored image.
+        interpolation: filter for resizing images ("bicubic", "bilinear"); by default the model's own.
+        mean: mean of each channel for normalisation, values in 0..1; by default the model's own.
+        std: standard deviation of each channel for normalisation, values in 0..1; by default the model's own.
+        inference: "slide" a window of the training crop over an image, or predict the "whole" image at once
+            (segmentation only).
+        flip_test: average with the scores of the mirrored image (segmentation only).
+
+    Raises:
+        ConfigError: if a value is not one of these, or two roles have the same split.
     """
 
     path: str = ""
@@ -94,17 +94,17 @@ class DataConfig:
         for one, other in itertools.combinations(("train_split", "val_split", "test_split"), 2):
             if (name := getattr(self, one)) == getattr(self, other) != "none":
                 raise ConfigError(
-                    f"{one} and {other} are both {name!r}: expected two splits, because what is trained on, what "
-                    f"decides and what is reported must differ; {other}='none' does without"
+                    f"{one} and {other} are both {name!r}: expected different splits for training, decisions and "
+                    f"reports; set {other}='none' to do without"
                 )
 
 
 def check_normalisation(name: str, values: object) -> None:
-    """Raises ConfigError for a mean or std that is not of channels in 0..1; None is the model's own.
+    """Raise ConfigError if a mean or std is not in 0..1; None stands for the model's own.
 
     Args:
         name: "mean" or "std".
-        values: one for each of the three channels, or one for all.
+        values: one value for each of the three channels, or one for all.
     """
     if values is None:
         return

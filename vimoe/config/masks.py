@@ -1,6 +1,6 @@
-"""What masks share, wherever they are read, scored or drawn."""
+"""Constants of masks, shared by reading, scoring and drawing."""
 
 from __future__ import annotations
 
-IGNORE = 255  # the value of void pixels in every mask that `vimoe.data.masks` has read; so there can be 255 classes
+IGNORE = 255  # value of void pixels in masks that `vimoe.data.masks` has read; so there are at most 255 classes
 Colour = tuple[int, int, int]  # red, green, blue in 0..255

@@ -1,4 +1,4 @@
-"""Which dense ViT to start from."""
+"""Settings of the dense ViT to start from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ class ModelConfig:
     """The dense ViT to start from, in timm's terms.
 
     Args:
-        name: a timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format.
-        pretrained: load the weights that belong to the name (`plan` and `count` never do).
+        name: timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format.
+        pretrained: load the pretrained weights of this name (`plan` and `count` never do).
         img_size: side of the square input image in pixels; by default the model's own.
-        num_classes: size of the classifier; `train` takes it from the data.
-        drop_path_rate: stochastic depth while training.
-        decoder: of segmentation: "linear" on the last layer (the default) or "linear4" on the last four, as in DINOv2,
-            or "upernet".
+        num_classes: number of outputs of the classifier; `train` takes it from the data.
+        drop_path_rate: rate of stochastic depth in training.
+        decoder: decoder for segmentation: "linear" on the last layer (the default), "linear4" on the last four, as in
+            DINOv2, or "upernet".
         args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}.
+
+    Raises:
+        ConfigError: if a value is not one of these.
     """
 
     name: str = "vit_small_patch14_dinov2"
@@ -47,4 +50,4 @@ class ModelConfig:
             raise ConfigError(f"args={self.args!r}: expected arguments by name, such as {{patch_size: 8}}")
         for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
             if name in self.args:
-                raise ConfigError(f"model.args has {name!r}: expected it as model.{name}")
+                raise ConfigError(f"model.args has {name!r}: expected it outside of args; set model.{name}")

@@ -38,6 +38,10 @@ class MoEConfig:
 
     Raises:
         ConfigError: for a value outside of these, or values that contradict one another.
+
+    >>> import vimoe
+    >>> vimoe.MoEConfig(layers="last:2", num_experts=4, routing="token").to_dict()["num_experts"]
+    4
     """
 
     layers: str | tuple[int | str, ...] = "last:2"

@@ -1,4 +1,4 @@
-"""A registry: the names that a setting takes, and the class that each stands for."""
+"""A registry: the values of a setting, and the class for each."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vimoe.errors import ConfigError, nearest
 
 
 class Registry(dict[str, Any]):
-    """Classes by the name that a setting gives them; a new one is a new entry.
+    """Classes by their name in a setting; a new class is a new entry.
 
-    A value is a class, or the place of one ("package.module:Class"), which is imported when it is asked for. So
-    settings are checked without an import of torch.
+    An entry is a class, or its import path ("package.module:Class"), which is imported when it is needed. So settings
+    are checked without an import of torch.
 
     Args:
-        setting: the setting that takes these names ("moe.router").
-        entries: what is there from the start.
+        setting: name of the setting ("moe.router").
+        entries: first entries.
 
     Example:
         >>> shapes = Registry("shape", {"dict": "builtins:dict"})
@@ -30,7 +30,7 @@ class Registry(dict[str, Any]):
         self.setting = setting
 
     def check(self, name: object) -> None:
-        """Raise ConfigError, with the nearest known name, for one that is not there."""
+        """Raise ConfigError, with the nearest known name, if a name is unknown."""
         if name not in self:
             raise ConfigError(
                 f"{self.setting}={name!r}: expected one of {', '.join(self)}; {nearest(name, self)}, or import what "
@@ -38,7 +38,7 @@ class Registry(dict[str, Any]):
             )
 
     def find(self, name: str) -> Any:
-        """Return the class of this name. Raises ConfigError for one that is not there."""
+        """Return the class of a name. Raises ConfigError if it is unknown."""
         self.check(name)
         entry = self[name]
         if isinstance(entry, str):

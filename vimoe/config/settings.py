@@ -1,4 +1,4 @@
-"""All settings of a run, by section."""
+"""Settings of a run, by section."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vimoe.errors import ConfigError
 SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": DataConfig, "train": TrainConfig}
 
 
-# settings that only one task reads; another task refuses them, rather than to pass them over
+# settings that only one task reads; other tasks refuse them instead of ignoring them silently
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     "classification": (
         "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
@@ -31,10 +31,10 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run was told, by section.
+    """All settings of a run, by section.
 
     Raises:
-        ConfigError: for a setting that the task does not read, or that cached features cannot have.
+        ConfigError: if the task does not read a setting, or cached features do not go with it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -48,13 +48,13 @@ class Settings:
                 value, default = (getattr(each, name) for each in (getattr(self, section), SECTIONS[section]()))
                 if value != default:
                     raise ConfigError(
-                        f"{section}.{name}={value!r} with data.task={self.data.task!r}: expected it for {task} alone; "
+                        f"{section}.{name}={value!r} with data.task={self.data.task!r}: expected it with {task} only; "
                         f"leave it out"
                     )
         self._check_features()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return plain values, as JSON and YAML know them, by section and name."""
+        """Return plain values for JSON and YAML, by section and name."""
         values: dict[str, dict[str, Any]] = json.loads(json.dumps(asdict(self)))
         return values
 
@@ -64,13 +64,13 @@ class Settings:
             if self.data.views != DataConfig().views:
                 raise ConfigError(
                     f"data.views={self.data.views} with data.cache={cache!r}: expected it with data.cache=features "
-                    f"alone; leave it out"
+                    f"only; leave it out"
                 )
             return
         if train.train_only != "moe":
             raise ConfigError(
-                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since features of "
-                f"blocks that are trained do not last; set it, or use data.cache=disk"
+                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since training "
+                f"changes the features of other blocks; set it, or use data.cache=disk"
             )
         for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):
             if value:
@@ -81,5 +81,5 @@ class Settings:
 
 
 def flat(settings: Settings) -> dict[str, Any]:
-    """Return the plain values of all settings by the names of their flags, such as "train.lr"."""
+    """Return plain values by the names of their flags, such as "train.lr"."""
     return {f"{section}.{name}": v for section, values in settings.to_dict().items() for name, v in values.items()}

@@ -34,16 +34,20 @@ class TrainConfig:
             taken at random, so that every expert is trained before a router has an opinion.
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
         train_only: "all", or "moe" for the MoE layers and the classifier alone.
-        balance_loss, z_loss, importance_loss: weights of the auxiliary losses of the routers.
+        balance_loss: weight of the routers' load-balancing loss.
+        z_loss: weight of the routers' z-loss.
+        importance_loss: weight of the routers' importance loss.
         label_smoothing: mass given to the other classes; by default 0.1 in classification and 0 in segmentation.
-        mixup, cutmix: alpha of each, 0 is off.
+        mixup: alpha of mixup; 0 is off.
+        cutmix: alpha of cutmix; 0 is off.
         auto_augment: timm's policy string, such as "rand-m9-mstd0.5-inc1"; none is off.
         random_erasing: probability.
         min_crop: smallest share of the area that a random crop keeps; 1 is no random crop.
         hflip: probability of a horizontal flip.
         color_jitter: up to which share brightness, contrast and saturation change; by default 0 in classification and
             0.5 in segmentation, which changes brightness by a quarter of it and hue by a tenth.
-        min_scale, max_scale: of segmentation: factors between which an image is scaled before it is cropped.
+        min_scale: smallest factor by which an image is scaled before it is cropped (segmentation only).
+        max_scale: largest factor by which an image is scaled before it is cropped (segmentation only).
         dice_loss: of segmentation: weight of the soft Dice loss beside the cross-entropy.
         class_weights: of segmentation: weigh classes by the "median_frequency" of all over their own.
         ema_decay: decay of the weights' moving average, which is then what is evaluated and saved; 0 is off.

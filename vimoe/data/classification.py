@@ -1,4 +1,4 @@
-"""Labelled images in three roles: train, validation (which decides) and test (which is only reported)."""
+"""Labelled images in three roles: train, validation (for every decision) and test (only reported)."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from typing import Any
 from PIL import Image
 
 from vimoe.config.data import DataConfig
-from vimoe.data.archives import archives, find_archives, is_archive
-from vimoe.data.images import Source, Tried, find_images, is_hidden, name_within, passed_over, try_images
-from vimoe.data.listing import LOOSE, SYNONYMS, ClassImages, Listing, check_levels, folder, is_split
-from vimoe.data.tables import INSTEAD, MNISTS, csv_file, hugging_face, torchvision_files
-from vimoe.errors import DataError, beside, nearest
+from vimoe.data.data_path import list_data
+from vimoe.data.image_check import CheckedImages, check_images
+from vimoe.data.image_files import is_hidden, passed_over
+from vimoe.data.images import Source, name_within
+from vimoe.data.listing import LOOSE, ClassImages, Listing, check_levels
+from vimoe.data.splits import is_split, split_of
+from vimoe.errors import DataError, nearest
 
 logger = logging.getLogger(__name__)
-
 Sample = tuple[Source | Image.Image, int]
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images of each role; labels index `classes`, which train defines for all roles.
+    """Images of each role; labels index `classes`, which train defines for all roles.
 
     Args:
-        classes: their names.
-        train, val, test: (image or where it is, label) of each image.
-        root: the data folder or file, from which images are named.
-        split_off: whether validation was taken from train.
-        junk: what is there beside images, as `find_images` counts it.
-        tried: what came of opening all images, where that was needed to leave out those that cannot be read.
+        classes: names of the classes.
+        train, val, test: (image or its source, label) of each image.
+        root: data folder or file, from which images are named.
+        split_off: True if validation was split off train.
+        junk: number of other files by kind, as `find_images` counts them.
+        checked: outcome of opening all images, if unreadable ones were left out.
     """
 
     classes: tuple[str, ...]
@@ -45,28 +46,28 @@ class Data:
     root: Path = Path()
     split_off: bool = False
     junk: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
-    tried: Tried | None = field(default=None, compare=False, repr=False)
+    checked: CheckedImages | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
         return f"{roles} images of {len(self.classes)} classes"
 
     def names(self, samples: Iterable[Sample]) -> list[str]:
-        """What images that are not in memory are called, in lists that outlast this process."""
+        """Return the names of images in lists that outlast this process; images in memory have none."""
         return [name_within(self.root, source) for source, _ in on_disk(samples)]
 
 
 def load_data(config: DataConfig, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Data:
-    """Finds the images and gives each a role.
+    """Find the images and give each a role.
 
     Args:
-        config: where they are.
-        classes: the class map of a trained model; without it, train's classes in the order of the data.
-        validation: names (as `Data.names` gives them) that a run split off train, so that it finds the same again.
+        config: settings of the data.
+        classes: class map of a trained model; by default train's classes in the order of the data.
+        validation: names (`Data.names`) of the images that a run split off train, to get the same split again.
 
     Raises:
-        DataError: where images, splits or labels are missing, damaged, or of a class that is not in the map; or where a
-            class has no image left of those that can be read.
+        DataError: if images, splits or labels are missing or damaged, a class is not in the map, or no image of a
+            class can be read.
     """
     if config.path == "digits":
         return _digits(config)
@@ -82,55 +83,38 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     found = {role: listing.classes(split) for role, split in present.items()}
     where = {role: listing.where(split) for role, split in present.items()}
     names = tuple(classes or found["train"])
-    _check_names(where["train"], found["train"])
-    if empty := [name for name, images in found["train"].items() if not images]:
-        raise DataError(
-            f"{where['train']}/{empty[0]} holds no image{passed_over(listing.junk)}: expected some, or no such folder"
-        )
-    if set(names) == {"annotations", "images"}:
-        raise DataError(
-            f"{where['train']} has images/ and annotations/: expected a folder for each class; to learn masks, set "
-            f"--data.task segmentation"
-        )
-    check_levels(listing, found["train"], where["train"])
-    if not names and chosen["train"] and listing.junk[LOOSE]:
-        raise DataError(
-            f"{where['train']} holds {listing.junk[LOOSE]} images and no class folder: expected a folder for each "
-            f"class; if {chosen['train']!r} is a class itself, set --data.train_split none"
-        )
-    if len(names) < 2 and classes is None:
-        raise DataError(
-            f"{where['train']}: {len(names)} classes with images{passed_over(listing.junk)}: expected at least 2; "
-            f"{nearest('', listing.splits)}"
-        )
-    tried = None
+    _check_train(listing, chosen["train"], found["train"], classes)
+    checked = None
     if config.skip_unreadable:
-        found, tried = _leave_out_unreadable(found, listing.root)
+        found, checked = _leave_out_unreadable(found, listing.root)
     train, val, test = (
         _samples(where[role], found[role], names) if role in present else [] for role in ("train", "val", "test")
     )
-    if chosen["train"] and classes is None:  # once, before training: later verbs need not walk them again
-        _tell_without_role(listing, chosen)
+    if chosen["train"] and classes is None:  # only before training: later verbs need not walk these folders again
+        _warn_without_role(listing, chosen)
     split_off = not val
     if split_off:
         train, val = _split_off(train, listing, config, set(validation))
     return Data(
-        names, tuple(_subset(train, config)), tuple(val), tuple(test), listing.root, split_off, listing.junk, tried
+        names, tuple(_subset(train, config)), tuple(val), tuple(test), listing.root, split_off, listing.junk, checked
     )
 
 
 def load_folder(
     path: str | Path, classes: Sequence[str], config: DataConfig | None = None
 ) -> tuple[str, tuple[Sample, ...]]:
-    """All images at a data path without roles, or those of its test (else validation) split, by a model's class map.
+    """Load images for a trained model: the test split of a data path, else its validation split, else all images.
 
     Args:
-        path: as `DataConfig.path`.
-        classes: the class map.
-        config: how to read them: the names of columns, and whether to leave out what cannot be read.
+        path: data path, as `DataConfig.path`.
+        classes: class map of the model.
+        config: settings for reading: names of columns, and `skip_unreadable`.
 
     Returns:
-        Which they are ("test", "validation", or "all" for data without roles), and the images.
+        Name of the images ("test", "validation", or "all" for data without roles), and the images.
+
+    Raises:
+        DataError: errors of `load_data`.
     """
     config = replace(config or DataConfig(), path=str(path))
     if config.path == "digits":
@@ -145,128 +129,58 @@ def load_folder(
     return name, tuple(_samples(listing.where(split), found[name], tuple(classes)))
 
 
+def _check_train(listing: Listing, split: str | None, found: ClassImages, classes: Sequence[str] | None) -> None:
+    """Raise DataError if the train images are not the class folders of a classification."""
+    where = listing.where(split)
+    _check_names(where, found)
+    if empty := [name for name, images in found.items() if not images]:
+        raise DataError(
+            f"{where}/{empty[0]} holds no image{passed_over(listing.junk)}: expected some; add images, or "
+            f"remove the folder"
+        )
+    if set(classes or found) == {"annotations", "images"}:
+        raise DataError(
+            f"{where} has images/ and annotations/: expected a folder for each class; to learn masks, set "
+            f"--data.task segmentation"
+        )
+    check_levels(listing, found, where)
+    if not (classes or found) and split and listing.junk[LOOSE]:
+        raise DataError(
+            f"{where} holds {listing.junk[LOOSE]} images and no class folder: expected a folder for each "
+            f"class; if {split!r} is a class itself, set --data.train_split none"
+        )
+    if classes is None and len(found) < 2:
+        raise DataError(
+            f"{where}: {len(found)} classes with images{passed_over(listing.junk)}: expected at least 2; "
+            f"{nearest('', listing.splits)}"
+        )
+
+
 def _by_names(digits: Data, classes: Sequence[str]) -> tuple[Sample, ...]:
-    """The test digits with the labels that a model's class map gives them."""
+    """Return the test digits, with labels by a model's class map."""
     if missing := set(digits.classes) - set(classes):
         raise DataError(f"digits: no class {min(missing)!r} in the class map from train; {nearest('', classes)}")
     return tuple((image, list(classes).index(digits.classes[label])) for image, label in digits.test)
 
 
-def list_data(config: DataConfig) -> Listing:
-    """What is at `config.path`: any of the kinds that it can be.
-
-    Raises:
-        DataError: where it is none of them, or cannot be read as the one that it is.
-    """
-    path, root = config.path, Path(config.path)
-    if not path:
-        raise DataError("data.path is empty: expected a folder of class folders, a .csv or .tar file, or 'digits'")
-    if path.startswith("hfds/"):
-        return hugging_face(path.removeprefix("hfds/"), config.image_column, config.label_column)
-    if path.startswith("torch/") and path.removeprefix("torch/").partition(":")[0] in MNISTS:
-        return torchvision_files(path.removeprefix("torch/"))
-    if refused := next((why for prefix, why in INSTEAD.items() if path.startswith(prefix)), None):
-        raise DataError(f"data.path={path!r} cannot be read: {refused}")
-    if root.is_dir():
-        inside = find_archives(root)
-        return archives(root, inside) if inside else folder(root)
-    if not root.is_file():
-        raise DataError(f"data.path={path!r}: no such folder or file; {beside(root)}")
-    if is_archive(root):
-        return archives(root, [root])
-    if root.suffix.lower() == ".csv":
-        splits = {config.train_split, config.val_split, config.test_split} - {"none"}
-        return csv_file(root, config.image_column or "path", config.label_column or "label", splits)
-    raise DataError(f"data.path={path!r} is a file: expected a folder, a .csv or a .tar file; unpack it, or list it")
-
-
-def absolute(path: str) -> str:
-    """A data path that means the same from any working directory."""
-    place = local(path)
-    if place is None or not place.exists():  # of the hub
-        return path
-    return path[: _start(path)] + str(place.resolve() if place.is_dir() else place.parent.resolve() / place.name)
-
-
-def local(path: str) -> Path | None:
-    """Return the file or folder that a data path names, without the kind before it; None for data of no file."""
-    return None if path in ("", "digits") else Path(path[_start(path) :])
-
-
-def _start(path: str) -> int:
-    """Return where the file or folder begins in a data path, after its kind."""
-    return path.index(":") + 1 if path.startswith("torch/") and ":" in path else 5 if path.startswith("hfds/") else 0
-
-
 def on_disk(samples: Iterable[Sample]) -> list[tuple[Source, int]]:
-    """Those of the images that are not in memory."""
+    """Return the images that are not in memory."""
     return [(source, label) for source, label in samples if not isinstance(source, Image.Image)]
-
-
-def list_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among files and folders, folders searched through. Raises DataError for what is missing."""
-    found: list[Path] = []
-    for path in map(Path, map(_named, paths)):
-        if path.is_dir():
-            inside, junk = find_images(path)
-            if not inside:
-                raise DataError(f"{path} holds no image{passed_over(junk)}: expected files such as .jpg or .png")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: no such file; {beside(path)}")
-    return found
-
-
-def _named(path: str | Path) -> str | Path:
-    if not str(path):  # an unset variable of a shell; pathlib takes it for the working directory
-        raise DataError("an empty path: expected an image file or a folder; name it")
-    return path
-
-
-def split_of(role: str, name: str, splits: Iterable[str], where: str) -> str | None:
-    """Return the split that has a role ("train", "val", "test"), by the configured name or a synonym; None without one.
-
-    Where the name is the role's own, small and capital letters are alike; of several splits that fit the one in small
-    letters has the role.
-
-    Args:
-        role: which.
-        name: as configured; "none" where it is to have none.
-        splits: those that there are.
-        where: what an error calls these: "folder in photos".
-
-    Raises:
-        DataError: where `name` is not the role's own and there is no such split.
-    """
-    splits = list(splits)
-    if name == "none":
-        return None
-    folded = {split.lower(): split for split in sorted(splits)}  # of several the one in small letters, which sorts last
-    for candidate in (role, *SYNONYMS[role]) if name == role else ():
-        if candidate in folded:
-            return folded[candidate]
-    if name in splits:
-        return name
-    if name != role:
-        raise DataError(f"data.{role}_split={name!r}: no such {where}; {nearest(name, splits)}")
-    return None
 
 
 def _split(listing: Listing, role: str, name: str) -> str | None:
     return split_of(role, name, listing.splits, f"{listing.word} in {listing.name}")
 
 
-def _tell_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> None:
-    """Counts images in parts that have no role, and says how to give them one."""
+def _warn_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> None:
+    """Count images in splits without a role as junk, and warn of them with the remedy."""
     for split in listing.splits:
         if split in chosen.values() or is_hidden(split):
             continue
         inside = replace(listing, junk=Counter())
         try:
             images = sum(map(len, inside.classes(split).values())) + inside.junk[LOOSE]
-        except (DataError, OSError):  # a table whose labels are kept secret, a folder of somebody else's
+        except (DataError, OSError):  # a table whose labels are withheld, or a folder without permission
             continue
         if images:
             listing.junk[f"images in {split}, which has no role"] += images
@@ -275,18 +189,22 @@ def _tell_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> No
             logger.warning("%s has no role, and its %d images are left out%s", listing.where(split), images, remedy)
 
 
-def _leave_out_unreadable(found: dict[str, ClassImages], root: Path) -> tuple[dict[str, ClassImages], Tried]:
-    tried = try_images([image for classes in found.values() for images in classes.values() for image in images], root)
-    if tried.errors:
-        logger.warning("%s; left out", tried)
+def _leave_out_unreadable(found: dict[str, ClassImages], root: Path) -> tuple[dict[str, ClassImages], CheckedImages]:
+    checked = check_images(
+        [image for classes in found.values() for images in classes.values() for image in images], root
+    )
+    if checked.errors:
+        logger.warning("%s; left out", checked)
     readable = {
-        role: {name: [image for image in images if image in tried.digests] for name, images in classes.items()}
+        role: {name: [image for image in images if image in checked.digests] for name, images in classes.items()}
         for role, classes in found.items()
     }
     for name, images in readable.get("train", {}).items():
         if not images:
-            raise DataError(f"no image of class {name!r} can be read: expected some, or no such folder; {tried}")
-    return readable, tried
+            raise DataError(
+                f"no image of class {name!r} can be read: expected some; add images, or remove the class; {checked}"
+            )
+    return readable, checked
 
 
 def _check_names(where: str, names: Iterable[str]) -> None:
@@ -301,7 +219,7 @@ def _check_names(where: str, names: Iterable[str]) -> None:
 
 
 def _folded(name: str) -> str:
-    """What names have in common that some file systems and most people take for the same."""
+    """Return a form of a name that is equal for names which some file systems and most people take for the same."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
 
 
@@ -314,7 +232,8 @@ def _samples(where: str, found: ClassImages, classes: tuple[str, ...]) -> list[S
     samples: list[Sample] = [(i, label) for label, name in enumerate(classes) for i in found.get(name, [])]
     if not samples:
         raise DataError(
-            f"{where}: no image in any class; expected classes named {', '.join(classes[:3])}, ...; add or remove it"
+            f"{where}: no image in any class; expected classes named {', '.join(classes[:3])}, ...; check the path, "
+            f"or add images"
         )
     return samples
 
@@ -322,12 +241,12 @@ def _samples(where: str, found: ClassImages, classes: tuple[str, ...]) -> list[S
 def _split_off(
     train: list[Sample], listing: Listing, config: DataConfig, listed: set[str]
 ) -> tuple[list[Sample], list[Sample]]:
-    """Takes validation from train: the listed images where a run names them, else a seeded share of each class."""
+    """Split validation off train: the images that a run has listed, or else a seeded share of each class."""
     if listed:
         val = [s for s in train if not isinstance(s[0], Image.Image) and name_within(listing.root, s[0]) in listed]
         if len(val) != len(listed):
             raise DataError(
-                f"{listing.name}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone or "
+                f"{listing.name}: {len(listed) - len(val)} of the run's {len(listed)} validation images are missing or "
                 f"damaged: expected the data as they were in training; restore them, or train again"
             )
         held_out = {id(sample) for sample in val}
@@ -335,7 +254,7 @@ def _split_off(
     kept, val = _draw(train, lambda n: min(n - 1, max(1, round(n * config.val_fraction))), config.seed)
     if not val:
         raise DataError(
-            f"{listing.name}: no class has two images: expected some to split validation off; add a "
+            f"{listing.name}: no class has two images: expected some, to split validation off; add images, or a "
             f"{listing.word} 'val'"
         )
     return kept, val
@@ -347,7 +266,7 @@ def _subset(train: list[Sample], config: DataConfig) -> list[Sample]:
 
 
 def _draw(samples: list[Sample], how_many: Any, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(the others, the drawn), `how_many(n)` of the n samples of each class, both in their first order."""
+    """Draw `how_many(n)` of the n samples of each class; return (the others, the drawn), both in their old order."""
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, (_, label) in enumerate(samples):
         by_class[label].append(index)
@@ -357,7 +276,7 @@ def _draw(samples: list[Sample], how_many: Any, seed: int) -> tuple[list[Sample]
 
 
 def _digits(config: DataConfig) -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8x8: two fifths for test, a fifth for validation, the rest to train."""
+    """Return scikit-learn's 1,797 handwritten digits, 8x8: 40% for test, 20% for validation, 40% for train."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

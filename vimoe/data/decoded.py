@@ -16,25 +16,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vimoe.data.classification import Sample
-from vimoe.data.images import MADE_BY, cache_folder, identity, make_cache_folder, open_image
+from vimoe.data.images import identity, open_image
+from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
 from vimoe.errors import DataError
 from vimoe.files import written_whole
 from vimoe.terminal import track
 
 Pixels = NDArray[np.uint8]
-Where = Literal["memory", "disk"]  # `DataConfig.cache`, but "none"
-LOOK = 256  # images between two looks at how much room is left
-AHEAD = 1024  # images that are decoded before the first of them is stored
+Where = Literal["memory", "disk"]  # values of `DataConfig.cache` for decoded images
+LOOK = 256  # images between two checks of the free space
+AHEAD = 1024  # images that may be decoded but not stored yet
 
 
 class Fit(Protocol):
-    """Brings an image to the size in which it is kept. Its repr tells it from all others."""
+    """A function that brings an image to the size to keep. Its repr is part of the cache's key."""
 
     def __call__(self, img: Image.Image, /) -> Image.Image: ...
 
 
 class Shrink:
-    """Makes the shorter side at most so many pixels."""
+    """Shrink an image until its shorter side has at most `side` pixels."""
 
     def __init__(self, side: int) -> None:
         self.side = side
@@ -51,11 +52,11 @@ class Shrink:
 
 
 class Decoded(Sequence[Sample]):
-    """Samples whose images need no decoding any more.
+    """Samples whose images are decoded.
 
     Args:
-        pixels: (height, width, 3) of each image.
-        labels: of each image.
+        pixels: pixels (height, width, 3) uint8 of each image.
+        labels: label of each image.
     """
 
     def __init__(self, pixels: Sequence[Pixels], labels: Sequence[int]) -> None:
@@ -64,12 +65,12 @@ class Decoded(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # slices are of no use here
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # slices are not supported
         return Image.fromarray(self.pixels[index]), self.labels[index]
 
 
 class _Mapped(Sequence[Pixels]):
-    """Images one after the other in a file. A worker process maps the file too, in place of getting a copy."""
+    """Images one after the other in a mapped file. A worker process maps the file as well, and gets no copy."""
 
     def __init__(self, file: Path, sizes: NDArray[np.int64]) -> None:
         self.file, self.sizes = file, sizes
@@ -89,17 +90,17 @@ class _Mapped(Sequence[Pixels]):
 
 
 def decode(samples: Sequence[Sample], fit: Fit, where: Where) -> Decoded:
-    """Decodes all images, in threads, or finds what an earlier call has left on disk.
+    """Decode all images in threads, or find those that an earlier call has stored on disk.
 
     Args:
-        samples: (image or file, label) of each image.
-        fit: brings each to the size in which it is kept.
-        where: "memory", or "disk" for decoded/ in `vimoe.data.images.cache_folder`, which may be removed at any time.
-            There they are found again as long as files, fit and Pillow are the same.
+        samples: (image or source, label) of each image.
+        fit: function that brings an image to the size to keep.
+        where: "memory", or "disk" for decoded/ in `vimoe.data.user_cache.cache_folder`, which may be deleted at any
+            time. Stored images are reused as long as files, `fit` and Pillow are the same.
 
     Raises:
-        DataError: for an image that cannot be read, or where the memory has no room for all.
-        FolderError: where the disk has none, or the cache cannot be written.
+        DataError: if an image cannot be read, or all of them do not fit into the free memory or disk.
+        FolderError: if the cache cannot be written.
     """
     labels = [label for _, label in samples]
     images = _decode(samples, fit)
@@ -117,7 +118,7 @@ def decode(samples: Sequence[Sample], fit: Fit, where: Where) -> Decoded:
 def _decode(samples: Sequence[Sample], fit: Fit) -> Iterator[Pixels]:
     def each() -> Iterator[Pixels]:
         with ThreadPool() as pool:  # Pillow decodes without the GIL
-            for start in range(0, len(samples), AHEAD):  # no more than these wait in memory for a slow disk
+            for start in range(0, len(samples), AHEAD):  # bounds the images that wait in memory for a slow disk
                 some = samples[start : start + AHEAD]
                 yield from pool.imap(lambda sample: np.array(fit(open_image(sample[0]))), some, chunksize=16)
 
@@ -125,7 +126,7 @@ def _decode(samples: Sequence[Sample], fit: Fit) -> Iterator[Pixels]:
 
 
 def _watched(images: Iterator[Pixels], total: int, where: Where, free: Callable[[], int]) -> Iterator[Pixels]:
-    """The images, as long as there seems to be room for all of them."""
+    """Yield the images. Raises DataError once the mean size so far says that they will not fit into the free space."""
     done = 0
     for index, image in enumerate(images):
         if index and index % LOOK == 0:
@@ -141,15 +142,16 @@ def _watched(images: Iterator[Pixels], total: int, where: Where, free: Callable[
 
 
 def _paths(samples: Sequence[Sample], fit: Fit) -> tuple[Path, Path]:
-    """Of the pixels and of the sizes; the name follows from all that the content depends on."""
+    """Return the files of pixels and of sizes, named by a hash of all that their content depends on."""
     digest = hashlib.blake2b(f"{MADE_BY} {fit!r}".encode(), digest_size=12)
     for source, _ in samples:
         digest.update(identity(source))
-    place = cache_folder() / "decoded" / digest.hexdigest()
-    return place.with_suffix(".pixels"), place.with_suffix(".sizes.npy")
+    path = cache_folder() / "decoded" / digest.hexdigest()
+    return path.with_suffix(".pixels"), path.with_suffix(".sizes.npy")
 
 
 def _whole(pixels: Path, sizes: Path, total: int) -> bool:
+    """Return True if both files exist, with the sizes and pixels of `total` images."""
     try:
         shapes = np.load(sizes, allow_pickle=False)
         return len(shapes) == total and pixels.stat().st_size == 3 * math.fsum(shapes.prod(axis=1))

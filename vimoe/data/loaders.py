@@ -1,4 +1,4 @@
-"""Batches of images for training and evaluation: the transforms, and an order and draws that follow from seeds."""
+"""Batches of images for training and evaluation: transforms, and an order and augmentation that follow from seeds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vimoe.process import Process
 
 
 class Images(Dataset):
-    """Images on disk or in memory, opened as RGB the way they are meant to be seen."""
+    """Dataset of (transformed image, label) from samples on disk or in memory (`open_image`)."""
 
     def __init__(self, samples: Sequence[Sample], transform: Any) -> None:
         self.samples, self.transform = samples, transform
@@ -40,7 +40,7 @@ class Images(Dataset):
 
 
 class Readable(Images):
-    """Images with, in the place of a label, why one cannot be read; of such a one a black image."""
+    """Dataset of (transformed image, error); a black image and the reason if one cannot be read, else ""."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:  # type: ignore[override]
         try:
@@ -50,9 +50,10 @@ class Readable(Images):
 
 
 class CutThin:
-    """Cuts the middle out of images whose longer side is more than `ratio` times the shorter one.
+    """Cut the middle out of an image whose longer side is more than `ratio` times the shorter one.
 
-    A centre crop sees no more of them. But it comes after the resize, which makes gigabytes of a line of one pixel.
+    A centre crop sees no more of such an image. But it comes after the resize, which turns an image one pixel wide into
+    gigabytes.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -69,7 +70,7 @@ class CutThin:
 
 
 class Augmented(Images):
-    """Images whose transform draws from the seed that comes with the index, whichever process it runs in."""
+    """Dataset whose transform draws from the seed that comes with the index, in whichever process it runs."""
 
     def __getitem__(self, key: Any) -> tuple[Tensor, int]:
         index, seed = key
@@ -78,7 +79,15 @@ class Augmented(Images):
 
 
 def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
-    """The data config of timm (input_size, mean, std, crop_pct, crop_mode, interpolation) for a model."""
+    """Return timm's data config for a model: input_size, mean, std, crop_pct, crop_mode, interpolation.
+
+    Args:
+        model: a ViT, or a module around one.
+        config: settings, of which crop_pct, interpolation, mean and std replace the model's own.
+
+    Raises:
+        DataError: if the settings do not fit the model, or it does not take 3 channels.
+    """
     names = ("crop_pct", "interpolation", "mean", "std")
     given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
     try:
@@ -93,23 +102,31 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
 def decoded_for_training(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, where: Where
 ) -> Decoded:
-    """The images decoded once, as large as the smallest crop needs them to have all the model's pixels."""
+    """Decode images once, at the size at which the smallest crop still has all the pixels that the model reads."""
     return decode(samples, Shrink(math.ceil(max(prepared["input_size"][1:]) / math.sqrt(config.min_crop))), where)
 
 
 def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], where: Where) -> Decoded:
-    """The images decoded, resized and cropped once; with `crop_pct` 1 `eval_loader` does nothing more to them."""
+    """Decode, resize and crop images once; `eval_loader` with `crop_pct` 1 then changes nothing more."""
     steps = _eval_transform(prepared, use_prefetcher=True).transforms
-    return decode(samples, Compose(steps[:-1]), where)  # the last makes a tensor of it
+    return decode(samples, Compose(steps[:-1]), where)  # without the last step, which makes a tensor
 
 
 def train_loader(
     samples: Sequence[Sample], prepared: dict[str, Any], config: TrainConfig, workers: int | None
 ) -> DataLoader:
-    """Return shuffled whole batches with timm's augmentation, the same for an epoch of a seed.
+    """Return shuffled batches with timm's augmentation; the last one is dropped if it is incomplete.
+
+    Order and augmentation follow from the seed and the epoch.
+
+    Args:
+        samples: train images.
+        prepared: preprocessing of the model (`preprocessing`).
+        config: settings of the augmentation.
+        workers: number of processes (`processes`).
 
     Raises:
-        DataError: for a policy of augmentation that timm does not know.
+        DataError: if `config.auto_augment` is no policy of timm.
     """
     whole = config.min_crop == 1
     try:
@@ -140,22 +157,26 @@ def eval_loader(
     workers: int | None,
     dataset: type[Images] = Images,
 ) -> DataLoader:
-    """Return batches in order, resized and centre-cropped; by `Readable` with reasons in the place of labels."""
+    """Return batches in order, resized and centre-cropped; with dataset=`Readable`, errors stand in place of labels."""
     return DataLoader(dataset(samples, _eval_transform(prepared)), batch_size, **processes(workers))
 
 
 def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:
-    """Timm's transform for evaluation, for images of any shape."""
+    """Return timm's transform for evaluation, with a cut in front for thin images."""
     steps = create_transform(**prepared, is_training=False, **options).transforms
     mode, sides = prepared.get("crop_mode") or "center", prepared["input_size"][1:]
-    if mode == "squash":  # which shows all of the image
+    if mode == "squash":  # shows the whole image
         return Compose(steps)
-    # "border" shows all of it too, as long as it is a pixel wide then
+    # "border" also shows the whole image, as long as its short side keeps a pixel
     return Compose([CutThin(THIN * max(sides) / min(sides) if mode == "center" else max(sides)), *steps])
 
 
 def processes(workers: int | None) -> dict[str, Any]:
-    """Arguments of a DataLoader: this many processes, by default one a core beside a GPU and none beside a CPU."""
-    if workers is None:  # beside a model that computes on all cores, decoders would only take turns with it
+    """Return arguments of a DataLoader.
+
+    Args:
+        workers: number of processes; by default one per core, at most 8, if a GPU computes, else 0.
+    """
+    if workers is None:  # decoders would only compete with a model that computes on all cores
         workers = min(os.cpu_count() or 1, 8) if Process().device.type != "cpu" else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}

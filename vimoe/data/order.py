@@ -1,4 +1,4 @@
-"""The order of training images, and random numbers that follow from the seed."""
+"""The order of training images, and random seeds that follow from the run's seed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from torch.utils.data import Sampler
 
 
 class Shuffled(Sampler):
-    """(index, seed) of each image, in an order and with seeds that follow from the seed and the epoch alone."""
+    """Sampler of (index, seed) pairs, which depend on the run's seed and the epoch alone.
+
+    Args:
+        images: number of images.
+        seed: seed of the run.
+    """
 
     def __init__(self, images: int, seed: int) -> None:
         self.images, self.seed = images, seed
         self.start(epoch=1)
 
     def start(self, epoch: int, skip: int = 0) -> None:
-        """The next iteration is of this epoch, without its first `skip` images."""
+        """Set the epoch of the next iteration, and the number of images to skip at its start."""
         self.epoch, self.skip = epoch, skip
 
     def images_at(self, start: int, count: int) -> list[int]:
-        """Which images come at these places of the epoch."""
+        """Return the indices of `count` images of the epoch, from position `start` on."""
         order = torch.randperm(self.images, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
         return order[start : start + count].tolist()
 
@@ -35,18 +40,18 @@ class Shuffled(Sampler):
 
 
 def mix(*numbers: int) -> int:
-    """One 32-bit seed of several numbers, unlike that of any near them."""
+    """Combine numbers into one 32-bit seed; similar numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def seed_host(seed: int) -> None:
-    """Seeds what augmentation draws from: python, numpy and torch on the CPU."""
+    """Seed the generators of augmentation: Python's, numpy's and torch's on the CPU."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  the generator that timm's transforms draw from
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would go round all devices for each image
+    np.random.seed(seed)  # noqa: NPY002  timm's transforms draw from this generator
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit all devices for each image
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds what a training step draws from: python, numpy and torch on all devices."""
+    """Seed the generators of a training step: Python's, numpy's and torch's on all devices."""
     seed_host(seed)
     torch.manual_seed(seed)

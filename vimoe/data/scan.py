@@ -1,4 +1,4 @@
-"""What is wrong with the images, found before anything is trained on them."""
+"""Problems of the images of a classification, found before training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vimoe.data.classification import Data, Sample, on_disk
-from vimoe.data.images import THIN, Source, Tried, is_thin, try_images
+from vimoe.data.image_check import CheckedImages, check_images
+from vimoe.data.images import THIN, Source, is_thin
 from vimoe.data.listing import LOOSE
 from vimoe.errors import DataError
 
@@ -17,16 +18,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """Counts of images, and of what else was found.
+    """Numbers of images and of problems.
 
     Args:
-        train, validation, test: images of each role.
-        classes: in the class map.
-        opened: images that were opened, now or in an earlier scan of the unchanged file; none of those in memory.
-        unreadable: images that were left out because they cannot be read.
-        validation_in_train, test_in_train: images of the role whose bytes a train image has too.
-        contradicting: train images whose bytes are in another class of train too.
-        junk: files and folders that were passed over, by kind.
+        train, validation, test: number of images of each role.
+        classes: number of classes in the class map.
+        opened: number of images that were opened, now or in an earlier scan of the unchanged file; images in memory
+            do not count.
+        unreadable: number of images that were left out because they cannot be read.
+        validation_in_train, test_in_train: number of images of the role that are byte for byte in train too.
+        contradicting: number of train images that are byte for byte in several classes.
+        junk: number of files and folders that were passed over, by kind.
     """
 
     train: int
@@ -41,7 +43,7 @@ class Scan:
     junk: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -56,42 +58,50 @@ class Scan:
 
 
 def scan(data: Data) -> Scan:
-    """Opens every image that has a role, or asks the cache, and warns of duplicates.
+    """Open every image of a role, unless the cache remembers it, and warn of duplicates and thin images.
 
     Args:
-        data: the images; those in memory are not opened.
+        data: images; those in memory are not opened.
 
     Raises:
-        DataError: where images cannot be read and were not left out already (`DataConfig.skip_unreadable`).
+        DataError: if an image cannot be read and `DataConfig.skip_unreadable` is off.
     """
-    tried = data.tried or _try(data)
-    warn_of_thin(tried, lambda source: _name(source, data))
+    checked = data.checked or _check(data)
+    warn_of_thin(checked, lambda source: _name(source, data))
     train = [source for source, _ in on_disk(data.train)]
     in_train = {
-        role: duplicates(role, [source for source, _ in on_disk(samples)], train, tried, lambda s: _name(s, data))
+        role: duplicates(role, [source for source, _ in on_disk(samples)], train, checked, lambda s: _name(s, data))
         for role, samples in (("validation", data.val), ("test", data.test))
     }
-    contradicting = _contradicting(data.train, tried)
+    contradicting = _contradicting(data.train, checked)
     if contradicting:
         logger.warning(
-            "%d of %d train images contradict one another, with the same content in several classes, such as %s; "
-            "keep them in the right one",
+            "%d of %d train images contradict one another: the same content is in several classes, such as %s; "
+            "keep each in the right class",
             sum(map(len, contradicting)), len(data.train), " = ".join(_name(s, data) for s in contradicting[0][:2]),
         )  # fmt: skip
     return Scan(
         train=len(data.train), validation=len(data.val), test=len(data.test), classes=len(data.classes),
-        opened=len(tried.digests) + len(tried.errors), unreadable=len(tried.errors),
+        opened=len(checked.digests) + len(checked.errors), unreadable=len(checked.errors),
         validation_in_train=in_train["validation"], test_in_train=in_train["test"],
         contradicting=sum(map(len, contradicting)), junk=dict(data.junk),
     )  # fmt: skip
 
 
 def duplicates(
-    role: str, images: Sequence[Source], train: Iterable[Source], tried: Tried, name: Callable[[Source], str]
+    role: str, images: Sequence[Source], train: Iterable[Source], checked: CheckedImages, name: Callable[[Source], str]
 ) -> int:
-    """How many images of a role train has too, byte by byte; warns of them with the first pair."""
-    known = {tried.digests[image]: image for image in train}
-    pairs = [(image, known[tried.digests[image]]) for image in images if tried.digests[image] in known]
+    """Count the images of a role that are byte for byte in train too, and warn of them with the first pair.
+
+    Args:
+        role: name of the role, for the warning.
+        images: images of the role.
+        train: images of train.
+        checked: outcome of opening all of them.
+        name: function that returns the name of an image.
+    """
+    known = {checked.digests[image]: image for image in train}
+    pairs = [(image, known[checked.digests[image]]) for image in images if checked.digests[image] in known]
     if pairs:
         logger.warning(
             "%d of %d %s images are in train too, such as %s = %s: the model will have seen them; keep one of each",
@@ -100,30 +110,30 @@ def duplicates(
     return len(pairs)
 
 
-def warn_of_thin(tried: Tried, name: Callable[[Source], str]) -> None:
-    """Warns of images that are a line rather than a picture, with the first of them."""
-    thin = [source for source, size in tried.sizes.items() if is_thin(size)]
+def warn_of_thin(checked: CheckedImages, name: Callable[[Source], str]) -> None:
+    """Warn of images that are many times as long as wide (`THIN`), with the first of them."""
+    thin = [source for source, size in checked.sizes.items() if is_thin(size)]
     if thin:
-        width, height = tried.sizes[thin[0]]
+        width, height = checked.sizes[thin[0]]
         logger.warning(
             "%d of %d images are more than %d times as long as wide, such as %s (%dx%d): a model sees little of each; "
             "cut them into pieces, or remove them",
-            len(thin), len(tried.sizes), THIN, name(thin[0]), width, height,
+            len(thin), len(checked.sizes), THIN, name(thin[0]), width, height,
         )  # fmt: skip
 
 
-def _try(data: Data) -> Tried:
-    tried = try_images([source for source, _ in on_disk((*data.train, *data.val, *data.test))], data.root)
-    if tried.errors:
-        raise DataError(f"{tried}; remove them, or leave them out with --data.skip_unreadable true")
-    return tried
+def _check(data: Data) -> CheckedImages:
+    checked = check_images([source for source, _ in on_disk((*data.train, *data.val, *data.test))], data.root)
+    if checked.errors:
+        raise DataError(f"{checked}; remove them, or leave them out with --data.skip_unreadable true")
+    return checked
 
 
-def _contradicting(train: Iterable[Sample], tried: Tried) -> list[list[Source]]:
-    """Train images of the same content and several labels, by content; the first two of each differ in their label."""
+def _contradicting(train: Iterable[Sample], checked: CheckedImages) -> list[list[Source]]:
+    """Group train images of equal content and several labels; the first two images of a group differ in label."""
     alike: dict[str, dict[int, list[Source]]] = {}
     for source, label in on_disk(train):
-        alike.setdefault(tried.digests[source], {}).setdefault(label, []).append(source)
+        alike.setdefault(checked.digests[source], {}).setdefault(label, []).append(source)
     several = [list(labels.values()) for labels in alike.values() if len(labels) > 1]
     return [[images[0] for images in groups] + [i for images in groups for i in images[1:]] for groups in several]
 

@@ -1,4 +1,4 @@
-"""Where data sets keep images and masks: as ADE20K does, Pascal VOC, Cityscapes, or in Hugging Face tables."""
+"""Layouts of data sets for segmentation: ADE20K, Pascal VOC, Cityscapes, and Hugging Face tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from vimoe.config.data import DataConfig
 from vimoe.config.masks import IGNORE, Colour
-from vimoe.data.classification import split_of
-from vimoe.data.images import find_images, is_hidden
-from vimoe.data.masks import Legend, legend_in
+from vimoe.data.image_files import find_images, is_hidden
+from vimoe.data.legends import legend_in
+from vimoe.data.masks import Legend
 from vimoe.data.scene_tables import Files, scene_tables
+from vimoe.data.splits import split_of
 from vimoe.errors import ConfigError, DataError, beside, nearest
 from vimoe.files import read_names
 
@@ -23,32 +24,40 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
-    """The files of each role, still unpaired; without a legend where nothing says what the masks' values mean.
+class SceneFiles:
+    """Image and mask files of each role, not yet paired.
 
-    They are named from `root`.
+    Attributes:
+        root: folder from which files are named.
+        images, masks: files by role.
+        legend: meaning of the masks' values, if the data set has one.
+        junk: number of other files among the images, by kind.
     """
 
     root: Path
     images: dict[str, Files]
     masks: dict[str, Files]
     legend: Legend | None
-    junk: Counter[str] = field(default_factory=Counter)  # what else is among the images, by kind
+    junk: Counter[str] = field(default_factory=Counter)
 
 
-def find_scenes(config: DataConfig, to_train: bool = True) -> Found:
-    """Finds images and masks in `config.path`, whichever of the four layouts it has; with a role to train if asked.
+def find_scenes(config: DataConfig, to_train: bool = True) -> SceneFiles:
+    """Find images and masks in `config.path`, in any of the four layouts.
+
+    Args:
+        config: settings of the data.
+        to_train: True to require a split for train, if there are splits.
 
     Raises:
-        DataError: where it is not there or has none of them, or names a folder for a role that is not there.
-        ConfigError: for the name of a column where there is no table.
+        DataError: if the folder is missing or has none of the layouts, or a configured split is missing.
+        ConfigError: if a column is named for data that are no table.
     """
     if config.path.startswith("hfds/"):
         return _table(config, to_train)
     root = Path(config.path)
     if not config.path or not root.is_dir():
         raise DataError(
-            f"data.path={config.path!r}: no such folder, expected one with images/ and annotations/; {beside(root)}"
+            f"data.path={config.path!r}: no such folder: expected one with images/ and annotations/; {beside(root)}"
         )
     for name in ("image_column", "label_column"):
         if given := getattr(config, name):
@@ -61,23 +70,23 @@ def find_scenes(config: DataConfig, to_train: bool = True) -> Found:
         if (year / "JPEGImages").is_dir() and (year / "SegmentationClass").is_dir():
             return _voc(year, config)
     raise DataError(
-        f"{root} has no masks that are known: expected images/ and annotations/ (as ADE20K), leftImg8bit/ and gtFine/ "
+        f"{root} has no known layout of masks: expected images/ and annotations/ (as ADE20K), leftImg8bit/ and gtFine/ "
         f"(Cityscapes) or VOCdevkit/VOC2012/; {nearest('images', (p.name for p in root.iterdir() if p.is_dir()))}"
     )
 
 
-def _ade20k(root: Path, config: DataConfig, to_train: bool) -> Found:
-    """images/ROLE/NAME.jpg and annotations/ROLE/NAME.png, with folders inside of these where there are many."""
+def _ade20k(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
+    """Find images/ROLE/NAME.jpg and annotations/ROLE/NAME.png, also in subfolders of ROLE."""
     images, masks = (_role_folders(root / kind, config, to_train) for kind in ("images", "annotations"))
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = legend_in(root)
     junk: Counter[str] = Counter()
-    return Found(root, _files(images, junk), _files(masks, Counter(), ".png"), legend, junk)
+    return SceneFiles(root, _files(images, junk), _files(masks, Counter(), ".png"), legend, junk)
 
 
-def _table(config: DataConfig, to_train: bool) -> Found:
-    """A row for each scene, with a column of images and one of masks; the legend in the folder of a local one."""
+def _table(config: DataConfig, to_train: bool) -> SceneFiles:
+    """Find the scenes of a table: one per row, with columns of images and masks; its folder may hold a legend."""
     root, splits = scene_tables(config.path.removeprefix("hfds/"), config.image_column, config.label_column)
     images: dict[str, Files] = {}
     masks: dict[str, Files] = {}
@@ -89,13 +98,14 @@ def _table(config: DataConfig, to_train: bool) -> Found:
         logger.info("%s has no masks in test: left out", config.path)
         del images["test"], masks["test"]
     legend = legend_in(root)
-    return Found(root, images, masks, legend)
+    return SceneFiles(root, images, masks, legend)
 
 
-def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
-    """leftImg8bit/ROLE/CITY/NAME_leftImg8bit.png, gtFine/ROLE/CITY/NAME_gtFine_labelIds.png; 19 of the 34 labels.
+def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
+    """Find leftImg8bit/ROLE/CITY/NAME_leftImg8bit.png and gtFine/ROLE/CITY/NAME_gtFine_labelIds.png.
 
-    The test labels are withheld (the files there are blank), so the role is left out.
+    19 of the 34 labels are classes, the others void. The test labels are withheld (their files are blank), so test is
+    left out.
     """
     from torchvision.datasets import Cityscapes
 
@@ -109,22 +119,22 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> Found:
     ending = "_gtFine_labelIds"
     junk: Counter[str] = Counter()
     pictures = _files(images, junk, cut="_leftImg8bit")
-    return Found(root, pictures, _files(masks, Counter(), ".png", cut=ending, only=ending), legend, junk)
+    return SceneFiles(root, pictures, _files(masks, Counter(), ".png", cut=ending, only=ending), legend, junk)
 
 
-def _voc(root: Path, config: DataConfig) -> Found:
-    """JPEGImages/NAME.jpg and SegmentationClass/NAME.png, with the names of a role in ImageSets/Segmentation/ROLE.txt.
+def _voc(root: Path, config: DataConfig) -> SceneFiles:
+    """Find JPEGImages/NAME.jpg and SegmentationClass/NAME.png, for the names in ImageSets/Segmentation/ROLE.txt.
 
-    Images that no list names are not read. The labels of test are withheld, so without any the role is left out.
+    Images that no list names are not read. The test labels are withheld; without any, test is left out.
     """
     from torchvision.models.segmentation import FCN_ResNet50_Weights
 
     lists = root / "ImageSets" / "Segmentation"
     images: dict[str, Files] = {}
     masks: dict[str, Files] = {}
-    there_are = [path.stem for path in lists.glob("*.txt")]
+    available = [path.stem for path in lists.glob("*.txt")]
     for role in ROLES:
-        split = split_of(role, getattr(config, f"{role}_split"), there_are, f"list in {lists}")
+        split = split_of(role, getattr(config, f"{role}_split"), available, f"list in {lists}")
         if split is None:
             continue
         names = read_names(lists / f"{split}.txt")
@@ -137,7 +147,7 @@ def _voc(root: Path, config: DataConfig) -> Found:
         elif gone := [name for name in names if name not in images[role] and name not in masks[role]]:
             raise DataError(
                 f"{lists}/{split}.txt: {len(gone)} of {len(names)} names have neither image nor mask, such as "
-                f"{gone[0]!r}: expected JPEGImages/NAME.jpg and SegmentationClass/NAME.png, a name on each line; "
+                f"{gone[0]!r}: expected JPEGImages/NAME.jpg and SegmentationClass/NAME.png, one name per line; "
                 f"correct the list, or download the data again"
             )
     if not masks.get("train"):
@@ -146,35 +156,35 @@ def _voc(root: Path, config: DataConfig) -> Found:
         )
     names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
     ids = tuple(range(len(names)))
-    return Found(root, images, masks, Legend(tuple(names), ids, palette=tuple(map(_voc_colour, (*ids, IGNORE)))))
+    return SceneFiles(root, images, masks, Legend(tuple(names), ids, palette=tuple(map(_voc_colour, (*ids, IGNORE)))))
 
 
 def _voc_colour(value: int) -> Colour:
-    """Pascal VOC's colour of a value: its bits, in turn for red, green and blue, from their top bits down."""
+    """Return Pascal VOC's colour of a value: its bits go in turn to red, green and blue, from their top bits down."""
     red, green, blue = (sum((value >> 3 * i + c & 1) << 7 - i for i in range(8)) for c in range(3))
     return red, green, blue
 
 
-_CITY_SEQUENCE = r"(.+?)(?:_\d+)?$"  # names are CITY_SEQUENCE_FRAME; another is for itself
+_CITY_SEQUENCE = r"(.+?)(?:_\d+)?$"  # names are CITY_SEQUENCE_FRAME; any other name is its own sequence
 
 
 def _role_folders(root: Path, config: DataConfig, to_train: bool) -> dict[str, Path]:
-    """The folder of each role that has one; where there are none, all is for train."""
+    """Return the folder of each role that has one; without any, the whole folder is for train."""
     inside = [path.name for path in root.iterdir() if path.is_dir()]
     return {role: root / (name or "") for role, name in _roles(inside, config, "folder", root, to_train).items()}
 
 
 def _roles(
-    there_are: Iterable[str], config: DataConfig, word: str, where: str | Path, to_train: bool
+    names: Iterable[str], config: DataConfig, word: str, where: str | Path, to_train: bool
 ) -> dict[str, str | None]:
-    """The part of each role that has one; None for train, which is all of them, where no part has a role."""
-    parts = list(there_are)
-    named = {role: split_of(role, getattr(config, f"{role}_split"), parts, f"{word} in {where}") for role in ROLES}
-    roles = {role: part for role, part in named.items() if part}
+    """Return the split of each role that has one; {"train": None}, for all of the data, without any."""
+    splits = list(names)
+    named = {role: split_of(role, getattr(config, f"{role}_split"), splits, f"{word} in {where}") for role in ROLES}
+    roles = {role: split for role, split in named.items() if split}
     if roles and "train" not in roles and to_train:
-        known = nearest(config.train_split, parts)
+        known = nearest(config.train_split, splits)
         raise DataError(f"{where} has no {word} {config.train_split!r}: expected one beside the others; {known}")
-    without = [part for part in parts if part not in roles.values() and not is_hidden(part)]
+    without = [split for split in splits if split not in roles.values() and not is_hidden(split)]
     if roles and without:
         logger.warning("%s: %s without a role: %s; left out", where, word, ", ".join(sorted(without)))
     return {**roles} or {"train": None}
@@ -187,7 +197,18 @@ def _files(
 
 
 def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -> Files:
-    """The image files below a folder by their paths in it, without the ending and what is `cut` from it."""
+    """Return the image files in a folder and its subfolders by name.
+
+    Args:
+        folder: the folder.
+        junk: number of other files by kind; added to.
+        ending: ending of the files that count; "" for any.
+        cut: end of a file's stem that is not part of the name.
+        only: end of the stems that count.
+
+    Raises:
+        DataError: if two files have one name.
+    """
     named: Files = {}
     found, others = find_images(folder)
     junk.update(others)
@@ -196,6 +217,6 @@ def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -
             continue
         name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(cut)
         if twin := named.get(name):
-            raise DataError(f"{twin} and {path.name} have the same name: expected one of them; remove the other")
+            raise DataError(f"{twin} and {path.name} have the same name: expected one of them; remove one")
         named[name] = path
     return named

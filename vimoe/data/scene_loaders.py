@@ -1,8 +1,8 @@
-"""What is done to an image and its mask together, and their batches.
+"""Transforms of an image and its mask together, and batches of both.
 
-The geometry is done to both, the colours to the image alone. Pixels are areas: an image is resized with antialiased
-bilinear interpolation, a mask takes the value at the centre of each new pixel (nearest-exact), so that the two stay
-aligned at every scale; plain "nearest" would shift masks by up to half a pixel.
+Geometry changes both, colours change the image alone. Pixels are areas: images are resized with antialiased bilinear
+interpolation, and masks take the value at the centre of each new pixel (nearest-exact). So the two stay aligned at
+every scale, while plain "nearest" would shift masks by up to half a pixel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from vimoe.config.masks import IGNORE
-from vimoe.data.images import image_size, open_image, place
+from vimoe.data.images import image_size, open_image, source_path
 from vimoe.data.loaders import processes
 from vimoe.data.masks import Legend
 from vimoe.data.order import Shuffled, seed_host
@@ -29,10 +29,17 @@ Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
 
 class RandomScaledCrop(v2.Transform):  # type: ignore[misc]
-    """Scales by a factor drawn from a range, and cuts a random window of at most `size` out of the result.
+    """Scale by a random factor, and cut a random window out of the result.
 
-    The window is cut from the source before it is scaled, which gives the same to within a pixel of rounding, and
-    costs only the window. Where the scaled image is smaller than the window, all of it comes back.
+    The window is cut before it is scaled. That gives the same to within a pixel of rounding, and only the window has
+    to be scaled. If the scaled image is smaller than the window, all of it is returned.
+
+    Args:
+        size: (height, width) of the window.
+        scale: range of the factor, drawn uniformly.
+
+    Raises:
+        DataError: if the range is empty or not above 0.
     """
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float]) -> None:
@@ -52,14 +59,16 @@ class RandomScaledCrop(v2.Transform):  # type: ignore[misc]
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         cut = F.crop(inpt, *params["box"])
         if isinstance(inpt, tv_tensors.Mask):
-            plain = cut.as_subclass(Tensor)[None]  # of a Mask, torchvision would take the pixel's corner
+            plain = cut.as_subclass(Tensor)[
+                None
+            ]  # as a plain tensor, because for a Mask torchvision takes the corner of the pixel
             resized = F.resize(plain, params["size"], InterpolationMode.NEAREST_EXACT, antialias=False)[0]
             return tv_tensors.wrap(resized, like=inpt)
         return F.resize(cut, params["size"], InterpolationMode.BILINEAR, antialias=True)
 
 
 class CentreCut(v2.Transform):  # type: ignore[misc]
-    """Cuts the middle out of an image and its mask, of at most `size`."""
+    """Cut the middle, of at most `size` (height, width), out of an image and its mask."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
@@ -70,7 +79,11 @@ class CentreCut(v2.Transform):  # type: ignore[misc]
 
 
 class PadTo(v2.Transform):  # type: ignore[misc]
-    """Pads bottom and right to `size`: images with 0, the mean colour once they are normalised, and masks as void."""
+    """Pad bottom and right to `size` (height, width).
+
+    Masks are padded as void (`IGNORE`), so padding is in no loss and no score. Normalised images are padded with 0,
+    which is the mean colour.
+    """
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
@@ -91,35 +104,44 @@ def train_transform(
     hflip: float = 0.5,
     jitter: float = 0.5,
 ) -> Transform:
-    """Random scale, random crop, flip and colours, as is usual in semantic segmentation (mmsegmentation's defaults).
+    """Return a transform for training: random scale, crop, flip and colours, as in mmsegmentation's defaults.
 
     Args:
         size: (height, width) of the crop.
-        mean, std: normalisation of each channel, of values in 0..1.
-        scale: factors of the image's own size to draw from, uniformly.
-        hflip: probability of mirroring left and right.
-        jitter: up to which share contrast and saturation change; brightness a quarter of it, hue a tenth.
+        mean, std: normalisation of each channel, for values in 0..1.
+        scale: range of the scale relative to the image's own size, drawn uniformly.
+        hflip: probability of a horizontal flip.
+        jitter: largest relative change of contrast and saturation; brightness changes by a quarter of it, hue by a
+            tenth.
 
     Returns:
-        A function of (image (3, h, w) uint8, mask (h, w) uint8) that gives (image (3, *size) float32, mask size int64).
+        Function of image (3, h, w) uint8 and mask (h, w) uint8 that returns image (3, *size) float32 and mask (*size).
     """
     colours = v2.ColorJitter(brightness=jitter / 4, contrast=jitter, saturation=jitter, hue=jitter / 10)
     steps = [RandomScaledCrop(size, scale), v2.RandomHorizontalFlip(hflip), *([colours] if jitter else [])]
-    return v2.Compose([*steps, *_numbers(mean, std), PadTo(size)])
+    return v2.Compose([*steps, *_normalise(mean, std), PadTo(size)])
 
 
 def eval_transform(mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """The whole image, normalised: (3, h, w) and (h, w), as `train_transform`."""
-    return v2.Compose(_numbers(mean, std))
+    """Return a transform that normalises the whole image: (3, h, w) and (h, w), as `train_transform`."""
+    return v2.Compose(_normalise(mean, std))
 
 
 def centre_transform(size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """The middle (3, *size) of an image, normalised, padded where it is smaller; and of its mask."""
-    return v2.Compose([CentreCut(size), *_numbers(mean, std), PadTo(size)])
+    """Return a transform that cuts the middle (3, *size) out, normalises it and pads smaller images; masks alike."""
+    return v2.Compose([CentreCut(size), *_normalise(mean, std), PadTo(size)])
 
 
 class JointImages(Dataset):
-    """Scenes from disk: (image, mask) for an index, or for (index, seed) with draws that follow from the seed alone."""
+    """Dataset of (image, mask) from scenes on disk.
+
+    A key is an index, or (index, seed); then the random transform follows from the seed alone.
+
+    Args:
+        scenes: (image, mask) of each scene.
+        legend: meaning of the masks' values.
+        transform: function of image (3, h, w) uint8 and mask (h, w) uint8.
+    """
 
     def __init__(self, scenes: Sequence[Scene], legend: Legend, transform: Transform) -> None:
         self.scenes, self.legend, self.transform = scenes, legend, transform
@@ -136,8 +158,8 @@ class JointImages(Dataset):
         numbers = tv_tensors.Mask(torch.from_numpy(self.legend.read(mask)))
         if seen.shape[-2:] != numbers.shape:
             raise DataError(
-                f"{place(mask)} is {numbers.shape[1]}x{numbers.shape[0]} and its image "
-                f"{seen.shape[2]}x{seen.shape[1]}: expected one size; make them so"
+                f"{source_path(mask)} is {numbers.shape[1]}x{numbers.shape[0]} and its image "
+                f"{seen.shape[2]}x{seen.shape[1]}: expected one size; resize one of them"
             )
         pixels, numbers = self.transform(seen, numbers)
         return pixels.as_subclass(Tensor), numbers.as_subclass(Tensor).long()
@@ -146,9 +168,10 @@ class JointImages(Dataset):
 def train_loader(
     scenes: Sequence[Scene], legend: Legend, transform: Transform, batch_size: int, seed: int, workers: int | None
 ) -> DataLoader:
-    """Shuffled batches (images (B, 3, H, W), masks (B, H, W) int64), the same for an epoch of a seed.
+    """Return shuffled batches of images (B, 3, H, W) and masks (B, H, W) int64, which follow from seed and epoch.
 
-    An incomplete last one is dropped. `loader.sampler` is a `vimoe.data.order.Shuffled`, to be told the epoch.
+    The last batch is dropped if it is incomplete. `loader.sampler` is a `vimoe.data.order.Shuffled`, whose `start` sets
+    the epoch.
     """
     order = Shuffled(len(scenes), seed)
     data = JointImages(scenes, legend, transform)
@@ -158,19 +181,23 @@ def train_loader(
 def eval_loader(
     scenes: Sequence[Scene], legend: Legend, transform: Transform, batch_size: int, workers: int | None
 ) -> DataLoader:
-    """Whole images in order; in batches where all are of one size (by their headers), else one by one."""
+    """Return whole images in order: in batches if all have one size (by their headers), else one by one."""
     sizes = {image_size(image) for image, _ in scenes} if batch_size > 1 else set()
     data = JointImages(scenes, legend, transform)
     return DataLoader(data, batch_size if len(sizes) == 1 else 1, **processes(workers))
 
 
-def _numbers(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
     kinds: dict[Any, torch.dtype | None] = {tv_tensors.Image: torch.float32, "others": None}
     return [v2.ToDtype(kinds, scale=True), v2.Normalize(list(mean), list(std))]
 
 
 def _span(have: int, want: int, factor: float) -> tuple[int, int, int]:
-    """(start, length) in the source, and the length that it gets, of a window of `want` after scaling by `factor`."""
+    """Draw one side of a window of `want` pixels after scaling by `factor`.
+
+    Returns:
+        Start and length of the side in the source, and its length in the result.
+    """
     length = max(1, round(want / factor))
     if have < length:
         return 0, have, max(1, min(want, round(have * factor)))

@@ -1,4 +1,4 @@
-"""What is wrong with images and masks, found before anything is trained on them."""
+"""Problems of images and masks, found before training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from vimoe.config.masks import IGNORE
-from vimoe.data.images import Source, image_size, name_within, place, try_images
+from vimoe.data.image_check import check_images
+from vimoe.data.images import Source, image_size, name_within, source_path
 from vimoe.data.masks import LEGEND, Array, Legend, palette_of
 from vimoe.data.scan import duplicates, warn_of_thin
 from vimoe.data.scenes import Scene, Scenes
@@ -24,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SceneScan:
-    """Counts of scenes and of their pixels.
+    """Numbers of scenes and pixels, and problems.
 
     Args:
-        train, validation, test: scenes of each role.
-        classes: how many there are.
-        opened: images and masks that were opened; of images, now or in an earlier scan of the unchanged file.
-        pixels: by role, how many pixels each class has.
-        void: by role, how many pixels are void.
-        absent: by role, the classes that have no pixel; test is left out, since nothing is decided there.
-        all_void: scenes whose mask is entirely void.
-        validation_in_train, test_in_train: images of the role whose bytes a train image has too.
+        train, validation, test: number of scenes of each role.
+        classes: number of classes.
+        opened: number of images and masks that were opened, images now or in an earlier scan of the unchanged file.
+        pixels: number of pixels of each class, by role.
+        void: number of void pixels, by role.
+        absent: classes without a pixel, by role, without test, since nothing is decided there.
+        all_void: number of scenes whose mask is entirely void.
+        validation_in_train, test_in_train: number of images of the role that are byte for byte in train too.
     """
 
     train: int
@@ -50,7 +51,7 @@ class SceneScan:
     test_in_train: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -64,37 +65,37 @@ class SceneScan:
 
 
 def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
-    """Opens every image and mask, images only where `vimoe.data.images.try_images` does not remember them.
+    """Open every mask, and every image that `vimoe.data.image_check.check_images` does not remember.
 
-    Warns of classes without a pixel in train or validation, masks that are entirely void, images that are thin as a
-    line, and images of validation or test that are in train too.
+    Warns of classes without a pixel in train or validation, masks that are entirely void, thin images, and images of
+    validation or test that are in train too.
 
     Args:
-        scenes: what to look at.
-        folder: the data folder.
+        scenes: scenes of all roles.
+        folder: data folder.
 
     Raises:
-        DataError: for images without mask and masks without image, images that cannot be read, and masks that cannot,
-            or have values outside of the legend, or another size than their image (as its EXIF tag turns it).
+        DataError: if an image has no mask or a mask no image, one of them cannot be read, a mask has a value that is
+            not in the legend, or another size than its image (rotated by its EXIF tag).
     """
     root = Path(folder)
     _refuse(dict.fromkeys(scenes.images_alone, ""), "images have no mask", root, "add masks, or remove the images")
     _refuse(dict.fromkeys(scenes.masks_alone, ""), "masks have no image", root, "add images, or remove the masks")
     roles = {"train": scenes.train, "validation": scenes.val, "test": scenes.test}
     everything = [scene for listed in roles.values() for scene in listed]
-    tried = try_images([image for image, _ in everything], root)
-    _refuse(tried.errors, f"of {len(everything)} images cannot be read", root, "remove them with their masks")
-    warn_of_thin(tried, lambda image: name_within(root, image))
+    checked = check_images([image for image, _ in everything], root)
+    _refuse(checked.errors, f"of {len(everything)} images cannot be read", root, "remove them with their masks")
+    warn_of_thin(checked, lambda image: name_within(root, image))
     counts = _count_pixels(everything, scenes, root)
     of_role = {role: _sum(counts, listed, len(scenes.classes)) for role, listed in roles.items()}
     absent = {role: _absent(of_role[role], scenes.classes, role) for role in ("train", "validation")}
     blank = [mask for _, mask in everything if not counts[mask][:-1].any()]
     if blank:
-        logger.warning("%d of %d masks are entirely void, such as %s: nothing can be learned or measured there",
+        logger.warning("%d of %d masks are entirely void, such as %s: they teach and measure nothing",
                        len(blank), len(everything), name_within(root, blank[0]))  # fmt: skip
     train = [image for image, _ in scenes.train]
     in_train = {
-        role: duplicates(role, [image for image, _ in roles[role]], train, tried, lambda i: name_within(root, i))
+        role: duplicates(role, [image for image, _ in roles[role]], train, checked, lambda i: name_within(root, i))
         for role in ("validation", "test")
     }
     return SceneScan(
@@ -108,13 +109,13 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
 
 
 def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[Source, Array]:
-    """(classes + 1,) pixels of each class and of void, by mask; in threads, because Pillow decodes without the GIL."""
+    """Count pixels by mask, (classes + 1,) with void at the end; in threads, as Pillow decodes without the GIL."""
     classes = len(all_scenes.classes)
     counts: dict[Source, Array] = {}
     wrong: dict[Source, str] = {}
     sizes: dict[Source, str] = {}
 
-    colours: dict[int, tuple[tuple[int, ...], Source]] = {}  # by class its colour in a palette, and where that was seen
+    colours: dict[int, tuple[tuple[int, ...], Source]] = {}  # palette colour of each class, and the mask that has it
     differing: list[str] = []
 
     def count(scene: Scene) -> Array | DataError | str:
@@ -133,7 +134,7 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[S
         shown = track(results, "scanning masks", len(scenes))
         for (_, mask), result in zip(scenes, shown, strict=True):
             if isinstance(result, DataError):
-                wrong[mask] = str(result).removeprefix(f"{place(mask)}: ")
+                wrong[mask] = str(result).removeprefix(f"{source_path(mask)}: ")
             elif isinstance(result, str):
                 sizes[mask] = result
             else:
@@ -141,17 +142,20 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[S
                 if all_scenes.legend.palette is None and not differing:
                     differing += _differing(mask, result, all_scenes.legend, colours, root)
     if differing:
-        logger.warning("%s: values count, since no palette says what colours mean; if colours do, give one in %s",
+        logger.warning("%s: values count, since there is no palette; if colours count, give a palette in %s",
                        differing[0], LEGEND)  # fmt: skip
     _refuse(wrong, f"of {len(scenes)} masks cannot be used", root)
-    _refuse(sizes, f"of {len(scenes)} masks have another size than their image", root, "make them of one size")
+    _refuse(sizes, f"of {len(scenes)} masks have another size than their image", root, "resize them")
     return counts
 
 
 def _differing(
     mask: Source, pixels: Array, legend: Legend, known: dict[int, tuple[tuple[int, ...], Source]], root: Path
 ) -> list[str]:
-    """Return a class that has another colour in this palette image than in one before: its values may be permuted."""
+    """Describe a class with another colour in this palette image than in an earlier one; [] without any.
+
+    Then the values of one of the masks may be permuted.
+    """
     palette = palette_of(mask)
     if palette is None:
         return []
@@ -169,7 +173,7 @@ def _differing(
 
 
 def _refuse(files: Mapping[Any, str], what: str, root: Path, remedy: str = "") -> None:
-    """Raises DataError with the number and the first names, where there are any."""
+    """Raise DataError with the number and the first names if there are any files."""
     if not files:
         return
     first = [name_within(root, file) + (f" ({why})" if why else "") for file, why in list(files.items())[:3]]
@@ -184,7 +188,7 @@ def _sum(counts: dict[Source, Array], scenes: tuple[Scene, ...], classes: int) -
 def _absent(count: Array, classes: tuple[str, ...], role: str) -> list[str]:
     absent = [name for name, pixels in zip(classes, count[:-1], strict=True) if not pixels]
     if absent:
-        consequence = {"train": "they cannot be learned", "validation": "they play no part in its mean IoU"}[role]
+        consequence = {"train": "they cannot be learned", "validation": "its mean IoU leaves them out"}[role]
         logger.warning("%d of %d classes have no pixel in %s, such as %s: %s", len(absent), len(classes), role,
                        ", ".join(absent[:3]), consequence)  # fmt: skip
     return absent

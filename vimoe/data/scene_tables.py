@@ -1,4 +1,4 @@
-"""Images and masks in Hugging Face tables: the two columns that they are in, and the rows that have one."""
+"""Images and masks in Hugging Face tables: their two columns, and the rows without null."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from typing import Any
 
 import numpy as np
 
+from vimoe.data.hugging_face import Row, open_tables
 from vimoe.data.images import Source
-from vimoe.data.tables import Row, open_tables
 from vimoe.errors import DataError, nearest
 
-IMAGES = ("image", "images", "img", "pixel_values")  # what such columns are called
+IMAGES = ("image", "images", "img", "pixel_values")  # usual names of the columns
 MASKS = (
     "mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentation_mask",
     "semantic_segmentation",
 )  # fmt: skip
-Files = dict[str, Source]  # by what an image and its mask are both called
+Files = dict[str, Source]  # files by the name that an image and its mask share
 
 
 def scene_tables(
     name: str, image_column: str | None, mask_column: str | None
 ) -> tuple[Path, dict[str, tuple[Files, Files]]]:
-    """The images and the masks of each split, by row; a row where one is null has but the other.
+    """Find the images and the masks of each split, by row; null cells are left out.
 
     Args:
-        name: of a data set of the hub, or a local folder of parquet or arrow files.
-        image_column, mask_column: which columns; by default of those of images the ones called so (`IMAGES`, `MASKS`).
+        name: name of a data set of the hub, or a local folder of parquet or arrow files.
+        image_column, mask_column: names of the columns; by default the only ones of type Image with a usual name
+            (`IMAGES`, `MASKS`).
+
+    Returns:
+        The path from which images are named, and (images, masks) of each split.
 
     Raises:
-        DataError: where the data set cannot be loaded, or it is not clear which column is which.
+        DataError: if the data set cannot be loaded, or the columns cannot be told.
     """
     root, splits = open_tables(name)
     columns = _columns(root, next(iter(splits.values())).features, image_column, mask_column)
@@ -50,31 +54,31 @@ def _columns(root: Path, features: Any, image_column: str | None, mask_column: s
             )
     image = image_column or _only(pictures, IMAGES, mask_column)
     mask = mask_column or _only(pictures, MASKS, image_column)
-    if len(pictures) == 2:  # then the name of one tells the other
+    if len(pictures) == 2:  # if one is known, the other is the remaining one
         image = image or (mask and _only(pictures, pictures, mask))
         mask = mask or (image and _only(pictures, pictures, image))
     if not image or not mask or image == mask:
         raise DataError(
             f"{root} has {len(pictures)} columns of type Image ({', '.join(pictures)}): expected one of images and one "
-            f"of masks, called so; name them with --data.image_column and --data.label_column"
+            f"of masks with usual names; name them with --data.image_column and --data.label_column"
         )
     return image, mask
 
 
 def _only(pictures: Sequence[str], names: Collection[str], other: str | None) -> str | None:
-    """The only column of one of the names, but for the other."""
+    """Return the only column with one of the names that is not the other column; None unless there is one."""
     fitting = [name for name in pictures if name.lower() in names and name != other]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def _files(root: Path, split: str, rows: Any, column: str) -> Files:
-    """What a column holds, by SPLIT/ROW; nothing is read but which rows are null."""
+    """Return the cells of a column by SPLIT/ROW, without reading them; null cells are left out."""
     from datasets import Image
 
     chosen = rows.select_columns([column])
     images = chosen.cast_column(column, Image(decode=False))
     file = next((Path(file["filename"]) for file in images.cache_files), None)
-    digits = len(str(len(rows)))  # so that names have the order of the rows
+    digits = len(str(len(rows)))  # leading zeros, so that sorted names are in the order of the rows
     return {
         f"{split}/{index:0{digits}}": Row(root, split, index, column, file, images, alone=False)
         for index in _present(chosen, column)
@@ -82,7 +86,7 @@ def _files(root: Path, split: str, rows: Any, column: str) -> Files:
 
 
 def _present(rows: Any, column: str) -> list[int]:
-    """The rows where an image is neither null nor a struct of nulls."""
+    """Return the rows whose image is neither null nor a struct of nulls."""
     if not len(rows):
         return []
     from pyarrow import compute

@@ -1,4 +1,4 @@
-"""Images with a mask each, in three roles: train, validation (which decides) and test (which is only reported)."""
+"""Scenes, which are images with a mask each, in three roles: train, validation (for every decision) and test."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from pathlib import Path
 
 from vimoe.config.data import DataConfig
 from vimoe.config.masks import Colour
-from vimoe.data.images import Source, name_within, passed_over
-from vimoe.data.masks import Legend, legend_of_masks
-from vimoe.data.scene_layouts import ROLES, Found, find_scenes
+from vimoe.data.image_files import passed_over
+from vimoe.data.images import Source, name_within
+from vimoe.data.legends import legend_of_masks
+from vimoe.data.masks import Legend
+from vimoe.data.scene_layouts import ROLES, SceneFiles, find_scenes
 from vimoe.errors import DataError
 
-Scene = tuple[Source, Source]  # an image, and its mask
-MOST_OF_TRAIN = 0.25  # a split by sequence that would take more than this share from train is none
+Scene = tuple[Source, Source]  # an image and its mask
+MOST_OF_TRAIN = 0.25  # largest share of train that a validation split by sequence may take
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """The scenes of each role.
+    """Scenes of each role.
 
     Args:
-        legend: the classes, and how mask files write them.
+        legend: classes, and their values in mask files.
         train, val, test: (image, mask) of each scene.
-        split_off: whether validation was taken from train.
-        sequences: of each scene of val the video that it is a frame of; None where nothing says.
-        images_alone, masks_alone: files without their counterpart, which the scan refuses.
-        root: the data folder, from which images are named.
+        split_off: True if validation was split off train.
+        sequences: video of each scene of val; None if unknown.
+        images_alone, masks_alone: files without a counterpart, which the scan refuses.
+        root: data folder, from which images are named.
     """
 
     legend: Legend
@@ -48,16 +50,16 @@ class Scenes:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Their names; masks hold places in this."""
+        """Names of the classes; masks hold indices in this."""
         return self.legend.names
 
     @property
     def palette(self) -> tuple[Colour, ...] | None:
-        """(red, green, blue) of each class, where the data says."""
+        """Colour (red, green, blue) of each class, if the data have a palette."""
         return self.legend.palette and self.legend.palette[: len(self.classes)]
 
     def names(self, scenes: Iterable[Scene]) -> list[str]:
-        """What the images of scenes are called, in lists that outlast this process."""
+        """Return the names of the scenes' images in lists that outlast this process."""
         return [name_within(self.root, image) for image, _ in scenes]
 
     def __str__(self) -> str:
@@ -66,20 +68,20 @@ class Scenes:
 
 
 def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Iterable[str] = ()) -> Scenes:
-    """Finds images and masks, and gives each pair a role.
+    """Find images and masks, and give each pair a role.
 
-    What the masks' values mean is said by `classes.yaml` beside the images (`vimoe.data.masks.read_legend`);
-    without it they are classes 0 to the largest in train's masks, and 255 is void. Where there is no validation,
-    `config.val_fraction` is split off train: whole sequences where the legend or names tell them (`sequence`), else
-    single images.
+    `classes.yaml` beside the images gives the meaning of the masks' values (`vimoe.data.legends.read_legend`). Without
+    it they are classes, from 0 to the largest value in train's masks, and 255 is void. If there is no validation
+    split, `config.val_fraction` is split off train: whole sequences, if the legend or the names tell them (`sequence`),
+    else single images.
 
     Args:
-        config: where they are.
-        classes: the names that a trained model has; the data must have the same.
-        validation: images (as `Scenes.names` gives them) that a run split off train, so that it finds the same again.
+        config: settings of the data.
+        classes: class names of a trained model, which the data must have too.
+        validation: names (`Scenes.names`) of the images that a run split off train, to get the same split again.
 
     Raises:
-        DataError: where folders are missing or hold no pair, or the classes are others.
+        DataError: if folders are missing or hold no pair, or the classes are not the model's.
     """
     found = find_scenes(config)
     root = found.root
@@ -107,19 +109,19 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
 def load_others(
     path: str, classes: Sequence[str], legend: Legend, config: DataConfig | None = None
 ) -> tuple[str, Scenes]:
-    """Scenes of another folder for a trained model to be scored on, in the role of test.
+    """Load the scenes of another data path in the role of test, to score a trained model on them.
 
     Args:
-        path: as `DataConfig.path`, but it needs none to train on.
-        classes: the names that the model has.
-        legend: what masks mean where the data do not say.
-        config: of which the names of a table's columns are taken.
+        path: data path, as `DataConfig.path`; train may be missing.
+        classes: class names of the model.
+        legend: meaning of the masks' values, for data without a legend.
+        config: settings, of which the names of a table's columns are used.
 
     Returns:
-        Which they are ("test", "validation", or "all" of a folder without roles), and the scenes.
+        Name of the scenes ("test", "validation", or "all" for data without roles), and the scenes.
 
     Raises:
-        DataError: where there are none, some have no counterpart, or the classes are others.
+        DataError: if there are none, files have no counterpart, or the classes are not the model's.
     """
     other = DataConfig(path=path, task="segmentation")
     if config and path.startswith("hfds/"):
@@ -141,8 +143,12 @@ def load_others(
     return role, Scenes(legend, (), (), tuple(roles[role]), root=root)
 
 
-def _paired(found: Found) -> tuple[dict[str, list[str]], dict[str, list[Scene]], list[Source], list[Source]]:
-    """By role the names of pairs and the pairs; and the images and masks that have no counterpart."""
+def _paired(found: SceneFiles) -> tuple[dict[str, list[str]], dict[str, list[Scene]], list[Source], list[Source]]:
+    """Pair images and masks of one name.
+
+    Returns:
+        Names of the pairs by role, pairs by role, images without a mask, and masks without an image.
+    """
     names: dict[str, list[str]] = {}
     pairs: dict[str, list[Scene]] = {}
     images_alone: list[Source] = []
@@ -157,7 +163,7 @@ def _paired(found: Found) -> tuple[dict[str, list[str]], dict[str, list[Scene]],
 
 
 def _videos(legend: Legend, names: dict[str, list[str]], pairs: dict[str, list[Scene]]) -> dict[Scene, str]:
-    """The video of each scene, by the legend; nothing where it says none."""
+    """Return the video of each scene by the legend; {} if that has no `sequence`."""
     scenes = [scene for role in ROLES for scene in pairs[role]]
     videos = legend.sequences([name for role in ROLES for name in names[role]])
     return dict(zip(scenes, videos, strict=True)) if videos else {}
@@ -172,11 +178,11 @@ def _check_classes(root: Path, legend: Legend, classes: Sequence[str]) -> None:
 
 
 def sequence(name: str) -> str:
-    """The video that a frame may be of, by its name: what stands before its last run of digits and underscores.
+    """Guess the video of a frame from its name: the part before its last run of digits and underscores.
 
-    Neighbouring frames are nearly equal, so a split must not part them. Where all names have one prefix
-    ("ADE_train_00000001") this tells nothing. It is a guess that does no harm to a split; intervals need a legend that
-    says it.
+    Neighbouring frames are nearly equal, so a split must not part them. If all names share one prefix
+    ("ADE_train_00000001"), the guess is one video for all. A wrong guess does no harm to a split; intervals use the
+    legend's `sequence` instead.
 
     >>> sequence("0006R0_f00930"), sequence("0001TP_006690"), sequence("aachen/aachen_000000_000019")
     ('0006R0_f', '0001TP', 'aachen/aachen')
@@ -188,32 +194,36 @@ def sequence(name: str) -> str:
 def _split_off(
     train: list[Scene], of_video: list[str], root: Path, config: DataConfig, listed: set[str]
 ) -> tuple[list[Scene], list[Scene]]:
-    """Takes validation from train: the listed images where a run names them, else a seeded share."""
+    """Split validation off train: the images that a run has listed, or else a seeded share."""
     if listed:
         val = [scene for scene in train if name_within(root, scene[0]) in listed]
         if len(val) != len(listed):
             raise DataError(
-                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are gone: expected the "
-                f"folder as it was in training; restore it, or train again"
+                f"{root}: {len(listed) - len(val)} of the run's {len(listed)} validation images are missing: expected "
+                f"the folder as it was in training; restore it, or train again"
             )
     elif len(train) < 2:
-        raise DataError(f"{root}: 1 scene in train: expected at least two, to split validation off; add some")
+        raise DataError(f"{root}: 1 scene in train: expected at least two, to split validation off; add scenes")
     else:
         share = min(len(train) - 1, round(len(train) * config.val_fraction))
-        wanted = max(share, min(2, len(train) // 2))  # an analysis needs 2
+        wanted = max(share, min(2, len(train) // 2))  # analysis needs at least 2
         val = _whole_sequences(train, of_video, wanted, config.seed)
         if not val:
-            logger.info("validation is split off train by image: names tell no sequences that would fit")
+            logger.info("validation is split off train by image, because names show no sequences that fit")
             val = random.Random(config.seed).sample(train, wanted)
     taken = set(val)
     return [scene for scene in train if scene not in taken], [scene for scene in train if scene in taken]
 
 
 def _whole_sequences(train: list[Scene], of_video: list[str], wanted: int, seed: int) -> list[Scene]:
-    """Sequences in seeded order that fit into the wanted number; where these are few, the shortest of the rest too.
+    """Choose whole sequences for validation.
 
-    Nothing where there is one sequence only, or they would be more than `MOST_OF_TRAIN` or less than half of what is
-    wanted.
+    In seeded order, take each sequence that still fits into the wanted number of scenes; if these are less than half
+    of it, take the shortest of the others too.
+
+    Returns:
+        The scenes; [] if there is only one sequence, or they are more than `MOST_OF_TRAIN` of train or less than half
+        of the wanted number.
     """
     videos: dict[str, list[Scene]] = defaultdict(list)
     for scene, name in zip(train, of_video, strict=True):

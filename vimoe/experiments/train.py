@@ -16,13 +16,13 @@ from torch import nn
 from vimoe import run_folder
 from vimoe.analysis.figures import png
 from vimoe.config.settings import Settings, flat
-from vimoe.data.classification import absolute, local
-from vimoe.data.listing import is_split
+from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
 from vimoe.data.scan import Scan
 from vimoe.data.scene_scan import SceneScan
+from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
-from vimoe.files import discard_leftovers, locked, temporary_folder, write_bytes
+from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.models.model_folder import save
 from vimoe.models.timm_vit import check_name, dense_segmenter
 from vimoe.models.upcycling import convert, sites
@@ -56,7 +56,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     problem.check(model, converted)
     scanned = problem.scan()
     folder = run_folder.new_run(out)
-    with locked(folder, run_folder.TRAINED):
+    with run_folder.locked(folder):
         discard_leftovers(folder)  # of one that was killed before it began
         checkpoint.check_space(folder, model, bool(settings.train.ema_decay))
         with temporary_folder(folder) as proof:  # what could not be saved should not be trained
@@ -73,7 +73,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
             other settings.
     """
     run = run_folder.open_unfinished(path)
-    with locked(run.path, run_folder.TRAINED):
+    with run_folder.locked(run.path):
         stored = checkpoint.read(run.path, mapped=True)
         assert stored is not None
         checkpoint.check_settings(run.path, stored["settings"], flat(run.settings))

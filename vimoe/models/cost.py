@@ -49,6 +49,10 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
 
     Raises:
         VimoeError: for what is no model, or a size that it does not take.
+
+    >>> import timm, vimoe
+    >>> print(vimoe.count(timm.create_model("test_vit", num_classes=4)))
+    0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
     """
     expect("model", model, nn.Module, "build one, such as by timm.create_model")
     model = meta_copy(model).eval().requires_grad_(False)

@@ -32,6 +32,11 @@ def set_backend(model: Model, backend: Backend) -> Model:
     Raises:
         ConfigError: for another name.
         VimoeError: for an optimised model.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> vimoe.set_backend(model, "loop")(torch.randn(2, 3, 160, 160)).shape
+    torch.Size([2, 1000])
     """
     check_not_packed(model)
     if backend not in BACKENDS:
@@ -59,6 +64,12 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
     Raises:
         ConfigError: for a dtype that is no floating point type.
         VimoeError: for a model that is optimised already.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with torch.inference_mode():
+    ...     vimoe.optimize(model.eval())(torch.randn(2, 3, 160, 160)).shape
+    torch.Size([2, 1000])
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as torch.bfloat16")

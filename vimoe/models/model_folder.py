@@ -56,6 +56,12 @@ def save(
         FolderError: where the folder is there already, is no model folder, or would not rebuild the model; nothing is
             left behind.
         VimoeError: for an optimised model.
+
+    >>> import tempfile, timm, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in vimoe.save(model, f"{folder}/model").iterdir())
+    ['config.json', 'model.safetensors']
     """
     path = Path(path)
     model = unwrapped(model)
@@ -98,6 +104,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 
     Raises:
         FolderError: where the folder is missing, incomplete, damaged, or from a newer version.
+
+    >>> import tempfile, timm, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     type(vimoe.load(vimoe.save(model, f"{folder}/model"))).__name__
+    'VisionTransformer'
     """
     if str(path).startswith("hf-hub:"):
         from huggingface_hub import snapshot_download

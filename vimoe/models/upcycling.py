@@ -57,6 +57,12 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
 
     Raises:
         SurgeryError: as `upcycle`.
+
+    >>> import timm, vimoe
+    >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
+    before: 0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
+    after:  0.41 M parameters, 0.33 M activated, 0.040 G multiply-adds, 1 MoE layers
+      blocks.5.mlp: Mlp -> 4 experts, top_k=1, image routing, 1 shared, mix
     """
     _check(model, config)
     copied = meta_copy(model)
@@ -86,6 +92,13 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
     Raises:
         SurgeryError: where a block cannot be converted; the model is as it was.
         VimoeError: for an optimised model.
+
+    >>> import timm, torch, vimoe
+    >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
+    >>> before = model(images)
+    >>> after = vimoe.upcycle(model, vimoe.MoEConfig(layers="last:2", num_experts=4))(images)
+    >>> torch.allclose(before, after, atol=1e-5)
+    True
     """
     convert(model, config)
     return model
@@ -127,6 +140,13 @@ def densify(
     Raises:
         SurgeryError: where no MoE layer is named, or one has no shared expert to keep; nothing was changed.
         VimoeError: for an optimised model.
+
+    >>> import timm, torch, vimoe
+    >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
+    >>> before = model(images)
+    >>> model = vimoe.densify(vimoe.upcycle(model, vimoe.MoEConfig(layers="last:2", num_experts=4)))
+    >>> torch.equal(before, model(images))
+    True
     """
     if how not in HOW:
         raise SurgeryError(f"how={how!r}: expected {' or '.join(map(repr, HOW))}")

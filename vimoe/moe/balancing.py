@@ -29,6 +29,13 @@ def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
 
     Raises:
         VimoeError: where a record is of a layer that this model does not have.
+
+    >>> import timm, torch, vimoe
+    >>> config = vimoe.MoEConfig(layers="last:1", num_experts=4, bias_update_rate=0.001)
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), config)
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> vimoe.update_bias(model, routings)  # after optimizer.step()
     """
     layers, loads = moe_layers(model), dict[str, Tensor]()
     for routing in routings:
@@ -59,6 +66,11 @@ def set_random_share(model: nn.Module, share: float) -> None:
 
     Raises:
         VimoeError: for a share outside of these.
+
+    >>> import timm, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> for epoch in range(3):
+    ...     vimoe.set_random_share(model, 1 - epoch / 2)  # 1, 0.5, 0
     """
     if not 0 <= share <= 1:
         raise VimoeError(f"share={share}: expected 0 to 1")

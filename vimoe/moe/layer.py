@@ -40,6 +40,14 @@ class MoE(nn.Module):
         dense: an FFN for which `vimoe.moe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
         config: of what kind; `config.layers` plays no part here.
         layout: which tokens are no patches; only image routing reads it.
+
+    >>> import torch, vimoe
+    >>> from timm.layers import Mlp
+    >>> from vimoe.moe.router import TokenLayout
+    >>> tokens = TokenLayout(num_prefix_tokens=1, class_token=True)
+    >>> layer = vimoe.MoE(Mlp(16, 32), vimoe.MoEConfig(num_experts=4, routing="token"), tokens)
+    >>> layer(torch.randn(2, 5, 16)).shape  # (images, tokens, channels)
+    torch.Size([2, 5, 16])
     """
 
     def __init__(self, dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> None:

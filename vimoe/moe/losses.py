@@ -19,12 +19,27 @@ def balance_loss(routings: Sequence[Routing]) -> Tensor:
 
     Fedus et al., Switch Transformers (arXiv 2101.03961), eq. 4 to 6, in the form for any k. It is k where all
     experts are used alike. The gradient flows through P alone. Image routing counts images, token routing tokens.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> loss = logits.square().mean() + 0.01 * vimoe.balance_loss(routings)
+    >>> loss.backward()
     """
     return _mean(routings, _balance)
 
 
 def router_z_loss(routings: Sequence[Routing]) -> Tensor:
-    """The mean squared log-sum-exp of the logits: Zoph et al., ST-MoE (arXiv 2202.08906), eq. 5."""
+    """The mean squared log-sum-exp of the logits: Zoph et al., ST-MoE (arXiv 2202.08906), eq. 5.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> loss = logits.square().mean() + 0.001 * vimoe.router_z_loss(routings)
+    >>> loss.backward()
+    """
     return _mean(routings, lambda routing: routing.logits.logsumexp(dim=-1).square().mean())
 
 
@@ -32,6 +47,13 @@ def importance_loss(routings: Sequence[Routing]) -> Tensor:
     """The squared coefficient of variation of the experts' summed probabilities over the batch.
 
     Riquelme et al., V-MoE (arXiv 2106.05974), appendix A.2, without its noise.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> loss = logits.square().mean() + 0.01 * vimoe.importance_loss(routings)
+    >>> loss.backward()
     """
     return _mean(routings, _importance)
 

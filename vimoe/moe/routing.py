@@ -28,6 +28,15 @@ class Routing:
         unit: what was routed. Row r of the above is image r, or token r % T of image r // T.
         batch: (B, T), images and tokens of an image.
         layer: module name of the layer, where a recorder knows it.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> def mean_gate(routing: vimoe.Routing) -> float:
+    ...     return routing.gates.mean().item()
+    >>> 0 < mean_gate(routings[0]) < 1
+    True
     """
 
     logits: Tensor
@@ -91,6 +100,13 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
     Raises:
         VimoeError: where a layer runs without gradient inside a recorder that was entered with it. Reentrant
             checkpointing does that, and a loss of such a record would train nothing.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:2", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> [routing.layer for routing in routings]
+    ['blocks.4.mlp', 'blocks.5.mlp']
     """
     expect("model", model, nn.Module, "give the one that is to be recorded")
     names = {id(module): name for name, module in model.named_modules()}

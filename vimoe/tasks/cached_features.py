@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, Sample
-from vimoe.data.images import MADE_BY, cache_folder, identity, make_cache_folder
+from vimoe.data.images import identity
 from vimoe.data.loaders import eval_loader, processes
 from vimoe.data.order import Shuffled, mix
+from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
 from vimoe.errors import DataError, FolderError
 from vimoe.files import written_whole
 from vimoe.metrics.classification import evaluate

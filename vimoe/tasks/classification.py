@@ -13,11 +13,7 @@ from torch.utils.data import DataLoader
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, load_data, load_folder
-from vimoe.data.loaders import (
-    eval_loader,
-    preprocessing,
-    train_loader,
-)
+from vimoe.data.loaders import eval_loader, preprocessing, train_loader
 from vimoe.data.scan import Scan, scan
 from vimoe.errors import ConfigError
 from vimoe.metrics.classification import Score, evaluate

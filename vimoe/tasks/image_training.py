@@ -14,7 +14,7 @@ from torch import Tensor
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, Sample
 from vimoe.data.decoded import Where
-from vimoe.data.images import place
+from vimoe.data.images import source_path
 from vimoe.data.loaders import decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
 from vimoe.metrics.classification import evaluate
 from vimoe.training.task import Task
@@ -55,12 +55,14 @@ def classification(
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else smoothing)
 
-    names = [f"image {i}" if isinstance(image, Image) else str(place(image)) for i, (image, _) in enumerate(data.train)]
+    names = [
+        f"image {i}" if isinstance(image, Image) else str(source_path(image)) for i, (image, _) in enumerate(data.train)
+    ]
     return Task(loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader))
 
 
 def fingerprint(data: Data) -> int:
     """Of the training images and their labels, as far as names tell; the data may have moved."""
-    names = ("" if isinstance(source, Image) else "/".join(place(source).parts[-2:]) for source, _ in data.train)
+    names = ("" if isinstance(source, Image) else "/".join(source_path(source).parts[-2:]) for source, _ in data.train)
     names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
     return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))

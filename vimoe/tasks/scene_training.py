@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from vimoe.config.data import DataConfig
 from vimoe.config.masks import IGNORE
 from vimoe.config.train import TrainConfig
-from vimoe.data.images import place
+from vimoe.data.images import source_path
 from vimoe.data.scene_loaders import eval_loader, eval_transform, train_loader, train_transform
 from vimoe.data.scenes import Scene, Scenes
 from vimoe.errors import ConfigError
@@ -58,7 +58,7 @@ def segmentation(
 
     return Task(
         loader,
-        [str(place(image)) for image, _ in scenes.train],
+        [str(source_path(image)) for image, _ in scenes.train],
         fingerprint(scenes),
         lambda images, masks: (images, masks),
         loss,
@@ -129,5 +129,5 @@ def median_frequency(pixels: Sequence[int]) -> Tensor:
 
 def fingerprint(scenes: Scenes) -> int:
     """Of the training scenes, as far as names tell, and of what their masks mean; the folder may have moved."""
-    names = ("/".join((*place(image).parts[-2:], *place(mask).parts[-2:])) for image, mask in scenes.train)
+    names = ("/".join((*source_path(image).parts[-2:], *source_path(mask).parts[-2:])) for image, mask in scenes.train)
     return zlib.crc32("\n".join([repr(scenes.legend), *names]).encode(errors="surrogateescape"))

@@ -1,0 +1,99 @@
+"""Mistakes on the command line and in YAML files, one line each, whatever the wording of jsonargparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from typing import get_type_hints
+
+import pytest
+
+from vimoe.config.bench import LayerBench, ModelBench
+from vimoe.config.command_line import Parser, read_settings
+from vimoe.config.settings import SECTIONS
+from vimoe.errors import ConfigError
+
+ONE_OF_A_TYPE = {
+    str(get_type_hints(config)[field.name]): f"{section}.{field.name}"
+    for section, config in SECTIONS.items()
+    for field in fields(config)
+}  # the wording of jsonargparse depends on the type alone
+TYPED = [name for kind, name in ONE_OF_A_TYPE.items() if "str" not in kind.replace("dict[str", "")]  # text can be all
+
+
+@cache
+def parser() -> Parser:
+    made = Parser(prog="vimoe count")
+    made.add_sections(*SECTIONS)
+    return made
+
+
+def parse(*args: str) -> None:
+    parser().settings(parser().parse_args(list(args)))
+
+
+def in_file(name: str, value: str) -> None:
+    section, _, option = name.partition(".")
+    parser().settings(parser().parse_string(f"{section}: {{{option}: {value}}}"))
+
+
+def on_command_line(name: str, value: str) -> None:
+    parse(f"--{name}={value}")
+
+
+@pytest.mark.parametrize("name", TYPED)
+@pytest.mark.parametrize("give", [on_command_line, in_file])
+def test_a_value_of_a_wrong_type_is_told_by_setting_value_and_kind(give: Callable, name: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        give(name, "[wrong]")
+    message = str(raised.value)
+    assert message.startswith(f"{name}=['wrong']: expected ") and "\n" not in message
+    assert not any(word in message for word in ("Parser key", "type", "Got value", "Errors")), message
+
+
+def test_every_kind_of_type_is_among_them() -> None:
+    assert len(TYPED) >= 12 and {"model.args", "data.std", "train.early_stopping", "train.precision"} <= set(TYPED)
+
+
+def test_every_flag_has_a_help_text() -> None:
+    """jsonargparse finds the text of an argument only if it has a line of its own."""
+    made = Parser(prog="vimoe bench")
+    made.add_sections(*SECTIONS)
+    for name, config in (("layer", LayerBench), ("model_bench", ModelBench)):
+        made.add_class_arguments(config, name)
+    flags = {action.option_strings[0]: action.help for action in made._actions if action.option_strings}
+    without = [flag for flag, text in flags.items() if "." in flag and not text]
+    assert not without and len(flags) > 80
+
+
+UNKNOWN = {
+    "--moe.layer=all": "unknown option --moe.layer: did you mean '--moe.layers'?",
+    "surplus": "unknown option surplus: see vimoe count --help",
+    "--moe=3": "--moe: expected a YAML file of this section; or set --moe.OPTION, see vimoe count --help",
+    "--data.mean=[a]": "data.mean=['a']: expected a list of numbers or none",
+    "--train.epochs=x": "train.epochs=x: expected a whole number",
+    "--model.img_size=x": "model.img_size=x: expected a whole number or none",
+    "--train.precision=bf61": "train.precision=bf61: expected one of auto, no, bf16, fp16; did you mean 'bf16'?",
+}
+
+
+@pytest.mark.parametrize("given", UNKNOWN)
+def test_a_mistake_is_one_line_with_the_remedy(given: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(given)
+    assert str(raised.value) == UNKNOWN[given]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("moe: {layer: all}", "unknown option moe.layer: did you mean 'moe.layers'?"),
+        ("moo: {layers: all}", "unknown option moo.layers: did you mean 'moe.layers'?"),
+        ("train: {precision: no}", "train.precision=False: expected one of .*; put 'no' in quotes"),
+        ("moe: 3", "section 'moe' is 3: expected its settings by name"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_with_the_remedy(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        read_settings(text)

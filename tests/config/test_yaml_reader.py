@@ -1,0 +1,24 @@
+"""YAML: a repeated key is an error, dates are text, 1e-3 is a number."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from vimoe.config.yaml_reader import read_yaml
+
+
+def test_yaml_is_read_as_its_writer_means_it() -> None:
+    merged = "a: {inner: &x {<<: &b {k: 1}, k: 2}}\ny: {<<: *x}"  # where the loader merges an anchor twice
+    assert read_yaml(merged) == {"a": {"inner": {"k": 2}}, "y": {"k": 2}}
+    text = "a: &base {x: 1}\nb: {<<: *base, x: 2}\nday: 2024-01-02\nrate: 1e-3\n'1': s\n1: n"
+    read = read_yaml(text)
+    assert read == {"a": {"x": 1}, "b": {"x": 2}, "day": "2024-01-02", "rate": 1e-3, "1": "s", 1: "n"}
+    for twice, line in (
+        ("a: 1\nb: 2\na: 3", "1 and 3"),
+        ("c:\n  0: x\n  0: y", "2 and 3"),
+        ("[{k: 1, k: 1}]", "1 and 1"),
+        ("a: &x {<<: {k: 1}, k: 2, k: 3}", "1 and 1"),
+    ):
+        with pytest.raises(yaml.YAMLError, match=f"is repeated in lines {line}"):
+            read_yaml(twice)

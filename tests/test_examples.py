@@ -1,0 +1,112 @@
+"""The examples run: those in docstrings, the README's ten lines and the code in docs/python.md."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers.scenery import scenes
+from helpers.tiny import randomise
+from timm.layers import Mlp
+from torch import nn
+
+import vimoe
+import vimoe.moe.layer
+from vimoe.moe.router import TokenLayout
+
+ROOT = Path(__file__).parent.parent
+WITH_EXAMPLES = [path for path in sorted((ROOT / "vimoe").rglob("*.py")) if ">>> " in path.read_text("utf-8")]
+
+
+def examples() -> dict[str, doctest.DocTest]:
+    """The docstrings with examples of all modules, by name."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in WITH_EXAMPLES]
+    found = [test for name in names for test in doctest.DocTestFinder().find(importlib.import_module(name))]
+    return {test.name: test for test in found if test.examples}
+
+
+EXAMPLES = examples()
+
+
+def run(test: doctest.DocTest) -> None:
+    doctest.DebugRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_gives_what_its_docstring_says(name: str) -> None:
+    run(EXAMPLES[name])
+
+
+@pytest.mark.parametrize("name", [name for name in vimoe.__all__ if name != "__version__"])
+def test_every_public_name_has_an_example(name: str) -> None:
+    assert f"vimoe.{name}" in code_of(getattr(vimoe, name).__doc__)
+
+
+def code_of(docstring: str) -> str:
+    """The code of the examples in a docstring."""
+    return "".join(example.source for example in doctest.DocTestParser().get_examples(docstring))
+
+
+def test_no_example_is_missed() -> None:
+    assert len(WITH_EXAMPLES) > 20 and len(EXAMPLES) > 30
+    written = sum(path.read_text("utf-8").count(">>> ") for path in WITH_EXAMPLES)
+    assert sum(len(test.examples) for test in EXAMPLES.values()) == written
+
+
+def test_these_checks_can_fail() -> None:
+    wrong = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
+    with pytest.raises(doctest.DocTestFailure):
+        run(wrong)
+    assert "vimoe.plan" not in code_of("Of `vimoe.plan`.\n\n>>> 1 + 1\n2\n")
+
+
+def blocks(file: str) -> list[str]:
+    """The Python code in a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text("utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """In a folder with scenes, each model of timm is built tiny and with random weights."""
+    build, size = timm.create_model, {"img_size": 28, "depth": 2, "embed_dim": 24, "num_heads": 2}
+
+    def create(name: str, pretrained: bool = False, **settings: object) -> nn.Module:
+        return build(name, pretrained=False, **(settings if ":" in name else {**settings, **size}))
+
+    for owner in (timm, timm.models):
+        monkeypatch.setattr(owner, "create_model", create)
+    monkeypatch.chdir(tmp_path)
+    scenes(tmp_path / "street")
+
+
+def test_the_first_lines_of_the_readme(tiny: None) -> None:
+    images, labels = torch.randn(8, 3, 28, 28), torch.arange(8)
+    names = {"images": images, "labels": labels, "validation_loader": [(images, labels)]}
+    exec(blocks("README.md")[0], names | {"criterion": nn.CrossEntropyLoss()})
+    assert vimoe.load("my-vimoe").num_classes == 100
+
+
+def test_the_forward_of_the_readme_is_the_layer_s() -> None:
+    layer = vimoe.MoE(Mlp(16, 32), vimoe.MoEConfig(num_experts=4), TokenLayout(1, class_token=True))
+    randomise(layer)
+    names = vars(vimoe.moe.layer).copy()
+    exec(blocks("README.md")[1], names)
+    tokens = torch.randn(6, 5, 16)
+    torch.testing.assert_close(names["forward"](layer, tokens), layer(tokens))
+
+
+def test_the_page_on_python_runs(tiny: None) -> None:
+    code = blocks("docs/python.md")
+    assert len(code) >= 3
+    for index, block in enumerate(code):
+        if "runs/street" in block:  # one after the other into the same folder
+            block = block.replace("runs/street", f"runs/{index}").replace("epochs=40", "epochs=1, batch_size=2")
+        exec(block, {"__name__": "page"})
+        if "runs/" in block:
+            vimoe.load(f"runs/{index}/model")

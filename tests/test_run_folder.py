@@ -1,0 +1,45 @@
+"""A run folder is locked by one process at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from vimoe.errors import FolderError
+from vimoe.files import HOLDER, LOCK
+from vimoe.run_folder import is_locked, locked
+
+
+def _hold(folder: Path, held: object) -> None:
+    with locked(folder):
+        held.set()
+        signal.pause()
+
+
+def test_a_folder_is_one_process_s_until_that_is_killed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, held))
+    process.start()
+    assert held.wait(60)
+    assert is_locked(tmp_path)
+    said = f"is being trained by process {process.pid} on .*: expected an idle folder; wait for it"
+    with pytest.raises(FolderError, match=said), locked(tmp_path):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (tmp_path / LOCK).exists() and not is_locked(tmp_path)
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_leaves_filelocks_own_file_alone(tmp_path: Path) -> None:
+    """On file systems without flock that file says which process holds it, by which a dead one is known."""
+    with locked(tmp_path):
+        assert "process" not in (tmp_path / LOCK).read_text()
+        assert f"process {os.getpid()} on " in (tmp_path / HOLDER).read_text()

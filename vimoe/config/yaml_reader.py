@@ -1,0 +1,45 @@
+"""YAML as its writer means it: unlike PyYAML, a repeated key is an error, a date is text and 1e-3 is a number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+
+class _Strict(yaml.SafeLoader):  # type: ignore[misc]
+    """Loader of plain values that refuses a repeated key; PyYAML would silently keep the last one.
+
+    Dates stay text, and 1e-3 is a number, as in YAML 1.2.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # the keys as written: merged keys ("<<") are resolved later
+        known: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, value = key.start_mark.line + 1, (key.tag, key.value)
+            if value in known:
+                raise yaml.YAMLError(f"key {key.value!r} is repeated in lines {known[value]} and {line}; remove one")
+            known[value] = line
+        return node
+
+
+_Strict.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), "-+0123456789")
+
+
+def read_yaml(text: str) -> Any:
+    """Return the plain values of a YAML text.
+
+    Raises:
+        yaml.YAMLError: if the text is no YAML, or repeats a key in a mapping.
+
+    >>> read_yaml("{lr: 1e-3, day: 2024-01-02}")
+    {'lr': 0.001, 'day': '2024-01-02'}
+    """
+    return yaml.load(text, _Strict)  # noqa: S506  a SafeLoader with one more check

@@ -1,0 +1,59 @@
+"""Names of splits: which part of a data set has which role (train, val, test)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from vimoe.errors import DataError, nearest
+
+# other names that data sets use for a role; the configured name comes first
+SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
+SPLITS = frozenset(SYNONYMS).union(*SYNONYMS.values())
+
+
+def is_split(name: str) -> bool:
+    """Return True for a usual name of a split, in any case."""
+    return name.lower() in SPLITS
+
+
+def split_in(name: str) -> str | None:
+    """Return the split that the name of an archive ends with, apart from numbers; None if it ends otherwise.
+
+    >>> split_in("imagenet-train-0012-of-0099")
+    'train'
+    """
+    found = re.fullmatch(rf"(?:.*[-_.])?({'|'.join(sorted(SPLITS))})(?:[-_.]?(?:\d+|of))*", name, re.IGNORECASE)
+    return found[1].lower() if found else None
+
+
+def split_of(role: str, name: str, splits: Iterable[str], where: str) -> str | None:
+    """Return the split that has a role, or None if no split has it.
+
+    If the configured name is the role itself, its synonyms count too, in any case. If several splits fit, a name in
+    small letters wins.
+
+    Args:
+        role: "train", "val" or "test".
+        name: configured name of the split, or "none" for no split.
+        splits: names of the existing splits.
+        where: words for these in an error, such as "folder in photos".
+
+    Raises:
+        DataError: if the configured name is not the role itself and no split has it.
+
+    >>> split_of("val", "val", ["train", "Validation"], "folder in photos")
+    'Validation'
+    """
+    splits = list(splits)
+    if name == "none":
+        return None
+    folded = {split.lower(): split for split in sorted(splits)}  # small letters sort last, and so win
+    for candidate in (role, *SYNONYMS[role]) if name == role else ():
+        if candidate in folded:
+            return folded[candidate]
+    if name in splits:
+        return name
+    if name != role:
+        raise DataError(f"data.{role}_split={name!r}: no such {where}; {nearest(name, splits)}")
+    return None
