@@ -78,7 +78,7 @@ class Process:
         """Call a function in the first process alone, such as one that writes, and return its result in all.
 
         Raises:
-            VimoeError: in the others, with the message of whatever the function raised in the first.
+            VimoeError: if the function raised in the first process; the others get its message.
         """
         outcome: tuple[Any, str | None] = (None, None)
         if self.first:

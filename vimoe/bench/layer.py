@@ -76,7 +76,7 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
     """Return the contestants that `bench` asks for.
 
     Raises:
-        ConfigError: for an MoE config without experts.
+        ConfigError: if the MoE config has no experts.
     """
     if not moe.num_experts:
         raise ConfigError("moe.num_experts=0: expected experts to time; the dense control is in the table anyway")

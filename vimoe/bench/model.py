@@ -53,7 +53,7 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
     """Return a dense model and the ViMoE made of it, with random weights and balanced loads, and images for both.
 
     Raises:
-        ConfigError: where no layer would become sparse.
+        ConfigError: if no layer would become sparse.
     """
     if moe.layers == "none" or not moe.num_experts:
         setting = f"moe.layers={moe.layers!r}" if moe.num_experts else "moe.num_experts=0"

@@ -69,10 +69,10 @@ def train(
         "val": score of the returned model as a dict, "seconds", "train_images", "alarms"}.
 
     Raises:
-        ConfigError: for settings that contradict the data or the machine, before anything is trained.
-        FolderError: where the disk has no room for checkpoints, or the checkpoint in `out` is damaged, or of other
+        ConfigError: if settings contradict the data or the machine, before anything is trained.
+        FolderError: if the disk has no room for checkpoints, or the checkpoint in `out` is damaged, or of other
             images or settings.
-        VimoeError: where the loss is no longer finite.
+        VimoeError: if the loss is no longer finite.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     if config.batch_size > len(task.names):  # the loader would give no batch

@@ -26,7 +26,7 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
         model: model to be trained; its weights do not matter.
 
     Raises:
-        ConfigError: for settings that contradict one another or the machine.
+        ConfigError: if settings contradict one another or the machine.
     """
     process = Process()
     if process.count > 1:

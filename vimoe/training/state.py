@@ -36,7 +36,7 @@ class Best:
         """Keep the weights of an epoch whose score is better than all before.
 
         Raises:
-            VimoeError: where the loss is not finite.
+            VimoeError: if the loss is not finite.
         """
         if not math.isfinite(loss := score.columns["loss"]):
             raise VimoeError(
@@ -166,7 +166,7 @@ class State:
         """Go back to a checkpoint, in the logs too.
 
         Raises:
-            FolderError: for a checkpoint of other images or settings.
+            FolderError: if the checkpoint is of other images or settings.
         """
         checkpoint.check_settings(out, stored["settings"], self.settings)
         if stored["images"] != self.images:
