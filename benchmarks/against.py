@@ -65,7 +65,7 @@ def main() -> None:
         found = {checkout: measure(checkout) for checkout in order}
         rounds.append({name: [found[checkout][name] for checkout in checkouts] for name in found[HERE]})
         if options.out:
-            options.out.write_text(json.dumps(rounds, indent=1) + "\n", "utf-8")
+            options.out.write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
     rng = np.random.default_rng(0)
     for name in rounds[0]:

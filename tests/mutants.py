@@ -57,13 +57,13 @@ MUTANTS: tuple[Mutant, ...] = ()
 def changed(copy: Path, mutant: Mutant) -> Iterator[None]:
     """Break the copy of the repository while the block runs."""
     path = copy / "vimoe" / mutant.module
-    source = path.read_text("utf-8")
+    source = path.read_text(encoding="utf-8")
     assert source.count(mutant.text) == 1, f"{mutant.name}: {source.count(mutant.text)} times in {mutant.module}"
-    path.write_text(source.replace(mutant.text, mutant.instead), "utf-8")
+    path.write_text(source.replace(mutant.text, mutant.instead), encoding="utf-8")
     try:
         yield
     finally:
-        path.write_text(source, "utf-8")
+        path.write_text(source, encoding="utf-8")
 
 
 def run(copy: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
@@ -117,7 +117,7 @@ def main() -> None:
     killed = sum(bool(result["killed"]) for result in results)
     print(f"{killed} of {len(results)} killed")
     if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_reports_of_one_run_and_of_several(run: Path, tmp_path: Path, capsys: py
     out = tmp_path / "both.html"
     assert call(capsys, "report", run, run, "--out", out) == {"schema": 1, "command": "report", "report": str(out)}
     assert "<table" in out.read_text()
-    assert "--out is missing" in refused(capsys, "report", run, run)
+    assert "--out is required" in refused(capsys, "report", run, run)
     assert "with one run: its page is report.html in it" in refused(capsys, "report", run, "--out", out)
     assert "nowhere: no such run" in refused(capsys, "report", run, "nowhere", "--out", out)
 
@@ -211,7 +211,7 @@ MISTAKES = {
     "train --config nonsense --out never": "expected a YAML file or a preset; known: frozen-trunk, small-data",
     "count more": "unknown option more",
     "trian": "did you mean 'train'?",
-    "train --data.path nowhere": "--out is missing",
+    "train --data.path nowhere": "--out is required",
     "train --data.path nowhere --out never": "data.path='nowhere': no such folder",
     "train --out never": "data.path is empty",
     "evaluate nowhere": "nowhere: no such run",

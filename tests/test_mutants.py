@@ -8,7 +8,7 @@ from mutants import MUTANTS, ROOT, Mutant
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mutant_changes_one_place(mutant: Mutant) -> None:
-    source = (ROOT / "vimoe" / mutant.module).read_text("utf-8")
+    source = (ROOT / "vimoe" / mutant.module).read_text(encoding="utf-8")
     assert source.count(mutant.text) == 1
     assert mutant.instead != mutant.text
     assert all((ROOT / "tests" / test).exists() for test in mutant.tests)

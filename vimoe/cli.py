@@ -1,4 +1,4 @@
-"""The command line: parses, calls the library, prints. One function a verb; heavy imports inside them."""
+"""Command line: parse, call the library, print. Each verb is one function, which holds its slow imports."""
 
 from __future__ import annotations
 
@@ -21,28 +21,27 @@ from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser
 from vimoe.config.data import Task
 from vimoe.config.moe import MoEConfig
-from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.files import printable
 from vimoe.run_folder import SCHEMA, open_run
 
-_OF_THE_MACHINE = {  # errors that are no mistakes of ours: of disks, permissions and names
+_MACHINE_ERRORS = {  # errors of disks, permissions and file names, which are no bugs: reported in one line
     getattr(errno, name, 0)
     for name in ("EACCES", "EPERM", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "ENAMETOOLONG", "ESTALE", "EMFILE")
 }
-Result = tuple[str, dict[str, Any]]  # what a person reads, what --json prints
+Result = tuple[str, dict[str, Any]]  # text for a person, values for --json
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `vimoe VERB ...` and returns the exit status: 0, or 2 after a mistake of the user."""
+    """Run `vimoe VERB ...` and return the exit status: 0, or 2 after a mistake of the user."""
     argv = sys.argv[1:] if argv is None else argv
     as_json = "--json" in argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names that it cannot write should not end what is done
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode should not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(_answer(argv, as_json), flush=True)
-    except BrokenPipeError:  # who reads has enough, such as head
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115,PTH123  what Python flushes at its end
+    except BrokenPipeError:  # the reader has closed the pipe, such as head
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115,PTH123  Python flushes it at exit
         return 128 + signal.SIGPIPE
     except Stopped as stopped:
         print(f"vimoe: {stopped}", file=sys.stderr)
@@ -51,11 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         print("vimoe: interrupted", file=sys.stderr)
         return 128 + next(iter(interrupt.args), signal.SIGINT)
     except (VimoeError, OSError) as error:
-        if not isinstance(error, VimoeError) and error.errno not in _OF_THE_MACHINE:
+        if not isinstance(error, VimoeError) and error.errno not in _MACHINE_ERRORS:
             raise
-        message = _one_line(error if isinstance(error, VimoeError) else _of_machine(error))
+        message = _one_line(error if isinstance(error, VimoeError) else _machine_error(error))
         if as_json:
-            with suppress(OSError):  # where standard output is what is full
+            with suppress(OSError):  # standard output itself may be full
                 print(json.dumps({"error": message}), flush=True)
         print(f"vimoe: {message}", file=sys.stderr)
         return 2
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer(argv: list[str], as_json: bool) -> str:
-    """Does what is asked and returns what is to be printed."""
+    """Run the verb and return the text to print."""
     if not argv or argv[0] in ("-h", "--help"):
         return _overview()
     if argv[0] == "--version":
@@ -73,31 +72,33 @@ def _answer(argv: list[str], as_json: bool) -> str:
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown verb {argv[0]!r}: {nearest(argv[0], VERBS)}")
     _log_to_stderr()
-    with _terminated_as_interrupted():
+    with _sigterm_as_interrupt():
         text, values = VERBS[argv[0]](argv[0], argv[1:])
     return json.dumps({"schema": SCHEMA, "command": argv[0], **values}) if as_json else text
 
 
 def plan(verb: str, argv: list[str]) -> Result:
-    """Say what would be converted and what that costs; change nothing, download nothing.
+    """Show the layers that would be converted and their cost; change nothing, download nothing.
 
     Example: vimoe plan --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers last:2
     """
-    settings, _ = _settings(verb, argv, "model", "moe")
+    parser = _parser(verb)
+    parser.add_sections("model", "moe")
+    settings = parser.settings(parser.parse_args(argv))
     from vimoe.models.timm_vit import FFN_NAME, check_name, create_without_weights
 
     check_name(settings.model)
     settings.moe.selection.check_names(FFN_NAME)
     from vimoe.models.upcycling import plan as make_plan
 
-    made = make_plan(create_without_weights(settings.model), settings.moe)
-    dense = {"params": made.dense.params, "macs": made.dense.macs}
-    moe = {name: getattr(made.moe, name) for name in ("params", "activated_params", "macs")}
-    return str(made), {"dense": dense, "moe": {**moe, "layers": [site.name for site in made.sites]}}
+    conversion = make_plan(create_without_weights(settings.model), settings.moe)
+    dense = {"params": conversion.dense.params, "macs": conversion.dense.macs}
+    moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs")}
+    return str(conversion), {"dense": dense, "moe": {**moe, "layers": [site.name for site in conversion.sites]}}
 
 
 def count(verb: str, argv: list[str]) -> Result:
-    """Count parameters, activated parameters and multiply-adds of a model before and after; download nothing.
+    """Count parameters, activated parameters and multiply-adds before and after conversion; download nothing.
 
     Example: vimoe count --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers all --json
     """
@@ -106,18 +107,18 @@ def count(verb: str, argv: list[str]) -> Result:
 
 
 def train(verb: str, argv: list[str]) -> Result:
-    """Train a ViT, or the ViMoE that is made of it, on your images; writes a run folder.
+    """Train a ViT, or the ViMoE made from it, on your images; write a run folder.
 
     Example: vimoe train --data.path photos/ --model.name vit_tiny_patch16_224 --moe.layers last:2 --out runs/photos
     """
-    go_on = "run folder whose stopped or killed training goes on; takes no other option"
-    parser = _parser(verb, out="folder to make for the run", resume=go_on)
+    resume = "run folder of a stopped or killed training to continue; takes no other option"
+    parser = _parser(verb, out="run folder to create", resume=resume)
     parser.add_sections("model", "moe", "data", "train")
     options = parser.parse_args(argv)
     if options["resume"] is None:
         _required_out(options)
     elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
-        raise ConfigError(f"{others[0]} with --resume: expected none, the run has its own settings; leave it out")
+        raise ConfigError(f"{others[0]} with --resume: expected none, since the run has its own settings; leave it out")
     settings = parser.settings(options)
     from vimoe.models.timm_vit import FFN_NAME, check_name
 
@@ -127,7 +128,7 @@ def train(verb: str, argv: list[str]) -> Result:
 
     resumed = options["resume"]
     summary = run_training(settings, options["out"]) if resumed is None else resume_training(resumed)
-    from vimoe.report.run_report import MEASURES, judged_by
+    from vimoe.report.table_cells import MEASURES, judged_by
 
     val = summary["val"]
     shares = f"{MEASURES[judged_by(val)].removesuffix(', %')} {val[judged_by(val)]:.2%}"
@@ -139,15 +140,15 @@ def train(verb: str, argv: list[str]) -> Result:
 
 
 def evaluate(verb: str, argv: list[str]) -> Result:
-    """Score a run's model on its test images (on validation where it has none), or on other data.
+    """Score a run's model on its test images (without those, on validation), or on other data.
 
     Example: vimoe evaluate runs/photos --data.path other/photos
     """
-    parser = _parser(verb, **{"data.path": "other data with the same classes (default: the run's)"})
+    parser = _parser(verb, **{"data.path": "other data with the same classes (default: data of the run)"})
     _add_inference(parser)
     parser.add_argument("run", help="run folder")
     options = parser.parse_args(argv)
-    open_run(options["run"])  # a mistake is told before torch is imported
+    open_run(options["run"])  # reports a wrong folder before the slow import of torch
     from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
@@ -156,15 +157,15 @@ def evaluate(verb: str, argv: list[str]) -> Result:
 
 
 def predict(verb: str, argv: list[str]) -> Result:
-    """Name the most likely classes of image files, or of all images in folders; of a segmentation, write their masks.
+    """Name the most likely classes of images (files or folders); with a segmentation model, write their masks.
 
     Example: vimoe predict runs/photos cat.jpg holiday/ --top 3
     """
-    parser = _parser(verb, out="of a segmentation, and needed there: folder for masks and overlays")
+    parser = _parser(verb, out="folder for masks and overlays; required for segmentation, refused for classification")
     _add_inference(parser)
     parser.add_argument("run", help="run folder")
     parser.add_argument("images", nargs="+", help="image files and folders")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to name")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to name")
     options = parser.parse_args(argv)
     if options["top"] < 1:
         raise ConfigError(f"--top {options['top']}: expected at least 1")
@@ -183,7 +184,7 @@ def predict(verb: str, argv: list[str]) -> Result:
         lines = [p.get("error") or f"{p['mask']}: {_areas(p, options['top'])}" for p in predictions]
         return "\n".join(lines), {"predictions": predictions}
     if options["out"]:
-        raise ConfigError(f"--out {options['out']}: expected it for a segmentation alone; leave it out")
+        raise ConfigError(f"--out {options['out']}: expected only with a segmentation model; leave it out")
     from vimoe.tasks.predictions import predict as name_classes
 
     predictions = name_classes(run.model, files, options["top"])
@@ -192,62 +193,71 @@ def predict(verb: str, argv: list[str]) -> Result:
 
 
 def analyze(verb: str, argv: list[str]) -> Result:
-    """Measure on validation images which MoE layers specialise and which matter; writes routing.json and the report.
+    """Measure on validation images which MoE layers specialise and which matter; write routing.json and the report.
 
     Example: vimoe analyze runs/photos
     """
     parser = _parser(verb)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="permutations of the images' decisions, at most")
-    overrule = "images to overrule the routing on, drawn at random; 0 for none"
+    parser.add_argument(
+        "--draws", type=int, default=DRAWS, help="maximum number of permutations of the images' decisions"
+    )
+    overrule = "number of images for interventions, drawn at random; 0 for no interventions"
     parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=overrule)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     options = parser.parse_args(argv)
-    open_run(options["run"])  # a mistake is told before torch is imported
+    open_run(options["run"])  # reports a wrong folder before the slow import of torch
     from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"])
     evidence, folder = run.analyze(options["draws"], options["overrule"], options["seed"]), run.run.path
     values = evidence.to_dict()
     for layer in values["layers"]:
-        del layer["counts"], layer["drawn"]  # they are in routing.json
+        del layer["counts"], layer["drawn"]  # large; routing.json has them
     paths = {"routing": str(folder / "routing.json"), "report": str(folder / "report.html")}
     return f"{evidence}\n{paths['report']}", {**values, **paths}
 
 
 def prune(verb: str, argv: list[str]) -> Result:
-    """Make the MoE layers dense that validation does not support; writes a new run with a receipt.
+    """Make dense the MoE layers that validation does not support; write a new run with a receipt.
 
     Example: vimoe prune runs/photos --out runs/photos-pruned
     """
-    parser = _parser(verb, out="folder to make for the pruned run")
+    parser = _parser(verb, out="folder to create for the pruned run")
     parser.add_argument("run", help="run folder")
-    tolerance = "largest upper bound of a removal's loss change, nats"
+    tolerance = "largest accepted upper bound of the loss change by a removal, in nats"
     parser.add_argument("--tolerance", type=float, default=PRUNE_TOLERANCE, help=tolerance)
-    parser.add_argument("--experts", type=bool, default=False, help="also drop experts of the layers that stay")
-    parser.add_argument("--recover", type=int, default=0, help="epochs to train the pruned model")
-    parser.add_argument("--recover_lr", type=float | None, default=None, help="default: a tenth of the run's")
+    parser.add_argument(
+        "--experts", type=bool, default=False, help="also remove single experts of the layers that stay"
+    )
+    parser.add_argument("--recover", type=int, default=0, help="number of epochs to train the pruned model")
+    parser.add_argument(
+        "--recover_lr",
+        type=float | None,
+        default=None,
+        help="learning rate of --recover (default: a tenth of the run's)",
+    )
     options = parser.parse_args(argv)
     out = _required_out(options)
     open_run(options["run"])
     from vimoe.experiments.finished_run import FinishedRun
-    from vimoe.report.run_report import receipt_header, receipt_row
+    from vimoe.report.table_cells import receipt_header, receipt_row
 
     keys = ("tolerance", "experts", "recover", "recover_lr")
     values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
-    when = [key for key in ("before", "after", "recovered") if key in values]
-    rows = [receipt_header(values["before"]), *(receipt_row(key, [values[key]]) for key in when)]
+    stages = [key for key in ("before", "after", "recovered") if key in values]
+    rows = [receipt_header(values["before"]), *(receipt_row(key, [values[key]]) for key in stages)]
     table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
     measured = f"measured on {values['before']['images']} {values['split']} images"
     return "\n".join([values.pop("text"), *table, measured, values["report"]]), values
 
 
 def report(verb: str, argv: list[str]) -> Result:
-    """Write the page of a run again from its files, or one page of several runs side by side.
+    """Write the page of a run again from its files, or a page that compares several runs.
 
     Example: vimoe report runs/dense runs/vimoe --out comparison.html
     """
-    parser = _parser(verb, out="file to write, of several runs; the page of one run is report.html in it")
+    parser = _parser(verb, out="HTML file to create for several runs; the page of one run is RUN/report.html")
     parser.add_argument("runs", nargs="+", help="run folders")
     options = parser.parse_args(argv)
     folders = [open_run(path).path for path in options["runs"]]
@@ -260,17 +270,17 @@ def report(verb: str, argv: list[str]) -> Result:
     else:
         from vimoe.report.run_comparison import write_comparison
 
-        page = write_comparison(folders, Path(_required_out(options, "comparison.html")))
+        page = write_comparison(folders, Path(_required_out(options, "comparison.html", "file")))
     return str(page), {"report": str(page)}
 
 
 def demo(verb: str, argv: list[str]) -> Result:
-    """A tour in a few minutes on scikit-learn's handwritten digits: train, upcycle, compare, look at the experts.
+    """Show a tour of a few minutes on scikit-learn's handwritten digits: train, upcycle, compare, look at experts.
 
     Example: vimoe demo --task segmentation
     """
-    parser = _parser(verb, out="folder to make (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--task", choices=get_args(Task), default="classification", help="what to show")
+    parser = _parser(verb, out="folder to create (default: runs/demo-DATE-TIME)")
+    parser.add_argument("--task", choices=get_args(Task), default="classification", help="kind of model to show")
     options = parser.parse_args(argv)
     from vimoe.demo.tours import run_demo
 
@@ -278,17 +288,19 @@ def demo(verb: str, argv: list[str]) -> Result:
 
 
 def bench(verb: str, argv: list[str]) -> Result:
-    """Time the MoE layer (`layer`) or a whole model (`model`) beside dense FFNs of the same arithmetic.
+    """Time the MoE layer (`layer`) or a whole model (`model`) against dense FFNs of the same arithmetic.
 
     Example: vimoe bench layer --moe.routing token --bench.dtype bfloat16
     """
     what = argv[0] if argv and not argv[0].startswith("-") else None
     if what not in ("layer", "model") and argv[:1] not in (["-h"], ["--help"]):
-        raise ConfigError(f"bench {what or 'of nothing'}: expected layer or model, such as vimoe bench layer")
+        raise ConfigError(f"bench {what or 'alone'}: expected layer or model, for example vimoe bench layer")
     parser = _parser(verb)
     parser.prog += f" {what or 'layer|model'}"
     if what is None:
-        parser.epilog = f"These are the options of layer; for those of model: vimoe bench model --help. {parser.epilog}"
+        parser.epilog = (
+            f"These are the options of vimoe bench layer; for a model, see vimoe bench model --help. {parser.epilog}"
+        )
     if what == "model":
         parser.epilog = "Example: vimoe bench model --model.name vit_small_patch14_dinov2 --moe.layers last:2"
         parser.add_sections("model", "moe")
@@ -297,9 +309,11 @@ def bench(verb: str, argv: list[str]) -> Result:
         parser.add_sections("moe")
         parser.add_class_arguments(LayerBench, "bench")
     options = parser.parse_args(argv[what is not None :])
-    made, settings = parser.instantiate(options)["bench"], parser.settings(options)
+    shape, settings = parser.instantiate(options)["bench"], parser.settings(options)
     if what == "layer" and settings.moe.layers != MoEConfig.layers:
-        raise ConfigError(f"moe.layers={settings.moe.layers!r} with bench layer: a layer stands alone; leave it out")
+        raise ConfigError(
+            f"moe.layers={settings.moe.layers!r} with bench layer: expected none for a single layer; leave it out"
+        )
     if what == "model":
         from vimoe.models.timm_vit import FFN_NAME, check_name
 
@@ -308,8 +322,8 @@ def bench(verb: str, argv: list[str]) -> Result:
     from vimoe.bench.layer import bench_layer
     from vimoe.bench.model import bench_model
 
-    done = bench_model(made, settings.model, settings.moe) if what == "model" else bench_layer(made, settings.moe)
-    return str(done), done.to_dict()
+    timings = bench_model(shape, settings.model, settings.moe) if what == "model" else bench_layer(shape, settings.moe)
+    return str(timings), timings.to_dict()
 
 
 VERBS: dict[str, Callable[[str, list[str]], Result]] = {
@@ -329,11 +343,11 @@ VERBS: dict[str, Callable[[str, list[str]], Result]] = {
 def _overview() -> str:
     lines = ["usage: vimoe VERB [--config FILE.yaml] [--section.option value ...] [--json]", ""]
     lines += [f"  {name:<10}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
-    return "\n".join([*lines, "", "vimoe VERB --help says more."])
+    return "\n".join([*lines, "", "See vimoe VERB --help for the options of a verb."])
 
 
 def _parser(verb: str, **extra: str) -> Parser:
-    """A parser with --json, and an option for each name in `extra`, described by its value."""
+    """Return a parser with --json and one option for each name in `extra`, whose value is the help text."""
     summary, _, example = (VERBS[verb].__doc__ or "").partition("Example:")
     parser = Parser(prog=f"vimoe {verb}", description=summary.strip(), epilog=f"Example: {example.strip()}")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
@@ -343,19 +357,10 @@ def _parser(verb: str, **extra: str) -> Parser:
 
 
 def _add_inference(parser: Parser) -> None:
-    """How a segmentation goes over an image, where that is to be another way than in training."""
+    """Add the options that change the inference of a segmentation model from that of its run."""
     for name, kind in (("inference", str), ("flip_test", bool)):
-        what = "of a segmentation, as in vimoe train (default: the run's)"
+        what = "segmentation only: as in vimoe train (default: setting of the run)"
         parser.add_argument(f"--data.{name}", type=kind | None, default=None, help=what)
-
-
-def _settings(verb: str, argv: list[str], *sections: str, **extra: str) -> tuple[Settings, Any]:
-    parser = _parser(verb, **extra)
-    parser.add_sections(*sections)
-    values = parser.parse_args(argv)
-    if "out" in extra:
-        _required_out(values)
-    return parser.settings(values), values
 
 
 def _classes(prediction: dict[str, Any]) -> str:
@@ -366,20 +371,22 @@ def _areas(prediction: dict[str, Any], most: int) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in list(prediction["areas"].items())[:most])
 
 
-def _required_out(options: Any, example: str = "runs/first") -> str:
+def _required_out(options: Any, example: str = "runs/first", kind: str = "folder") -> str:
     if not options["out"]:
-        raise ConfigError(f"--out is missing: expected what to make, such as --out {example}")
+        raise ConfigError(f"--out is required: name the {kind} to create, for example --out {example}")
     return options["out"]
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """While it holds, SIGTERM ends a verb as Ctrl-C does, so that half-written files (features, masks) are removed."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Make SIGTERM end a verb as Ctrl-C does, so that half-written files (features, masks) are removed."""
 
     def end(number: int, _frame: object) -> None:
         raise KeyboardInterrupt(number)
 
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python allows signal handlers in the main thread only
         yield
         return
     before = signal.signal(signal.SIGTERM, end)
@@ -390,7 +397,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to what standard error is at the moment, so that a progress bar that redirects it stays whole."""
+    """Handler that looks up sys.stderr at each message: a progress bar that redirects it stays intact."""
 
     @property
     def stream(self) -> Any:
@@ -402,14 +409,14 @@ class _Stderr(logging.StreamHandler):
 
 
 def _log_to_stderr() -> None:
-    if not sys.stderr.isatty():  # where no progress bar is seen
+    if not sys.stderr.isatty():  # no progress bar is shown, so the log has the progress
         logging.getLogger("vimoe").setLevel(logging.INFO)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, handlers=[_Stderr()])
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
 
 
-def _of_machine(error: OSError) -> FolderError:
-    """Return an error of disks and permissions in the form of all others."""
+def _machine_error(error: OSError) -> FolderError:
+    """Return an error of a disk, permission or file name as a one-line FolderError with a remedy."""
     where = error.filename if error.filename is not None else "a file or folder"
     remedies = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOSPC: "make room", errno.EDQUOT: "make room"}
     remedy = remedies.get(error.errno or 0, "make room, or mend permissions")
@@ -417,12 +424,12 @@ def _of_machine(error: OSError) -> FolderError:
 
 
 def _one_line(error: Exception) -> str:
-    """The message; where a data worker sent it with its traceback, the last line of that."""
+    """Return the message of an error; of a data worker's traceback, the last line."""
     message = str(error)
     if "Traceback (most recent call last)" in message:
         message = [line for line in message.split("\n") if line.strip()][-1]
         message = message.partition("Error: ")[2] if message.startswith("vimoe.errors.") else message
-    return printable(message)  # names may hold line ends
+    return printable(message)  # file names may contain line ends
 
 
 if __name__ == "__main__":

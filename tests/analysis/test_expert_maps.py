@@ -106,7 +106,7 @@ def test_the_figure_has_image_truth_prediction_and_experts_in_their_colours(tmp_
     axes = figure.axes
     assert len(axes) == 2 * 4
     titles = [axis.get_title() for axis in axes[:4]]
-    assert titles == ["image", "truth", "prediction", "backbone.blocks.0.mlp\na choice a patch"]
+    assert titles == ["image", "truth", "prediction", "backbone.blocks.0.mlp\none choice per patch"]
     image, truth, predicted, experts = (axis.images[0] for axis in axes[4:])
     assert np.array_equal(image.get_array()[..., 0] == 255, np.kron(layout, np.ones((4, 4)))[:14, :15] == 0)
     expected = np.array([*PALETTE[:3], *[(255, 255, 255)] * 5])[values] / 255  # void is white

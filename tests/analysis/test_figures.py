@@ -11,7 +11,7 @@ from helpers.found import effect, evidence
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from vimoe.analysis import figures
+from vimoe.analysis import figures, plot_data
 from vimoe.report import plotly_figures
 from vimoe.report.curves import curves, loads
 
@@ -22,7 +22,7 @@ def test_heatmaps_draw_the_counts_that_did_not_make_the_order() -> None:
     found["class_order"], layer["expert_order"] = [2, 0, 1], [1, 0]
     layer["drawn"], layer["counts"] = [[3, 1], [0, 0], [0, 5]], [[9, 9]] * 3
     expected = [[1, 0], [0.25, 0.75], [np.nan, np.nan]]
-    np.testing.assert_array_equal(figures.shares(found, layer), expected)
+    np.testing.assert_array_equal(plot_data.heatmap_shares(found, layer), expected)
     axis = figures.heatmap(found, layer["name"])
     np.testing.assert_array_equal(np.ma.filled(axis.images[0].get_array().astype(float), np.nan), expected)
     assert [label.get_text() for label in axis.get_yticklabels()] == ["class 2", "class 0", "class 1"]
@@ -50,29 +50,29 @@ def test_a_dot_is_hollow_where_its_interval_holds_zero() -> None:
     found["layers"][0]["permuted"], found["layers"][1]["permuted"] = effect(0.1, 0.2), effect(-0.3, 0.1)
     plot = plotly_figures.effects(found)
     assert [trace.name for trace in plot.data if trace.name] == [
-        figures.INTERVENTIONS[k] for k in ("permuted", "frozen", "shared")
+        plot_data.INTERVENTIONS[k] for k in ("permuted", "frozen", "shared")
     ]
     permuted = plot.data[0]
     assert list(permuted.x) == [0.1, -0.3] and list(permuted.marker.symbol) == ["circle-open", "circle"]
-    assert "cannot be told from 0" in permuted.text[0] and "cannot" not in permuted.text[1]
+    assert "interval contains 0" in permuted.text[0] and "contains" not in permuted.text[1]
     np.testing.assert_allclose(permuted.error_x.array, [0.2, 0.1])
     (axis,) = figures.effects(found).axes
     faces = [container.lines[0].get_markerfacecolor() for container in axis.containers]
     assert faces == [
         "w",
-        figures.COLOURS[0],
+        plot_data.COLOURS[0],
         "w",
-        figures.COLOURS[1],
-        figures.COLOURS[2],
+        plot_data.COLOURS[1],
+        plot_data.COLOURS[2],
     ]  # permuted, frozen, shared; layer 0 first
 
 
 def test_single_experts_are_named_with_their_load() -> None:
     found = evidence(layers=2, experts=4)
-    dots = figures.expert_dots(found)
+    dots = plot_data.expert_dots(found)
     assert [round(dot.y) for dot in dots] == [0] * 4 + [1] * 4 and dots == sorted(dots, key=lambda dot: dot.y)
     assert dots[6].label.startswith("blocks.1.mlp, expert 2 (load ")
-    assert dots[6].change == found["layers"][1]["experts"][2]["loss"]
+    assert dots[6].estimate == found["layers"][1]["experts"][2]["loss"]
 
 
 def test_curves_of_one_run_and_of_several(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_loads_have_a_panel_a_layer_and_a_line_an_expert(tmp_path: Path) -> None
     assert [len(axis.lines) for axis in axes if axis.axison] == [2] * 7
 
 
-@pytest.mark.parametrize("name", ["dependence", "effects", "experts", "agreement", "heatmaps"])
+@pytest.mark.parametrize("name", ["ami", "effects", "expert_effects", "agreement", "heatmaps"])
 def test_every_figure_can_be_drawn_of_one_layer_and_of_twelve(name: str) -> None:
     for layers in (1, 12):
         figure = getattr(figures, name)(evidence(layers=layers, classes=3, experts=2))
@@ -139,9 +139,9 @@ def named_so(layers: int) -> dict[str, Any]:
 DRAWN = {
     "heatmap": lambda path: figures.heatmap(named_so(1), HOSTILE[0]).figure,
     "heatmaps": lambda path: figures.heatmaps(named_so(6)),
-    "dependence": lambda path: figures.dependence(named_so(6)),
+    "ami": lambda path: figures.ami(named_so(6)),
     "effects": lambda path: figures.effects(named_so(6)),
-    "experts": lambda path: figures.experts(named_so(6)),
+    "expert_effects": lambda path: figures.expert_effects(named_so(6)),
     "agreement": lambda path: figures.agreement(named_so(6)),
     "captions": lambda path: figures.contact_sheet({"row": [(np.ones((2, 2, 3)), name) for name in HOSTILE]}),
     "rows": lambda path: figures.contact_sheet({name: [(np.ones((2, 2, 3)), "x")] for name in HOSTILE}),

@@ -20,7 +20,9 @@ from vimoe.errors import FolderError
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
 from vimoe.report.run_comparison import write_comparison
-from vimoe.report.run_report import describe, receipt_row, write_run_report
+from vimoe.report.run_files import describe
+from vimoe.report.run_report import write_run_report
+from vimoe.report.table_cells import receipt_row
 from vimoe.run_folder import write_settings
 
 NASTY = "</script><script>alert(1)</script>"
@@ -81,17 +83,20 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     found = evidence(layers=2)
     found["classes"][0] = found["layers"][1]["name"] = NASTY
     page = Page("a <b> run", tmp_path / "figures")
-    page.heading(NASTY)
+    for add in (page.heading, page.subheading, page.text, lambda text: page.items([text])):
+        add(NASTY)
+    page.table([NASTY], [])
     page.table(("layer", "AMI"), [(NASTY, "0.5\n[0.4, 0.6]")], folded=NASTY)
-    page.interactive(plotly_figures.heatmaps(found), NASTY)
-    page.interactive(plotly_figures.effects(found), 'a "caption"', figures.effects(found), "effects")
+    page.plotly_figure(plotly_figures.heatmaps(found), NASTY)
+    page.plotly_figure(plotly_figures.effects(found), 'a "caption"', figures.effects(found), "effects")
     page.figure(figures.heatmaps(found), "heatmaps", 'P("e" | c)')
+    page.image(tmp_path / "figures" / "heatmaps.png", '">' + NASTY)
     read = Reader(page.write(tmp_path / "report.html"))
     assert not any(script.strip().startswith("alert") for script in read.scripts)
     assert len(read.scripts) == 1 + 2  # plotly once, two figures
     assert read.loaded and all(link.startswith(("data:", "#section-")) for link in read.loaded)
     assert (
-        read.text.count("alert(1)") == 5 and "<title>a &lt;b&gt; run</title>" in (tmp_path / "report.html").read_text()
+        read.text.count("alert(1)") == 10 and "<title>a &lt;b&gt; run</title>" in (tmp_path / "report.html").read_text()
     )
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"effects.png", "heatmaps.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "figures"}
@@ -101,7 +106,7 @@ def test_labels_of_plotly_are_escaped_too() -> None:
     found = evidence(layers=1)
     found["classes"] = [NASTY] * 10
     found["layers"][0]["name"] = NASTY
-    for plot in (plotly_figures.heatmaps(found), plotly_figures.effects(found), plotly_figures.experts(found)):
+    for plot in (plotly_figures.heatmaps(found), plotly_figures.effects(found), plotly_figures.expert_effects(found)):
         assert "<script" not in json.dumps(plot.to_plotly_json(), default=lambda array: array.tolist())
 
 
@@ -110,56 +115,57 @@ def test_a_page_without_interactive_figures_has_no_script(tmp_path: Path) -> Non
     assert not Reader(page).scripts and page.stat().st_size < 10**6
 
 
-def test_a_training_is_told(tmp_path: Path) -> None:
+def test_the_page_of_a_training(tmp_path: Path) -> None:
     read = Reader(write_run_report(trained(tmp_path / "run", layers="last:2", num_experts=6)))
-    assert "blocks last:2: 6 experts, 1 shared, 1 chosen for each image, on 77 images" in read.text
+    assert "blocks last:2: 6 experts, 1 shared, 1 chosen for each image. It was trained on 77 images" in read.text
     assert "50.00 ± 9.80" in read.text and "100 validation images" in read.text
     assert "moe.num_experts 6" in read.text and "torch 9.9" in read.text
-    assert "9 alarms were raised" in read.text and "epoch 8: blocks.0.mlp: the router is <odd>" in read.text
+    assert "raised 9 alarms" in read.text and "epoch 8: blocks.0.mlp: the router is <odd>" in read.text
     assert "epoch 2: blocks.0.mlp" not in read.text
 
 
-def test_an_analysis_is_told_with_its_doubts(tmp_path: Path) -> None:
+def test_the_page_of_an_analysis_says_what_is_uncertain(tmp_path: Path) -> None:
     run = analysed(tmp_path / "run", layers=3)
     (run / "figures").mkdir()
     (run / "figures" / "examples-blocks.2.mlp.png").write_bytes(b"a picture")
     read = Reader(write_run_report(run))
     assert "blocks.0.mlp 0.000 [-0.050, 0.050] not distinguishable from chance 0.400" in read.text
     assert "blocks.2.mlp 0.900 [0.850, 0.950] 0.002" in read.text
-    assert "blocks.0.mlp +0.0000 [-0.0100, +0.0100] cannot be told from 0" in read.text
+    assert "blocks.0.mlp +0.0000 [-0.0100, +0.0100] interval contains 0" in read.text
     assert "blocks.2.mlp +0.3000 [+0.2900, +0.3100] +0.2000" in read.text  # permuted, frozen
     assert "blocks.2.mlp -3.00 [-3.10, -2.90]" in read.text  # top-1 in points
-    assert "Of 24 experts the change of 11 cannot be told from 0" in read.text
-    assert "about 1 would miss 0" in read.text and "123 are used of 512 possible" in read.text
+    assert "For 11 of 24 experts the change is not distinguishable from 0" in read.text
+    assert (
+        "about 1 of these intervals would exclude 0" in read.text and "123 of 512 possible routes are used" in read.text
+    )
     assert "on 400 validation images, with 95% bootstrap intervals" in read.text
-    assert "more than chance gives (AMI) in: blocks.1.mlp (0.450), blocks.2.mlp (0.900)." in read.text
-    assert "the interval above 0) in: blocks.1.mlp (+0.1500), blocks.2.mlp (+0.3000)." in read.text
-    assert "The rank correlation of the two over 3 layers is +1.00" in read.text
+    assert "more than by chance (AMI) in: blocks.1.mlp (0.450), blocks.2.mlp (0.900)." in read.text
+    assert "interval above 0) in: blocks.1.mlp (+0.1500), blocks.2.mlp (+0.3000)." in read.text
+    assert "The rank correlation of AMI and loss change over 3 layers is +1.00" in read.text
     assert "weight similarity blocks.0.mlp 1.000" in read.text and "deviation similarity" not in read.text
     assert (
-        "blocks.2.mlp: validation images by the expert" in read.text
-        and "data:image/png;base64,YSBwaWN0dXJl" in read.loaded
+        "blocks.2.mlp: validation images by expert" in read.text and "data:image/png;base64,YSBwaWN0dXJl" in read.loaded
     )
 
 
 def test_what_was_not_measured_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     read = Reader(write_run_report(analysed(tmp_path / "run", layers=2, overruled=False)))
     assert "whether the routing matters was not measured" in read.text
-    assert "What single experts are worth was not measured" in read.text
+    assert "The effect of single experts was not measured" in read.text
     assert "were not compared with one another" in read.text
-    assert "cannot be told from 0" not in read.text and not (tmp_path / "run" / "figures" / "effects.png").exists()
+    assert "interval contains 0" not in read.text and not (tmp_path / "run" / "figures" / "effects.png").exists()
 
 
-def test_a_pruning_is_told_in_its_order(tmp_path: Path) -> None:
+def test_the_page_of_a_pruning_has_its_removals_in_order(tmp_path: Path) -> None:
     read = Reader(write_run_report(pruned(tmp_path / "run")))
-    assert "1. blocks.0.mlp shared expert alone +0.0015 [-0.0085, +0.0115] cannot be told from 0 – –" in read.text
+    assert "1. blocks.0.mlp shared expert alone +0.0015 [-0.0085, +0.0115] interval contains 0 – –" in read.text
     assert "2. blocks.1.mlp, expert 5 other experts +0.0040 [+0.0030, +0.0050] +0.0055" in read.text
     assert "blocks.1.mlp 7 experts averaged +0.2500" in read.text
-    assert "before pruning 61.00" in read.text and "pruned, then trained on 62.50" in read.text
+    assert "before pruning 61.00" in read.text and "pruned, then trained further 62.50" in read.text
     assert "400 test images" in read.text and "after 3 further epochs" in read.text
     assert (tmp_path / "run" / "figures" / "before-heatmaps.png").exists()
     without = Reader(write_run_report(pruned(tmp_path / "other", recovered=False)))
-    assert "trained on" not in without.text and "further epochs" not in without.text
+    assert "trained further" not in without.text and "further epochs" not in without.text
 
 
 @pytest.mark.parametrize(
@@ -213,10 +219,10 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "dense vit_small_patch14_dinov2, dense top-1 40.00 ± 9.60 (100 images, epoch 2)" in read.text
     assert f"{runs[3]} vit_small_patch14_dinov2 with a mixture" in read.text  # two are named moe
     assert (
-        "; then pruned of blocks.0.mlp; blocks.1.mlp, expert 5" in read.text
+        "; pruning removed blocks.0.mlp; blocks.1.mlp, expert 5" in read.text
     )  # its settings are those of the run that it comes from
     assert "less, before pruning 61.00" in read.text and "400 test" in read.text
-    differing = read.text.split("What differs")[-1].split("Loss and accuracy")[0]
+    differing = read.text.split("Settings that differ")[-1].split("Loss and score")[0]
     assert "moe.layers none last:2 last:2 last:2" in differing and "moe.num_experts" not in differing
     assert f"{runs[1]} blocks.1.mlp 400 0.900 [0.850, 0.950] 0.002" in read.text
     assert "+0.3000 [+0.2900, +0.3100] +0.0123 [+0.0023, +0.0223]" in read.text  # the cheapest way

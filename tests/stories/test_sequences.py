@@ -30,7 +30,7 @@ from vimoe.data.legends import read_legend
 from vimoe.data.masks import Legend
 from vimoe.data.scenes import load_scenes
 from vimoe.errors import ConfigError, DataError
-from vimoe.report.routing_section import _meaning
+from vimoe.report.routing_section import _interval_meaning
 from vimoe.tasks.scene_training import fingerprint
 
 VIDEOS, FRAMES, UNITS, CLASSES, EXPERTS = 12, 7, 10, 3, 4
@@ -166,8 +166,8 @@ def test_of_few_sequences_intervals_are_over_images_and_say_so() -> None:
     assert numbered(["a", "b", "b", "c", "d"]) == (None, 4)
     assert over(4) == "over single frames of 4 sequences, and so too narrow" and "1 sequence," in over(1)
     assert numbered(None) == (None, None) and over(None) == "over images"
-    assert "what other images" in _meaning(None) and "what other videos" in _meaning(5)
-    assert "nothing of other videos" in _meaning(4)
+    assert "what other images" in _interval_meaning(None) and "what other videos" in _interval_meaning(5)
+    assert "nothing of other videos" in _interval_meaning(4)
 
 
 CAMVID = Path(__file__).parents[2] / "studies/camvid/classes.yaml"

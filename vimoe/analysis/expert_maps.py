@@ -1,6 +1,6 @@
-"""Which expert each patch of an image goes to, as a picture beside the image, its truth and its prediction.
+"""Expert maps: the expert of each patch of an image, drawn beside the image, its mask and its prediction.
 
-Axes: B images, H x W their pixels, h x w the patches that hold some of them.
+Axes: B images of H x W pixels, h x w patches that contain pixels of the image.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from vimoe.moe import record
 from vimoe.moe.layer import moe_layers
 
 Shade = tuple[float, float, float]  # red, green, blue in 0..1
-# Okabe and Ito's, which also those see apart who do not see all colours
+# the palette of Okabe and Ito, which people with colour blindness can distinguish
 EXPERTS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
-LISTED = 24  # classes whose names fit into a legend
-LAYERS = 6  # that fit beside one another
+LISTED = 24  # most classes whose names fit into a legend
+LAYERS = 6  # most layers that fit side by side
 
 
 @torch.no_grad()
 def choices(model: Segmenter, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the model computes of images in one forward, and where its MoE layers send their patches.
+    """Return the logits of a batch and the expert that each MoE layer chose first for each patch, in one forward pass.
 
     Args:
-        model: in eval mode.
-        images: (B, 3, H, W), normalised, on the model's device; of any size that the model takes.
+        model: segmenter in eval mode.
+        images: (B, 3, H, W), normalised, on the model's device; any size that the model accepts.
 
     Returns:
-        Scores (B, classes, H, W), and by layer the first choice (B, h, w) of the patches that hold pixels of the image;
-        prefix tokens and patches of padding are left out. All patches of an image have the one that it was routed to.
+        Logits (B, classes, H, W), and by layer name the index of the first expert, (B, h, w). Prefix tokens and patches
+        of padding are left out. With image routing all patches of an image have the expert of the image.
     """
     with record(model) as routings:
         logits = model(images)
@@ -65,23 +65,28 @@ def choices(model: Segmenter, images: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 
 def expert_maps(model: Segmenter, scenes: Sequence[Scene], legend: Legend, prepared: dict[str, Any]) -> Figure:
-    """Image, truth and prediction, and for each of the last six MoE layers the expert of every patch: a row a scene.
+    """Draw one row for each scene: image, mask, prediction, and the expert of every patch in the last six MoE layers.
 
-    An image larger than the training crop is cut to a window of that size around its centre, because that is what the
-    model sees in a forward.
+    An image larger than the training crop is cut to a window of that size around its centre: the model sees no more in
+    one forward pass.
 
     Args:
-        model: is left in eval mode.
-        scenes: (image file, mask file) of each row, one at least.
-        legend: what the masks' values mean, and the names of the classes.
-        prepared: mean and std, as `vimoe.data.loaders.preprocessing` gives them.
+        model: segmenter; it is left in eval mode.
+        scenes: (image file, mask file) of each row; at least one.
+        legend: meaning of the masks' values, and names of the classes.
+        prepared: mean and std, as `vimoe.data.loaders.preprocessing` returns them.
 
     Raises:
-        DataError: for a file that cannot be read.
+        DataError: A file cannot be read.
     """
     model.eval()
     layers = {name: layer.config for name, layer in list(moe_layers(model).items())[-LAYERS:]}
-    titles = ["image", "truth", "prediction", *(f"{name}\na choice a{_UNITS[c.routing]}" for name, c in layers.items())]
+    titles = [
+        "image",
+        "truth",
+        "prediction",
+        *(f"{name}\none choice per {_UNITS[c.routing]}" for name, c in layers.items()),
+    ]
     names = legend.names
     classes = [_share(rgb) for rgb in model.palette or spread_colours(len(names))]
     experts = expert_colours(max((config.num_experts for config in layers.values()), default=0))
@@ -91,11 +96,11 @@ def expert_maps(model: Segmenter, scenes: Sequence[Scene], legend: Legend, prepa
         pixels, truth = _centre(np.asarray(open_image(image)), legend.read(mask), model.crop)
         logits, chosen = choices(model, _normalised(model, pixels, prepared))
         row[0].imshow(pixels)
-        _colours(row[1], truth, classes)
-        _colours(row[2], logits[0].argmax(dim=0).cpu().numpy(), classes)
+        _draw_labels(row[1], truth, classes)
+        _draw_labels(row[2], logits[0].argmax(dim=0).cpu().numpy(), classes)
         for axis, name in zip(row[3:], layers, strict=True):
-            _colours(axis, chosen[name][0].cpu().numpy(), experts, model.patch_size)
-        for axis in row:  # what patches hold beyond the image's edge is padding
+            _draw_labels(axis, chosen[name][0].cpu().numpy(), experts, model.patch_size)
+        for axis in row:  # patches may reach beyond the edge of the image, where there is padding
             axis.set(xticks=[], yticks=[], xlim=(-0.5, truth.shape[1] - 0.5), ylim=(truth.shape[0] - 0.5, -0.5))
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9, parse_math=False)
@@ -106,30 +111,30 @@ def expert_maps(model: Segmenter, scenes: Sequence[Scene], legend: Legend, prepa
 
 
 def expert_colours(number: int) -> list[Shade]:
-    """A fixed colour for each expert of a layer; those of 8 can be told apart by everyone."""
+    """Return a fixed colour for each expert of a layer; up to 8 are safe for colour blindness."""
     return list(map(to_rgb, EXPERTS[:number])) if number <= len(EXPERTS) else list(map(_share, spread_colours(number)))
 
 
-_UNITS = {"token": " patch", "image": "n image"}
+_UNITS = {"token": "patch", "image": "image"}
 
 
-def _colours(axis: Axes, places: np.ndarray, shades: Sequence[Shade], cell: tuple[int, int] = (1, 1)) -> None:
-    """Draws (h, w) places in `shades`, each as a cell of so many pixels (height, width); IGNORE stays white."""
+def _draw_labels(axis: Axes, labels: np.ndarray, shades: Sequence[Shade], cell: tuple[int, int] = (1, 1)) -> None:
+    """Draw (h, w) labels in their `shades`, each as a cell of (height, width) pixels; IGNORE stays white."""
     table = np.ones((IGNORE + 1, 3))
     table[: len(shades)] = shades
-    right, bottom = (side * length - 0.5 for side, length in zip(places.shape[::-1], cell[::-1], strict=True))
-    axis.imshow(table[places], extent=(-0.5, right, bottom, -0.5), interpolation="nearest")
+    right, bottom = (side * length - 0.5 for side, length in zip(labels.shape[::-1], cell[::-1], strict=True))
+    axis.imshow(table[labels], extent=(-0.5, right, bottom, -0.5), interpolation="nearest")
 
 
 def _centre(pixels: np.ndarray, mask: np.ndarray, crop: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of an image (H, W, 3) and its mask (H, W), of the size of the crop at most."""
+    """Cut the centre, at most as large as `crop`, out of an image (H, W, 3) and its mask (H, W)."""
     top, left = (max(0, side - most) // 2 for side, most in zip(mask.shape, crop, strict=True))
     window = np.s_[top : top + crop[0], left : left + crop[1]]
     return pixels[window], mask[window]
 
 
 def _normalised(model: Segmenter, pixels: np.ndarray, prepared: dict[str, Any]) -> Tensor:
-    """(H, W, 3) uint8 to a batch of one, on the model's device."""
+    """Return (H, W, 3) uint8 pixels as a normalised batch of one on the model's device."""
     weight = next(model.parameters())
     mean, std = (torch.tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255

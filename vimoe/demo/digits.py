@@ -22,7 +22,7 @@ from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.demo.tour import DISCLAIMER, PARENT, SEEDS, Arm, Tour, add_routing_and_training, analysed, compare, told
 from vimoe.models.model_folder import load
 from vimoe.report.html_page import Page
-from vimoe.report.run_report import RECEIPT_HEADER, receipt_row
+from vimoe.report.table_cells import RECEIPT_HEADER, receipt_row
 
 FIRST = TrainConfig(epochs=45, batch_size=30, lr=2e-3, warmup_epochs=4, hflip=0, min_crop=0.8, tensorboard=False)
 FURTHER = replace(FIRST, epochs=6, lr=1e-3, warmup_epochs=0.5)

@@ -30,7 +30,7 @@ from vimoe.models.cost import count
 from vimoe.models.model_folder import load
 from vimoe.models.segmenter import Segmenter
 from vimoe.report.html_page import Page
-from vimoe.report.run_report import RECEIPT_HEADER, over_seeds
+from vimoe.report.table_cells import RECEIPT_HEADER, over_seeds
 from vimoe.tasks.segmentation import SHOWN, Segmentation
 
 Table = Mapping[str, Sequence[dict[str, Any]]]  # of each arm, what was measured by seed

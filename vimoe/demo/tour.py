@@ -27,8 +27,8 @@ from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import run_training
 from vimoe.report.curves import curves, loads
 from vimoe.report.html_page import Page
-from vimoe.report.routing_section import add_routing, in_short
-from vimoe.report.run_report import LOAD, METRICS
+from vimoe.report.routing_section import add_routing_section, routing_summary
+from vimoe.report.run_files import LOAD, METRICS
 
 SEEDS = (0, 1, 2)
 PARENT = "parent"
@@ -137,14 +137,16 @@ def analysed(trained: Sequence[Path]) -> list[Evidence]:
 def by_seed(evidence: Sequence[Evidence]) -> list[str]:
     """What the routing of each seed comes to."""
     return [
-        f"seed {seed}: {line}" for seed, one in zip(SEEDS, evidence, strict=True) for line in in_short(one.to_dict())
+        f"seed {seed}: {line}"
+        for seed, one in zip(SEEDS, evidence, strict=True)
+        for line in routing_summary(one.to_dict())
     ]
 
 
 def add_routing_and_training(page: Page, arm: Arm, folder: Path, evidence: Sequence[Evidence]) -> None:
     """Adds the routing and the training of an arm's first run, within the folder of the tour, and `by_seed` of all."""
     seed = SEEDS[0]
-    add_routing(page, evidence[0].to_dict(), "Routing")
+    add_routing_section(page, evidence[0].to_dict(), "Routing")
     page.subheading("Over seeds")
     page.text(f"The routing shown is that of seed {seed}; each run's folder has its own report. In short, all seeds:")
     page.items(by_seed(evidence))

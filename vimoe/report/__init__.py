@@ -1,1 +1,1 @@
-"""Pages written from the files of runs; no torch."""
+"""HTML pages about runs, written from their files. Imports no torch."""

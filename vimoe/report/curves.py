@@ -1,4 +1,4 @@
-"""Curves of a training for files and notebooks; no torch."""
+"""Curves of a training by matplotlib: loss, score, and share of each expert by epoch. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vimoe.analysis.figures import _panels
+from vimoe.analysis.figures import panels
 from vimoe.files import printable, read_text
 
-SCORES = {"val_top1": "top-1", "val_miou": "mean IoU"}  # columns of metrics.csv that a run is judged by
+SCORES = {"val_top1": "top-1", "val_miou": "mean IoU"}  # columns of metrics.csv that choose the best epoch
 
 
 def curves(metrics: Path | Mapping[str, Path]) -> Figure:
-    """Loss and score by epoch, from the metrics.csv of a run, or of several by name."""
+    """Draw loss and score by epoch.
+
+    Args:
+        metrics: path of the metrics.csv of one run, or those of several runs by name.
+    """
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, path in (metrics if isinstance(metrics, Mapping) else {"validation": metrics}).items():
@@ -25,15 +29,15 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
         epochs = [int(row["epoch"]) for row in rows]
         if not isinstance(metrics, Mapping):
             loss = [float(row["train_loss"]) for row in rows]
-            left.plot(epochs, loss, label="train (with its augmentation)", color="C1", marker=".")
+            left.plot(epochs, loss, label="train (augmented)", color="C1", marker=".")
         (line,) = left.plot(epochs, [float(row["val_loss"]) for row in rows], label=name, marker=".")
         column = next(key for key in SCORES if key in rows[0])
         right.plot(epochs, [100 * float(row[column]) for row in rows], color=line.get_color(), marker=".")
     left.set(xlabel="epoch", ylabel="cross-entropy, nats" if isinstance(metrics, Path) else "validation loss, nats")
     right.set(xlabel="epoch", ylabel=f"{SCORES[column]} on validation, %")
     for axis in (left, right):
-        axis.xaxis.set_major_locator(_whole())
-    lines = left.get_lines()  # all of them: by itself a legend has no name that begins with an underscore
+        axis.xaxis.set_major_locator(_whole_epochs())
+    lines = left.get_lines()  # named here: matplotlib leaves names that begin with an underscore out of a legend
     names = [printable(str(line.get_label())) for line in lines]
     legend = figure.legend(lines, names, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     for text in legend.get_texts():
@@ -41,25 +45,25 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
     return figure
 
 
-def _whole() -> MaxNLocator:
-    """Ticks at whole epochs, also where there is but one."""
+def _whole_epochs() -> MaxNLocator:
+    """Return a locator of ticks at whole epochs, also for a single epoch."""
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def loads(load: Path) -> Figure:
-    """The share of each expert by epoch, one panel a layer, from load.csv."""
+    """Draw the share of each expert by epoch from load.csv, with one panel for each layer."""
     rows = _csv(load)
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure, axes = _panels(len(layers), 1.9, 1.7, sharey=True)
+    figure, axes = panels(len(layers), 1.9, 1.7, sharey=True)
     for axis, layer in zip(axes, layers, strict=True):
-        mine = [row for row in rows if row["layer"] == layer]
-        for expert in dict.fromkeys(row["expert"] for row in mine):
-            points = [(int(row["epoch"]), 100 * float(row["share"])) for row in mine if row["expert"] == expert]
+        own_rows = [row for row in rows if row["layer"] == layer]
+        for expert in dict.fromkeys(row["expert"] for row in own_rows):
+            points = [(int(row["epoch"]), 100 * float(row["share"])) for row in own_rows if row["expert"] == expert]
             axis.plot(*zip(*points, strict=True), lw=1, marker="." if len(points) < 3 else None)
         axis.set_title(layer, fontsize=9, parse_math=False)
         axis.tick_params(labelsize=7)
-        axis.xaxis.set_major_locator(_whole())
-    axes[0].set_ylim(bottom=0)  # of all, once all lines are there
+        axis.xaxis.set_major_locator(_whole_epochs())
+    axes[0].set_ylim(bottom=0)  # for all panels, which share this axis; after the lines, which set the top
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel("share of an expert, %", fontsize=9)
     return figure

@@ -1,4 +1,7 @@
-"""A page that is written from top to bottom: one HTML file that holds all it shows and opens from disk. No torch."""
+"""HTML page in one self-contained file, written from top to bottom. Imports no torch.
+
+Each method escapes the text that it gets.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +50,11 @@ WITHOUT_SCRIPTS = "<noscript><style>.print { display: block } .screen { display:
 
 
 class Page:
-    """A page that is written from top to bottom.
+    """HTML page; each method adds one element at the end.
 
     Args:
-        title: of the page.
-        figures: a folder that figures are written to as well; None for the page alone.
+        title: title of the page.
+        figures: folder that gets a PNG file of each figure; None to write none.
     """
 
     def __init__(self, title: str, figures: Path | None = None) -> None:
@@ -61,32 +64,32 @@ class Page:
         self._plots = 0
 
     def heading(self, text: str) -> None:
-        """Starts a section."""
+        """Add the heading of a section, with a link to it at the top of the page."""
         self._sections.append(html.escape(text))
         self._parts.append(f'<h2 id="section-{len(self._sections)}">{html.escape(text)}</h2>')
 
     def subheading(self, text: str) -> None:
-        """Starts a part of a section."""
+        """Add the heading of a part of a section."""
         self._parts.append(f"<h3>{html.escape(text)}</h3>")
 
     def text(self, text: str, note: bool = False) -> None:
-        """Adds a paragraph."""
+        """Add a paragraph; a note is in small grey type."""
         self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
 
     def items(self, lines: Iterable[str]) -> None:
-        """Adds a list."""
+        """Add a bulleted list."""
         self._parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
 
     def table(
         self, header: Sequence[str], rows: Iterable[Sequence[str]], words: bool = False, folded: str | None = None
     ) -> None:
-        """Adds a table; the first column is the name of the row.
+        """Add a table, whose first column names the rows.
 
         Args:
             header: names of the columns.
-            rows: cells; a line break in one is kept.
-            words: text, which is set to the left and may wrap, instead of numbers.
-            folded: what to click on to see the table; by default it is open.
+            rows: text of the cells; a line break in a cell is kept.
+            words: True for a table of words, which are left-aligned and wrap; False for numbers.
+            folded: label of a fold that hides the table until a click; None shows the table.
         """
         head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
         cells = (("".join(f"<td>{html.escape(c)}</td>" for c in row)).replace("\n", "<br>") for row in rows)
@@ -98,38 +101,38 @@ class Page:
         self._parts.append(table)
 
     def figure(self, figure: Figure, name: str, caption: str) -> None:
-        """Adds a figure, and writes it as figures/NAME.png too."""
-        self._add_figure(self._image(figure, name, caption), caption)
+        """Add a matplotlib figure, and write it to figures/NAME.png."""
+        self._add_figure(self._img_of(figure, name, caption), caption)
 
-    def interactive(self, plot: Any, caption: str, twin: Figure | None = None, name: str = "") -> None:
-        """Adds a plotly figure.
+    def plotly_figure(self, plot: Any, caption: str, printed: Figure | None = None, name: str = "") -> None:
+        """Add an interactive plotly figure.
 
         Args:
-            plot: the plotly Figure; its height is kept, its width is that of the page.
-            caption: below it.
-            twin: the same on paper, and where scripts are off; without it, there is nothing.
-            name: the twin is written as figures/NAME.png too.
+            plot: plotly Figure; it keeps its height and gets the width of the page.
+            caption: text below the figure.
+            printed: matplotlib Figure for print and for browsers without scripts; None shows nothing there.
+            name: name of the PNG file of `printed` in figures/.
         """
-        import plotly.io  # here, for pages without such figures do not wait for it
+        import plotly.io  # not at the top: pages without such figures should not wait for the import
 
         self._plots += 1
         content = plotly.io.to_html(
             plot,
             full_html=False,
-            include_plotlyjs=False,  # once a page
+            include_plotlyjs=False,  # it is written once, in the head
             default_height=f"{plot.layout.height}px",
             div_id=f"plot-{self._plots}",
             config={"responsive": True, "displayModeBar": False},
         )
-        paper = "" if twin is None else f"<div class=print>{self._image(twin, name, caption)}</div>"
-        self._add_figure(f"<div class=screen>{content}</div>{paper}", caption, screen=twin is None)
+        paper = "" if printed is None else f"<div class=print>{self._img_of(printed, name, caption)}</div>"
+        self._add_figure(f"<div class=screen>{content}</div>{paper}", caption, screen=printed is None)
 
-    def picture(self, png: Path, caption: str) -> None:
-        """Adds an image file."""
+    def image(self, png: Path, caption: str) -> None:
+        """Add a PNG file."""
         self._add_figure(_img(png.read_bytes(), caption), caption)
 
     def write(self, path: Path) -> Path:
-        """Writes the page whole or not at all."""
+        """Write the page to a file, whole or not at all, and return its path."""
         links = (f'<a href="#section-{i}">{name}</a>' for i, name in enumerate(self._sections, start=1))
         title, script = html.escape(self.title), ""
         if self._plots:
@@ -144,7 +147,7 @@ class Page:
         write_text(path, head + "\n".join(self._parts) + "</body></html>\n")
         return path
 
-    def _image(self, figure: Figure, name: str, caption: str) -> str:
+    def _img_of(self, figure: Figure, name: str, caption: str) -> str:
         content = png(figure, dpi=130)
         if self.figures:
             self.figures.mkdir(exist_ok=True)

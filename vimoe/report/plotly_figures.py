@@ -1,6 +1,6 @@
-"""Figures to point at, by plotly, from the plain contents of routing.json. Imports no torch.
+"""Interactive figures by plotly from the plain contents of routing.json. Imports no torch.
 
-Plotly reads its labels as HTML, so names that come from files are escaped.
+Plotly reads its labels as HTML, so names from files are escaped.
 """
 
 from __future__ import annotations
@@ -11,13 +11,22 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from vimoe.analysis.figures import COLOURS, Dot, dependence_dots, drawn_counts, effect_dots, expert_dots, shares, short
+from vimoe.analysis.plot_data import (
+    COLOURS,
+    Dot,
+    ami_dots,
+    effect_dots,
+    expert_dots,
+    heatmap_counts,
+    heatmap_shares,
+    short,
+)
 
-LABELLED = 120  # classes that each have a line for their name
+LABELLED = 120  # most classes that each get a line for their name
 
 
 def heatmaps(evidence: dict[str, Any]) -> go.Figure:
-    """P(expert | class), one layer at a time: the one with the most specialised experts first."""
+    """Draw P(expert | class), one layer at a time; the layer with the largest AMI comes first."""
     layers = evidence["layers"]
     names = [html.escape(evidence["classes"][i]) for i in evidence["class_order"]]
     values = [layer["adjusted_mutual_information"]["value"] for layer in layers]
@@ -45,7 +54,7 @@ def heatmaps(evidence: dict[str, Any]) -> go.Figure:
             "ticktext": [html.escape(short(evidence["classes"][evidence["class_order"][i]])) for i in thinned],
             "automargin": True,
             "tickfont": {"size": 9 if len(names) > 50 else 11},
-            "fixedrange": len(names) <= LABELLED,  # else a finger on it scrolls the page
+            "fixedrange": len(names) <= LABELLED,  # otherwise a finger on the figure would not scroll the page
         },
         updatemenus=[{
             "buttons": buttons, "active": first, "showactive": True, "direction": "down",
@@ -55,48 +64,48 @@ def heatmaps(evidence: dict[str, Any]) -> go.Figure:
     return _plain(figure)
 
 
-def dependence(evidence: dict[str, Any]) -> go.Figure:
-    """Adjusted mutual information of class and expert, layer by layer, with intervals."""
-    figure = go.Figure([_dots(dependence_dots(evidence), "AMI", COLOURS[0])])
+def ami(evidence: dict[str, Any]) -> go.Figure:
+    """Draw the adjusted mutual information of class and expert by layer, with intervals."""
+    figure = go.Figure([_dots(ami_dots(evidence), "AMI", COLOURS[0])])
     return _rows(figure, evidence["layers"], 28 * len(evidence["layers"]) + 80, "AMI of class and expert")
 
 
 def effects(evidence: dict[str, Any]) -> go.Figure:
-    """The change of the loss when a layer is overruled, with intervals."""
-    found, layers = effect_dots(evidence), evidence["layers"]
+    """Draw the change of the loss under each intervention by layer, with intervals."""
+    effects_by_kind, layers = effect_dots(evidence), evidence["layers"]
     figure = go.Figure()
-    for (kind, dots), colour in zip(found.items(), COLOURS, strict=False):
+    for (kind, dots), colour in zip(effects_by_kind.items(), COLOURS, strict=False):
         figure.add_trace(_dots(dots, kind, colour))
-        # the legend would show the first dot of a kind, which may be hollow
+        # a dot of its own for the legend, which would else show the first of its kind, perhaps a hollow one
         figure.add_scatter(x=[None], y=[None], mode="markers", name=kind, marker={"color": colour, "size": 7})
-    height = len(layers) * (18 * len(found) + 14) + 80 + 22 * len(found)
+    height = len(layers) * (18 * len(effects_by_kind) + 14) + 80 + 22 * len(effects_by_kind)
     return _rows(figure, layers, height, "change of the loss, nats")
 
 
-def experts(evidence: dict[str, Any]) -> go.Figure:
-    """The change of the loss without each single expert, with intervals."""
+def expert_effects(evidence: dict[str, Any]) -> go.Figure:
+    """Draw the change of the loss without each single expert, with intervals."""
     dots, layers = expert_dots(evidence), evidence["layers"]
     height = min(10 * len(dots) + 14 * len(layers) + 80, 2400)
     return _rows(
         go.Figure([_dots(dots, "change of the loss, nats", COLOURS[0])]),
         layers,
         height,
-        "change of the loss without it, nats",
+        "change of the loss without the expert, nats",
     )
 
 
 def _heatmap(evidence: dict[str, Any], layer: dict[str, Any], names: list[str], visible: bool) -> go.Heatmap:
-    drawn = drawn_counts(evidence, layer)
-    units = "images" if layer["routing"] == "image" and layer["top_k"] == 1 else "choices"
-    rows = zip(names, drawn.tolist(), strict=True)
+    counts = heatmap_counts(evidence, layer)
+    counted = "images" if layer["routing"] == "image" and layer["top_k"] == 1 else "choices"
+    rows = zip(names, counts.tolist(), strict=True)
     return go.Heatmap(
-        z=shares(evidence, layer),
+        z=heatmap_shares(evidence, layer),
         customdata=[
             [[name, expert, count, sum(row)] for expert, count in zip(layer["expert_order"], row, strict=True)]
             for name, row in rows
         ],
         hovertemplate=f"class %{{customdata[0]}}<br>expert %{{customdata[1]}} of {html.escape(layer['name'])}<br>"
-        f"P(expert | class) %{{z:.1%}}<br>%{{customdata[2]}} of %{{customdata[3]}} {units}<extra></extra>",
+        f"P(expert | class) %{{z:.1%}}<br>%{{customdata[2]}} of %{{customdata[3]}} {counted}<extra></extra>",
         hoverongaps=False,
         visible=visible,
         zmin=0,
@@ -112,10 +121,10 @@ def _experts(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dots(dots: list[Dot], name: str, colour: str) -> go.Scatter:
-    values = np.array([[dot.change[key] for key in ("value", "low", "high")] for dot in dots])
+    values = np.array([[dot.estimate[key] for key in ("value", "low", "high")] for dot in dots])
     words = [
         f"{html.escape(dot.label)}<br>{name}: {value:+.4f} [{low:+.4f}, {high:+.4f}]"
-        + (f"<br>{dot.doubt}" if dot.doubt else "")
+        + (f"<br>{dot.warning}" if dot.warning else "")
         for dot, (value, low, high) in zip(dots, values, strict=True)
     ]
     return go.Scatter(
@@ -134,13 +143,13 @@ def _dots(dots: list[Dot], name: str, colour: str) -> go.Scatter:
         marker={
             "color": colour,
             "size": 7,
-            "symbol": ["circle-open" if dot.doubt else "circle" for dot in dots],
+            "symbol": ["circle-open" if dot.warning else "circle" for dot in dots],
         },
     )
 
 
 def _rows(figure: go.Figure, layers: list[dict[str, Any]], height: int, xlabel: str) -> go.Figure:
-    """A row a layer, the first on top."""
+    """Give each layer one row, the first layer at the top."""
     figure.update_layout(
         height=height,
         margin={"l": 10, "r": 10, "t": 10, "b": 50},

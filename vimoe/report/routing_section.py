@@ -1,4 +1,4 @@
-"""What the analysis of a model found, in words, tables and figures on a page. Imports no torch."""
+"""Section of a page about the routing of a model: words, tables and figures from routing.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,279 +7,187 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from vimoe.analysis import figures
-from vimoe.analysis.figures import CHANCE, INTERVENTIONS, doubt, doubt_of_dependence, interventions
+from vimoe.analysis.plot_data import CHANCE, chance_warning
 from vimoe.analysis.statistics import FEWEST, over
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
+from vimoe.report.intervention_section import add_expert_effects, add_interventions
+from vimoe.report.table_cells import ACCURACY, accuracy_key, ami_cell, interval_cell
 
-COMPARED = {
-    "weight_similarity": "cosine of the experts' weights, mean over pairs; 1 is equal",
-    "deviation_similarity": "the same of their deviations from the mean expert: -1/(N-1) where all N experts "
-    "moved equally far, more where a few did",
-    "deviation_directions": "how many directions these deviations have; 1 to N-1",
-    "output_similarity": "cosine of what two experts compute from the same token; 1 is equal",
-    "neuron_similarity": "cosine of hidden unit f of one expert and hidden unit f of another",
-    "matched_neuron_similarity": "the same after each unit got its best partner; much more says that experts are in "
-    "part permutations of each other",
-    "active_neurons": "share of the hidden units that make an expert's output",
-    "score_norm_correlation": "rank correlation, over experts, of the router's score with the size of the output",
-    "top1_has_largest_norm": "how often the chosen expert is the one with the largest output",
-    "chance": "what the number before would be for a router that knows nothing",
-    "router_expert_correlation": "whether experts that the router likes alike are alike; 1 is so",
+SIMILARITIES = {
+    "weight_similarity": "mean cosine between the weights of two experts; 1 means equal",
+    "deviation_similarity": "mean cosine between the deviations of two experts from the mean expert: -1/(N-1) if all N "
+    "experts moved equally far, more if only a few moved",
+    "deviation_directions": "effective number of directions of these deviations, 1 to N-1",
+    "output_similarity": "mean cosine between the outputs of two experts for the same token; 1 means equal",
+    "neuron_similarity": "mean cosine between hidden unit f of one expert and hidden unit f of another",
+    "matched_neuron_similarity": "the same after each unit was matched to its best partner; a much larger value means "
+    "that experts are partly permutations of each other",
+    "active_neurons": "effective share of the hidden units that contribute to an expert's output",
+    "score_norm_correlation": "rank correlation, over experts, of router score and output norm",
+    "top1_has_largest_norm": "share of decisions in which the chosen expert has the largest output norm",
+    "chance": "chance level of the previous number",
+    "router_expert_correlation": "correlation, over pairs of experts, between the cosine of their router rows and the "
+    "cosine of their deviations; 1 means that the router scores alike the experts that moved alike",
 }
 
-RIGHT = {"top1": "Top-1", "pixel_accuracy": "Pixel accuracy"}  # what interventions call right, by the score's key
 
-
-def kind_of(score: dict[str, Any]) -> str:
-    """The key of RIGHT that a score has."""
-    return next(key for key in RIGHT if key in score)
-
-
-def add_routing(page: Page, evidence: dict[str, Any], heading: str, prefix: str = "") -> None:
-    """Adds the section on routing: who goes where, does it follow the class, and does it matter.
+def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, prefix: str = "") -> None:
+    """Add a section on routing: which class goes to which expert, whether by class, and whether it matters.
 
     Args:
-        page: to add it to.
-        evidence: what routing.json holds.
-        heading: of the section.
-        prefix: of the names of the files in figures/, where a page has several such sections.
+        page: page to add to.
+        evidence: content of routing.json.
+        heading: heading of the section.
+        prefix: beginning of the names of its files in figures/, for a page with several such sections.
     """
     page.heading(heading)
     base, layers = evidence["base"], evidence["layers"]
     if not layers:
         page.text("The model has no MoE layer, so there is no routing to show.")
         return
-    key = kind_of(base)
+    key = accuracy_key(base)
     page.text(
         f"In an MoE layer a router sends each image (or each of its tokens) to a few of the layer's experts. This "
-        f"section asks whether it does so by class, and whether that matters. All of it is about validation images: "
-        f"the routing of {evidence['images']} of them was recorded. On all {base['images']} the untouched model has "
-        f"loss {base['loss']:.4f} and {RIGHT[key].lower()} {base[key]:.2%}. Intervals, in brackets and as bars, are "
-        f"{evidence['confidence']:.0%} bootstrap intervals {_meaning(evidence.get('sequences'))}"
+        f"section asks whether the router does so by class, and whether its choice matters. All numbers are from "
+        f"validation images. The routing of {evidence['images']} of them was recorded. On all {base['images']} the "
+        f"unchanged model has loss {base['loss']:.4f} and {ACCURACY[key].lower()} {base[key]:.2%}. Brackets and bars "
+        f"are {evidence['confidence']:.0%} bootstrap intervals {_interval_meaning(evidence.get('sequences'))}"
     )
-    page.items(in_short(evidence))
-    _who_goes_where(page, evidence, prefix)
-    _dependence(page, evidence, prefix)
-    _does_it_matter(page, evidence, prefix)
-    _single_experts(page, evidence, prefix)
-    _over_depth(page, evidence, prefix)
-    _how_alike(page, evidence)
+    page.items(routing_summary(evidence))
+    _add_heatmaps(page, evidence, prefix)
+    _add_dependence(page, evidence, prefix)
+    add_interventions(page, evidence, prefix)
+    add_expert_effects(page, evidence, prefix)
+    _add_routes(page, evidence, prefix)
+    _add_similarities(page, evidence)
 
 
-def _meaning(sequences: int | None) -> str:
-    """What intervals are over and say, of images that are frames of so many videos."""
-    if sequences is None:
-        return "over images: they say what other images might have given, not what another training would."
-    if sequences >= FEWEST:
-        return (
-            f"{over(sequences)}, because frames of one video are alike: they say what other videos might have given, "
-            f"not what another training would. For p too whole sequences exchange their decisions."
-        )
-    return (
-        f"{over(sequences)}: frames of one video are alike, and fewer than {FEWEST} sequences are too few to resample. "
-        f"They say nothing of other videos, nor of another training, and p is too sure as well."
-    )
-
-
-def in_short(evidence: dict[str, Any]) -> list[str]:
-    """Which layers specialise by number, which by cause, and whether the two agree."""
+def routing_summary(evidence: dict[str, Any]) -> list[str]:
+    """Return sentences on the layers that depend on the class, the layers that matter, and their agreement."""
     layers = evidence["layers"]
     amis = {layer["name"]: layer["adjusted_mutual_information"] for layer in layers}
-    follow = [f"{name} ({ami['value']:.3f})" for name, ami in amis.items() if not doubt_of_dependence(ami)]
-    lines = [
-        f"By number, the expert follows the class more than chance gives (AMI) in: {', '.join(follow) or 'no layer'}."
-    ]
-    causes = {layer["name"]: layer["permuted"]["loss"] for layer in layers if layer["permuted"]}
-    if causes:
-        matter = [f"{name} ({cause['value']:+.4f})" for name, cause in causes.items() if cause["low"] > 0]
+    dependent = [f"{name} ({ami['value']:.3f})" for name, ami in amis.items() if not chance_warning(ami)]
+    lines = [f"The expert depends on the class more than by chance (AMI) in: {', '.join(dependent) or 'no layer'}."]
+    effects = {layer["name"]: layer["permuted"]["loss"] for layer in layers if layer["permuted"]}
+    if effects:
+        matter = [f"{name} ({effect['value']:+.4f})" for name, effect in effects.items() if effect["low"] > 0]
         lines.append(
-            f"By cause, the loss rises when decisions are permuted between images (nats, the interval above 0) in: "
+            f"The loss rises when images exchange their routing decisions (change in nats, interval above 0) in: "
             f"{', '.join(matter) or 'no layer'}."
         )
-    numbers, changes = [amis[name]["value"] for name in causes], [cause["value"] for cause in causes.values()]
+    numbers, changes = [amis[name]["value"] for name in effects], [effect["value"] for effect in effects.values()]
     if len(set(numbers)) > 2 and len(set(changes)) > 2:
-        agree = spearmanr(numbers, changes).statistic
+        correlation = spearmanr(numbers, changes).statistic
         lines.append(
-            f"The rank correlation of the two over {len(causes)} layers is {agree:+.2f}; 1 says that the layers which "
-            f"follow the class most matter most, and of so few layers it is a rough figure."
+            f"The rank correlation of AMI and loss change over {len(effects)} layers is {correlation:+.2f}. At 1, the "
+            f"layers that depend most on the class matter most. With so few layers it is a rough figure."
         )
     return lines
 
 
-def interval(change: dict[str, float], form: str = "+z.4f", unit: float = 1) -> str:
-    """An estimate, and below it its interval."""
-    value, low, high = (format(change[key] / unit, form) for key in ("value", "low", "high"))
-    return f"{value}\n[{low},\u00a0{high}]"
+def _interval_meaning(sequences: int | None) -> str:
+    """Return the end of a sentence on the intervals, for images that are frames of a number of videos."""
+    if sequences is None:
+        return "over images. They show what other images might have given, not what another training would give."
+    if sequences >= FEWEST:
+        return (
+            f"{over(sequences)}, because frames of one video are alike. They show what other videos might have given, "
+            f"not what another training would give. For p, too, whole sequences exchange their decisions."
+        )
+    return (
+        f"{over(sequences)}. Frames of one video are alike, and fewer than {FEWEST} sequences are too few to resample. "
+        f"The intervals say nothing of other videos or another training, and p is too small as well."
+    )
 
 
-def told(change: dict[str, float], form: str = "+z.4f", unit: float = 1) -> str:
-    """A change and its interval, and in words where it may be nothing."""
-    return f"{interval(change, form, unit)}\n{doubt(change)}".rstrip()
-
-
-def told_dependence(found: dict[str, float]) -> str:
-    """Adjusted mutual information with its interval, and in words where chance explains it."""
-    return f"{interval(found, 'z.3f')}\n{doubt_of_dependence(found)}".rstrip()
-
-
-def _who_goes_where(page: Page, evidence: dict[str, Any], prefix: str) -> None:
+def _add_heatmaps(page: Page, evidence: dict[str, Any], prefix: str) -> None:
     page.subheading("Which class goes to which expert")
     page.text(
-        "One panel a layer, a row a class, a column an expert; the colour is the share of the class that goes to the "
-        "expert, so that a row sums to 100%. A layer that specialises has bright blocks; one that does not has columns "
-        "of one colour. A grey row is a class that none of these images is of."
+        "Each panel is one layer, each row a class, each column an expert. The colour is the share of the class that "
+        "goes to the expert, so a row sums to 100%. A layer that specialises has bright blocks; a layer that does not "
+        "has columns of one colour. A grey row is a class without images."
     )
     drawn = sum(map(sum, evidence["layers"][0]["drawn"])) / max(sum(map(sum, evidence["layers"][0]["counts"])), 1)
     order = (
-        f"All layers have one order of classes; each has its own order of experts. Both orders were found on one half "
-        f"of the images and the picture is drawn from the other ({drawn:.0%} of {evidence['images']} validation "
-        f"images), so that no structure in it is made by the sorting. Shares are counts and have no interval here."
+        f"All layers have the same order of classes; each layer has its own order of experts. Both orders were found "
+        f"on one half of the images and the heatmap shows the other ({drawn:.0%} of {evidence['images']} validation "
+        f"images), so the sorting adds no structure. These are counts, so there are no intervals."
     )
     page.figure(figures.heatmaps(evidence), f"{prefix}heatmaps", f"P(expert | class) by layer. {order}")
     caption = (
-        "The same images in the same orders, a layer at a time: choose it above, and point at a cell to read it. The "
-        "layer with the largest AMI (see below) comes first."
+        "The same numbers, one layer at a time. Choose the layer in the menu; point at a cell to read it. The layer "
+        "with the largest AMI (explained below) comes first."
     )
-    page.interactive(plotly_figures.heatmaps(evidence), caption)
+    page.plotly_figure(plotly_figures.heatmaps(evidence), caption)
 
 
-def _dependence(page: Page, evidence: dict[str, Any], prefix: str) -> None:
-    page.subheading("Does the expert follow the class?")
+def _add_dependence(page: Page, evidence: dict[str, Any], prefix: str) -> None:
+    page.subheading("Does the expert depend on the class?")
     page.text(
-        "AMI, the adjusted mutual information of class and expert, is 0 where the expert has to do with the class no "
-        "more than chance gives, and 1 where one tells the other. p is the share of random reassignments of classes "
-        f"to whole images with at least as much mutual information; above {CHANCE} the layer is not distinguishable "
-        "from chance. Effective experts count how many are in use: all of them if loads are equal, 1 if one gets all. "
-        "Gates is the mean sum of the chosen experts' gates: the weight that they have in the layer's output."
+        "AMI is the adjusted mutual information of class and expert: 0 at chance level, 1 if each determines the "
+        "other. p is the share of random reassignments of classes to whole images with at least as much mutual "
+        f"information; above {CHANCE} the layer is not distinguishable from chance. Effective experts are exp(entropy "
+        "of the load): N if all loads are equal, 1 if one expert receives everything. Gates is the mean sum of the "
+        "chosen experts' gates, which is their weight in the layer's output."
     )
     rows = []
     for layer in evidence["layers"]:
-        found, load = layer["adjusted_mutual_information"], layer["load"]
+        ami, load = layer["adjusted_mutual_information"], layer["load"]
         rows.append((
-            layer["name"], told_dependence(found), f"{found['p']:.3f}", f"{found['nats']:.3f}",
-            f"{interval(layer['effective_experts'], '.2f')} of {layer['num_experts']}", f"{max(load):.1%}",
+            layer["name"], ami_cell(ami), f"{ami['p']:.3f}", f"{ami['nats']:.3f}",
+            f"{interval_cell(layer['effective_experts'], '.2f')} of {layer['num_experts']}", f"{max(load):.1%}",
             f"{min(load):.1%}", str(sum(share == 0 for share in load)), f"{sum(layer['gate_mass']):.3f}",
         ))  # fmt: skip
-    header = ("layer", "AMI", "p", "MI, nats", "effective experts", "busiest expert", "idlest", "idle experts", "gates")
+    header = ("layer", "AMI", "p", "MI, nats", "effective experts", "largest load", "smallest", "idle experts", "gates")
     page.table(header, rows)
     caption = (
         f"AMI by layer on {evidence['images']} validation images, with {evidence['confidence']:.0%} bootstrap "
-        f"intervals {over(evidence.get('sequences'))}; hollow where p is above {CHANCE}: not distinguishable from "
+        f"intervals {over(evidence.get('sequences'))}. A hollow dot has p above {CHANCE}: not distinguishable from "
         f"chance."
     )
-    name = f"{prefix}dependence"
-    page.interactive(plotly_figures.dependence(evidence), caption, figures.dependence(evidence), name)
+    page.plotly_figure(plotly_figures.ami(evidence), caption, figures.ami(evidence), f"{prefix}dependence")
 
 
-def _does_it_matter(page: Page, evidence: dict[str, Any], prefix: str) -> None:
-    page.subheading("Does the routing matter?")
-    found = list(dict.fromkeys(kind for layer in evidence["layers"] for kind in interventions(layer)))
-    if not found:
-        page.text("No layer was overruled in this analysis, so whether the routing matters was not measured.")
-        return
-    meanings = {
-        "permuted": f"each image gets another image's complete decisions; mean of {_draws(evidence)} permutations",
-        "frozen": "every image (or token) gets the layer's most frequent decision, so that it no longer chooses",
-        "shared": "the layer is replaced by its shared expert alone",
-        "merge": "the layer is replaced by one FFN with the experts' mean weights",
-        "matched": "the same, after the experts' hidden units were matched to one another",
-    }
-    right = RIGHT[kind_of(evidence["base"])]
-    page.text(
-        "One layer at a time is overruled, the others stay. What is shown is the change of the validation loss (up is "
-        f"worse) and of the {right.lower()}. Where an interval contains 0 the change cannot be told from 0: on these "
-        f"images the layer, or its choice, may do nothing."
-    )
-    page.items(f"{INTERVENTIONS[kind]}: {meanings[kind]}." for kind in INTERVENTIONS if kind in found)
-    where = _overruled(evidence)
-    caption = f"Change of the loss when a layer is overruled, {where} Hollow where the interval contains 0."
-    page.interactive(plotly_figures.effects(evidence), caption, figures.effects(evidence), f"{prefix}effects")
-    header = ["layer", *(INTERVENTIONS[kind] for kind in INTERVENTIONS if kind in found)]
-    points = (("loss", "Loss, nats", "+z.4f", 1.0), ("right", f"{right}, points", "+z.2f", 0.01))
-    for measure, name, form, unit in points:
-        rows = [
-            [layer["name"]]
-            + [
-                told(interventions(layer)[kind][measure], form, unit) if kind in interventions(layer) else "–"
-                for kind in INTERVENTIONS
-                if kind in found
-            ]
-            for layer in evidence["layers"]
-        ]
-        page.table([f"{name}: layer", *header[1:]], rows)
-    page.text(f"Changes against the untouched model, {where}", note=True)
-
-
-def _single_experts(page: Page, evidence: dict[str, Any], prefix: str) -> None:
-    page.subheading("Single experts")
-    dots = figures.expert_dots(evidence)
-    if not dots:
-        page.text("What single experts are worth was not measured in this analysis.")
-        return
-    clear = [dot for dot in dots if not dot.doubt]
-    most = max(dots, key=lambda dot: dot.change["value"])
-    page.text(
-        f"One expert at a time is taken away and its images (or tokens) go to their next choice; experts of a layer "
-        f"stand in order, the first on top. Of {len(dots)} experts the change of {len(dots) - len(clear)} cannot be "
-        f"told from 0. Of so many intervals about {(1 - evidence['confidence']) * len(dots):.0f} would miss 0 if no "
-        f"expert mattered. The largest change is that of {most.label}: {interval(most.change)} nats."
-    )
-    caption = f"Change of the loss without each expert, {_overruled(evidence)} Hollow where the interval contains 0."
-    page.interactive(plotly_figures.experts(evidence), caption, figures.experts(evidence), f"{prefix}experts")
-
-
-def _over_depth(page: Page, evidence: dict[str, Any], prefix: str) -> None:
-    page.subheading("Over depth")
+def _add_routes(page: Page, evidence: dict[str, Any], prefix: str) -> None:
+    page.subheading("Routes through all layers")
     pairs, routes, layers = evidence["pairs"], evidence["routes"], evidence["layers"]
-    units = "tokens" if any(layer["routing"] == "token" for layer in layers) else "images"
+    routed = "token" if any(layer["routing"] == "token" for layer in layers) else "image"
     total, possible = sum(layer["num_experts"] for layer in layers), routes["possible"]
     page.text(
-        f"Of the {total} experts of all layers together an image activates {pairs['mean']['value']:.1f} on average "
-        f"(interval {pairs['mean']['low']:.1f} to {pairs['mean']['high']:.1f}; least {pairs['low']}, most "
-        f"{pairs['high']}). A route is the combination of experts that one of the {units} takes from the first layer "
-        f"to the last: {routes['used']:,} are used of {format(possible, ',' if possible < 10**9 else '.1e')} possible, "
-        f"as varied as {routes['effective']:.1f} that are used equally often. Both on {evidence['images']} validation "
-        f"images."
+        f"All layers together have {total} experts. An image activates {pairs['mean']['value']:.1f} of them on average "
+        f"(interval {pairs['mean']['low']:.1f} to {pairs['mean']['high']:.1f}; minimum {pairs['low']}, maximum "
+        f"{pairs['high']}). A route is the combination of experts that one {routed} takes from the first layer to the "
+        f"last. {routes['used']:,} of {format(possible, ',' if possible < 10**9 else '.1e')} possible routes are used; "
+        f"their effective number, exp(entropy), is {routes['effective']:.1f}. Both are from {evidence['images']} "
+        f"validation images."
     )
     if len(layers) > 1:
         page.figure(
             figures.agreement(evidence), f"{prefix}agreement",
-            f"Do two layers part the images alike? AMI between the images' favourite experts of each two layers: 1 "
-            f"is the same partition under other names, 0 is chance. On {evidence['images']} validation images; "
-            f"intervals are in routing.json.",
+            f"Do two layers divide the images alike? AMI between the images' favourite experts in each two layers: 1 "
+            f"is the same division under other numbers, 0 is chance level. From {evidence['images']} validation "
+            f"images; intervals are in routing.json.",
         )  # fmt: skip
 
 
-def _how_alike(page: Page, evidence: dict[str, Any]) -> None:
+def _add_similarities(page: Page, evidence: dict[str, Any]) -> None:
     compared = {
         layer["name"]: {k: v for k, v in (layer["comparison"] or {}).items() if isinstance(v, int | float)}
         for layer in evidence["layers"]
     }
     names = [name for name in dict.fromkeys(k for n in compared.values() for k in n) if name != "num_experts"]
-    page.subheading("How alike the experts are")
+    page.subheading("Similarity of experts")
     if not names:
         page.text("The experts were not compared with one another in this analysis.")
         return
     page.text(
-        "Experts start as copies of one FFN; how far they have come apart, layer by layer. Numbers of outputs and of "
-        "the router are of a sample of validation images, those of weights need none; they have no interval."
+        "Experts start as copies of one FFN. The table shows how far they have moved apart in each layer. Numbers on "
+        "outputs and on the router are from a sample of validation images; numbers on weights need none. There are no "
+        "intervals."
     )
     page.table(
         ["layer", *(name.replace("_", " ") for name in names)],
         [[layer, *(f"{n[name]:.3f}" if name in n else "–" for name in names)] for layer, n in compared.items()],
     )
-    page.items(f"{name.replace('_', ' ')}: {COMPARED[name]}." for name in names if name in COMPARED)
-
-
-def _draws(evidence: dict[str, Any]) -> str:
-    """How many permutations were made, over the layers."""
-    made = [layer.get("draws", evidence["draws"]) for layer in evidence["layers"]]
-    return f"{min(made)}" if min(made) == max(made) else f"{min(made)} to {max(made)}"
-
-
-def _overruled(evidence: dict[str, Any]) -> str:
-    return (
-        f"on {evidence['overruled_images']} validation images, with {evidence['confidence']:.0%} bootstrap intervals "
-        f"{over(evidence.get('overruled_sequences'))}."
-    )
+    page.items(f"{name.replace('_', ' ')}: {SIMILARITIES[name]}." for name in names if name in SIMILARITIES)

@@ -1,4 +1,4 @@
-"""Several runs on one page, side by side, from the files in their folders. Imports no torch."""
+"""Page that compares several runs, from the files in their folders. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from vimoe.analysis import figures
 from vimoe.analysis.statistics import over
 from vimoe.report.curves import curves
 from vimoe.report.html_page import Page
-from vimoe.report.routing_section import interval, told, told_dependence
-from vimoe.report.run_report import (
-    METRICS,
-    damage_named,
+from vimoe.report.run_files import METRICS, read_config, read_json, reading
+from vimoe.report.table_cells import (
+    ami_cell,
+    change_cell,
+    interval_cell,
     measures,
-    read_config,
-    read_json,
     receipt_header,
     receipt_rows,
     removed,
@@ -26,72 +25,76 @@ from vimoe.run_folder import ROUTING, SUMMARY
 
 
 @dataclass(frozen=True)
-class _Row:
-    """What the page shows of a run."""
+class _Run:
+    """Contents of a run's folder that the page shows."""
 
-    settings: dict[str, str]
-    what: str
-    result: str
+    settings: dict[str, str]  # by flag
+    model: str  # description in words
+    result: str  # validation score in words
     header: tuple[str, ...]  # of the receipts
     receipts: list[tuple[str, ...]]
-    evidence: dict[str, Any]
-    scores: list[tuple[str, ...]]
+    evidence: dict[str, Any]  # content of routing.json
+    routing: list[tuple[str, ...]]  # table rows, one for each MoE layer
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
-    """Writes a page, the file `out`, of several runs. Raises FolderError where a file of one of them is damaged."""
-    names = _names(runs)
-    rows = {name: _read(name, run) for name, run in names.items()}
-    page = Page(f"vimoe: {len(names)} runs side by side")
-    _results(page, rows)
-    _settings(page, {name: row.settings for name, row in rows.items()})
-    _curves(page, {name: run / METRICS for name, run in names.items() if (run / METRICS).exists()})
-    _routing(page, names, {name: row for name, row in rows.items() if row.evidence})
+    """Write a page that compares several runs to the file `out`, and return its path.
+
+    Raises:
+        FolderError: A folder has no config.yaml, or a file in it is damaged.
+    """
+    folders = _by_name(runs)
+    read = {name: _read(name, folder) for name, folder in folders.items()}
+    page = Page(f"vimoe: comparison of {len(folders)} runs")
+    _results(page, read)
+    _settings(page, {name: run.settings for name, run in read.items()})
+    _curves(page, {name: folder / METRICS for name, folder in folders.items() if (folder / METRICS).exists()})
+    _routing(page, folders, {name: run for name, run in read.items() if run.evidence})
     return page.write(out)
 
 
-def _read(name: str, run: Path) -> _Row:
-    settings, what = read_config(run)
-    with damage_named(run / SUMMARY):
-        summary = read_json(run / SUMMARY)
+def _read(name: str, folder: Path) -> _Run:
+    settings, model = read_config(folder)
+    with reading(folder / SUMMARY):
+        summary = read_json(folder / SUMMARY)
         result = "–"
         if "steps" in summary:
             gone = "; ".join(removed(step) for step in summary["steps"])
-            what += f"; then pruned of {gone or 'nothing'}"
+            model += f"; pruning removed {gone or 'nothing'}"
         if "val" in summary:
             val, epoch = summary["val"], summary["best_epoch"]
-            (name_of_it, value), *_ = measures(val).items()
-            result = f"{name_of_it.removesuffix(', %')} {value} ({val['images']} images, epoch {epoch})"
+            (measure, value), *_ = measures(val).items()
+            result = f"{measure.removesuffix(', %')} {value} ({val['images']} images, epoch {epoch})"
         header = receipt_header(summary["before"]) if "before" in summary else ()
         receipts = [(*row, f"{summary['before']['images']} {summary['split']}") for row in receipt_rows(summary, name)]
-    with damage_named(run / ROUTING):
-        evidence = read_json(run / ROUTING)
-        scores = _scores(name, evidence)
-    return _Row(settings, what, result, header, receipts, evidence, scores)
+    with reading(folder / ROUTING):
+        evidence = read_json(folder / ROUTING)
+        routing = _routing_rows(name, evidence)
+    return _Run(settings, model, result, header, receipts, evidence, routing)
 
 
-def _results(page: Page, rows: dict[str, _Row]) -> None:
+def _results(page: Page, runs: dict[str, _Run]) -> None:
     page.heading("Results")
     page.text(
-        "A row a run. The score is that of the best epoch on the run's own validation images; a top-1 give or take "
-        "what as many other images would change (95%). It does not say what another seed would give."
+        "Each row is one run, with the score of its best epoch on its own validation images. The margin of a top-1 "
+        "(95%) covers another sample of as many images, not another seed."
     )
-    header = ("run", "what it is", "validation, %")
-    page.table(header, [(name, row.what, row.result) for name, row in rows.items()], words=True)
-    if receipts := [receipt for row in rows.values() for receipt in row.receipts]:
-        page.text("Receipts of the runs that were pruned. Images/s can be compared within a run only.")
-        headers = [row.header for row in rows.values() if row.header]
+    header = ("run", "model", "validation, %")
+    page.table(header, [(name, run.model, run.result) for name, run in runs.items()], words=True)
+    if receipts := [receipt for run in runs.values() for receipt in run.receipts]:
+        page.text("Score and cost of the pruned runs, before and after. Compare images/s only within a run.")
+        headers = [run.header for run in runs.values() if run.header]
         judged = " or ".join(dict.fromkeys(header[1] for header in headers))
         page.table(("", judged, *headers[0][2:], "images"), receipts)
 
 
 def _settings(page: Page, settings: dict[str, dict[str, str]]) -> None:
-    page.heading("What differs")
+    page.heading("Settings that differ")
     keys = list(dict.fromkeys(key for each in settings.values() for key in each))
     differing = [key for key in keys if len({each.get(key) for each in settings.values()}) > 1]
-    page.text("The settings in which the runs differ; all others are the same." if differing else "No setting differs.")
+    page.text("All other settings are the same." if differing else "No setting differs.")
     if any(key.startswith("data.") for key in differing):
-        page.text("The settings of the data differ: scores may be of different images, so compare them with care.")
+        page.text("Settings of the data differ, so the scores may be from different images. Compare them with care.")
     if differing:
         rows = [(key, *(each.get(key, "–") for each in settings.values())) for key in differing]
         page.table(("setting", *settings), rows, words=True)
@@ -101,56 +104,59 @@ def _curves(page: Page, metrics: dict[str, Path]) -> None:
     if not metrics:
         return
     page.heading("Training")
-    page.text("Loss and accuracy on each run's own validation images after each epoch; a line is one training.")
+    page.text("Loss and score after each epoch on each run's own validation images. Each line is one training.")
     for path in metrics.values():
-        with damage_named(path):
+        with reading(path):
             curves(path)
-    caption = "Validation loss and score by epoch, a line a run. No intervals: one training each."
+    caption = (
+        "Validation loss and score by epoch, one line for each run. Each is one training, so there are no intervals."
+    )
     page.figure(curves(metrics), "curves", caption)
 
 
-def _routing(page: Page, names: dict[str, Path], rows: dict[str, _Row]) -> None:
-    if not rows:
+def _routing(page: Page, folders: dict[str, Path], runs: dict[str, _Run]) -> None:
+    if not runs:
         return
     page.heading("Routing")
     page.text(
-        "Of the runs that were analysed, a row for each run and layer, on validation images. AMI: does the expert "
-        "follow the class (0 is chance, 1 is fully). Effective experts: how many are in use. The last two columns are "
-        "changes of the loss in nats: when decisions are permuted between images, and when the layer is made dense by "
-        "the way that costs least. In brackets 95% bootstrap intervals over images, where nothing else is said here."
+        "One row for each layer of each run that was analysed, on validation images. AMI says how far the expert "
+        "depends on the class (0 at chance level, 1 fully). Effective experts is the number of experts in use. The "
+        "last two columns are changes of the loss in nats: if images exchange their routing decisions, and if the "
+        "layer becomes dense by its cheapest replacement. Brackets hold 95% bootstrap intervals over images, unless a "
+        "line below says otherwise."
     )
-    known = {name: row.evidence.get("sequences") for name, row in rows.items()}
-    if videos := [f"{name}: intervals {over(count)}." for name, count in known.items() if count is not None]:
+    sequences = {name: run.evidence.get("sequences") for name, run in runs.items()}
+    if videos := [f"{name}: intervals {over(count)}." for name, count in sequences.items() if count is not None]:
         page.items(videos)
-    header = ("run, layer", "images", "AMI", "p", "effective experts", "permuted", "made dense")
-    page.table(header, [score for row in rows.values() for score in row.scores])
-    for name, row in rows.items():
-        if row.evidence["layers"]:
+    header = ("run, layer", "images", "AMI", "p", "effective experts", "permuted", "dense")
+    page.table(header, [row for run in runs.values() for row in run.routing])
+    for name, run in runs.items():
+        if run.evidence["layers"]:
             page.subheading(name)
             caption = (
-                f"P(expert | class) of {name}: a row a class, a column an expert. Drawn from the half of "
-                f"{row.evidence['images']} validation images that did not make the order of rows and columns; each run "
-                f"has its own. Shares are counts and have no interval here."
+                f"P(expert | class) of {name}: each row is a class, each column an expert. Rows and columns were "
+                f"ordered on one half of {run.evidence['images']} validation images, separately for each run; the "
+                f"heatmap shows the other half. These are counts, so there are no intervals."
             )
-            with damage_named(names[name] / ROUTING):
-                page.figure(figures.heatmaps(row.evidence), "heatmaps", caption)
+            with reading(folders[name] / ROUTING):
+                page.figure(figures.heatmaps(run.evidence), "heatmaps", caption)
 
 
-def _scores(name: str, evidence: dict[str, Any]) -> list[tuple[str, ...]]:
+def _routing_rows(name: str, evidence: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for layer in evidence.get("layers", []):
-        found, permuted = layer["adjusted_mutual_information"], layer["permuted"]
+        ami, permuted = layer["adjusted_mutual_information"], layer["permuted"]
         dense = [effect["loss"] for effect in layer["dense"].values()]
         rows.append((
-            f"{name}\n{layer['name']}", str(evidence["images"]), told_dependence(found), f"{found['p']:.3f}",
-            f"{interval(layer['effective_experts'], '.2f')} of {layer['num_experts']}",
-            told(permuted["loss"]) if permuted else "–",
-            told(min(dense, key=lambda change: change["value"])) if dense else "–",
+            f"{name}\n{layer['name']}", str(evidence["images"]), ami_cell(ami), f"{ami['p']:.3f}",
+            f"{interval_cell(layer['effective_experts'], '.2f')} of {layer['num_experts']}",
+            change_cell(permuted["loss"]) if permuted else "–",
+            change_cell(min(dense, key=lambda change: change["value"])) if dense else "–",
         ))  # fmt: skip
     return rows
 
 
-def _names(runs: Sequence[Path]) -> dict[str, Path]:
-    """Runs by the names of their folders, or by their paths where two have the same name."""
+def _by_name(runs: Sequence[Path]) -> dict[str, Path]:
+    """Return runs by the names of their folders, or by their paths if two folders have the same name."""
     short = [run.resolve().name for run in runs]
     return {name if short.count(name) == 1 else str(run): run for name, run in zip(short, runs, strict=True)}

@@ -1,0 +1,105 @@
+"""Values of routing.json arranged for drawing, for matplotlib and for plotly. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vimoe.files import printable
+
+CHANCE = 0.05  # with a p-value above it, dependence is not distinguishable from chance
+COLOURS = ("#1f77b4", "#d95f02", "#2a8a3e", "#c2242c", "#6f4fa8")
+INTERVENTIONS = {
+    "permuted": "permuted between images",
+    "frozen": "the same for every image",
+    "shared": "dense: shared expert alone",
+    "merge": "dense: experts averaged",
+    "matched": "dense: experts matched, then averaged",
+}
+
+
+class Dot(NamedTuple):
+    """An estimate with its interval, to be drawn as a dot with a bar.
+
+    Attributes:
+        y: height in the figure; layer i has the row around y = i.
+        estimate: "value", "low" and "high".
+        label: name of the layer or expert.
+        warning: words for an estimate that is not distinguishable from 0 or from chance, else "".
+    """
+
+    y: float
+    estimate: dict[str, float]
+    label: str
+    warning: str
+
+
+def heatmap_shares(evidence: dict[str, Any], layer: dict[str, Any]) -> np.ndarray:
+    """P(expert | class) of a layer, (classes, experts) in the heatmap's order; NaN for a class without images."""
+    counts = heatmap_counts(evidence, layer).astype(float)
+    total = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+
+
+def heatmap_counts(evidence: dict[str, Any], layer: dict[str, Any]) -> np.ndarray:
+    """Number of times that each class chose each expert, (classes, experts) in the heatmap's order.
+
+    Only images that had no part in finding that order are counted.
+    """
+    return np.array(layer["drawn"])[np.ix_(evidence["class_order"], layer["expert_order"])]
+
+
+def measured_interventions(layer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Effects of the interventions on a layer that were measured, by kind."""
+    decisions = {kind: layer[kind] for kind in ("permuted", "frozen") if layer[kind]}
+    return {**decisions, **layer["dense"]}
+
+
+def zero_warning(change: dict[str, float]) -> str:
+    """Return a warning in words if the interval of a change contains 0, else ""."""
+    return "interval contains 0" if change["low"] <= 0 <= change["high"] else ""
+
+
+def chance_warning(ami: dict[str, float]) -> str:
+    """Return a warning in words if chance explains the mutual information of class and expert, else ""."""
+    return "not distinguishable from chance" if ami["p"] > CHANCE else ""
+
+
+def ami_dots(evidence: dict[str, Any]) -> list[Dot]:
+    """Adjusted mutual information of class and expert, one dot for each layer."""
+    amis = [(layer["name"], layer["adjusted_mutual_information"]) for layer in evidence["layers"]]
+    return [Dot(i, ami, name, chance_warning(ami)) for i, (name, ami) in enumerate(amis)]
+
+
+def effect_dots(evidence: dict[str, Any]) -> dict[str, list[Dot]]:
+    """Change of the loss for each kind of intervention, one dot for each layer."""
+    effects: dict[str, list[Dot]] = {kind: [] for kind in INTERVENTIONS}
+    for i, layer in enumerate(evidence["layers"]):
+        for kind, effect in measured_interventions(layer).items():
+            effects[kind].append(Dot(i, effect["loss"], layer["name"], zero_warning(effect["loss"])))
+    effects = {kind: dots for kind, dots in effects.items() if dots}
+    shift = {kind: 0.7 * ((rank + 0.5) / len(effects) - 0.5) for rank, kind in enumerate(effects)}
+    return {
+        INTERVENTIONS[kind]: [dot._replace(y=dot.y + shift[kind]) for dot in dots] for kind, dots in effects.items()
+    }
+
+
+def expert_dots(evidence: dict[str, Any]) -> list[Dot]:
+    """Change of the loss without each single expert, one dot for each expert."""
+    return [
+        Dot(
+            i + 0.8 * ((expert + 0.5) / len(layer["experts"]) - 0.5),
+            effect["loss"],
+            f"{layer['name']}, expert {expert} (load {layer['load'][expert]:.1%})",
+            zero_warning(effect["loss"]),
+        )
+        for i, layer in enumerate(evidence["layers"])
+        for expert, effect in enumerate(layer["experts"])
+    ]
+
+
+def short(name: str, length: int = 18) -> str:
+    """Return a name cut to a length that fits beside an axis."""
+    name = printable(name)
+    return name if len(name) <= length else name[: length - 1] + "…"

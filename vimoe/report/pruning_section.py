@@ -1,0 +1,94 @@
+"""Sections of a pruned run's page: score and cost before and after, removals, and layers that were kept. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vimoe.analysis.plot_data import INTERVENTIONS
+from vimoe.analysis.statistics import over
+from vimoe.report.html_page import Page
+from vimoe.report.table_cells import ACCURACY, accuracy_key, change_cell, margin, receipt_header, receipt_rows, removed
+from vimoe.report.training_section import epochs
+
+REPLACEMENTS = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIONS.items()} | {
+    "dropped": "other experts"
+}
+
+
+def add_pruning(page: Page, summary: dict[str, Any]) -> None:
+    """Add the sections on the result of a pruning and on its decisions, from the content of summary.json."""
+    accuracy = ACCURACY[accuracy_key(summary["before"])].lower()
+    _add_result(page, summary)
+    page.heading("Pruning decisions")
+    _add_removals(page, summary, accuracy)
+    if summary["kept"]:
+        _add_kept_layers(page, summary["kept"], accuracy)
+    else:
+        page.text("No MoE layer was kept: the pruned model is dense.")
+
+
+def _add_result(page: Page, summary: dict[str, Any]) -> None:
+    before = summary["before"]
+    page.heading("Result of pruning")
+    page.text(
+        "All rows are scores of the same images. Activated parameters are the parameters that one image uses. MACs are "
+        "multiply-adds for one image. Images/s was measured on the machine that pruned."
+    )
+    page.table(receipt_header(before), receipt_rows(summary))
+    sentences = [f"These are {before['images']} {summary['split']} images."]
+    if "top1" in before:
+        sentences.append(
+            f"For this number of images the 95% margin of a top-1 is ± {margin(before):.2f} points; the margin of a "
+            f"difference on the same images is usually smaller."
+        )
+    if summary.get("recovered"):
+        further = epochs(summary["recovery_epochs"], "further ")
+        sentences.append(f"The last row is the pruned model after {further} of training.")
+    page.text(" ".join(sentences), note=True)
+
+
+def _add_removals(page: Page, summary: dict[str, Any], accuracy: str) -> None:
+    tolerance, steps = summary["tolerance"], summary["steps"]
+    page.text(
+        f"Each row is one removal, in order. The change is the difference in validation loss from the previous step; "
+        f"the total is the difference from the unpruned model. Brackets hold 95% bootstrap intervals "
+        f"{over(summary.get('sequences'))}. A layer or expert is removed if the upper end of the interval is at most "
+        f"the tolerance of {tolerance} nats. Expert numbers count the experts that the layer still had."
+    )
+    if not steps:
+        page.text("Nothing was removed: no removal was certain to cost at most the tolerance.")
+        return
+    page.table(
+        ("removed", "replaced by", "change, nats", "total, nats", f"total {accuracy}, points"),
+        [
+            (
+                f"{i}. {removed(step)}", REPLACEMENTS.get(step["how"], step["how"]),
+                change_cell(step["change"]["loss"]), *_total_cells(step["total"]),
+            )
+            for i, step in enumerate(steps, start=1)
+        ],
+    )  # fmt: skip
+
+
+def _add_kept_layers(page: Page, kept: list[dict[str, Any]], accuracy: str) -> None:
+    page.subheading("Layers that were kept")
+    page.text(
+        "For each MoE layer that was kept, the table shows the change on validation if the pruned model lost it too, "
+        "with its cheapest dense replacement. The upper ends of these intervals are above the tolerance. If a change "
+        "is not distinguishable from 0, there are too few images to say whether the layer is needed."
+    )
+    page.table(
+        ("layer", "experts left", "cheapest replacement", "loss, nats", f"{accuracy}, points"),
+        [
+            (
+                layer["layer"], str(layer["experts"]), REPLACEMENTS.get(layer["how"], layer["how"]),
+                change_cell(layer["change"]["loss"]), change_cell(layer["change"]["right"], "+z.2f", 0.01),
+            )
+            for layer in kept
+        ],
+    )  # fmt: skip
+
+
+def _total_cells(total: dict[str, Any] | None) -> tuple[str, str]:
+    """Return the cells of the total change of loss and accuracy; dashes if it was not measured."""
+    return (change_cell(total["loss"]), change_cell(total["right"], "+z.2f", 0.01)) if total else ("–", "–")

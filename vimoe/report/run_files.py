@@ -1,0 +1,58 @@
+"""Read the files of a run for a page about it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vimoe.errors import FolderError, VimoeError
+from vimoe.files import read_text
+from vimoe.run_folder import CONFIG
+
+METRICS, LOAD = "metrics.csv", "load.csv"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise FolderError with the name of the file if the block cannot read or show its content."""
+    try:
+        yield
+    except VimoeError:  # for example of a full disk
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
+        raise FolderError(f"{path} is damaged ({error!r}); restore it, or make it again") from error
+
+
+def read_config(run: Path) -> tuple[dict[str, str], str]:
+    """Return the settings of a run by flag, and the model that they describe in words."""
+    if not (run / CONFIG).is_file():
+        raise FolderError(f"{run} has no {CONFIG}: expected a folder that vimoe train or vimoe prune made")
+    with reading(run / CONFIG):
+        config = yaml.safe_load(read_text(run / CONFIG))
+        flat = {f"{section}.{name}": str(value) for section, v in config.items() for name, value in v.items()}
+        return {"data.path": "?", **flat}, describe(config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, or an empty dictionary if there is no such file."""
+    return json.loads(read_text(path)) if path.exists() else {}
+
+
+def describe(config: dict[str, Any]) -> str:
+    """Describe in words the model that the settings of a run ask for."""
+    moe, model = config["moe"], config["model"]["name"]
+    if moe["layers"] == "none":
+        return f"{model}, dense"
+    where = "every block" if moe["layers"] == "all" else f"blocks {moe['layers']}"
+    if not moe["num_experts"]:
+        return f"{model} with a dense FFN of {moe['num_shared_experts']} times the width in {where} (a control)"
+    shared = f", {moe['num_shared_experts']} shared" if moe["num_shared_experts"] else ", none shared"
+    return (
+        f"{model} with a mixture of experts in {where}: {moe['num_experts']} experts{shared}, {moe['top_k']} chosen "
+        f"for each {moe['routing']}"
+    )

@@ -1,0 +1,102 @@
+"""Sections of a run's page about its training: model, data, score, loss curves, loads. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vimoe.report.curves import curves, loads
+from vimoe.report.html_page import Page
+from vimoe.report.table_cells import measures
+from vimoe.run_folder import SUMMARY
+
+ALARMS = 6  # most that the page lists
+
+
+def add_overview(page: Page, model: str, data: str, summary: dict[str, Any]) -> None:
+    """Add the first section: model, data and result of the run.
+
+    Args:
+        page: page to add to.
+        model: description of the model in words.
+        data: path of the data.
+        summary: content of summary.json; empty if there is none.
+    """
+    page.heading("Overview")
+    if "val" in summary:
+        _add_training(page, model, data, summary)
+    elif "before" in summary:
+        page.text(
+            f"This run was pruned from a trained model: {model}. The data is {data}. MoE layers and experts were "
+            f"removed as long as their removal cost little on validation images."
+        )
+    else:
+        page.text(f"The model is {model}. The data is {data}. There is no {SUMMARY}, so no result can be shown.")
+
+
+def add_curves(page: Page, metrics: Path, summary: dict[str, Any]) -> None:
+    """Add the section with loss and score by epoch from metrics.csv."""
+    page.heading("Training" if "val" in summary else "Training after pruning")
+    images = summary["val"]["images"] if "val" in summary else summary.get("validation_images", "the run's")
+    page.text(
+        "Lower is better on the left, higher on the right. If the training loss keeps falling while the validation "
+        "loss does not, the model overfits."
+    )
+    caption = f"Loss and score by epoch. Validation has {images} images. This is one training, so there is no interval."
+    page.figure(curves(metrics), "curves", caption)
+
+
+def add_loads(page: Page, load: Path) -> None:
+    """Add the figure of load.csv: the share of each expert by epoch."""
+    page.figure(
+        loads(load),
+        "load",
+        "Share of the training images (or tokens) that each expert received, by epoch: one panel for each layer, one "
+        "line for each expert. In a balanced layer all lines are equal; an expert with a line at 0 is idle. These are "
+        "counts, so there is no interval.",
+    )
+
+
+def epochs(number: int, which: str = "") -> str:
+    """Return a number of epochs in words, such as "3 further epochs"."""
+    return f"{number} {which}epoch{'s' * (number != 1)}"
+
+
+def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) -> None:
+    val = summary["val"]
+    early = ", and stopped early because the score no longer improved" if summary.get("stopped_early") else ""
+    page.text(
+        f"The model is {model}. It was trained on {summary['train_images']} images of {data} for "
+        f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} had the best "
+        f"score on the {val['images']} validation images; its weights were kept."
+    )
+    accuracies = measures(val)
+    header = ("", "images", *accuracies, "loss")
+    page.table(header, [("validation", str(val["images"]), *accuracies.values(), f"{val['loss']:.4f}")])
+    margins = "± is the 95% margin for this number of images. " if "top1" in val else ""
+    page.text(
+        f"{margins}The scores are slightly optimistic, because they chose the epoch. vimoe evaluate scores the test "
+        f"images, which decided nothing.",
+        note=True,
+    )
+    if features := summary.get("features"):
+        page.text(
+            f"The trunk before {features['before']} was frozen. Its features for {features['views']} augmented views "
+            f"of each training image were computed once and used for training in place of the images: "
+            f"{features['bytes'] / 1e9:.2f} GB, {features['seconds']:.0f} s in addition to the time above (0 s if an "
+            f"earlier run had left them).",
+            note=True,
+        )
+    if "patch_ceiling" in summary:
+        best = f"{100 * summary['patch_ceiling']:.2f}"
+        page.text(f"With one correct label for each patch, mean IoU on validation would be {best}%.", note=True)
+    if "per_class_iou" in val and "classes" in summary:
+        _add_class_scores(page, val["per_class_iou"], summary["classes"])
+    if alarms := summary.get("alarms"):
+        page.text(f"Training raised {len(alarms)} alarms. The last ones are:")
+        page.items(alarms[-ALARMS:])
+
+
+def _add_class_scores(page: Page, ious: list[float | None], classes: list[str]) -> None:
+    rows = [(name, "–" if iou is None else f"{100 * iou:.2f}") for name, iou in zip(classes, ious, strict=True)]
+    page.table(("class", "IoU on validation, %"), sorted(rows, key=lambda row: row[1] == "–"))
