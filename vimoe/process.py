@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vimoe.errors import VimoeError
 
-if TYPE_CHECKING:  # torch takes seconds to import, and progress bars must not
+if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress bars should not
     import torch
     from torch import Tensor
 

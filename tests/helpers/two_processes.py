@@ -1,8 +1,9 @@
-"""One of two processes on the CPU, which `tests/test_process.py` starts as a launcher would; prints what it saw."""
+"""One of two processes on the CPU, which `tests/stories/test_a_second_process.py` starts as a launcher would; prints what it saw."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from helpers.trainings import model
 
+from vimoe import terminal
 from vimoe.config.train import TrainConfig
 from vimoe.errors import VimoeError
 from vimoe.process import Process
-from vimoe.terminal import track
 from vimoe.training.routing_health import Health
 from vimoe.training.settle import settle
 from vimoe.training.state import Totals
@@ -56,6 +57,21 @@ def sums(process: Process) -> dict[str, Any]:
     return {"images": totals.images, "loss": totals.means()["loss"], "shares": health.shares()["layer"]}
 
 
+def shown(process: Process) -> list[str]:
+    """Return the lines of a progress bar that shows each step, and of a log after `one_log`."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vimoe")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    terminal.EVERY = 0.0
+    assert list(terminal.track(range(2), "counting")) == [0, 1]  # the work itself is done by all
+    process.one_log()
+    logging.getLogger("vimoe.training").warning("an alarm")
+    return [line.partition(",")[0] for line in lines]
+
+
 def main() -> None:
     folder, process = Path(sys.argv[1]), Process()
     one = torch.tensor([1.0, 10.0]) * (process.rank + 1)
@@ -73,7 +89,7 @@ def main() -> None:
         "made": in_turn(process, folder / "made"),
         "epoch": sums(process),
         "training": message(settle, TrainConfig(), 100, model()),
-        "items": list(track(range(3), "counting")),
+        "shown": shown(process),
     }
     process.barrier()
     (folder / f"{process.rank}.json").write_text(json.dumps(seen))
