@@ -1,4 +1,4 @@
-"""What analysis and pruning cost: their time over that of a plain evaluation of the same images.
+"""Cost of analysis and pruning: their time over that of a plain evaluation of the same images.
 
     python benchmarks/analysis_cost.py
 
@@ -38,7 +38,7 @@ SIZE, CLASSES = 112, 10
 
 
 def random_model(name: str) -> nn.Module:
-    """A ViT that mixes its tokens, with experts that differ and routers that send images to all of them."""
+    """Return a ViT with attention, unequal experts, and routers that send images to all of them."""
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, img_size=SIZE, num_classes=CLASSES)
     vimoe.upcycle(model, vimoe.MoEConfig(layers="last:2", num_experts=8, top_k=1, routing="image"))
@@ -54,21 +54,21 @@ def random_model(name: str) -> nn.Module:
 
 
 def loader(images: int, seed: int) -> DataLoader:
-    """Batches as `vimoe analyze` has them by default."""
+    """Return batches of the default size of `vimoe analyze`."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(images, 3, SIZE, SIZE, generator=generator)
     return DataLoader(TensorDataset(pixels, torch.arange(images) % CLASSES), batch_size=128)
 
 
 def seconds(what: Callable[[], Any]) -> float:
-    """CPU time that a call takes: other jobs on the machine disturb it less than the time on the wall."""
+    """Return the CPU time of a call, which other jobs on the machine disturb less than wall-clock time."""
     start = time.process_time()
     what()
     return time.process_time() - start
 
 
 def one_round(model: nn.Module, val: DataLoader, test: DataLoader) -> dict[str, float]:
-    """Seconds of everything, by name."""
+    """Return the seconds of each measured part, by name."""
     found: list[Any] = []
 
     def prune() -> None:
@@ -92,7 +92,7 @@ def one_round(model: nn.Module, val: DataLoader, test: DataLoader) -> dict[str, 
 
 
 def ratios(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Of each round, by what was timed."""
+    """Return the ratio in each round, by the part that was timed."""
     return {
         "analysis": [each["analysis"] / each["evaluation"] for each in rounds],
         "pruning": [each["pruning"] / each["evaluation of both"] for each in rounds],
@@ -103,7 +103,7 @@ def ratios(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The part of README.md."""
+    """Return the section for README.md."""
     rounds = result["rounds"]
     lines = [
         f"### Analysis and pruning over an evaluation: {result['of']}, {result['images']} images",
@@ -129,7 +129,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures, and writes the page."""
+    """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch14_dinov2")
     parser.add_argument("--images", type=int, default=300)

@@ -37,7 +37,7 @@ from vimoe.errors import VimoeError
 
 
 def loads(peer: Peer, layer: nn.Module, x_BTD: Tensor) -> Tensor:
-    """(N,) tokens that each expert computes of these; what is missing from k * B * T was dropped."""
+    """Return (N,) the tokens that each expert computes; those missing from k * B * T were dropped."""
     seen: list[Any] = []
     handle = layer.gate.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
@@ -47,14 +47,14 @@ def loads(peer: Peer, layer: nn.Module, x_BTD: Tensor) -> Tensor:
 
 
 def computed(layer: nn.Module, x_BTD: Tensor) -> float:
-    """Multiply-adds for each token that a forward pass really takes in matrix products, padding included."""
+    """Return the multiply-adds per token that a forward pass spends in matrix products, padding included."""
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops}) as counter:
         layer(x_BTD)
     return counter.get_total_flops() / 2 / x_BTD.shape[:2].numel()
 
 
 def _grouped_flops(rows: torch.Size, stacked: torch.Size, *_: Any, **__: Any) -> int:
-    """Of (M, D) rows by (N, D, F) matrices, one for each row; torch's counter knows no grouped products."""
+    """Return the operations of (M, D) rows by (N, D, F) matrices, one per row; torch's counter lacks this product."""
     return 2 * rows.numel() * stacked[-1]
 
 
@@ -70,7 +70,7 @@ def shapes(peer: Peer) -> Iterator[Shape]:
 
 
 def unsound(peer: Peer, dtype: torch.dtype, shape: Shape) -> str:
-    """What is not finite in a forward and backward pass, or gets no gradient; empty where all is well."""
+    """Describe infinite or missing values in a forward and backward pass, or missing gradients; "" if none."""
     layer, x = peer.build(shape).to(dtype), inputs(shape).to(dtype).requires_grad_()
     y = layer(x)
     y.float().square().sum().backward()
@@ -82,9 +82,9 @@ def unsound(peer: Peer, dtype: torch.dtype, shape: Shape) -> str:
 
 
 def misrouted(peer: Peer, dtype: torch.dtype) -> str:
-    """Where even and skewed loads, one after the other, are not what was asked for; empty where all is well.
+    """Describe a difference between the loads asked for and those computed, even and then skewed; "" if none.
 
-    Without capacity all tokens arrive. With it no expert computes more than it was sent, and the even load fits.
+    Without capacity all tokens arrive. With capacity no expert computes more than it was sent, and the even load fits.
     """
     layer, x = peer.build(TINY).to(dtype), inputs(TINY).to(dtype)
     even = torch.arange(x.shape[:2].numel()) % TINY.num_experts
@@ -104,7 +104,7 @@ def misrouted(peer: Peer, dtype: torch.dtype) -> str:
 
 
 def difference(peer: Peer, shape: Shape) -> float:
-    """The largest difference of outputs and of the input's gradients from our layer, over their largest value."""
+    """Return the largest difference of outputs and input gradients from our layer, over their largest value."""
     torch.manual_seed(0)
     twin, layer = peer.twin(shape), peer.build(shape)
     with torch.no_grad():  # experts that differ, and gates that do
@@ -121,7 +121,7 @@ def difference(peer: Peer, shape: Shape) -> float:
 
 
 def check(peer: Peer, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether all is well with a peer in a type, and the row that says so."""
+    """Check a peer in a type; return (True if all is well, row of the table)."""
     if dtype not in peer.types:
         return True, failure(peer.build, dtype) or ""
     words = [(f"finite, k={shape.top_k}", unsound(peer, dtype, shape)) for shape in shapes(peer)]
@@ -134,7 +134,7 @@ def check(peer: Peer, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Checks all peers and prints a table; 1 where something is wrong."""
+    """Check all peers and print a table; return 1 if something is wrong."""
     warnings.filterwarnings("ignore")  # of other libraries
     torch.manual_seed(0)
     well = True

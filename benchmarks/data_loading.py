@@ -36,7 +36,7 @@ Pipeline = Callable[[], Iterable[Any]]
 
 
 class TimmsDataset(torch.utils.data.Dataset):
-    """The samples as timm's loader wants them: opened by Pillow, with a transform that the loader sets."""
+    """Dataset for timm's loader: images opened by Pillow, with a transform that the loader sets."""
 
     def __init__(self, folder: str, images: list[Sample]) -> None:
         self.inner = timm.data.ImageDataset(folder)
@@ -53,7 +53,7 @@ class TimmsDataset(torch.utils.data.Dataset):
 
 
 def timms_loader(folder: str, samples: list[Sample], prepared: dict[str, Any], workers: int) -> Any:
-    """The loader of timm with the augmentation of CONFIG."""
+    """Return timm's loader with the augmentation of CONFIG."""
     return create_loader(
         TimmsDataset(folder, samples), prepared["input_size"], CONFIG.batch_size, is_training=True,
         scale=(CONFIG.min_crop, 1.0), ratio=(3 / 4, 4 / 3), hflip=CONFIG.hflip, color_jitter=0.0, num_workers=workers,
@@ -63,7 +63,7 @@ def timms_loader(folder: str, samples: list[Sample], prepared: dict[str, Any], w
 
 
 def rate(loader: Iterable[Any], images: int) -> float:
-    """Images a second of one epoch."""
+    """Return images per second in one epoch."""
     start = time.perf_counter()
     for _ in loader:
         pass
@@ -71,7 +71,7 @@ def rate(loader: Iterable[Any], images: int) -> float:
 
 
 def waiting(loader: Iterable[Any], model: torch.nn.Module, steps: int) -> dict[str, float]:
-    """Images a second of a training in bfloat16, and the share of the time in which it waits for images."""
+    """Return images per second of a training in bfloat16, and the share of its time that it waits for images."""
     optimizer = torch.optim.AdamW(model.parameters())
     waited = 0.0
     batches = iter(loader)
@@ -91,7 +91,7 @@ def waiting(loader: Iterable[Any], model: torch.nn.Module, steps: int) -> dict[s
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--images", type=int, default=10_000)

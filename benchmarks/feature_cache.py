@@ -1,4 +1,4 @@
-"""What an epoch costs on the cached features of a frozen trunk, beside one on images, and when filling the cache pays.
+"""Cost of an epoch on cached features of a frozen trunk beside one on images, and when filling the cache pays.
 
     python benchmarks/feature_cache.py FOLDER --images 256
 
@@ -47,7 +47,7 @@ from vimoe.training.task import Task
 
 
 def processor() -> str:
-    """What the system calls it."""
+    """Return the system's name for the processor."""
     info = Path("/proc/cpuinfo")
     named = [
         line.partition(":")[2].strip()
@@ -58,7 +58,7 @@ def processor() -> str:
 
 
 def epoch(model: nn.Module, task: Task, config: TrainConfig) -> dict[str, float]:
-    """Seconds of the training steps of an epoch, of a validation, and of the processor for a training of one epoch."""
+    """Return seconds of an epoch's steps, of a validation, and of the processor for a training of one epoch."""
     model = copy.deepcopy(model)
     with tempfile.TemporaryDirectory() as out:
         trained = [name for name, module in model.named_modules() if isinstance(module, vimoe.MoE)]
@@ -78,7 +78,7 @@ def epoch(model: nn.Module, task: Task, config: TrainConfig) -> dict[str, float]
 
 @torch.no_grad()
 def rounding(model: nn.Module, trained: Sequence[str], images: Tensor) -> dict[str, float]:
-    """What each type of 16 bits does to the logits."""
+    """Return the relative change of the logits for each 16-bit type."""
     cut = cut_before(model, trained, (images.shape[1], images.shape[2], images.shape[3]))
     features = cut.trunk(model, images)
     logits = cut.rest(model, features)
@@ -88,12 +88,12 @@ def rounding(model: nn.Module, trained: Sequence[str], images: Tensor) -> dict[s
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median of the rounds, and the ends."""
+    """Return the median, smallest and largest of the rounds."""
     return {"median": statistics.median(values), "smallest": min(values), "largest": max(values)}
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--model", default="vit_tiny_patch16_224")

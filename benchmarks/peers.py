@@ -35,7 +35,7 @@ SURE = 10.0  # the score of the expert that a token is forced to; that of all ot
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a layer. `tokens` of one image is what SoftMoE makes its slots for; the others take any number."""
+    """Shape of a layer. `tokens` is the number in one image, for which SoftMoE makes its slots; others take any."""
 
     dim: int
     hidden: int
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def gated_hidden(self) -> int:
-        """The width at which three matrices have the multiply-adds of two."""
+        """Width at which three matrices have the multiply-adds of two."""
         return round(self.hidden * 2 / 3)
 
 
@@ -55,18 +55,18 @@ class Peer:
 
     Attributes:
         name: library and variant.
-        build: the layer, float32, on the CPU, in train mode: (B, T, D) to (B, T, D).
-        macs: multiply-adds of one token with the matrices that it activates, counted from the built layer. What
-            capacity pads, and products of activations with one another, are not in it; see `computed`.
-        note: what differs from ours.
-        drops: whether it drops tokens beyond a capacity.
-        types: in which types it runs forward and backward, found by trying.
-        exact: copies the weights of the layer that `twin` makes, after which both compute the same function; None
-            where the peer computes another one.
-        route: sends token i of the flattened input to expert wanted[i], (B * T,) int64, from now on, also where it was
-            sent elsewhere before; call it once the layer has its type and device. For k=1. None without a choice.
-        sent: where tokens went in the layer's own words: what its gate returned to (B * T, N) bool. None as above.
-        twin: our layer that computes the same; None where there is none.
+        build: function that builds the layer, float32, on the CPU, in train mode: (B, T, D) to (B, T, D).
+        macs: multiply-adds of one token with the matrices that it activates, counted from the built layer. Padding by
+            capacity, and products of activations with one another, are not counted; see `computed`.
+        note: differences from ours.
+        drops: True if it drops tokens beyond a capacity.
+        types: types in which it runs forward and backward, found by trying.
+        exact: function that copies the weights of the layer that `twin` makes, after which both compute the same
+            function; None if the peer computes another one.
+        route: function that sends token i of the flattened input to expert wanted[i], (B * T,) int64, until it is
+            called again. Call it once the layer has its type and device. For k=1. None without a choice.
+        sent: function from the output of the layer's gate to the routing of tokens, (B * T, N) bool. None as above.
+        twin: our layer that computes the same; None if there is none.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Peer:
 
 
 class Layer(nn.Module):
-    """A peer's layer, its output alone, with a dense FFN beside it where it has no shared expert of its own."""
+    """A peer's layer, reduced to its output, with a dense FFN beside it if it has no shared expert of its own."""
 
     def __init__(self, moe: nn.Module, gate: nn.Module | None, experts: nn.Module, shared: nn.Module | None) -> None:
         super().__init__()
@@ -91,12 +91,12 @@ class Layer(nn.Module):
 
     @property
     def gate(self) -> nn.Module | None:
-        """What decides; its only parameter is the router's matrix."""
+        """Module of the router, whose only parameter is its matrix."""
         return self._parts[0]
 
     @property
     def experts(self) -> nn.Module:
-        """What holds the weights of all experts."""
+        """Module with the weights of all experts."""
         return self._parts[1]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Layer(nn.Module):
 
 
 def ours(shape: Shape, dense: nn.Module, normalize_gates: bool = False) -> MoE:
-    """Our layer with this FFN as expert and as shared expert, routing tokens, in the formula that the peers have."""
+    """Return our layer with this FFN as expert and shared expert, with token routing and the formula of the peers."""
     settings = MoEConfig(
         num_experts=shape.num_experts,
         top_k=shape.top_k,
@@ -119,7 +119,7 @@ def ours(shape: Shape, dense: nn.Module, normalize_gates: bool = False) -> MoE:
 
 
 def force(gate: nn.Module, wanted: Tensor, like: Tensor) -> None:
-    """Makes a gate, the parent of one matrix, choose the experts wanted (B * T,); `like` has the input's type, device.
+    """Make a gate, the parent of one matrix, choose the experts wanted (B * T,); `like` has the input's type, device.
 
     The gate's own code runs on rows that have the answer in their first N channels, with the identity for a matrix. So
     it costs what it costs, its gradient in weight and input included, and nothing is added. The input gets no gradient
@@ -137,7 +137,7 @@ def force(gate: nn.Module, wanted: Tensor, like: Tensor) -> None:
 
 
 def activated(layer: nn.Module, share: float) -> float:
-    """Multiply-adds of one token with weights, of whose experts it uses this share; our `MoE` can be counted, too."""
+    """Return the multiply-adds of one token with weights, given the share of experts that it uses."""
     experts = _matrices(layer.experts)
     return _matrices(layer) - experts + share * experts
 
@@ -147,7 +147,7 @@ def _matrices(module: nn.Module) -> int:
 
 
 def failure(build: Callable[[Shape], nn.Module], dtype: torch.dtype, device: str = "cpu") -> str | None:
-    """The first line of the error that a tiny layer ends in, forward or backward, in a type; None where it runs."""
+    """Return the first line of the error of a tiny layer, forward or backward, in a type; None if it runs."""
     layer, x = build(TINY).to(device, dtype), inputs(TINY).to(device, dtype).requires_grad_()
     try:
         layer(x).sum().backward()
@@ -160,12 +160,12 @@ TINY = Shape(dim=32, hidden=48, num_experts=4, top_k=1, tokens=17)
 
 
 def inputs(shape: Shape, images: int = 3) -> Tensor:
-    """(B, T, D) normal numbers, always the same."""
+    """Return (B, T, D) normal numbers, always the same."""
     return torch.randn(images, shape.tokens, shape.dim, generator=torch.Generator().manual_seed(0))
 
 
 def only(shape: Shape, largest: int, library: str) -> None:
-    """Raises VimoeError where a library has no layer with this k."""
+    """Raise VimoeError if a library has no layer with this k."""
     if shape.top_k > largest:
         raise VimoeError(f"top_k={shape.top_k} with {library}: expected at most {largest}; leave this peer out")
 
@@ -306,7 +306,7 @@ def mixture_of_experts(shape: Shape) -> Layer:
 
 
 def soft_moe(shape: Shape) -> Layer:
-    """As many slots as there are choices of tokens, T k, as nearly as N divides them."""
+    """Return SoftMoE with as many slots as there are choices of tokens, T k, up to divisibility by N."""
     from soft_moe_pytorch import SoftMoE
 
     moe = SoftMoE(
@@ -316,7 +316,7 @@ def soft_moe(shape: Shape) -> Layer:
 
 
 def slots(shape: Shape) -> int:
-    """Of one expert for one image."""
+    """Return the number of slots of one expert for one image."""
     return shape.top_k * shape.tokens // shape.num_experts
 
 
@@ -328,18 +328,18 @@ def _routed(layer: Layer, wanted: Tensor) -> None:
 
 
 def _chosen(indices: Tensor, num_experts: int) -> Tensor:
-    """(B * T, k) experts, -1 where the token was dropped, to (B * T, N)."""
+    """Turn (B * T, k) experts, -1 for a dropped token, into (B * T, N) bool."""
     return F.one_hot(indices.long() + 1, num_experts + 1)[..., 1:].sum(dim=1).bool()
 
 
 def mean_share(shape: Shape) -> float:
-    """Of the experts, that one token uses."""
+    """Return the share of the experts that one token uses."""
     return shape.top_k / shape.num_experts
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What is known of a peer before its package is imported."""
+    """Description of a peer without an import of its package."""
 
     package: str  # on the package index
     module: str
@@ -437,7 +437,7 @@ def _present(entry: _Entry) -> bool:
 
 
 def installed(device: str = "cpu") -> list[Peer]:
-    """The peers whose package is here, always in the same order; their types are tried on this device."""
+    """Return the peers whose package is installed, in a fixed order; their types are tried on this device."""
     return list(_peers(device))
 
 
@@ -458,11 +458,11 @@ def _peers(device: str) -> Iterator[Peer]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are here."""
+    """Return the versions of the installed packages."""
     here = sorted({entry.package for entry in _ENTRIES if _present(entry)})
     return {package: importlib.metadata.version(package) for package in here}
 
 
 def missing() -> list[str]:
-    """Packages, by the name that pip knows, whose layers would be compared if they were here."""
+    """Return the packages, by pip's name, whose layers would be compared if they were installed."""
     return sorted({entry.package for entry in _ENTRIES if not _present(entry)})

@@ -1,4 +1,4 @@
-"""Times training steps under bfloat16 autocast over float32 ones, by the width of a ViT.
+"""Time of training steps under bfloat16 autocast over float32 ones, by the width of a ViT.
 
     python benchmarks/precision.py
 
@@ -58,7 +58,7 @@ def ratio(width: int, heads: int, images: int, side: int, rounds: int) -> float:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds

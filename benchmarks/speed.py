@@ -1,4 +1,4 @@
-"""Times the MoE layer and whole models beside dense FFNs and other libraries, and writes the tables of README.md here.
+"""Time of the MoE layer and of whole models beside dense FFNs and other libraries, for the tables of README.md here.
 
     python benchmarks/speed.py                          # all of it; what is in results/ is not measured again
     python benchmarks/speed.py --only "layer *" --redo  # some of it again
@@ -52,7 +52,7 @@ GOALS = {"balanced": (1.10, 1.15), "zipf": (1.20, 1.25)}
 
 
 def measurements(rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Name and function of each."""
+    """Name and function of each contestant."""
     for dtype, routing, load in itertools.product((*DTYPES, AUTOCAST), ROUTINGS, LOADS):
         types = {"precision": "bf16"} if dtype == AUTOCAST else {"dtype": dtype}
         bench = LayerBench(**types, load=load, rounds=rounds)
@@ -68,12 +68,12 @@ def measurements(rounds: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]
 
 
 def whole_model(bench: ModelBench) -> dict[str, Any]:
-    """A ViT whose last two blocks have experts, beside its parent."""
+    """Return a ViT whose last two blocks have experts, beside its parent."""
     return bench_model(bench, VIT, MoEConfig(layers="last:2", routing="image")).to_dict()
 
 
 def beside_peers(bench: LayerBench) -> dict[str, Any]:
-    """Layers of other libraries with the same forced, balanced token routing, and ours."""
+    """Return layers of other libraries with the same forced, balanced token routing, and ours."""
     case = layer_case(bench, MoEConfig(routing="token"), ["auto"])
     shape = peers.Shape(bench.dim, bench.hidden, 8)
     layers = {name: case.layers[name] for name in (*case.floor, "vimoe auto")}
@@ -96,7 +96,7 @@ def beside_peers(bench: LayerBench) -> dict[str, Any]:
 
 
 def more_experts(bench: LayerBench) -> dict[str, Any]:
-    """The optimised forward pass with more and more experts of which a token still passes one."""
+    """Return optimised layers with more and more experts, of which a token passes one."""
     steps = {}
     for n in EXPERTS:
         case = layer_case(bench, MoEConfig(routing="token", num_experts=n), ["auto"])
@@ -111,7 +111,7 @@ def more_experts(bench: LayerBench) -> dict[str, Any]:
 
 
 def in_processes(name: str, processes: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """The measurement, made by one new process after the other."""
+    """Yield the measurement of one new process after the other."""
     command = [sys.executable, __file__, "--measure", name, "--rounds", str(rounds)]
     for _ in range(processes):
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -119,13 +119,13 @@ def in_processes(name: str, processes: int, rounds: int) -> Iterator[dict[str, A
 
 
 def commit() -> str:
-    """Of the code that was measured."""
+    """Return the commit of the measured code."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, stdout=subprocess.PIPE, text=True)
     return done.stdout.strip()
 
 
 def paired(runs: list[dict[str, Any]], what: str, name: str, over: str) -> dict[str, float]:
-    """One contestant's time over another's: the mean over processes, with Student's 95% interval."""
+    """Return one contestant's time over another's: the mean over processes, with Student's 95% interval."""
     timings = [{timing["name"]: timing["ratio"] for timing in run["timings"][what]} for run in runs]
     ratios = np.array([timing[name] / timing[over] for timing in timings])
     reach = float(stats.t.ppf(0.975, len(ratios) - 1) * stats.sem(ratios))
@@ -133,7 +133,7 @@ def paired(runs: list[dict[str, Any]], what: str, name: str, over: str) -> dict[
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One measurement of those of several processes, its floor the fastest on the mean of all; of times the median."""
+    """Combine the measurements of several processes: median times; the floor is the contestant fastest on the mean."""
 
     def merge(what: str) -> list[dict[str, Any]]:
         columns = {timings[0]["name"]: timings for timings in zip(*(run["timings"][what] for run in runs), strict=True)}
@@ -157,7 +157,7 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_page() -> None:
-    """Puts the tables of all results between the marks of README.md."""
+    """Put the tables of all results between the marks of README.md."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     analyses = [analysis_cost.table(result) for result in found.values() if "processes" not in result]
     results = {name: merged(result["processes"]) for name, result in found.items() if "processes" in result}
@@ -168,7 +168,7 @@ def write_page() -> None:
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    """All tables that there are results for."""
+    """Return all tables with results."""
     parts = [
         layer_table({name: r for name, r in results.items() if name.startswith("layer ")}),
         *(
@@ -186,7 +186,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
 
 
 def layer_table(results: dict[str, dict[str, Any]]) -> str:
-    """Our layer over the floor."""
+    """Return the table of our layer over the floor."""
     lines = [
         "### The layer over the floor",
         "",
@@ -212,12 +212,12 @@ def layer_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def backend_table(name: str, result: dict[str, Any]) -> str:
-    """All contestants of one measurement."""
+    """Return the rows of all contestants of one measurement."""
     return "\n".join([f"### {name}: every backend", "", *_rows(result)])
 
 
 def peer_table(name: str, result: dict[str, Any]) -> str:
-    """Other libraries' layers, and ours over the fastest of them."""
+    """Return the table of other libraries' layers, and of ours over the fastest of them."""
     ours = []
     for what, form, goal in (("forward", "", 0.75), ("forward", ", optimised", 0.75), ("training", "", 0.80)):
         theirs = [timing for timing in result["timings"][what] if timing["name"] in result["notes"]]
@@ -238,14 +238,14 @@ def peer_table(name: str, result: dict[str, Any]) -> str:
 
 
 def peer_notes(results: list[dict[str, Any]]) -> str:
-    """What each of the other libraries' layers computes."""
+    """Return notes on the arithmetic of each of the other libraries' layers."""
     shares = {peer: macs / result["macs"]["vimoe auto"] for result in results for peer, macs in result["macs"].items()}
     notes = {peer: note for result in results for peer, note in result["notes"].items()}
     return "\n".join(f"- {peer}: {shares[peer]:.3f} of our activated multiply-adds; {notes[peer]}" for peer in notes)
 
 
 def model_table(name: str, result: dict[str, Any]) -> str:
-    """A whole model over its dense parent."""
+    """Return the table of a whole model over its dense parent."""
     words = []
     for what, goal in (("forward", 1.12), ("training", 1.15)):
         timing = _timing(result, what, "vimoe")
@@ -256,7 +256,7 @@ def model_table(name: str, result: dict[str, Any]) -> str:
 
 
 def expert_table(result: dict[str, Any]) -> str:
-    """What more experts cost."""
+    """Return the table of the cost of more experts."""
     timings = result["timings"]["forward"]
     last = timings[-1]
     lines = [
@@ -270,7 +270,7 @@ def expert_table(result: dict[str, Any]) -> str:
 
 
 def machines(results: dict[str, dict[str, Any]]) -> str:
-    """On what all this was measured."""
+    """Return a line for each machine that was used."""
     known = sorted({json.dumps(result["machine"], sort_keys=True) for result in results.values()})
     lines = []
     for machine_ in map(json.loads, known):
@@ -307,7 +307,7 @@ def _reached(timing: dict[str, Any], goal: float) -> str:
 
 
 def main() -> None:
-    """Measures what is not there, and writes the page."""
+    """Measure what has no results yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=6, help="that make each measurement, one after the other")
     parser.add_argument("--rounds", type=int, default=6, help="in each process")

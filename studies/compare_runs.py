@@ -17,14 +17,14 @@ from study import difference, spread, vimoe
 
 
 def rise(run: Path) -> float:
-    """How much the validation loss of the last epoch is above the lowest."""
+    """Return the validation loss of the last epoch above the lowest one."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         losses = [float(row["val_loss"]) for row in csv.DictReader(file)]
     return losses[-1] - min(losses)
 
 
 def table(runs: Path, arms: list[str], seeds: list[int]) -> str:
-    """Rows of Markdown."""
+    """Return rows of Markdown."""
     head = ("arm", "test top-1, %", "test loss", f"against {arms[0]}, points", "best epoch", "epochs trained",
             "val loss, last minus best epoch's", "seconds")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -47,7 +47,7 @@ def table(runs: Path, arms: list[str], seeds: list[int]) -> str:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path)
     parser.add_argument("--arms", nargs="+", required=True)

@@ -1,4 +1,4 @@
-"""Masked autoencoding (He et al., arXiv 2111.06377) on a folder of images: a backbone where none can be downloaded.
+"""Masked autoencoding (He et al., arXiv 2111.06377) on a folder of images: a backbone if none can be downloaded.
 
     python studies/pretrain_mae.py photos/ --out runs/mae --name vit_tiny_patch16_224 --img_size 224 --epochs 400
 
@@ -38,7 +38,7 @@ from vimoe.training import checkpoint
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what comes out; batch_size, lr and betas as in the paper, for a small batch."""
+    """Settings of a pretraining; batch_size, lr and betas as in the paper, for a small batch."""
 
     images: str
     name: str = "vit_tiny_patch16_224"
@@ -57,7 +57,7 @@ class Settings:
 
 
 def autoencoder(vit: nn.Module, settings: Settings) -> ViTMAEForPreTraining:
-    """The masked autoencoder of transformers with an encoder of the shape of a plain timm ViT."""
+    """Return transformers' masked autoencoder with an encoder of the shape of a plain timm ViT."""
     block: Any = vit.blocks[0]
     heads = max(1, settings.decoder_dim // 32)
     model = ViTMAEForPreTraining(
@@ -82,7 +82,7 @@ def autoencoder(vit: nn.Module, settings: Settings) -> ViTMAEForPreTraining:
 
 
 def _place(model: ViTMAEForPreTraining) -> None:
-    """Gives encoder and decoder their fixed position embeddings.
+    """Give encoder and decoder their fixed position embeddings.
 
     Of a new model transformers 5.23 leaves them 0 (its `post_init` passes over the encoder's, as the projection beside
     them is initialised already, and clears the decoder's), and a ViT that knows no positions learns nothing from masks.
@@ -96,7 +96,7 @@ def _place(model: ViTMAEForPreTraining) -> None:
 
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder of a ViTMAE in timm's names, where queries, keys and values are one matrix."""
+    """Return the encoder's weights of a ViTMAE by timm's names, with queries, keys and values in one matrix."""
     renamed = {}
     names = {
         "embeddings.cls_token": "cls_token",
@@ -122,7 +122,7 @@ def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pretrain(settings: Settings, out: Path, precision: Precision) -> dict[str, Any]:
-    """Trains, writes OUT/model, and returns what it cost."""
+    """Train, write OUT/model, and return the cost."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "settings.json", asdict(settings))
     seed_everything(settings.seed)
@@ -196,7 +196,7 @@ def pretrain(settings: Settings, out: Path, precision: Precision) -> dict[str, A
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", help="folder of images, searched through")
     parser.add_argument("--out", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Trains every arm of a study over seeds, scores each on test, and writes the table into the study's README.
+"""Train every arm of a study over seeds, score each on test, and write the table into the study's README.
 
     python studies/study.py studies/camvid --seeds 0 1 2 -- --data.path camvid --model.name local-dir:runs/mae/model
 
@@ -34,7 +34,7 @@ SCORES = {"miou": "mean IoU, %", "top1": "top-1, %"}
 
 
 def vimoe(*argv: str) -> dict[str, Any]:
-    """What a verb prints with --json; its log goes where ours goes."""
+    """Run a verb and return its JSON; its log goes to our standard error."""
     done = subprocess.run(
         [sys.executable, "-m", "vimoe.cli", *argv, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -44,7 +44,7 @@ def vimoe(*argv: str) -> dict[str, Any]:
 
 
 def run_one(study: Path, arm: Path, seed: int, runs: Path, extra: Sequence[str]) -> None:
-    """One training and its score, as STUDY/results/ARM-seedN.json."""
+    """Train and score one arm with one seed, as STUDY/results/ARM-seedN.json."""
     result = study / "results" / f"{arm.stem}-seed{seed}.json"
     if result.exists():
         return
@@ -70,12 +70,12 @@ def run_one(study: Path, arm: Path, seed: int, runs: Path, extra: Sequence[str])
 
 
 def cost(run: Path) -> dict[str, float]:
-    """Parameters, activated parameters and multiply-adds of a run's model for one training crop."""
+    """Return parameters, activated parameters and multiply-adds of a run's model for one training crop."""
     return asdict(count(load(run / "model")))
 
 
 def table(results: list[dict[str, Any]], control: str) -> str:
-    """Mean and standard deviation over seeds by arm, and each arm against the control, paired by seed."""
+    """Return mean and standard deviation over seeds by arm, and each arm against the control, paired by seed."""
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         arms.setdefault(result["arm"], {})[result["seed"]] = result
@@ -115,7 +115,7 @@ def table(results: list[dict[str, Any]], control: str) -> str:
 
 
 def per_class(arms: dict[str, dict[int, dict[str, Any]]], order: list[str], classes: list[str]) -> list[str]:
-    """IoU by class on test, mean over seeds."""
+    """Return the IoU by class on test, as the mean over seeds."""
     lines = [f"| IoU, % | {' | '.join(order)} |", "|---" * (len(order) + 1) + "|"]
     for c, name in enumerate(classes):
         cells = []
@@ -127,13 +127,13 @@ def per_class(arms: dict[str, dict[int, dict[str, Any]]], order: list[str], clas
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean ± standard deviation; of one value no deviation."""
+    """Return mean ± standard deviation as text; for one value without the deviation."""
     mean = format(statistics.fmean(values), form)
     return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
 
 
 def difference(paired: list[float], comparisons: int) -> str:
-    """The mean of paired differences and its interval."""
+    """Return the mean of paired differences and its interval as text."""
     if len(paired) < 2:
         return "too few seeds"
     mean = statistics.fmean(paired)
@@ -143,7 +143,7 @@ def difference(paired: list[float], comparisons: int) -> str:
 
 
 def write_table(study: Path, control: str) -> None:
-    """Puts the table between the marks of the study's README."""
+    """Put the table between the marks of the study's README."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((study / "results").glob("*.json"))]
     for arm in {result["arm"] for result in results}:
         if len({result["settings"] for result in results if result["arm"] == arm}) > 1:
@@ -159,7 +159,7 @@ def write_table(study: Path, control: str) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     given = sys.argv[1:]
     mine, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

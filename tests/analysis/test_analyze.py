@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.kinds import DECIDE
 from helpers.known import CLASSES, Known, loader
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
@@ -36,6 +37,57 @@ def test_cause_is_told_from_specialisation(routing: str, by_class: bool) -> None
         assert effect.loss.low > 1 and effect.right.high < -0.3
     for effect in (silent.permuted, silent.frozen, *silent.dense.values(), *silent.experts):
         assert effect.loss.high == pytest.approx(0, abs=1e-6) and effect.right.value == 0
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("router", list(DECIDE))
+def test_figures_of_routers_that_leave_slots_empty_are_counted_by_hand(router: str, routing: str) -> None:
+    model = perturb_experts(upcycle(vit(global_pool="avg"), config(router=router, routing=routing)))
+    with torch.no_grad():
+        for layer in layers(model):  # one expert that nobody gets, and one score that differs
+            layer.router.weight[1] = 0
+    x, labels = images(model, 24), torch.arange(24) % 5
+    evidence = vimoe.analyze(model, list(zip(x.split(7), labels.split(7), strict=True)), draws=2)
+    with torch.no_grad(), vimoe.record(model) as routings:
+        model(x)
+    activated, routes = torch.zeros(24), [[""] * 24 * 5 for _ in routings]
+    for found, routing_, route in zip(evidence.layers, routings, routes, strict=True):
+        counts, mass, chosen_by = torch.zeros(5, 4), torch.zeros(4), torch.zeros(24, 4)
+        for row, (experts, gates) in enumerate(zip(routing_.experts.tolist(), routing_.gates.tolist(), strict=True)):
+            image = row if routing == "image" else row // 5
+            for expert, gate in zip(experts, gates, strict=True):
+                if expert >= 0:
+                    counts[labels[image], expert] += 1
+                    mass[expert] += gate
+                    chosen_by[image, expert] += gate
+            route[row] = str(sorted(e for e in experts if e >= 0))
+        assert np.array_equal(found.counts, counts.numpy())
+        assert found.load == pytest.approx((counts.sum(dim=0) / max(counts.sum(), 1)).numpy())
+        assert found.gate_mass == pytest.approx((mass / len(routing_.experts)).numpy())
+        assert found.top_k == 4 and len(found.experts) == 4
+        for expert, examples in enumerate(found.examples):
+            best = chosen_by[:, expert].argsort(descending=True)[0]
+            assert not examples or chosen_by[examples[0], expert] == chosen_by[best, expert]
+            assert bool(examples) == bool(chosen_by[:, expert].any())
+        activated += (chosen_by > 0).sum(dim=1)
+    assert evidence.pairs[0].value == pytest.approx(float(activated.mean()))
+    assert evidence.routes[0] == len(set(zip(*routes, strict=True)) - {("", "")}) and evidence.routes[2] == 16**2
+    assert Evidence.from_dict(json.loads(json.dumps(evidence.to_dict()))).to_dict() == evidence.to_dict()
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_layers_that_give_nobody_an_expert_are_analysed_and_pruned(routing: str) -> None:
+    model = upcycle(vit(), config(router="threshold", routing=routing))
+    for layer in layers(model):
+        layer.router.weight.data.zero_()  # sigmoid(0) is not above a half
+    batches = [(images(model, 10), torch.arange(10) % 5)]
+    evidence = vimoe.analyze(model, batches, draws=2)
+    for found in evidence.layers:
+        assert not found.counts.any() and not found.load.any() and not found.gate_mass.any()
+        assert found.adjusted_mutual_information.value == 0
+        assert found.permuted.loss.value == 0 and found.experts[2].loss.value == 0
+    assert evidence.pairs[0].value == 0 and evidence.routes[:2] == (1, 1.0)
+    assert len(vimoe.prune(model, evidence, batches, tolerance=0.01, experts=True).steps) == 2
 
 
 def test_the_known_layer_has_the_figures_that_follow() -> None:

@@ -134,6 +134,7 @@ def test_independent_moves_have_as_many_directions_as_there_can_be() -> None:
 
 
 @pytest.mark.parametrize("dense", FFNS)
+@torch.no_grad()
 def test_permuted_copies_are_alike_once_their_neurons_are_matched(dense: str) -> None:
     layer = moe(FFNS[dense]())
     for e in range(EXPERTS):
@@ -210,6 +211,7 @@ def test_an_image_is_judged_by_the_mean_norm_over_its_tokens(routing: str, share
     assert found.score_norm_correlation == pytest.approx(2 * share - 1)
 
 
+@torch.no_grad()
 def test_experts_that_share_the_largest_norm_share_the_hit() -> None:
     """Experts 2 and 3 are one, up to the order of their units and so to rounding."""
     layer = by_size(routing="token")

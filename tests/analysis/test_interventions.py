@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.kinds import DECIDE
 from helpers.tiny import FAMILIES, config, images, layers, perturb_experts, randomise, upcycle, vit
 from torch import Tensor, nn
 
@@ -78,13 +79,15 @@ def overruled(
 
 def every_kind(model: nn.Module, name: str, x: Tensor) -> list[Intervention]:
     """Of each kind some, more than there are images to compute at a time."""
-    layer, k = model.get_submodule(name), model.get_submodule(name).config.top_k
-    experts, gates = decisions(model, x, name)
+    layer = model.get_submodule(name)
+    slots, experts_and_gates = layer.router.slots, decisions(model, x, name)
+    fixed = torch.arange(slots)
+    fixed = fixed.where(fixed < max(1, slots - 1), -1) if layer.router.ragged else fixed
     return [
-        *(Handed(experts, gates, torch.arange(len(x)).roll(by)) for by in range(3)),
-        Frozen(torch.arange(k), torch.full((k,), 0.4)),
+        *(Handed(*experts_and_gates, torch.arange(len(x)).roll(by)) for by in range(3)),
+        Frozen(fixed, torch.full((slots,), 0.4) * (fixed >= 0)),
         *(Without(expert) for expert in range(layer.config.num_experts)),
-        *(layer.dense(how, torch.full((4,), 0.1)) for how in layer.hows),
+        *(layer.dense(how, torch.full((4,), 0.1)) for how in layer.densify_methods),
     ]
 
 
@@ -114,6 +117,43 @@ def test_it_computes_what_a_naive_loop_does(family: str, routing: str, top_k: in
     assert (way.blocks, way.first) == ("blocks", places[0])
     assert way.read == READ.get(family)
     assert_as_naive(model, x)
+
+
+@pytest.mark.parametrize("experts", ["ffn", "low_rank", "scaled"])
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("router", ["softmax", *DECIDE])
+def test_it_computes_what_a_naive_loop_does_for_every_kind_of_router_and_experts(
+    router: str, routing: str, shared: int, experts: str
+) -> None:
+    settings = config(
+        layers=[1, 3], router=router, routing=routing, num_shared_experts=shared, experts=experts, top_k=2
+    )
+    model = perturb_experts(upcycle(vit(depth=4), settings))
+    x, labels = images(model, batch=5), torch.arange(5)
+    found = []
+    for name in moe_layers(model):
+        interventions = every_kind(model, name, x)
+        changes = measure_on(model, [(x, labels)], {name: interventions})[name].loss
+        for v, intervention in enumerate(interventions):
+            with torch.no_grad():
+                losses = [
+                    F.cross_entropy(y, labels, reduction="none")
+                    for y in (model(x), naive(model, name, intervention, x, torch.arange(5)))
+                ]
+            assert changes[:, v] == pytest.approx((losses[1] - losses[0]).numpy(), abs=1e-4)
+        found.append(abs(changes).max())
+    assert max(found) > 1e-2
+
+
+@pytest.mark.parametrize(("router", "read"), [("softmax", 1), ("threshold", 1), ("expert_choice", None)])
+def test_patches_are_left_out_unless_decisions_depend_on_them(router: str, read: int | None) -> None:
+    """Nothing reads the patches that leave the last block; but experts choose among them."""
+    model = perturb_experts(upcycle(vit(), config(layers="last:1", router=router, routing="token")))
+    (name,) = moe_layers(model)
+    subjects = Subjects(model, [(images(model, 4), torch.arange(4))], [name])
+    measure(subjects, {name: [Without(0)]})
+    assert subjects._way.read == read
 
 
 @pytest.mark.parametrize("decoder", ["linear", "linear4"])
@@ -255,10 +295,10 @@ def test_what_replaces_a_layer_computes_what_it_would_in_its_place(family: str) 
     """Several at once: each part of the output is that of a model with this one FFN there."""
     model, x = model_and_images(family)
     for name, layer in moe_layers(model).items():
-        ways = [layer.dense(how, torch.full((4,), 0.1)) for how in layer.hows]
+        ways = [layer.dense(how, torch.full((4,), 0.1)) for how in layer.densify_methods]
         assert len(ways) == 3
         parts = overruled(model, name, ways, x)
-        for how, part in zip(layer.hows, parts, strict=True):
+        for how, part in zip(layer.densify_methods, parts, strict=True):
             alone = vimoe.densify(copy.deepcopy(model), [name], how, {name: torch.full((4,), 0.1)})
             torch.testing.assert_close(part, alone(x).detach(), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(parts[0], parts[1])
@@ -295,8 +335,9 @@ def test_a_donor_is_found_by_the_place_of_its_taker(routing: str) -> None:
 
 @pytest.mark.parametrize("routing", ["image", "token"])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_without_an_expert_its_units_go_to_the_next_choice(routing: str, top_k: int) -> None:
-    model, x = model_and_images(routing=routing, top_k=top_k)
+@pytest.mark.parametrize("router", ["softmax", "threshold"])  # experts of the third compare with one another
+def test_without_an_expert_its_units_go_to_the_next_choice(router: str, routing: str, top_k: int) -> None:
+    model, x = model_and_images(routing=routing, top_k=top_k, router=router)
     name, layer = list(moe_layers(model).items())[1]
     for expert in range(4):
         smaller = copy.deepcopy(model)

@@ -86,7 +86,8 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
     MoEConfig: {
         "layers": ["", [], "last:0", 3], "num_experts": COUNTS[1:], "top_k": COUNTS, "routing": ["imgae"],
         "num_shared_experts": COUNTS[1:], "combine": ["mux"], "normalize_gates": FLAGS, "router_noise": RATES,
-        "bias_update_rate": SHARES, "expert_dropout": [*SHARES, 1.0],
+        "bias_update_rate": SHARES, "expert_dropout": [*SHARES, 1.0], "router": ["sofmax", ["softmax"], None],
+        "experts": ["fnn", {}],
     },
     ModelConfig: {
         "name": None, "pretrained": FLAGS, "img_size": COUNTS, "num_classes": COUNTS, "drop_path_rate": [*SHARES, 1.0],
@@ -174,24 +175,6 @@ def test_a_config_cannot_be_changed_nor_given_by_position() -> None:
         MoEConfig().top_k = 2
     with pytest.raises(TypeError):
         MoEConfig("all")
-
-
-@pytest.mark.parametrize(
-    ("settings", "blind"),
-    [
-        ({}, False),
-        ({"num_experts": 1}, True),
-        ({"num_shared_experts": 0}, True),
-        ({"num_shared_experts": 0, "top_k": 2}, False),
-        ({"num_shared_experts": 0, "combine": "sum"}, False),
-        ({"combine": "sum", "normalize_gates": True}, True),
-        ({"combine": "sum", "normalize_gates": True, "top_k": 2}, False),
-        ({"num_experts": 0, "num_shared_experts": 2}, False),
-    ],
-    ids=str,
-)
-def test_a_router_is_blind_where_its_only_gate_is_always_one(settings: dict, blind: bool) -> None:
-    assert MoEConfig(**settings).router_is_blind == blind
 
 
 def test_nearest_suggests_a_name_or_lists_them() -> None:

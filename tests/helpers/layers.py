@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from helpers import reference
 from helpers.tiny import randomise
@@ -43,8 +46,14 @@ LAYOUTS = {
 COMBINE = {"mix": ("mix", False), "sum": ("sum", False), "sum, normalised": ("sum", True)}
 
 
-def make(ffn: str = "mlp", layout: str = "token", combine: str = "mix", shared: int = 1, k: int = 2) -> vimoe.MoE:
-    """A layer all of whose experts differ."""
+Decide = Callable[[list[Tensor]], list[dict[int, Tensor]]]
+OfExpert = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
+
+
+def make(
+    ffn: str = "mlp", layout: str = "token", combine: str = "mix", shared: int = 1, k: int = 2, **settings: object
+) -> vimoe.MoE:
+    """A layer all of whose experts differ; `settings` are further ones."""
     routing, class_token, prefix = LAYOUTS[layout]
     rule, normalised = COMBINE[combine]
     config = vimoe.MoEConfig(
@@ -54,6 +63,7 @@ def make(ffn: str = "mlp", layout: str = "token", combine: str = "mix", shared: 
         num_shared_experts=shared,
         combine=rule,
         normalize_gates=normalised,
+        **settings,
     )
     torch.manual_seed(0)
     return randomise(vimoe.MoE(FFNS[ffn](), config, TokenLayout(prefix, class_token)))
@@ -63,11 +73,19 @@ def tokens(images: int = IMAGES, length: int = TOKENS) -> Tensor:
     return torch.randn(images, length, DIM, generator=torch.Generator().manual_seed(1))
 
 
-def by_reference(layer: vimoe.MoE, x: Tensor, weights: dict[str, Tensor], chosen: list | None = None) -> Tensor:
-    """The reference's output for these weights of the layer, which are named as in the layer."""
+def by_reference(
+    layer: vimoe.MoE, x: Tensor, weights: dict[str, Tensor], chosen: list | None = None, decide: Decide | None = None,
+    of_expert: OfExpert = lambda own, e: {name: w[e] for name, w in own.items()},
+) -> Tensor:  # fmt: skip
+    """Output of the reference for these weights of the layer, which are named as in the layer.
+
+    `of_expert` gives the canonical weights of an expert, by default those stacked at its index.
+    """
     config, layout = layer.config, layer.router.layout
     experts = [
-        expert({n.removeprefix("experts."): w[e] for n, w in weights.items() if n.startswith("experts.")}, layer)
+        expert(
+            of_expert({n.removeprefix("experts."): w for n, w in weights.items() if n.startswith("experts.")}, e), layer
+        )
         for e in range(config.num_experts)
     ]
     shared = {n.removeprefix("shared."): w for n, w in weights.items() if n.startswith("shared.")}
@@ -83,6 +101,7 @@ def by_reference(layer: vimoe.MoE, x: Tensor, weights: dict[str, Tensor], chosen
         combine=config.combine,
         normalize_gates=config.normalize_gates,
         chosen=chosen,
+        decide=decide,
     )
 
 
@@ -117,23 +136,29 @@ def halves(weights: dict[str, Tensor], name: str) -> list[tuple[Tensor, Tensor |
     return list(zip(weight.chunk(2), [None, None] if bias is None else bias.chunk(2), strict=True))
 
 
-def assert_agrees(layer: vimoe.MoE, x: Tensor, all_used: bool = True) -> None:
-    """Output and every gradient of the layer in float32 are the reference's in float64, to float32 rounding."""
+def assert_agrees(layer: vimoe.MoE, x: Tensor, all_used: bool = True, **reference: Any) -> None:
+    """Output and every gradient of the layer are those of the reference in float64, to the rounding of their type.
+
+    `reference` has further arguments of `by_reference`.
+    """
     x = x.detach().requires_grad_()
     exact = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
     exact_x = x.detach().double().requires_grad_()
-    y, exact_y = layer(x), by_reference(layer, exact_x, exact)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    y, exact_y = layer(x), by_reference(layer, exact_x, exact, **reference)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
     (y * direction).sum().backward()
     (exact_y * direction).sum().backward()
     assert_close(y, exact_y)
     assert_close(x.grad, exact_x.grad)
     for name, p in layer.named_parameters():
         assert_close(p.grad, exact[name].grad, name)
-        if all_used and not (name == "router.weight" and layer.config.router_is_blind):
+        if all_used and not (name == "router.weight" and layer.router.blind):
             assert exact[name].grad.abs().max() > 1e-3, f"{name}: the comparison would be of zeros"
 
 
 def assert_close(actual: Tensor, exact: Tensor, name: str = "") -> None:
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=5e-6, msg=lambda text: f"{name}: {text}")
+    rounding = 1 if actual.dtype == torch.float32 else 1e-7
+    assert actual.dtype in (torch.float32, torch.float64)
+    torch.testing.assert_close(
+        actual.double(), exact, rtol=1e-5 * rounding, atol=5e-6 * rounding, msg=lambda text: f"{name}: {text}"
+    )

@@ -50,28 +50,37 @@ def moe(
     combine: str,
     normalize_gates: bool,
     chosen: Sequence[Sequence[int]] | None = None,
+    decide: Callable[[list[Tensor]], list[dict[int, Tensor]]] | None = None,
 ) -> Tensor:
-    """(B, T, D) to (B, T, D). `chosen` replaces the router's choice (where scores tie, any choice is right)."""
-    images, tokens, _ = x.shape
+    """(B, T, D) to (B, T, D). `chosen` replaces the router's choice (where scores tie, any choice is right).
+
+    `decide` replaces softmax and top-k: for the scores of each token of an image (or of the image, alone) it gives the
+    gates of the chosen experts.
+    """
     outputs = []
-    for b in range(images):
-        for t in range(tokens):
-            if routing == "token":
-                unit, feature = b * tokens + t, x[b, t]
-            else:
-                unit, feature = b, x[b, 0] if class_token else mean(list(x[b, num_prefix_tokens:]))
-            scores = affine(feature, router, None)
-            exponentials = (scores - scores.max()).exp()
-            probabilities = list(exponentials / exponentials.sum())
-            best = chosen[unit] if chosen else sorted(range(len(experts)), key=lambda i: -probabilities[i].item())
-            gates = {i: probabilities[i] for i in best[:top_k]}
-            if normalize_gates or (combine == "mix" and shared is None):
-                gates = {i: gate / sum(gates.values()) for i, gate in gates.items()}
-            outputs.append(_combine(x[b, t], gates, experts, shared, combine))
+    for b, image in enumerate(x):
+        features = list(image) if routing == "token" else [image[0] if class_token else mean(image[num_prefix_tokens:])]
+        scores = [affine(feature, router, None) for feature in features]
+        if decide is not None:
+            gates = decide(scores)
+        else:
+            normal = normalize_gates or (combine == "mix" and shared is None)
+            best = chosen[b * len(scores) :] if chosen else [None] * len(scores)
+            gates = [_softmax(each, top_k, normal, best[i]) for i, each in enumerate(scores)]
+        for t, token in enumerate(image):
+            outputs.append(_combine(token, gates[t if routing == "token" else 0], experts, shared, combine))
     return torch.stack(outputs).view_as(x)
 
 
-def mean(vectors: Sequence[Tensor]) -> Tensor:
+def _softmax(scores: Tensor, top_k: int, normal: bool, chosen: Sequence[int] | None) -> dict[int, Tensor]:
+    exponentials = (scores - scores.max()).exp()
+    probabilities = list(exponentials / exponentials.sum())
+    best = chosen or sorted(range(len(probabilities)), key=lambda i: -probabilities[i].item())
+    gates = {i: probabilities[i] for i in best[:top_k]}
+    return {i: gate / sum(gates.values()) for i, gate in gates.items()} if normal else gates
+
+
+def mean(vectors: Tensor) -> Tensor:
     return sum(vectors[1:], vectors[0]) / len(vectors)
 
 

@@ -1,4 +1,4 @@
-"""One of two processes on the CPU, which `tests/stories/test_a_second_process.py` starts as a launcher would; prints what it saw."""
+"""One of the two processes that `tests/stories/test_a_second_process.py` starts; it writes down what it saw."""
 
 from __future__ import annotations
 

@@ -9,13 +9,16 @@ import torch
 from helpers.layers import assert_agrees, make, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import vimoe
+from vimoe.moe import dispatch, router
 from vimoe.moe import grouped_linear as grouped
 from vimoe.moe.grouped_linear import BACKENDS, grouped_linear
 
 EXPERTS, IN, OUT = 4, 16, 24
-# units of each expert: all alike, uneven with an idle expert, all on one, a single unit
+# slots of each expert: all alike, uneven with an idle expert, all on one, a single unit
 LOADS = {"even": [3, 3, 3, 3], "uneven": [5, 0, 6, 1], "one expert": [0, 0, 7, 0], "one unit": [0, 1, 0, 0]}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 
@@ -24,22 +27,22 @@ class Case:
     """Random operands, the same for each backend."""
 
     def __init__(
-        self, load: list[int], k: int, rows: int, dtype: torch.dtype, sizes: tuple[int, int] = (IN, OUT)
+        self, load: list[int], k: int, tokens: int, dtype: torch.dtype, sizes: tuple[int, int] = (IN, OUT)
     ) -> None:
         draw = torch.Generator().manual_seed(0)
         self.load = torch.tensor(load)
-        places = int(self.load.sum())
-        self.units = places // k
-        # a unit is never twice at one expert, as each expert's places come one after the other
-        self.source = torch.arange(places).roll(1) % self.units if k > 1 else torch.randperm(places, generator=draw)
+        slots = int(self.load.sum())
+        self.rows = slots // k
+        # a row is never twice at one expert, as each expert's slots come one after the other
+        self.source = torch.arange(slots).roll(1) % self.rows if k > 1 else torch.randperm(slots, generator=draw)
         inputs, outputs = sizes
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw).to(dtype).requires_grad_()
 
-        self.x = random(self.units, rows, inputs)
+        self.x = random(self.rows, tokens, inputs)
         self.weight, self.bias = random(len(load), outputs, inputs), random(len(load), outputs)
-        self.dy = torch.randn(places, rows, outputs, generator=draw).to(dtype)
+        self.dy = torch.randn(slots, tokens, outputs, generator=draw).to(dtype)
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias = (t.detach().clone().to(dtype).requires_grad_() for t in (self.x, self.weight, self.bias))
@@ -84,6 +87,33 @@ def test_outputs_and_gradients_are_the_naive_loops(
 ) -> None:
     case = Case(LOADS[load], max(k, 1), rows, dtype)
     compare(case, backend, dtype, k == 0, case.dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "source"),
+    [
+        (4, [0, 1, 1, 3]),  # as many slots as rows, and yet not each row once
+        (3, [0, 1, 0, 2, 0, 1]),  # any number of slots, in this order
+        (6, [5, 2, 5]),
+        (4, []),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_may_have_any_number_of_slots(backend: str, rows: int, source: list[int], dtype: torch.dtype) -> None:
+    first = len(source) // 2
+    case = Case([first, 0, 1 if source else 0, max(len(source) - first - 1, 0)], 1, 3, dtype)
+    draw = torch.Generator().manual_seed(1)
+    case.source = torch.tensor(source, dtype=torch.long)
+    case.x = torch.randn(rows, 3, IN, generator=draw).to(dtype).requires_grad_()
+    if source:
+        compare(case, backend, dtype, False, case.dy)
+    else:
+        x, weight, bias = case.operands(dtype)
+        y = grouped_linear(x, weight, bias, case.source, case.load, backend)
+        assert y.shape == (0, 3, OUT)
+        y.sum().backward()
+        assert not any(operand.grad.any() for operand in (x, weight, bias))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -268,9 +298,41 @@ def test_another_number_of_images_compiles_once_more_and_then_never() -> None:
     assert counter.frame_count == 2
 
 
-def test_graphs_of_cuda_do_not_capture_what_waits_for_the_loads() -> None:
-    for name in ("grouped_linear", "grouped_linear_input_gradient", "grouped_linear_weight_gradient", "grouped_sum"):
-        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.vimoe, name).default.tags
+def operators() -> dict[str, CustomOpDef]:
+    """The operators of the layer by name."""
+    found = [each for module in (grouped, dispatch, router) for each in vars(module).values()]
+    return {each._qualname: each for each in found if isinstance(each, CustomOpDef)}
+
+
+def test_graphs_of_cuda_do_not_capture_what_waits_for_the_data() -> None:
+    """Each operator runs on tensors without data: what cannot has to read them, and a graph must not hold it."""
+    known = [name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("vimoe::")]
+    assert set(operators()) == set(known) and len(known) == 8
+    waits = {}
+    with FakeTensorMode():
+        x, weight, bias = torch.zeros(6, 2, IN), torch.zeros(EXPERTS, OUT, IN), torch.zeros(EXPERTS, OUT)
+        source, load = torch.arange(6), torch.zeros(EXPERTS, dtype=torch.long)
+        dy, gates, slots = torch.zeros(6, 2, OUT), torch.zeros(6, 1), torch.zeros(6, 1, dtype=torch.long)
+        terms, logits = torch.zeros(6, 1, 2, OUT), torch.zeros(6, EXPERTS)
+        arguments = {
+            "grouped_linear": (x, weight, bias, source, load, "loop"),
+            "grouped_linear_input_gradient": (dy, weight, source, load, 6, "loop"),
+            "grouped_linear_weight_gradient": (dy, x, source, load, weight, "loop"),
+            "grouped_sum": (dy, load),
+            "combine": (dy, gates, slots, dy, True, True),
+            "combine_gradient": (dy, gates, slots, terms, True, True),
+            "scores": (x[:, 0], weight[:, 0]),
+            "scores_gradient": (logits, x[:, 0], weight[:, 0]),
+        }
+        for name, operator in operators().items():
+            try:
+                operator._init_fn(*arguments[name.removeprefix("vimoe::")])
+                waits[name] = False
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                waits[name] = True
+    tagged = {name: torch.Tag.cudagraph_unsafe in operator._opoverload.tags for name, operator in operators().items()}
+    assert waits == tagged
+    assert set(waits.values()) == {True, False}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -22,6 +22,25 @@ from vimoe.analysis.interventions import Subjects, Without, measure
 from vimoe.moe.router import TokenLayout
 
 
+@pytest.mark.parametrize(
+    ("settings", "blind"),
+    [
+        ({}, False),
+        ({"num_experts": 1}, True),
+        ({"num_shared_experts": 0}, True),
+        ({"num_shared_experts": 0, "top_k": 2}, False),
+        ({"num_shared_experts": 0, "combine": "sum"}, False),
+        ({"combine": "sum", "normalize_gates": True}, True),
+        ({"combine": "sum", "normalize_gates": True, "top_k": 2}, False),
+    ],
+    ids=str,
+)
+def test_a_router_is_blind_where_its_only_gate_is_always_one(settings: dict, blind: bool) -> None:
+    router = make(**settings).router
+    gates = router.decide(torch.randn(9, router.config.num_experts), (9, 1)).gates
+    assert router.blind == blind == bool((gates == 1).all())
+
+
 def with_bias(layer: vimoe.MoE, *bias: float) -> vimoe.MoE:
     layer.router.choice_bias.copy_(torch.tensor(bias))
     return layer

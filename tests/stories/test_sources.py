@@ -692,7 +692,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
     "shards: no label": (shard(A, B, ("2.png", png())), "have no label, such as shards/0.tar/2.png: "),
     "shards: an empty label": (shard(A, B, ("2.png", png()), ("2.cls", b" \n")), "1 samples of shards have no label"),
     "shards: a class that is not listed": (
-        shard(A, B, names="dog\ncta\n"), "shards/0.tar/1.png is of class 'cat', expected one of the list of classes",
+        shard(A, B, names="dog\ncta\n"), "shards/0.tar/1.png is of class 'cat': expected one of the list of classes",
     ),
     "shards: a number that is not listed": (
         shard(A, ("1.cls", b"2"), names="dog\ncat\n"), "is of class 2: expected 0 to 1; complete the list of classes",

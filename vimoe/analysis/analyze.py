@@ -34,7 +34,7 @@ from vimoe.analysis.interventions import (
     measure,
     signature,
 )
-from vimoe.analysis.statistics import Dependence, enough_draws, pair_interval, tables_of_units
+from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, pair_interval, tables_of_units
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.masks import IGNORE
 from vimoe.errors import ConfigError, DataError, VimoeError
@@ -148,7 +148,7 @@ def analyze(
                 name=name,
                 routing=config.routing,
                 num_experts=config.num_experts,
-                top_k=config.top_k,
+                top_k=layer.router.slots,
                 counts=tables[name],
                 drawn=drawn[name],
                 expert_order=expert_order,
@@ -160,7 +160,7 @@ def analyze(
                 **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
         )
-    possible = math.prod(math.comb(layer.config.num_experts, layer.config.top_k) for layer in layers.values())
+    possible = math.prod(layer.router.num_decisions for layer in layers.values())
     return Evidence(
         layers=tuple(evidence),
         base=base,
@@ -236,7 +236,7 @@ def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) ->
     return {
         "frozen": [Frozen(*map(torch.from_numpy, frozen))],
         "experts": [Without(expert) for expert in range(n)] if n > k else [],
-        **{how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.hows},
+        **{how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.densify_methods},
     }
 
 
@@ -269,14 +269,13 @@ class _ByClass:
         labels, experts = self.labels[some], self.experts[some]
         if labels.ndim == 1:
             labels = np.broadcast_to(labels[:, None], experts.shape[:2])
-        code = labels[..., None] * self.num_experts + experts
-        size = self.classes * self.num_experts
-        return np.bincount(code[labels >= 0].ravel(), minlength=size).reshape(self.classes, self.num_experts)
+        counted = labels >= 0
+        return count_experts(labels[counted], experts[counted], self.classes, self.num_experts)
 
     def per_image(self) -> np.ndarray:
         """(I, N) how often each image's units of a class chose each expert."""
         if self.labels.ndim == 1:
-            return _counts(self.experts, self.num_experts)
+            return _per_image_counts(self.experts, self.num_experts)
         return tables_of_units(self.labels, self.experts, self.classes, self.num_experts).sum(axis=1)
 
     def dependence(self, seed: int, sequences: np.ndarray | None) -> Dependence:
@@ -292,7 +291,7 @@ class _Seen:
     Attributes:
         places: (I,) places in the loader, in rising order; signatures: (I,) by which to know the images again.
         labels: (I,) class of each image, or (I, P) of each patch of segmented ones, negative where it has none.
-        experts, gates: by layer, (I, U, K).
+        experts, gates: by layer, (I, U, K); -1 and 0 in empty slots.
         inputs: by layer, (a few images, tokens, channels).
     """
 
@@ -348,8 +347,8 @@ class _Seen:
         self.inputs = {name: kept[: self.images] for name, kept in self.inputs.items()}
 
     def per_image(self, name: str, weights: np.ndarray | None = None) -> np.ndarray:
-        """(I, N) how often each image chose each expert, or the sum of weights (I, U, K) of these choices."""
-        return _counts(self.experts[name], self.layers[name].config.num_experts, weights)
+        """Return how often each image chose each expert (I, N), or the sum of weights (I, U, K) of these choices."""
+        return _per_image_counts(self.experts[name], self.layers[name].config.num_experts, weights)
 
     def examples(self, gates: np.ndarray) -> tuple[tuple[int, ...], ...]:
         """For each expert places of the images that gave it most of (I, N) gates, best first."""
@@ -404,11 +403,10 @@ def _classes_of(model: nn.Module, labels: Tensor, classes: int) -> np.ndarray:
     return found.where(found != IGNORE, -1).cpu().numpy()
 
 
-def _counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """(I, N) how often each image chose each expert, or the sum of weights, both (I, U, K)."""
-    code = np.arange(len(experts))[:, None, None] * num_experts + experts
-    flat = None if weights is None else weights.ravel()
-    return np.bincount(code.ravel(), flat, len(experts) * num_experts).reshape(-1, num_experts)
+def _per_image_counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return how often each image chose each expert (I, N), or the sum of weights, both (I, U, K)."""
+    image = np.broadcast_to(np.arange(len(experts))[:, None], experts.shape[:2])
+    return count_experts(image, experts, len(experts), num_experts, weights)
 
 
 def _per_image(decisions: Tensor, routing: Routing) -> np.ndarray:

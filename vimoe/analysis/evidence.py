@@ -49,7 +49,8 @@ class LayerEvidence:
 
     Attributes:
         name: module name of the layer.
-        routing, num_experts, top_k: as in its MoEConfig.
+        routing, num_experts: as in its MoEConfig.
+        top_k: the most experts that a unit can get.
         counts: (C, N), how often the units of each class chose each expert; from it follow heatmap and load.
         drawn: the same of the half of the images that `expert_order` and `Evidence.class_order` were not found on.
         expert_order: (N,) an order of the experts that brings out blocks.
@@ -91,8 +92,8 @@ class LayerEvidence:
 
     @property
     def load(self) -> np.ndarray:
-        """(N,) share of all decisions that each expert got; sums to 1."""
-        return self.counts.sum(axis=0) / self.counts.sum()
+        """(N,) share of all decisions that each expert got; sums to 1, or to 0 without any."""
+        return self.counts.sum(axis=0) / max(self.counts.sum(), 1)
 
     @property
     def best_dense(self) -> tuple[str, Effect]:

@@ -1,15 +1,16 @@
-"""How alike the experts of a layer are, in weights, neurons and outputs, and what of it the router follows.
+"""Similarity of the experts of a layer in weights, neurons and outputs, and how far the router follows it.
 
 The analyses of "A Closer Look into Mixture-of-Experts in Large Language Models" (Lo et al., arXiv 2406.18219) for one
 layer, with two additions: upcycled experts are copies of one parent, so that weights are also compared by how they
 moved apart, and neurons after a matching too.
 
-Axes: B images, T tokens of an image, M tokens, R routed units (images or tokens), N experts, F hidden units (neurons),
-P pairs of experts.
+Axes: B images, T tokens of an image, M tokens, R rows that are routed (images or tokens), N experts, F hidden units
+(neurons), D channels, P pairs of experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,36 +29,37 @@ ROUNDING = 1e-6  # what differs by less, relative to its size, is taken as equal
 
 @dataclass(frozen=True)
 class ExpertComparison:
-    """What `compare_experts` found. None is what is not defined, such as a similarity of one expert to others.
+    """Figures of `compare_experts`; None for one that is not defined.
 
-    A similarity is a cosine, in -1..1 and 1 for equal experts; it is a mean over all pairs of experts.
+    None are the similarities of a single expert, and what needs weights of experts that are no FFNs. A similarity is a
+    cosine, in -1..1 and 1 for equal experts; it is a mean over all pairs of experts.
 
     Attributes:
         num_experts: N.
-        weight_similarity: of the experts' weights, all in one vector.
-        deviation_similarity: of the experts' deviations from their mean weights. -1/(N-1) where they moved apart
-            independently, but also wherever else they moved equally far, because deviations sum to zero: it shows
-            how equally far, and goes up to (N-4)/N where one alone has moved. None for copies.
-        deviation_directions: in 1..N-1, how many directions the deviations have: the participation ratio
-            (sum v)^2 / sum v^2 of their variances v along principal axes. N-1 where experts moved independently and
-            equally far, 1 where all of them are on a line. None for copies.
-        output_similarity: of what the experts compute from the same token; mean over tokens, routed there or not.
-        neuron_similarity: of neuron f of one expert to neuron f of the other, by its rows of fc1 and its column of
-            fc2; mean over neurons.
+        weight_similarity: similarity of the experts' weights, all in one vector.
+        deviation_similarity: similarity of the experts' deviations from their mean weights. It is -1/(N-1) if they
+            moved apart independently. Deviations sum to zero, so it is that for any moves that are equally long: it
+            shows how equal they are, and goes up to (N-4)/N if one expert alone has moved. None for copies.
+        deviation_directions: number of directions of the deviations, 1..N-1: the participation ratio
+            (sum v)^2 / sum v^2 of their variances v along principal axes. N-1 if experts moved independently and
+            equally far, 1 if all of them are on a line. None for copies.
+        output_similarity: similarity of the experts' outputs for the same token; mean over tokens, routed there or not.
+        neuron_similarity: similarity of neuron f of one expert to neuron f of the other, by its rows of fc1 and its
+            column of fc2; mean over neurons.
         matched_neuron_similarity: the same, each neuron with its partner in `ffn.match`. Much more than
             neuron_similarity says that experts are in part permutations of each other. Unrelated neurons come out
             above 0 too, as each gets a partner that suits it.
-        active_neurons: in 1/F..1, share of the neurons that make an expert's output: (sum a)^2 / (F sum a^2) with
-            a_f = |h_f| |w_f|, hidden unit times the norm of its column of fc2; mean over tokens and experts. 1 where
-            all say equally much.
-        score_norm_correlation: in -1..1, Spearman correlation over experts of the router's score with the norm of
-            the expert's output (for an image the mean norm over its tokens); mean over routed units.
-        top1_has_largest_norm: in 0..1, share of routed units whose best expert is the one with the largest output; t
+        active_neurons: share of the neurons that make an expert's output, 1/F..1: (sum a)^2 / (F sum a^2) with
+            a_f = |h_f| |w_f|, hidden unit times the norm of its column of fc2; mean over tokens and experts. 1 if all
+            add equally much.
+        score_norm_correlation: Spearman correlation, -1..1, over experts of the router's score with the norm of the
+            expert's output (for an image the mean norm over its tokens); mean over rows.
+        top1_has_largest_norm: share, 0..1, of the rows with an expert whose first choice has the largest output; t
             experts that share the largest norm count 1/t.
-        chance: 1/N, what top1_has_largest_norm is for a router that knows nothing.
-        router_expert_correlation: in -1..1, Pearson correlation over pairs of experts of the cosine of their rows in
-            the router with the cosine of their deviations: 1 where the router likes experts alike that are alike.
-            None below 3 experts, or where all pairs are equally similar.
+        chance: 1/N, the value of top1_has_largest_norm for a router that knows nothing.
+        router_expert_correlation: Pearson correlation, -1..1, over pairs of experts of the cosine of their rows in the
+            router with the cosine of their deviations: 1 if the router scores similar experts similarly.
+            None below 3 experts, or if all pairs are equally similar.
     """
 
     num_experts: int
@@ -74,28 +76,29 @@ class ExpertComparison:
     router_expert_correlation: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, as JSON knows them."""
+        """Return the fields by name, as JSON knows them."""
         return asdict(self)
 
 
 @torch.no_grad()
 def compare_experts(layer: MoE, x_BTD: Tensor) -> ExpertComparison:
-    """Compares the experts of a layer on some of its inputs, as if in eval mode, and changes nothing.
+    """Compare the experts of a layer on some of its inputs, as if in eval mode, and change nothing.
 
-    All experts compute all tokens, one expert and at most `CHUNK` tokens at a time. The neurons of the first 8 experts
-    are matched, pair by pair.
+    All experts compute all tokens, at most `CHUNK` tokens at a time. The neurons of the first 8 experts are matched,
+    pair by pair.
 
     Args:
-        layer: the layer.
+        layer: the layer, in eval mode if its experts are no FFNs.
         x_BTD: (B, T, D) inputs of that layer, on its device; a few images are enough.
     """
     n = layer.config.num_experts
     with torch.autocast(x_BTD.device.type, enabled=False):
-        weights_NN, deviations_NN = _weight_grams(layer)
-        deviations_P = _cosines(deviations_NN)
-        observed = [_observe(layer, rows) for rows in x_BTD.flatten(0, 1).split(CHUNK)]
+        weights = [layer.experts.weights(e) for e in range(n)] if layer.experts.are_ffns else []
+        weights_NN, deviations_NN = _weight_grams(weights, n)
+        deviations_P = _cosines(deviations_NN.to(x_BTD.device))
+        observed = [_observe(layer, weights, tokens) for tokens in x_BTD.flatten(0, 1).split(CHUNK)]
         norms_MN, cosines_MP, active_MN = (torch.cat(each) for each in zip(*observed, strict=True))
-        neurons_PF, matched_PF = _neuron_cosines(layer)
+        neurons_PF, matched_PF = _neuron_cosines(weights[:MATCHED], layer.experts.kind.gated)
         routing = layer.router(x_BTD)
         norms_RN = norms_MN.unflatten(0, (len(routing.logits), routing.tokens_per_unit)).mean(dim=1)
         correlation_R, hit_R = _follows_norms(routing.logits, routing.experts[:, 0], norms_RN)
@@ -117,22 +120,24 @@ def compare_experts(layer: MoE, x_BTD: Tensor) -> ExpertComparison:
     )
 
 
-def _weight_grams(layer: MoE) -> tuple[Tensor, Tensor]:
-    """(N, N) inner products of the experts' weights, and of their deviations from the mean expert."""
+def _weight_grams(experts: Sequence[ffn.Weights], n: int) -> tuple[Tensor, Tensor]:
+    """(N, N) inner products of the experts' weights, and of their deviations from the mean expert; NaN without any."""
     weights, deviations = [], []
-    for stacked in layer.experts.parameters():
-        for span in _precise(stacked).flatten(1).split(SPAN, dim=1):
+    for name in experts[0] if experts else ():
+        flat = [expert[name].flatten() for expert in experts]
+        for spans in zip(*(each.split(SPAN) for each in flat), strict=True):
+            span = _precise(torch.stack(spans))
             to_first = span - span[:1]  # so that copies have no deviation, to the last bit
             deviation = to_first - to_first.mean(dim=0)
             weights.append(span @ span.T)
             deviations.append(deviation @ deviation.T)
+    if not weights:
+        return torch.full((n, n), torch.nan), torch.full((n, n), torch.nan)
     return torch.stack(weights).sum(dim=0), torch.stack(deviations).sum(dim=0)
 
 
-def _neuron_cosines(layer: MoE) -> tuple[Tensor, Tensor]:
+def _neuron_cosines(experts: Sequence[ffn.Weights], gated: bool) -> tuple[Tensor, Tensor]:
     """(P, F) cosines of the neurons of two experts, in their own order and matched."""
-    gated = layer.experts.kind.gated
-    experts = [layer.experts.weights(e) for e in range(min(layer.config.num_experts, MATCHED))]
 
     def cosines(one: ffn.Weights, other: ffn.Weights) -> Tensor:
         a, b = (ffn.hidden_units({k: w[k] for k in ("fc1.weight", "fc2.weight")}, gated) for w in (one, other))
@@ -146,30 +151,39 @@ def _neuron_cosines(layer: MoE) -> tuple[Tensor, Tensor]:
     return torch.cat(own), torch.cat(matched)
 
 
-def _observe(layer: MoE, rows_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What all experts make of some tokens: norms (M, N), cosines of their outputs (M, P), active share (M, N)."""
+def _observe(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the experts' outputs for some tokens: norms (M, N), cosines (M, P), active share (M, N).
+
+    Experts without weights compute by their own forward; their active share is NaN.
+    """
     outputs, active = [], []
-    for e in range(layer.config.num_experts):
-        weights = {name: _precise(w) for name, w in layer.experts.weights(e).items()}
-        hidden_MF = ffn.hidden(layer.experts.kind, weights, rows_MD.to(weights["fc1.weight"].dtype))
-        said_MF = hidden_MF.abs() * weights["fc2.weight"].norm(dim=0)
-        active.append(said_MF.mean(dim=1).square() / said_MF.square().mean(dim=1))
+    for weights in ({name: _precise(w) for name, w in each.items()} for each in experts):
+        hidden_MF = ffn.hidden(layer.experts.kind, weights, x_MD.to(weights["fc1.weight"].dtype))
+        part_MF = hidden_MF.abs() * weights["fc2.weight"].norm(dim=0)
+        active.append(part_MF.mean(dim=1).square() / part_MF.square().mean(dim=1))
         outputs.append(F.linear(hidden_MF, weights["fc2.weight"], weights.get("fc2.bias")))
+    if not experts:
+        m, n = len(x_MD), layer.config.num_experts
+        load_N, source = torch.full((n,), m), torch.arange(m).repeat(n)
+        y = layer.experts(x_MD[:, None], source.to(x_MD.device), load_N.to(x_MD.device))
+        outputs = list(_precise(y[:, 0]).split(m))
+        active = [torch.full((m,), torch.nan)] * n
     y_MND = torch.stack(outputs, dim=1)
     return y_MND.norm(dim=2), _cosines(y_MND @ y_MND.mT), torch.stack(active, dim=1)
 
 
 def _follows_norms(scores_RN: Tensor, best_R: Tensor, norms_RN: Tensor) -> tuple[Tensor, Tensor]:
-    """For each unit, NaN where all norms are equal: rank correlation of scores and norms, whether the best is largest.
+    """Return for rows whose norms differ the rank correlation of scores and norms, and 1 if the best has the largest.
 
-    The scores are logits, which have the order of the probabilities and do not underflow.
+    The scores are logits, which have the order of the probabilities and do not underflow. Rows without an expert (-1)
+    have no best one.
     """
     largest_R1 = norms_RN.amax(dim=1, keepdim=True)
     differ_R = (largest_R1 - norms_RN).amax(dim=1) > ROUNDING * largest_R1[:, 0]
     ranks = (torch.from_numpy(stats.rankdata(v.cpu().numpy(), axis=1)) for v in (scores_RN, norms_RN))
     is_largest_RN = norms_RN >= (1 - ROUNDING) * largest_R1
-    hit_R = is_largest_RN.gather(1, best_R[:, None])[:, 0] / is_largest_RN.sum(dim=1)
-    return _pearson(*ranks)[differ_R.cpu()], hit_R[differ_R]
+    hit_R = is_largest_RN.gather(1, best_R.clamp(min=0)[:, None])[:, 0] / is_largest_RN.sum(dim=1)
+    return _pearson(*ranks)[differ_R.cpu()], hit_R[differ_R & (best_R >= 0)]
 
 
 def _cosines(gram: Tensor) -> Tensor:
@@ -188,7 +202,7 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor) -> float | None:
-    """The mean of what is defined."""
+    """Return the mean of the defined values, None without any."""
     defined = values[values.isfinite()]
     return defined.mean().item() if defined.numel() else None
 

@@ -84,7 +84,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Without:
-    """An expert cannot be chosen: its units go to their next choice."""
+    """Rule an expert out: its units go to their next choice, if the router has one for them."""
 
     expert: int
 
@@ -143,6 +143,8 @@ class Subjects:
         if self._way is None:
             layers: list[Any] = [self.model.get_submodule(name) for name in self.layers]
             prefix = max(layer.router.layout.num_prefix_tokens for layer in layers)
+            if any(layer.router.tokens_interact for layer in layers):  # no decision without the patches, then
+                prefix = 0
             self._way = Way.find(self.model, self.layers, images[:2], prefix)
         with self._way.starts(images) as found:
             yield self._way
@@ -287,7 +289,7 @@ def _outputs(
 
 
 class _Others:
-    """What a layer gives for a batch by other decisions. Each expert computes each unit once, when it is asked for."""
+    """Outputs of a layer for a batch by other decisions. Each expert computes each unit once, when it is asked for."""
 
     def __init__(self, layer: MoE, x: Tensor) -> None:
         x = in_type_of_autocast(x)
@@ -296,20 +298,23 @@ class _Others:
         self.units = len(self.routing.experts) // len(x)  # of an image
         self.x_RTD = x.reshape(len(x) * self.units, self.routing.tokens_per_unit, x.shape[2])
         self.shared = None if layer.shared is None else layer.shared(x).view(self.x_RTD.shape)
-        places = len(self.x_RTD) * layer.config.num_experts
-        self.known = torch.zeros(places, dtype=torch.bool, device=x.device)
-        self.table: Tensor = x.new_empty(places, *self.x_RTD.shape[1:])  # by unit, then by expert
+        self.none = len(self.x_RTD) * layer.config.num_experts  # row of the table for empty slots
+        self.known = torch.zeros(self.none + 1, dtype=torch.bool, device=x.device)
+        self.known[self.none] = True
+        self.table: Tensor = x.new_empty(self.none + 1, *self.x_RTD.shape[1:])  # by unit, then by expert
+        self.table[self.none] = 0
 
     def of_images(self, decisions: Tensor) -> Tensor:
         """(R, K) to (B, U, K)."""
         return decisions.reshape(self.shape[0], self.units, -1)
 
     def __call__(self, images: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        """(M, T, D) for (M,) images of the batch by decisions (M, U, K)."""
+        """Return outputs (M, T, D) for (M,) images of the batch by decisions (M, U, K)."""
         units = (images[:, None] * self.units + torch.arange(self.units, device=images.device)).flatten()
         number = self.layer.config.num_experts
-        home = units[:, None] * number + experts.flatten(0, 1)
-        wanted = home.unique()
+        chosen = experts.flatten(0, 1)
+        row = (units[:, None] * number + chosen).masked_fill(chosen < 0, self.none)
+        wanted = row.unique()
         new = wanted[~self.known[wanted]]
         if len(new):
             new = new[(new % number).argsort(stable=True)]
@@ -318,7 +323,7 @@ class _Others:
             self.known[new] = True
         shared = None if self.shared is None else self.shared[units]
         mix = shared is not None and self.layer.config.combine == "mix"
-        return combine(self.table, gates.flatten(0, 1), home, shared, mix).view(len(images), *self.shape[1:])
+        return combine(self.table, gates.flatten(0, 1), row, shared, mix).view(len(images), *self.shape[1:])
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

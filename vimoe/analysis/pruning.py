@@ -155,7 +155,7 @@ def prune(
     expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
     layers = moe_layers(model)
     known = {e.name: (e.num_experts, e.top_k, e.routing) for e in evidence.layers}
-    ours = {n: (m.config.num_experts, m.config.top_k, m.config.routing) for n, m in layers.items()}
+    ours = {n: (m.config.num_experts, m.router.slots, m.config.routing) for n, m in layers.items()}
     if known != ours:
         odd = sorted(set(known.items()) ^ set(ours.items()))[0][0]
         raise VimoeError(
@@ -174,9 +174,10 @@ def prune(
 
 
 def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:
-    if not all(layer.dense for layer in evidence.layers):
+    layers = moe_layers(model)
+    if any(layers[e.name].densify_methods and not e.dense for e in evidence.layers):
         raise VimoeError("the evidence has no interventions: expected those of making layers dense; pass the loader")
-    all_steps = [Step(e.name, None, *e.best_dense) for e in evidence.layers]
+    all_steps = [Step(e.name, None, *e.best_dense) for e in evidence.layers if e.dense]
     steps = [step for step in all_steps if step.change.loss.high <= tolerance]
     if len(steps) > 1:
         warnings.warn(
@@ -184,7 +185,6 @@ def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor
             f"is not known: pass the loader, and it is measured after each",
             stacklevel=3,
         )
-    layers = moe_layers(model)
     swap(model, {step.layer: layers[step.layer].dense(step.how, mass[step.layer]) for step in steps})
     kept = tuple(step for step in all_steps if step not in steps)
     return Pruning(tuple(steps), kept, tolerance, evidence.overruled_sequences)
@@ -208,7 +208,11 @@ class _Greedy:
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
         """Makes layers dense as long as one can go; returns what those that stay would have cost."""
         layers = moe_layers(self.model)
-        ways = {name: {how: layer.dense(how, mass[name]) for how in layer.hows} for name, layer in layers.items()}
+        ways = {
+            name: {how: layer.dense(how, mass[name]) for how in layer.densify_methods}
+            for name, layer in layers.items()
+            if layer.densify_methods
+        }
         while ways:
             changes = self._measure({name: list(way.values()) for name, way in ways.items()}, "pruning layers")
             best: dict[str, tuple[Step, int]] = {}

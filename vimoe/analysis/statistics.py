@@ -1,10 +1,9 @@
-"""Who goes where, in numbers with intervals: pure functions of how often each image used each expert.
+"""Specialisation in numbers with intervals: pure functions of how often each image used each expert.
 
-What is independent of one another is images, not tokens. So intervals come from resampling whole images, and what
-chance alone would give from permuting the classes of whole images: by tokens, experts that follow the image but not
-its class would look specialised. Where images are frames of videos it is the videos that are independent, and whole
-sequences of frames are resampled: the argument `sequences` has (I,) numbers 0..S-1, each of which occurs, and is None
-where each image is for itself.
+Images are independent of one another, tokens are not. So intervals come from resampling whole images, and the chance
+level from permuting the classes of whole images: by tokens, experts that follow the image but not its class would look
+specialised. If images are frames of videos, the videos are independent, and whole sequences of frames are resampled.
+The argument `sequences` then has (I,) numbers 0..S-1, each at least once; it is None if each image counts by itself.
 
 Axes: I images, S sequences, C classes, N experts, U routed units of an image (1, or its tokens), K chosen experts,
 L layers.
@@ -43,13 +42,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Dependence(Interval):
-    """How much two variables have to do with one another.
+    """Dependence of two variables on one another.
 
     Attributes:
-        value: adjusted mutual information: 0 is what chance gives, 1 is a function of one another. Where an image makes
-            several choices it stays below 1, because its class does not tell which choice is meant.
-        low, high: value -/+ 1.96 bootstrap standard deviations. It is an interval for what as many images would give:
-            with few images a class the AMI of all images there are can be somewhat higher.
+        value: adjusted mutual information: 0 is the chance level, 1 means that either follows from the other. If an
+            image makes several choices, it stays below 1, because its class does not tell which choice is meant.
+        low, high: value -/+ 1.96 bootstrap standard deviations. The interval is for as many images as there are: with
+            few images a class, the AMI of all images in the world can be somewhat higher.
         p: share of permutations of whole images with at least as much mutual information.
         nats: mutual information, plug-in estimate; biased upwards where images are few.
     """
@@ -59,10 +58,10 @@ class Dependence(Interval):
 
 
 def numbered(names: Sequence[Hashable] | None) -> tuple[np.ndarray | None, int | None]:
-    """The sequences of images, given their names, in the order in which they come.
+    """Number the sequences of images, given their names, in the order in which they come.
 
     Returns:
-        (I,) numbers to resample by, None where that is by image; and how many there are, None where nothing is known.
+        Numbers (I,) to resample by, None for resampling by image; and the count of sequences, None if nothing is known.
         Fewer than `FEWEST` are counted and not resampled: then intervals are of these videos' frames (`over` says so).
     """
     if names is None:
@@ -73,7 +72,7 @@ def numbered(names: Sequence[Hashable] | None) -> tuple[np.ndarray | None, int |
 
 
 def over(sequences: int | None) -> str:
-    """What intervals are over, for the reader, given of how many sequences the images are; None where none is known."""
+    """Return in words what intervals are over, given the count of sequences, or None if nothing is known."""
     if sequences is None:
         return "over images"
     if sequences >= FEWEST:
@@ -82,7 +81,7 @@ def over(sequences: int | None) -> str:
 
 
 def mean_intervals(values: np.ndarray, seed: int = 0, sequences: np.ndarray | None = None) -> list[Interval]:
-    """Of each column of (I, Q), the mean over images and its bootstrap percentiles."""
+    """Return the mean over images of each column of (I, Q), with its bootstrap percentiles."""
     means = np.concatenate([
         w @ values / w.sum(axis=1, keepdims=True) for w in _resamples(len(values), seed, sequences)
     ])  # fmt: skip
@@ -93,11 +92,11 @@ def mean_intervals(values: np.ndarray, seed: int = 0, sequences: np.ndarray | No
 def pair_interval(
     values: np.ndarray, partners: np.ndarray, seed: int = 0, sequences: np.ndarray | None = None
 ) -> Interval:
-    """The mean of (I, D) values that depend on two images each, and its interval.
+    """Return the mean of (I, D) values that depend on two images each, and its interval.
 
     Value (i, d) is of image i and image partners[i, d]. Both are resampled: in a bootstrap sample a pair counts as
-    often as both of its images together, the product of their weights; but within a sequence as often as that, or
-    pairs of alike frames would be more in the samples than they are in the data.
+    often as both of its images together, by the product of their weights. A pair within one sequence counts by the
+    weight of that sequence, or similar frames would be paired more often in the samples than in the data.
     """
     means = []
     unit = np.arange(len(values)) if sequences is None else sequences
@@ -117,14 +116,14 @@ def pair_interval(
 def enough_draws(
     values: np.ndarray, partners: np.ndarray, most: int, seed: int = 0, sequences: np.ndarray | None = None
 ) -> int:
-    """How many draws give an interval at most `WIDER` times as wide as `most` of them would, judged by a few.
+    """Return the number of draws whose interval is at most `WIDER` times as wide as that of `most` draws.
 
-    The square of the width of `pair_interval` is a + b / draws: a is from the images, b from which of them meet, and
-    from b alone more draws take away. Both follow from the width for these draws and for either half of them. The mean
-    plays no part in it, so that to stop does not move the mean.
+    A few draws tell it. The square of the width of `pair_interval` is a + b / draws: a comes from the images, b from
+    the pairs that they happen to form, and more draws lower the second term alone. Both follow from the width for these
+    draws and for either half of them. The mean plays no part, so stopping does not bias the mean.
 
     Args:
-        values, partners, seed, sequences: as for `pair_interval`, of an even number of draws.
+        values, partners, seed, sequences: arguments of `pair_interval`, with an even number of draws.
         most: the most draws that can be made.
     """
     draws = values.shape[1]
@@ -146,15 +145,16 @@ def dependence(
 ) -> Dependence:  # fmt: skip
     """Adjusted mutual information of an image's class and its experts (Vinh et al., JMLR 2010, arithmetic mean).
 
-    Where each image chose one expert it is scikit-learn's `adjusted_mutual_info_score`. Else it is that of class and
-    expert over all choices, and what chance gives is the mean over permutations of whole images.
+    If each image chose one expert, it is scikit-learn's `adjusted_mutual_info_score`. Else it is that of class and
+    expert over all choices, with the mean over permutations of whole images as chance level.
 
     Args:
         labels: (I,) class of each image.
-        counts: (I, N) how often it chose each expert; each row has the same sum.
+        counts: (I, N) how often it chose each expert; an image may have chosen none.
         seed: draws resamples and permutations.
-        permutations: for p, and for what chance gives where images chose several experts; of single images.
-        sequences: what is resampled for the interval.
+        permutations: number of permutations of single images, for p, and for the chance level if images chose several
+            experts.
+        sequences: sequences that are resampled for the interval.
     """
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
@@ -175,18 +175,36 @@ def dependence(
     return _adjusted(table, nats, expected, null, np.concatenate(samples))
 
 
+def count_experts(
+    group: np.ndarray, experts: np.ndarray, groups: int, num_experts: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """(groups, N) how often each expert was chosen in each group, or the sum of the weights of these choices.
+
+    Args:
+        group: (...,) number of the group that each decision belongs to, from 0.
+        experts: (..., K) chosen experts; -1, an empty slot, does not count.
+        groups, num_experts: number of groups, and N.
+        weights: (..., K).
+    """
+    code = group[..., None] * (num_experts + 1) + experts + 1  # empty slots have a column of their own
+    flat = None if weights is None else weights.ravel()
+    counts = np.bincount(code.ravel(), flat, groups * (num_experts + 1))
+    return counts.reshape(groups, num_experts + 1)[:, 1:]
+
+
 def tables_of_units(labels: np.ndarray, experts: np.ndarray, classes: int, num_experts: int) -> np.ndarray:
     """(I, C, N) how often the units of each class chose each expert, image by image.
 
     Args:
         labels: (I, U) class of each unit; negative where it has none, and does not count.
-        experts: (I, U, K).
+        experts: (I, U, K), -1 in empty slots.
         classes, num_experts: C and N.
     """
     images, counted = len(labels), labels >= 0
-    place = np.broadcast_to(np.arange(images)[:, None], labels.shape)[counted]
-    codes = ((place * classes + labels[counted])[:, None] * num_experts + experts[counted]).ravel()
-    return np.bincount(codes, minlength=images * classes * num_experts).reshape(images, classes, num_experts)
+    image = np.broadcast_to(np.arange(images)[:, None], labels.shape)[counted]
+    return count_experts(image * classes + labels[counted], experts[counted], images * classes, num_experts).reshape(
+        images, classes, num_experts
+    )
 
 
 def dependence_of_units(
@@ -195,15 +213,15 @@ def dependence_of_units(
 ) -> Dependence:  # fmt: skip
     """Adjusted mutual information of class and expert where each unit of an image has a class of its own.
 
-    What chance gives is the mean over permutations that hand whole images each other's decisions, place by place. So
-    experts that follow the place in the image alone (the sky is above) are chance here, though classes do so too.
-    Whole sequences exchange them frame by frame, for the same reason: permuted one by one, frames of a video would
-    prove as often as there are of them that experts follow the video.
+    The chance level is the mean over permutations that give whole images the decisions of other images, position by
+    position. So experts that follow the position in the image alone (the sky is above) are at chance level, though
+    classes follow it too. Whole sequences exchange decisions frame by frame, for the same reason: permuted one by one,
+    each frame of a video would prove again that experts follow the video.
 
     Args:
-        labels, experts, classes, num_experts: as in `tables_of_units`.
+        labels, experts, classes, num_experts: arguments of `tables_of_units`.
         seed: draws resamples and permutations.
-        sequences: what is resampled and permuted.
+        sequences: sequences that are resampled and permuted.
     """
     counted = (labels >= 0).any(axis=1)
     labels, experts = labels[counted], experts[counted]
@@ -240,14 +258,18 @@ def effective_number(counts: np.ndarray, seed: int = 0, sequences: np.ndarray | 
 
 
 def favourites(counts: np.ndarray, gates: np.ndarray) -> np.ndarray:
-    """(I,) each image's most used expert; of equally used ones that with the larger sum of gates (I, N)."""
-    return (counts + gates / (1 + gates.sum(axis=1, keepdims=True))).argmax(axis=1)
+    """Return each image's most used expert (I,); N, which is none, for an image without any.
+
+    Of equally used experts the one with the larger sum of gates (I, N) counts.
+    """
+    most = (counts + gates / (1 + gates.sum(axis=1, keepdims=True))).argmax(axis=1)
+    return np.where(counts.any(axis=1), most, counts.shape[1])
 
 
 def agreement(
     favourites: Sequence[np.ndarray], seed: int = 0, sequences: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Adjusted mutual information between the images' favourite experts of each two layers.
+    """Adjusted mutual information between the images' favourite experts of every two layers.
 
     Returns:
         "value", "low" and "high", each (L, L).
@@ -276,7 +298,8 @@ def routes(decisions: Sequence[np.ndarray]) -> tuple[int, float]:
     """Distinct combinations of experts over depth, and their effective number, exp(entropy).
 
     Args:
-        decisions: for each layer (I, U, K) chosen experts. A layer that routes whole images sends all its tokens there.
+        decisions: chosen experts (I, U, K) of each layer, -1 in empty slots. A layer that routes whole images sends all
+            of their tokens there.
     """
     units = max(layer.shape[1] for layer in decisions)
     spread = [
@@ -308,13 +331,13 @@ def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """One order of the classes for all layers, and one of each layer's experts, that bring out blocks.
+    """Order the classes, for all layers alike, and the experts of each layer so that blocks appear.
 
     Spectral co-clustering (Dhillon, KDD 2001) of P(expert | class) of all layers side by side. Draw the result on other
-    images than those that it was found on: sorting makes structure of noise.
+    images than it was found on: sorting makes structure of noise.
 
     Args:
-        tables: for each layer (C, N) how often the units of a class chose each expert.
+        tables: counts (C, N) of each layer, how often the units of a class chose each expert.
     """
     shares = [table / np.maximum(table.sum(axis=1, keepdims=True), 1) for table in tables]
     together = np.concatenate(shares, axis=1)
@@ -335,7 +358,7 @@ def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def _adjusted(table: np.ndarray, nats: float, expected: float, null: np.ndarray, resampled: np.ndarray) -> Dependence:
-    """Mutual information with what chance gives taken off, over the most that these loads allow."""
+    """Mutual information above the chance level, over the most that these loads allow."""
     scale = (_entropy(table.sum(axis=1)) + _entropy(table.sum(axis=0))) / 2 - expected
     scale = max(scale, np.finfo(float).eps)
     value, half = (nats - expected) / scale, Z * float(resampled.std()) / scale
@@ -344,7 +367,7 @@ def _adjusted(table: np.ndarray, nats: float, expected: float, null: np.ndarray,
 
 
 def _resamples(images: int, seed: int, sequences: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """Bootstrap weights (s, I), RESAMPLES of them in all: how often each image was drawn, or its sequence."""
+    """Yield bootstrap weights (s, I), RESAMPLES in all: how often each image was drawn, or its sequence."""
     rng = np.random.default_rng(seed)
     units = images if sequences is None else int(sequences.max()) + 1
     size = max(1, min(RESAMPLES, _CHUNK // images))
@@ -355,9 +378,9 @@ def _resamples(images: int, seed: int, sequences: np.ndarray | None = None) -> I
 
 
 def _exchanges(sequences: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """(I,) whose decisions each image gets when sequences are permuted, `count` times.
+    """Yield for `count` permutations of sequences the image (I,) that gives its decisions to each image.
 
-    Frame by frame, from the first frame again where the sequence that gives is the shorter one.
+    Sequences exchange decisions frame by frame; a shorter giver begins again at its first frame.
     """
     order = np.argsort(sequences, kind="stable")
     lengths = np.bincount(sequences)
@@ -370,22 +393,22 @@ def _exchanges(sequences: np.ndarray, count: int, rng: np.random.Generator) -> I
 
 
 def _codes(rows: np.ndarray) -> np.ndarray:
-    """A number for each row of small numbers, equal where the rows are."""
+    """Return a number for each row of small numbers, from -1 on; it is equal where the rows are."""
     codes = np.zeros(len(rows), dtype=np.int64)
     for column in rows.T:
-        _, codes = np.unique(codes * (int(column.max()) + 1) + column, return_inverse=True)  # renumbered: stays small
+        _, codes = np.unique(codes * (int(column.max()) + 2) + column + 1, return_inverse=True)  # small again
     return codes
 
 
 def _single(counts: np.ndarray) -> bool:
-    """Whether each image chose one expert once."""
+    """Return True if each image chose one expert once."""
     return bool((counts.sum(axis=1) == 1).all())
 
 
 def _resampled_tables(
     ordered: np.ndarray, starts: np.ndarray, table: np.ndarray, seed: int, sequences: np.ndarray | None
 ) -> Iterator[np.ndarray]:
-    """Contingency tables (s, C, N) of RESAMPLES bootstrap samples of the images (I, N), which are ordered by class."""
+    """Yield contingency tables (s, C, N) of RESAMPLES bootstrap samples of the images (I, N), ordered by class."""
     images = len(ordered)
     if sequences is None and _single(ordered):  # then the table knows all that there is to know
         rng, size = np.random.default_rng(seed), max(1, _CHUNK // table.size)
@@ -399,14 +422,14 @@ def _resampled_tables(
 
 
 def _mutual_information(table: np.ndarray) -> np.ndarray:
-    """In nats, of the two variables of contingency tables (..., C, N)."""
-    joint = table / table.sum(axis=(-2, -1), keepdims=True)
+    """Return the mutual information, in nats, of the two variables of contingency tables (..., C, N)."""
+    joint = table / np.maximum(table.sum(axis=(-2, -1), keepdims=True), 1)  # counts, of which there may be none
     independent = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
     ratio = np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0)
     return (joint * np.log(ratio)).sum(axis=(-2, -1))
 
 
 def _entropy(counts: np.ndarray) -> np.ndarray:
-    """In nats, over the last axis."""
-    shares = counts / counts.sum(axis=-1, keepdims=True)
+    """Return the entropy over the last axis, in nats."""
+    shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
     return -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=-1)

@@ -95,7 +95,8 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
     left_out: dict[str, str] = {}
     for backend in backends:
         layer = MoE(copy.deepcopy(dense), moe, TokenLayout(1, True))
-        if backend == "grouped_mm" and (why := unfit_for_grouped_mm(computed, layer.experts.fc1.weight)):
+        weight = layer.experts.weights(0)["fc1.weight"][None]
+        if backend == "grouped_mm" and (why := unfit_for_grouped_mm(computed, weight)):
             left_out[f"vimoe {backend}"] = why
             continue
         force_routing(layer, experts_RK)

@@ -31,7 +31,7 @@ class Registry(dict[str, Any]):
 
     def check(self, name: object) -> None:
         """Raise ConfigError, with the nearest known name, if a name is unknown."""
-        if name not in self:
+        if name not in list(self):  # a name may be anything that a user writes, a list too
             raise ConfigError(
                 f"{self.setting}={name!r}: expected one of {', '.join(self)}; {nearest(name, self)}, or import what "
                 f"registers it"

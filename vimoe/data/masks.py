@@ -119,18 +119,20 @@ class Legend:
         values if all colours that the mask uses are in the legend.
         """
         used = np.flatnonzero(np.bincount(raw.ravel()))
-        shown = {int(v): tuple(map(int, palette[v])) for v in used if v < len(palette)}
+        shown = {int(v): tuple(map(int, palette[v])) for v in used if v < len(palette)}  # colour of each used value
         known = {value: self._meaning[colour] for value, colour in shown.items() if colour in self._meaning}
-        moved = [value for value, number in known.items() if number != self._numbers[value]]
-        every = len(known) == len(used)
+        moved = [value for value, number in known.items() if number != self._numbers[value]]  # value and colour differ
+        all_known = len(known) == len(used)
         if not moved:
             return self._numbers
-        if self.palette and every:
+        if self.palette and all_known:
             table = self._numbers.copy()
             table[list(known)] = list(known.values())
             return table
-        levels = (palette == palette[:, :1]).all() and len({*known.values()} - {IGNORE}) > 1
-        if self.palette or (every and levels):
+        # Without a palette in the legend, colours only contradict the values if they are greys that name several
+        # classes; any other palette is decoration.
+        grey = (palette == palette[:, :1]).all() and len({*known.values()} - {IGNORE}) > 1
+        if self.palette or (all_known and grey):
             raise DataError(
                 f"the value {moved[0]} is {self._word(self._numbers[moved[0]])}, and its colour in the palette, "
                 f"{list(shown[moved[0]])}, is that of {self._word(known[moved[0]])}: expected values and colours that "

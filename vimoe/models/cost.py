@@ -1,4 +1,4 @@
-"""What a model costs: parameters, activated parameters and multiply-adds, counted on a copy without weights."""
+"""Cost of a model: parameters, activated parameters and multiply-adds, counted on a copy without weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Cost:
 
     Attributes:
         params: all parameters.
-        activated_params: those that one image or token uses: the dense part, and of each MoE layer the router, k
-            experts and the shared expert.
-        macs: multiply-adds of matrix products and convolutions in one forward pass of one image (half of what
-            torch's counter calls flops; the papers' "FLOPs").
+        activated_params: parameters that one image or token uses: the dense part, and of each MoE layer the router, k
+            experts (the mean number, if it varies) and the shared expert.
+        macs: multiply-adds of matrix products and convolutions in one forward pass of one image (half of the flops of
+            torch's counter; the papers' "FLOPs").
         moe_layers: names of the MoE layers.
     """
 
@@ -41,14 +41,14 @@ class Cost:
 
 
 def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Cost:
-    """Counts a model as it stands; nothing is computed and no memory taken for weights.
+    """Count a model as it stands; nothing is computed and no memory taken for weights.
 
     Args:
         model: any timm ViT, dense or upcycled, on any device.
-        input_size: (channels, height, width); by default what the model was made for.
+        input_size: (channels, height, width); by default that of the model.
 
     Raises:
-        VimoeError: for what is no model, or a size that it does not take.
+        VimoeError: if the model is none, or does not take the size.
 
     >>> import timm, vimoe
     >>> print(vimoe.count(timm.create_model("test_vit", num_classes=4)))
@@ -58,8 +58,8 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     model = meta_copy(model).eval().requires_grad_(False)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     params = sum(p.numel() for p in model.parameters())
-    idle = sum(_numel(layer.experts) * _idle_share(layer) for layer in layers.values())
-    routed = 0
+    idle = sum(_idle_params(layer) for layer in layers.values())
+    routed = 0.0
 
     def count_instead(layer: MoE, args: tuple[Tensor]) -> tuple[Tensor]:
         nonlocal routed
@@ -79,11 +79,11 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
                 f"input_size={input_size}: the model does not take it ({first_line(error)}); expected such as "
                 f"{model_input_size(model)}"
             ) from error
-    return Cost(params, params - round(idle), counter.get_total_flops() // 2 + routed, tuple(layers))
+    return Cost(params, params - round(idle), counter.get_total_flops() // 2 + round(routed), tuple(layers))
 
 
 def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] | None = None) -> Tensor:
-    """Images of the model's size and type for a copy without weights."""
+    """Return images of the model's size and type for a copy without weights."""
     dtype = next(model.parameters()).dtype
     sides = input_size if isinstance(input_size, (tuple, list, torch.Size)) else ()
     if input_size is not None and (len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides)):
@@ -94,10 +94,10 @@ def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] 
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy with shapes and no weights, made without copying the weights first.
+    """Return a copy with shapes and no weights, made without copying the weights first.
 
-    Routing depends on weights and data, so its MoE layers compute nothing and pass the shape on. Hooks are left out:
-    they are the user's, and may not expect tensors without values.
+    Routing depends on weights and data, so its MoE layers compute their shared expert alone, or nothing. Hooks are left
+    out: they are the user's, and may not expect tensors without values.
     """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -110,20 +110,18 @@ def meta_copy(model: nn.Module) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if isinstance(module, MoE):
-            module.forward = torch.empty_like  # type: ignore[method-assign, assignment]
+            alone = torch.empty_like if module.shared is None else module.shared.forward
+            module.forward = alone  # type: ignore[method-assign, assignment]
     return copied
 
 
-def _moe_macs(layer: MoE, tokens: int) -> int:
-    config = layer.config
-    decisions = 1 if config.routing == "image" else tokens
-    ffns = config.top_k + config.num_shared_experts
-    return tokens * ffns * layer.experts.macs + decisions * layer.router.weight.numel()
+def _moe_macs(layer: MoE, tokens: int) -> float:
+    """Return the multiply-adds of the router and the routed experts for one image."""
+    decisions = 1 if layer.config.routing == "image" else tokens
+    return tokens * layer.router.experts_per_token * layer.experts.macs + decisions * layer.router.weight.numel()
 
 
-def _idle_share(layer: MoE) -> float:
-    return 1 - layer.config.top_k / layer.config.num_experts
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _idle_params(layer: MoE) -> float:
+    """Return the number of parameters of the experts that one image or token does not use."""
+    all_of_them = sum(p.numel() for p in layer.experts.parameters())
+    return all_of_them - layer.experts.activated_params(layer.router.experts_per_token)

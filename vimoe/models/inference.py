@@ -1,4 +1,4 @@
-"""How a model is computed; never what it computes."""
+"""Computation of a model made faster, with the same results: backends of experts, and inference."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _CALL_LINEARS = (Mlp, GluMlp, SwiGLU, Attention)  # others may read the weights 
 
 
 def set_backend(model: Model, backend: Backend) -> Model:
-    """Chooses how the products of experts are computed, in place; returns the model. It is not saved with it.
+    """Choose the backend of the experts' products, in place, and return the model. It is not saved with it.
 
     Args:
-        model: with MoE layers, or one.
+        model: a model with MoE layers, or one such layer.
         backend: "auto" (by device and type, `vimoe.moe.grouped_linear.choose`), "loop", "grouped_mm"
             or "bmm" (padded to the largest load). `vimoe bench layer` shows what each costs.
 
     Raises:
-        ConfigError: for another name.
-        VimoeError: for an optimised model.
+        ConfigError: if there is no such backend.
+        VimoeError: if the model is optimised.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -47,23 +47,24 @@ def set_backend(model: Model, backend: Backend) -> Model:
 
 
 def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool = False) -> nn.Module:
-    """Makes a model, dense or with MoE layers, fast for inference, in place; it can then only be run.
+    """Make a model, dense or with MoE layers, fast for inference, in place; it can then only be run.
 
     On a CPU the matrices of FFNs, experts and attention are packed once in the order in which products read them, and
-    activations computed with the product before them, except for parts with forward hooks. Routers keep their float32
-    weights, so that in another type, too, the choice is rounded by the tokens alone.
+    activations computed with the product before them, except for parts with forward hooks. Experts that are no FFNs
+    stay as they are. Routers keep their float32 weights: in another type, too, only the tokens are rounded before the
+    choice.
 
     Args:
-        model: best in the state that `vimoe.load` gives it.
-        dtype: of weights and tokens, such as torch.bfloat16; inputs are cast. By default the model's own.
-        compile: by torch.compile, which then does the packing's work in its way. It needs a C++ compiler on a CPU.
+        model: a model, best in the state that `vimoe.load` gives it.
+        dtype: type of weights and tokens, such as torch.bfloat16; inputs are cast. By default the model's own.
+        compile: use torch.compile, which then does the work of packing. It needs a C++ compiler on a CPU.
 
     Returns:
         The model, with `compile` inside of torch.compile's module.
 
     Raises:
-        ConfigError: for a dtype that is no floating point type.
-        VimoeError: for a model that is optimised already.
+        ConfigError: if the dtype is no floating point type.
+        VimoeError: if the model is optimised already.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -88,8 +89,9 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
 
 def _pack(model: nn.Module) -> None:
     for layer in moe_layers(model).values():
-        if can_pack(layer.experts.fc1.weight) and not has_hooks(layer.experts):
-            layer.experts = PackedExperts(layer.experts)  # type: ignore[assignment]
+        experts = layer.experts
+        if experts.are_ffns and can_pack(experts.weights(0)["fc1.weight"]) and not has_hooks(experts):
+            layer.experts = PackedExperts(experts)  # type: ignore[assignment]
     for module in model.modules():
         linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
         if type(module) not in _CALL_LINEARS or not all(can_pack(linear.weight) for linear in linears.values()):
@@ -104,10 +106,10 @@ def _pack(model: nn.Module) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    exact = {layer: layer.router.weight.detach().clone() for layer in moe_layers(model).values()}
+    exact = {p: p.detach().clone() for layer in moe_layers(model).values() for p in layer.router.parameters()}
     model.to(dtype)
-    for layer, weight in exact.items():
-        layer.router.weight.data = weight
+    for parameter, value in exact.items():
+        parameter.data = value
 
     def cast(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args]

@@ -1,4 +1,4 @@
-"""Dense to MoE and back: `plan` says what would change, `upcycle` and `densify` do it, all or nothing."""
+"""Dense to MoE and back: `plan` shows the change, `upcycle` and `densify` make it, all or nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ HOW = ("shared", "merge", "matched")
 
 @dataclass(frozen=True)
 class Plan:
-    """What `upcycle` would do. Print it."""
+    """Changes that `upcycle` would make, and their cost. Print it.
+
+    Attributes:
+        sites: FFNs that would be replaced.
+        config: settings of the layers.
+        dense: cost of the model as it is.
+        moe: cost of the model with MoE layers.
+    """
 
     sites: tuple[Site, ...]
     config: MoEConfig
@@ -39,7 +46,8 @@ class Plan:
     def __str__(self) -> str:
         c = self.config
         kind = (
-            f"{c.num_experts} experts, top_k={c.top_k}, {c.routing} routing, {c.num_shared_experts} shared, {c.combine}"
+            f"{c.num_experts} experts ({c.experts}), {c.router} router, top_k={c.top_k}, {c.routing} routing, "
+            f"{c.num_shared_experts} shared, {c.combine}"
             if c.num_experts
             else f"dense FFN of {c.num_shared_experts} times the width"
         )
@@ -48,15 +56,17 @@ class Plan:
 
 
 def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] | None = None) -> Plan:
-    """What `upcycle(model, config)` would change and cost. Changes nothing and needs no memory for weights.
+    """Return the changes that `upcycle(model, config)` would make, and their cost.
+
+    It changes nothing and needs no memory for weights.
 
     Args:
         model: a timm ViT.
-        config: which blocks, and what kind of layer.
-        input_size: (channels, height, width) to count for; by default what the model was made for.
+        config: blocks and kind of layer.
+        input_size: (channels, height, width) to count for; by default that of the model.
 
     Raises:
-        SurgeryError: as `upcycle`.
+        SurgeryError: if `upcycle` would raise it.
 
     >>> import timm, vimoe
     >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
@@ -76,7 +86,7 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
 
 
 def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
-    """Replaces the FFNs of the chosen blocks by MoE layers whose experts are copies of them (sparse upcycling).
+    """Replace the FFNs of the chosen blocks by MoE layers whose experts are copies of them (sparse upcycling).
 
     In place. With `combine="mix"`, the default, the model computes exactly what it did before, to rounding: all
     experts agree, so the task loss gives the routers no gradient until a step has separated them.
@@ -84,14 +94,14 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
     Args:
         model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), or a module with one inside such as
             `vimoe.models.segmenter.Segmenter`, on any device.
-        config: which blocks, and what kind of layer.
+        config: blocks and kind of layer.
 
     Returns:
         The same model.
 
     Raises:
-        SurgeryError: where a block cannot be converted; the model is as it was.
-        VimoeError: for an optimised model.
+        SurgeryError: if a block cannot be converted; the model is as it was.
+        VimoeError: if the model is optimised.
 
     >>> import timm, torch, vimoe
     >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
@@ -107,15 +117,15 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
 def convert(model: nn.Module, config: MoEConfig) -> list[str]:
     """Do what `upcycle` does, and return the names of the converted FFNs in forward order."""
     _check(model, config)
-    replacements = _replacements(model, config)
-    surgery.swap(model, replacements)
-    if config.router_is_blind and config.layers != "none":
+    replaced = _replacements(model, config)
+    surgery.swap(model, replaced)
+    if any(isinstance(module, MoE) and module.router.blind for module in replaced.values()):
         warnings.warn(
             f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
             f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",
             stacklevel=3,
         )
-    return list(replacements)
+    return list(replaced)
 
 
 def densify(
@@ -124,22 +134,22 @@ def densify(
     how: str = "shared",
     gate_mass: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Replaces MoE layers by dense FFNs: the inverse of `upcycle`.
+    """Replace MoE layers by dense FFNs: the inverse of `upcycle`.
 
     Args:
         model: an upcycled model; changed in place.
-        layers: which blocks, as in `MoEConfig.layers`; "all" are all MoE layers.
+        layers: blocks, as in `MoEConfig.layers`; "all" means all MoE layers.
         how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" does so
             after it has put their hidden units in the same order, as far as they have one (`ffn.match`).
-        gate_mass: for both means, by layer name, (N,) the mean gate that each expert got
-            (`LayerEvidence.gate_mass`). Without it, experts count as a router that has no preference would weigh them.
+        gate_mass: (N,) mean gate that each expert got, by layer name, for both means (`LayerEvidence.gate_mass`).
+            Without it, experts count as a router without preference weighs them.
 
     Returns:
         The same model. Right after `upcycle` its state is the parent's, bit for bit.
 
     Raises:
-        SurgeryError: where no MoE layer is named, or one has no shared expert to keep; nothing was changed.
-        VimoeError: for an optimised model.
+        SurgeryError: if no MoE layer is named, or `how` does not fit one of them; nothing was changed.
+        VimoeError: if the model is optimised.
 
     >>> import timm, torch, vimoe
     >>> model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
@@ -167,13 +177,17 @@ def _check(model: nn.Module, config: MoEConfig) -> None:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """The places of a model that hold an FFN or an MoE layer, in forward order. VimoeError for an optimised model."""
+    """Return the sites of a model that hold an FFN or an MoE layer, in forward order.
+
+    Raises:
+        VimoeError: if the model is optimised.
+    """
     check_not_packed(model)
     return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module), skip=(RelPosMlp,))
 
 
 def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
-    """The new module of every chosen site, after all checks."""
+    """Return the new module of every chosen site, after all checks."""
     chosen = config.selection.select(sites(model))
     if not chosen:
         return {}
@@ -219,7 +233,7 @@ def _token_layout(model: nn.Module) -> TokenLayout:
 
 
 def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout) -> None:
-    """Runs two images through a copy without weights, to see that each FFN gets (images, tokens, channels)."""
+    """Run two images through a copy without weights, to see that each FFN gets (images, tokens, channels)."""
     copied = meta_copy(model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -258,7 +272,7 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     layer = site.module
     if not isinstance(layer, MoE):
         raise SurgeryError(f"{site} is a dense FFN already: expected an MoE layer; leave it out of layers")
-    config = layer.config
+    config, n = layer.config, layer.config.num_experts
     if how == "shared":
         if layer.shared is None:
             raise SurgeryError(f"{site} has no shared expert: expected one for how='shared'; use how='merge'")
@@ -268,11 +282,14 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
             f"{site} has {config.num_shared_experts} shared experts, which are wider than its experts: "
             f"expected at most 1 for how={how!r}; use how='shared'"
         )
+    if how not in layer.densify_methods:
+        raise SurgeryError(
+            f"{site} has experts of the kind {config.experts!r}, which are no FFNs: expected FFNs for how={how!r}; use "
+            f"how='shared'"
+        )
     if layer.shared is not None:
         _describe(site, layer.shared)
-    if gate_mass is None:
-        total = 1.0 if config.gates_sum_to_one else config.top_k / config.num_experts
-        gate_mass = torch.full((config.num_experts,), total / config.num_experts)
-    if gate_mass.shape != (config.num_experts,):
-        raise SurgeryError(f"gate_mass of {site} has shape {tuple(gate_mass.shape)}: expected ({config.num_experts},)")
-    return layer.merged(gate_mass, matched=how == "matched")
+    mass_N = layer.router.neutral_gate_mass() if gate_mass is None else gate_mass
+    if mass_N.shape != (n,):
+        raise SurgeryError(f"gate_mass of {site} has shape {tuple(mass_N.shape)}: expected ({n},)")
+    return layer.dense(how, mass_N)

@@ -1,4 +1,4 @@
-"""What a training loop does to the routers between steps: a bias that evens the load, and decisions at random.
+"""Changes of the routers between training steps: a bias that evens the load, and decisions at random.
 
 Axes: N experts.
 """
@@ -17,18 +17,19 @@ from vimoe.moe.layer import moe_layers
 
 @torch.no_grad()
 def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
-    """After an update of the weights: b_i += rate * sign(mean load - load_i), of each layer that has a bias.
+    """Update the choice bias of each layer that has one: b_i += rate * sign(mean load - load_i).
 
-    Loss-free balancing: Wang et al., arXiv 2408.15664, algorithm 1, here on softmax probabilities. The load is summed
-    over all records of a layer, so with gradient accumulation pass those of all its steps. Image routing counts
-    images, token routing tokens. Layers without a bias (`MoEConfig.bias_update_rate` of 0) are passed over.
+    Call it after an update of the weights. Loss-free balancing: Wang et al., arXiv 2408.15664, algorithm 1, here on
+    softmax probabilities. The load is summed over all records of a layer, so with gradient accumulation pass those of
+    all its steps. Image routing counts images, token routing tokens. Layers without a bias
+    (`MoEConfig.bias_update_rate` of 0) are passed over.
 
     Args:
         model: the model that was recorded.
-        routings: what `vimoe.record(model)` collected since the last update.
+        routings: records that `vimoe.record(model)` collected since the last update.
 
     Raises:
-        VimoeError: where a record is of a layer that this model does not have.
+        VimoeError: if the model does not have the layer of a record.
 
     >>> import timm, torch, vimoe
     >>> config = vimoe.MoEConfig(layers="last:1", num_experts=4, bias_update_rate=0.001)
@@ -55,17 +56,17 @@ def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
 
 
 def set_random_share(model: nn.Module, share: float) -> None:
-    """From now on this share of the decisions is taken at random in training: k distinct experts, all alike likely.
+    """Set the share of the decisions that is taken at random in training: k distinct experts, all alike likely.
 
-    So every expert is trained before a router has an opinion. Gates are the router's probabilities of the experts that
-    it got, so it learns meanwhile. In eval mode nothing is random.
+    So every expert is trained before a router has an opinion. Gates are the router's probabilities of these experts,
+    so it learns meanwhile. In eval mode nothing is random.
 
     Args:
-        model: with MoE layers, or without.
+        model: a model with MoE layers, or without.
         share: 0 to 1; leave the model with 0.
 
     Raises:
-        VimoeError: for a share outside of these.
+        VimoeError: if the share is another, or the decisions of a router cannot be random.
 
     >>> import timm, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -76,6 +77,11 @@ def set_random_share(model: nn.Module, share: float) -> None:
         raise VimoeError(f"share={share}: expected 0 to 1")
     for layer in moe_layers(model).values():
         router = layer.router
+        if share and not router.adjustable:
+            raise VimoeError(
+                f"share={share:g} with moe.router={router.config.router!r}: expected 0, its decisions cannot be "
+                f"random; set train.router_warmup_epochs=0"
+            )
         if not share:
             router.random_share = None
         elif router.random_share is None:

@@ -1,98 +1,121 @@
-"""N FFNs of one shape with their weights stacked; nothing about routing.
+"""The contract of experts: N functions of tokens that start as one dense FFN.
 
-Axes: N experts, R units given, U rows of a unit, S places sorted by expert, D channels, F hidden units.
+Axes: N experts, R rows that are routed (images or tokens), U tokens of a row, S slots in the order of their experts, D
+channels, F hidden units.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vimoe.config.moe import MoEConfig
 from vimoe.moe import ffn
-from vimoe.moe.grouped_linear import Backend, grouped_linear
+from vimoe.moe.grouped_linear import Backend
 
 
-class Stacked(nn.Module):
-    """The weights of one layer (a linear map or a LayerNorm) of all experts: weight (N, ...), bias (N, ...)."""
+@dataclass(frozen=True)
+class Role:
+    """The part that a parameter plays in the experts.
 
-    bias: nn.Parameter | None
+    Attributes:
+        matrix: True for a matrix, which has weight decay; False for a vector, such as a bias or a scale, which has
+            none. Stacked vectors have two axes, so axes do not tell.
+        per_expert: True if the first axis is that of the N experts; False for a base that all of them share.
+    """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, num_experts: int) -> None:
-        super().__init__()
-        self.weight = _repeated(weight, num_experts)
-        self.register_parameter("bias", None if bias is None else _repeated(bias, num_experts))
-
-    def extra_repr(self) -> str:
-        return f"weight={tuple(self.weight.shape)}, bias={self.bias is not None}"
+    matrix: bool
+    per_expert: bool = True
 
 
 class Experts(nn.Module):
-    """N copies of a dense FFN, which drift apart as they are trained on different rows.
+    """Base of all kinds of experts: FFNs whose weights a subclass gives.
+
+    A kind of experts is a subclass, and an entry in `vimoe.config.moe.EXPERTS`. The contract:
+
+    - `roles` has a `Role` for each parameter. Weight decay, activated parameters and `keep` follow from it.
+    - Right after `__init__` every expert computes what the dense FFN does, so that upcycling keeps the function.
+    - `weights(e)` gives one expert as an FFN in the canonical layout of `vimoe.moe.ffn`, and gradient goes through.
+      Merging, packing for inference, comparison and this class's `forward` need no more.
+    - A kind whose experts are no FFNs sets `are_ffns` to False and has `forward` and `macs` of its own in place of
+      `weights`. It is not merged, not packed, and compared by its outputs alone.
+
+    Attributes:
+        are_ffns: True if `weights` is there.
+        num_experts: N.
+        kind: the dense FFN apart from its weights.
+        act: its activation.
+        drop1, drop2: dropout on the hidden units and on the output.
+        backend: backend of grouped products (`vimoe.set_backend`); it belongs to this process, and is not saved.
 
     Args:
         dense: the FFN.
-        num_experts: N.
-        dropout: rate on the hidden units; where the FFN has a larger one, that one holds.
-
-    Attributes:
-        backend: how products are computed (`vimoe.set_backend`); it is of this process, and not saved.
+        config: settings of the layer. Its `expert_dropout` holds on the hidden units unless the FFN has a larger rate.
 
     Raises:
-        SurgeryError: where the FFN has a part that experts could not reproduce.
+        SurgeryError: if experts could not reproduce a part of the FFN.
     """
 
-    def __init__(self, dense: nn.Module, num_experts: int, dropout: float = 0.0) -> None:
+    are_ffns = True
+
+    def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__()
+        self.num_experts = config.num_experts
         self.kind = ffn.describe(dense)
         self.backend: Backend = "auto"
-        weights = ffn.read(dense)
-        self.fc1 = Stacked(weights["fc1.weight"], weights.get("fc1.bias"), num_experts)
         self.act = copy.deepcopy(self.kind.act)
-        self.drop1 = nn.Dropout(max(self.kind.drop[0], dropout))
-        has_norm = self.kind.norm_eps is not None
-        self.norm = Stacked(weights["norm.weight"], weights["norm.bias"], num_experts) if has_norm else None
-        self.fc2 = Stacked(weights["fc2.weight"], weights.get("fc2.bias"), num_experts)
+        self.drop1 = nn.Dropout(max(self.kind.drop[0], config.expert_dropout))
         self.drop2 = nn.Dropout(self.kind.drop[1])
 
-    def forward(self, x_RUD: Tensor, source_S: Tensor, load_N: Tensor) -> Tensor:
-        """(R, U, D) to (S, U, D): each expert computes its places; arguments as those of `grouped_linear`."""
-        hidden = self._linear(self.fc1, x_RUD, source_S, load_N)
-        if self.kind.gated:
-            gate, value = hidden.chunk(2, dim=-1)
-            hidden = self.act(gate) * value
-        else:
-            hidden = self.act(hidden)
-        hidden = self.drop1(hidden)
-        if self.norm is not None:
-            hidden = self._normalised(self.norm, hidden, load_N)
-        rows: Tensor = self.drop2(self._linear(self.fc2, hidden, None, load_N))
-        return rows
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Role of each parameter, by its name in `named_parameters`."""
+        raise NotImplementedError
 
-    def _linear(self, layer: Stacked, x: Tensor, source: Tensor | None, load: Tensor) -> Tensor:
-        return grouped_linear(x, layer.weight, layer.bias, source, load, self.backend)
+    def weights(self, expert: int) -> ffn.Weights:
+        """Return the canonical weights of one expert, as views where that can be."""
+        raise NotImplementedError
 
-    def _normalised(self, norm: Stacked, hidden: Tensor, load_N: Tensor) -> Tensor:
-        """LayerNorm, with the scale and shift of each place's expert; rounded once, as a LayerNorm is."""
-        assert norm.bias is not None
-        assert self.kind.norm_eps is not None
-        expert_S = torch.repeat_interleave(load_N, output_size=hidden.shape[0])
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        scale, shift = (F.embedding(expert_S, part)[:, None].to(precise) for part in (norm.weight, norm.bias))
-        normal = F.layer_norm(hidden.to(precise), (self.kind.hidden,), eps=self.kind.norm_eps)
-        return torch.addcmul(shift, normal, scale).to(hidden.dtype)
+    def forward(self, x_RUD: Tensor, source_S: Tensor | None, load_N: Tensor) -> Tensor:
+        """(R, U, D) to (S, U, D): the output of each slot's expert for the tokens of its row.
+
+        Args:
+            x_RUD: rows.
+            source_S: int64, index of the row of each slot; slots are sorted by expert. A row may have any number of
+                slots, none too. None if x is sorted already, so that S = R.
+            load_N: int64, number of slots of each expert; they sum to S.
+        """
+        rows = x_RUD if source_S is None else x_RUD.index_select(0, source_S)
+        parts = enumerate(rows.split(load_N.tolist()))
+        outputs = [self._expert(self.weights(e), part) for e, part in parts if len(part)]
+        return torch.cat(outputs) if outputs else rows
+
+    def _expert(self, weights: ffn.Weights, x: Tensor) -> Tensor:
+        hidden = self.drop1(ffn.hidden(self.kind, weights, x))
+        y: Tensor = self.drop2(F.linear(hidden, weights["fc2.weight"], weights.get("fc2.bias")))
+        return y
 
     @property
     def macs(self) -> int:
         """Multiply-adds of one expert for one token."""
-        return self.fc1.weight[0].numel() + self.fc2.weight[0].numel()
+        weights = self.weights(0)
+        return weights["fc1.weight"].numel() + weights["fc2.weight"].numel()
 
-    def weights(self, expert: int) -> ffn.Weights:
-        """The canonical weights of one expert, as views."""
-        return {name: stacked.detach()[expert] for name, stacked in self.named_parameters()}
+    def activated_params(self, experts: float) -> float:
+        """Return the number of parameters that so many of the experts have, with what they share counted once."""
+        share = {name: experts / self.num_experts if role.per_expert else 1 for name, role in self.roles.items()}
+        return sum(share[name] * p.numel() for name, p in self.named_parameters())
 
-
-def _repeated(value: Tensor, num_experts: int) -> nn.Parameter:
-    return nn.Parameter(value.detach().expand(num_experts, *value.shape).clone(memory_format=torch.contiguous_format))
+    def keep(self, kept: Sequence[int]) -> None:
+        """Remove all other experts, in place."""
+        for name in [name for name, role in self.roles.items() if role.per_expert]:
+            layer, _, part = name.rpartition(".")
+            stacked = self.get_parameter(name)
+            chosen = nn.Parameter(stacked.detach()[list(kept)], requires_grad=stacked.requires_grad)
+            setattr(self.get_submodule(layer), part, chosen)
+        self.num_experts = len(kept)

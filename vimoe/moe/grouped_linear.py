@@ -1,10 +1,11 @@
-"""`grouped_linear`, the one product that experts are made of, in several ways behind one switch.
+"""`grouped_linear`: a matrix product for each expert, by one of several backends.
 
-Axes: R units given, U rows of a unit, S places sorted by expert, I channels in, O channels out, N experts.
+Axes: R rows that are routed (images or tokens), U tokens of a row, S slots in the order of their experts, I channels
+in, O channels out, N experts.
 
-All ways are operators of torch (`vimoe::grouped_linear` and its two derivatives), so that torch.compile and
-torch.export need not see the loop over experts, whose bounds only the data tells. The backward pass gathers its input
-again where the forward pass did, because a sorted copy of the input would be kept for it otherwise.
+The product is an operator of torch (`vimoe::grouped_linear`, with two derivatives), so that torch.compile and
+torch.export need not see the loop over experts, whose bounds depend on the data. The backward pass gathers its input
+again if the forward pass did: a sorted copy of the input would be kept for it otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, VimoeError
 from vimoe.moe.autocast import in_type_of_autocast, own_type
 
 Backend = Literal["auto", "loop", "grouped_mm", "bmm"]
@@ -28,19 +29,19 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 def grouped_linear(
     x_RUI: Tensor, weight_NOI: Tensor, bias_NO: Tensor | None, source_S: Tensor | None, load_N: Tensor, backend: Backend
 ) -> Tensor:
-    """(R, U, I) to (S, U, O), in the type of x or of the autocast (not of float64), whatever that of the weights.
+    """(R, U, I) to (S, U, O), in the type of x or of the autocast (float64 stays), whatever the type of the weights.
 
     Args:
-        x_RUI: units.
-        weight_NOI: a matrix for each expert.
-        bias_NO: or None.
-        source_S: int64, which unit of x stands at each place. The places are sorted by expert, and each unit has S / R
-            of them, no two at one expert. None where x is sorted already, so that S = R.
-        load_N: int64, the number of places of each expert.
-        backend: how; "auto" is `choose`.
+        x_RUI: rows.
+        weight_NOI: matrix of each expert.
+        bias_NO: bias of each expert, or None.
+        source_S: int64, index in x of the row of each slot; slots are sorted by expert. A row may have any number of
+            slots, none too, but at most one at an expert. None if x is sorted already: slot s is row s, and S = R.
+        load_N: int64, number of slots of each expert; they sum to S.
+        backend: name of the backend; "auto" is what `choose` returns.
 
     Raises:
-        ConfigError: for a backend that cannot compute this.
+        ConfigError: if the backend cannot compute this.
     """
     x_RUI = in_type_of_autocast(x_RUI)
     if backend == "auto":
@@ -52,7 +53,7 @@ def grouped_linear(
 
 
 def choose(x: Tensor, weight: Tensor) -> Backend:
-    """The backend for these operands: on a CPU by measurement, on a GPU by reasoning alone.
+    """Return the backend for these operands: on a CPU by measurement, on a GPU by reasoning alone.
 
     On a CPU `grouped_mm` is a loop too, and padding costs more than a loop saves unless loads are equal (`vimoe bench
     layer`, with `--bench.load zipf` and without). On a GPU the loop has to wait for the loads; `grouped_mm` need not,
@@ -64,7 +65,7 @@ def choose(x: Tensor, weight: Tensor) -> Backend:
 
 
 def unfit_for_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
-    """What torch's grouped product cannot do here and what it could, or None."""
+    """Return what torch's grouped product does not take here and what it takes, or None if it takes this."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype}: expected float32, bfloat16 or float16"
     if any(size * x.itemsize % 16 for size in weight.shape[1:]):
@@ -72,13 +73,13 @@ def unfit_for_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-class _Way(Protocol):
-    """How a backend computes the product and its derivatives; x, dy and what is returned are contiguous."""
+class _Backend(Protocol):
+    """The product and its derivatives; x, dy and the results are contiguous."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
         """(S, U, O)."""
 
-    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int) -> Tensor:
+    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int) -> Tensor:
         """(R, U, I), in the type of dy."""
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
@@ -86,37 +87,45 @@ class _Way(Protocol):
 
 
 class _Loop:
-    """One expert after the other, its rows gathered just before they are multiplied. Idle experts cost nothing."""
+    """One expert after the other; its tokens are gathered just before their product. Idle experts cost nothing."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
-        y = x.new_empty(_places(x, source), x.shape[1], weight.shape[1])
-        for e, at in experts_with_units(load):
-            rows, w, out = rows_at(x, source, at), weight[e].to(x.dtype).T, rows_at(y, None, at)
+        y = x.new_empty(_slots(x, source), x.shape[1], weight.shape[1])
+        done = 0
+        for e, at in loaded_experts(load):
+            tokens, w, out = tokens_of(x, source, at), weight[e].to(x.dtype).T, tokens_of(y, None, at)
             if bias is None:
-                torch.mm(rows, w, out=out)
+                torch.mm(tokens, w, out=out)
             else:
-                torch.addmm(bias[e].to(x.dtype), rows, w, out=out)
+                torch.addmm(bias[e].to(x.dtype), tokens, w, out=out)
+            done = at.stop
+        if done != len(y):
+            raise VimoeError(
+                f"the experts' loads add up to {done} of {len(y)} slots: expected all; a router that leaves slots "
+                f"empty (-1) gives a Routing with ragged=True"
+            )
         return y
 
-    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int) -> Tensor:
-        dx = dy.new_empty(units, dy.shape[1], weight.shape[2])
-        if source is not None and len(source) > units:
+    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int) -> Tensor:
+        dx = dy.new_empty(rows, dy.shape[1], weight.shape[2])
+        once = source is not None and _is_permutation(source, rows)
+        if source is not None and not once:
             dx.zero_()
-        for e, at in experts_with_units(load):
-            rows, w = rows_at(dy, None, at), weight[e].to(dy.dtype)
+        for e, at in loaded_experts(load):
+            tokens, w = tokens_of(dy, None, at), weight[e].to(dy.dtype)
             if source is None:
-                torch.mm(rows, w, out=rows_at(dx, None, at))
-            elif len(source) == units:
-                dx.index_copy_(0, source[at], (rows @ w).view(-1, *dx.shape[1:]))
+                torch.mm(tokens, w, out=tokens_of(dx, None, at))
+            elif once:
+                dx.index_copy_(0, source[at], (tokens @ w).view(-1, *dx.shape[1:]))
             else:
-                dx.index_add_(0, source[at], (rows @ w).view(-1, *dx.shape[1:]))
+                dx.index_add_(0, source[at], (tokens @ w).view(-1, *dx.shape[1:]))
         return dx
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
         idle = set(range(len(dw)))
-        for e, at in experts_with_units(load):
-            left, right = rows_at(dy, None, at).T, rows_at(x, source, at)
+        for e, at in loaded_experts(load):
+            left, right = tokens_of(dy, None, at).T, tokens_of(x, source, at)
             if dw.dtype == dy.dtype:
                 torch.mm(left, right, out=dw[e])
             else:
@@ -128,19 +137,19 @@ class _Loop:
 
 
 class _GroupedMM:
-    """torch's grouped matrix product, which knows no bias. It never waits for the loads."""
+    """torch's grouped matrix product, which has no bias. It never waits for the loads."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
-        rows, w = rows_at(x, source), weight.to(x.dtype).transpose(1, 2)
-        y = F.grouped_mm(rows, w, offs=self._ends(load, x)).view(-1, x.shape[1], weight.shape[1])
+        tokens, w = tokens_of(x, source), weight.to(x.dtype).transpose(1, 2)
+        y = F.grouped_mm(tokens, w, offs=self._ends(load, x)).view(-1, x.shape[1], weight.shape[1])
         return y if bias is None else y.add_(bias.to(x.dtype)[_expert_of(load, len(y)), None])
 
-    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int) -> Tensor:
-        dx = F.grouped_mm(rows_at(dy, None), weight.to(dy.dtype), offs=self._ends(load, dy))
-        return _home(dx.view(*dy.shape[:2], -1), source, units)
+    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int) -> Tensor:
+        dx = F.grouped_mm(tokens_of(dy, None), weight.to(dy.dtype), offs=self._ends(load, dy))
+        return _sum_of_slots(dx.view(*dy.shape[:2], -1), source, rows)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
-        dw = F.grouped_mm(rows_at(dy, None).T, rows_at(x, source), offs=self._ends(load, dy))
+        dw = F.grouped_mm(tokens_of(dy, None).T, tokens_of(x, source), offs=self._ends(load, dy))
         # on Blackwell torch leaves those of idle experts as memory was (pytorch/pytorch issue 172439)
         return dw.to(weight.dtype).masked_fill_((load == 0)[:, None, None], 0)
 
@@ -153,14 +162,14 @@ class _BMM:
     """One batched product of experts padded to the largest load; nothing is padded where loads are equal."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
-        rows, slots = self._pad(x, source, load)
+        tokens, padded = self._pad(x, source, load)
         w = weight.to(x.dtype).transpose(1, 2)
-        y = torch.bmm(rows, w) if bias is None else torch.baddbmm(bias.to(x.dtype)[:, None], rows, w)
-        return self._unpad(y, slots, x.shape[1])
+        y = torch.bmm(tokens, w) if bias is None else torch.baddbmm(bias.to(x.dtype)[:, None], tokens, w)
+        return self._unpad(y, padded, x.shape[1])
 
-    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int) -> Tensor:
-        rows, slots = self._pad(dy, None, load)
-        return _home(self._unpad(torch.bmm(rows, weight.to(dy.dtype)), slots, dy.shape[1]), source, units)
+    def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int) -> Tensor:
+        tokens, padded = self._pad(dy, None, load)
+        return _sum_of_slots(self._unpad(torch.bmm(tokens, weight.to(dy.dtype)), padded, dy.shape[1]), source, rows)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
         left, _ = self._pad(dy, None, load)
@@ -169,59 +178,68 @@ class _BMM:
 
     @staticmethod
     def _pad(x: Tensor, source: Tensor | None, load: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, largest load * U, I), and the slot of each place where something is padded."""
-        places, experts = _places(x, source), len(load)
+        """Return (N, largest load * U, I), and the padded place of each slot, None if nothing had to be padded."""
+        slots, experts = _slots(x, source), len(load)
         largest = int(load.max())
-        if largest * experts == places:
-            return rows_at(x, source).view(experts, largest * x.shape[1], -1), None
-        expert = _expert_of(load, places)
+        if largest * experts == slots:
+            return tokens_of(x, source).view(experts, largest * x.shape[1], -1), None
+        expert = _expert_of(load, slots)
         first = load.cumsum(0) - load
-        slots = expert * largest + torch.arange(places, device=load.device) - first[expert]
+        places = expert * largest + torch.arange(slots, device=load.device) - first[expert]
         padded = x.new_zeros(experts * largest, *x.shape[1:])
-        padded[slots] = x if source is None else x[source]
-        return padded.view(experts, largest * x.shape[1], -1), slots
+        padded[places] = x if source is None else x[source]
+        return padded.view(experts, largest * x.shape[1], -1), places
 
     @staticmethod
-    def _unpad(y: Tensor, slots: Tensor | None, rows: int) -> Tensor:
-        y = y.reshape(-1, rows, y.shape[-1])
-        return y if slots is None else y[slots]
+    def _unpad(y: Tensor, places: Tensor | None, tokens: int) -> Tensor:
+        y = y.reshape(-1, tokens, y.shape[-1])
+        return y if places is None else y[places]
 
 
-_WAYS: dict[str, _Way] = {"loop": _Loop(), "grouped_mm": _GroupedMM(), "bmm": _BMM()}
+_BACKENDS: dict[str, _Backend] = {"loop": _Loop(), "grouped_mm": _GroupedMM(), "bmm": _BMM()}
 
 
-def _places(x: Tensor, source: Tensor | None) -> int:
+def _slots(x: Tensor, source: Tensor | None) -> int:
     return x.shape[0] if source is None else source.shape[0]  # no len(): it would fix a size that is dynamic
 
 
-def rows_at(x: Tensor, source: Tensor | None, at: slice = slice(None)) -> Tensor:
-    """The rows of x that stand at these places: a view where x is sorted, or where they are one whole image."""
+def tokens_of(x: Tensor, source: Tensor | None, at: slice = slice(None)) -> Tensor:
+    """Return the tokens (tokens, I) of these slots: a view if x is sorted, or if they are one whole image."""
     if source is not None and not x.is_cuda and at.stop == (at.start or 0) + 1:  # a GPU would be waited for
         return x[int(source[at.start or 0])]
-    units = x[at] if source is None else x.index_select(0, source[at])
-    return units.view(-1, x.shape[-1])
+    rows = x[at] if source is None else x.index_select(0, source[at])
+    return rows.view(-1, x.shape[-1])
 
 
-def experts_with_units(load: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has units, and its places."""
+def loaded_experts(load: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has slots, and the slice of its slots."""
     start = 0
-    for e, units in enumerate(load.tolist()):
-        if units:
-            yield e, slice(start, start + units)
-        start += units
+    for e, slots in enumerate(load.tolist()):
+        if slots:
+            yield e, slice(start, start + slots)
+        start += slots
 
 
-def _expert_of(load: Tensor, places: int) -> Tensor:
-    """(S,) the expert of each place."""
-    return torch.repeat_interleave(load, output_size=places)
+def _expert_of(load: Tensor, slots: int) -> Tensor:
+    """Return the expert (S,) of each slot."""
+    return torch.repeat_interleave(load, output_size=slots)
 
 
-def _home(dx: Tensor, source: Tensor | None, units: int) -> Tensor:
-    """(S, U, I) to (R, U, I): the sum over the places of each unit, in an order that is always the same."""
+def _is_permutation(source: Tensor, rows: int) -> bool:
+    """Return True if each of so many rows has exactly one slot. It looks at the data."""
+    return len(source) == rows and bool((source.bincount(minlength=rows) == 1).all())
+
+
+def _sum_of_slots(dx: Tensor, source: Tensor | None, rows: int) -> Tensor:
+    """(S, U, I) to (R, U, I): the sum over the slots of each row, in an order that is always the same.
+
+    Nothing waits for the data, so a GPU runs on. Rows without a slot get 0.
+    """
     if source is None:
         return dx
-    at = source.argsort(stable=True)
-    return dx.index_select(0, at).view(units, -1, *dx.shape[1:]).sum(1) if len(at) > units else dx.index_select(0, at)
+    slots = torch.zeros(rows, dtype=source.dtype, device=source.device).scatter_add_(0, source, torch.ones_like(source))
+    ordered = dx.index_select(0, source.argsort(stable=True))
+    return torch.segment_reduce(ordered, "sum", lengths=slots, axis=0, unsafe=True, initial=0)
 
 
 _operator = functools.partial(
@@ -235,19 +253,18 @@ _operator = functools.partial(
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor, backend: str
 ) -> Tensor:
-    if not x.numel():
-        return x.new_zeros(_places(x, source), x.shape[1], weight.shape[1])
-    return _WAYS[backend].product(x.contiguous(), weight, bias, source, load)
+    slots = _slots(x, source)
+    if not x.numel() or not slots:
+        return x.new_zeros(slots, x.shape[1], weight.shape[1])
+    return _BACKENDS[backend].product(x.contiguous(), weight, bias, source, load)
 
 
 @_operator("vimoe::grouped_linear_input_gradient")
-def _input_gradient(
-    dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int, backend: str
-) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int, backend: str) -> Tensor:
     if not dy.numel():
-        return dy.new_zeros(units, dy.shape[1], weight.shape[2])
+        return dy.new_zeros(rows, dy.shape[1], weight.shape[2])
     with own_type(dy):
-        return _WAYS[backend].input_gradient(dy.contiguous(), weight, source, load, units)
+        return _BACKENDS[backend].input_gradient(dy.contiguous(), weight, source, load, rows)
 
 
 @_operator("vimoe::grouped_linear_weight_gradient")
@@ -257,30 +274,30 @@ def _weight_gradient(
     if not dy.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     with own_type(dy):
-        return _WAYS[backend].weight_gradient(dy.contiguous(), x.contiguous(), source, load, weight)
+        return _BACKENDS[backend].weight_gradient(dy.contiguous(), x.contiguous(), source, load, weight)
 
 
 @_operator("vimoe::grouped_sum")
 def _grouped_sum(dy: Tensor, load: Tensor) -> Tensor:
-    """(S, U, O) to (N, O), summed over the rows of each expert."""
+    """(S, U, O) to (N, O): the sum over the tokens of each expert."""
     sums = dy.new_zeros(len(load), dy.shape[-1])
     if dy.is_cuda:  # a product, so that nothing waits for the loads, and the order of the sum is always the same
         precise = torch.promote_types(dy.dtype, torch.float32)
         mine = F.one_hot(_expert_of(load, len(dy)), len(load)).to(precise)
         return sums.copy_(mine.T @ dy.sum(1, dtype=precise))
-    for e, at in experts_with_units(load):
+    for e, at in loaded_experts(load):
         torch.sum(dy[at], dim=(0, 1), out=sums[e])
     return sums
 
 
 @_product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor, backend: str) -> Tensor:
-    return x.new_empty(_places(x, source), x.shape[1], weight.shape[1])
+    return x.new_empty(_slots(x, source), x.shape[1], weight.shape[1])
 
 
 @_input_gradient.register_fake
-def _(dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, units: int, backend: str) -> Tensor:
-    return dy.new_empty(units, dy.shape[1], weight.shape[2])
+def _(dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int, backend: str) -> Tensor:
+    return dy.new_empty(rows, dy.shape[1], weight.shape[2])
 
 
 @_weight_gradient.register_fake
@@ -297,14 +314,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, source, load, ctx.backend = inputs
     ctx.bias_type = None if bias is None else bias.dtype
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, source, load)
-    ctx.units = x.shape[0]
+    ctx.rows = x.shape[0]
 
 
 def _derive(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, source, load = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     return (
-        _input_gradient(dy, weight, source, load, ctx.units, ctx.backend) if needs_x else None,
+        _input_gradient(dy, weight, source, load, ctx.rows, ctx.backend) if needs_x else None,
         _weight_gradient(dy, x, source, load, weight, ctx.backend) if needs_weight else None,
         _grouped_sum(dy, load).to(ctx.bias_type) if needs_bias else None,
         None,
@@ -316,10 +333,14 @@ def _derive(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _product.register_autograd(_derive, setup_context=_keep)
 
 
-@register_flop_formula([torch.ops.vimoe.grouped_linear, torch.ops.vimoe.grouped_linear_input_gradient])
-def _flops(rows: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-    """For torch's counter: of x and y, or of dy and dx, those that stand sorted by expert tell the number of rows."""
-    return 2 * max(rows[:2].numel(), out_shape[:2].numel()) * weight[1:].numel()
+@register_flop_formula(torch.ops.vimoe.grouped_linear)
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    return 2 * out_shape[:2].numel() * weight[1:].numel()
+
+
+@register_flop_formula(torch.ops.vimoe.grouped_linear_input_gradient)
+def _input_flops(dy: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * dy[:2].numel() * weight[1:].numel()
 
 
 @register_flop_formula(torch.ops.vimoe.grouped_linear_weight_gradient)

@@ -1,25 +1,25 @@
 """The MoE layer on one page: route, dispatch, compute, combine, add the shared expert.
 
-Axes: B images, T tokens of an image, D channels, R routed units (images or tokens), U tokens of a unit, S places
-sorted by expert (a unit has one at each of its experts).
+Axes: B images, T tokens of an image, D channels, N experts, R rows that are routed (images or tokens), U tokens of a
+row, S filled slots in the order of their experts. A row has one slot at each of its experts.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from vimoe.config.moe import MoEConfig
+from vimoe.config.moe import EXPERTS, ROUTERS, MoEConfig
 from vimoe.errors import VimoeError
 from vimoe.moe import ffn
 from vimoe.moe.autocast import in_type_of_autocast
-from vimoe.moe.dispatch import combine, dispatch
-from vimoe.moe.experts import Experts, Stacked
+from vimoe.moe.dispatch import dispatch
+from vimoe.moe.experts import Experts
 from vimoe.moe.router import Router, TokenLayout
 from vimoe.moe.routing import note
 
@@ -32,14 +32,21 @@ class MoE(nn.Module):
         combine="mix":  S(x) + sum_i g_i (E_i(x) - S(x))     what the dense FFN did, until the experts are trained
         combine="sum":  S(x) + sum_i g_i E_i(x)              as in ViMoE (arXiv 2410.15732)
 
-    and without a shared expert sum_i g_i E_i(x), where "mix" makes the gates of the chosen experts sum to 1.
-    Every expert starts as a copy of the dense FFN, on its device and in its type. Experts and router are trained also
-    where the FFN is frozen. There are first derivatives in reverse mode.
+    and without a shared expert sum_i g_i E_i(x), where "mix" makes the softmax router's gates of the chosen experts sum
+    to 1. A token without an expert gives S(x), or 0 without a shared expert.
+
+    Every expert starts as a copy of the dense FFN, on its device and in its type. Experts and router are trained even
+    if the FFN is frozen. There are first derivatives in reverse mode.
 
     Args:
         dense: an FFN for which `vimoe.moe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
-        config: of what kind; `config.layers` plays no part here.
-        layout: which tokens are no patches; only image routing reads it.
+        config: settings; `config.layers` plays no part here.
+        layout: tokens that are no patches; only image routing reads it.
+
+    Attributes:
+        router: router of the kind `config.router`.
+        experts: experts of the kind `config.experts`.
+        shared: the shared expert, or None.
 
     >>> import torch, vimoe
     >>> from timm.layers import Mlp
@@ -50,14 +57,18 @@ class MoE(nn.Module):
     torch.Size([2, 5, 16])
     """
 
+    router: Router
+    experts: Experts
+
     def __init__(self, dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> None:
         super().__init__()
         n = config.num_shared_experts
         self.config = config
-        self.router = Router(ffn.describe(dense).dim, config, layout, like=next(dense.parameters()))
-        self.experts = Experts(dense, config.num_experts, config.expert_dropout)
+        dim, weight = ffn.describe(dense).dim, next(dense.parameters())
+        self.router = ROUTERS.find(config.router)(dim, config, layout, like=weight)
+        self.experts = EXPERTS.find(config.experts)(dense, config)
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
-        # what densify rebuilds the FFN from; in a tuple, because it is no part of this model
+        # densify rebuilds the FFN from this copy; in a tuple, because it is no part of this model
         self._template = (copy.deepcopy(dense).to("meta"),)
         self.train(dense.training)
 
@@ -70,23 +81,24 @@ class MoE(nn.Module):
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
         note(self, routing)
-        plan = dispatch(routing)
+        sent = dispatch(routing)
         x_RUD = x_BTD.reshape(routing.experts.shape[0], routing.tokens_per_unit, x_BTD.shape[-1])
-        y_SUD = self.experts(x_RUD, plan.source, plan.load)
+        y_SUD = self.experts(x_RUD, sent.source, sent.load)
         shared_RUD = None if self.shared is None else self.shared(x_BTD).view(x_RUD.shape)
         mix = self.shared is not None and self.config.combine == "mix"
-        return combine(y_SUD, routing.gates, plan.home, shared_RUD, mix).view(x_BTD.shape)
+        return sent.combine(y_SUD, shared_RUD, mix).view(x_BTD.shape)
 
     def without_experts(self) -> nn.Module:
-        """The shared expert alone, as wide as the dense FFN was as long as further shared experts say nothing."""
+        """Return the shared expert alone, as wide as the dense FFN as long as further shared experts add nothing."""
         assert self.shared is not None
         return ffn.narrow(self.shared, self.config.num_shared_experts)
 
+    @torch.no_grad()
     def merged(self, gate_mass: Tensor, matched: bool = False) -> nn.Module:
-        """One FFN with the mean weights of all experts: this layer's formula, in weights instead of outputs.
+        """Return one FFN with the mean weights of all experts: this layer's formula, in weights instead of outputs.
 
         Args:
-            gate_mass: (N,) mean over routed units of the gate that each expert got, 0 where it was not chosen.
+            gate_mass: (N,) mean over rows of the gate that each expert got, 0 where it was not chosen.
             matched: first put each expert's hidden units in the order that is nearest to one of them (`ffn.match`).
         """
         mass = gate_mass.tolist()
@@ -97,40 +109,41 @@ class MoE(nn.Module):
             mass.insert(0, 1.0 if self.config.combine == "sum" else 1.0 - sum(mass))
         if matched:
             # A reference is matched exactly, the others with one another only through it. The shared expert is what
-            # "mix" takes differences to, and all tokens have trained it; else take what weighs most in the mean.
+            # "mix" takes differences to, and all tokens have trained it; else take the expert that weighs most.
             reference = parts[0 if self.shared is not None else mass.index(max(mass))]
             parts = [ffn.match(part, reference, self.experts.kind.gated) for part in parts]
         total = sum(mass)
-        one = self.config.combine == "mix" or (self.shared is None and self.config.normalize_gates)  # not just nearly
-        weights = ffn.average(parts, [m / total for m in mass], scale=1.0 if one else total)
+        shares = [m / total for m in mass] if total else [1 / len(mass)] * len(mass)
+        scale = 1.0 if math.isclose(total, 1, rel_tol=1e-6) else total  # gates that sum to 1 do so but for rounding
+        weights = ffn.average(parts, shares, scale)
         trained = any(p.requires_grad for p in (self.experts if self.shared is None else self.shared).parameters())
         return ffn.build(self._template[0], weights).requires_grad_(trained).train(self.training)
 
     @property
-    def hows(self) -> tuple[str, ...]:
-        """Ways of making this layer dense, as `vimoe.densify` names them. A wide shared expert cannot be averaged."""
+    def densify_methods(self) -> tuple[str, ...]:
+        """Methods of making this layer dense, as `vimoe.densify` names them in `how`.
+
+        Means are taken of FFNs of one width: not with several shared experts, nor of experts that are no FFNs.
+        """
         shared = self.config.num_shared_experts
-        return (*(["shared"] if shared else []), *(["merge", "matched"] if shared <= 1 else []))
+        means = ("merge", "matched") if shared <= 1 and self.experts.are_ffns else ()
+        return (*(("shared",) if shared else ()), *means)
 
     def dense(self, how: str, gate_mass: Tensor) -> nn.Module:
-        """The FFN that `how`, one of `hows`, puts in this layer's place; `gate_mass` as in `merged`."""
+        """Return the FFN that one of `densify_methods` puts in this layer's place; `gate_mass` as in `merged`."""
         return self.without_experts() if how == "shared" else self.merged(gate_mass, matched=how == "matched")
 
     def keep_experts(self, kept: Sequence[int]) -> None:
-        """Removes all other experts, in place: what went to them goes to the next choice. At least top_k must stay."""
+        """Remove all other experts, in place: their tokens go to the next choice. At least top_k must stay."""
         assert len(kept) >= self.config.top_k
-        self.config = self.router.config = replace(self.config, num_experts=len(kept))
-        if self.router.choice_bias is not None:
-            self.router.choice_bias = self.router.choice_bias[list(kept)]
-        for module in (self.router, *(m for m in self.experts.modules() if isinstance(m, Stacked))):
-            for name, stacked in module.named_parameters(recurse=False):
-                chosen = stacked.detach()[list(kept)]
-                setattr(module, name, nn.Parameter(chosen, requires_grad=stacked.requires_grad))
+        self.router.keep(kept)
+        self.experts.keep(kept)
+        self.config = self.router.config
 
     def extra_repr(self) -> str:
         return f"combine={self.config.combine!r}"
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The model's MoE layers by module name, in forward order."""
+    """Return the model's MoE layers by module name, in forward order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}

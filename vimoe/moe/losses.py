@@ -1,6 +1,7 @@
 """Losses that keep experts in use: pure functions of the recorded `Routing`s, in float32.
 
-Axes: R routed units (images or tokens), N experts, K chosen experts. Each loss is averaged over the records.
+Axes: N experts. Each loss is averaged over the records. Rows are images with image routing, and tokens with token
+routing.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from vimoe.moe.routing import Routing
 
 
 def balance_loss(routings: Sequence[Routing]) -> Tensor:
-    """N x sum_i f_i P_i: f_i the share of units sent to expert i (sum f = k), P_i its mean probability.
+    """N x sum_i f_i P_i: f_i the share of rows sent to expert i, P_i its mean probability over all rows.
 
-    Fedus et al., Switch Transformers (arXiv 2101.03961), eq. 4 to 6, in the form for any k. It is k where all
-    experts are used alike. The gradient flows through P alone. Image routing counts images, token routing tokens.
+    Fedus et al., Switch Transformers (arXiv 2101.03961), eq. 4 to 6, in the form for any k: f sums to k, or to the mean
+    number of experts of a row where that varies. The loss is that number if all experts are used alike. The gradient
+    flows through P alone.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -31,7 +33,7 @@ def balance_loss(routings: Sequence[Routing]) -> Tensor:
 
 
 def router_z_loss(routings: Sequence[Routing]) -> Tensor:
-    """The mean squared log-sum-exp of the logits: Zoph et al., ST-MoE (arXiv 2202.08906), eq. 5.
+    """Mean squared log-sum-exp of the logits: Zoph et al., ST-MoE (arXiv 2202.08906), eq. 5.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -44,7 +46,7 @@ def router_z_loss(routings: Sequence[Routing]) -> Tensor:
 
 
 def importance_loss(routings: Sequence[Routing]) -> Tensor:
-    """The squared coefficient of variation of the experts' summed probabilities over the batch.
+    """Squared coefficient of variation of the experts' summed probabilities over the batch.
 
     Riquelme et al., V-MoE (arXiv 2106.05974), appendix A.2, without its noise.
 
@@ -59,8 +61,7 @@ def importance_loss(routings: Sequence[Routing]) -> Tensor:
 
 
 def _balance(routing: Routing) -> Tensor:
-    units = len(routing.logits)
-    f_N = routing.load.float() / units
+    f_N = routing.load.float() / len(routing.logits)
     return routing.num_experts * (f_N * routing.probabilities.mean(dim=0)).sum()
 
 

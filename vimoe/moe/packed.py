@@ -1,7 +1,7 @@
-"""Linear maps and experts whose weights stand in the order in which a CPU's matrix product reads them; no gradient.
+"""Linear maps and experts with weights in the order in which a CPU's matrix product reads them; no gradient.
 
-oneDNN, torch's library for products on a CPU, else brings a matrix into that order at each call. The operators are
-those that torch.compile writes for a frozen model; an activation after a map is computed with it.
+oneDNN, torch's library for products on a CPU, otherwise brings a matrix into that order at each call. torch.compile
+writes the same operators for a frozen model. An activation after a map is computed with it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from vimoe.errors import VimoeError, expect
 from vimoe.moe.experts import Experts
-from vimoe.moe.grouped_linear import experts_with_units, rows_at
+from vimoe.moe.grouped_linear import loaded_experts, tokens_of
 
 OPTIMIZED = "_optimized_by_vimoe"  # attribute of a whole model, whether or not there was something to pack
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this build of torch, on this machine, computes with packed weights of this type."""
+    """Return True if this build of torch, on this machine, computes with packed weights of this type."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -30,7 +30,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def check_not_packed(model: nn.Module) -> None:
-    """Raise VimoeError for what is no model, or went through `vimoe.optimize` and can only be run."""
+    """Raise VimoeError for a value that is no model, or a model that can only be run after `vimoe.optimize`."""
     expect("model", model, nn.Module, "build one, such as by timm.create_model")
     if any(isinstance(m, (PackedLinear, PackedExperts)) or hasattr(m, OPTIMIZED) for m in model.modules()):
         _refuse()
@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
         act: an activation, or None.
 
     Raises:
-        VimoeError: in `forward`, where a gradient is wanted: the operators would end it without a word.
+        VimoeError: if `forward` is to have a gradient: the operators would end it without a word.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: nn.Module | None = None) -> None:
@@ -87,19 +87,19 @@ class PackedLinear(nn.Module):
 
 
 def _fused(act: nn.Module | None) -> tuple[str, str] | None:
-    """What oneDNN calls an activation that it can compute with a product."""
+    """Return oneDNN's name and algorithm of an activation that it can compute with a product, else None."""
     if type(act) is nn.GELU:
         return "gelu", act.approximate
     return {nn.ReLU: ("relu", ""), nn.SiLU: ("swish", "")}.get(type(act))  # type: ignore[arg-type]
 
 
 class PackedExperts(nn.Module):
-    """What `Experts` computes in eval mode."""
+    """Experts that are FFNs, as they compute in eval mode."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         self.kind = experts.kind
-        weights = [experts.weights(e) for e in range(len(experts.fc1.weight))]
+        weights = [experts.weights(e) for e in range(experts.num_experts)]
         act = None if self.kind.gated else experts.act
         self.act = experts.act
         self.fc1 = nn.ModuleList(PackedLinear(w["fc1.weight"], w.get("fc1.bias"), act) for w in weights)
@@ -107,12 +107,12 @@ class PackedExperts(nn.Module):
         self._norms = [(w["norm.weight"].clone(), w["norm.bias"].clone()) for w in weights if "norm.weight" in w]
 
     def forward(self, x_RUD: Tensor, source_S: Tensor, load_N: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+        """(R, U, D) to (S, U, D); see `Experts.forward`."""
         if torch.compiler.is_exporting():
             _refuse()
         y_SUD = x_RUD.new_empty(len(source_S), *x_RUD.shape[1:])
-        for e, at in experts_with_units(load_N):
-            hidden = self.fc1[e](rows_at(x_RUD, source_S, at))
+        for e, at in loaded_experts(load_N):
+            hidden = self.fc1[e](tokens_of(x_RUD, source_S, at))
             if self.kind.gated:
                 gate, value = hidden.chunk(2, dim=-1)
                 hidden = self.act(gate) * value

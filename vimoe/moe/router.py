@@ -1,11 +1,13 @@
-"""Softmax top-k routing of whole images or of single tokens.
+"""The contract of a router: scores in, decisions out; and the scores that all routers share.
 
-Axes: B images, T tokens of an image, D channels, R routed units (B, or B * T), N experts, K chosen experts.
+Axes: B images, T tokens of an image, D channels, R rows that are routed (B images, or B * T tokens), N experts, K slots
+of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from vimoe.config.moe import MoEConfig
-from vimoe.errors import VimoeError
+from vimoe.errors import ConfigError, VimoeError
 from vimoe.moe.autocast import own_type
-from vimoe.moe.chunks import blocks
+from vimoe.moe.chunks import chunks
 from vimoe.moe.routing import Routing
 
 INIT_STD = 0.02  # as ViTs initialise their linear maps; zero would send every image to the same expert
@@ -25,35 +27,70 @@ INIT_STD = 0.02  # as ViTs initialise their linear maps; zero would send every i
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Which tokens of a ViT are no patches. An FFN cannot know this; surgery tells the router."""
+    """Tokens of a ViT that are no patches. An FFN cannot know them; surgery tells the router.
+
+    Attributes:
+        num_prefix_tokens: number of tokens before the patches.
+        class_token: True if the first token is the class token.
+    """
 
     num_prefix_tokens: int
-    class_token: bool  # whether the first token is the class token
+    class_token: bool
 
 
 class Router(nn.Module):
-    """A linear map from the routed feature to N scores, softmax, and the k best (Shazeer et al., 2017).
+    """Base of all routers: a linear map from the routed feature to N scores, and decisions by a subclass.
 
     With "image" routing the feature is the class token where the model has one, else the mean of the patch tokens
-    (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast, and of tokens as the experts see
-    them, in its type (the selective precision of Switch Transformer, section 2.4). Where torch is told that float32
-    products may be TF32, these are too.
+    (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast. The tokens are rounded as the
+    experts see them, to the type of the autocast (the selective precision of Switch Transformer, section 2.4). Where
+    torch may compute float32 products in TF32, these are too.
 
-    In training `router_noise` moves scores, and by them choices and gates. What is recorded are the scores without it:
-    losses are to shape what the router thinks (V-MoE's importance loss, too, is of these).
+    In training `router_noise` moves the scores that `decide` gets. A `Routing` records the scores without noise: losses
+    shape what the router thinks (V-MoE's importance loss, too, is of these).
+
+    A router kind is a subclass with `decide`, and an entry in `vimoe.config.moe.ROUTERS`. The contract:
+
+    - A score of -inf keeps an expert from being chosen: analysis and pruning rule experts out by it.
+    - The decisions for an image depend on that image alone, never on the others in its batch. A router that limits
+      the capacity of experts does so image by image; `by_image` gives the view, and `tokens_interact` says so.
+    - Every row has K = `slots` slots. A router that can leave slots empty says `ragged`; `assign` fills them.
+    - At least `config.top_k` experts are there to choose from, also after pruning.
 
     Attributes:
-        choice_bias: (N,) float32, added to the probabilities where experts are chosen, and nowhere else; None where
-            `bias_update_rate` is 0. It is a part of the model as weights are; `vimoe.update_bias` moves it.
-        random_share: scalar, the share of the decisions that is random in training; None for none. Not saved, and a
+        ragged: True if a row may get fewer than K experts, so that slots can be empty.
+        tokens_interact: True if a token's decision depends on other tokens of its image.
+        adjustable: True if `decide` chooses by `preferences`, so that a bias and random decisions can act. Otherwise
+            `moe.bias_update_rate` and `vimoe.set_random_share` are refused.
+        weight: (N, D), the linear map.
+        choice_bias: (N,) float32, added where experts are chosen, and nowhere else; None if `bias_update_rate` is 0.
+            It is a part of the model as weights are; `vimoe.update_bias` moves it.
+        random_share: scalar, share of the decisions that is random in training; None for none. Not saved, and a
             tensor, because torch.compile would compile again for each number; `vimoe.set_random_share` sets it.
+
+    Args:
+        dim: D.
+        config: settings of the layer.
+        layout: tokens that are no patches; only image routing reads it.
+        like: a weight of the FFN, for type and device.
+
+    Raises:
+        ConfigError: if the router does not read a `bias_update_rate` other than 0.
     """
 
+    ragged = False
+    tokens_interact = False
+    adjustable = False
     choice_bias: Tensor | None
     random_share: Tensor | None
 
     def __init__(self, dim: int, config: MoEConfig, layout: TokenLayout, like: Tensor) -> None:
         super().__init__()
+        if config.bias_update_rate and not self.adjustable:
+            raise ConfigError(
+                f"bias_update_rate={config.bias_update_rate:g} with router={config.router!r}: expected 0, there is no "
+                f"bias on its choice; leave it out"
+            )
         self.config, self.layout = config, layout
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim, dtype=like.dtype, device=like.device))
         nn.init.trunc_normal_(self.weight, std=INIT_STD)
@@ -62,7 +99,7 @@ class Router(nn.Module):
         self.register_buffer("random_share", None, persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Routing:
-        """Decides where the tokens (B, T, D) go."""
+        """Return the decisions for tokens (B, T, D)."""
         if x_BTD.ndim != 3:
             raise VimoeError(f"MoE input of shape {tuple(x_BTD.shape)}: expected (images, tokens, channels)")
         batch = (x_BTD.shape[0], x_BTD.shape[1])
@@ -76,26 +113,78 @@ class Router(nn.Module):
             return replace(self.decide(noisy_RN, batch), logits=logits_RN)
 
     def decide(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
-        """The decisions that follow from the scores. A score of -inf keeps an expert from being chosen."""
-        probabilities_RN = logits_RN.softmax(dim=-1)
-        preferred_RN = logits_RN.detach()
-        if self._overrules:
-            preferred_RN = self._preferred(probabilities_RN.detach()).masked_fill(logits_RN == -torch.inf, -torch.inf)
-        experts_RK = preferred_RN.topk(self.config.top_k).indices
-        gates_RK = probabilities_RN.gather(-1, experts_RK)
-        if self.config.gates_sum_to_one and self._overrules:  # of unlikely experts all k gates may have rounded to 0
-            gates_RK = logits_RN.gather(-1, experts_RK).softmax(dim=-1)
-        elif self.config.gates_sum_to_one:
-            gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)
-        return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch)
+        """Return the decisions that follow from the scores.
+
+        Args:
+            logits_RN: scores, float32 or float64; -inf rules an expert out.
+            batch: (B, T). With token routing R is B * T, with image routing B.
+        """
+        raise NotImplementedError
 
     @property
-    def _overrules(self) -> bool:
-        """Whether experts may be chosen by something else than their probabilities."""
+    def slots(self) -> int:
+        """K, the most experts that a row can get; the same for every batch."""
+        return self.config.top_k
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean number of experts that a token passes, for parameters and multiply-adds that are activated."""
+        return self.slots
+
+    @property
+    def num_decisions(self) -> int:
+        """Number of sets of experts that a row can get."""
+        n, k = self.config.num_experts, self.slots
+        return sum(math.comb(n, i) for i in range(k + 1)) if self.ragged else math.comb(n, k)
+
+    @property
+    def blind(self) -> bool:
+        """True if the task loss can never train the router, because its gates are constant."""
+        return False
+
+    def neutral_gate_mass(self) -> Tensor:
+        """(N,) mean gate of each expert, as equal scores and no preference give it; of one token alone."""
+        n = self.config.num_experts
+        routing = self.decide(torch.zeros(1, n, device=self.weight.device), (1, 1))
+        return torch.full((n,), float(routing.gates.sum()) / n)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Remove all other experts, in place. At least `config.top_k` must stay."""
+        self.config = replace(self.config, num_experts=len(kept))
+        self.weight = nn.Parameter(self.weight.detach()[list(kept)], requires_grad=self.weight.requires_grad)
+        if self.choice_bias is not None:
+            self.choice_bias = self.choice_bias[list(kept)]
+
+    def by_image(self, scores_RN: Tensor, batch: tuple[int, int]) -> Tensor:
+        """(R, N) to (B, R / B, N), a view: what limits an expert's capacity is computed over its second axis."""
+        return scores_RN.view(batch[0], -1, scores_RN.shape[-1])
+
+    def assign(self, logits_RN: Tensor, gates_RN: Tensor, chosen_RN: Tensor, batch: tuple[int, int]) -> Routing:
+        """Return the decisions of a ragged router: the chosen experts of each row by falling gate, K at most.
+
+        Args:
+            logits_RN: scores, as `decide` gets them.
+            batch: (B, T).
+            gates_RN: weight of each expert, if it is chosen.
+            chosen_RN: bool; experts with a score of -inf are left out.
+        """
+        allowed_RN = chosen_RN & (logits_RN > -torch.inf)
+        best = gates_RN.detach().masked_fill(~allowed_RN, -torch.inf).topk(self.slots)
+        empty_RK = best.values == -torch.inf
+        gates_RK = gates_RN.gather(-1, best.indices).masked_fill(empty_RK, 0)
+        experts_RK = best.indices.masked_fill(empty_RK, -1)
+        return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch, ragged=True)
+
+    @property
+    def overrules(self) -> bool:
+        """True if something else than its scores may choose experts now: a bias, or chance."""
         return self.choice_bias is not None or (self.training and self.random_share is not None)
 
-    def _preferred(self, probabilities_RN: Tensor) -> Tensor:
-        """(R, N) what the k largest of are chosen: k distinct experts too where the choice is random."""
+    def preferences(self, probabilities_RN: Tensor) -> Tensor:
+        """Return (R, N) values to choose experts by, the larger the better, given probabilities in 0..1.
+
+        They have the bias added, and a random share of the rows has random values in 0..1.
+        """
         preferred_RN = probabilities_RN if self.choice_bias is None else probabilities_RN + self.choice_bias
         if not self.training or self.random_share is None:
             return preferred_RN
@@ -123,7 +212,10 @@ class Router(nn.Module):
 
 
 def scores(feature_RD: Tensor, weight_ND: Tensor, few: bool = False) -> Tensor:
-    """(R, N) float32 at least. Unless they are few, no wide copy of low precision is kept, nor made whole on a CPU."""
+    """(R, N), float32 at least.
+
+    Unless the rows are few, no wide copy of low precision is kept for the backward pass, nor made whole on a CPU.
+    """
     precise = torch.promote_types(feature_RD.dtype, torch.float32)
     if few or feature_RD.dtype == precise:
         return F.linear(feature_RD.to(precise), weight_ND.to(precise))
@@ -134,7 +226,7 @@ def scores(feature_RD: Tensor, weight_ND: Tensor, few: bool = False) -> Tensor:
 @torch.library.custom_op("vimoe::scores", mutates_args=())
 def _scores(feature: Tensor, weight: Tensor) -> Tensor:
     logits = weight.new_empty(len(feature), len(weight))
-    for at in blocks(feature):
+    for at in chunks(feature):
         torch.mm(feature[at].to(weight.dtype), weight.T, out=logits[at])
     return logits
 
@@ -143,7 +235,7 @@ def _scores(feature: Tensor, weight: Tensor) -> Tensor:
 def _scores_gradient(dlogits: Tensor, feature: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     dfeature, dweight = torch.empty_like(feature), torch.zeros_like(weight)
     with own_type(dlogits):
-        for at in blocks(feature):
+        for at in chunks(feature):
             dfeature[at] = dlogits[at] @ weight
             dweight.addmm_(dlogits[at].T, feature[at].to(weight.dtype))
     return dfeature, dweight

@@ -1,6 +1,6 @@
-"""The Routing record that routers make and losses and analysis read, and the recorder that collects it.
+"""The decisions of a layer for a batch: which experts get which tokens; and the recorder that collects them.
 
-Axes: B images, T tokens of an image, R routed units (B images, or B * T tokens), N experts, K chosen experts.
+Axes: B images, T tokens of an image, R rows that are routed (B images, or B * T tokens), N experts, K slots of a row.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,32 @@ from torch import Tensor, nn
 from vimoe.errors import VimoeError, expect
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The decision of one MoE layer for one batch.
+class Pairs(NamedTuple):
+    """Filled slots of a batch as flat tensors (S,), row by row, the first choice first.
 
     Attributes:
-        logits: (R, N) the router's scores without noise, float32 (float64 in a float64 model).
-        gates: (R, K) the weight of each chosen expert, in the type of the logits.
-        experts: (R, K) int64, the chosen experts, the first choice first.
-        unit: what was routed. Row r of the above is image r, or token r % T of image r // T.
-        batch: (B, T), images and tokens of an image.
-        layer: module name of the layer, where a recorder knows it.
+        unit: int64, index of the row (an image or a token) in the batch.
+        expert: int64, index of the expert that gets it.
+        gate: weight of that expert, in the type of the logits.
+    """
+
+    unit: Tensor
+    expert: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Decisions of one MoE layer for one batch: each row has K slots, and a slot holds an expert or nothing.
+
+    Attributes:
+        logits: (R, N) scores of the router without noise, float32 (float64 in a float64 model).
+        gates: (R, K) weight of the expert in each slot, in the type of the logits; 0 where the slot is empty.
+        experts: (R, K) int64, the chosen experts, the first choice first; -1 in empty slots, which come last.
+        unit: "image" or "token". Row r of the above is image r, or token r % T of image r // T.
+        batch: (B, T), number of images and of tokens of an image.
+        layer: module name of the layer; a recorder sets it.
+        ragged: True if slots can be empty. The router says so without a look at the data.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -45,35 +60,52 @@ class Routing:
     unit: Literal["image", "token"]
     batch: tuple[int, int]
     layer: str = ""
+    ragged: bool = False
 
     @property
     def num_experts(self) -> int:
-        """N, the number of experts that could be chosen."""
+        """N, number of experts that could be chosen."""
         return self.logits.shape[-1]
 
     @property
     def tokens_per_unit(self) -> int:
-        """Tokens that share one decision."""
+        """Number of tokens that share one decision."""
         return 1 if self.unit == "token" else self.batch[1]
 
     @property
     def probabilities(self) -> Tensor:
-        """(R, N) softmax of the logits, over all experts."""
+        """(R, N) softmax of the logits over all experts, whatever the gates are made of."""
         return self.logits.softmax(dim=-1)
 
     @property
+    def pairs(self) -> Pairs:
+        """Filled slots as flat tensors. Their number depends on the data where the routing is ragged."""
+        unit, slot = (self.experts >= 0).nonzero(as_tuple=True)
+        return Pairs(unit, self.experts[unit, slot], self.gates[unit, slot])
+
+    @property
     def load(self) -> Tensor:
-        """(N,) units that each expert received."""
-        chosen = self.experts.flatten()  # no bincount: its size would depend on the data, which torch.compile minds
-        return chosen.new_zeros(self.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+        """(N,) number of rows that each expert got."""
+        return self._count(self.experts.flatten())
+
+    @property
+    def usage(self) -> Tensor:
+        """(B, N) number of rows of each image that each expert got."""
+        return self._count(self.experts.reshape(self.batch[0], -1))
+
+    def _count(self, experts: Tensor) -> Tensor:
+        """(..., M) experts, or -1, to (..., N): how often each expert is there."""
+        shifted = experts + 1  # no bincount: its size would depend on the data, which torch.compile minds
+        counts = experts.new_zeros(*experts.shape[:-1], self.num_experts + 1)
+        return counts.scatter_add_(-1, shifted, torch.ones_like(shifted))[..., 1:]
 
     def detach(self) -> Routing:
-        """The same without gradient, to be kept beyond the step that it is of."""
+        """Return the same decisions without gradient, to be kept beyond their training step."""
         return replace(self, logits=self.logits.detach(), gates=self.gates.detach())
 
     @property
     def image(self) -> Tensor:
-        """(R,) index of the image in the batch that each unit belongs to."""
+        """(R,) index of the image in the batch that each row belongs to."""
         images, tokens = self.batch
         index = torch.arange(images, device=self.experts.device)
         return index if self.unit == "image" else index.repeat_interleave(tokens)
@@ -91,14 +123,14 @@ _recorders: ContextVar[tuple[_Recorder, ...]] = ContextVar("vimoe_recorders", de
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collects the routing of every MoE layer of the model while the block runs.
+    """Collect the routing of every MoE layer of the model while the block runs.
 
     The list has one `Routing` for each MoE layer in forward order, and as many again for each further forward.
     The innermost recorder of a model gets its routings, and a recorder sees only its own thread. Recomputation
     under gradient checkpointing is not recorded twice.
 
     Raises:
-        VimoeError: where a layer runs without gradient inside a recorder that was entered with it. Reentrant
+        VimoeError: if a layer runs without gradient inside a recorder that was entered with it. Reentrant
             checkpointing does that, and a loss of such a record would train nothing.
 
     >>> import timm, torch, vimoe
@@ -119,7 +151,7 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
 
 
 def note(layer: nn.Module, routing: Routing) -> None:
-    """Hands the layer's routing to the innermost recorder that covers it, if there is one."""
+    """Hand the layer's routing to the innermost recorder that covers the layer, if there is one."""
     for recorder in reversed(_recorders.get()):
         if id(layer) not in recorder.names:
             continue

@@ -74,8 +74,8 @@ def _add_kept_layers(page: Page, kept: list[dict[str, Any]], accuracy: str) -> N
     page.subheading("Layers that were kept")
     page.text(
         "For each MoE layer that was kept, the table shows the change on validation if the pruned model lost it too, "
-        "with its cheapest dense replacement. The upper ends of these intervals are above the tolerance. If a change "
-        "is not distinguishable from 0, there are too few images to say whether the layer is needed."
+        "with its cheapest dense replacement. The upper ends of these intervals are above the tolerance. If an "
+        "interval contains 0, there are too few images to say whether the layer is needed."
     )
     page.table(
         ("layer", "experts left", "cheapest replacement", "loss, nats", f"{accuracy}, points"),

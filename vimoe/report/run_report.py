@@ -14,7 +14,7 @@ from vimoe.run_folder import CONFIG, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, RO
 
 ROUTING_FILES = (  # file, heading, prefix of its figures' names
     (ROUTING, "Routing", ""),
-    (ROUTING_BEFORE, "Routing before pruning", "before-"),
+    (ROUTING_BEFORE, "Routing before pruning, the basis of its decisions", "before-"),
 )
 
 

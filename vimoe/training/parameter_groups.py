@@ -28,14 +28,15 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """Groups of parameters, each with its weight_decay and lr_scale; every trainable parameter is in exactly one."""
     vit: Any = model
     no_decay = set(vit.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    for name, layer in moe_layers(model).items():  # what was a vector in the parent is now a stack of them
-        no_decay |= {f"{name}.experts.{part}" for part, p in layer.experts.named_parameters() if p.ndim == 2}
+    for name, layer in moe_layers(model).items():
+        no_decay |= {f"{name}.experts.{part}" for part, role in layer.experts.roles.items() if not role.matrix}
     groups = param_groups_layer_decay(
         model, config.weight_decay, no_weight_decay_list=no_decay, layer_decay=config.layer_decay
     )
     layers = moe_layers(model).values()
     routers = {id(p) for layer in layers for p in layer.router.parameters()}
-    matrices = {id(p) for layer in layers for p in layer.experts.parameters() if p.ndim == 3}
+    experts = [layer.experts for layer in layers]
+    matrices = {id(e.get_parameter(name)) for e in experts for name, role in e.roles.items() if role.matrix}
     own_decay = matrices if config.expert_weight_decay is not None else set()
     result: list[dict[str, Any]] = []
     for group in groups:

@@ -63,8 +63,8 @@ class Health:
             sums[name] = sums[name].to(value.device) + value if name in sums else value  # a checkpoint's are on the CPU
 
     def shares(self) -> dict[str, list[float]]:
-        """Return the share of all decisions that each expert got, by layer."""
-        return {layer: (sums["load"] / sums["load"].sum()).tolist() for layer, sums in self.sums.items()}
+        """Return the share of all decisions that each expert got, by layer; 0 where there were none."""
+        return {layer: (s["load"] / s["load"].sum().clamp(min=1)).tolist() for layer, s in self.sums.items()}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each layer: means over the epoch.
@@ -95,9 +95,11 @@ class Health:
         found = []
         for row, shares in zip(self.rows(), self.shares().values(), strict=True):
             name, config = row["layer"], layers[row["layer"]].config
+            sums, router = self.sums[name], layers[name].router
+            k = max(1.0, float(sums["load"].sum() / sums["units"]))  # experts of a row, in the mean if that varies
             idle = [str(expert) for expert, share in enumerate(shares) if share == 0]
             used = row["effective_experts"]
-            if used < COLLAPSED * config.top_k and config.num_experts > 2 * config.top_k:
+            if any(shares) and used < COLLAPSED * k and config.num_experts > 2 * k:
                 found.append(
                     f"{name} has collapsed: in effect {used:.2f} of its {config.num_experts} experts get everything; "
                     f"raise train.balance_loss or moe.bias_update_rate, or lower train.router_lr_scale"
@@ -113,8 +115,8 @@ class Health:
                     f"{name}: the router is saturated, its first choice has probability {sure:.4f} and its scores have "
                     f"size {row['logit_rms']:.1f}; set train.z_loss=0.001, or lower train.router_lr_scale"
                 )
-            trained = layers[name].router.weight.requires_grad
-            if trained and row["router_gradient"] == 0 and not config.router_is_blind:
+            trained = any(p.requires_grad for p in router.parameters())
+            if trained and row["router_gradient"] == 0 and not router.blind:
                 found.append(f"{name}: the router got no gradient; check that the losses reach it")
         return found
 

@@ -1,0 +1,184 @@
+"""Kinds of experts: the layer against the naive loop, and what the rest of the package makes of a kind."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.kinds import DECIDE, low_rank_weights
+from helpers.layers import EXPERTS, FFNS, LAYOUTS, assert_agrees, make, tokens
+from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
+
+import vimoe
+from vimoe.analysis.expert_similarity import compare_experts
+from vimoe.config.train import TrainConfig
+from vimoe.moe import ffn
+from vimoe.moe.packed import PackedExperts, can_pack
+from vimoe.training.parameter_groups import parameter_groups
+
+KINDS = ["ffn", "low_rank", "scaled"]
+
+
+@pytest.mark.parametrize("router", ["softmax", *DECIDE])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dense", ["mlp", "glu, gate last, norm", "swiglu, no biases"])
+def test_experts_with_a_shared_base_agree_with_the_loop(dense: str, layout: str, router: str) -> None:
+    layer, x = make(dense, layout, experts="low_rank", router=router).double(), tokens().double()
+    assert_agrees(layer, x, router == "softmax", decide=DECIDE.get(router), of_expert=low_rank_weights)
+
+
+@pytest.mark.parametrize("dense", FFNS)
+@torch.no_grad()
+def test_stacked_ffns_compute_what_their_weights_say(dense: str) -> None:
+    """The grouped products against the loop over `weights` that every kind has from its base."""
+    experts, x = make(dense).experts.double(), tokens().double().flatten(0, 1)[:, None]
+    source, load = torch.tensor([3, 4, 0, 3, 9, 1, 0]), torch.tensor([2, 0, 4, 1])
+    torch.testing.assert_close(experts(x, source, load), super(type(experts), experts).forward(x, source, load))
+    torch.testing.assert_close(experts(x[:7], None, load), super(type(experts), experts).forward(x[:7], None, load))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dense", ["mlp", "swiglu, norm"])
+@torch.no_grad()
+def test_every_kind_starts_as_the_dense_ffn(dense: str, kind: str) -> None:
+    parent = vit() if dense == "mlp" else vit("eva02, SwiGLU with inner norm")
+    model = upcycle(copy.deepcopy(parent), config(experts=kind))
+    torch.testing.assert_close(model(images(parent)), parent(images(parent)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decay_follows_from_roles(kind: str) -> None:
+    model = upcycle(vit(), config(experts=kind))
+    groups = parameter_groups(model, TrainConfig(weight_decay=0.05, expert_weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    experts = layers(model)[0].experts
+    assert set(experts.roles) == {name for name, _ in experts.named_parameters()}
+    for name, role in experts.roles.items():
+        assert decay[id(experts.get_parameter(name))] == (0.3 if role.matrix else 0), name
+    assert {role.matrix for role in experts.roles.values()} == {True, False}
+
+
+def test_activated_parameters_are_the_shared_ones_and_a_part_of_the_others() -> None:
+    model = upcycle(vit(), config(experts="low_rank", top_k=2))
+    experts = layers(model)[0].experts
+    own = sum(p.numel() for name, p in experts.named_parameters() if not name.startswith("base."))
+    base = sum(p.numel() for name, p in experts.named_parameters() if name.startswith("base."))
+    assert base > 0 and experts.activated_params(2) == base + own / 2
+    cost, dense = vimoe.count(model), vimoe.count(vit())
+    router = layers(model)[0].router.weight.numel()
+    assert cost.params == dense.params + 2 * (base + own + router)
+    assert cost.activated_params == dense.params + 2 * (base + own // 2 + router)
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_the_mean_number_of_experts_is_what_is_counted(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = upcycle(vit(), config(router="threshold", routing=routing))
+    everything = vimoe.count(model)
+    monkeypatch.setattr("helpers.kinds.Threshold.experts_per_token", 1.5)
+    cost = vimoe.count(model)
+    layer = layers(model)[0]
+    expert = sum(p[0].numel() for p in layer.experts.parameters())
+    assert everything.activated_params == everything.params
+    assert cost.activated_params == cost.params - 2 * round(2.5 * expert)
+    assert everything.macs - cost.macs == 2 * 2.5 * 5 * layer.experts.macs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_experts_that_are_kept_compute_what_they_did(kind: str) -> None:
+    layer, x = perturb_experts(make(experts=kind)), tokens()
+    before = layer.experts(x.flatten(0, 1)[:, None], torch.tensor([5, 2]), torch.tensor([1, 0, 0, 1]))
+    layer.keep_experts([3, 0])
+    assert layer.experts.num_experts == layer.config.num_experts == layer.router.config.num_experts == 2
+    after = layer.experts(x.flatten(0, 1)[:, None], torch.tensor([2, 5]), torch.tensor([1, 1]))
+    torch.testing.assert_close(after.flip(0), before)
+    assert layer.router.weight.shape[0] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("router", ["softmax", *DECIDE])
+def test_a_folder_keeps_router_and_experts(router: str, kind: str, tmp_path: Path) -> None:
+    model = perturb_experts(upcycle(vit(), config(router=router, experts=kind, routing="token")))
+    vimoe.save(model, tmp_path / "m")
+    again = vimoe.load(tmp_path / "m")
+    assert (layers(again)[0].config.router, layers(again)[0].config.experts) == (router, kind)
+    assert torch.equal(again(images(model)), model(images(model)))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("router", "threshold"), ("experts", "low_rank")])
+def test_a_folder_of_a_kind_that_nobody_registered_is_refused_in_one_line(
+    setting: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vimoe.save(upcycle(vit(), config(**{setting: value})), tmp_path / "m")
+    monkeypatch.delitem(getattr(vimoe.config.moe, f"{setting.upper().rstrip('S')}S"), value)
+    with pytest.raises(
+        vimoe.VimoeError, match=rf"moe.{setting}='{value}': expected .*import what registers it"
+    ) as error:
+        vimoe.load(tmp_path / "m")
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_merging_takes_the_mean_of_what_the_experts_are() -> None:
+    model = perturb_experts(upcycle(vit(), config(experts="low_rank")))
+    layer = layers(model)[0]
+    mass = torch.tensor([0.1, 0.4, 0.0, 0.2])
+    merged = ffn.read(layer.merged(mass))
+    shared = ffn.read(layer.shared)
+    experts = [low_rank_weights(dict(layer.experts.named_parameters()), e) for e in range(EXPERTS)]
+    for name, w in merged.items():
+        mean = 0.3 * shared[name] + sum(m * expert[name] for m, expert in zip(mass.tolist(), experts, strict=True))
+        torch.testing.assert_close(w, mean)
+
+
+@pytest.mark.parametrize("how", ["merge", "matched"])
+def test_experts_that_are_no_ffns_are_not_merged(how: str) -> None:
+    model = upcycle(vit(), config(experts="scaled"))
+    assert layers(model)[0].densify_methods == ("shared",)
+    with pytest.raises(
+        vimoe.VimoeError, match=rf"experts of the kind 'scaled', which are no FFNs.*how='{how}'; use how='sh"
+    ):
+        vimoe.densify(model, how=how)
+    assert layers(vimoe.densify(model)) == []
+
+
+@pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this build of torch packs nothing")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("router", ["softmax", *DECIDE])
+@torch.no_grad()
+def test_optimised_it_computes_the_same_and_packs_ffns(router: str, kind: str) -> None:
+    model = perturb_experts(upcycle(vit(), config(experts=kind, router=router, routing="token")))
+    expected = model(images(model))
+    fast = vimoe.optimize(model)
+    assert isinstance(fast.blocks[0].mlp.experts, PackedExperts) == (kind != "scaled")
+    torch.testing.assert_close(fast(images(model)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_are_no_ffns_are_compared_by_their_outputs() -> None:
+    layer, x = make(experts="scaled").eval(), tokens()
+    with torch.no_grad():
+        layer.experts.scale.copy_(torch.tensor([1.0, 2.0, -1.0, 3.0])[:, None].expand_as(layer.experts.scale))
+    found = compare_experts(layer, x)
+    assert found.weight_similarity is found.deviation_directions is found.neuron_similarity is None
+    assert found.active_neurons is found.router_expert_correlation is None
+    assert found.output_similarity == pytest.approx(0)  # one of four points the other way
+    with vimoe.record(layer) as routings:
+        layer(x)
+    best = routings[0].experts[:, 0]
+    assert found.top1_has_largest_norm == pytest.approx(float((best == 3).float().mean()))
+
+
+def test_experts_with_a_shared_base_are_compared_as_the_ffns_that_they_are() -> None:
+    layer, x = make(experts="low_rank").eval(), tokens()
+    twin = make().eval()
+    with torch.no_grad():
+        twin.load_state_dict({n: w for n, w in layer.state_dict().items() if ".experts." not in n}, strict=False)
+        twin.router.weight.copy_(layer.router.weight)
+        for e in range(EXPERTS):
+            for name, w in layer.experts.weights(e).items():
+                twin.experts.get_parameter(name)[e].copy_(w)
+    ours, theirs = compare_experts(layer, x).to_dict(), compare_experts(twin, x).to_dict()
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert None not in ours.values()
