@@ -11,13 +11,14 @@ from helpers.tiny import vit
 from torch import nn
 
 from vimoe.data.image_files import list_images
-from vimoe.metrics.classification import ScoreCounts, evaluate
-from vimoe.tasks.predictions import predict
+from vimoe.metrics.base import evaluate
+from vimoe.metrics.classification import ImageCounts
+from vimoe.tasks.classification_predictions import predict
 
 
 def test_a_score_is_what_one_counts_by_hand() -> None:
     logits = torch.tensor([[9, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [0, 6, 5, 4, 3, 2.0]])
-    counts = ScoreCounts()
+    counts = ImageCounts()
     counts.add(logits[:2], torch.tensor([0, 1]))  # best; sixth of six
     counts.add(logits[2:], torch.tensor([5]))  # fifth
     score = counts.score()
@@ -27,7 +28,7 @@ def test_a_score_is_what_one_counts_by_hand() -> None:
 
 
 def test_top5_of_three_classes_is_certain() -> None:
-    counts = ScoreCounts()
+    counts = ImageCounts()
     counts.add(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]))
     assert (counts.score().top1, counts.score().top5) == (0, 1)
 

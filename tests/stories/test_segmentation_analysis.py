@@ -17,12 +17,12 @@ from helpers.scenery import NAMES, YAML, scenes
 import vimoe
 from vimoe.analysis import statistics
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.interventions import _losses, signature
 from vimoe.analysis.statistics import dependence, dependence_of_units, tables_of_units
 from vimoe.cli import main
 from vimoe.config.masks import IGNORE
 from vimoe.errors import DataError
-from vimoe.metrics.segmentation import patch_classes
+from vimoe.metrics.base import signature
+from vimoe.metrics.segmentation import SegmentationMetric, patch_classes
 from vimoe.moe.layer import moe_layers
 
 IMAGES, UNITS, CLASSES, EXPERTS = 40, 30, 3, 4
@@ -114,7 +114,7 @@ def test_patches_have_the_class_of_most_of_their_pixels() -> None:
 def test_the_loss_of_an_image_is_that_of_its_pixels_that_are_not_void() -> None:
     masks = torch.tensor([[[0, 1], [IGNORE, 1]], [[IGNORE, IGNORE], [IGNORE, IGNORE]]])
     logits = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    loss, right = _losses(logits, masks)
+    loss, right = SegmentationMetric(known()).of_each_image(logits, masks)
     pixels = [logits[0, :, 0, 0], logits[0, :, 0, 1], logits[0, :, 1, 1]]
     expected = [F.cross_entropy(p[None], torch.tensor([c])) for p, c in zip(pixels, (0, 1, 1), strict=True)]
     assert loss[0] == pytest.approx(sum(expected) / 3)

@@ -31,7 +31,7 @@ from vimoe.data.masks import Legend
 from vimoe.data.scenes import load_scenes
 from vimoe.errors import ConfigError, DataError
 from vimoe.report.routing_section import _interval_meaning
-from vimoe.tasks.scene_training import fingerprint
+from vimoe.tasks.segmentation_job import fingerprint
 
 VIDEOS, FRAMES, UNITS, CLASSES, EXPERTS = 12, 7, 10, 3, 4
 OF = np.repeat(np.arange(VIDEOS), FRAMES)  # the video of each image

@@ -19,9 +19,10 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError, VimoeError
-from vimoe.metrics.classification import Score, evaluate
+from vimoe.metrics.base import evaluate
+from vimoe.metrics.classification import ImageScore
 from vimoe.moe.layer import moe_layers
-from vimoe.tasks.image_training import classification
+from vimoe.tasks.classification_job import job_on_images
 from vimoe.training.loop import auxiliary_losses, train
 from vimoe.training.settle import settle
 
@@ -183,7 +184,7 @@ def test_training_them_alone_is_the_same_budget_for_the_dense_control(data: Data
     frozen = {name: p.clone() for name, p in control.named_parameters()}
     tmp_path.mkdir(exist_ok=True)
     settings = replace(QUICK, train_only="moe")
-    train(control, classification(data, preprocessing(control), settings), settings, tmp_path, ["blocks.1.mlp"])
+    train(control, job_on_images(data, preprocessing(control), settings), settings, tmp_path, ["blocks.1.mlp"])
     moved = {name for name, p in control.named_parameters() if not torch.equal(p, frozen[name])}
     assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
     with pytest.raises(ConfigError, match="no MoE layer"):
@@ -268,11 +269,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]])
     """Validation gives these (top1, loss), one an epoch."""
     left = iter(scores)
 
-    def evaluate_next(_model: nn.Module, _loader: object) -> Score:
+    def evaluate_next(_model: nn.Module, _loader: object, **_more: object) -> ImageScore:
         top1, loss = next(left)
-        return Score(top1, 1.0, loss, 9)
+        return ImageScore(top1, 1.0, loss, 9)
 
-    monkeypatch.setattr(vimoe.tasks.image_training, "evaluate", evaluate_next)
+    monkeypatch.setattr(vimoe.tasks.classification_job, "evaluate", evaluate_next)
 
 
 BETTER_LATE = [(0.5, 1.0), (0.4, 0.5), (0.5, 0.9), (0.5, 0.9), (0.3, 0.1), (0.9, 0.1)]
@@ -316,7 +317,7 @@ def test_it_ends_with_the_weights_of_the_best_epoch(
 def test_a_run_whose_stop_is_due_trains_no_further(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0)])
     first, summary = run(data, tmp_path, epochs=6, early_stopping=2)
-    monkeypatch.setattr(vimoe.tasks.image_training, "evaluate", lambda *_: pytest.fail("another epoch was trained"))
+    monkeypatch.setattr(vimoe.tasks.classification_job, "evaluate", lambda *_, **__: pytest.fail("one more epoch"))
     again, resumed = run(data, tmp_path, epochs=6, early_stopping=2)  # the checkpoint of its last epoch is there
     assert torch.equal(weights(first), weights(again))
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0} and resumed["epochs"] == 4

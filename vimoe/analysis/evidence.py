@@ -17,8 +17,7 @@ from vimoe.analysis import figures
 from vimoe.analysis.interventions import Changes
 from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over
 from vimoe.errors import ConfigError, nearest
-from vimoe.metrics.classification import Score
-from vimoe.metrics.segmentation import SceneScore
+from vimoe.metrics.base import Score, read_score
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class Evidence:
     """
 
     layers: tuple[LayerEvidence, ...]
-    base: Score | SceneScore
+    base: Score
     classes: tuple[str, ...]
     images: int
     overruled_images: int
@@ -178,7 +177,7 @@ class Evidence:
         all_draws = {"draws": values["draws"]}  # as older files mean it, which do not say so for each layer
         made = {
             "layers": tuple(LayerEvidence.from_dict({**all_draws, **layer}) for layer in values["layers"]),
-            "base": SceneScore.from_dict(values["base"]) if "miou" in values["base"] else Score(**values["base"]),
+            "base": read_score(values["base"]),
             "classes": tuple(values["classes"]),
             "class_order": np.array(values["class_order"]),
             "pairs": (Interval(**pairs["mean"]), pairs["low"], pairs["high"]),

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vimoe.config.checks import LARGEST_SEED, bounded, check_fields, check_range, one_of
+from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError
 
 Cache = Literal["none", "memory", "disk", "features"]
-Task = Literal["classification", "segmentation"]
+TASKS = Registry(
+    "data.task",
+    {
+        "classification": "vimoe.tasks.classification:Classification",
+        "segmentation": "vimoe.tasks.segmentation:Segmentation",
+    },
+)
 Inference = Literal["slide", "whole"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
@@ -53,7 +60,7 @@ class DataConfig:
     """
 
     path: str = ""
-    task: Task = "classification"
+    task: str = "classification"
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"
@@ -75,6 +82,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        TASKS.check(self.task)
         check_normalisation("mean", self.mean)
         check_normalisation("std", self.std)
         for one, other in itertools.combinations(("train_split", "val_split", "test_split"), 2):

@@ -128,9 +128,15 @@ def train_loader(
     Raises:
         DataError: if `config.auto_augment` is no policy of timm.
     """
+    images, order = Augmented(samples, train_transform(prepared, config)), Shuffled(len(samples), config.seed)
+    return DataLoader(images, config.batch_size, sampler=order, drop_last=True, **processes(workers))
+
+
+def train_transform(prepared: dict[str, Any], config: TrainConfig) -> Any:
+    """Return timm's augmentation. Raises DataError for a policy that timm does not know."""
     whole = config.min_crop == 1
     try:
-        transform = create_transform(
+        return create_transform(
             **{name: prepared[name] for name in ("input_size", "mean", "std", "interpolation")},
             is_training=True,
             scale=(config.min_crop, 1.0),
@@ -145,9 +151,6 @@ def train_loader(
         raise DataError(
             f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
         ) from error
-    order = Shuffled(len(samples), config.seed)
-    images = Augmented(samples, transform)
-    return DataLoader(images, config.batch_size, sampler=order, drop_last=True, **processes(workers))
 
 
 def eval_loader(

@@ -15,7 +15,7 @@ from vimoe.config.moe import MoEConfig
 from vimoe.config.train import TrainConfig
 from vimoe.demo.tour import SEEDS, Arm, Findings, Models, Table, Tour
 from vimoe.report.html_page import Page
-from vimoe.tasks.registry import Problem
+from vimoe.tasks.base import Task
 
 FIRST = TrainConfig(epochs=45, batch_size=30, lr=2e-3, warmup_epochs=4, hflip=0, min_crop=0.8, tensorboard=False)
 FURTHER = replace(FIRST, epochs=6, lr=1e-3, warmup_epochs=0.5)
@@ -45,9 +45,11 @@ class TourOfDigits(Tour):
             f"table is of the {len(data.test)} test images."
         )
 
-    def study(self, problem: Problem, models: Models, evidence: Sequence[Evidence]) -> Findings:
+    def study(self, task: Task[Any], data: Any, models: Models, evidence: Sequence[Evidence]) -> Findings:
         pruned = [copy.deepcopy(model) for model in models[VIMOE]]
-        done = [prune(model, known, problem.deciding(model)) for model, known in zip(pruned, evidence, strict=True)]
+        done = [
+            prune(model, known, task.validation(model, data)) for model, known in zip(pruned, evidence, strict=True)
+        ]
         models[PRUNED] = pruned
         kept = [layers_kept(*each) for each in zip(SEEDS, done, evidence, strict=True)]
 
@@ -87,5 +89,5 @@ def tour_of_digits() -> Tour:
         first=FIRST,
         further=FURTHER,
         arms=ARMS,
-        shares={"top1": "top-1"},
+        shares=("top1",),
     )

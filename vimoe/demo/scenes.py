@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.expert_maps import expert_maps
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
@@ -22,6 +21,8 @@ from vimoe.demo.tour import SEEDS, Arm, Findings, Models, Table, Tour, by_seed
 from vimoe.metrics.segmentation import ceiling
 from vimoe.report.html_page import Page
 from vimoe.report.table_cells import over_seeds
+from vimoe.tasks.base import Task
+from vimoe.tasks.expert_maps import expert_maps
 from vimoe.tasks.segmentation import SHOWN
 
 SIZE, PATCH = 48, 6
@@ -59,8 +60,8 @@ class TourOfScenes(Tour):
             f"are in no other."
         )
 
-    def study(self, problem: Any, models: Models, evidence: Sequence[Evidence]) -> Findings:
-        scenes: Scenes = problem.data
+    def study(self, task: Task[Any], data: Any, models: Models, evidence: Sequence[Evidence]) -> Findings:
+        scenes: Scenes = data
         masks = (torch.from_numpy(scenes.legend.read(mask)).long() for _, mask in scenes.test)
         best = ceiling(masks, PATCH, len(scenes.classes)).miou
         limit = (
@@ -109,5 +110,5 @@ def tour_of_scenes(folder: Path) -> Tour:
         first=FIRST,
         further=FURTHER,
         arms=ARMS,
-        shares={"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"},
+        shares=("miou", "pixel_accuracy"),
     )

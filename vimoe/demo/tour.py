@@ -24,13 +24,14 @@ from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import run_training
+from vimoe.metrics.registry import SCORES, Shown
 from vimoe.models.model_folder import load
 from vimoe.report.curves import curves, loads
 from vimoe.report.html_page import Page
 from vimoe.report.routing_section import add_routing_section, routing_summary
 from vimoe.report.run_files import LOAD, METRICS
-from vimoe.report.table_cells import RECEIPT_HEADER, over_seeds
-from vimoe.tasks.registry import Problem, problem_of
+from vimoe.report.table_cells import COSTS, over_seeds
+from vimoe.tasks.base import Task, task_of
 
 SEEDS = (0, 1, 2)
 PARENT = "parent"
@@ -38,7 +39,7 @@ DRAWS = 5  # permutations in an analysis
 DISCLAIMER = (
     "This is a tour: a tiny model on tiny images, to show what the tool does. It says nothing about ViMoE on real data."
 )
-COSTS = (
+CELLS = (  # key, unit and format of each of the costs
     ("loss", 1, "{:.4f}"), ("params", 1e6, "{:.3f}"), ("activated_params", 1e6, "{:.3f}"), ("macs", 1e9, "{:.4f}"),
     ("images_per_second", 1, "{:.0f}"),
 )  # fmt: skip
@@ -79,7 +80,7 @@ class Tour(ABC):
         first: training of the parent.
         further: training of each arm, once a seed.
         arms: arms to compare; the first is the control, the last the ViMoE.
-        shares: names of the scores in 0..1 by their key; the first is compared.
+        shares: keys of the shares in the table; the first is compared.
     """
 
     subject: str
@@ -88,32 +89,34 @@ class Tour(ABC):
     first: TrainConfig
     further: TrainConfig
     arms: tuple[Arm, ...]
-    shares: dict[str, str]
+    shares: tuple[str, ...]
 
     @abstractmethod
     def introduction(self, data: Any) -> str:
         """Return the first sentences of the page."""
 
     @abstractmethod
-    def study(self, problem: Problem, models: Models, evidence: Sequence[Evidence]) -> Findings:
+    def study(self, task: Task[Any], data: Any, models: Models, evidence: Sequence[Evidence]) -> Findings:
         """Look at the trained models, and add further ones to `models` if they are to be measured too."""
 
     def run(self, folder: Path) -> tuple[str, dict[str, Any]]:
         """Run the tour in a new folder, and return the text to print and the figures."""
         start, console = time.perf_counter(), Console(stderr=True)
-        problem = problem_of(Settings(data=self.data, train=self.first))
-        data = problem.data
+        task = task_of(Settings(data=self.data, train=self.first))
+        data = task.find(self.data)
         console.print(f"A tour on {self.subject}: {data}")
         trained = self._train(folder, console)
         models = {name: [load(run / run_folder.MODEL) for run in group] for name, group in trained.items()}
         console.print("analysing the ViMoEs")
         evidence = [FinishedRun(run).analyze(draws=DRAWS) for run in trained[self.arms[-1].name]]
-        findings = self.study(problem, models, evidence)
-        table = _measure(problem, models)
-        (key, name), *_ = self.shares.items()
-        scores = {arm: [measured[key] for measured in group] for arm, group in table.items()}
+        findings = self.study(task, data, models, evidence)
+        table = _measure(task, data, models)
+        scores = {arm: [measured[self.shares[0]] for measured in group] for arm, group in table.items()}
         control, *others = (arm for arm in table if arm != PARENT)
-        comparisons = [compare(scores, arm, control, len(others), len(data.test), name) for arm in others]
+        comparisons = [
+            compare(scores, arm, control, len(others), len(data.test), self._names.shares[self.shares[0]])
+            for arm in others
+        ]
         seconds = time.perf_counter() - start
 
         page = Page(f"vimoe: a tour on {self.subject}", folder / run_folder.FIGURES)
@@ -143,11 +146,16 @@ class Tour(ABC):
                 done[arm.name].append(folder / arm.run(seed))
         return done
 
+    @property
+    def _names(self) -> Shown:
+        names: Shown = SCORES.find(self.data.task)
+        return names
+
     def _header(self) -> tuple[str, ...]:
-        return ("", *(f"{name}, %" for name in self.shares.values()), *RECEIPT_HEADER[2:])
+        return ("", *(f"{self._names.shares[key]}, %" for key in self.shares), *COSTS)
 
     def _rows(self, table: Table) -> list[tuple[str, ...]]:
-        cells = (*((key, 0.01, "{:.2f}") for key in self.shares), *COSTS)
+        cells = (*((key, 0.01, "{:.2f}") for key in self.shares), *CELLS)
         return [
             (name, *(over_seeds([one[key] for one in group], unit, form) for key, unit, form in cells))
             for name, group in table.items()
@@ -178,11 +186,11 @@ class Tour(ABC):
         page.figure(loads(run / LOAD), "load", "Share of each expert in training, by epoch.")
 
 
-def _measure(problem: Problem, models: Models) -> dict[str, list[dict[str, Any]]]:
+def _measure(task: Task[Any], data: Any, models: Models) -> dict[str, list[dict[str, Any]]]:
     """Return score on test, costs, and images a second measured in turns, of each model."""
     everything = [model for group in models.values() for model in group]
-    loader = problem.loader(everything[0], problem.data.test)
-    measured = iter(receipts(everything, loader, problem.evaluate))
+    loader = task.loader(everything[0], data, data.test)
+    measured = iter(receipts(everything, loader, task.evaluate))
     return {name: [next(measured).to_dict() for _ in group] for name, group in models.items()}
 
 

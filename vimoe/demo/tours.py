@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from vimoe import run_folder
-from vimoe.config.data import Task
 from vimoe.demo.digits import tour_of_digits
 from vimoe.demo.scenes import tour_of_scenes
 
 TOURS = {"classification": lambda _folder: tour_of_digits(), "segmentation": tour_of_scenes}
 
 
-def run_demo(out: str | None, task: Task = "classification") -> tuple[str, dict[str, Any]]:
+def run_demo(out: str | None, task: str = "classification") -> tuple[str, dict[str, Any]]:
     """Run a tour, and return the text to print and the figures.
 
     Args:

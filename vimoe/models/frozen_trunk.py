@@ -89,20 +89,12 @@ class Cut:
 
 
 def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, int]) -> Cut:
-    """The cut before the first block in which one of the named layers is trained.
+    """Return the cut before the first block in which one of the named layers is trained.
 
     Raises:
-        ConfigError: where no block comes before, or the model needs more than what the block before hands over.
+        ConfigError: as `check_cut`, or for a model that needs more than the output of the block before.
     """
-    places = [(block_name(model, name) or name).rpartition(".") for name in trained]
-    blocks, start = places[0][0], min(int(number) for *_, number in places)
-    if start == 0:
-        raise ConfigError(
-            f"data.cache='features': {trained[0]} is in the first block and trained: expected frozen blocks before it; "
-            f"use data.cache=disk, or leave the block out of moe.layers"
-        )
-    if any(isinstance(module, PatchDropout) and module.prob for module in model.modules()):
-        raise ConfigError("data.cache='features' keeps all patches: expected no patch_drop_rate in model.args")
+    blocks, start = check_cut(model, trained)
     cut = Cut(blocks, start, size)
     weight = next(model.parameters())
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -118,6 +110,26 @@ def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, i
     return cut
 
 
+def check_cut(model: nn.Module, trained: Sequence[str]) -> tuple[str, int]:
+    """Return the name of the blocks, and the number of the first one with a trained layer. Computes nothing.
+
+    Raises:
+        ConfigError: for a model without trained layers, without blocks before them, or with patch dropout.
+    """
+    if not trained:
+        raise ConfigError("data.cache='features': the model has no MoE layer to train: expected one; see moe.layers")
+    places = [(block_name(model, name) or name).rpartition(".") for name in trained]
+    start = min(int(number) for *_, number in places)
+    if start == 0:
+        raise ConfigError(
+            f"data.cache='features': {trained[0]} is in the first block and trained: expected frozen blocks before it; "
+            f"use data.cache=disk, or leave the block out of moe.layers"
+        )
+    if any(isinstance(module, PatchDropout) and module.prob for module in model.modules()):
+        raise ConfigError("data.cache='features' keeps all patches: expected no patch_drop_rate in model.args")
+    return places[0][0], start
+
+
 def alike(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors are the same but for rounding, as far as the largest number in them goes."""
     tolerance = max(1e-3, 4 * torch.finfo(theirs.dtype).eps)
@@ -130,6 +142,7 @@ class Rest(nn.Module):
     def __init__(self, model: nn.Module, cut: Cut) -> None:
         super().__init__()
         self.model, self.cut = model, cut
+        self.num_classes = model.num_classes
 
     def forward(self, features: Tensor) -> Tensor:
         return self.cut.rest(self.model, features)

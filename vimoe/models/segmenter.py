@@ -33,6 +33,8 @@ class Segmenter(nn.Module):
         ConfigError: for a model that gives no feature maps, an unknown decoder, or other values that cannot be.
     """
 
+    metric = "segmentation"  # name in vimoe.metrics.registry.METRICS
+
     def __init__(
         self,
         backbone: nn.Module,

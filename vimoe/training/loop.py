@@ -30,17 +30,17 @@ from vimoe.moe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
+from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but
 from vimoe.training.settle import settle
 from vimoe.training.state import State
-from vimoe.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 
 def train(
     model: nn.Module,
-    task: Task,
+    task: Job,
     config: TrainConfig,
     out: Path,
     converted: Sequence[str] | None = None,
@@ -142,7 +142,7 @@ class _Steps:
     schedule: CosineLRScheduler
     ema: ModelEmaV3 | None
     loader: DataLoader
-    task: Task
+    task: Job
     config: TrainConfig
     batches: int  # of an epoch
     decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
@@ -232,7 +232,7 @@ class _Steps:
 
 
 @contextmanager
-def _prepared(model: nn.Module, task: Task, config: TrainConfig, out: Path) -> Iterator[_Steps]:
+def _prepared(model: nn.Module, task: Job, config: TrainConfig, out: Path) -> Iterator[_Steps]:
     """Yield the steps of a training; at the end the model computes as before, without autocast around its forward."""
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:

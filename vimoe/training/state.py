@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from vimoe.errors import FolderError, VimoeError
 from vimoe.files import write_text
+from vimoe.metrics.base import Score
 from vimoe.moe import MoE
 from vimoe.process import Process
 from vimoe.training import checkpoint
 from vimoe.training.routing_health import Health
-from vimoe.training.task import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Best:
         self.epoch, self.rank = 0, tuple[float, ...]()
         self.score, self.state = dict[str, Any](), dict[str, Tensor]()
 
-    def offer(self, epoch: int, score: Scored, model: nn.Module) -> None:
+    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
         """Keep the weights of an epoch whose score is better than all before.
 
         Raises:
@@ -105,7 +105,7 @@ class State:
         """Return True where the last checkpoint is older than this."""
         return self.seconds - self.saved > 60 * minutes
 
-    def finish_epoch(self, score: Scored, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
+    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
         """Write the epoch's rows, log its alarms, and return the row of metrics.csv."""
         self.totals, self.health = self.totals.over(self.process), self.health.over(self.process)
         row = {

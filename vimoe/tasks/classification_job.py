@@ -1,4 +1,4 @@
-"""Training to name the class of an image: batches, loss and score."""
+"""Training of image classification: batches, loss and score."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from vimoe.data.classification import Data, Sample
 from vimoe.data.decoded import Where
 from vimoe.data.images import source_path
 from vimoe.data.loaders import decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
-from vimoe.metrics.classification import evaluate
-from vimoe.training.task import Task
+from vimoe.metrics.base import evaluate
+from vimoe.training.job import Job
 
 
-def classification(
+def job_on_images(
     data: Data,
     prepared: dict[str, Any],
     config: TrainConfig,
     workers: int | None = None,
     cache: Where | Literal["none"] = "none",
-) -> Task:
-    """To name the class of an image: cross-entropy, mixup and cutmix, top-1.
+    metric: str = "classification",
+) -> Job:
+    """Return the job of learning the class of each image, by cross-entropy with mixup and cutmix.
 
     Args:
         data: only train and val are read.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         config: augmentation and batches.
-        workers: processes that decode images, as `DataConfig.workers`.
-        cache: where decoded images are kept, as `DataConfig.cache`; features are `FeatureCache`'s.
+        workers: number of processes that decode images, as `DataConfig.workers`.
+        cache: place of decoded images, as `DataConfig.cache`; for features there is `FeatureCache`.
+        metric: name in METRICS of the metric that scores validation.
     """
     train: Sequence[Sample] = data.train
     val: Sequence[Sample] = data.val
@@ -58,11 +60,13 @@ def classification(
     names = [
         f"image {i}" if isinstance(image, Image) else str(source_path(image)) for i, (image, _) in enumerate(data.train)
     ]
-    return Task(loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader))
+    return Job(
+        loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader, metric=metric)
+    )
 
 
 def fingerprint(data: Data) -> int:
-    """Of the training images and their labels, as far as names tell; the data may have moved."""
+    """Return a hash of the names and labels of the training images; it stays when the data move."""
     names = ("" if isinstance(source, Image) else "/".join(source_path(source).parts[-2:]) for source, _ in data.train)
     names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
     return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
