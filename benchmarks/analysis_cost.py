@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vimoe
 from vimoe.analysis.pruning import receipts
-from vimoe.bench import machine
+from vimoe.bench.result import machine
 from vimoe.files import write_json
 from vimoe.metrics.base import evaluate
 from vimoe.moe.layer import moe_layers

@@ -315,13 +315,10 @@ def bench(verb: str, argv: list[str]) -> Result:
 
         check_name(settings.model)
         settings.moe.selection.check_names(FFN_NAME)
-    from vimoe import bench as benches
+    from vimoe.bench.layer import bench_layer
+    from vimoe.bench.model import bench_model
 
-    timings = (
-        benches.bench_model(shape, settings.model, settings.moe)
-        if what == "model"
-        else benches.bench_layer(shape, settings.moe)
-    )
+    timings = bench_model(shape, settings.model, settings.moe) if what == "model" else bench_layer(shape, settings.moe)
     return str(timings), timings.to_dict()
 
 

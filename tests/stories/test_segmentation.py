@@ -89,9 +89,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     real, left = vimoe.training.loop._Steps.epoch, 5
 
-    def epoch(self: object, loader: object, state: object) -> object:
+    def epoch(self: object, state: object) -> object:
         nonlocal left
-        for _ in real(self, loader, state):
+        for _ in real(self, state):
             yield
             left -= 1
             if left == 0:

@@ -15,7 +15,6 @@ from torch import nn
 
 import vimoe
 import vimoe.data.images
-import vimoe.data.loaders
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data
 from vimoe.data.loaders import eval_loader, preprocessing
@@ -24,7 +23,8 @@ from vimoe.metrics.base import evaluate
 from vimoe.metrics.classification import ImageScore
 from vimoe.moe.layer import moe_layers
 from vimoe.tasks.classification_job import job_on_images
-from vimoe.training.loop import auxiliary_losses, settle, train
+from vimoe.training.loop import auxiliary_losses, train
+from vimoe.training.settle import settle
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.8])
@@ -384,22 +384,3 @@ def test_decoded_images_train_the_same_weights_on_a_cpu(
     if cache == "disk":
         again, _ = run_cached(data, tmp_path / "again", cache, **settings)
         assert torch.equal(weights(plain), weights(again))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_crops_that_are_resized_in_batches_train_nearly_the_same_weights(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    """As on a GPU. Pillow's rounding is all that differs, so the first epoch's loss is nearly the same."""
-    settings = {"min_crop": 0.5, "epochs": 3, "random_erasing": 0.0}
-    run_cached(data, tmp_path / "host", "memory", **settings)
-    monkeypatch.setattr(vimoe.data.loaders, "_gpu", lambda: True)
-    network = model()
-    (tmp_path / "device").mkdir()
-    config = replace(QUICK, **settings)
-    task = job_on_images(data, preprocessing(network), config, workers, "memory")
-    summary = train(network, task, config, tmp_path / "device")
-    host, device = rows(tmp_path / "host/metrics.csv"), rows(tmp_path / "device/metrics.csv")
-    assert float(host[0]["train_loss"]) != float(device[0]["train_loss"])  # it was the other path
-    assert float(host[0]["train_loss"]) == pytest.approx(float(device[0]["train_loss"]), abs=0.01)
-    assert summary["val"]["images"] == len(data.val)

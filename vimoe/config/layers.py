@@ -1,4 +1,4 @@
-"""Which blocks of a model are meant: the value of `MoEConfig.layers`, parsed and checked once."""
+"""Selection of FFNs by block: the value of `MoEConfig.layers`, parsed and checked once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Layers:
         """Return the selection that a user wrote.
 
         Raises:
-            ConfigError: for neither one of LAYER_WORDS, nor block indices or module-name patterns.
+            ConfigError: if it is neither one of LAYER_WORDS, nor block indices or module-name patterns.
         """
         listed = isinstance(written, (tuple, list))
         items = tuple(written) if isinstance(written, (tuple, list)) else (written,)
@@ -70,7 +70,7 @@ class Layers:
         raise ConfigError(f"layers={written!r}: expected one of {', '.join(LAYER_WORDS)} with N of 1 or more; {remedy}")
 
     def check_names(self, ffn_name: re.Pattern[str]) -> None:
-        """Raise ConfigError for a module name that `ffn_name` does not match in full.
+        """Raise ConfigError if `ffn_name` does not match a module name in full.
 
         A name with wildcards is left to the model.
         """
@@ -84,7 +84,7 @@ class Layers:
         """Return the selected ones of all sites of a model, in the order given.
 
         Raises:
-            SurgeryError: where a word, index or pattern selects no site.
+            SurgeryError: if a word, index or pattern selects no site.
         """
         if self.word == "none":
             return []

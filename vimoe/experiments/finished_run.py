@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from vimoe import run_folder
@@ -29,6 +28,7 @@ from vimoe.metrics.base import Score
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load, save
 from vimoe.moe.layer import moe_layers
+from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, task_of
 from vimoe.training import checkpoint
@@ -197,7 +197,7 @@ class FinishedRun:
         return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr))
 
     def _fresh_model(self) -> nn.Module:
-        return load(self.run.model, torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        return load(self.run.model, Process().device)
 
 
 def _read_evidence(path: Path) -> Evidence:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from matplotlib.figure import Figure
 from torch import nn
 
 from vimoe import run_folder
@@ -24,11 +26,13 @@ from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.models.model_folder import save
 from vimoe.models.timm_vit import check_name
 from vimoe.models.upcycling import convert, sites
+from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, Task
 from vimoe.training import checkpoint
 from vimoe.training.job import Job
-from vimoe.training.loop import check, settle, train
+from vimoe.training.loop import train
+from vimoe.training.settle import settle
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +54,17 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     _check_layers(kind, data, settings)
     model, converted = _model(kind, data, settings)
     settings = replace(settings, train=settle(settings.train, len(data.train), model))
-    check(settings.train, len(data.train))
     task = kind(settings)
     task.check(model, converted)
     scanned = task.scan(data)
     job = task.job(model, data, scanned, converted)
-    folder = run_folder.new_run(out)
-    with run_folder.locked(folder):
-        discard_leftovers(folder)  # of a training that was killed before it began
-        checkpoint.check_space(folder, model, bool(settings.train.ema_decay))
-        with temporary_folder(folder) as proof:  # a model that could not be saved should not be trained
-            _save(task, model, data, proof / run_folder.MODEL)
+    process = Process()
+    folder = process.once(run_folder.new_run, out)
+    with ExitStack() as held:
+        process.once(held.enter_context, run_folder.locked(folder))
+        process.once(discard_leftovers, folder)  # of a training that was killed before it began
+        process.once(checkpoint.check_space, folder, model, bool(settings.train.ema_decay))
+        process.once(_try_to_save, task, model, data, folder)
         noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
         return _train(task, model, data, scanned, job, converted, folder, noted)
 
@@ -74,11 +78,17 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     """
     run = run_folder.open_unfinished(path)
     settings = run.settings
-    with run_folder.locked(run.path):
+    process = Process()
+    with ExitStack() as held:
+        process.once(held.enter_context, run_folder.locked(run.path))
         stored = checkpoint.read(run.path, mapped=True)
         assert stored is not None
         checkpoint.check_settings(run.path, stored["settings"], flat(settings))
-        discard_leftovers(run.path, *(run.path / name for name in (run_folder.CHECKPOINT.parent, run_folder.FIGURES)))
+        process.once(
+            discard_leftovers,
+            run.path,
+            *(run.path / name for name in (run_folder.CHECKPOINT.parent, run_folder.FIGURES)),
+        )
         kind: type[Task[Any]] = TASKS.find(settings.data.task)
         data = kind.find(settings.data, validation=run.validation())
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
@@ -120,6 +130,12 @@ def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.M
     return model, convert(model, settings.moe)
 
 
+def _try_to_save(task: Task[Any], model: nn.Module, data: Roles, folder: Path) -> None:
+    """Save a model and discard it, because a model that could not be saved should not be trained."""
+    with temporary_folder(folder) as proof:
+        _save(task, model, data, proof / run_folder.MODEL)
+
+
 def _save(task: Task[Any], model: nn.Module, data: Roles, path: Path) -> None:
     prepared = preprocessing(model, task.settings.data)
     save(model, path, label_names=data.classes, preprocessing=prepared, overwrite=True)
@@ -131,10 +147,11 @@ def _train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train in a run folder, which notes these settings, and write all that belongs to a finished run."""
     logger.info("%s", scanned)
-    run_folder.write_validation(folder, data.names(data.val) if data.split_off else [])
-    run_folder.write_settings(folder, noted)
+    process = Process()
+    process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
+    process.once(run_folder.write_settings, folder, noted)
     summary = train(model, job, task.settings.train, folder, converted, flat(noted))
-    _save(task, model, data, folder / run_folder.MODEL)
+    process.once(_save, task, model, data, folder / run_folder.MODEL)
     if not job.reads_images:
         summary["val"] = task.evaluate(model, task.validation(model, data)).to_dict()
     summary = {
@@ -145,10 +162,15 @@ def _train(
         "scan": scanned.to_dict(),
         "versions": run_folder.versions(),
     }
-    for name, figure in task.figures(model, data).items():
+    report = process.once(_finish, folder, summary, task.figures(model, data))
+    return {**summary, "out": str(folder), "report": str(report)}
+
+
+def _finish(folder: Path, summary: dict[str, Any], figures: Mapping[str, Figure]) -> Path:
+    """Write the figures, summary and report of a finished run, forget its checkpoint, and return the report's path."""
+    for name, figure in figures.items():
         (folder / run_folder.FIGURES).mkdir(exist_ok=True)
         write_bytes(folder / run_folder.FIGURES / name, png(figure))
     run_folder.write_json(folder / run_folder.SUMMARY, {"schema": run_folder.SCHEMA, "command": "train", **summary})
     checkpoint.remove(folder)
-    report = write_run_report(folder)
-    return {**summary, "out": str(folder), "report": str(report)}
+    return write_run_report(folder)

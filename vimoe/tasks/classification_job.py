@@ -13,10 +13,9 @@ from torch import Tensor
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, Sample
-from vimoe.data.crops import Finish
 from vimoe.data.decoded import Where
 from vimoe.data.images import source_path
-from vimoe.data.loaders import Crops, decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
+from vimoe.data.loaders import decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
 from vimoe.metrics.base import evaluate
 from vimoe.training.job import Job
 
@@ -47,15 +46,12 @@ def job_on_images(
         val, val_prepared = decoded_for_evaluation(val, prepared, cache), {**prepared, "crop_pct": 1.0}
     loader = train_loader(train, prepared, config, workers)
     val_loader = eval_loader(val, val_prepared, 2 * config.batch_size, workers)
-    finish = Finish(prepared, config) if isinstance(loader.dataset, Crops) else None
     smoothing = 0.1 if config.label_smoothing is None else config.label_smoothing
     classes = len(data.classes)
     mixed = config.mixup or config.cutmix
     mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes) if mixed else None
 
-    def prepare(images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if finish:
-            images = finish.to(labels.device)(*images)
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return mixup(images, labels) if mixup else (images, labels)
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
