@@ -23,6 +23,7 @@ STEPS = [
     (vimoe.tasks.classification, "load_data"),
     (vimoe.tasks.classification, "create"),
     (vimoe.experiments.train, "convert"),
+    (vimoe.experiments.train, "preprocessing"),
     (vimoe.tasks.classification, "scan"),
     (vimoe.tasks.classification, "FeatureCache"),
     (vimoe.tasks.classification_job, "train_loader"),
@@ -71,11 +72,11 @@ def test_each_step_is_taken_once_and_in_order(photos: Path, tmp_path: Path, step
 MISTAKES = {
     "layers that the model does not have": ({"moe": {"layers": "last:9"}}, "expected at most 2", "convert"),
     "an augmentation that timm does not know": (
-        {"train": {"auto_augment": "rnd-m9"}}, "auto_augment='rnd-m9'", "convert",
+        {"train": {"auto_augment": "rnd-m9"}}, "auto_augment='rnd-m9'", "preprocessing",
     ),
     "features of what is trained": (
         {"moe": {"layers": "all"}, "data": {"cache": "features"}, "train": {"train_only": "moe"}},
-        "is in the first block and trained", "convert",
+        "is in the first block and trained", "preprocessing",
     ),
     "a warm-up that takes all": ({"train": {"warmup_epochs": 1}}, "warmup_epochs=1 of train.epochs=1", "convert"),
     "a folder that is not there": ({"data": {"train_split": "trian"}}, "train_split='trian': no such", "load_data"),

@@ -25,6 +25,7 @@ from vimoe.config.data import DataConfig
 from vimoe.config.model import DECODERS, ModelConfig
 from vimoe.config.settings import OWN_SETTINGS, SECTIONS, Settings
 from vimoe.config.train import TrainConfig
+from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError
 from vimoe.models.decoders import DECODERS as KNOWN_DECODERS
 from vimoe.models.upcycling import convert
@@ -355,7 +356,7 @@ def test_a_training_of_scenes_needs_no_more_than_trainconfig(data: Path, tmp_pat
     scenes_ = task.find(settings.data)
     model = task.dense_model(settings.model, scenes_)
     converted = convert(model, vimoe.MoEConfig(layers="last:1", routing="token"))
-    job = task.job(model, scenes_, task.scan(scenes_), converted)
+    job = task.job(model, scenes_, task.scan(scenes_), preprocessing(model), converted)
     summary = vimoe.training.loop.train(model, job, settings.train, tmp_path)
     assert 0 <= summary["val"]["miou"] <= 1 and summary["train_images"] == 9
 

@@ -25,12 +25,12 @@ def task(root: Path, **changes: object) -> Segmentation:
 
 def test_what_contradicts_the_model_is_told(tmp_path: Path) -> None:
     model = SimpleNamespace(fixed_size=(32, 32), decoder_name="linear")
-    task(tmp_path).check(model, [])
+    task(tmp_path).check(model, {}, [])
     with pytest.raises(ConfigError, match="inference='whole' with .*, a ViT of one size"):
-        task(tmp_path, inference="whole").check(model, [])
-    task(tmp_path, inference="whole").check(SimpleNamespace(fixed_size=None, decoder_name="linear"), [])
+        task(tmp_path, inference="whole").check(model, {}, [])
+    task(tmp_path, inference="whole").check(SimpleNamespace(fixed_size=None, decoder_name="linear"), {}, [])
     with pytest.raises(ConfigError, match="a batch of 1 image with model.decoder='upernet'"):
-        task(tmp_path).check(SimpleNamespace(fixed_size=None, decoder_name="upernet"), [])
+        task(tmp_path).check(SimpleNamespace(fixed_size=None, decoder_name="upernet"), {}, [])
 
 
 def test_validation_is_whole_images_of_one_size_else_their_middle(tmp_path: Path) -> None:

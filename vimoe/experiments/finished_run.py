@@ -21,6 +21,7 @@ from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.data import Inference
 from vimoe.config.settings import check_reads
 from vimoe.config.train import TrainConfig
+from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, FolderError, Stopped
 from vimoe.experiments.train import check_outside
 from vimoe.files import read_text, temporary_folder, write_bytes
@@ -169,8 +170,8 @@ class FinishedRun:
         self, model: nn.Module, scanned: Scanned, evidence: Evidence, config: TrainConfig, folder: Path
     ) -> int:
         """Train a pruned model in a folder, and return the number of epochs; fewer where it stopped early."""
-        layers = [layer.name for layer in evidence.layers]
-        job = task_of(replace(self.run.settings, train=config)).job(model, self.data, scanned, layers)
+        layers, prepared = [layer.name for layer in evidence.layers], preprocessing(model, self.run.settings.data)
+        job = task_of(replace(self.run.settings, train=config)).job(model, self.data, scanned, prepared, layers)
         try:
             recovered = train(model, job, config, folder, layers)
         except Stopped as stopped:  # its checkpoint goes with the folder

@@ -54,19 +54,19 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     _check_layers(kind, data, settings)
     model, converted = _model(kind, data, settings)
     settings = replace(settings, train=settle(settings.train, len(data.train), model))
-    task = kind(settings)
-    task.check(model, converted)
+    task, prepared = kind(settings), preprocessing(model, settings.data)
+    task.check(model, prepared, converted)
     scanned = task.scan(data)
-    job = task.job(model, data, scanned, converted)
+    job = task.job(model, data, scanned, prepared, converted)
     process = Process()
     folder = process.once(run_folder.new_run, out)
     with ExitStack() as held:
         process.once(held.enter_context, run_folder.locked(folder))
         process.once(discard_leftovers, folder)  # of a training that was killed before it began
         process.once(checkpoint.check_space, folder, model, bool(settings.train.ema_decay))
-        process.once(_try_to_save, task, model, data, folder)
+        process.once(_try_to_save, model, data, prepared, folder)
         noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
-        return _train(task, model, data, scanned, job, converted, folder, noted)
+        return _train(task, model, data, scanned, prepared, job, converted, folder, noted)
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
@@ -95,10 +95,10 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         model, converted = _model(kind, data, replace(settings, model=random))
         model.load_state_dict(stored["model"])  # cached features are of its trunk
         del stored
-        task = kind(settings)
+        task, prepared = kind(settings), preprocessing(model, settings.data)
         scanned = task.scan(data)
-        job = task.job(model, data, scanned, converted)
-        return _train(task, model, data, scanned, job, converted, run.path, settings)
+        job = task.job(model, data, scanned, prepared, converted)
+        return _train(task, model, data, scanned, prepared, job, converted, run.path, settings)
 
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
@@ -130,20 +130,19 @@ def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.M
     return model, convert(model, settings.moe)
 
 
-def _try_to_save(task: Task[Any], model: nn.Module, data: Roles, folder: Path) -> None:
+def _try_to_save(model: nn.Module, data: Roles, prepared: dict[str, Any], folder: Path) -> None:
     """Save a model and discard it, because a model that could not be saved should not be trained."""
     with temporary_folder(folder) as proof:
-        _save(task, model, data, proof / run_folder.MODEL)
+        _save(model, data, prepared, proof / run_folder.MODEL)
 
 
-def _save(task: Task[Any], model: nn.Module, data: Roles, path: Path) -> None:
-    prepared = preprocessing(model, task.settings.data)
+def _save(model: nn.Module, data: Roles, prepared: dict[str, Any], path: Path) -> None:
     save(model, path, label_names=data.classes, preprocessing=prepared, overwrite=True)
 
 
 def _train(
-    task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, job: Job, converted: Sequence[str],
-    folder: Path, noted: Settings,
+    task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, prepared: dict[str, Any], job: Job,
+    converted: Sequence[str], folder: Path, noted: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     """Train in a run folder, which notes these settings, and write all that belongs to a finished run."""
     logger.info("%s", scanned)
@@ -151,7 +150,7 @@ def _train(
     process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
     process.once(run_folder.write_settings, folder, noted)
     summary = train(model, job, task.settings.train, folder, converted, flat(noted))
-    process.once(_save, task, model, data, folder / run_folder.MODEL)
+    process.once(_save, model, data, prepared, folder / run_folder.MODEL)
     if not job.reads_images:
         summary["val"] = task.evaluate(model, task.validation(model, data)).to_dict()
     summary = {

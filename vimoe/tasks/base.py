@@ -110,22 +110,26 @@ class Task(ABC, Generic[D]):
     def scan(self, data: D) -> Scanned:
         """Open all images that have a role. Raises DataError where some cannot be used."""
 
-    def check(self, model: nn.Module, converted: Sequence[str]) -> None:
+    def check(self, model: nn.Module, prepared: dict[str, Any], converted: Sequence[str]) -> None:
         """Raise VimoeError for settings that contradict the model. It costs little, and opens no image.
 
         Args:
             model: upcycled model, to be trained.
+            prepared: preprocessing of its images, as `vimoe.data.loaders.preprocessing` gives it.
             converted: names of the FFNs that `vimoe.models.upcycling.convert` converted.
         """
 
     @abstractmethod
-    def job(self, model: nn.Module, data: D, scanned: Scanned, converted: Sequence[str]) -> Job:
+    def job(
+        self, model: nn.Module, data: D, scanned: Scanned, prepared: dict[str, Any], converted: Sequence[str]
+    ) -> Job:
         """Return the batches, loss and score to train the model with, by `settings.train`.
 
         Args:
             model: model to be trained.
             data: images, of which train and val are read.
             scanned: result of `scan`.
+            prepared: preprocessing of the model's images.
             converted: names of the layers that `TrainConfig.train_only="moe"` trains.
         """
 

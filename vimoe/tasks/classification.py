@@ -50,14 +50,16 @@ class Classification(Task[Data]):
     def scan(self, data: Data) -> Scan:
         return scan(data)
 
-    def check(self, model: nn.Module, converted: Sequence[str]) -> None:
+    def check(self, model: nn.Module, prepared: dict[str, Any], converted: Sequence[str]) -> None:
         """Raise VimoeError for an augmentation that timm does not know, or features that cannot be cached."""
-        train_transform(preprocessing(model, self.settings.data), self.settings.train)
+        train_transform(prepared, self.settings.train)
         if self.settings.data.cache == "features":
             check_cut(model, converted)
 
-    def job(self, model: nn.Module, data: Data, scanned: Scanned, converted: Sequence[str]) -> Job:
-        read, config, prepared = self.settings.data, self.settings.train, preprocessing(model, self.settings.data)
+    def job(
+        self, model: nn.Module, data: Data, scanned: Scanned, prepared: dict[str, Any], converted: Sequence[str]
+    ) -> Job:
+        read, config = self.settings.data, self.settings.train
         if read.cache == "features":
             return FeatureCache(model, converted, data, prepared, config, read.views, read.workers, self.metric).job()
         return job_on_images(data, prepared, config, read.workers, read.cache, self.metric)

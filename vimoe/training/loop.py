@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 def train(
     model: nn.Module,
-    task: Job,
+    job: Job,
     config: TrainConfig,
     out: Path,
     converted: Sequence[str] | None = None,
@@ -57,7 +57,7 @@ def train(
 
     Args:
         model: dense model or one with MoE layers.
-        task: batches, loss and score.
+        job: batches, loss and score.
         config: settings of the training.
         out: existing folder.
         converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
@@ -75,19 +75,19 @@ def train(
         VimoeError: if the loss is no longer finite.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    if config.batch_size > len(task.names):  # the loader would give no batch
+    if config.batch_size > len(job.names):  # the loader would give no batch
         raise ConfigError(
-            f"train.batch_size={config.batch_size} with {len(task.names)} training images: expected at most that many; "
+            f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
             f"lower it, as vimoe.training.settle does"
         )
     process = Process()
     process.one_log()
-    config = settle(config, len(task.names), model)
+    config = settle(config, len(job.names), model)
     if config.train_only == "moe":
         freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
     process.once(checkpoint.check_space, out, model, bool(config.ema_decay))
-    state = State(task.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
-    with _prepared(model, task, config, out) as steps, checkpoint.stopping() as stop:
+    state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
+    with _prepared(model, job, config, out) as steps, checkpoint.stopping() as stop:
 
         def save() -> None:
             process.once(checkpoint.write, out, state.stored(steps.stateful()))
@@ -107,7 +107,7 @@ def train(
                         save()
                     if steps.synced and process.any(bool(stop.signal)):
                         raise Stopped(out, stop.signal or signal.SIGTERM)
-                score = task.evaluate(steps.judged)
+                score = job.evaluate(steps.judged)
                 row = state.finish_epoch(score, steps.rate, moe_layers(model), out)
                 steps.accelerator.log({**row, **state.scalars()}, step=state.epoch)
                 state.best.offer(state.epoch, score, steps.judged)
@@ -124,9 +124,9 @@ def train(
         "epochs": state.epoch - 1,
         "stopped_early": stopped_early,
         "best_epoch": state.best.epoch,
-        "val": state.best.score if config.precision == "no" else task.evaluate(model).to_dict(),
+        "val": state.best.score if config.precision == "no" else job.evaluate(model).to_dict(),
         "seconds": time.perf_counter() - started,
-        "train_images": len(task.names),
+        "train_images": len(job.names),
         "alarms": state.alarms,
     }
 
@@ -142,7 +142,7 @@ class _Steps:
     schedule: CosineLRScheduler
     ema: ModelEmaV3 | None
     loader: DataLoader
-    task: Job
+    job: Job
     config: TrainConfig
     batches: int  # of an epoch
     decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
@@ -157,12 +157,12 @@ class _Steps:
             if self.config.router_warmup_epochs:
                 set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
             with self.accelerator.accumulate(self.model):
-                images, targets = self.task.prepare(inputs, targets)
+                images, targets = self.job.prepare(inputs, targets)
                 with record(self.plain) as routings:
-                    outputs = self.task.forward(self.model, images)
-                task = self.task.loss(outputs, targets)
+                    outputs = self.job.forward(self.model, images)
+                task_loss = self.job.loss(outputs, targets)
                 extra, parts = auxiliary_losses(routings, self.config)
-                loss = task + extra
+                loss = task_loss + extra
                 if not loss.isfinite():
                     raise VimoeError(self._not_finite(loss.item(), state, len(images)))
                 self.accelerator.backward(loss * (self.config.accumulation / self._window(state)))
@@ -181,13 +181,13 @@ class _Steps:
                 if self.ema:
                     self.ema.update(self.plain, step=state.updates)
             state.step += 1
-            state.totals.add(len(images), loss=task, **parts)
+            state.totals.add(len(images), loss=task_loss, **parts)
             state.health.add(routings)
             state.totals.seconds = before + time.perf_counter() - start
             yield
 
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
-        names = [self.task.names[i] for i in self.order.images_at(state.step * batch, batch)]
+        names = [self.job.names[i] for i in self.order.images_at(state.step * batch, batch)]
         return (
             f"the loss is {loss} in epoch {state.epoch}, step {state.step + 1}, of {', '.join(names[:8])}"
             f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
@@ -202,7 +202,7 @@ class _Steps:
     @property
     def order(self) -> Shuffled:
         """The sampler of the training images."""
-        order = self.task.loader.sampler
+        order = self.job.loader.sampler
         assert isinstance(order, Shuffled)
         return order
 
@@ -232,7 +232,7 @@ class _Steps:
 
 
 @contextmanager
-def _prepared(model: nn.Module, task: Job, config: TrainConfig, out: Path) -> Iterator[_Steps]:
+def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Iterator[_Steps]:
     """Yield the steps of a training; at the end the model computes as before, without autocast around its forward."""
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
@@ -245,11 +245,11 @@ def _prepared(model: nn.Module, task: Job, config: TrainConfig, out: Path) -> It
     )
     accelerator.init_trackers("tensorboard")
     optimizer = adamw(model, config)
-    schedule = _schedule(optimizer, config, math.ceil(len(task.loader) / config.accumulation))
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, task.loader)
+    schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, job.loader)
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     try:
-        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, task, config, len(loader))
+        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader))
     finally:
         set_random_share(model, 0)
         accelerator.end_training()
