@@ -35,7 +35,7 @@ from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, p
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.metrics.base import Batches, Score, batches, signature
-from vimoe.models.interface import unwrapped
+from vimoe.models.interface import logits_of, unwrapped
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
@@ -377,7 +377,7 @@ def _observe(
         if x.shape[1:] != shape:
             raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
         with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
-            counts.add(model(x), labels)
+            counts.add(logits_of(model, x), labels)
         seen.add(metric.classes_of(labels).cpu().numpy(), routings, signature(labels).cpu().numpy())
     if shape is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vimoe.bench.result import Benchmark, machine, peak_gemm
@@ -18,7 +17,8 @@ from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError
 from vimoe.models.cost import count
-from vimoe.models.timm_vit import create
+from vimoe.models.create import create
+from vimoe.models.interface import find_backbone
 from vimoe.models.upcycling import upcycle
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import record
@@ -62,7 +62,7 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
     dtype, device = getattr(torch, bench.dtype), Process().device
     dense = create(replace(model, pretrained=False)).to(device, dtype)
     sparse = upcycle(copy.deepcopy(dense), moe)
-    size = get_model_input_config(dense)["input_size"]
+    size = find_backbone(dense).input_size
     images = torch.randn(bench.images, *size, device=device).to(dtype)
     with torch.no_grad(), record(sparse) as routings:
         sparse(images)

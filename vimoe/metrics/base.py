@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vimoe.errors import DataError
 from vimoe.metrics.registry import METRICS, kind_of
-from vimoe.models.interface import label_names, unwrapped
+from vimoe.models.interface import label_names, logits_of, unwrapped
 from vimoe.terminal import track
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, ...) and labels (B, ...), on any device
@@ -187,7 +187,7 @@ def evaluate(
     loader: Batches,
     bar: str = "",
     metric: str | None = None,
-    outputs: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+    outputs: Callable[[nn.Module, Tensor], Tensor] = logits_of,
 ) -> Score:
     """Return the score of a model over a loader of (images, labels). Leaves the model in eval mode.
 
@@ -196,7 +196,7 @@ def evaluate(
         loader: batches on any device.
         bar: name of the progress bar; without it there is none.
         metric: name in METRICS; by default the model's own (`metric_of`).
-        outputs: forward of the model, given the model and images on its device.
+        outputs: function of the model and images on its device; it returns logits.
 
     Raises:
         DataError: if the model does not take the batches.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimoe.errors import DataError
 from vimoe.metrics.base import Counts, Metric, Score, check_range, check_whole
+from vimoe.models.interface import find_backbone
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,18 @@ class ClassificationMetric(Metric):
         return labels
 
 
-def check_images(images: Tensor, model: Any) -> None:
-    """Raise DataError for images of a shape that a ViT of timm does not take; other models are not judged."""
-    embed = getattr(model, "patch_embed", None)
-    if embed is None:  # such as the part of a model that reads features
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """Raise DataError for images of a shape that a ViT does not take; models around a ViT are not judged."""
+    backbone = find_backbone(model)
+    if backbone.path or backbone.family is None:  # such as the part of a model that reads features
         return
-    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
-    if images.ndim != 4 or channels not in (None, images.shape[1]):
+    channels, size = backbone.input_size[0], backbone.fixed_size
+    if images.ndim != 4 or images.shape[1] != channels:
         raise DataError(
-            f"the loader gives images of shape {tuple(images.shape)}: expected (images, {channels or 'channels'}, "
-            f"height, width)"
+            f"the loader gives images of shape {tuple(images.shape)}: expected (images, {channels}, height, width)"
         )
-    if getattr(embed, "strict_img_size", False) and images.shape[-2:] != tuple(embed.img_size):
+    if size is not None and images.shape[-2:] != size:
         raise DataError(
-            f"the loader gives images of {tuple(images.shape[-2:])}: expected {tuple(embed.img_size)}, the model's "
-            f"size; resize them, or build the model with img_size={images.shape[-1]}"
+            f"the loader gives images of {tuple(images.shape[-2:])}: expected {size}, the model's size; resize them, "
+            f"or build the model with img_size={images.shape[-1]}"
         )

@@ -21,9 +21,9 @@ from vimoe.data.images import open_image
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan
 from vimoe.metrics.base import metric_of
+from vimoe.models.create import create
 from vimoe.models.frozen_trunk import check_cut
 from vimoe.models.interface import label_names
-from vimoe.models.timm_vit import create
 from vimoe.tasks.base import Scanned, Task, check_classes
 from vimoe.tasks.cached_features import FeatureCache
 from vimoe.tasks.classification_job import job_on_images

@@ -22,10 +22,10 @@ from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
 from vimoe.metrics.base import Score
 from vimoe.metrics.segmentation import ceiling
-from vimoe.models.interface import label_names, vit
+from vimoe.models.create import dense_segmenter
+from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load
 from vimoe.models.segmenter import create_segmenter
-from vimoe.models.timm_vit import dense_segmenter
 from vimoe.moe.layer import moe_layers
 from vimoe.tasks.base import Task, check_classes
 from vimoe.tasks.expert_maps import expert_maps
@@ -107,10 +107,9 @@ class Segmentation(Task[Scenes]):
         areas = ", ".join(f"{name} {share:.1%}" for name, share in list(prediction["areas"].items())[:top])
         return f"{prediction['mask']}: {areas}"
 
-    def limits(self, model: nn.Module, data: Scenes) -> Mapping[str, float]:
-        embed: Any = vit(model).patch_embed
+    def limits(self, model: Any, data: Scenes) -> Mapping[str, float]:
         masks = (torch.from_numpy(data.legend.read(mask)).long() for _, mask in data.val)
-        return {"patch_ceiling": ceiling(masks, embed.patch_size[0], len(data.classes)).miou}
+        return {"patch_ceiling": ceiling(masks, model.patch_size[0], len(data.classes)).miou}
 
     def figures(self, model: Any, data: Scenes) -> Mapping[str, Figure]:
         """Return maps of the experts over a few validation images; nothing for a dense model."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vimoe.metrics.base import Score
+from vimoe.models.interface import logits_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Job:
         prepare: function of a loaded batch on the device; it returns inputs of the model and targets of the loss.
         loss: function of outputs and prepared targets; it returns a scalar.
         evaluate: function that scores a model on validation and leaves it in eval mode.
-        forward: function of a model and its prepared inputs; it returns outputs. By default the model's forward.
+        forward: function of a model and its prepared inputs; it returns logits.
         facts: entries for summary.json.
         reads_images: False if `loader` and `evaluate` read features of images in their place; then the trained model
             is scored on images once more.
@@ -35,6 +36,6 @@ class Job:
     prepare: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     evaluate: Callable[[nn.Module], Score]
-    forward: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+    forward: Callable[[nn.Module, Tensor], Tensor] = logits_of
     facts: Mapping[str, Any] = field(default_factory=dict)
     reads_images: bool = True
