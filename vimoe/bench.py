@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from timm.layers import Mlp
-from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vimoe.config.bench import LayerBench, ModelBench
@@ -28,9 +27,10 @@ from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError
 from vimoe.models.cost import count
+from vimoe.models.create import create
 from vimoe.models.inference import optimize, set_backend
+from vimoe.models.interface import find_backbone
 from vimoe.models.precision import has_bfloat16, warn_of_slow_bfloat16
-from vimoe.models.timm_vit import create
 from vimoe.models.upcycling import upcycle
 from vimoe.moe import MoE
 from vimoe.moe.ffn import macs
@@ -303,7 +303,7 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
     dtype, device = getattr(torch, bench.dtype), _device()
     dense = create(replace(model, pretrained=False)).to(device, dtype)
     sparse = upcycle(copy.deepcopy(dense), moe)
-    size = get_model_input_config(dense)["input_size"]
+    size = find_backbone(dense).input_size
     images = torch.randn(bench.images, *size, device=device).to(dtype)
     with torch.no_grad(), record(sparse) as routings:
         sparse(images)

@@ -85,10 +85,10 @@ def plan(verb: str, argv: list[str]) -> Result:
     parser = _parser(verb)
     parser.add_sections("model", "moe")
     settings = parser.settings(parser.parse_args(argv))
-    from vimoe.models.timm_vit import FFN_NAME, check_name, create_without_weights
+    from vimoe.models.create import check_layer_names, check_name, create_without_weights
 
     check_name(settings.model)
-    settings.moe.selection.check_names(FFN_NAME)
+    check_layer_names(settings.model, settings.moe)
     from vimoe.models.upcycling import plan as make_plan
 
     conversion = make_plan(create_without_weights(settings.model), settings.moe)
@@ -120,10 +120,10 @@ def train(verb: str, argv: list[str]) -> Result:
     elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
         raise ConfigError(f"{others[0]} with --resume: expected none, since the run has its own settings; leave it out")
     settings = parser.settings(options)
-    from vimoe.models.timm_vit import FFN_NAME, check_name
+    from vimoe.models.create import check_layer_names, check_name
 
     check_name(settings.model, segmentation=settings.data.task == "segmentation")
-    settings.moe.selection.check_names(FFN_NAME)
+    check_layer_names(settings.model, settings.moe)
     from vimoe.experiments.train import resume_training, run_training
 
     resumed = options["resume"]
@@ -315,10 +315,10 @@ def bench(verb: str, argv: list[str]) -> Result:
             f"moe.layers={settings.moe.layers!r} with bench layer: expected none for a single layer; leave it out"
         )
     if what == "model":
-        from vimoe.models.timm_vit import FFN_NAME, check_name
+        from vimoe.models.create import check_layer_names, check_name
 
         check_name(settings.model)
-        settings.moe.selection.check_names(FFN_NAME)
+        check_layer_names(settings.model, settings.moe)
     from vimoe import bench as benches
 
     timings = (

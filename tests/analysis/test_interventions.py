@@ -26,7 +26,7 @@ from vimoe.analysis.interventions import (
     _outputs,
     measure,
 )
-from vimoe.analysis.partial_forward import Start, Way
+from vimoe.analysis.partial_forward import Entry, PartialForward
 from vimoe.errors import DataError, VimoeError
 from vimoe.models.segmenter import Segmenter
 from vimoe.moe.layer import moe_layers
@@ -57,10 +57,10 @@ def naive(model: nn.Module, name: str, intervention: Intervention, x: Tensor, in
     return found
 
 
-def find_way(model: nn.Module, x: Tensor) -> Way:
+def find_partial(model: nn.Module, x: Tensor) -> PartialForward:
     prefix = layers(model)[0].router.layout.num_prefix_tokens
     with torch.no_grad():
-        return Way.find(model, list(moe_layers(model)), x[:2], prefix)
+        return PartialForward.find(model, list(moe_layers(model)), x[:2], prefix)
 
 
 def overruled(
@@ -68,12 +68,12 @@ def overruled(
 ) -> Tensor:
     """(V, B, ...) the model under each intervention, as `measure` computes it."""
     index = torch.arange(len(x)) if index is None else index
-    way = find_way(model, x)
+    partial = find_partial(model, x)
     with torch.no_grad():
-        outputs, passages = way.forward(Start(x), [name])
+        outputs, records = partial.forward(Entry(x), [name])
         found = outputs.repeat(len(interventions), *[1] * outputs.ndim)
-        for columns, rows, y in _outputs(model.get_submodule(name), passages[name], interventions, index, size=4):
-            found[columns, rows] = way.rest(name, passages[name], rows, y)
+        for columns, rows, y in _outputs(model.get_submodule(name), records[name], interventions, index, size=4):
+            found[columns, rows] = partial.rest(name, records[name], rows, y)
     return found
 
 
@@ -113,9 +113,9 @@ def test_it_computes_what_a_naive_loop_does(family: str, routing: str, top_k: in
     places = [1, 3] if top_k == 1 else [0, 2]  # in the last block too, or not
     model = perturb_experts(upcycle(vit(family, depth=4), config(layers=places, routing=routing, top_k=top_k)))
     x = images(model, batch=5)
-    way = find_way(model, x)
-    assert (way.blocks, way.first) == ("blocks", places[0])
-    assert way.read == READ.get(family)
+    partial = find_partial(model, x)
+    assert partial.first == places[0]
+    assert partial.read == READ.get(family)
     assert_as_naive(model, x)
 
 
@@ -167,8 +167,8 @@ def test_a_segmenter_gets_the_maps_of_blocks_that_are_not_run_again(decoder: str
     model = randomise(Segmenter(backbone, 3, decoder)).eval()
     perturb_experts(upcycle(model, config(layers="last:2", routing=routing)))
     x = torch.randn(5, 3, 40, 28, generator=torch.Generator().manual_seed(0))
-    way = find_way(model, x)
-    assert (way.blocks, way.first, way.read) == ("backbone.blocks", 2, None)
+    partial = find_partial(model, x)
+    assert (partial.first, partial.read) == (2, None)
     assert_as_naive(model, x)
 
 
@@ -190,7 +190,7 @@ def test_a_model_that_cannot_be_cut_runs_from_its_images(beside: bool) -> None:
     torch.manual_seed(0)
     model = perturb_experts(upcycle(Wrapped(vit(depth=3), beside).eval(), config(layers=[1, 2])))
     x = images(vit(), batch=5)
-    assert find_way(model, x).blocks == ("" if beside else "inside.blocks")
+    assert find_partial(model, x).first == (None if beside else 1)
     assert_as_naive(model, x)
 
 
@@ -198,7 +198,7 @@ def test_a_part_that_runs_on_both_sides_of_the_layer_is_not_remembered() -> None
     model = vit(depth=2)
     model.blocks[0].norm2 = model.blocks[1].norm2 = model.blocks[1].norm1
     perturb_experts(upcycle(model, config(layers=[1])))
-    assert find_way(model, images(model)).blocks == "blocks"
+    assert find_partial(model, images(model)).first == 1
     assert_as_naive(model, images(model, 5))
 
 
@@ -219,7 +219,7 @@ def test_a_model_that_does_not_use_its_layers_is_refused_and_not_pruned(runs: bo
     model = upcycle(Deaf(vit(), beside=False).eval(), config())
     model.runs = runs
     with pytest.raises(VimoeError, match=r"gives the same whatever inside.blocks.0.mlp gives: expected a model that"):
-        find_way(model, images(vit()))
+        find_partial(model, images(vit()))
 
 
 def test_a_compiled_model_is_overruled_too() -> None:
@@ -234,10 +234,10 @@ def test_a_compiled_model_is_overruled_too() -> None:
     assert abs(plain[name].loss).max() > 1e-3
 
 
-def test_in_low_precision_the_way_is_as_short() -> None:
+def test_in_low_precision_the_shortcuts_are_the_same() -> None:
     model = perturb_experts(upcycle(vit(depth=3), config(layers=[1, 2]))).bfloat16()
-    way = find_way(model, images(model).bfloat16())
-    assert (way.blocks, way.read) == ("blocks", 1)
+    partial = find_partial(model, images(model).bfloat16())
+    assert (partial.first, partial.read) == (1, 1)
 
 
 def test_what_comes_before_a_layer_is_not_computed_again() -> None:
@@ -270,7 +270,7 @@ def test_each_expert_computes_each_image_once() -> None:
     layer.experts.register_forward_pre_hook(lambda _experts, args: counted.append(len(args[1])))
     overruled(model, name, handed, x)
     asked = {(i, int(e)) for i in range(8) for by in (1, 2) for e in experts[i - by].flatten()}
-    assert counted[:3] == [4, 4, 16]  # two images to find the way, and the untouched model
+    assert counted[:3] == [4, 4, 16]  # two images to find the shortcuts, and the untouched model
     assert sum(counted[3:]) == len(asked) < 8 * 2 * 5
 
 

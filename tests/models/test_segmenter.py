@@ -22,7 +22,7 @@ from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, FolderError
 from vimoe.metrics.segmentation import pixel_loss
 from vimoe.models.decoders import DECODERS
-from vimoe.models.interface import label_names, model_input_size
+from vimoe.models.interface import find_backbone, label_names
 from vimoe.models.segmenter import Segmenter, create_segmenter
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
 
@@ -173,7 +173,7 @@ def test_count_adds_the_decoder_to_the_vit() -> None:
     vits, both = vimoe.count(model.backbone), vimoe.count(model)
     decoder = sum(p.numel() for p in model.decoder.parameters())
     assert both.params == vits.params + decoder and both.macs == vits.macs + 4 * 24 * 3
-    assert model_input_size(model) == (3, 32, 32)
+    assert find_backbone(model).input_size == (3, 32, 32)
     moe = vimoe.count(upcycle(model, config(layers="last:1")))
     assert moe.params > moe.activated_params > both.params and moe.moe_layers == ("backbone.blocks.3.mlp",)
     assert vimoe.count(model, (3, 64, 64)).macs > 4 * both.macs

@@ -12,7 +12,7 @@ from torch import nn
 
 import vimoe
 from vimoe.errors import SurgeryError
-from vimoe.models.interface import block_name
+from vimoe.models.interface import find_backbone
 
 
 def converted(model: nn.Module) -> list[str]:
@@ -138,7 +138,7 @@ def test_one_adapted_matrix_refuses_the_whole_model_instead_of_being_passed_over
 def test_blocks_are_those_of_the_vit_where_it_is_a_numbered_part_itself() -> None:
     model = vimoe.upcycle(nn.Sequential(nn.Identity(), vit(depth=4)), config(layers="last:1"))
     assert converted(model) == ["1.blocks.3.mlp"]
-    assert block_name(model, "1.blocks.3.mlp") == "1.blocks.3"
+    assert find_backbone(model).block_of("1.blocks.3.mlp") == "1.blocks.3"
 
 
 @pytest.mark.parametrize("part", ["mlp", "mlp.fc1", "mlp.act"])

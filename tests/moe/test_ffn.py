@@ -11,6 +11,7 @@ from helpers.tiny import randomise
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from vimoe.errors import SurgeryError
 from vimoe.moe import ffn
 
 DIM, HIDDEN = 8, 12
@@ -23,13 +24,58 @@ KINDS = {
     "glu, gate first": lambda: GluMlp(DIM, 2 * HIDDEN, act_layer=nn.SiLU, gate_last=False),
     "swiglu, norm": lambda: SwiGLU(DIM, HIDDEN, norm_layer=nn.LayerNorm),
     "swiglu, no biases": lambda: SwiGLU(DIM, HIDDEN, bias=False),
+    "other names": lambda: Numbered(nn.Linear(DIM, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, DIM)),
+    "other names, value first": lambda: ValueFirst(DIM, HIDDEN),
 }
+
+
+class Numbered(nn.Sequential):
+    """An FFN whose parts have numbers for names, without a norm and dropouts."""
+
+
+class ValueFirst(nn.Module):
+    """A gated FFN whose matrices have other names, in another order, with a norm and a dropout."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim, bias=False)
+        self.squash, self.scale, self.drop = nn.SiLU(), nn.LayerNorm(hidden), nn.Dropout(0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.wide(x).chunk(2, dim=-1)
+        return self.narrow(self.scale(self.drop(self.squash(gate) * value)))
+
+
+@pytest.fixture(autouse=True)
+def classes_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ffn.KINDS, Numbered, ffn.Kind(fc1=("0",), fc2="2", act="1"))
+    kind = ffn.Kind(
+        fc1=("wide",), fc2="narrow", act="squash", norm="scale", drops=("drop", None), gated=True,
+        value_first=lambda module: True,
+    )  # fmt: skip
+    monkeypatch.setitem(ffn.KINDS, ValueFirst, kind)
+
+
+def part(module: nn.Module, name: str) -> nn.Module:
+    """Of an FFN by its name in Kind; of two first matrices the value's."""
+    own = getattr(ffn.KINDS[type(module)], name)
+    return nn.Identity() if own is None else module.get_submodule(own[-1] if isinstance(own, tuple) else own)
+
+
+def test_a_class_of_a_user_is_described_by_its_entry() -> None:
+    odd, plain = ValueFirst(DIM, HIDDEN), KINDS["other names"]()
+    kind = ffn.describe(odd)
+    assert (kind.dim, kind.hidden, kind.gated, kind.norm_eps, kind.drop) == (DIM, HIDDEN, True, 1e-5, (0.25, 0.0))
+    assert type(kind.act) is nn.SiLU and (ffn.describe(plain).drop, ffn.describe(plain).norm_eps) == ((0.0, 0.0), None)
+    odd.extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(SurgeryError, match="it has the parameter extra .its activation is SiLU."):
+        ffn.describe(odd)
 
 
 @pytest.fixture(params=KINDS)
 def dense(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(KINDS[request.param]())
+    return randomise(KINDS[request.param]()).eval()
 
 
 def tokens() -> Tensor:
@@ -53,7 +99,7 @@ def test_built_from_what_was_read_it_is_the_same(dense: nn.Module) -> None:
 
 def test_hidden_units_are_what_the_last_matrix_gets(dense: nn.Module) -> None:
     seen: list[Tensor] = []
-    dense.fc2.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    part(dense, "fc2").register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     dense(tokens())
     torch.testing.assert_close(ffn.hidden(ffn.describe(dense), ffn.read(dense), tokens()), seen[0])
 
@@ -62,10 +108,10 @@ def test_the_canonical_layout_has_the_gate_before_the_value(dense: nn.Module) ->
     weights, kind = ffn.read(dense), ffn.describe(dense)
     hidden = nn.functional.linear(tokens(), weights["fc1.weight"], weights.get("fc1.bias"))
     if kind.gated:
-        hidden = dense.act(hidden[:, :HIDDEN]) * hidden[:, HIDDEN:]
+        hidden = part(dense, "act")(hidden[:, :HIDDEN]) * hidden[:, HIDDEN:]
     else:
-        hidden = dense.act(hidden)
-    y = nn.functional.linear(dense.norm(hidden), weights["fc2.weight"], weights.get("fc2.bias"))
+        hidden = part(dense, "act")(hidden)
+    y = nn.functional.linear(part(dense, "norm")(hidden), weights["fc2.weight"], weights.get("fc2.bias"))
     torch.testing.assert_close(y, dense(tokens()))
 
 
@@ -80,18 +126,17 @@ def test_wider_computes_the_same_and_narrower_is_bit_for_bit_the_original(dense:
 def test_wider_keeps_what_added_units_have_learned(dense: nn.Module) -> None:
     wide = ffn.widen(dense, 2)
     with torch.no_grad():
-        wide.fc2.weight[0, -1] = 0.5
+        part(wide, "fc2").weight[0, -1] = 0.5
     assert ffn.narrow(wide, 2) is wide
 
 
 def test_silent_units_that_a_norm_still_sees_are_kept(dense: nn.Module) -> None:
     """They say nothing themselves, but once they are no copies they move the mean and variance of the others."""
     wide = ffn.widen(dense, 2)
-    first = wide.fc1_x if isinstance(wide, SwiGLU) else wide.fc1
     with torch.no_grad():
-        first.weight[-1] += 1
+        part(wide, "fc1").weight[-1] += 1
     narrow = ffn.narrow(wide, 2)
-    assert (narrow is wide) == isinstance(wide.norm, nn.LayerNorm)
+    assert (narrow is wide) == isinstance(part(wide, "norm"), nn.LayerNorm)
     torch.testing.assert_close(narrow(tokens()), wide(tokens()))
 
 
@@ -112,11 +157,12 @@ def permuted(dense: nn.Module) -> nn.Module:
     """The same function with its hidden units in another order, written in each class's own weights."""
     copied = copy.deepcopy(dense)
     order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(2))
+    last = ffn.KINDS[type(dense)].fc2
     with torch.no_grad():
         for name, p in copied.named_parameters():
-            if name == "fc2.weight":
+            if name == f"{last}.weight":
                 p.copy_(p[:, order])
-            elif name != "fc2.bias":
+            elif name != f"{last}.bias":
                 p.copy_(torch.cat([half[order] for half in p.split(HIDDEN)]))
     return copied
 

@@ -41,7 +41,7 @@ from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.metrics.batches import Batches, batches_of
 from vimoe.metrics.classification import Score, ScoreCounts
 from vimoe.metrics.segmentation import SceneCounts, SceneScore, patch_classes
-from vimoe.models.interface import label_names, unwrapped
+from vimoe.models.interface import label_names, logits_of, unwrapped
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
@@ -376,7 +376,7 @@ def _observe(
             raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
         score = score or (ScoreCounts() if labels.ndim == 1 else SceneCounts(classes))
         with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
-            score.add(model(x), labels)
+            score.add(logits_of(model, x), labels)
         seen.add(_classes_of(model, labels, classes), routings, signature(labels))
     if score is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")

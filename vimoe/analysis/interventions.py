@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimoe.analysis.partial_forward import Passage, Start, Way
+from vimoe.analysis.partial_forward import Entry, LayerRecord, PartialForward
 from vimoe.config.masks import IGNORE
 from vimoe.errors import DataError, VimoeError
 from vimoe.metrics.batches import Batches, batches_of
@@ -131,22 +131,22 @@ class Subjects:
     def __init__(self, model: nn.Module, loader: Batches, layers: Sequence[str], most: int | None = None) -> None:
         self.model, self.loader, self.layers, self.most = model, loader, layers, most
         self.images: Images | None = None
-        self._way: Way | None = None
-        self._kept: list[tuple[Start, Tensor]] | None = []  # None once it is too much
+        self._partial: PartialForward | None = None
+        self._kept: list[tuple[Entry, Tensor]] | None = []  # None once it is too much
         self._bytes = 0
         self._whole = False  # whether this is all there is to measure
 
     @contextmanager
-    def keeping(self, images: Tensor, labels: Tensor) -> Iterator[Way]:
+    def keeping(self, images: Tensor, labels: Tensor) -> Iterator[PartialForward]:
         """Keeps what a forward of these images gives before the first layer, which runs while it holds."""
-        if self._way is None:
+        if self._partial is None:
             layers: list[Any] = [self.model.get_submodule(name) for name in self.layers]
             prefix = max(layer.router.layout.num_prefix_tokens for layer in layers)
             if any(layer.router.tokens_interact for layer in layers):  # no decision without the patches, then
                 prefix = 0
-            self._way = Way.find(self.model, self.layers, images[:2], prefix)
-        with self._way.starts(images) as found:
-            yield self._way
+            self._partial = PartialForward.find(self.model, self.layers, images[:2], prefix)
+        with self._partial.entries(images) as found:
+            yield self._partial
         if self._kept is None:
             return
         self._kept.append((found[-1], labels))
@@ -157,8 +157,8 @@ class Subjects:
 
     def blocks_after(self, layer: str) -> int:
         """Return the number of blocks after a layer that each intervention runs; `keeping` has seen a batch."""
-        assert self._way
-        return self._way.blocks_after(layer)
+        assert self._partial
+        return self._partial.blocks_after(layer)
 
     def choose(self, images: Images) -> None:
         """Says which of the images are to be measured; `keeping` has seen all of the loader's."""
@@ -166,32 +166,32 @@ class Subjects:
         kept = self._kept or []
         self._whole = sum(len(labels) for _, labels in kept) == len(images.places)
 
-    def passages(
+    def records(
         self, layers: Sequence[str], size: int, task: str = ""
-    ) -> Iterator[tuple[Way, Tensor, dict[str, Passage], Tensor, Tensor]]:
+    ) -> Iterator[tuple[PartialForward, Tensor, dict[str, LayerRecord], Tensor, Tensor]]:
         """Runs the untouched model on at most `size` images at a time.
 
         Yields:
-            The way, outputs, passages through these layers, labels, and which (B,) of the images they are.
+            The partial forward, logits, records of these layers, labels, and numbers (B,) of the images.
         """
         done = 0
         for start, labels in self._remembered(size, task) if self._whole else self._read(size, task):
             with torch.no_grad():
                 if start.cut or self._whole:
-                    assert self._way
-                    way, (outputs, passages) = self._way, self._way.forward(start, layers)
+                    assert self._partial
+                    partial, (outputs, records) = self._partial, self._partial.forward(start, layers)
                 else:
-                    with self.keeping(start.inputs, labels) as way:
-                        outputs, passages = way.forward(start, layers)
-            yield way, outputs, passages, labels, torch.arange(done, done + len(labels))
+                    with self.keeping(start.inputs, labels) as partial:
+                        outputs, records = partial.forward(start, layers)
+            yield partial, outputs, records, labels, torch.arange(done, done + len(labels))
             done += len(labels)
 
-    def _remembered(self, size: int, task: str) -> Iterator[tuple[Start, Tensor]]:
+    def _remembered(self, size: int, task: str) -> Iterator[tuple[Entry, Tensor]]:
         for start, labels in track(self._kept or (), task):
             for at in range(0, len(labels), size):
                 yield start[at : at + size], labels[at : at + size]
 
-    def _read(self, size: int, task: str) -> Iterator[tuple[Start, Tensor]]:
+    def _read(self, size: int, task: str) -> Iterator[tuple[Entry, Tensor]]:
         self._kept, self._bytes = [], 0
         chosen, seen = self.images, 0
         places, signatures = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -209,7 +209,7 @@ class Subjects:
             if chosen and not np.array_equal(signatures[-1], chosen.labels[first:last]):
                 raise DataError("the loader gives its images in another order each time: expected shuffle=False")
             for at in range(0, len(x), size):
-                yield Start(x[at : at + size]), labels[at : at + size]
+                yield Entry(x[at : at + size]), labels[at : at + size]
         found = Images(np.concatenate(places), np.concatenate(signatures))
         if chosen and len(found.places) != len(chosen.places):
             raise DataError("the loader gave fewer images when it was read again: expected the same each time")
@@ -237,7 +237,7 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
     layers: dict[str, Any] = {name: subjects.model.get_submodule(name) for name in plan}
     most = max((layer.config.num_experts for layer in layers.values()), default=1)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in plan}
-    for way, logits, passages, labels, index in subjects.passages(list(plan), max(1, _HELD // most), task):
+    for partial, logits, records, labels, index in subjects.records(list(plan), max(1, _HELD // most), task):
         base = _losses(logits, labels)
         if not base[0].isfinite().all():
             raise VimoeError(f"the model's loss is {float(base[0].sum())}: expected a model whose outputs are finite")
@@ -245,8 +245,8 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
         for name, interventions in plan.items():
             loss, right = (each.repeat(len(interventions), 1) for each in base)
             with torch.no_grad():
-                for columns, rows, y in _outputs(layers[name], passages[name], interventions, index, size):
-                    others = _losses(way.rest(name, passages[name], rows, y), labels[rows])
+                for columns, rows, y in _outputs(layers[name], records[name], interventions, index, size):
+                    others = _losses(partial.rest(name, records[name], rows, y), labels[rows])
                     loss[columns, rows], right[columns, rows] = others
             loss = loss.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
             found[name].append(((loss - base[0]).T.cpu(), (right - base[1]).T.cpu()))
@@ -257,15 +257,15 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
 
 
 def _outputs(
-    layer: MoE, passage: Passage, interventions: Sequence[Intervention], index: Tensor, size: int
+    layer: MoE, record: LayerRecord, interventions: Sequence[Intervention], index: Tensor, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Compute the other outputs of the layer, for at most `size` images at a time.
 
     Yields:
         Interventions (M,), images (M,) of the batch whose decisions they change, and outputs (M, T, D) for them.
     """
-    assert passage.x is not None
-    x, others = passage.x, _Others(layer, passage.x)
+    assert record.x is not None
+    x, others = record.x, _Others(layer, record.x)
     for v, module in enumerate(interventions):
         if isinstance(module, nn.Module):
             y = others.shared.view(x.shape) if module is layer.shared and others.shared is not None else module(x)

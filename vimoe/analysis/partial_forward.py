@@ -1,4 +1,10 @@
-"""A model run again from one of its MoE layers on."""
+"""A model's forward, taken up again at one of its MoE layers: all that stands before the layer is remembered.
+
+`PartialForward.find` tries which shortcuts leave a model's outputs unchanged. `PartialForward.forward` runs a batch and
+records it at some layers. `PartialForward.rest` then computes the logits for other outputs of one layer.
+
+Axes: B images, T tokens, D channels.
+"""
 
 from __future__ import annotations
 
@@ -14,237 +20,236 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vimoe.errors import VimoeError
-from vimoe.models.frozen_trunk import Cut, alike, instead
-from vimoe.models.interface import block_name
-from vimoe.models.segmenter import Segmenter
+from vimoe.models.frozen_trunk import Cut, nearly_equal, replaced_forward
+from vimoe.models.interface import Backbone, find_backbone, logits_of
 from vimoe.models.upcycling import sites
-
-# ---- from a layer on
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where the forward of a batch is taken up: at its images, or at what the block after a cut gets of them.
+class Entry:
+    """The point where the forward of a batch is taken up: its images, or the tokens that enter a block.
 
     Attributes:
-        inputs: images (B, ...), or features (B, T, C).
-        cut: None for images.
-        maps: as in `Cut.given`.
+        inputs: images (B, ...), or features (B, T, D) of a cut.
+        cut: the cut; None for images.
+        maps: outputs of earlier blocks that a decoder reads, as in `Cut.resumed`.
     """
 
     inputs: Tensor
     cut: Cut | None = None
     maps: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def __getitem__(self, rows: Tensor | slice) -> Start:
-        """The same of some of the images."""
-        return Start(self.inputs[rows], self.cut, {number: each[rows] for number, each in self.maps.items()})
+    def __getitem__(self, rows: Tensor | slice) -> Entry:
+        """Return the entry of some of the images."""
+        return Entry(self.inputs[rows], self.cut, {number: each[rows] for number, each in self.maps.items()})
 
-    def given(self, model: nn.Module) -> AbstractContextManager[Tensor]:
-        """While it holds, the model runs from here on; yields what to call it with."""
-        return self.cut.given(model, self.inputs, self.maps) if self.cut else nullcontext(self.inputs)
+    def resumed(self, model: nn.Module) -> AbstractContextManager[Tensor]:
+        """Let the model run on from here inside the `with` block; yields its argument."""
+        return self.cut.resumed(model, self.inputs, self.maps) if self.cut else nullcontext(self.inputs)
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in bytes."""
         return sum(each.nbytes for each in (self.inputs, *self.maps.values()))
 
 
 @dataclass
-class Passage:
-    """A batch on its way through one layer.
+class LayerRecord:
+    """A batch recorded at one layer.
 
     Attributes:
-        start: of the layer's block, or of the model where that cannot be cut.
-        x, y: what the layer got and gave, of the tokens that are read.
-        beside: what other parts of its block gave before it; None of those that run again after it.
+        entry: entry of the layer's block, or the images where the model cannot be cut.
+        x, y: input and output of the layer, of the tokens that are read.
+        siblings: outputs of the other modules of the block that ran before the layer; None for a module that has to
+            run again.
     """
 
-    start: Start
+    entry: Entry
     x: Tensor | None = None
     y: Tensor | None = None
-    beside: dict[nn.Module, Tensor | None] = field(default_factory=dict)
+    siblings: dict[nn.Module, Tensor | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a model can be run again from some of its layers on. `find` tries it.
+class PartialForward:
+    """Shortcuts through a model's forward, from some of its layers on. `find` chooses them.
 
     Attributes:
-        model: it may change, but not before the first of these layers, nor in which tokens are read.
-        blocks: the module that holds its blocks; "" where it can only be run from the images.
-        first: the first block with one of the layers.
-        read: how many of the tokens that leave the last block something reads, the first ones; None for all. The FFNs
-            of the last block leave the others out, which are NaN from there on: who did read them would show it.
+        model: it may change later, but not before the first of the layers, nor in the tokens that are read.
+        first: number of the first block with one of the layers; None if the model can only run from its images.
+        read: number of tokens, the first ones, that something reads after the last block; None for all. The FFNs of
+            the last block skip the other tokens, which are NaN from there on: any module that reads them shows it.
     """
 
     model: nn.Module
-    blocks: str = ""
-    first: int = 0
+    first: int | None = None
     read: int | None = None
 
     @classmethod
-    def find(cls, model: nn.Module, layers: Sequence[str], images: Tensor, prefix: int) -> Way:
-        """The cheapest way on which the model gives what it does for these images.
+    def find(cls, model: nn.Module, layers: Sequence[str], images: Tensor, prefix: int) -> PartialForward:
+        """Return the cheapest shortcuts with which the model's outputs for these images stay the same.
 
         Args:
-            model: in eval mode.
-            layers: their names.
-            images: a few.
-            prefix: how many tokens are no patches.
+            model: model in eval mode.
+            layers: names of the layers.
+            images: a few images.
+            prefix: number of tokens before the patches.
 
         Raises:
-            VimoeError: where the model gives the same whatever a layer gives.
+            VimoeError: if the model's outputs do not depend on the output of a layer.
         """
-        places = [(block_name(model, name) or "").rpartition(".") for name in layers]
-        ways = []
-        if places[0][0] and len({blocks for blocks, *_ in places}) == 1:
-            whole = cls(model, places[0][0], min(int(number) for *_, number in places))
-            ways = [*([replace(whole, read=prefix)] if prefix else []), whole]
-        way = next((way for way in ways if way._fits(layers, images)), cls(model))
-        if not way.blocks and (deaf := way._deaf(way.forward(Start(images), layers)[1])):
+        backbone = find_backbone(model)
+        inside = [backbone.block_of(name) for name in layers]
+        candidates = []
+        if all(block in backbone.blocks for block in inside):
+            whole = cls(model, min(backbone.blocks.index(str(block)) for block in inside))
+            candidates = [*([replace(whole, read=prefix)] if prefix else []), whole]
+        found = next((each for each in candidates if each._fits(layers, images)), cls(model))
+        if found.first is None and (ignored := found._ignored(found.forward(Entry(images), layers)[1])):
             raise VimoeError(
-                f"the model gives the same whatever {deaf} gives: expected a model that calls its MoE layers; pass the "
-                f"module that was compiled or traced in place of the result"
+                f"the model gives the same whatever {ignored} gives: expected a model that calls its MoE layers; pass "
+                f"the module that was compiled or traced in place of the result"
             )
-        return way
+        return found
 
-    def _fits(self, layers: Sequence[str], images: Tensor) -> bool:
-        expected = self.model(images)
-        rows = torch.arange(len(images), device=images.device)
-        try:
-            found, passages = self.forward(Start(images), layers)
-            again = [self.rest(name, p, rows, p.y) for name, p in passages.items() if p.y is not None]
-            return all(alike(each, expected) for each in (found, *again)) and not self._deaf(passages)
-        except Exception:  # whatever a forward raises that was not made for this
-            return False
-
-    def _deaf(self, passages: Mapping[str, Passage]) -> str:
-        """The name of a layer that could give NaN and nobody would see it, as where its forward was compiled away."""
-        for name, p in passages.items():
-            if p.y is None:
-                return name
-            rows = torch.arange(len(p.y), device=p.y.device)
-            if self.rest(name, p, rows, torch.full_like(p.y, math.nan)).isfinite().all():
-                return name
-        return ""
-
-    def forward(self, start: Start, layers: Iterable[str] = ()) -> tuple[Tensor, dict[str, Passage]]:
-        """What the model gives from here on, and the passages through these layers."""
+    def forward(self, entry: Entry, layers: Iterable[str] = ()) -> tuple[Tensor, dict[str, LayerRecord]]:
+        """Run the model from an entry on. Returns its logits, and a record of each of these layers."""
         with ExitStack() as stack:
-            x = stack.enter_context(start.given(self.model))
+            x = stack.enter_context(entry.resumed(self.model))
             stack.enter_context(self._computing({}))
-            passages = {name: stack.enter_context(self._watching(name, start)) for name in layers}
-            outputs: Tensor = self.model(x)
-        return outputs, passages
+            records = {name: stack.enter_context(self._recording(name, entry)) for name in layers}
+            return logits_of(self.model, x), records
 
-    def blocks_after(self, layer: str) -> int:
-        """How many whole blocks `rest` computes; more than that where the model is run from the images."""
-        after = self._depth - 1 - int((block_name(self.model, layer) or "").rpartition(".")[2]) if self.blocks else 1
-        return max(0, after - (self.read is not None))
-
-    def rest(self, layer: str, passage: Passage, rows: Tensor, y: Tensor) -> Tensor:
-        """What the model gives for some of the images of a passage where the layer gives y (rows, tokens, D)."""
+    def rest(self, layer: str, record: LayerRecord, rows: Tensor, y: Tensor) -> Tensor:
+        """Return the logits for some of the images of a record if the layer gives y (rows, T, D) for them."""
 
         def remembered(kept: Tensor) -> Callable[..., Tensor]:
             return lambda *_, **__: kept[rows]
 
-        forwards = {part: remembered(kept) for part, kept in passage.beside.items() if kept is not None}
-        with (
-            passage.start[rows].given(self.model) as x,
-            self._computing({**forwards, self.model.get_submodule(layer): lambda *_, **__: y}),
-        ):
-            outputs: Tensor = self.model(x)
-        return outputs
+        forwards = {module: remembered(kept) for module, kept in record.siblings.items() if kept is not None}
+        forwards[self.model.get_submodule(layer)] = lambda *_, **__: y
+        with record.entry[rows].resumed(self.model) as x, self._computing(forwards):
+            return logits_of(self.model, x)
+
+    def blocks_after(self, layer: str) -> int:
+        """Return the number of whole blocks that `rest` computes; 1 where the model runs from its images."""
+        if self.first is None:
+            return 1
+        return max(0, len(self._backbone.blocks) - 1 - self._block_number(layer) - (self.read is not None))
 
     @contextmanager
-    def starts(self, images: Tensor) -> Iterator[list[Start]]:
-        """Of the first block with a layer (or the images), in each forward of the model that runs while it holds."""
-        if not self.blocks:
-            yield [Start(images)]
+    def entries(self, images: Tensor) -> Iterator[list[Entry]]:
+        """Collect entries at block `first`, one for each forward inside the `with` block; else that of the images."""
+        if self.first is None:
+            yield [Entry(images)]
             return
-        with self._starts(self.first, Start(images)) as found:
+        with self._entries(self.first, Entry(images)) as found:
             yield found
 
+    # ---- tried once, before it is trusted
+
+    def _fits(self, layers: Sequence[str], images: Tensor) -> bool:
+        """Return True if the outputs are those of the whole model, and depend on each of the layers."""
+        expected = logits_of(self.model, images)
+        rows = torch.arange(len(images), device=images.device)
+        try:
+            found, records = self.forward(Entry(images), layers)
+            again = [self.rest(name, each, rows, each.y) for name, each in records.items() if each.y is not None]
+            return all(nearly_equal(each, expected) for each in (found, *again)) and not self._ignored(records)
+        except Exception:  # whatever a forward raises that was not made for this
+            return False
+
+    def _ignored(self, records: Mapping[str, LayerRecord]) -> str:
+        """Return the name of a layer whose NaN would not reach the logits, as where its forward was compiled away."""
+        for name, record in records.items():
+            if record.y is None:
+                return name
+            rows = torch.arange(len(record.y), device=record.y.device)
+            if self.rest(name, record, rows, torch.full_like(record.y, math.nan)).isfinite().all():
+                return name
+        return ""
+
+    # ---- what hooks collect while the model runs
+
     @contextmanager
-    def _starts(self, number: int, start: Start) -> Iterator[list[Start]]:
-        """Of a block, in each forward that runs while it holds and begins at this start."""
+    def _entries(self, number: int, start: Entry) -> Iterator[list[Entry]]:
+        """Collect entries at a block, one for each forward inside the `with` block, which begins at `start`."""
         size: Any = start.cut.size if start.cut else tuple(start.inputs.shape[1:])
-        cut = Cut(self.blocks, number, size)
-        blocks = list(self.model.get_submodule(self.blocks).children())
+        backbone = self._backbone
+        cut = Cut(backbone.blocks, number, size)
+        blocks = [self.model.get_submodule(name) for name in backbone.blocks]
         maps: dict[int, Tensor] = {}
-        found: list[Start] = []
+        found: list[Entry] = []
 
         def keep(number: int) -> Callable[..., None]:
             return lambda _block, _args, output: maps.update({number: output})
 
-        read: Any = self.model.decoder.blocks if isinstance(self.model, Segmenter) else ()
-        handles = [blocks[i].register_forward_hook(keep(i)) for i in read if i < number]
-        take = blocks[number].register_forward_pre_hook(lambda _, args: found.append(Start(args[0], cut, dict(maps))))
+        handles = [blocks[i].register_forward_hook(keep(i)) for i in backbone.read_blocks if i < number]
+        take = blocks[number].register_forward_pre_hook(lambda _, args: found.append(Entry(args[0], cut, dict(maps))))
         with _removed([*handles, take]):
             yield found
 
     @contextmanager
-    def _watching(self, name: str, start: Start) -> Iterator[Passage]:
-        """The passage through a layer of the forward that runs while it holds."""
-        layer, passage = self.model.get_submodule(name), Passage(start)
-        counted = slice(self.read if self._last and name.startswith(self._last) else None)
+    def _recording(self, name: str, start: Entry) -> Iterator[LayerRecord]:
+        """Record a layer in the forward inside the `with` block, which begins at `start`."""
+        layer, record = self.model.get_submodule(name), LayerRecord(start)
+        tokens = slice(self.read if self._in_last(name) else None)
+        entries: list[Entry] = []
 
         def enter(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            passage.x = args[0][:, counted]
-            if self.blocks:
-                passage.start = replace(starts[-1], inputs=starts[-1].inputs[:, counted])
+            record.x = args[0][:, tokens]
+            if entries:
+                record.entry = replace(entries[-1], inputs=entries[-1].inputs[:, tokens])
 
         def leave(_layer: nn.Module, _args: Any, output: Tensor) -> None:
-            passage.y = output[:, counted]
+            record.y = output[:, tokens]
 
-        def remember(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            whole = bool(starts) and isinstance(output, Tensor) and output.shape == starts[-1].inputs.shape
-            once = passage.x is None and part not in passage.beside
+        def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            inside = bool(entries)  # False for a module that an earlier block calls too
+            whole = inside and isinstance(output, Tensor) and output.shape == entries[-1].inputs.shape
+            once = record.x is None and module not in record.siblings
             worth = whole and once and not (args and output is args[0])
-            passage.beside[part] = output[:, counted] if worth else None
+            record.siblings[module] = output[:, tokens] if worth else None
 
-        if not self.blocks:
-            with _removed([layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]):
-                yield passage
-            return
-        inside = block_name(self.model, name) or ""
-        parts = _beside(self.model.get_submodule(inside), name.removeprefix(f"{inside}.").split("."))
-        with (
-            self._starts(int(inside.rpartition(".")[2]), start) as starts,
-            _removed([
-                layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave),
-                *(part.register_forward_hook(remember) for part in parts),
-            ]),
-        ):  # fmt: skip
-            yield passage
+        with ExitStack() as stack:
+            handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+            if self.first is not None:
+                entries = stack.enter_context(self._entries(self._block_number(name), start))
+                block = self._backbone.blocks[self._block_number(name)]
+                siblings = _siblings(self.model.get_submodule(block), name.removeprefix(f"{block}.").split("."))
+                handles += [module.register_forward_hook(remember) for module in siblings]
+            stack.enter_context(_removed(handles))
+            yield record
 
-    @property
-    def _last(self) -> str:
-        """What names of modules in the last block begin with; "" where all tokens are read."""
-        if self.read is None:
-            return ""
-        return f"{self.blocks}.{self._depth - 1}."
-
-    @property
-    def _depth(self) -> int:
-        return len(list(self.model.get_submodule(self.blocks).children()))
+    # ---- what modules compute meanwhile
 
     @contextmanager
     def _computing(self, forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-        """While it holds, modules compute this, and FFNs of the last block leave out the tokens that nobody reads."""
+        """Replace the forward of modules, and let the FFNs of the last block skip the tokens that nobody reads."""
         forwards = dict(forwards)
         if self.read is not None:
-            for module in (site.module for site in sites(self.model) if site.name.startswith(self._last)):
+            for module in (site.module for site in sites(self.model) if self._in_last(site.name)):
                 forwards[module] = _of_first(self.read, forwards.get(module, module.forward))
         with ExitStack() as stack:
             for module, forward in forwards.items():
-                stack.enter_context(instead([module], forward))
+                stack.enter_context(replaced_forward([module], forward))
             yield
+
+    @property
+    def _backbone(self) -> Backbone:
+        return find_backbone(self.model)
+
+    def _block_number(self, name: str) -> int:
+        backbone = self._backbone
+        return backbone.blocks.index(str(backbone.block_of(name)))
+
+    def _in_last(self, name: str) -> bool:
+        """Return True for a module in the last block, if its FFNs skip tokens."""
+        return self.read is not None and name.startswith(f"{self._backbone.blocks[-1]}.")
 
 
 def _of_first(tokens: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The forward of an FFN for the first tokens alone; what it would give for the others is NaN."""
+    """Return an FFN's forward that computes the first tokens alone, and gives NaN for the others."""
 
     def of_first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = forward(x[:, :tokens], *args, **kwargs)
@@ -253,22 +258,22 @@ def _of_first(tokens: int, forward: Callable[..., Tensor]) -> Callable[..., Tens
     return of_first
 
 
-def _beside(block: nn.Module, path: Sequence[str]) -> Iterator[nn.Module]:
-    """The parts of a block that are called before or after the one at the path, and not inside of one another."""
+def _siblings(block: nn.Module, path: Sequence[str]) -> Iterator[nn.Module]:
+    """Yield the modules of a block that are called beside the one at the path, none of them inside another."""
     for step in path:
         others = [child for name, child in block.named_children() if name != step]
         while others:
-            part = others.pop()
-            if isinstance(part, nn.ModuleList | nn.ModuleDict):  # which are not called themselves
-                others += part.children()
+            module = others.pop()
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):  # which are not called themselves
+                others += module.children()
             else:
-                yield part
+                yield module
         block = block.get_submodule(step)
 
 
 @contextmanager
 def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Removes hooks at the end."""
+    """Remove hooks at the end of the `with` block."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Settings of the dense ViT to start from."""
+"""Settings of the dense ViT to start from, and the families of ViTs by name."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vimoe.config.checks import check_choice, check_count, check_flags, check_range
+from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError
 
+FAMILIES = Registry("family", {"timm": "vimoe.models.timm_vit:TimmViT"})
 DECODERS = ("linear", "linear4", "upernet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The dense ViT to start from, in timm's terms.
+    """The dense ViT to start from.
 
     Args:
-        name: timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format.
+        name: timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format, or
+            "FAMILY:NAME" for a model of another family in FAMILIES.
         pretrained: load the pretrained weights of this name (`plan` and `count` never do).
         img_size: side of the square input image in pixels; by default the model's own.
         num_classes: number of outputs of the classifier; `train` takes it from the data.
         drop_path_rate: rate of stochastic depth in training.
         decoder: decoder for segmentation: "linear" on the last layer (the default), "linear4" on the last four, as in
             DINOv2, or "upernet".
-        args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}.
+        args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}, or of the family's `create`.
 
     Raises:
         ConfigError: if a value is not one of these.
@@ -50,4 +53,14 @@ class ModelConfig:
             raise ConfigError(f"args={self.args!r}: expected arguments by name, such as {{patch_size: 8}}")
         for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
             if name in self.args:
-                raise ConfigError(f"model.args has {name!r}: expected it outside of args; set model.{name}")
+                raise ConfigError(f"model.args has {name!r}: expected it as model.{name}; move it there")
+
+    @property
+    def family(self) -> tuple[str, str]:
+        """Return the name of the family and the name within it: ("timm", "vit_tiny_patch16_224").
+
+        >>> ModelConfig(name="local-dir:runs/dense/model").family
+        ('timm', 'local-dir:runs/dense/model')
+        """
+        family, colon, name = self.name.partition(":")
+        return (family, name) if colon and family in FAMILIES else ("timm", self.name)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
@@ -23,7 +22,7 @@ from vimoe.data.decoded import Decoded, Shrink, Where, decode
 from vimoe.data.images import THIN, open_image
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.errors import DataError
-from vimoe.models.interface import vit
+from vimoe.models.interface import find_backbone
 
 
 class Images(Dataset):
@@ -118,7 +117,7 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
     names = ("crop_pct", "interpolation", "mean", "std")
     given = {name: getattr(config, name) for name in names if config and getattr(config, name) is not None}
     try:
-        prepared = resolve_input_data_config(vit(model), given)
+        prepared = find_backbone(model).data_config(given)
     except ValueError as error:
         raise DataError(f"data settings {given} do not fit the model: {error}") from error
     if prepared["input_size"][0] != 3:

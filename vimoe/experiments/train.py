@@ -23,8 +23,8 @@ from vimoe.data.scene_scan import SceneScan
 from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
+from vimoe.models.create import check_name, dense_segmenter
 from vimoe.models.model_folder import save
-from vimoe.models.timm_vit import check_name, dense_segmenter
 from vimoe.models.upcycling import convert, sites
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.registry import Problem, problem_of

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.errors import DataError
+from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.terminal import track
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -24,7 +25,7 @@ def forwards(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tupl
     """
     for images, labels in batches_of(model, loader, task):
         with torch.no_grad():
-            yield model(images), labels
+            yield logits_of(model, images), labels
 
 
 def batches_of(model: nn.Module, loader: Batches, task: str = "") -> Iterator[tuple[Tensor, Tensor]]:
@@ -54,18 +55,18 @@ def _pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             f"the loader gives labels of {labels.dtype} and shape {tuple(labels.shape)} for {len(images)} images: "
             f"expected whole numbers of shape ({len(images)},), or masks (images, height, width)"
         )
-    embed: Any = getattr(model, "patch_embed", None)
-    if embed is None:  # a segmenter, or the rest of a model on features
+    backbone = find_backbone(unwrapped(model))
+    if backbone.path or backbone.family is None:  # a segmenter, the rest of a model on features, or no ViT
         return images, labels
-    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
-    if images.ndim != 4 or channels not in (None, images.shape[1]) or labels.ndim != 1:
+    channels, size = backbone.input_size[0], backbone.fixed_size
+    if images.ndim != 4 or images.shape[1] != channels or labels.ndim != 1:
         raise DataError(
             f"the loader gives images of shape {tuple(images.shape)} and labels of shape {tuple(labels.shape)}: "
-            f"expected (images, {channels or 'channels'}, height, width) and (images,)"
+            f"expected (images, {channels}, height, width) and (images,)"
         )
-    if getattr(embed, "strict_img_size", False) and images.shape[-2:] != tuple(embed.img_size):
+    if size is not None and images.shape[-2:] != size:
         raise DataError(
-            f"the loader gives images of {tuple(images.shape[-2:])}: expected {tuple(embed.img_size)}, the model's "
+            f"the loader gives images of {tuple(images.shape[-2:])}: expected {size}, the model's "
             f"size; resize them, or build the model with img_size={images.shape[-1]}"
         )
     return images, labels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vimoe.errors import VimoeError, expect, first_line
-from vimoe.models.interface import model_input_size
+from vimoe.models.interface import find_backbone
 from vimoe.moe import MoE
 
 
@@ -77,7 +77,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
                 raise
             raise VimoeError(
                 f"input_size={input_size}: the model does not take it ({first_line(error)}); expected such as "
-                f"{model_input_size(model)}"
+                f"{find_backbone(model).input_size}"
             ) from error
     return Cost(params, params - round(idle), counter.get_total_flops() // 2 + round(routed), tuple(layers))
 
@@ -88,9 +88,9 @@ def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] 
     sides = input_size if isinstance(input_size, (tuple, list, torch.Size)) else ()
     if input_size is not None and (len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides)):
         raise VimoeError(
-            f"input_size={input_size}: expected (channels, height, width), such as {model_input_size(model)}"
+            f"input_size={input_size}: expected (channels, height, width), such as {find_backbone(model).input_size}"
         )
-    return torch.empty(number, *(input_size or model_input_size(model)), device="meta", dtype=dtype)
+    return torch.empty(number, *(input_size or find_backbone(model).input_size), device="meta", dtype=dtype)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
-"""From a ViT's feature maps to class scores on a grid.
+"""Decoders: class scores on a grid from a ViT's feature maps.
 
-A decoder names the blocks whose output it reads (`blocks`), and takes these as (B, D, h, w) maps.
+A decoder names the blocks whose output it reads (`blocks`), and takes their outputs as maps (B, D, h, w).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Linear(nn.Module):
     """BatchNorm and one linear map for each patch, on the last layers side by side (DINOv2, arXiv 2304.07193, 7.4).
 
     Args:
-        dim: channels D of the ViT.
-        depth: how many blocks it has.
-        classes: how many scores a patch gets.
-        layers: how many of its last blocks are read.
+        dim: number D of channels of the ViT.
+        depth: number of its blocks.
+        classes: number of scores of a patch.
+        layers: number of blocks that are read, the last ones.
     """
 
     def __init__(self, dim: int, depth: int, classes: int, layers: int = 1) -> None:
@@ -39,19 +39,24 @@ class Linear(nn.Module):
         nn.init.constant_(self.classifier.bias, 0)  # type: ignore[arg-type]  # there is one
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """`layers` maps (B, D, h, w) to (B, classes, h, w)."""
+        """Map `layers` maps (B, D, h, w) to scores (B, classes, h, w)."""
         return self.classifier(self.norm(torch.cat(list(maps), dim=1)))
 
 
 class UPerNet(nn.Module):
-    """UPerNet (arXiv 1807.10221) on four layers of a ViT, in equal steps of depth, as BEiT has it (arXiv 2106.08254).
+    """UPerNet (arXiv 1807.10221) on four layers of a ViT, in equal steps of depth, as in BEiT (arXiv 2106.08254).
 
-    The head is transformers' `UperNetHead`. A ViT has one scale, so the four maps are brought to strides of a quarter,
-    a half, one and two patches by transposed convolutions and pooling. While training, its batch norms need batches of
-    at least two images, because the coarsest pooling leaves one number of a channel for each.
+    The head is transformers' `UperNetHead`. A ViT has one scale, so transposed convolutions and pooling bring the four
+    maps to strides of a quarter, a half, one and two patches. Its batch norms need training batches of at least two
+    images, because the coarsest pooling leaves one number for each channel of an image.
+
+    Args:
+        dim: number D of channels of the ViT.
+        depth: number of its blocks.
+        classes: number of scores of a patch.
 
     Raises:
-        ConfigError: where transformers is not installed, or there are fewer than four blocks.
+        ConfigError: if transformers is not installed, or there are fewer than four blocks.
     """
 
     def __init__(self, dim: int, depth: int, classes: int) -> None:
@@ -81,7 +86,7 @@ class UPerNet(nn.Module):
         self.head = UperNetHead(UperNetConfig(**settings), [dim] * 4)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Four maps (B, D, h, w) to (B, classes, 4 h, 4 w)."""
+        """Map four maps (B, D, h, w) to scores (B, classes, 4 h, 4 w)."""
         return self.head([level(x) for level, x in zip(self.pyramid, maps, strict=True)])
 
 

@@ -1,10 +1,9 @@
-"""A model cut in two before one of its blocks: what comes before is computed once where it does not change.
+"""A model cut in two before one of its blocks, so that what stands before the cut, the trunk, is computed once.
 
-No model's forward is written anew. On features, which are what the first block after the cut gets, a model runs its own
-forward with one black image, whose tokens nobody sees: the blocks of the trunk compute nothing, and the next one gets
-the features in their place.
+No model's forward is written anew. On features, the tokens that enter the first block after the cut, a model runs its
+own forward with one black image: the blocks of the trunk compute nothing, and the next block gets the features.
 
-Axes: B images, T tokens, C channels.
+Axes: B images, T tokens, D channels.
 """
 
 from __future__ import annotations
@@ -16,112 +15,117 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
-from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError
-from vimoe.models.interface import block_name
+from vimoe.models.interface import find_backbone, logits_of
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A place between two blocks of a model and of all its copies.
+    """A cut between two blocks of a model, and of all its copies.
 
     Args:
-        blocks: the module that holds the blocks ("blocks").
-        start: the first block after the cut.
+        blocks: module names of all blocks of the model, in forward order.
+        start: number of the first block after the cut.
         size: (channels, height, width) of the images.
     """
 
-    blocks: str
+    blocks: tuple[str, ...]
     start: int
     size: tuple[int, int, int]
 
     def trunk(self, model: nn.Module, images: Tensor) -> Tensor:
-        """(B, T, C): what block `start` gets of images (B, *size)."""
+        """Return the features (B, T, D) of images (B, *size)."""
         features: list[Tensor] = []
 
         def keep(x: Tensor, *_: Any, **__: Any) -> Tensor:
             features.append(x)
             return x
 
-        with instead(self._all(model)[self.start :], keep):
+        with replaced_forward(self._modules(model)[self.start :], keep):
             model(images)
         return features[0]
 
     def rest(self, model: nn.Module, features: Tensor) -> Tensor:
-        """What the model gives for the images that the features (B, T, C) are of."""
-        with self.given(model, features) as black:
-            outputs: Tensor = model(black)
-        return outputs
+        """Return the logits that the model gives for images with these features (B, T, D)."""
+        with self.resumed(model, features) as black:
+            return logits_of(model, black)
 
     @contextmanager
-    def given(self, model: nn.Module, features: Tensor, maps: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
-        """While it holds, the model runs on these features, whatever the image; yields a black one.
+    def resumed(self, model: nn.Module, features: Tensor, maps: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
+        """Let the model compute from features, whatever the image, inside the `with` block; yields a black image.
 
         Args:
-            model: the one that they are of, or a copy.
-            features: (B, T, C).
-            maps: by number what blocks before the cut give, of those that something else reads than the next block.
+            model: the model that made the features, or a copy.
+            features: (B, T, D).
+            maps: outputs of blocks before the cut, by number, that more than the next block reads (a decoder).
         """
-        blocks = self._all(model)
+        blocks = self._modules(model)
         with ExitStack() as stack:
             for number, block in enumerate(blocks[: self.start]):
                 kept = (maps or {}).get(number, features)
-                stack.enter_context(instead([block], lambda *_, kept=kept, **__: kept))
-            if self.start == 0:  # elsewhere there is no hook, which a checkpoint would miss that computes again
+                stack.enter_context(replaced_forward([block], lambda *_, kept=kept, **__: kept))
+            if self.start == 0:  # elsewhere no hook: activation checkpointing would miss it when it computes again
                 first = blocks[0].register_forward_pre_hook(lambda _block, args: (features, *args[1:]))
                 stack.callback(first.remove)
             yield features.new_zeros(1, *self.size)
 
-    def outcome(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the last block gives, and what the model does, which a classifier of zeros would hide."""
+    def is_exact(self, model: nn.Module, images: Tensor) -> bool:
+        """Return True if the model computes from features what it computes from these images.
+
+        Outputs of the last block are compared too, because a classifier of zeros would hide all differences.
+        """
+        expected = self._outputs(model, images)
+        with self.resumed(model, self.trunk(model, images)) as black:
+            found = self._outputs(model, black)
+        return all(nearly_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+    def prefixes_after(self) -> tuple[str, ...]:
+        """Return the prefixes of module names in the blocks after the cut."""
+        return tuple(f"{name}." for name in self.blocks[self.start :])
+
+    def _outputs(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits, and the output of the last block."""
         last: list[Tensor] = []
-        with self._all(model)[-1].register_forward_hook(lambda _block, _args, output: last.append(output)):
-            return model(images), last[0]
+        with self._modules(model)[-1].register_forward_hook(lambda _block, _args, output: last.append(output)):
+            return logits_of(model, images), last[0]
 
-    def names_after(self, model: nn.Module) -> tuple[str, ...]:
-        """What the names of the blocks after the cut begin with."""
-        return tuple(f"{self.blocks}.{i}." for i in range(self.start, len(self._all(model))))
-
-    def _all(self, model: nn.Module) -> list[nn.Module]:
-        return list(model.get_submodule(self.blocks).children())
+    def _modules(self, model: nn.Module) -> list[nn.Module]:
+        return [model.get_submodule(name) for name in self.blocks]
 
 
 def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, int]) -> Cut:
-    """The cut before the first block in which one of the named layers is trained.
+    """Return the cut before the first block that holds a trained layer.
+
+    Args:
+        model: a model of a known family; left in eval mode.
+        trained: names of the trained layers.
+        size: (channels, height, width) of the images.
 
     Raises:
-        ConfigError: where no block comes before, or the model needs more than what the block before hands over.
+        ConfigError: if no block comes before, or a block hands more than tokens to the next one.
     """
-    places = [(block_name(model, name) or name).rpartition(".") for name in trained]
-    blocks, start = places[0][0], min(int(number) for *_, number in places)
+    backbone = find_backbone(model)
+    blocks = backbone.blocks
+    start = min(blocks.index(backbone.block_of(name) or name) for name in trained)
     if start == 0:
         raise ConfigError(
             f"data.cache='features': {trained[0]} is in the first block and trained: expected frozen blocks before it; "
             f"use data.cache=disk, or leave the block out of moe.layers"
         )
-    if any(isinstance(module, PatchDropout) and module.prob for module in model.modules()):
+    if backbone.drops_patches:
         raise ConfigError("data.cache='features' keeps all patches: expected no patch_drop_rate in model.args")
     cut = Cut(blocks, start, size)
     weight = next(model.parameters())
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     with torch.no_grad():
-        expected = cut.outcome(model.eval(), images)
-        with cut.given(model, cut.trunk(model, images)) as black:
-            found = cut.outcome(model, black)
-    if not all(alike(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
-        raise ConfigError(
-            f"data.cache='features': {type(model).__name__} does not compute the same from what {blocks}.{start} gets: "
-            f"expected a ViT whose blocks pass on tokens alone; use data.cache=disk"
-        )
-    return cut
-
-
-def alike(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors are the same but for rounding, as far as the largest number in them goes."""
-    tolerance = max(1e-3, 4 * torch.finfo(theirs.dtype).eps)
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+        if cut.is_exact(model.eval(), images):
+            return cut
+    raise ConfigError(
+        f"data.cache='features': {type(model).__name__} does not compute the same from what {blocks[start]} gets: "
+        f"expected a ViT whose blocks pass on tokens alone; use data.cache=disk"
+    )
 
 
 class Rest(nn.Module):
@@ -136,17 +140,17 @@ class Rest(nn.Module):
 
 
 def digest(model: nn.Module, cut: Cut) -> str:
-    """Of all that is frozen and not after the cut: weights, buffers, and what else modules are told (heads, epsilons).
+    """Hash of all that decides the features: weights, buffers and options (heads, epsilons) of the frozen modules.
 
-    What is trained is left out, so a training that goes on finds the features that it began with.
+    Blocks after the cut and trained parameters are left out, so a training that goes on finds the features that it
+    began with.
     """
     hashed = hashlib.blake2b(digest_size=12)
-    after = cut.names_after(model)
+    after = cut.prefixes_after()
     for name, module in model.named_modules():
         if not f"{name}.".startswith(after):
-            told = {key: value for key, value in vars(module).items() if _says_how(value)}
-            told = {key: value for key, value in told.items() if not key.startswith("_") and key != "training"}
-            hashed.update(f"{name} {type(module).__name__} {sorted(told.items())}".encode())
+            options = {key: value for key, value in vars(module).items() if _is_option(key, value)}
+            hashed.update(f"{name} {type(module).__name__} {sorted(options.items())}".encode())
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, tensor in model.state_dict().items():
         if not name.startswith(after) and name not in trained:
@@ -155,20 +159,28 @@ def digest(model: nn.Module, cut: Cut) -> str:
     return hashed.hexdigest()
 
 
-def _says_how(value: object) -> bool:
-    return isinstance(value, (int, float, str, tuple)) or is_dataclass(value)  # an MoE layer has a config
+def _is_option(name: str, value: object) -> bool:
+    """Return True for a module's attribute that decides what it computes; an MoE layer's config is a dataclass."""
+    plain = isinstance(value, (int, float, str, tuple)) or is_dataclass(value)
+    return plain and name != "training" and not name.startswith("_")
+
+
+def nearly_equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Return True if two tensors differ by rounding alone, measured by the largest number in them."""
+    tolerance = max(1e-3, 4 * torch.finfo(theirs.dtype).eps)
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
 
 @contextmanager
-def instead(blocks: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """While it holds, the blocks compute this."""
-    before = [vars(block).get("forward") for block in blocks]
+def replaced_forward(modules: Sequence[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let modules compute another forward inside the `with` block."""
+    before = [vars(module).get("forward") for module in modules]
     try:
-        for block in blocks:
-            block.forward = forward
+        for module in modules:
+            module.forward = forward
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
-            del block.forward
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
             if own is not None:
-                block.forward = own
+                module.forward = own

@@ -1,28 +1,351 @@
-"""What the rest of the package asks of a model that is, or has inside, a ViT."""
+"""The ViT interface: all that the package asks of a model, answered by the family of the ViT in it.
+
+A family is one class and one entry: a subclass of `Backbone` in `vimoe.config.model.FAMILIES`. timm's ViTs are the
+family "timm" (`vimoe.models.timm_vit`). No other module reads attributes that only one library's models have.
+
+Axes: B images, P patches, T tokens (patches and prefix tokens), D channels.
+"""
 
 from __future__ import annotations
 
-import re
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from timm.models import get_model_input_config
-from torch import nn
+from timm.data import resolve_data_config
+from torch import Tensor, nn
 
-from vimoe.errors import VimoeError, expect
+from vimoe.config.model import FAMILIES
+from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError, expect, first_line
+from vimoe.files import read_text, write_json
+from vimoe.moe.router import TokenLayout
 
-pass
+
+class Backbone:
+    """A model and the ViT in it: the base class of all families.
+
+    A family defines `models`, `holder`, `layout`, `num_patches`, `input_size`, `width` and `classifiers`; for
+    `model.name` also `create`, and for model folders `arguments` and `build`. All other answers follow from these, and
+    a family overrides those that do not fit. A block takes tokens (B, T, D) as its first argument and returns tokens
+    (B, T, D).
+
+    An instance of this base class stands for a model of no family. It answers what any module can. Any other question
+    raises SurgeryError with one line that says so.
+
+    Args:
+        model: the ViT, or a module around it such as `vimoe.models.segmenter.Segmenter`. A module around it may define
+            `num_classes`, and `read_blocks`: numbers of the blocks whose output it reads.
+        path: name of the ViT in the model; "" for the model itself.
+
+    Attributes:
+        vit: the ViT.
+        models: classes of the family's ViTs.
+        holder: name of the module in the ViT whose children are its blocks, in forward order.
+        skipped: classes of modules that are no FFN and have none inside, though they look like one.
+    """
+
+    models: tuple[type[nn.Module], ...] = ()
+    holder: str = "blocks"
+    skipped: tuple[type[nn.Module], ...] = ()
+
+    def __init__(self, model: nn.Module, path: str = "") -> None:
+        self.model, self.path = model, path
+        self.vit: Any = model.get_submodule(path)
+
+    # ---- which models, and how they are built
+
+    @classmethod
+    def owns(cls, module: nn.Module) -> bool:
+        """Return True if the module is a ViT of this family, and not only around one; by default by its class."""
+        return isinstance(module, cls.models)
+
+    @classmethod
+    def create(
+        cls, name: str, *, pretrained: bool, num_classes: int | None, img_size: int | tuple[int, int] | None,
+        any_size: bool, drop_path_rate: float, **args: Any,
+    ) -> nn.Module:  # fmt: skip
+        """Build the dense ViT that "FAMILY:NAME" in `model.name` asks for.
+
+        Args:
+            name: name within the family.
+            pretrained: load the weights that belong to the name.
+            num_classes: size of the classifier; 0 for none, None for the family's default.
+            img_size: side, or (height, width), of the images in pixels; None for the family's default.
+            any_size: let the ViT take images of other sizes too, if it can (segmentation).
+            drop_path_rate: stochastic depth while training.
+            args: `model.args`.
+
+        Raises:
+            ConfigError: if the name is unknown, weights cannot be loaded, or arguments do not fit.
+        """
+        raise ConfigError(f"model.name={name!r}: {cls.__name__} builds no models by name; use vimoe.upcycle in Python")
+
+    @property
+    def family(self) -> str | None:
+        """Name of the family; None for a model of no family."""
+        return next((name for name in FAMILIES if FAMILIES.find(name) is type(self)), None)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `build`, as JSON knows them, which config.json notes."""
+        raise self._unanswered("arguments")
+
+    @classmethod
+    def build(cls, **arguments: Any) -> nn.Module:
+        """Build the dense ViT, with any weights, from its `arguments`."""
+        raise FolderError(f"{cls.__name__} has no 'build': expected a family that rebuilds its models")
+
+    def write_config(
+        self, path: Path, label_names: Sequence[str] | None, preprocessing: dict[str, Any] | None,
+        model_args: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
+        """Write config.json of a model folder: what `rebuild` needs, preprocessing and label names in timm's format.
+
+        Args:
+            path: file to write.
+            label_names: name of each class; by default those that the model came with.
+            preprocessing: values of `data_config`; by default the model's own.
+            model_args: arguments of `build` that replace the model's own.
+
+        Raises:
+            VimoeError: if JSON cannot hold the arguments.
+        """
+        names = list(label_names) if label_names else self.vit_config.get("label_names")
+        values = {
+            "architecture": type(self.vit).__name__,
+            "num_classes": self.num_classes,
+            **({"label_names": names} if names else {}),
+            "pretrained_cfg": self.data_config(preprocessing or {}),
+            "vimoe": {"family": self.family, "arguments": {**self.arguments, **(model_args or {})}},
+        }
+        try:
+            json.dumps(values)
+        except TypeError as error:
+            raise FolderError(f"arguments of {type(self.vit).__name__}: {error}; pass model_args={{...}}") from error
+        write_json(path, values)
+
+    @classmethod
+    def rebuild(cls, config: Path) -> nn.Module:
+        """Build the dense ViT from its config.json, with weights still to be loaded.
+
+        Raises:
+            FolderError: if it does not fit.
+        """
+        values = json.loads(read_text(config))
+        try:
+            model: Any = cls.build(**values["vimoe"]["arguments"])
+            model.pretrained_cfg = {**values["pretrained_cfg"], "label_names": values.get("label_names")}
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FolderError(f"{config}: {cls.__name__} cannot build the backbone: {first_line(error)}") from error
+        return model
+
+    # ---- blocks
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Module names of the blocks in the model, in forward order."""
+        found = self.vit
+        for step in self.holder.split("."):
+            found = getattr(found, step, None)
+        return tuple(self._named(f"{self.holder}.{name}") for name, _ in found.named_children()) if found else ()
+
+    def block_of(self, name: str) -> str | None:
+        """Return the name of the block that a module lies in ("blocks.3" for "blocks.3.mlp"), None outside of all."""
+        return next((block for block in self.blocks if name.startswith(f"{block}.")), None)
+
+    @property
+    def read_blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks whose output the module around the ViT reads, beside the next block."""
+        return tuple(getattr(self.model, "read_blocks", ()))
+
+    @property
+    def drops_patches(self) -> bool:
+        """True if training leaves patches out at random."""
+        return False
+
+    # ---- tokens and images
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Number of tokens before the patches, and if the first of them is a class token."""
+        raise self._unanswered("layout")
+
+    @property
+    def num_patches(self) -> int:
+        """Number P of patches of an image of `input_size`."""
+        raise self._unanswered("num_patches")
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that the ViT was made for."""
+        raise self._unanswered("input_size")
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels; by default of square patches that cover the image."""
+        _, height, width = self.input_size
+        side = round((height * width / self.num_patches) ** 0.5)
+        return side, side
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(height, width) of the only images that the ViT takes; None if it takes others too."""
+        return self.input_size[1:]
+
+    @property
+    def width(self) -> int | None:
+        """Number D of channels of a token; None where the model does not say."""
+        return None
+
+    def features(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Patch tokens (B, P, D) that the numbered blocks give for images; by default as they leave the block.
+
+        A family whose ViT has a norm after its last block applies it here, to all of them.
+        """
+        kept: dict[int, Tensor] = {}
+        with ExitStack() as stack:
+            for number in blocks:
+                block = self.model.get_submodule(self.blocks[number])
+                hook = block.register_forward_hook(lambda _b, _x, y, number=number: kept.update({number: y}))
+                stack.callback(hook.remove)
+            self.vit(images)
+        return [kept[number][:, self.layout.num_prefix_tokens :] for number in blocks]
+
+    def data_config(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Preprocessing in timm's terms: input_size, mean, std, crop_pct, crop_mode, interpolation.
+
+        Args:
+            given: values by these names, which hold before the model's own.
+
+        Raises:
+            ValueError: if values do not fit the model.
+        """
+        return resolve_data_config({**given, "input_size": self.input_size}, pretrained_cfg=self.vit_config)
+
+    @property
+    def vit_config(self) -> dict[str, Any]:
+        """Preprocessing and "label_names" that came with the weights, in timm's format; empty where none did."""
+        found: dict[str, Any] = getattr(self.vit, "pretrained_cfg", {})
+        return found
+
+    # ---- classes
+
+    @property
+    def classifiers(self) -> tuple[nn.Module, ...]:
+        """Modules of the ViT that make logits: one, two in distilled DeiT, none in a ViT without classes."""
+        raise self._unanswered("classifiers")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the logits; 0 for a ViT without a classifier."""
+        for module in (self.model, self.vit):
+            classes: int | None = getattr(module, "num_classes", None)
+            if classes is not None:
+                return classes
+        raise self._unanswered("num_classes")
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, or their numbers where the model came without names.
+
+        Raises:
+            VimoeError: if there are names for another number of classes.
+        """
+        names, classes = self.vit_config.get("label_names"), self.num_classes
+        if names and len(names) != classes:
+            raise VimoeError(f"the model has {classes} classes and {len(names)} label names: expected a name for each")
+        return list(names) if names else [str(i) for i in range(classes)]
+
+    def logits(self, output: Any) -> Tensor:
+        """Return the logits in an output of the model that is no tensor, such as a ModelOutput."""
+        raise VimoeError(
+            f"{type(self.model).__name__} gives a {type(output).__name__}: expected a tensor of logits, or a family "
+            f"whose 'logits' reads it"
+        )
+
+    # ---- parameters
+
+    def head(self) -> set[str]:
+        """Names of the parameters that are new on a pretrained ViT: its classifiers', and all outside of the ViT."""
+        new = {id(p) for module in self.classifiers for p in module.parameters()}
+        return {name for name, p in self.model.named_parameters() if id(p) in new or not self._inside(name)}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of matrices that get no weight decay; by default the ViT's own (position embeddings, class token)."""
+        return {self._named(name) for name, _ in self.vit.named_parameters(recurse=False)}
+
+    def layer_numbers(self) -> dict[str, int]:
+        """Depth of each parameter by name, for layer-wise rates as in BEiT (arXiv 2106.08254).
+
+        0 is the stem (all before the blocks), i + 1 block i. The last one is all after the blocks and outside the ViT.
+        """
+        depths = {block: number for number, block in enumerate(self.blocks, 1)}
+        last, numbers, now = len(depths) + 1, {}, 0
+        for name, _ in self.model.named_parameters():
+            if (block := self.block_of(name)) is not None:
+                numbers[name], now = depths[block], last
+            else:
+                numbers[name] = now if self._inside(name) else last
+        return numbers
+
+    # ---- names
+
+    def _named(self, name: str) -> str:
+        """Name in the model of what has this name in the ViT."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def _inside(self, name: str) -> bool:
+        """True if a parameter of the model belongs to the ViT."""
+        return not self.path or name.startswith(f"{self.path}.")
+
+    def check_known(self, question: str) -> None:
+        """Raise SurgeryError for a model of no family; `question` is what the family would answer."""
+        if self.family is None:
+            raise self._unanswered(question)
+
+    def _unanswered(self, question: str) -> SurgeryError:
+        """The error for a question that nobody answers for this model."""
+        if self.family is None:
+            return SurgeryError(
+                f"no family knows {type(self.model).__name__}: expected a ViT of {', '.join(FAMILIES)}, or a family of "
+                f"your own that answers '{question}' (vimoe.models.interface.Backbone)"
+            )
+        return SurgeryError(
+            f"the family {self.family!r} does not answer {question!r}: expected it of {type(self).__name__}; add it"
+        )
 
 
-def vit(model: nn.Module) -> nn.Module:
-    """The ViT that a model is or has inside: the outermost module that says how it makes tokens, else the model."""
-    return model.get_submodule(_vit_name(model))
+def find_backbone(model: nn.Module) -> Backbone:
+    """Return the outermost ViT in a model that a family owns, the latest entry asked first; else a plain `Backbone`.
+
+    Example:
+        >>> import timm
+        >>> backbone = find_backbone(timm.create_model("vit_tiny_patch16_224", depth=2))
+        >>> backbone.family, backbone.blocks, backbone.layout.num_prefix_tokens, backbone.num_patches
+        ('timm', ('blocks.0', 'blocks.1'), 1, 196)
+    """
+    families = [FAMILIES.find(name) for name in reversed(FAMILIES)]
+    for path, module in model.named_modules():
+        for family in families:
+            if family.owns(module):
+                found: Backbone = family(model, path)
+                return found
+    return Backbone(model)
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Run a model, and return its logits: its output if that is a tensor, else what its family reads from it."""
+    output = model(images)
+    return output if isinstance(output, Tensor) else find_backbone(model).logits(output)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside of torch.compile's module, DataParallel or DistributedDataParallel.
 
     Raises:
-        VimoeError: for what is no module.
+        VimoeError: if it is no module.
     """
     expect("model", model, nn.Module, "build one, such as by timm.create_model")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -31,32 +354,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if compiled is None else unwrapped(compiled)
 
 
-def _vit_name(model: nn.Module) -> str:
-    says = ("num_prefix_tokens", "patch_embed")
-    return next((name for name, m in model.named_modules() if all(hasattr(m, each) for each in says)), "")
-
-
-def block_name(model: nn.Module, name: str) -> str | None:
-    """The numbered block of the ViT that a module lies in: "blocks.3" of "blocks.3.mlp"; None outside of all."""
-    inside = _vit_name(model)
-    prefix = f"{inside}." if inside else ""  # the ViT may be a numbered part itself, as in a Sequential
-    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name.removeprefix(prefix)) if name.startswith(prefix) else None
-    return prefix + numbered.group() if numbered else None
-
-
-def model_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a timm model, or the one inside of the model, was made for."""
-    model = vit(model)
-    channels, height, width = get_model_input_config(model)["input_size"]
-    if not hasattr(model, "_traits"):  # not built by timm.create_model, which notes the size
-        height, width = getattr(model.patch_embed, "img_size", None) or (height, width)
-    return channels, height, width
-
-
 def label_names(model: nn.Module) -> list[str]:
-    """The names of a model's classes, or their numbers where it has none."""
-    names = getattr(model, "pretrained_cfg", {}).get("label_names")
-    classes: Any = model.num_classes
-    if names and len(names) != classes:
-        raise VimoeError(f"the model has {classes} classes and {len(names)} label names: expected a name for each")
-    return list(names) if names else [str(i) for i in range(classes)]
+    """Return the names of a model's classes, or their numbers where it has none.
+
+    Raises:
+        VimoeError: if there are names for another number of classes.
+    """
+    return find_backbone(model).label_names

@@ -1,7 +1,7 @@
-"""Model folders: safetensors weights and a config.json in timm's format with a section on MoE layers and decoder.
+"""Model folders: safetensors weights, and a config.json in timm's format with a "vimoe" section.
 
-A folder without MoE layers, widened FFNs and decoder is a plain timm folder, which timm builds from the name
-"local-dir:FOLDER" too. Nothing is ever unpickled.
+The section notes MoE layers, decoder, and a family other than timm's. A folder without any of these is a plain timm
+folder, which timm builds from the name "local-dir:FOLDER" too. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from safetensors import SafetensorError
-from timm.models._hub import save_config_for_hf  # what timm.models.save_for_hf calls for its config.json
 from torch import Tensor, nn
 
+from vimoe.config.model import FAMILIES
 from vimoe.config.moe import MoEConfig
-from vimoe.errors import FolderError, VimoeError, first_line
+from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
-from vimoe.models.interface import model_input_size, unwrapped, vit
+from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import sites, upcycle
 from vimoe.moe import MoE, ffn
@@ -42,20 +41,21 @@ def save(
     model_args: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model folder, and proves that the model can be rebuilt from it before it takes its name.
+    """Write a model folder, and prove that the model can be rebuilt from it before the folder gets its name.
 
     Args:
-        model: a timm ViT, or a `Segmenter` of one, with or without MoE layers.
-        path: the folder to make.
+        model: a ViT of a known family, or a `Segmenter` of one, with or without MoE layers.
+        path: folder to make.
         label_names: name of each class; by default those that the model came with.
         preprocessing: timm's data config (mean, std, crop_pct, interpolation); by default the model's own.
-        model_args: arguments of timm.create_model that timm does not remember or JSON cannot hold.
+        model_args: arguments of timm.create_model that timm does not remember or JSON cannot hold; of another family,
+            arguments of its `build`.
         overwrite: replace a model folder that is there.
 
     Raises:
-        FolderError: where the folder is there already, is no model folder, or would not rebuild the model; nothing is
+        FolderError: if the folder is there already, is no model folder, or would not rebuild the model; nothing is
             left behind.
-        VimoeError: for an optimised model.
+        VimoeError: if the model is optimised.
 
     >>> import tempfile, timm, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -70,15 +70,21 @@ def save(
     except OSError as error:
         raise FolderError(f"{path} cannot be made: {error.strerror}; use another name") from error
     check_not_packed(model)
-    if not hasattr(model, "pretrained_cfg"):
-        raise FolderError(f"{type(model).__name__} was not built by timm.create_model, which notes how to rebuild it")
-    if label_names is not None and len(label_names) != model.num_classes:
-        raise FolderError(f"{len(label_names)} label_names for {model.num_classes} classes: expected a name for each")
+    backbone = find_backbone(model)
+    backbone.check_known("build")
+    if backbone.path and not isinstance(model, Segmenter):
+        raise FolderError(
+            f"{type(model).__name__} is a module around a ViT, and nothing notes how to rebuild it: expected the ViT "
+            f"alone; save its part {backbone.path!r}"
+        )
+    if label_names is not None and len(label_names) != backbone.num_classes:
+        raise FolderError(
+            f"{len(label_names)} label_names for {backbone.num_classes} classes: expected a name for each"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(path.parent) as temporary:
-            model_config = {"label_names": list(label_names)} if label_names else {}
-            save_config_for_hf(vit(model), str(temporary / CONFIG), model_config, model_args, preprocessing)
+            backbone.write_config(temporary / CONFIG, label_names, preprocessing, model_args)
             _add_layers(model, temporary / CONFIG)
             weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
             safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -96,14 +102,14 @@ def save(
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The model that `save` wrote, in eval mode. Its `pretrained_cfg` has the preprocessing and label names.
+    """Load the model that `save` wrote, in eval mode, with its preprocessing and label names.
 
     Args:
-        path: a model folder, or "hf-hub:USER/REPO" for a hub repository that is one.
-        device: where to put it.
+        path: model folder, or "hf-hub:USER/REPO" for a hub repository that is one.
+        device: device of the loaded model.
 
     Raises:
-        FolderError: where the folder is missing, incomplete, damaged, or from a newer version.
+        FolderError: if the folder is missing, incomplete, damaged, or from a newer version.
 
     >>> import tempfile, timm, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -163,7 +169,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
 
 
 def _is_model_config(path: Path) -> bool:
-    """Return True for a config.json as timm writes it for a model."""
+    """Return True for a config.json that `save` or timm wrote for a model."""
     try:
         return "architecture" in json.loads(read_text(path))
     except (FolderError, ValueError, TypeError):
@@ -171,11 +177,12 @@ def _is_model_config(path: Path) -> bool:
 
 
 def _add_layers(model: nn.Module, config_path: Path) -> None:
-    """Notes each MoE layer, each FFN that is a multiple of the backbone's width, and the decoder, in the config."""
+    """Note each MoE layer, each FFN that is a multiple of the backbone's width, and the decoder, in the config."""
     config = json.loads(read_text(config_path))
-    segmentation = model.to_dict() if isinstance(model, Segmenter) else None
+    section = config.get("vimoe", {})
+    segmentation = {"segmentation": model.to_dict()} if isinstance(model, Segmenter) else {}
     with torch.device("meta"):
-        parent = _parent(config_path.parent, segmentation)
+        parent = _parent(config_path, {**section, **segmentation})
     layers = {}
     for site in sites(model):
         if isinstance(site.module, MoE):
@@ -184,16 +191,14 @@ def _add_layers(model: nn.Module, config_path: Path) -> None:
         width, was = (ffn.describe(root.get_submodule(site.name)).hidden for root in (model, parent))
         if width != was and width % was == 0:
             layers[site.name] = MoEConfig(num_experts=0, num_shared_experts=width // was)
-    if layers or segmentation:
+    if layers or segmentation or section:
         rows = {name: {k: v for k, v in c.to_dict().items() if k != "layers"} for name, c in layers.items()}
-        config["vimoe"] = {"format": FORMAT, "layers": rows}
-        if segmentation:
-            config["vimoe"]["segmentation"] = segmentation
+        config["vimoe"] = {"format": FORMAT, "layers": rows, **segmentation, **section}
         write_json(config_path, config)
 
 
 def _rebuild(path: Path) -> nn.Module:
-    """The architecture of a folder, with weights still to be loaded."""
+    """Build the architecture of a folder, with weights still to be loaded."""
     try:
         section = json.loads(read_text(path / CONFIG)).get("vimoe", {"format": FORMAT, "layers": {}})
     except (json.JSONDecodeError, AttributeError) as error:
@@ -202,7 +207,7 @@ def _rebuild(path: Path) -> nn.Module:
         raise FolderError(
             f"{path / CONFIG} has a 'vimoe' section {str(section)[:40]}: expected format {FORMAT}; update vimoe"
         )
-    model = _parent(path, section.get("segmentation"))
+    model = _parent(path / CONFIG, section)
     try:
         for name, values in section["layers"].items():
             with warnings.catch_warnings():
@@ -213,47 +218,41 @@ def _rebuild(path: Path) -> nn.Module:
     return model
 
 
-def _parent(path: Path, segmentation: dict[str, Any] | None) -> nn.Module:
-    """The dense model of a folder."""
-    backbone = _backbone(path)
+def _parent(config: Path, section: dict[str, Any]) -> nn.Module:
+    """Build the dense model of a config.json with this "vimoe" section."""
+    try:
+        backbone: nn.Module = FAMILIES.find(section.get("family", "timm")).rebuild(config)
+    except ConfigError as error:
+        raise FolderError(f"{config} is of a family that is not known here: {error}") from error
+    segmentation = section.get("segmentation")
     if segmentation is None:
         return backbone
     try:
         return Segmenter(backbone, **segmentation)
     except (TypeError, VimoeError) as error:
-        raise FolderError(f"{path / CONFIG}: the 'segmentation' entry does not fit: {error}") from error
-
-
-def _backbone(path: Path) -> nn.Module:
-    try:
-        return timm.create_model(f"local-dir:{path}", pretrained=False)
-    except (KeyError, RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise FolderError(
-            f"timm cannot build the backbone of {path / CONFIG}: {first_line(error)}; "
-            f"at save, pass model_args={{...}} with the arguments that timm.create_model was given"
-        ) from error
+        raise FolderError(f"{config}: the 'segmentation' entry does not fit: {error}") from error
 
 
 def _prove(model: nn.Module, path: Path) -> None:
-    """Loads the folder and compares outputs on random images."""
+    """Load the folder, and compare the outputs of both models on random images."""
     tensor = next(model.parameters())
     try:
         rebuilt = load(path, tensor.device)
     except FolderError as error:
         raise FolderError(
             f"the folder would not rebuild this model: {str(error).replace(str(path) + '/', '')}; pass "
-            f"model_args={{...}} with the arguments that timm.create_model was given"
+            f"model_args={{...}} with the arguments that it was built with"
         ) from error
-    noise = torch.randn(2, *model_input_size(model), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *find_backbone(model).input_size, generator=torch.Generator().manual_seed(0))
     images = noise.to(tensor.device, tensor.dtype)
     with _evaluating(model), torch.no_grad():
-        expected, got = model(images).float(), rebuilt(images).float()
+        expected, got = (logits_of(each, images).float() for each in (model, rebuilt))
     if not expected.isfinite().all():
         raise FolderError("the model computes values that are not finite: expected a model whose weights are whole")
     if expected.shape != got.shape or not (expected - got).abs().max() <= 1e-3 * expected.abs().max():
         raise FolderError(
             "a model rebuilt from the folder computes something else: pass model_args={...} with the arguments "
-            "that timm.create_model was given, and name what was changed since"
+            "that it was built with, and name what was changed since"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which number format trains a model fastest on this machine."""
+"""Choice of the number format that trains a model fastest on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vimoe.config.train import Precision, TrainConfig
-from vimoe.models.interface import vit
+from vimoe.models.interface import find_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _PROCESSORS = {"cpu": "CPU", "cuda": "GPU"}
 
 
-NARROW = 192  # channels, those of ViT-Ti: on a CPU, autocast costs narrower ViTs more than bfloat16 saves them
+NARROW = 192  # channels of ViT-Ti: on a CPU, autocast costs narrower ViTs more time than bfloat16 saves
 
 
 def fastest_precision(model: nn.Module) -> tuple[Precision, str]:
@@ -29,14 +29,14 @@ def fastest_precision(model: nn.Module) -> tuple[Precision, str]:
         return "no", f"bfloat16 was not measured on {device}"
     if not has_bfloat16():
         return "no", f"this {_PROCESSORS[device]} has no bfloat16"
-    channels = getattr(vit(model), "embed_dim", 0)
+    channels = find_backbone(model).width or 0
     if device == "cpu" and channels < NARROW:
         return "no", f"bfloat16 is no faster on a CPU for a ViT of {channels} channels"
     return "bf16", f"this {_PROCESSORS[device]} has bfloat16"
 
 
 def resolve(config: TrainConfig, model: nn.Module) -> TrainConfig:
-    """Return the settings with `precision` "auto" replaced by what it means for this model on this machine."""
+    """Return the settings with `precision` "auto" replaced by the format for this model on this machine."""
     if config.precision != "auto":
         return config
     precision, why = fastest_precision(model)
@@ -45,9 +45,9 @@ def resolve(config: TrainConfig, model: nn.Module) -> TrainConfig:
 
 
 def has_bfloat16() -> bool:
-    """False where this machine is known to emulate products of bfloat16, slower than those of float32.
+    """Return False if this machine is known to emulate products of bfloat16, which is slower than float32.
 
-    On a CPU torch's own test is passed by AVX-512 without bfloat16 too, where oneDNN converts each operand.
+    On a CPU torch's own test also passes for AVX-512 without bfloat16, where oneDNN converts each operand.
     """
     device = _device()
     if device == "cuda":
@@ -60,11 +60,11 @@ def has_bfloat16() -> bool:
 
 @functools.cache  # once is enough
 def warn_of_slow_bfloat16(setting: str, remedy: str) -> None:
-    """Logs a warning where this machine emulates the bfloat16 that a setting asks for.
+    """Log a warning if this machine emulates the bfloat16 that a setting asks for.
 
     Args:
-        setting: what asks for it.
-        remedy: what to ask for instead.
+        setting: the setting, with its value.
+        remedy: the advice at the end of the warning.
     """
     if not has_bfloat16():
         processor = _PROCESSORS[_device()]

@@ -1,6 +1,6 @@
 """Find modules inside the blocks of a ViT, and swap them all or none.
 
-Nothing here knows what an expert is: the caller says which modules count and what takes their place.
+Nothing here knows of experts: the caller decides which modules match, and builds the modules that replace them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from torch import nn
 
 from vimoe.errors import SurgeryError
-from vimoe.models.interface import block_name
+from vimoe.models.interface import find_backbone
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a model: `block` counts the blocks that hold a site, in forward order, from 0."""
+    """A module that surgery can replace.
+
+    Attributes:
+        name: module name in the model.
+        block: number of its block, from 0 in forward order, among the blocks that hold a site.
+        module: the module itself.
+    """
 
     name: str
     block: int
@@ -26,21 +32,24 @@ class Site:
         return f"{self.name} (block {self.block})"
 
 
-def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[nn.Module], ...] = ()) -> list[Site]:
-    """The outermost matching modules that lie inside numbered blocks ("blocks.3.mlp").
+def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
+    """Return the outermost matching modules that lie inside the blocks of the model's ViT ("blocks.3.mlp").
 
-    A match outside of the blocks, such as the MLP of an attention pool, is no site, nor is one inside of `skip`.
+    A match outside of the blocks, such as the MLP of an attention pool, is no site, nor is one inside of a module that
+    the family skips (`Backbone.skipped`).
 
     Raises:
-        SurgeryError: where one module stands at two places, since swapping one of them would untie them.
+        SurgeryError: if one module stands at two places, since swapping one of them would untie them; or if nothing is
+            found in a model that no family knows.
     """
+    backbone = find_backbone(model)
     names: dict[nn.Module, str] = {}
     blocks: dict[str, int] = {}
     sites: list[Site] = []
 
     def visit(module: nn.Module, path: tuple[str, ...]) -> None:
         for child_name, child in module._modules.items():  # named_children leaves out what stands there twice
-            if child is None or isinstance(child, skip):
+            if child is None or isinstance(child, backbone.skipped):
                 continue
             child_path = (*path, child_name)
             if not match(child):
@@ -50,16 +59,18 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool], skip: tuple[type[
             if child in names:
                 raise SurgeryError(f"{name} is the same module as {names[child]}: expected one place for each; untie")
             names[child] = name
-            if inside := block_name(model, name):
+            if inside := backbone.block_of(name):
                 block = blocks.setdefault(inside, len(blocks))
                 sites.append(Site(name, block, child))
 
     visit(model, ())
+    if not sites:
+        backbone.check_known("blocks")
     return sites
 
 
 def swap(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
-    """Puts each module at its place. All were built before this, so nothing can fail half-way."""
+    """Put each module at its place. All were built before, so nothing can fail half-way."""
     for name, module in replacements.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)

@@ -1,133 +1,174 @@
-"""A dense ViT from its settings, built by timm.
-
-torch and timm take seconds to import, so names are checked without them.
-"""
+"""The ViTs of timm, vimoe's native family."""
 
 from __future__ import annotations
 
-import functools
-import json
 import re
-import sys
-from dataclasses import replace
-from importlib.util import find_spec
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vimoe.config.model import ModelConfig
-from vimoe.errors import ConfigError, beside, first_line, nearest
-from vimoe.files import read_text
+import timm
+from timm.data.model_config import resolve_input_data_config
+from timm.layers import PatchDropout, RelPosMlp
+from timm.models import get_model_input_config
+from timm.models._hub import save_config_for_hf  # what timm.models.save_for_hf calls for its config.json
+from timm.models._manipulate import group_with_matcher
+from timm.models.naflexvit import NaFlexVit
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from vimoe.errors import ConfigError, FolderError, SurgeryError, first_line
+from vimoe.models.interface import Backbone
+from vimoe.moe.router import TokenLayout
 
-SOURCES = ("local-dir", "hf-hub")  # as timm names them
-FFN_NAME = re.compile(r"(\w+\.)*(\w*blocks\w*|(post_)?network)\.\d+\.(\w+\.)*\w*mlp")  # in every model of timm
-
-
-def create(config: ModelConfig, num_classes: int | None = None, **overrides: Any) -> nn.Module:
-    """Builds the dense model.
-
-    Args:
-        config: what to build.
-        num_classes: overrides `config.num_classes`; 0 leaves the classifier out.
-        overrides: further arguments of timm.create_model, before those of `config`.
-
-    Raises:
-        ConfigError: for a name that timm does not know, weights that cannot be had, or arguments that it refuses.
-    """
-    import timm
-
-    check_name(config)
-    classes = config.num_classes if num_classes is None else num_classes
-    wanted = {"img_size": config.img_size, "num_classes": classes, **config.args, **overrides}
-    kwargs = {"drop_path_rate": config.drop_path_rate, **{k: v for k, v in wanted.items() if v is not None}}
-    try:
-        return timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
-    except OSError as error:
-        raise ConfigError(
-            f"the weights of {config.name!r} cannot be had: {first_line(error)}; use --model.pretrained false, "
-            f"or --model.name local-dir:FOLDER"
-        ) from error
-    except (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError) as error:
-        raise ConfigError(
-            f"timm could not build {config.name!r}: {first_line(error)}; look at the arguments {sorted(kwargs)}"
-        ) from error
+_BUILT = (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError)  # what timm raises for odd arguments
 
 
-def create_without_weights(config: ModelConfig) -> nn.Module:
-    """The dense model on the meta device: shapes for `plan` and `count`, no memory and no download."""
-    import torch
+class TimmViT(Backbone):
+    """A model of timm. Any of its models is known; questions that only a plain ViT can answer raise SurgeryError."""
 
-    with torch.device("meta"):
-        return create(replace(config, pretrained=False))
+    skipped = (RelPosMlp,)  # it maps two coordinates to a bias for each head
 
+    @classmethod
+    def owns(cls, module: nn.Module) -> bool:
+        return all(hasattr(type(module), name) for name in ("forward_features", "get_classifier"))
 
-def dense_segmenter(config: ModelConfig) -> Path | None:
-    """The model folder that the name means, where that holds a whole segmenter without MoE layers."""
-    source, _, place = config.name.partition(":")
-    if source != "local-dir" or not (Path(place) / "config.json").is_file():
-        return None
-    section = _vimoe_section(config.name, Path(place))
-    return Path(place) if section.get("segmentation") and not section.get("layers") else None
+    @classmethod
+    def create(
+        cls, name: str, *, pretrained: bool, num_classes: int | None, img_size: int | tuple[int, int] | None,
+        any_size: bool, drop_path_rate: float, **args: Any,
+    ) -> nn.Module:  # fmt: skip
+        wanted = {"img_size": img_size, "num_classes": num_classes, **args}
+        given = {"drop_path_rate": drop_path_rate, **{key: value for key, value in wanted.items() if value is not None}}
+        if not any_size:
+            return cls._create(name, pretrained, given)
+        try:
+            return cls._create(name, pretrained, {**given, "dynamic_img_size": True})
+        except ConfigError as error:
+            if "unexpected keyword argument 'dynamic_img_size'" not in str(error):
+                raise
+        return cls._create(name, pretrained, given)  # BEiT, whose relative positions are of one size
 
+    @staticmethod
+    def _create(name: str, pretrained: bool, given: dict[str, Any]) -> nn.Module:
+        try:
+            return timm.create_model(name, pretrained=pretrained, **given)
+        except OSError as error:
+            raise ConfigError(
+                f"the weights of {name!r} cannot be had: {first_line(error)}; use --model.pretrained false, "
+                f"or --model.name local-dir:FOLDER"
+            ) from error
+        except _BUILT as error:
+            raise ConfigError(
+                f"timm could not build {name!r}: {first_line(error)}; look at the arguments {sorted(given)}"
+            ) from error
 
-def check_name(config: ModelConfig, segmentation: bool = False) -> None:
-    """Raises ConfigError, with the nearest known name, where there is no such model, tag, source or folder.
+    def write_config(
+        self, path: Path, label_names: Sequence[str] | None, preprocessing: dict[str, Any] | None,
+        model_args: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
+        if not hasattr(self.vit, "pretrained_cfg"):
+            raise FolderError(
+                f"{type(self.vit).__name__} was not built by timm.create_model, which notes how to rebuild it"
+            )
+        model_config = {"label_names": list(label_names)} if label_names else {}
+        save_config_for_hf(self.vit, str(path), model_config, model_args, preprocessing)
 
-    A name that timm's source does not have is refused; whether timm builds one that it has, `create` sees.
+    @classmethod
+    def rebuild(cls, config: Path) -> nn.Module:
+        try:
+            return timm.create_model(f"local-dir:{config.parent}", pretrained=False)
+        except (KeyError, *_BUILT) as error:
+            raise FolderError(
+                f"timm cannot build the backbone of {config}: {first_line(error)}; "
+                f"at save, pass model_args={{...}} with the arguments that timm.create_model was given"
+            ) from error
 
-    Args:
-        config: whose name it is.
-        segmentation: whether it may be the folder of a dense segmenter too.
-    """
-    if segmentation and dense_segmenter(config):
-        return
-    name, (source, colon, place) = config.name, config.name.partition(":")
-    if colon and source not in SOURCES:
-        raise ConfigError(f"model.name={name!r}: unknown source {source!r}; {nearest(source, SOURCES)}")
-    if source == "local-dir" and colon:
-        _check_folder(name, Path(place))
-    if colon:
-        return
-    architecture, _, tag = name.partition(".")
-    timm_models = sys.modules.get("timm.models")
-    if timm_models and timm_models.is_model(architecture) and not tag:  # also one that the caller has registered
-        return
-    source = _timm_source()
-    if not any(said in source for said in (f"\ndef {architecture}(", f"'{architecture}'", f'"{architecture}"')):
-        vits = re.findall(r"^def ((?:vit|deit|eva|beit)\w*)\(", source, re.MULTILINE)
-        raise ConfigError(f"model.name={name!r}: timm has no such model; {nearest(architecture, vits)}")
-    if tag and not any(said in source for said in (f".{tag}'", f'.{tag}"')):
-        tagged = re.findall(rf"['\"]({re.escape(architecture)}\.[\w.]+)['\"]", source)
-        raise ConfigError(f"model.name={name!r}: timm has no such weights; {nearest(name, tagged)}")
+    def block_of(self, name: str) -> str | None:
+        """Return the first numbered module on the way to one, since hierarchical models have stages of blocks."""
+        prefix = self._named("")
+        numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name.removeprefix(prefix)) if name.startswith(prefix) else None
+        return prefix + numbered.group() if numbered else None
 
+    @property
+    def drops_patches(self) -> bool:
+        return any(isinstance(module, PatchDropout) and module.prob for module in self.vit.modules())
 
-@functools.cache
-def _timm_source() -> str:
-    """The text of timm's models, which has the name of each as a function or string, and each tag in a string."""
-    spec = find_spec("timm")
-    assert spec is not None and spec.submodule_search_locations
-    models = Path(spec.submodule_search_locations[0], "models")
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(models.glob("*.py")))
+    @property
+    def layout(self) -> TokenLayout:
+        if isinstance(self.vit, NaFlexVit):
+            raise SurgeryError(
+                "NaFlexVit pads its tokens and hides which: expected a ViT of fixed size; use its vit_* twin"
+            )
+        if not hasattr(self.vit, "num_prefix_tokens"):
+            raise SurgeryError(
+                f"{type(self.vit).__name__} does not say which tokens are no patches (num_prefix_tokens): "
+                f"expected a plain ViT of timm (vit_*, deit*)"
+            )
+        return TokenLayout(self.vit.num_prefix_tokens, getattr(self.vit, "cls_token", None) is not None)
 
+    @property
+    def _patch_embed(self) -> Any:
+        return getattr(self.vit, "patch_embed", None)
 
-def _check_folder(name: str, folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"model.name={name!r}: no model folder there; {beside(folder)}")
-    if _vimoe_section(name, folder):
-        raise ConfigError(
-            f"model.name={name!r} holds MoE layers, widened FFNs or a decoder: expected a dense ViT in timm's format; "
-            f"start from the dense one, or use vimoe.load in Python"
+    @property
+    def num_patches(self) -> int:
+        patches: int | None = getattr(self._patch_embed, "num_patches", None)
+        if patches is None:
+            raise SurgeryError(
+                f"{type(self.vit).__name__} does not say how many patches it makes: expected a plain ViT of timm"
+            )
+        return patches
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        channels, height, width = get_model_input_config(self.vit)["input_size"]
+        if not hasattr(self.vit, "_traits"):  # not built by timm.create_model, which notes the size
+            height, width = getattr(self._patch_embed, "img_size", None) or (height, width)
+            channels = getattr(getattr(self._patch_embed, "proj", None), "in_channels", channels)
+        return channels, height, width
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        height, width = self._patch_embed.patch_size
+        return int(height), int(width)
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        fixed = getattr(self._patch_embed, "strict_img_size", False)
+        return tuple(self._patch_embed.img_size) if fixed else None
+
+    @property
+    def width(self) -> int | None:
+        return getattr(self.vit, "embed_dim", None)
+
+    def features(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        found: list[Tensor] = self.vit.forward_intermediates(
+            images, indices=list(blocks), norm=True, output_fmt="NLC", intermediates_only=True
         )
+        return found
 
+    def data_config(self, given: dict[str, Any]) -> dict[str, Any]:
+        return resolve_input_data_config(self.vit, given)
 
-def _vimoe_section(name: str, folder: Path) -> dict[str, Any]:
-    """What vimoe notes in a model folder's config; nothing where that is a plain timm folder."""
-    config = folder / "config.json"
-    try:
-        section: dict[str, Any] = json.loads(read_text(config)).get("vimoe", {})
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model.name={name!r}: {config} is no JSON ({error}); save the model again") from error
-    return section
+    @property
+    def classifiers(self) -> tuple[nn.Module, ...]:
+        head = self.vit.get_classifier()
+        return head if isinstance(head, tuple) else (head,)
+
+    def no_weight_decay(self) -> set[str]:
+        patterns = self.vit.no_weight_decay() if hasattr(self.vit, "no_weight_decay") else ()
+        names = [name for name, _ in self.vit.named_parameters()]
+        return {self._named(name) for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+    def layer_numbers(self) -> dict[str, int]:
+        """Depth of each parameter as timm's `group_matcher` has it: the last norm belongs to the last block."""
+        if not hasattr(self.vit, "group_matcher"):
+            return super().layer_numbers()
+        prefix = self._named("")
+        # what lies outside of the ViT gets a name that no pattern matches, and so is of the last layer
+        names = {
+            n.removeprefix(prefix) if n.startswith(prefix) else f" {n}": n for n, _ in self.model.named_parameters()
+        }
+        numbers = group_with_matcher(names.items(), self.vit.group_matcher(coarse=False), reverse=True)
+        return {names[name]: number for name, number in numbers.items()}

@@ -5,11 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from timm.layers import RelPosMlp
-from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
 from vimoe.config.layers import Layers
@@ -17,7 +14,7 @@ from vimoe.config.moe import MoEConfig
 from vimoe.errors import SurgeryError, expect, first_line, nearest
 from vimoe.models import surgery
 from vimoe.models.cost import Cost, count, meta_copy, meta_images
-from vimoe.models.interface import vit
+from vimoe.models.interface import find_backbone
 from vimoe.models.surgery import Site
 from vimoe.moe import MoE, ffn
 from vimoe.moe.layer import moe_layers
@@ -183,7 +180,7 @@ def sites(model: nn.Module) -> list[Site]:
         VimoeError: if the model is optimised.
     """
     check_not_packed(model)
-    return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module), skip=(RelPosMlp,))
+    return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module))
 
 
 def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
@@ -191,7 +188,7 @@ def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     chosen = config.selection.select(sites(model))
     if not chosen:
         return {}
-    layout = _token_layout(model)
+    layout = find_backbone(model).layout
     for site in chosen:
         if isinstance(site.module, MoE):
             raise SurgeryError(f"{site} is an MoE layer already: expected a dense FFN; densify it first")
@@ -217,21 +214,6 @@ def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Mo
     return MoE(dense, config, layout)
 
 
-def _token_layout(model: nn.Module) -> TokenLayout:
-    model = vit(model)
-    if isinstance(model, NaFlexVit):
-        raise SurgeryError(
-            "NaFlexVit pads its tokens and hides which: expected a ViT of fixed size; use its vit_* twin"
-        )
-    if not hasattr(model, "num_prefix_tokens"):
-        raise SurgeryError(
-            f"{type(model).__name__} does not say which tokens are no patches (num_prefix_tokens): "
-            f"expected a plain ViT of timm (vit_*, deit*)"
-        )
-    prefix: Any = model.num_prefix_tokens
-    return TokenLayout(prefix, getattr(model, "cls_token", None) is not None)
-
-
 def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout) -> None:
     """Run two images through a copy without weights, to see that each FFN gets (images, tokens, channels)."""
     copied = meta_copy(model).eval()
@@ -249,7 +231,6 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
     except (RuntimeError, ValueError, AssertionError) as error:
         size = tuple(images.shape[1:])
         raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
-    patches = getattr(getattr(vit(model), "patch_embed", None), "num_patches", None)
     for site in chosen:
         shape = shapes.get(site.name)
         if shape is None or len(shape) != 3 or shape[0] != 2:
@@ -257,10 +238,7 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
                 f"{site} gets {shape} for 2 images: expected (2, tokens, channels); a block that folds windows "
                 f"into the batch or keeps a grid cannot be converted"
             )
-        if patches is None:
-            raise SurgeryError(
-                f"{type(model).__name__} does not say how many patches it makes: expected a plain ViT of timm"
-            )
+        patches = find_backbone(model).num_patches
         if shape[1] != patches + layout.num_prefix_tokens:
             raise SurgeryError(
                 f"{site} gets {shape[1]} tokens: expected {patches} patches and {layout.num_prefix_tokens} others "

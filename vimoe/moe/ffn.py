@@ -6,8 +6,8 @@ Axes: D channels, F hidden units. The canonical weights of an FFN are
     norm.weight, norm.bias (F,): only where the FFN has a LayerNorm between its matrices
     fc2.weight (D, F)    fc2.bias (D,)
 
-and it computes fc2(norm(act(fc1(x)))), or fc2(norm(act(gate) * value)) where it is gated. A new kind of FFN is one
-more entry in `_KINDS`.
+and it computes fc2(norm(act(fc1(x)))), or fc2(norm(act(gate) * value)) where it is gated. A new class of FFN is one
+more entry in `KINDS`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,16 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class FFN:
-    """What an FFN is, apart from its weights."""
+    """Shape and parts of an FFN, without its weights.
+
+    Attributes:
+        dim: number D of channels.
+        hidden: number F of hidden units.
+        gated: True if it computes act(gate) * value.
+        act: activation.
+        norm_eps: epsilon of the LayerNorm between the matrices; None without one.
+        drop: rates of the dropouts on the hidden units and on the output.
+    """
 
     dim: int
     hidden: int
@@ -40,104 +49,132 @@ class FFN:
     drop: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """How one class of FFN maps to the canonical layout and back."""
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Names of the parts of one class of FFN, by which its weights are read and written in the canonical layout.
 
-    linears: tuple[str, ...]
-    gated: bool
-    read: Callable[[nn.Module], Weights]
-    write: Callable[[nn.Module, Weights], Weights]  # canonical weights -> the module's own names
+    Args:
+        fc1: name of the first nn.Linear; for a gated FFN with two of them, the gate's name and the value's.
+        fc2: name of the last nn.Linear.
+        act: name of the activation, a module.
+        norm: name of the LayerNorm or nn.Identity between the matrices; None for a class without one.
+        drops: names of the dropouts on the hidden units and on the output; None for a class without one.
+        gated: True if it computes act(gate) * value.
+        value_first: True for a module whose fc1 has the value's rows before the gate's.
+
+    Example:
+        >>> class FeedForward(nn.Sequential): ...
+        >>> KINDS[FeedForward] = Kind(fc1=("0",), fc2="2", act="1")
+        >>> sorted(read(FeedForward(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))))
+        ['fc1.bias', 'fc1.weight', 'fc2.bias', 'fc2.weight']
+    """
+
+    fc1: tuple[str] | tuple[str, str] = ("fc1",)
+    fc2: str = "fc2"
+    act: str = "act"
+    norm: str | None = None
+    drops: tuple[str | None, str | None] = (None, None)
+    gated: bool = False
+    value_first: Callable[[Any], bool] = lambda module: False
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all its nn.Linear."""
+        return (*self.fc1, self.fc2)
+
+    def read(self, module: nn.Module) -> Weights:
+        """Return the canonical weights of a module of this class."""
+        own: Weights = dict(module.named_parameters())
+        found: Weights = {}
+        for part in ("weight", "bias"):
+            halves = [own[name] for each in self.fc1 if (name := f"{each}.{part}") in own]
+            if halves:
+                found[f"fc1.{part}"] = self._ordered(module, halves[0] if len(halves) == 1 else torch.cat(halves))
+            for layer, theirs in (("norm", self.norm), ("fc2", self.fc2)):
+                if f"{theirs}.{part}" in own:
+                    found[f"{layer}.{part}"] = own[f"{theirs}.{part}"]
+        return found
+
+    def write(self, module: nn.Module, weights: Weights) -> Weights:
+        """Return canonical weights by the names that a module of this class has for them."""
+        found: Weights = {}
+        for name, w in weights.items():
+            layer, part = name.split(".")
+            if layer == "fc1":
+                halves = self._ordered(module, w).chunk(len(self.fc1))
+                found |= {f"{own}.{part}": half for own, half in zip(self.fc1, halves, strict=True)}
+            else:
+                found[f"{self.norm if layer == 'norm' else self.fc2}.{part}"] = w
+        return found
+
+    def _ordered(self, module: nn.Module, w: Tensor) -> Tensor:
+        """Change between the module's order of gate and value and the canonical one."""
+        return torch.cat(w.chunk(2)[::-1]) if self.value_first(module) else w
 
 
-def _own(module: nn.Module) -> Weights:
-    return dict(module.named_parameters())
-
-
-def _halves_swapped(weights: Weights) -> Weights:
-    swap = {name: torch.cat(w.chunk(2)[::-1]) for name, w in weights.items() if name.startswith("fc1.")}
-    return {**weights, **swap}
-
-
-def _glu(module: nn.Module, weights: Weights) -> Weights:
-    return _halves_swapped(weights) if module.gate_last else dict(weights)
-
-
-def _join_swiglu(module: nn.Module) -> Weights:
-    own = _own(module)
-    joined = {f"fc1.{k}": torch.cat([own.pop(f"fc1_g.{k}"), own.pop(f"fc1_x.{k}")]) for k in _kinds_of("fc1_g", own)}
-    return {**joined, **own}
-
-
-def _split_swiglu(module: nn.Module, weights: Weights) -> Weights:
-    own = dict(weights)
-    for k in _kinds_of("fc1", weights):
-        own[f"fc1_g.{k}"], own[f"fc1_x.{k}"] = own.pop(f"fc1.{k}").chunk(2)
-    return own
-
-
-def _kinds_of(layer: str, weights: Weights) -> list[str]:
-    return [k for k in ("weight", "bias") if f"{layer}.{k}" in weights]
-
-
-_KINDS: dict[type[nn.Module], _Kind] = {
-    Mlp: _Kind(("fc1", "fc2"), False, _own, lambda module, weights: dict(weights)),
-    GluMlp: _Kind(("fc1", "fc2"), True, lambda module: _glu(module, _own(module)), _glu),
-    SwiGLU: _Kind(("fc1_g", "fc1_x", "fc2"), True, _join_swiglu, _split_swiglu),
+_DROPS = ("drop1", "drop2")
+KINDS: dict[type[nn.Module], Kind] = {
+    Mlp: Kind(norm="norm", drops=_DROPS),
+    GluMlp: Kind(norm="norm", drops=_DROPS, gated=True, value_first=lambda module: module.gate_last),
+    SwiGLU: Kind(fc1=("fc1_g", "fc1_x"), norm="norm", drops=_DROPS, gated=True),
 }
 
 
 def is_ffn(module: nn.Module) -> bool:
-    """Whether the module is of a known class, whatever stands in it; `describe` says whether it can be read."""
-    return type(module) in _KINDS
+    """Return True for a module of a class in `KINDS`; `describe` finds out if it can be read."""
+    return type(module) in KINDS
 
 
 def describe(module: Any) -> FFN:
-    """Reads what an FFN is.
+    """Read the shape and parts of an FFN.
 
     Raises:
-        SurgeryError: for a part that experts could not reproduce, such as a quantised or adapted matrix.
+        SurgeryError: if experts could not reproduce a part, such as a quantised or adapted matrix.
     """
-    kind = _KINDS[type(module)]
+    kind = KINDS[type(module)]
     for name in kind.linears:
-        linear = getattr(module, name)
+        linear = module.get_submodule(name)
         if type(linear) is not nn.Linear or hasattr(linear, "parametrizations"):
             raise SurgeryError(
                 f"{name} is a {type(linear).__name__}: expected a plain nn.Linear; merge adapters and remove "
                 f"quantisation or parametrisations first"
             )
-    first = getattr(module, kind.linears[0])
-    if first.in_features != module.fc2.out_features:
-        raise SurgeryError(
-            f"it maps {first.in_features} channels to {module.fc2.out_features}: expected as many out as in"
-        )
-    known = {f"{layer}.{part}" for layer in (*kind.linears, "norm") for part in ("weight", "bias")}
+    first, last = (module.get_submodule(name) for name in (kind.linears[0], kind.fc2))
+    if first.in_features != last.out_features:
+        raise SurgeryError(f"it maps {first.in_features} channels to {last.out_features}: expected as many out as in")
+    act, norm = module.get_submodule(kind.act), module.get_submodule(kind.norm) if kind.norm else nn.Identity()
+    known = {f"{layer}.{part}" for layer in (*kind.linears, kind.norm) for part in ("weight", "bias")}
     if unknown := sorted(name for name, _ in module.named_parameters() if name not in known):
-        act = type(module.act).__name__
-        raise SurgeryError(f"it has the parameter {unknown[0]} (its activation is {act}): expected matrices and a norm")
-    norm = module.norm
+        raise SurgeryError(
+            f"it has the parameter {unknown[0]} (its activation is {type(act).__name__}): expected matrices and a norm"
+        )
     if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
         raise SurgeryError(f"norm is a {type(norm).__name__}: expected a LayerNorm or none between the matrices")
     if isinstance(norm, nn.LayerNorm) and (norm.weight is None or norm.bias is None):
         raise SurgeryError("norm has no weight or no bias: expected a LayerNorm with both")
     return FFN(
-        dim=module.fc2.out_features,
-        hidden=module.fc2.in_features,
+        dim=last.out_features,
+        hidden=last.in_features,
         gated=kind.gated,
-        act=module.act,
+        act=act,
         norm_eps=norm.eps if isinstance(norm, nn.LayerNorm) else None,
-        drop=(module.drop1.p, module.drop2.p),
+        drop=(_rate(module, kind.drops[0]), _rate(module, kind.drops[1])),
     )
 
 
+def _rate(module: nn.Module, drop: str | None) -> float:
+    """Return the rate of a dropout by its name; 0 where there is none."""
+    return 0.0 if drop is None else float(getattr(module.get_submodule(drop), "p"))  # noqa: B009
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called with the module's forward, or a part's, that a module in its place would not call."""
+    """True if the module or a part of it has forward hooks or a patched `forward`; a replacement would lose them."""
     return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
 
 
 def read(module: nn.Module) -> Weights:
     """The canonical weights of an FFN; tensors may be the module's own, so copy before changing them."""
-    return _KINDS[type(module)].read(module)
+    return KINDS[type(module)].read(module)
 
 
 def macs(module: Any) -> int:
@@ -165,7 +202,7 @@ def build(like: nn.Module, weights: Weights) -> nn.Module:
     those of `like` are.
     """
     module = copy.deepcopy(like)
-    for name, value in _KINDS[type(like)].write(like, weights).items():
+    for name, value in KINDS[type(like)].write(like, weights).items():
         layer_name, kind = name.rsplit(".", 1)
         layer = module.get_submodule(layer_name)
         copied = value.detach().clone(memory_format=torch.contiguous_format)
@@ -243,7 +280,7 @@ def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
     Args:
         weights: canonical weights; they are not changed.
         reference: canonical weights of an FFN of the same class and shape.
-        gated: as in `FFN`.
+        gated: True for a gated FFN.
     """
     units_FP, target_FP = hidden_units(weights, gated), hidden_units(reference, gated)
     # A common shift changes no distance, and the products of what units have in common would round away the rest.

@@ -145,7 +145,7 @@ class FeatureCache:
             self._write(file)
         seconds = time.perf_counter() - start if self.missing else 0.0
         total = sum(file.path.stat().st_size for file in (*self.train, self.val))
-        before = f"{self.cut.blocks}.{self.cut.start}"
+        before = self.cut.blocks[self.cut.start]
         logger.info(
             "features before %s of %d views, %.2f GB in %s: %s", before, len(self.train), total / 1e9, self.folder,
             f"made in {seconds:.0f} s" if self.missing else "found",

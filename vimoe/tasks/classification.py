@@ -17,8 +17,8 @@ from vimoe.data.loaders import eval_loader, preprocessing, train_loader
 from vimoe.data.scan import Scan, scan
 from vimoe.errors import ConfigError
 from vimoe.metrics.classification import Score, evaluate
+from vimoe.models.create import create
 from vimoe.models.interface import label_names
-from vimoe.models.timm_vit import create
 from vimoe.tasks.cached_features import FeatureCache
 from vimoe.tasks.image_training import classification
 from vimoe.training.task import Task

@@ -12,7 +12,7 @@ from torch import nn
 
 from vimoe.data.loaders import Readable, eval_loader, preprocessing
 from vimoe.errors import DataError
-from vimoe.models.interface import label_names
+from vimoe.models.interface import label_names, logits_of
 from vimoe.terminal import track
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
     loader = eval_loader(samples, prepared, 32, workers, Readable)
     for images, errors in track(loader, "predicting"):
         with torch.no_grad():
-            logits = model(images.to(weight.device, weight.dtype))
+            logits = logits_of(model, images.to(weight.device, weight.dtype))
         values, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
         for row, best, error in zip(values.tolist(), indices.tolist(), errors, strict=True):
             classes = [{"name": names[i], "probability": p} for p, i in zip(row, best, strict=True)]

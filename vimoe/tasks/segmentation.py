@@ -24,10 +24,10 @@ from vimoe.data.scene_scan import SceneScan, scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
 from vimoe.metrics.segmentation import SceneScore, ceiling
-from vimoe.models.interface import label_names, vit
+from vimoe.models.create import dense_segmenter
+from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load
 from vimoe.models.segmenter import Segmenter, create_segmenter
-from vimoe.models.timm_vit import dense_segmenter
 from vimoe.moe.layer import moe_layers
 from vimoe.tasks.scene_training import evaluate_scenes, segmentation, whole_images
 from vimoe.training.task import Task
@@ -98,9 +98,9 @@ class Segmentation:
         return segmentation(self.data, prepared, model.crop, config, self.settings.data, pixels)
 
     def limits(self, model: nn.Module) -> dict[str, float]:
-        embed: Any = vit(model).patch_embed
+        assert isinstance(model, Segmenter)
         masks = (torch.from_numpy(self.data.legend.read(mask)).long() for _, mask in self.data.val)
-        return {"patch_ceiling": ceiling(masks, embed.patch_size[0], len(self.data.classes)).miou}
+        return {"patch_ceiling": ceiling(masks, model.patch_size[0], len(self.data.classes)).miou}
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         assert isinstance(model, Segmenter)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vimoe.models.interface import logits_of
+
 
 class Scored(Protocol):
     """How good a model is on validation.
@@ -36,7 +38,7 @@ class Task:
         prepare: a batch as it was loaded, on the device, to what the model takes and what the loss takes.
         loss: outputs and prepared targets to a scalar.
         evaluate: scores a model on validation, and leaves it in eval mode.
-        forward: a model and what it takes to outputs; the model's own, but for cached features.
+        forward: a model and its inputs to logits; for cached features that of the blocks after the trunk.
         facts: what summary.json is to say of it.
     """
 
@@ -46,5 +48,5 @@ class Task:
     prepare: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     evaluate: Callable[[nn.Module], Scored]
-    forward: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+    forward: Callable[[nn.Module, Tensor], Tensor] = logits_of
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -18,8 +18,8 @@ from vimoe.config.moe import MoEConfig
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.experiments.train import run_training
+from vimoe.models.create import FFN_NAME, check_name, create, create_without_weights
 from vimoe.models.segmenter import Segmenter
-from vimoe.models.timm_vit import FFN_NAME, check_name, create, create_without_weights
 from vimoe.models.upcycling import sites
 
 
