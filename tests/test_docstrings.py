@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for part in ("vimoe", "benchmarks", "studies") for path in (ROOT / part).rglob("*.py"))
 # A line that begins with one of these is a clause whose subject the reader has to find.
 FRAGMENT = re.compile(
-    r"(of|what|whatever|whether|which|how|who|whom|whose|where|wherever|when|why|that|those|in(?! -?\d)|to|on|at|from|for|by|as|"
-    r"with|without|if|only|so|than|but|because|since|until|while|unless)\b(?!-)",
+    r"(of|what|whatever|whether|which|how|who|whom|whose|where|wherever|when|why|that|those|in(?! -?\d)|to|on|at|from|"
+    r"for|by|as|with|without|if|only|so|than|but|because|since|until|while|unless)\b(?!-)",
     re.IGNORECASE,
 )
 NAMED = ("Args", "Attributes", "Raises")  # sections whose entries are "name: text"

@@ -280,7 +280,7 @@ def test_the_command_goes_on(
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "killed" / name).read_text()
     capsys.readouterr()
     for wrong, said in (
-        (["--resume", str(tmp_path / "killed")], "is finished: expected a run that was stopped"),
+        (["--resume", str(tmp_path / "killed")], "is finished: expected a stopped run"),
         (["--resume", str(tmp_path / "nowhere")], "no such run"),
         (["--resume", str(photos)], "has no config.yaml"),
         (["--resume", str(tmp_path / "killed"), "--train.lr=1"], "--train.lr=1 with --resume: expected none"),

@@ -1,4 +1,4 @@
-"""Which blocks of a model are meant: the value of `MoEConfig.layers`, parsed and checked once."""
+"""Selection of blocks: the value of `MoEConfig.layers`, parsed and checked once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Layers:
         """Return the selection that a user wrote.
 
         Raises:
-            ConfigError: for neither one of LAYER_WORDS, nor block indices or module-name patterns.
+            ConfigError: if it is neither one of LAYER_WORDS, nor block indices or module-name patterns.
         """
         listed = isinstance(written, (tuple, list))
         items = tuple(written) if isinstance(written, (tuple, list)) else (written,)
@@ -84,7 +84,7 @@ class Layers:
         """Return the selected ones of all sites of a model, in the order given.
 
         Raises:
-            SurgeryError: where a word, index or pattern selects no site.
+            SurgeryError: if a word, index or pattern selects no site.
         """
         if self.word == "none":
             return []
@@ -107,7 +107,7 @@ class Layers:
 
 
 def _is_item(item: object, listed: bool) -> bool:
-    """True for a module-name pattern, and in a list for a block index."""
+    """Return True for a module-name pattern, and in a list for a block index."""
     return bool(item) if isinstance(item, str) else listed and isinstance(item, int) and not isinstance(item, bool)
 
 
