@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vimoe
 from vimoe.analysis.pruning import receipts
-from vimoe.bench import machine
+from vimoe.bench.result import machine
 from vimoe.files import write_json
-from vimoe.metrics.classification import evaluate
+from vimoe.metrics.base import evaluate
 from vimoe.moe.layer import moe_layers
 
 RESULT = Path(__file__).parent / "results" / "analysis float32.json"

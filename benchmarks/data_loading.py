@@ -27,10 +27,8 @@ from timm.data import create_loader
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Sample, load_folder
-from vimoe.data.crops import Finish
 from vimoe.data.image_check import check_images
-from vimoe.data.loaders import Crops, decoded_for_training, train_loader
-from vimoe.data.order import Shuffled
+from vimoe.data.loaders import decoded_for_training, train_loader
 from vimoe.run_folder import versions
 
 CONFIG = TrainConfig(batch_size=64)
@@ -64,12 +62,11 @@ def timms_loader(folder: str, samples: list[Sample], prepared: dict[str, Any], w
     )  # fmt: skip
 
 
-def rate(loader: Iterable[Any], images: int, finish: Finish | None = None) -> float:
+def rate(loader: Iterable[Any], images: int) -> float:
     """Return images per second in one epoch."""
     start = time.perf_counter()
-    for batch, _ in loader:
-        if finish:
-            finish(*batch)
+    for _ in loader:
+        pass
     return images / (time.perf_counter() - start)
 
 
@@ -144,15 +141,6 @@ def main() -> None:
                 "memory over timm, by round": ratios[1:],
             }
             print(workers, result[f"workers {workers}"], flush=True)
-        order = Shuffled(len(samples), CONFIG.seed)
-        batched = torch.utils.data.DataLoader(
-            Crops(kept["memory"], CONFIG), CONFIG.batch_size, sampler=order, drop_last=True, collate_fn=Crops.collate
-        )
-        finish = Finish(prepared, CONFIG)
-        result["crops alone"] = statistics.median(rate(batched, images) for _ in range(args.rounds))
-        result["crops and resizing in batches on the CPU"] = statistics.median(
-            rate(batched, images, finish) for _ in range(args.rounds)
-        )
         model = timm.create_model("vit_tiny_patch16_224", img_size=args.size, patch_size=8, depth=6, num_classes=100)
         for name, source in (("files", samples), ("memory", kept["memory"])):
             result[f"training from {name}"] = waiting(

@@ -41,9 +41,9 @@ from vimoe.data.loaders import preprocessing
 from vimoe.models.frozen_trunk import cut_before
 from vimoe.run_folder import versions
 from vimoe.tasks.cached_features import FeatureCache
-from vimoe.tasks.image_training import classification
+from vimoe.tasks.classification_job import job_on_images
+from vimoe.training.job import Job
 from vimoe.training.loop import train
-from vimoe.training.task import Task
 
 
 def processor() -> str:
@@ -57,7 +57,7 @@ def processor() -> str:
     return named[0] if info.exists() and named else platform.processor()
 
 
-def epoch(model: nn.Module, task: Task, config: TrainConfig) -> dict[str, float]:
+def epoch(model: nn.Module, task: Job, config: TrainConfig) -> dict[str, float]:
     """Return seconds of an epoch's steps, of a validation, and of the processor for a training of one epoch."""
     model = copy.deepcopy(model)
     with tempfile.TemporaryDirectory() as out:
@@ -126,11 +126,11 @@ def main() -> None:
     full = replace(frozen, train_only="all")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        on_images = classification(data, prepared, frozen, 0, "memory")
+        on_images = job_on_images(data, prepared, frozen, 0, "memory")
         start = time.process_time()
         on_features = FeatureCache(
             copy.deepcopy(model), trained, data, prepared, replace(frozen, epochs=args.views), args.views, 0
-        ).task()
+        ).job()
         filling = time.process_time() - start
         arms: dict[str, Callable[[], dict[str, float]]] = {
             "features": lambda: epoch(model, on_features, frozen),

@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from vimoe.bench import machine
+from vimoe.bench.result import machine
 
 WIDTHS = {64: 2, 96: 3, 128: 2, 192: 3, 384: 6}  # channels: heads
 BATCHES = ((4, 32), (32, 32), (4, 112), (16, 112))  # images, pixels a side

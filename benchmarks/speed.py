@@ -3,8 +3,8 @@
     python benchmarks/speed.py                          # all of it; what is in results/ is not measured again
     python benchmarks/speed.py --only "layer *" --redo  # some of it again
 
-Each measurement is a round robin (`vimoe.bench`) in each of several processes, kept as results/NAME.json with the
-machine it was made on. Peers that are not installed are left out and named.
+Each measurement is a round robin (`vimoe.bench.timing`) in each of several processes, kept as results/NAME.json with
+the machine it was made on. Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
@@ -28,18 +28,11 @@ import peers
 import torch
 from scipy import stats
 
-from vimoe.bench import (
-    Benchmark,
-    bench_layer,
-    bench_model,
-    compare,
-    interleaved,
-    layer_case,
-    layer_seconds,
-    machine,
-    optimised,
-    peak_gemm,
-)
+from vimoe.bench.layer import bench_layer, layer_case, layer_seconds
+from vimoe.bench.model import bench_model
+from vimoe.bench.result import Benchmark, machine, peak_gemm
+from vimoe.bench.step import optimised
+from vimoe.bench.timing import compare, interleaved
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig

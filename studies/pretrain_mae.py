@@ -26,12 +26,12 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import vimoe
 from vimoe.config.train import Precision, TrainConfig
-from vimoe.data.crops import Finish
 from vimoe.data.image_files import list_images
-from vimoe.data.loaders import Crops, decoded_for_training, preprocessing, train_loader
+from vimoe.data.loaders import decoded_for_training, preprocessing, train_loader
 from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.files import write_json
 from vimoe.models.precision import resolve
+from vimoe.process import Process
 from vimoe.run_folder import versions
 from vimoe.training import checkpoint
 
@@ -128,7 +128,7 @@ def pretrain(settings: Settings, out: Path, precision: Precision) -> dict[str, A
     seed_everything(settings.seed)
     vit = timm.create_model(settings.name, pretrained=False, img_size=settings.img_size, num_classes=0, **settings.args)
     model = autoencoder(vit, settings)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = Process().device
     model.to(device)
     files = list_images([settings.images])
     config = resolve(
@@ -140,7 +140,6 @@ def pretrain(settings: Settings, out: Path, precision: Precision) -> dict[str, A
     prepared = preprocessing(vit)
     samples = decoded_for_training([(file, 0) for file in files], prepared, config, "memory")
     loader = train_loader(samples, prepared, config, 0)
-    finish = Finish(prepared, config).to(device) if isinstance(loader.dataset, Crops) else None
     order = loader.sampler
     assert isinstance(order, Shuffled)
     groups = [
@@ -162,7 +161,7 @@ def pretrain(settings: Settings, out: Path, precision: Precision) -> dict[str, A
         losses = []
         for step, (images, _) in enumerate(loader):
             seed_everything(mix(settings.seed, epoch, step))
-            images = finish(*(part.to(device) for part in images)) if finish else images.to(device)
+            images = images.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = model(images).loss
             loss.backward()

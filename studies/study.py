@@ -25,12 +25,12 @@ from typing import Any
 from scipy import stats
 
 from vimoe.files import write_json, write_text
+from vimoe.metrics.registry import shown
 from vimoe.models.cost import count
 from vimoe.models.model_folder import load
 
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
 KEPT = ("val", "best_epoch", "epochs", "seconds", "train_images", "classes", "versions")  # of summary.json
-SCORES = {"miou": "mean IoU, %", "top1": "top-1, %"}
 
 
 def vimoe(*argv: str) -> dict[str, Any]:
@@ -79,11 +79,12 @@ def table(results: list[dict[str, Any]], control: str) -> str:
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         arms.setdefault(result["arm"], {})[result["seed"]] = result
-    key = next(key for key in SCORES if key in results[0]["test"])
+    names = shown(results[0]["test"])
+    key = names.judge
     order = sorted(arms, key=lambda arm: (arm != control, arm))
     lines = [
-        f"| arm | seeds | {SCORES[key]} on test | against {control}, points | loss | on validation | activated, M "
-        "| MACs, G |",
+        f"| arm | seeds | {names.judge_name}, % on test | against {control}, points | loss | on validation "
+        "| activated, M | MACs, G |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in order:

@@ -24,7 +24,7 @@ import vimoe.training.loop
 from vimoe.cli import VERBS, main
 from vimoe.files import written_whole
 from vimoe.models.model_folder import load
-from vimoe.tasks.predictions import predict
+from vimoe.tasks.classification_predictions import predict
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser
-from vimoe.config.data import Task
+from vimoe.config.data import TASKS
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.files import printable
@@ -122,18 +122,18 @@ def train(verb: str, argv: list[str]) -> Result:
     settings = parser.settings(options)
     from vimoe.models.create import check_layer_names, check_name
 
-    check_name(settings.model, segmentation=settings.data.task == "segmentation")
+    check_name(settings.model, segmentation=True)  # the task judges the folder of a segmenter
     check_layer_names(settings.model, settings.moe)
     from vimoe.experiments.train import resume_training, run_training
 
     resumed = options["resume"]
     summary = run_training(settings, options["out"]) if resumed is None else resume_training(resumed)
-    from vimoe.report.table_cells import MEASURES, judged_by
+    from vimoe.metrics.registry import shown
 
     val = summary["val"]
-    shares = f"{MEASURES[judged_by(val)].removesuffix(', %')} {val[judged_by(val)]:.2%}"
+    names = shown(val)
     text = (
-        f"validation {shares}, loss {val['loss']:.4f} ({val['images']} images) "
+        f"validation {names.judge_name} {val[names.judge]:.2%}, loss {val['loss']:.4f} ({val['images']} images) "
         f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{summary['report']}"
     )
     return text, summary
@@ -176,19 +176,14 @@ def predict(verb: str, argv: list[str]) -> Result:
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     files = list_images(options["images"])
-    if run.segments:
-        out = _required_out(options, "masks")
+    out = options["out"]
+    if run.task.writes_predictions:
         for images in (*options["images"], run.run.settings.data.path):
-            check_outside("--out", out, images)
-        predictions = run.predict_scenes(files, out)
-        lines = [p.get("error") or f"{p['mask']}: {_areas(p, options['top'])}" for p in predictions]
-        return "\n".join(lines), {"predictions": predictions}
-    if options["out"]:
-        raise ConfigError(f"--out {options['out']}: expected only with a segmentation model; leave it out")
-    from vimoe.tasks.predictions import predict as name_classes
-
-    predictions = name_classes(run.model, files, options["top"])
-    lines = [p.get("error") or f"{p['file']}: {_classes(p)}" for p in predictions]
+            check_outside("--out", _required_out(options, "masks"), images)
+    elif out:
+        raise ConfigError(f"--out {out}: this run's predictions are no files; leave it out")
+    predictions = run.predict(files, out, options["top"])
+    lines = [each.get("error") or run.task.line(each, options["top"]) for each in predictions]
     return "\n".join(lines), {"predictions": predictions}
 
 
@@ -241,12 +236,13 @@ def prune(verb: str, argv: list[str]) -> Result:
     out = _required_out(options)
     open_run(options["run"])
     from vimoe.experiments.finished_run import FinishedRun
+    from vimoe.metrics.registry import shown
     from vimoe.report.table_cells import receipt_header, receipt_row
 
     keys = ("tolerance", "experts", "recover", "recover_lr")
     values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
     stages = [key for key in ("before", "after", "recovered") if key in values]
-    rows = [receipt_header(values["before"]), *(receipt_row(key, [values[key]]) for key in stages)]
+    rows = [receipt_header(shown(values["before"])), *(receipt_row(key, [values[key]]) for key in stages)]
     table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
     measured = f"measured on {values['before']['images']} {values['split']} images"
     return "\n".join([values.pop("text"), *table, measured, values["report"]]), values
@@ -280,7 +276,7 @@ def demo(verb: str, argv: list[str]) -> Result:
     Example: vimoe demo --task segmentation
     """
     parser = _parser(verb, out="folder to create (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--task", choices=get_args(Task), default="classification", help="kind of model to show")
+    parser.add_argument("--task", choices=list(TASKS), default="classification", help="kind of model to show")
     options = parser.parse_args(argv)
     from vimoe.demo.tours import run_demo
 
@@ -319,13 +315,10 @@ def bench(verb: str, argv: list[str]) -> Result:
 
         check_name(settings.model)
         check_layer_names(settings.model, settings.moe)
-    from vimoe import bench as benches
+    from vimoe.bench.layer import bench_layer
+    from vimoe.bench.model import bench_model
 
-    timings = (
-        benches.bench_model(shape, settings.model, settings.moe)
-        if what == "model"
-        else benches.bench_layer(shape, settings.moe)
-    )
+    timings = bench_model(shape, settings.model, settings.moe) if what == "model" else bench_layer(shape, settings.moe)
     return str(timings), timings.to_dict()
 
 
@@ -364,14 +357,6 @@ def _add_inference(parser: Parser) -> None:
     for name, kind in (("inference", str), ("flip_test", bool)):
         what = "segmentation only: as in vimoe train (default: setting of the run)"
         parser.add_argument(f"--data.{name}", type=kind | None, default=None, help=what)
-
-
-def _classes(prediction: dict[str, Any]) -> str:
-    return ", ".join(f"{each['name']} {each['probability']:.1%}" for each in prediction["classes"])
-
-
-def _areas(prediction: dict[str, Any], most: int) -> str:
-    return ", ".join(f"{name} {share:.1%}" for name, share in list(prediction["areas"].items())[:most])
 
 
 def _required_out(options: Any, example: str = "runs/first", kind: str = "folder") -> str:

@@ -12,6 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vimoe.process import Process
+
 EVERY = 30.0  # seconds before the first line and between lines
 
 Item = TypeVar("Item")
@@ -50,6 +52,9 @@ def progress(what: str, total: int | None, done: int = 0, stays: bool = False) -
         done: number of steps that were done before.
         stays: True to leave the bar on the terminal after the work.
     """
+    if not Process().first:
+        yield lambda what, steps: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(total, done).show

@@ -21,6 +21,8 @@ from vimoe.analysis import statistics
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.interventions import Changes, Handed, Subjects
 from vimoe.errors import ConfigError, DataError, VimoeError
+from vimoe.metrics.classification import ClassificationMetric
+from vimoe.metrics.registry import METRICS
 from vimoe.moe.layer import moe_layers
 
 
@@ -316,6 +318,35 @@ def test_recorded_routings_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(analysis._Seen, "add", add)
     vimoe.analyze(Known(), loader(), overrule=0)
     assert held == [2] * 6
+
+
+class SomeClasses(ClassificationMetric):
+    """Images of classes from `first` on have none."""
+
+    first = 3
+
+    def classes_of(self, labels: Tensor) -> Tensor:
+        return labels.where(labels < self.first, -1)
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("videos", [False, True])
+def test_images_without_a_class_play_no_part_in_specialisation(
+    routing: str, videos: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "some", SomeClasses)
+    labels = torch.cat([y for _, y in loader()])
+    sequences = (torch.arange(60) // 6).tolist() if videos else None
+    evidence = vimoe.analyze(Known(routing=routing), loader(), 2, metric="some", sequences=sequences)
+    assert evidence.images == evidence.overruled_images == 60  # loss and right are of all
+    for layer in evidence.layers:
+        assert layer.counts.any(axis=1).tolist() == [True, True, True, False]
+        assert layer.counts.sum() == int((labels < 3).sum()) * (3 if routing == "token" else 1)
+        assert layer.adjusted_mutual_information.value == pytest.approx(1)
+        assert layer.effective_experts.value <= 3 + 1e-9
+    monkeypatch.setattr(SomeClasses, "first", 0)
+    ami = vimoe.analyze(Known(), loader(), overrule=0, metric="some").layers[0].adjusted_mutual_information
+    assert (ami.value, ami.low, ami.high, ami.p) == (0, 0, 0, 1)
 
 
 def test_evidence_travels_as_json() -> None:

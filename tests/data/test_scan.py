@@ -169,16 +169,16 @@ def test_a_run_tells_of_its_scan_and_later_verbs_see_the_same_images(
     listed = (run / "validation.txt").read_text().splitlines()
     assert len(listed) == 6 and not set(listed) & set(bad)
 
-    first = FinishedRun(run).problem.data
+    first = FinishedRun(run).data
     assert call(capsys, "evaluate", run)["images"] == 6
     assert call(capsys, "evaluate", run, "--data.path", photos)["images"] == 55
     assert call(capsys, "analyze", run)["base"]["images"] == 6
     pruned = tmp_path / "pruned"
     assert call(capsys, "prune", run, "--tolerance=100", "--recover=1", "--out", pruned)["before"]["images"] == 6
-    assert FinishedRun(pruned).problem.data == first and len(first.train) == 36
+    assert FinishedRun(pruned).data == first and len(first.train) == 36
     for name in bad:
         (photos / name).unlink()
-    assert FinishedRun(run).problem.data == first
+    assert FinishedRun(run).data == first
 
 
 def test_lines_are_warned_of_also_when_they_are_remembered(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from helpers.trainings import rows
 
-import vimoe.data.loaders
 import vimoe.training.loop
 
 
@@ -24,9 +23,9 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     def arm(steps: int) -> None:
         left = steps
 
-        def epoch(self: object, loader: object, state: object) -> Iterator[None]:
+        def epoch(self: object, state: object) -> Iterator[None]:
             nonlocal left
-            for _ in real(self, loader, state):
+            for _ in real(self, state):
                 if left == 0:
                     raise Killed
                 left -= 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.statistics import Dependence, Interval
-from vimoe.metrics.classification import Score
+from vimoe.metrics.classification import ImageScore
 
 
 def effect(value: float, half: float = 0.0) -> Effect:
@@ -30,7 +30,7 @@ def evidence(*changes: Effect, hows: tuple[str, ...] = ("shared", "merge", "matc
             )
         )  # fmt: skip
     rows = [replace(row, **fields) for row in rows]
-    score, one = Score(0.5, 0.9, 1.0, 10), Interval(1, 1, 1)
+    score, one = ImageScore(0.5, 0.9, 1.0, 10), Interval(1, 1, 1)
     return Evidence(
         layers=tuple(rows), base=score, classes=tuple("abcde"), images=10, overruled_images=10, draws=20,
         class_order=np.arange(5), pairs=(one, 1, 1), routes=(1, 1.0, 16), agreement={"value": np.eye(len(rows))},

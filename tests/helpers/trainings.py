@@ -16,7 +16,7 @@ from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, load_data
 from vimoe.data.loaders import preprocessing
-from vimoe.tasks.image_training import classification
+from vimoe.tasks.classification_job import job_on_images
 from vimoe.training.loop import train
 
 QUICK = TrainConfig(epochs=2, batch_size=8, lr=3e-3, warmup_epochs=0.5, min_crop=1, tensorboard=False)
@@ -36,14 +36,14 @@ def run(data: Data, out: Path, network: nn.Module | None = None, **changes: obje
     network = model() if network is None else network
     out.mkdir(exist_ok=True)
     settings = replace(QUICK, **changes)
-    return network, train(network, classification(data, preprocessing(network), settings), settings, out)
+    return network, train(network, job_on_images(data, preprocessing(network), settings), settings, out)
 
 
 def run_cached(data: Data, out: Path, cache: str, **changes: object) -> tuple[nn.Module, dict]:
     network = model()
     out.mkdir(exist_ok=True)
     settings = replace(QUICK, **changes)
-    task = classification(data, preprocessing(network), settings, workers=0, cache=cache)
+    task = job_on_images(data, preprocessing(network), settings, workers=0, cache=cache)
     return network, train(network, task, settings, out)
 
 

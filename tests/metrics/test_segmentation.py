@@ -8,10 +8,20 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.known_scenes import known
 from torch import Tensor
 
 from vimoe.config.masks import IGNORE
-from vimoe.metrics.segmentation import SceneCounts, SceneScore, ceiling, pixel_loss
+from vimoe.errors import DataError
+from vimoe.metrics.base import signature
+from vimoe.metrics.segmentation import (
+    SceneCounts,
+    SceneScore,
+    SegmentationMetric,
+    ceiling,
+    patch_classes,
+    pixel_loss,
+)
 
 TRUTH = torch.tensor([[[0, 0, 1, 1], [0, 2, 1, IGNORE]]])
 GUESS = torch.tensor([[[0, 1, 1, 1], [0, 2, 2, 0]]])
@@ -138,3 +148,48 @@ def test_void_does_not_vote() -> None:
     truth = torch.full((4, 4), IGNORE)
     truth[0, 0] = 1
     assert ceiling([truth], 4, 2).per_class_iou == (None, 1.0)
+
+
+def test_patches_have_the_class_of_most_of_their_pixels() -> None:
+    mask = torch.tensor([[0, 0, 1, 2, 1], [0, 1, 2, 2, 1], [IGNORE, IGNORE, 1, IGNORE, IGNORE]])
+    # 2x2 patches, cut at the right and at the bottom
+    assert patch_classes(mask[None], (2, 2), 3).tolist() == [[0, 2, 1, IGNORE, 1, IGNORE]]
+    assert patch_classes(torch.stack([mask, mask.clamp(max=0)]), (3, 5), 3).tolist() == [[1], [0]]
+
+
+def test_the_loss_of_an_image_is_that_of_its_pixels_that_are_not_void() -> None:
+    masks = torch.tensor([[[0, 1], [IGNORE, 1]], [[IGNORE, IGNORE], [IGNORE, IGNORE]]])
+    logits = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    loss, right = SegmentationMetric(known()).of_each_image(logits, masks)
+    pixels = [logits[0, :, 0, 0], logits[0, :, 0, 1], logits[0, :, 1, 1]]
+    expected = [F.cross_entropy(p[None], torch.tensor([c])) for p, c in zip(pixels, (0, 1, 1), strict=True)]
+    assert loss[0] == pytest.approx(sum(expected) / 3)
+    hits = sum(int(p.argmax() == c) for p, c in zip(pixels, (0, 1, 1), strict=True))
+    assert right[0] == pytest.approx(hits / 3)
+    assert loss[1] == right[1] == 0
+    assert signature(masks).tolist() == [2 + IGNORE, 4 * IGNORE]
+
+
+def test_a_patch_that_is_void_or_padding_has_no_class() -> None:
+    masks = torch.full((1, 6, 10), IGNORE)
+    masks[0, :4, :4], masks[0, 4:, 4:9] = 1, 2
+    found = SegmentationMetric(known()).classes_of(masks)  # 4x4 patches on a grid of 2 x 3
+    assert found.tolist() == [[1, -1, -1, -1, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.zeros(2, 16, 16),
+            r"labels of torch.float32 and shape \(2, 16, 16\) for 2 images: expected whole numbers",
+        ),
+        (torch.zeros(2, dtype=torch.int64), r"expected whole numbers of shape \(2, height, width\)"),
+        (torch.full((2, 16, 16), 3), "the loader gives the label 3: expected 0 to 2"),
+    ],
+)
+def test_what_is_no_mask_is_refused(labels: Tensor, message: str) -> None:
+    metric = SegmentationMetric(known())
+    metric.check(torch.zeros(2, 3, 16, 16), torch.full((2, 16, 16), IGNORE, dtype=torch.uint8))
+    with pytest.raises(DataError, match=message):
+        metric.check(torch.zeros(2, 3, 16, 16), labels)

@@ -22,14 +22,15 @@ import vimoe
 import vimoe.training.loop
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
-from vimoe.config.masks import IGNORE
 from vimoe.config.model import DECODERS, ModelConfig
-from vimoe.config.settings import ONLY_FOR, SECTIONS, Settings
+from vimoe.config.settings import OWN_SETTINGS, SECTIONS, Settings
 from vimoe.config.train import TrainConfig
+from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError
 from vimoe.models.decoders import DECODERS as KNOWN_DECODERS
-from vimoe.tasks.registry import problem_of
-from vimoe.tasks.scene_training import dice_loss, fingerprint, median_frequency
+from vimoe.models.upcycling import convert
+from vimoe.tasks.base import task_of
+from vimoe.tasks.segmentation import Segmentation
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,9 @@ def test_the_best_epoch_is_that_of_the_best_mean_iou(run: Path) -> None:
 def test_the_saved_model_is_the_one_that_was_scored(run: Path, data: Path) -> None:
     model = vimoe.load(run / "model")
     settings = Settings(data=DataConfig(path=str(data), task="segmentation", workers=0))
-    problem = problem_of(settings, NAMES)
-    score = problem.evaluate(model, problem.loader(model, problem.data.val)).to_dict()
+    task = task_of(settings)
+    scenes = task.find(settings.data, NAMES)
+    score = task.evaluate(model, task.loader(model, scenes, scenes.val)).to_dict()
     expected = json.loads((run / "summary.json").read_text())["val"]
     assert score.pop("per_class_iou") == pytest.approx(expected.pop("per_class_iou"))
     assert score == pytest.approx(expected)
@@ -88,9 +90,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     real, left = vimoe.training.loop._Steps.epoch, 5
 
-    def epoch(self: object, loader: object, state: object) -> object:
+    def epoch(self: object, state: object) -> object:
         nonlocal left
-        for _ in real(self, loader, state):
+        for _ in real(self, state):
             yield
             left -= 1
             if left == 0:
@@ -218,24 +220,8 @@ def test_decoders_are_those_that_there_are(data: Path) -> None:
         name="vit_tiny_patch16_224", pretrained=False, img_size=16, decoder="linear4",
         args={"patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2},
     )  # fmt: skip
-    problem = problem_of(Settings(model=model, data=DataConfig(path=str(data), task="segmentation")))
-    assert problem.dense_model().decoder_name == "linear4"
-
-
-def test_dice_of_hand_computed_cases() -> None:
-    masks = torch.tensor([[[0, 0], [1, IGNORE]]])
-    right = torch.full((1, 3, 2, 2), -100.0)
-    right[0, 0, 0, :] = right[0, 1, 1, :] = 100.0
-    assert dice_loss(right, masks) == pytest.approx(0)
-    # all pixels evenly: class 0 2*(2/3)/(1+2) = 4/9, class 1 2*(1/3)/(1+1) = 1/3; class 2 is not there
-    assert dice_loss(torch.zeros(1, 3, 2, 2), masks) == pytest.approx(1 - (4 / 9 + 1 / 3) / 2)
-    assert dice_loss(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), IGNORE)) == 0
-
-
-def test_median_frequency_of_a_hand_computed_case() -> None:
-    assert median_frequency([10, 0, 40, 20]).tolist() == [2, 0, 0.5, 1]
-    with pytest.raises(ConfigError, match="without a pixel"):
-        median_frequency([0, 0])
+    scenes = Segmentation.find(DataConfig(path=str(data), task="segmentation"))
+    assert Segmentation.dense_model(model, scenes).decoder_name == "linear4"
 
 
 def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
@@ -247,10 +233,10 @@ def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
                  "flip_test": True},
         "model": {"decoder": "linear"},
     }  # fmt: skip
-    named = {full for names in ONLY_FOR.values() for full in names}
+    named = {full for names in OWN_SETTINGS.values() for full in names}
     assert named == {f"{section}.{name}" for section, values in other.items() for name in values}
-    for task, names in ONLY_FOR.items():
-        wrong = next(each for each in ONLY_FOR if each != task)
+    for task, names in OWN_SETTINGS.items():
+        wrong = next(each for each in OWN_SETTINGS if each != task)
         for section, name in (full.split(".") for full in names):
             sections = {"data": {"task": wrong}}
             sections.setdefault(section, {})[name] = other[section][name]
@@ -366,9 +352,12 @@ def test_a_training_of_scenes_needs_no_more_than_trainconfig(data: Path, tmp_pat
         data=DataConfig(path=str(data), task="segmentation", workers=0),
         train=TrainConfig(epochs=1, batch_size=3, warmup_epochs=0, tensorboard=False),
     )  # fmt: skip
-    problem = problem_of(settings)
-    model = vimoe.upcycle(problem.dense_model(), vimoe.MoEConfig(layers="last:1", routing="token"))
-    summary = vimoe.training.loop.train(model, problem.task(model, settings.train), settings.train, tmp_path)
+    task = Segmentation(settings)
+    scenes_ = task.find(settings.data)
+    model = task.dense_model(settings.model, scenes_)
+    converted = convert(model, vimoe.MoEConfig(layers="last:1", routing="token"))
+    job = task.job(model, scenes_, task.scan(scenes_), preprocessing(model), converted)
+    summary = vimoe.training.loop.train(model, job, settings.train, tmp_path)
     assert 0 <= summary["val"]["miou"] <= 1 and summary["train_images"] == 9
 
 
@@ -399,14 +388,6 @@ def test_no_mask_is_written_over(run: Path, data: Path, tmp_path: Path, capsys: 
     files = [tmp_path / "p" / name for name in ("a.png", "x/a.png", "a-2.png")]
     predictions = call(capsys, "predict", run, *files, "--out", tmp_path / "masks")["predictions"]
     assert len({p["mask"] for p in predictions}) == 3 and all(Path(p["mask"]).is_file() for p in predictions)
-
-
-def test_classes_that_were_exchanged_are_other_training_data(tmp_path: Path) -> None:
-    prints = []
-    for yaml in (YAML, YAML.replace("sky, road", "road, sky")):
-        problem = problem_of(Settings(data=DataConfig(path=str(scenes(tmp_path, yaml=yaml)), task="segmentation")))
-        prints.append(fingerprint(problem.data))
-    assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize(("role", "name"), [("test", "test"), ("val", "validation"), ("", "all")])

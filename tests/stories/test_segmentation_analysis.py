@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.commands import call
 from helpers.known_scenes import batches, known
 from helpers.scene_runs import MOE, SCENES
@@ -17,12 +16,9 @@ from helpers.scenery import NAMES, YAML, scenes
 import vimoe
 from vimoe.analysis import statistics
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.interventions import _losses, signature
 from vimoe.analysis.statistics import dependence, dependence_of_units, tables_of_units
 from vimoe.cli import main
-from vimoe.config.masks import IGNORE
 from vimoe.errors import DataError
-from vimoe.metrics.segmentation import patch_classes
 from vimoe.moe.layer import moe_layers
 
 IMAGES, UNITS, CLASSES, EXPERTS = 40, 30, 3, 4
@@ -102,26 +98,6 @@ def test_the_interval_covers_what_as_many_images_give() -> None:
     found = [draw(seed) for seed in range(100)]
     expected = np.mean([each.value for each in found])
     assert 0.88 <= np.mean([each.low <= expected <= each.high for each in found]) <= 1
-
-
-def test_patches_have_the_class_of_most_of_their_pixels() -> None:
-    mask = torch.tensor([[0, 0, 1, 2, 1], [0, 1, 2, 2, 1], [IGNORE, IGNORE, 1, IGNORE, IGNORE]])
-    # 2x2 patches, cut at the right and at the bottom
-    assert patch_classes(mask[None], (2, 2), 3).tolist() == [[0, 2, 1, IGNORE, 1, IGNORE]]
-    assert patch_classes(torch.stack([mask, mask.clamp(max=0)]), (3, 5), 3).tolist() == [[1], [0]]
-
-
-def test_the_loss_of_an_image_is_that_of_its_pixels_that_are_not_void() -> None:
-    masks = torch.tensor([[[0, 1], [IGNORE, 1]], [[IGNORE, IGNORE], [IGNORE, IGNORE]]])
-    logits = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    loss, right = _losses(logits, masks)
-    pixels = [logits[0, :, 0, 0], logits[0, :, 0, 1], logits[0, :, 1, 1]]
-    expected = [F.cross_entropy(p[None], torch.tensor([c])) for p, c in zip(pixels, (0, 1, 1), strict=True)]
-    assert loss[0] == pytest.approx(sum(expected) / 3)
-    hits = sum(int(p.argmax() == c) for p, c in zip(pixels, (0, 1, 1), strict=True))
-    assert right[0] == pytest.approx(hits / 3)
-    assert loss[1] == right[1] == 0
-    assert signature(masks).tolist() == [2 + IGNORE, 4 * IGNORE]
 
 
 def test_a_known_segmenter_is_understood() -> None:

@@ -31,7 +31,7 @@ from vimoe.data.masks import Legend
 from vimoe.data.scenes import load_scenes
 from vimoe.errors import ConfigError, DataError
 from vimoe.report.routing_section import _interval_meaning
-from vimoe.tasks.scene_training import fingerprint
+from vimoe.tasks.segmentation_job import fingerprint
 
 VIDEOS, FRAMES, UNITS, CLASSES, EXPERTS = 12, 7, 10, 3, 4
 OF = np.repeat(np.arange(VIDEOS), FRAMES)  # the video of each image
@@ -186,7 +186,7 @@ def test_an_image_whose_name_tells_no_video_is_for_itself() -> None:
 
 def test_an_expression_that_is_found_nowhere_is_one_line(tmp_path: Path) -> None:
     root = scenes(tmp_path, yaml=YAML + "sequence: '(.+)-'\n")
-    with pytest.raises(DataError, match=r"^sequence is '\(\.\+\)-', which is found in no image's name, such as 'a000'"):
+    with pytest.raises(DataError, match=r"^sequence is '\(\.\+\)-', which matches no image's name, such as 'a000'"):
         load_scenes(DataConfig(path=str(root)))
 
 

@@ -35,7 +35,7 @@ from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.scan import scan
 from vimoe.data.splits import split_in
 from vimoe.errors import DataError
-from vimoe.tasks.image_training import fingerprint
+from vimoe.tasks.classification_job import fingerprint
 
 CLASSES = ("blue", "green", "red")
 

@@ -12,8 +12,6 @@ from helpers.pictures import folder
 pytest.importorskip("transformers")
 import pretrain_mae as mae  # noqa: E402
 
-import vimoe.data.loaders  # noqa: E402
-
 SHAPE = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TINY = {"img_size": 16, "args": SHAPE, "warmup_epochs": 1, "batch_size": 8, "decoder_dim": 32, "decoder_depth": 1}
 
@@ -39,14 +37,6 @@ def test_a_new_autoencoder_knows_positions() -> None:
     for fixed in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         patches = fixed[0, 1:]
         assert (torch.cdist(patches, patches) + torch.eye(len(patches))).min() > 0.5  # no two alike
-
-
-def test_it_learns_from_crops_that_are_resized_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
-    monkeypatch.setattr(vimoe.data.loaders, "_gpu", lambda: True)
-    images = folder(tmp_path / "photos", 4)
-    cost = mae.pretrain(mae.Settings(images=str(images), epochs=2, **TINY), tmp_path / "out", "no")
-    assert cost["images"] == 12 and (tmp_path / "out/model/model.safetensors").is_file()
 
 
 def test_it_learns_and_goes_on_to_the_same_weights(tmp_path: Path) -> None:

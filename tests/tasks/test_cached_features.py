@@ -34,11 +34,11 @@ from vimoe.data.user_cache import cache_folder
 from vimoe.errors import ConfigError, DataError, FolderError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import resume_training, run_training
-from vimoe.metrics.classification import evaluate
+from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import cut_before, digest
 from vimoe.models.model_folder import load
 from vimoe.tasks.cached_features import FeatureCache, Features, Views
-from vimoe.tasks.image_training import classification
+from vimoe.tasks.classification_job import job_on_images
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import freeze_all_but
@@ -82,9 +82,9 @@ def run(data: Data, out: Path, views: int | None = 3, network: nn.Module | None 
     out.mkdir()
     settings = replace(QUICK, **{**FROZEN, **changes})
     if views is None:
-        task = classification(data, preprocessing(network), settings, workers=0)
+        task = job_on_images(data, preprocessing(network), settings, workers=0)
     else:
-        task = cache(network, data, views, **changes).task()
+        task = cache(network, data, views, **changes).job()
     return network, train(network, task, settings, out)
 
 
@@ -161,9 +161,9 @@ def test_what_float16_rounds_off_is_little(data: Data, tmp_path: Path, precision
 
 
 def test_the_trunk_computes_as_in_evaluation_and_the_rest_as_in_training(data: Data, tmp_path: Path) -> None:
-    plain = cache(model(), data).task()
-    again = cache(model(), data).task()
-    dropped = cache(model(drop_path_rate=0.5), data).task()
+    plain = cache(model(), data).job()
+    again = cache(model(), data).job()
+    dropped = cache(model(drop_path_rate=0.5), data).job()
     batches = [next(iter(task.loader))[0] for task in (plain, again, dropped)]
     assert torch.equal(batches[0], batches[1]) and torch.equal(batches[0], batches[2])
     network = model(drop_path_rate=0.5).train()
@@ -173,7 +173,7 @@ def test_the_trunk_computes_as_in_evaluation_and_the_rest_as_in_training(data: D
 
 def test_views_come_in_turn_and_are_other_draws(data: Data) -> None:
     assert issubclass(Views, Shuffled)
-    task = cache(model(), data, views=2).task()
+    task = cache(model(), data, views=2).job()
     seen = []
     for epoch in (1, 2, 3):
         task.loader.sampler.start(epoch)
@@ -188,16 +188,16 @@ def test_views_come_in_turn_and_are_other_draws(data: Data) -> None:
 
 
 def test_no_more_views_are_made_than_there_are_epochs(data: Data) -> None:
-    task = cache(model(), data, views=9, epochs=2).task()
+    task = cache(model(), data, views=9, epochs=2).job()
     assert task.facts["features"]["views"] == 2 and len(kept()) == 3
     assert task.facts["features"]["bytes"] == sum(file.stat().st_size for file in kept())
 
 
 def test_all_is_found_again_and_more_views_are_added(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = next(iter(cache(model(), data, views=1).task().loader))
+    first = next(iter(cache(model(), data, views=1).job().loader))
     names = kept()
     stamps = [file.stat().st_mtime_ns for file in names]
-    task = cache(model(), data, views=3).task()
+    task = cache(model(), data, views=3).job()
     assert len(kept()) == len(names) + 2
     assert [file.stat().st_mtime_ns for file in names] == stamps
     network = model()
@@ -205,7 +205,7 @@ def test_all_is_found_again_and_more_views_are_added(data: Data, monkeypatch: py
     nn.init.ones_(network.blocks[2].mlp.router.weight)
     caches = cache(network, data, views=3)
     monkeypatch.setattr(vimoe.tasks.cached_features.FeatureCache, "_trunk", no_trunk)
-    again = caches.task()
+    again = caches.job()
     assert again.facts["features"]["seconds"] == 0
     for each in (task, again):
         assert all(torch.equal(a, b) for a, b in zip(first, next(iter(each.loader)), strict=True))
@@ -289,7 +289,7 @@ def test_a_model_built_again_has_the_same_key(family: str) -> None:
 
 @pytest.mark.parametrize("damage", ["short", "empty", "pickled", "of another shape", "of another type"])
 def test_a_damaged_file_is_made_anew(data: Data, tmp_path: Path, damage: str) -> None:
-    first = next(iter(cache(model(), data, views=1).task().loader))[0]
+    first = next(iter(cache(model(), data, views=1).job().loader))[0]
     for file in kept():
         whole = np.load(file)
         if damage == "short":
@@ -302,7 +302,7 @@ def test_a_damaged_file_is_made_anew(data: Data, tmp_path: Path, damage: str) ->
             np.save(file, whole[:, :-1])
         else:
             np.save(file, whole.astype(np.float32))
-    assert torch.equal(next(iter(cache(model(), data, views=1).task().loader))[0], first)
+    assert torch.equal(next(iter(cache(model(), data, views=1).job().loader))[0], first)
 
 
 def test_what_is_killed_while_it_is_made_leaves_nothing_that_would_be_used(
@@ -319,16 +319,16 @@ def test_what_is_killed_while_it_is_made_leaves_nothing_that_would_be_used(
 
     monkeypatch.setattr(vimoe.tasks.cached_features.FeatureCache, "_trunk", dies)
     with pytest.raises(Killed):
-        caches.task()
+        caches.job()
     assert len(kept()) == 1  # the first view is whole
     made = cache(model(), data, views=2)
     assert len(made.missing) == 2
-    made.task()
+    made.job()
     assert len(kept()) == 3
 
 
 def test_a_worker_maps_the_files(data: Data) -> None:
-    dataset = cache(model(), data).task().loader.dataset
+    dataset = cache(model(), data).job().loader.dataset
     assert isinstance(dataset, Features)
     sent = pickle.dumps(dataset)
     assert len(sent) < dataset.views[0].nbytes / 10
@@ -342,7 +342,7 @@ def test_no_room_is_one_line_before_anything_is_computed(data: Data, monkeypatch
         cache(model(), data)
     assert "\n" not in str(raised.value) and not (cache_folder() / "features").exists()
     monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    cache(model(), data).task()
+    cache(model(), data).job()
     assert sum(np.load(file).nbytes for file in kept()) == needed
 
 
@@ -353,7 +353,7 @@ def test_features_beyond_float16_are_one_line(data: Data) -> None:
     with pytest.raises(
         DataError, match=r"not finite in float16 for one of the images 0 to 7 .* expected less than 655"
     ):
-        cache(network, data).task()
+        cache(network, data).job()
     assert not kept()
 
 
@@ -380,7 +380,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
         run(data, tmp_path / "killed", 2, **settings)
     kill_after(1000)
     network, config = model(), replace(QUICK, **FROZEN, **settings)
-    again = train(network, cache(network, data, 2, **settings).task(), config, tmp_path / "killed")
+    again = train(network, cache(network, data, 2, **settings).job(), config, tmp_path / "killed")
     assert torch.equal(weights(whole), weights(network)) and summary["val"] == again["val"]
     assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
 

@@ -18,10 +18,9 @@ import torch
 from helpers.kills import Killed, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
-from helpers.trainings import QUICK, model, run, run_cached, weights
+from helpers.trainings import QUICK, model, run, weights
 from safetensors.torch import load_file
 
-import vimoe.data.loaders
 import vimoe.training.loop
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
@@ -39,23 +38,6 @@ ALL = {"epochs": 3, "ema_decay": 0.8, "mixup": 0.4, "hflip": 0.5, "min_crop": 0.
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return load_data(DataConfig(path=str(roles(tmp_path_factory.mktemp("pictures"), train=14))))
-
-
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_a_training_on_batched_crops_goes_on_too(
-    data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch, cache: str
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(vimoe.data.loaders, "_gpu", lambda: True)
-    settings = {**ALL, "random_erasing": 0.5}
-    whole, _ = run_cached(data, tmp_path / "whole", cache, **settings)
-    kill_after(7)
-    with pytest.raises(Killed):
-        run_cached(data, tmp_path / "killed", cache, **settings)
-    kill_after(1000)
-    resumed, _ = run_cached(data, tmp_path / "killed", cache, **settings)
-    assert torch.equal(weights(whole), weights(resumed))
-    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -15,15 +15,16 @@ from torch import nn
 
 import vimoe
 import vimoe.data.images
-import vimoe.data.loaders
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError, VimoeError
-from vimoe.metrics.classification import Score, evaluate
+from vimoe.metrics.base import evaluate
+from vimoe.metrics.classification import ImageScore
 from vimoe.moe.layer import moe_layers
-from vimoe.tasks.image_training import classification
-from vimoe.training.loop import auxiliary_losses, settle, train
+from vimoe.tasks.classification_job import job_on_images
+from vimoe.training.loop import auxiliary_losses, train
+from vimoe.training.settle import settle
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.8])
@@ -183,7 +184,7 @@ def test_training_them_alone_is_the_same_budget_for_the_dense_control(data: Data
     frozen = {name: p.clone() for name, p in control.named_parameters()}
     tmp_path.mkdir(exist_ok=True)
     settings = replace(QUICK, train_only="moe")
-    train(control, classification(data, preprocessing(control), settings), settings, tmp_path, ["blocks.1.mlp"])
+    train(control, job_on_images(data, preprocessing(control), settings), settings, tmp_path, ["blocks.1.mlp"])
     moved = {name for name, p in control.named_parameters() if not torch.equal(p, frozen[name])}
     assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
     with pytest.raises(ConfigError, match="no MoE layer"):
@@ -268,11 +269,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]])
     """Validation gives these (top1, loss), one an epoch."""
     left = iter(scores)
 
-    def evaluate_next(_model: nn.Module, _loader: object) -> Score:
+    def evaluate_next(_model: nn.Module, _loader: object, **_more: object) -> ImageScore:
         top1, loss = next(left)
-        return Score(top1, 1.0, loss, 9)
+        return ImageScore(top1, 1.0, loss, 9)
 
-    monkeypatch.setattr(vimoe.tasks.image_training, "evaluate", evaluate_next)
+    monkeypatch.setattr(vimoe.tasks.classification_job, "evaluate", evaluate_next)
 
 
 BETTER_LATE = [(0.5, 1.0), (0.4, 0.5), (0.5, 0.9), (0.5, 0.9), (0.3, 0.1), (0.9, 0.1)]
@@ -316,7 +317,7 @@ def test_it_ends_with_the_weights_of_the_best_epoch(
 def test_a_run_whose_stop_is_due_trains_no_further(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0)])
     first, summary = run(data, tmp_path, epochs=6, early_stopping=2)
-    monkeypatch.setattr(vimoe.tasks.image_training, "evaluate", lambda *_: pytest.fail("another epoch was trained"))
+    monkeypatch.setattr(vimoe.tasks.classification_job, "evaluate", lambda *_, **__: pytest.fail("one more epoch"))
     again, resumed = run(data, tmp_path, epochs=6, early_stopping=2)  # the checkpoint of its last epoch is there
     assert torch.equal(weights(first), weights(again))
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0} and resumed["epochs"] == 4
@@ -383,22 +384,3 @@ def test_decoded_images_train_the_same_weights_on_a_cpu(
     if cache == "disk":
         again, _ = run_cached(data, tmp_path / "again", cache, **settings)
         assert torch.equal(weights(plain), weights(again))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_crops_that_are_resized_in_batches_train_nearly_the_same_weights(
-    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    """As on a GPU. Pillow's rounding is all that differs, so the first epoch's loss is nearly the same."""
-    settings = {"min_crop": 0.5, "epochs": 3, "random_erasing": 0.0}
-    run_cached(data, tmp_path / "host", "memory", **settings)
-    monkeypatch.setattr(vimoe.data.loaders, "_gpu", lambda: True)
-    network = model()
-    (tmp_path / "device").mkdir()
-    config = replace(QUICK, **settings)
-    task = classification(data, preprocessing(network), config, workers, "memory")
-    summary = train(network, task, config, tmp_path / "device")
-    host, device = rows(tmp_path / "host/metrics.csv"), rows(tmp_path / "device/metrics.csv")
-    assert float(host[0]["train_loss"]) != float(device[0]["train_loss"])  # it was the other path
-    assert float(host[0]["train_loss"]) == pytest.approx(float(device[0]["train_loss"]), abs=0.01)
-    assert summary["val"]["images"] == len(data.val)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe.analysis import statistics
@@ -30,18 +29,13 @@ from vimoe.analysis.interventions import (
     Intervention,
     Subjects,
     Without,
-    check_labels,
     measure,
-    signature,
 )
 from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, pair_interval, tables_of_units
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
-from vimoe.config.masks import IGNORE
 from vimoe.errors import ConfigError, DataError, VimoeError
-from vimoe.metrics.batches import Batches, batches_of
-from vimoe.metrics.classification import Score, ScoreCounts
-from vimoe.metrics.segmentation import SceneCounts, SceneScore, patch_classes
-from vimoe.models.interface import label_names, logits_of, unwrapped
+from vimoe.metrics.base import Batches, Score, batches, signature
+from vimoe.models.interface import logits_of, unwrapped
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
@@ -61,11 +55,12 @@ def analyze(
     seed: int = 0,
     progress: bool = False,
     sequences: Sequence[Hashable] | None = None,
+    metric: str | None = None,
 ) -> Evidence:
-    """Measures every MoE layer of a classifier, or of a segmenter, on validation images.
+    """Measure every MoE layer of a model on validation images.
 
-    In a segmentation it is the patches that have a class, that of most of their pixels, and being right is the share of
-    an image's pixels that are.
+    The metric says what labels are: classes of images, or masks. A patch of a mask has the class of most of its pixels,
+    and an image is as right as its share of right pixels.
 
     The cost is one pass over the loader to see the routing, and up to `draws` + N + 4 interventions on a layer. An
     intervention runs the blocks after the layer again, on the images that are overruled. For `last:2` of a ViT with a
@@ -80,8 +75,8 @@ def analyze(
 
     Args:
         model: a model with MoE layers; left in eval mode.
-        loader: validation batches of (images, labels) or (images, masks), all images of one size, and the same in the
-            same order when it is read again.
+        loader: validation batches of (images, labels), all images of one size, and the same in the same order when it
+            is read again.
         draws: permutations of the images' decisions, at most.
         overrule: images that interventions are measured on, drawn uniformly; 0 for no interventions, None for all that
             are kept.
@@ -90,9 +85,11 @@ def analyze(
         sequences: name of the video of each image of the loader. Intervals are then over sequences, if there are at
             least 5 of them: frames of one video are alike, and intervals over frames too narrow. By default each image
             counts by itself.
+        metric: name in `vimoe.metrics.registry.METRICS`; by default the model's attribute `metric`, and
+            "classification" for a model without it.
 
     Raises:
-        ConfigError: if there are not as many sequences as images.
+        ConfigError: if there are not as many sequences as images, or no such metric is registered.
         VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite.
         DataError: if the loader is empty, gives no pairs of tensors that the model takes, or gives other images when it
             is read again.
@@ -114,9 +111,9 @@ def analyze(
     layers = moe_layers(model)
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
-    subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule)
+    subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule, metric)
     base, seen = _observe(model, subjects, layers, seed, "observing the routing" if progress else "")
-    classes = label_names(model)
+    classes = subjects.metric.classes
     by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
     if sequences is not None and len(sequences) != base.images:
         raise ConfigError(f"{len(sequences)} sequences of {base.images} images: expected one for each image")
@@ -156,7 +153,7 @@ def analyze(
                 adjusted_mutual_information=by_class[name].dependence(seed, units),
                 effective_experts=statistics.effective_number(by_class[name].per_image(), seed, units),
                 comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
-                examples=seen.examples(gates[name]) if seen.labels.ndim == 1 else (),
+                examples=() if seen.by_patch else seen.examples(gates[name]),
                 **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
         )
@@ -181,7 +178,7 @@ def _half(seen: _Seen, sequences: np.ndarray | None, seed: int) -> np.ndarray:
     """(I,) True for a random half of the images: of each class, of segmented ones, or of sequences."""
     if sequences is not None:
         return statistics.halves(np.zeros(sequences.max() + 1), seed)[sequences]
-    return statistics.halves(seen.labels if seen.labels.ndim == 1 else np.zeros(len(seen.labels)), seed)
+    return statistics.halves(np.zeros(len(seen.labels)) if seen.by_patch else seen.labels + 1, seed)
 
 
 def _effects(
@@ -245,42 +242,48 @@ class _ByClass:
     """Classes and choices of experts in a layer: of whole images, or of the patches of segmented ones.
 
     Attributes:
-        labels: (I,), or (I, P) with a class below 0 where a patch has none.
+        labels: (I,), or (I, P) by patch; below 0 for no class.
         experts: (I, U, K) of all units of images with one class, (I, P, K) of patches.
         classes, num_experts: C and N.
+        by_patch: True if labels are by patch.
     """
 
     labels: np.ndarray
     experts: np.ndarray
     classes: int
     num_experts: int
+    by_patch: bool
 
     @classmethod
     def of(cls, seen: _Seen, name: str, classes: int) -> _ByClass:
         layer, experts = seen.layers[name], seen.experts[name]
-        if seen.labels.ndim == 2:
+        if seen.by_patch:
             prefix = layer.router.layout.num_prefix_tokens
             patches = experts[:, prefix:] if layer.config.routing == "token" else experts
             experts = np.broadcast_to(patches, (*seen.labels.shape, experts.shape[2]))
-        return cls(seen.labels, experts, classes, layer.config.num_experts)
+        return cls(seen.labels, experts, classes, layer.config.num_experts, seen.by_patch)
 
     def table(self, some: np.ndarray | slice = slice(None)) -> np.ndarray:
         """(C, N) how often the units of each class chose each expert, in some of the images."""
         labels, experts = self.labels[some], self.experts[some]
-        if labels.ndim == 1:
+        if not self.by_patch:
             labels = np.broadcast_to(labels[:, None], experts.shape[:2])
         counted = labels >= 0
         return count_experts(labels[counted], experts[counted], self.classes, self.num_experts)
 
     def per_image(self) -> np.ndarray:
         """(I, N) how often each image's units of a class chose each expert."""
-        if self.labels.ndim == 1:
-            return _per_image_counts(self.experts, self.num_experts)
+        if not self.by_patch:
+            return _per_image_counts(self.experts, self.num_experts) * (self.labels >= 0)[:, None]
         return tables_of_units(self.labels, self.experts, self.classes, self.num_experts).sum(axis=1)
 
     def dependence(self, seed: int, sequences: np.ndarray | None) -> Dependence:
-        if self.labels.ndim == 1:
-            return statistics.dependence(self.labels, self.per_image(), seed, sequences=sequences)
+        if not self.by_patch:
+            some = self.labels >= 0
+            if not some.any():
+                return Dependence(0.0, 0.0, 0.0, 1.0, 0.0)
+            units = None if sequences is None else np.unique(sequences[some], return_inverse=True)[1]
+            return statistics.dependence(self.labels[some], self.per_image()[some], seed, sequences=units)
         known = (self.labels, self.experts, self.classes, self.num_experts)
         return statistics.dependence_of_units(*known, seed, sequences)
 
@@ -290,13 +293,13 @@ class _Seen:
 
     Attributes:
         places: (I,) places in the loader, in rising order; signatures: (I,) by which to know the images again.
-        labels: (I,) class of each image, or (I, P) of each patch of segmented ones, negative where it has none.
+        labels: (I,) class of each image, or (I, P) of each patch if `by_patch`; -1 for none.
         experts, gates: decisions (I, U, K) by layer; -1 and 0 in empty slots.
         inputs: inputs (a few images, tokens, channels) by layer.
     """
 
-    def __init__(self, layers: Mapping[str, MoE], seed: int) -> None:
-        self.layers = layers
+    def __init__(self, layers: Mapping[str, MoE], seed: int, by_patch: bool = False) -> None:
+        self.layers, self.by_patch = layers, by_patch
         self.images = 0
         self.experts: dict[str, np.ndarray] = {}
         self.gates: dict[str, np.ndarray] = {}
@@ -327,7 +330,7 @@ class _Seen:
         if not self.images:
             self._limit = min(KEPT_IMAGES, *(KEPT_UNITS // e.shape[1] for e, _ in arrays.values()))
             self.places, self.signatures = np.empty(self._limit, np.int64), np.empty(self._limit, np.int64)
-            self.labels = np.empty((self._limit, *labels.shape[1:]), np.int64 if labels.ndim == 1 else np.int16)
+            self.labels = np.empty((self._limit, *labels.shape[1:]), np.int32)
             for name, (experts, gates) in arrays.items():  # memory is taken when it is written to
                 self.experts[name] = np.empty((self._limit, *experts.shape[1:]), np.int16)
                 self.gates[name] = np.empty((self._limit, *gates.shape[1:]), np.float32)
@@ -365,22 +368,20 @@ class _Seen:
 
 def _observe(
     model: nn.Module, subjects: Subjects, layers: Mapping[str, MoE], seed: int, task: str
-) -> tuple[Score | SceneScore, _Seen]:
-    seen, classes = _Seen(layers, seed), len(label_names(model))
-    score: ScoreCounts | SceneCounts | None = None
+) -> tuple[Score, _Seen]:
+    metric = subjects.metric
+    seen, counts = _Seen(layers, seed, metric.by_patch), metric.counts()
     shape: torch.Size | None = None
-    for x, labels in batches_of(model, subjects.loader, task):
-        check_labels(labels, classes)
+    for x, labels in batches(metric, subjects.loader, task):
         shape = shape or x.shape[1:]
         if x.shape[1:] != shape:
             raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
-        score = score or (ScoreCounts() if labels.ndim == 1 else SceneCounts(classes))
         with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
-            score.add(logits_of(model, x), labels)
-        seen.add(_classes_of(model, labels, classes), routings, signature(labels))
-    if score is None:
+            counts.add(logits_of(model, x), labels)
+        seen.add(metric.classes_of(labels).cpu().numpy(), routings, signature(labels).cpu().numpy())
+    if shape is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")
-    found: Score | SceneScore = score.score()
+    found = counts.score()
     if found.images == 1:
         raise DataError("1 validation image: expected at least 2, of one there are no intervals; give more")
     if not math.isfinite(found.columns["loss"]):
@@ -389,18 +390,6 @@ def _observe(
         )
     seen.close()
     return found, seen
-
-
-def _classes_of(model: nn.Module, labels: Tensor, classes: int) -> np.ndarray:
-    """(B,) labels as they are; of masks (B, H, W) the class of most of each patch's pixels (B, P), -1 without one."""
-    if labels.ndim == 1:
-        return labels.cpu().numpy()
-    segmenter: Any = model
-    height, width = labels.shape[1:]
-    (rows, columns), (patch_h, patch_w) = segmenter.grid(height, width), segmenter.patch_size
-    masks = F.pad(labels, (0, columns * patch_w - width, 0, rows * patch_h - height), value=IGNORE)
-    found = patch_classes(masks, segmenter.patch_size, classes)
-    return found.where(found != IGNORE, -1).cpu().numpy()
 
 
 def _per_image_counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:

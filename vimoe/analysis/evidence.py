@@ -17,15 +17,14 @@ from vimoe.analysis import figures
 from vimoe.analysis.interventions import Changes
 from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over
 from vimoe.errors import ConfigError, nearest
-from vimoe.metrics.classification import Score
-from vimoe.metrics.segmentation import SceneScore
+from vimoe.metrics.base import Score, read_score
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What an intervention changes on average over images: the loss in nats, and the share that is right.
+    """Mean change over images by an intervention: of the loss in nats, and of the share that is right.
 
-    Right are images (top-1), or in a segmentation pixels of an image.
+    Right is an image (top-1), or the share of its pixels; the metric says which.
     """
 
     loss: Interval
@@ -33,38 +32,39 @@ class Effect:
 
     @classmethod
     def each(cls, changes: Changes, seed: int, sequences: np.ndarray | None = None) -> list[Effect]:
-        """Of every intervention; sequences as in `vimoe.analysis.statistics`."""
+        """Return the effect of every intervention; sequences as in `vimoe.analysis.statistics`."""
         losses, shares = (mean_intervals(columns, seed, sequences) for columns in (changes.loss, changes.right))
         return [cls(loss, right) for loss, right in zip(losses, shares, strict=True)]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Effect:
-        """The inverse of `dataclasses.asdict`."""
+        """Return the effect of these plain values, the inverse of `dataclasses.asdict`."""
         return cls(Interval(**values["loss"]), Interval(**values["right"]))
 
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """What validation images say of one MoE layer. Intervals are 95%, over images or sequences.
+    """Evidence on one MoE layer from validation images. Intervals are 95%, over images or sequences.
 
     Attributes:
         name: module name of the layer.
-        routing, num_experts: as in its MoEConfig.
-        top_k: the most experts that a unit can get.
-        counts: (C, N), how often the units of each class chose each expert; from it follow heatmap and load.
-        drawn: the same of the half of the images that `expert_order` and `Evidence.class_order` were not found on.
-        expert_order: (N,) an order of the experts that brings out blocks.
-        gate_mass: (N,) mean over units of the gate that each expert got, 0 where it was not chosen.
-        adjusted_mutual_information: of class and expert, with its p-value and the mutual information in nats.
+        routing, num_experts: settings of the layer, as in its MoEConfig.
+        top_k: largest number of experts that a unit can get.
+        counts: (C, N) number of times that the units of each class chose each expert; heatmap and load follow from it.
+        drawn: (C, N) the same for the half of the images that `expert_order` and `Evidence.class_order` were not found
+            on.
+        expert_order: (N,) order of the experts that brings out blocks.
+        gate_mass: (N,) mean over units of each expert's gate, 0 for a unit that did not choose it.
+        adjusted_mutual_information: dependence of class and expert, with p-value and mutual information in nats.
         effective_experts: exp(entropy of the load), 1 to N.
-        permuted: when whole decisions (experts and gates) are permuted between images, mean of several draws. Its
+        permuted: effect of whole decisions (experts and gates) permuted between images, mean of several draws. Its
             interval is over both images, the one that takes and the one that gives.
-        frozen: when every unit gets the most frequent decision.
-        dense: when a dense FFN is in the layer's place, by `how` of `vimoe.densify`: those that the layer allows.
-        experts: when expert e cannot be chosen, for each e; empty where N = k.
-        comparison: how alike the experts are (vimoe.analysis.expert_similarity).
-        examples: for each expert places in the loader of the images that it got most of.
-        draws: how many permutations `permuted` is the mean of; 0 where nothing was overruled.
+        frozen: effect of the most frequent decision for every unit.
+        dense: effect of a dense FFN in the layer's place, by `how` of `vimoe.densify`, as far as the layer allows it.
+        experts: effect of each expert's absence; empty if N = k.
+        comparison: similarity of the experts (vimoe.analysis.expert_similarity).
+        examples: indices, in the loader, of the images that gave each expert the largest gates.
+        draws: number of permutations in `permuted`; 0 without interventions.
     """
 
     name: str
@@ -87,27 +87,27 @@ class LayerEvidence:
 
     @property
     def heatmap(self) -> np.ndarray:
-        """(C, N) P(expert | class): each row sums to 1, or is 0 for a class without images."""
+        """(C, N) P(expert | class); each row sums to 1, or is 0 for a class without images."""
         return self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
 
     @property
     def load(self) -> np.ndarray:
-        """(N,) share of all decisions that each expert got; sums to 1, or to 0 without any."""
+        """(N,) share of all decisions by expert; it sums to 1, or to 0 without any."""
         return self.counts.sum(axis=0) / max(self.counts.sum(), 1)
 
     @property
     def best_dense(self) -> tuple[str, Effect]:
-        """The way of making the layer dense that has the lowest loss, and what it changes."""
+        """`how` of the dense FFN with the lowest loss, and its effect."""
         return min(self.dense.items(), key=lambda item: item[1].loss.value)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """Return plain values, as JSON knows them."""
         values = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in asdict(self).items()}
         return {**values, "load": self.load.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerEvidence:
-        """The inverse of `to_dict`."""
+        """Return the evidence of these plain values, the inverse of `to_dict`."""
         arrays = {key: np.array(values[key]) for key in ("counts", "drawn", "expert_order", "gate_mass")}
         effects = {key: values[key] and Effect.from_dict(values[key]) for key in ("permuted", "frozen")}
         made = {
@@ -122,25 +122,25 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence on every MoE layer of a model.
+    """Evidence on every MoE layer of a model.
 
     Attributes:
-        layers: in forward order.
-        base: the score of the untouched model on all images.
-        classes: their names.
-        images: how many images the numbers are of, overruled_images: and the interventions.
-        draws: permutations, at most; `LayerEvidence.draws` says how many were enough.
+        layers: evidence on each layer, in forward order.
+        base: score of the unchanged model on all images.
+        classes: names of the classes.
+        images, overruled_images: number of images behind the numbers, and behind the interventions.
+        draws: number of permutations, at most; `LayerEvidence.draws` is the number that was enough.
         class_order: (C,) one order for all layers, found on one half of the images; draw `LayerEvidence.drawn`.
-        pairs: distinct (layer, expert) pairs that an image activates: the mean, the least and the most.
-        routes: distinct combinations of experts over depth that were taken, their effective number exp(entropy), and
-            how many there could be: the routing degree, the product over layers of C(N, k).
+        pairs: number of distinct (layer, expert) pairs that an image activates: mean, least and most.
+        routes: number of distinct combinations of experts over depth that were taken, their effective number
+            exp(entropy), and the number of possible ones: the product over layers of C(N, k), the routing degree.
         agreement: AMI between the images' favourite experts of each two layers: "value", "low", "high", each (L, L).
-        sequences: how many videos the images are frames of, overruled_sequences: and those of the interventions; None
-            where nothing says. With 5 or more of them intervals are over sequences, else over images.
+        sequences, overruled_sequences: number of videos behind the images, and behind the interventions; None if
+            nothing says. With 5 or more of them intervals are over sequences, else over images.
     """
 
     layers: tuple[LayerEvidence, ...]
-    base: Score | SceneScore
+    base: Score
     classes: tuple[str, ...]
     images: int
     overruled_images: int
@@ -153,7 +153,7 @@ class Evidence:
     overruled_sequences: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it: what `routing.json` holds."""
+        """Return the content of routing.json."""
         mean, low, high = self.pairs
         return {
             "base": self.base.to_dict(),
@@ -173,12 +173,12 @@ class Evidence:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evidence:
-        """The inverse of `to_dict`."""
+        """Return the evidence of these plain values, the inverse of `to_dict`."""
         pairs, routes = values["pairs"], values["routes"]
         all_draws = {"draws": values["draws"]}  # as older files mean it, which do not say so for each layer
         made = {
             "layers": tuple(LayerEvidence.from_dict({**all_draws, **layer}) for layer in values["layers"]),
-            "base": SceneScore.from_dict(values["base"]) if "miou" in values["base"] else Score(**values["base"]),
+            "base": read_score(values["base"]),
             "classes": tuple(values["classes"]),
             "class_order": np.array(values["class_order"]),
             "pairs": (Interval(**pairs["mean"]), pairs["low"], pairs["high"]),
@@ -188,18 +188,26 @@ class Evidence:
         return cls(**{k: v for k, v in values.items() if k != "confidence"} | made)
 
     def plot_heatmap(self, layer: str, axis: Axes | None = None) -> Axes:
-        """Draws P(expert | class) of a layer, by module name, on an axis of yours or a new one."""
+        """Draw P(expert | class) of a layer.
+
+        Args:
+            layer: module name.
+            axis: axis of yours to draw on; by default a new one.
+
+        Raises:
+            ConfigError: if the model has no such MoE layer.
+        """
         names = [each.name for each in self.layers]
         if layer not in names:
             raise ConfigError(f"layer={layer!r}: expected one of {', '.join(names)}; {nearest(layer, names)}")
         return figures.heatmap(self.to_dict(), layer, axis)
 
     def plot_heatmaps(self) -> Figure:
-        """P(expert | class) of all layers, with one order of the classes."""
+        """Draw P(expert | class) of all layers, with one order of the classes."""
         return figures.heatmaps(self.to_dict())
 
     def plot_effects(self) -> Figure:
-        """What the interventions change, with intervals."""
+        """Draw the effects of the interventions, with intervals."""
         return figures.effects(self.to_dict())
 
     def _repr_html_(self) -> str:

@@ -18,14 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe.analysis.partial_forward import Entry, LayerRecord, PartialForward
-from vimoe.config.masks import IGNORE
 from vimoe.errors import DataError, VimoeError
-from vimoe.metrics.batches import Batches, batches_of
-from vimoe.models.interface import label_names
+from vimoe.metrics.base import Batches, batches, metric_of, signature
 from vimoe.moe import MoE, Routing
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine
@@ -106,7 +103,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Changes:
-    """What interventions on a layer change for each image: the loss in nats, and being right (-1, 0 or 1), (I, V)."""
+    """Changes of each image by each intervention on a layer, (I, V): of the loss in nats, and of the share right."""
 
     loss: np.ndarray
     right: np.ndarray
@@ -123,13 +120,18 @@ class Subjects:
         loader: batches of (images, labels), or (images, masks).
         layers: names of the MoE layers that will be overruled, in forward order.
         most: keep nothing of more images than this; None for any number.
+        metric: name of the metric that knows the labels; by default the model's own (`metric_of`).
 
     Attributes:
         images: the images that are measured; None before the first reading, which means all of the loader's.
     """
 
-    def __init__(self, model: nn.Module, loader: Batches, layers: Sequence[str], most: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, loader: Batches, layers: Sequence[str], most: int | None = None,
+        metric: str | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.loader, self.layers, self.most = model, loader, layers, most
+        self.metric = metric_of(model, metric)
         self.images: Images | None = None
         self._partial: PartialForward | None = None
         self._kept: list[tuple[Entry, Tensor]] | None = []  # None once it is too much
@@ -195,17 +197,16 @@ class Subjects:
         self._kept, self._bytes = [], 0
         chosen, seen = self.images, 0
         places, signatures = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for x, labels in batches_of(self.model, self.loader, task):
+        for x, labels in batches(self.metric, self.loader, task):
             rows = np.arange(len(x))
             if chosen:
                 first, last = np.searchsorted(chosen.places, [seen, seen + len(x)])
                 rows = chosen.places[first:last] - seen
             places.append(seen + rows)
             seen += len(x)
-            check_labels(labels, len(label_names(self.model)))
             if len(rows) < len(x):
                 x, labels = x[torch.from_numpy(rows).to(x.device)], labels[torch.from_numpy(rows).to(x.device)]
-            signatures.append(signature(labels))
+            signatures.append(signature(labels).cpu().numpy())
             if chosen and not np.array_equal(signatures[-1], chosen.labels[first:last]):
                 raise DataError("the loader gives its images in another order each time: expected shuffle=False")
             for at in range(0, len(x), size):
@@ -238,7 +239,7 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
     most = max((layer.config.num_experts for layer in layers.values()), default=1)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in plan}
     for partial, logits, records, labels, index in subjects.records(list(plan), max(1, _HELD // most), task):
-        base = _losses(logits, labels)
+        base = subjects.metric.of_each_image(logits, labels)
         if not base[0].isfinite().all():
             raise VimoeError(f"the model's loss is {float(base[0].sum())}: expected a model whose outputs are finite")
         size = max(1, min(_ROWS, _SCORES // logits[0].numel()))
@@ -246,7 +247,7 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
             loss, right = (each.repeat(len(interventions), 1) for each in base)
             with torch.no_grad():
                 for columns, rows, y in _outputs(layers[name], records[name], interventions, index, size):
-                    others = _losses(partial.rest(name, records[name], rows, y), labels[rows])
+                    others = subjects.metric.of_each_image(partial.rest(name, records[name], rows, y), labels[rows])
                     loss[columns, rows], right[columns, rows] = others
             loss = loss.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
             found[name].append(((loss - base[0]).T.cpu(), (right - base[1]).T.cpu()))
@@ -323,30 +324,3 @@ class _Others:
         shared = None if self.shared is None else self.shared[units]
         mix = shared is not None and self.layer.config.combine == "mix"
         return combine(self.table, gates.flatten(0, 1), row, shared, mix).view(len(images), *self.shape[1:])
-
-
-def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) of each image the loss, and the share of it that is right: 0 or 1, or of its pixels that are not void."""
-    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE if labels.ndim > 1 else -100, reduction="none")
-    right = (logits.argmax(dim=1) == labels).float()
-    if labels.ndim == 1:
-        return loss, right
-    counted = labels != IGNORE
-    pixels = counted.flatten(1).sum(dim=1).clamp(min=1)
-    return loss.flatten(1).sum(dim=1) / pixels, (right * counted).flatten(1).sum(dim=1) / pixels
-
-
-def signature(labels: Tensor) -> np.ndarray:
-    """(B,) a number for each image by which to know it again: its class, or the sum of its mask."""
-    return (labels if labels.ndim == 1 else labels.flatten(1).sum(dim=1)).cpu().numpy()
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise DataError for a label that is none of so many classes."""
-    counted = labels if labels.ndim == 1 else labels[labels != IGNORE]
-    low, high = (int(each) for each in counted.aminmax()) if counted.numel() else (0, 0)
-    if low < 0 or high >= classes:
-        odd = low if low < 0 else high
-        raise DataError(
-            f"the loader gives the label {odd}: expected 0 to {classes - 1}, the model has {classes} classes"
-        )

@@ -1,4 +1,4 @@
-"""Remove the MoE layers, and experts, that validation does not support, and write down what that cost and saved."""
+"""Removal of the MoE layers and experts that validation does not support, with its costs and savings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from vimoe.analysis.interventions import Changes, Intervention, Subjects, Withou
 from vimoe.analysis.statistics import numbered, over
 from vimoe.config.analysis import PRUNE_TOLERANCE
 from vimoe.errors import ConfigError, VimoeError, expect
-from vimoe.metrics.batches import Batches
-from vimoe.metrics.classification import Score, evaluate
-from vimoe.metrics.segmentation import SceneScore
+from vimoe.metrics.base import Batches, Score, evaluate
 from vimoe.models.cost import Cost, count
 from vimoe.models.interface import unwrapped
 from vimoe.models.surgery import swap
@@ -32,14 +30,14 @@ _TIMED_IMAGES, _TIMED_SECONDS = 32, 10.0  # a receipt's throughput must not cost
 
 @dataclass(frozen=True)
 class Step:
-    """One removal, or what one would have cost.
+    """One removal, or one that would have cost too much.
 
     Attributes:
         layer: module name.
-        expert: which one of those that the layer still had; None for the whole layer.
-        how: what took the layer's place ("shared", "merge", "matched"), or "dropped" for an expert.
-        change: of the model as it was before this step.
-        total: of the model as it was given, None where that was not measured.
+        expert: number of the expert among those that the layer still had; None for the whole layer.
+        how: dense FFN that took the layer's place ("shared", "merge", "matched"), or "dropped" for an expert.
+        change: effect on the model before this step.
+        total: effect of all steps on the given model; None if it was not measured.
     """
 
     layer: str
@@ -56,9 +54,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What was removed, in order, and what was kept because removing it would have cost too much.
+    """Removals in order, and the layers that were kept.
 
-    Intervals are over the `sequences` that the images are of, as `vimoe.analysis.statistics.over` says.
+    Attributes:
+        steps: removals in order.
+        kept: layers that stay, each with the effect of its cheapest removal.
+        tolerance: largest upper bound of a removal's loss change, in nats.
+        sequences: number of videos that the images are frames of; None if nothing says. Intervals are over these
+            (`vimoe.analysis.statistics.over`).
     """
 
     steps: tuple[Step, ...]
@@ -67,7 +70,7 @@ class Pruning:
     sequences: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """Return plain values, as JSON knows them."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -91,14 +94,14 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Receipt:
-    """A model before and after: its score on test images, what it costs, and images a second measured in turns."""
+    """Score of a model on test images, its cost, and its throughput in images a second."""
 
-    score: Score | SceneScore
+    score: Score
     cost: Cost
     images_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
+        """Return plain values, as JSON knows them."""
         return {**self.score.to_dict(), **asdict(self.cost), "images_per_second": self.images_per_second}
 
 
@@ -112,32 +115,33 @@ def prune(
     progress: bool = False,
     sequences: Sequence[Hashable] | None = None,
 ) -> Pruning:
-    """Makes the MoE layers dense that validation does not support, in place.
+    """Replace, in place, the MoE layers that validation does not support by dense FFNs.
 
-    A layer goes when the upper bound of the 95% interval of the loss change is at most `tolerance`, by the way of
-    making it dense that has the lowest loss. With a loader this is greedy: the layer with the lowest bound goes, and
-    all that remain are measured again in the model without it. Without one all layers are judged by the evidence, each
-    as if it were removed alone, which several together may not bear out. Interrupted, the model is left with the
-    removals until then.
+    A layer is removed if the upper bound of the 95% interval of its loss change is at most `tolerance`. Of the ways to
+    make it dense, the one with the lowest loss is taken. With a loader the removal is greedy: the layer with the lowest
+    bound goes, and all others are measured again in the model without it. Without a loader all layers are judged by
+    the evidence, each as if it were removed alone; several removals together may cost more. If it is interrupted, the
+    model is left with the removals until then.
 
-    The loader is read once where what comes before the first MoE layer takes at most 1 GiB: it never changes. After
-    that a round costs the blocks from there on, and for each way of making a layer dense those after the layer.
+    The loader is read once if the inputs of the first block with an MoE layer take at most 1 GiB, since they never
+    change. After that a round costs the blocks from there on, and for each way to make a layer dense the blocks after
+    the layer.
 
     Args:
-        model: the model that the evidence is of; left in eval mode.
-        evidence: from `vimoe.analyze`; its gate masses weigh the mean of experts.
+        model: model of the evidence; left in eval mode.
+        evidence: result of `vimoe.analyze`; its gate masses weigh the mean of experts, and its score names the metric.
         loader: validation batches of (images, labels), the same in the same order each time it is read.
-        tolerance: in nats, for each removal. The bounds are of the images that also choose what goes, so several
-            removals cost a little more on other images: look at the receipt.
-        experts: also drop experts of the layers that stay, from the last layer to the first, one after another by the
-            same rule. It saves memory but no arithmetic. Needs the loader.
-        seed: draws the bootstrap.
-        progress: show how far each measurement is, as in `vimoe.analyze`.
-        sequences: for each image of the loader the video that it is a frame of, as in `vimoe.analyze`.
+        tolerance: nats for each removal. The same images give the bounds and choose the removals, so several removals
+            cost a little more on other images: look at the receipt.
+        experts: drop experts too, of the layers that stay, from the last layer to the first, one after another by the
+            same rule. It saves memory but no arithmetic, and needs the loader.
+        seed: seed of the bootstrap.
+        progress: show a progress bar for each measurement, as in `vimoe.analyze`.
+        sequences: video of each image of the loader, as in `vimoe.analyze`.
 
     Raises:
-        ConfigError: for a tolerance that is no number, `experts` without a loader, or not as many sequences as images.
-        VimoeError: where the evidence is of another model, or has no interventions and there is no loader.
+        ConfigError: if the tolerance is no number, or `experts` without a loader, or not as many sequences as images.
+        VimoeError: if the evidence is of another model, or has no interventions and there is no loader.
 
     >>> import timm, torch, vimoe
     >>> dense = timm.create_model("test_vit", num_classes=2)
@@ -165,7 +169,8 @@ def prune(
     mass = {e.name: torch.from_numpy(e.gate_mass) for e in evidence.layers}
     if loader is None:
         return _by_evidence(model, evidence, mass, tolerance)
-    greedy = _Greedy(model, loader, tolerance, seed, progress, sequences)
+    subjects = Subjects(model, loader, list(layers), metric=evidence.base.kind)
+    greedy = _Greedy(model.eval(), subjects, tolerance, seed, progress, sequences)
     kept = greedy.layers(mass)
     if experts:
         for name in reversed(moe_layers(model)):
@@ -191,22 +196,24 @@ def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor
 
 
 class _Greedy:
-    """Removes one thing after another, and measures what is left after each."""
+    """Removal of one layer or expert after another, with a measurement after each.
+
+    The model is in eval mode, as a dense FFN takes the mode of the layer that it replaces.
+    """
 
     def __init__(
-        self, model: nn.Module, loader: Batches, tolerance: float, seed: int, progress: bool,
+        self, model: nn.Module, subjects: Subjects, tolerance: float, seed: int, progress: bool,
         sequences: Sequence[Hashable] | None,
     ) -> None:  # fmt: skip
-        self.model = model.eval()  # what is built in a layer's place has its mode
+        self.model, self._subjects = model, subjects
         self.tolerance, self.seed, self.progress = tolerance, seed, progress
-        self._subjects = Subjects(model, loader, list(moe_layers(model)))
         self.steps: list[Step] = []
         self._units, self.sequences = numbered(sequences)
         self._named = None if sequences is None else len(sequences)
-        self._total = Changes(np.zeros(1), np.zeros(1))  # (I,) of each image, by all steps
+        self._total = Changes(np.zeros(1), np.zeros(1))  # (I,) change of each image by all steps
 
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
-        """Makes layers dense as long as one can go; returns what those that stay would have cost."""
+        """Make layers dense as long as one can go. Return the layers that stay, with what removing them would cost."""
         layers = moe_layers(self.model)
         ways = {
             name: {how: layer.dense(how, mass[name]) for how in layer.densify_methods}
@@ -228,7 +235,7 @@ class _Greedy:
         return ()
 
     def experts(self, name: str) -> None:
-        """Drops experts of a layer as long as one can go."""
+        """Drop experts of a layer as long as one can go."""
         layer = moe_layers(self.model)[name]
         left = list(range(layer.config.num_experts))
         while len(left) > layer.config.top_k:
@@ -241,9 +248,8 @@ class _Greedy:
             layer.keep_experts([e for e in range(len(left)) if e != column])
             self._took(Step(name, left.pop(column), "dropped", effects[column]), changes[name], column)
 
-    def _measure(self, plan: Mapping[str, list[Intervention]], task: str) -> dict[str, Changes]:
-        task = task if self.progress else ""
-        changes = measure(self._subjects, plan, task)
+    def _measure(self, plan: Mapping[str, list[Intervention]], bar: str) -> dict[str, Changes]:
+        changes = measure(self._subjects, plan, bar if self.progress else "")
         images = len(next(iter(changes.values())).loss)
         if self._named not in (None, images):
             raise ConfigError(f"{self._named} sequences of {images} images: expected one for each image")
@@ -259,30 +265,34 @@ class _Greedy:
 def receipts(
     models: list[nn.Module],
     loader: Batches,
-    score: Callable[[nn.Module, Any, str], Score | SceneScore] = evaluate,
+    score: Callable[[nn.Module, Any, str], Score] = evaluate,
     timed: Batches | None = None,
-    task: str = "",
+    bar: str = "",
 ) -> list[Receipt]:
-    """The same measurements of each model; speed on the loader's first batch, in turns, because machines are noisy.
+    """Return the same measurements of each model; throughput is timed in turns, because machines are noisy.
 
     Args:
-        models: to be measured.
+        models: models to measure.
         loader: test batches.
-        score: of a model on a loader; of classifiers by default.
-        timed: batches to time a forward on, by default those of the loader.
-        task: what to call the scoring where it is shown how far it is; not shown without it.
+        score: function that scores a model on a loader under a progress bar of a name; by default `evaluate`.
+        timed: batches whose first one a forward is timed on; by default those of the loader.
+        bar: name of the progress bar of the scoring; without it there is none.
     """
     speeds = images_per_second(models, next(iter(timed or loader))[0])
-    scores = [score(m, loader, task and f"{task}, {i} of {len(models)}") for i, m in enumerate(models, 1)]
+    scores = [score(m, loader, bar and f"{bar}, {i} of {len(models)}") for i, m in enumerate(models, 1)]
     return [Receipt(score, count(m), s) for m, score, s in zip(models, scores, speeds, strict=True)]
 
 
 def images_per_second(models: list[nn.Module], images: Tensor, rounds: int = 15) -> list[float]:
-    """Median inference throughput of each model on the same images, timed in turns after a round to warm up.
+    """Return the median throughput of each model in inference, in images a second.
 
-    On a CPU these are at most 32 images, and there are fewer rounds, but 3 at least, once they have taken 10 s.
+    All models take the same images, in turns, after a round to warm up. A CPU takes at most 32 of them, and stops after
+    3 rounds or more once they have taken 10 s. Give real images, since the load of the experts decides the time.
 
-    The images should be real ones: how long an MoE takes depends on which experts they go to.
+    Args:
+        models: models to time, on one device.
+        images: (B, channels, height, width).
+        rounds: number of timed rounds, at most.
     """
     times: list[list[float]] = [[] for _ in models]
     weight = next(models[0].parameters())

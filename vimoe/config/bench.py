@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
-from vimoe.config.checks import check_choice, check_count
+from vimoe.config.checks import bounded, check_fields
 from vimoe.errors import ConfigError
 
 BenchType = Literal["float32", "bfloat16"]
@@ -24,17 +24,13 @@ class ModelBench:
             take long.
     """
 
-    images: int = 16
+    images: int = bounded(16, 1)
     dtype: BenchType = "float32"
     precision: Literal["no", "bf16"] = "no"
-    rounds: int = 30
+    rounds: int = bounded(30, 2)  # one round gives no interval
 
     def __post_init__(self) -> None:
-        for field_ in fields(self):
-            if isinstance(field_.default, int):  # one round gives no interval
-                check_count(field_.name, getattr(self, field_.name), 2 if field_.name == "rounds" else 1)
-        check_choice("dtype", self.dtype, get_args(BenchType))
-        check_choice("precision", self.precision, ("no", "bf16"))
+        check_fields(self)
         if self.precision != "no" and self.dtype != "float32":
             raise ConfigError(
                 f"precision={self.precision!r} with dtype={self.dtype!r}: expected dtype='float32', the weights' type "
@@ -63,11 +59,7 @@ class LayerBench(ModelBench):
         load: "balanced" for equal shares, or "zipf" for 1 / (i + 1) of expert 0's share for expert i.
     """
 
-    tokens: int = 257
-    dim: int = 384
-    hidden: int = 1536
+    tokens: int = bounded(257, 1)
+    dim: int = bounded(384, 1)
+    hidden: int = bounded(1536, 1)
     load: Literal["balanced", "zipf"] = "balanced"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("load", self.load, ("balanced", "zipf"))

@@ -1,12 +1,65 @@
-"""Checks of single settings; each raises an error of one line."""
+"""Checks of settings: bounds stand at the field of a setting, and one function holds all fields to them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import field, fields
+from functools import cache, partial
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vimoe.errors import ConfigError, nearest
 
 LARGEST_SEED = 2**32 - 1  # numpy's limit
+
+
+def bounded(default: float | None, low: float, high: float = math.inf) -> Any:
+    """Return a dataclass field for a number from `low` to `high`."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def one_of(default: str | None, allowed: tuple[str, ...]) -> Any:
+    """Return a dataclass field for a text out of `allowed`."""
+    return field(default=default, metadata={"allowed": allowed})
+
+
+def check_fields(config: Any) -> None:
+    """Raise ConfigError if a field of a dataclass has a value outside of its type or bounds.
+
+    Flags, literals, and numbers and texts with bounds are checked; None is taken where the type has it.
+    """
+    for name, check in _checks(config.__class__).items():
+        check(name, getattr(config, name))
+
+
+@cache
+def _checks(config: type) -> dict[str, Callable[[str, object], None]]:
+    """Return the check of each field that has one."""
+    checks: dict[str, Callable[[str, object], None]] = {}
+    hints = get_type_hints(config)
+    for each in fields(config):
+        hint = hints[each.name]
+        kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        for kind in kinds:
+            check = _check(kind, dict(each.metadata))
+            if check:
+                checks[each.name] = partial(_unless_none, check) if type(None) in kinds else check
+    return checks
+
+
+def _check(kind: Any, bounds: dict[str, Any]) -> Callable[[str, object], None] | None:
+    if get_origin(kind) is Literal:
+        return partial(check_choice, allowed=get_args(kind))
+    by_kind: dict[Any, Callable[..., None]] = {int: check_count, float: check_range, str: check_choice}
+    if bounds and kind in by_kind:
+        return partial(by_kind[kind], **bounds)
+    return check_flag if kind is bool else None
+
+
+def _unless_none(check: Callable[[str, object], None], name: str, value: object) -> None:
+    if value is not None:
+        check(name, value)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -15,17 +68,16 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}; {nearest(value, allowed)}")
 
 
-def check_flags(config: object, *names: str) -> None:
-    """Raise ConfigError if one of these settings is not a bool."""
-    for name in names:
-        if not isinstance(value := getattr(config, name), bool):  # the text "false" would count as true
-            raise ConfigError(f"{name}={value!r}: expected True or False")
+def check_flag(name: str, value: object) -> None:
+    """Raise ConfigError unless the value is a bool."""
+    if not isinstance(value, bool):  # the text "false" would count as true
+        raise ConfigError(f"{name}={value!r}: expected True or False")
 
 
-def check_count(name: str, value: object, least: int, most: float = math.inf) -> None:
-    """Raise ConfigError unless the value is a whole number from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+def check_count(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Raise ConfigError unless the value is a whole number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        expected = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ConfigError(f"{name}={value!r}: expected a whole number {expected}")
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from vimoe.config.checks import LARGEST_SEED, check_choice, check_count, check_flags, check_range
+from vimoe.config.checks import LARGEST_SEED, bounded, check_fields, check_range, one_of
+from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError
 
 Cache = Literal["none", "memory", "disk", "features"]
-Task = Literal["classification", "segmentation"]
+TASKS = Registry(
+    "data.task",
+    {
+        "classification": "vimoe.tasks.classification:Classification",
+        "segmentation": "vimoe.tasks.segmentation:Segmentation",
+    },
+)
 Inference = Literal["slide", "whole"]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
@@ -53,44 +60,31 @@ class DataConfig:
     """
 
     path: str = ""
-    task: Task = "classification"
+    task: str = "classification"
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"
     image_column: str | None = None
     label_column: str | None = None
-    val_fraction: float = 0.1
-    images_per_class: int | None = None
-    seed: int = 0
+    val_fraction: float = bounded(0.1, 0.001, 0.9)
+    images_per_class: int | None = bounded(None, 2)
+    seed: int = bounded(0, 0, LARGEST_SEED)
     skip_unreadable: bool = False
     cache: Cache = "none"
-    views: int = 4
-    workers: int | None = None
-    crop_pct: float | None = None
-    interpolation: str | None = None
+    views: int = bounded(4, 1)
+    workers: int | None = bounded(None, 0)
+    crop_pct: float | None = bounded(None, 0.1, 1)
+    interpolation: str | None = one_of(None, INTERPOLATIONS)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     inference: Inference = "slide"
     flip_test: bool = False
 
     def __post_init__(self) -> None:
-        check_range("val_fraction", self.val_fraction, 0.001, 0.9)
-        check_choice("cache", self.cache, get_args(Cache))
-        check_count("views", self.views, 1)
-        check_choice("task", self.task, get_args(Task))
-        check_choice("inference", self.inference, get_args(Inference))
-        if self.crop_pct is not None:
-            check_range("crop_pct", self.crop_pct, 0.1, 1.0)
+        check_fields(self)
+        TASKS.check(self.task)
         check_normalisation("mean", self.mean)
         check_normalisation("std", self.std)
-        if self.interpolation is not None:
-            check_choice("interpolation", self.interpolation, INTERPOLATIONS)
-        if self.workers is not None:
-            check_count("workers", self.workers, 0)
-        if self.images_per_class is not None:
-            check_count("images_per_class", self.images_per_class, 2)
-        check_count("seed", self.seed, 0, LARGEST_SEED)
-        check_flags(self, "skip_unreadable", "flip_test")
         for one, other in itertools.combinations(("train_split", "val_split", "test_split"), 2):
             if (name := getattr(self, one)) == getattr(self, other) != "none":
                 raise ConfigError(

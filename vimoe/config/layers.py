@@ -1,4 +1,4 @@
-"""Selection of blocks: the value of `MoEConfig.layers`, parsed and checked once."""
+"""Selection of FFNs by block: the value of `MoEConfig.layers`, parsed and checked once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Layers:
         raise ConfigError(f"layers={written!r}: expected one of {', '.join(LAYER_WORDS)} with N of 1 or more; {remedy}")
 
     def check_names(self, ffn_name: re.Pattern[str]) -> None:
-        """Raise ConfigError for a module name that `ffn_name` does not match in full.
+        """Raise ConfigError if `ffn_name` does not match a module name in full.
 
         A name with wildcards is left to the model.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vimoe.config.checks import check_choice, check_count, check_flags, check_range
+from vimoe.config.checks import bounded, check_fields, one_of
 from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError
 
@@ -34,21 +34,14 @@ class ModelConfig:
 
     name: str = "vit_small_patch14_dinov2"
     pretrained: bool = True
-    img_size: int | None = None
-    num_classes: int | None = None
-    drop_path_rate: float = 0.0
-    decoder: str | None = None
+    img_size: int | None = bounded(None, 1)
+    num_classes: int | None = bounded(None, 1)
+    drop_path_rate: float = bounded(0.0, 0, 0.99)
+    decoder: str | None = one_of(None, DECODERS)
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.img_size is not None:
-            check_count("img_size", self.img_size, 1)
-        if self.num_classes is not None:
-            check_count("num_classes", self.num_classes, 1)
-        check_range("drop_path_rate", self.drop_path_rate, 0.0, 0.99)
-        check_flags(self, "pretrained")
-        if self.decoder is not None:
-            check_choice("decoder", self.decoder, DECODERS)
+        check_fields(self)
         if not isinstance(self.args, dict):
             raise ConfigError(f"args={self.args!r}: expected arguments by name, such as {{patch_size: 8}}")
         for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):

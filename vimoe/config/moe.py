@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from vimoe.config.checks import check_choice, check_count, check_flags, check_range
+from vimoe.config.checks import bounded, check_fields
 from vimoe.config.layers import Layers
 from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError, nearest
@@ -26,14 +26,14 @@ class MoEConfig:
     """Settings of MoE layers. Nothing here depends on the backbone.
 
     Args:
-        layers: which blocks: "all", "none", "last:2", "every:2" (blocks 1, 3, 5, ...), a list of block
+        layers: blocks to convert: "all", "none", "last:2", "every:2" (blocks 1, 3, 5, ...), a list of block
             indices (0 is the first block with an FFN, -1 the last), or module-name patterns ("blocks.1?.mlp").
-        num_experts: routed experts N of a layer, each of the FFN's own shape. 0 makes no mixture but a dense
+        num_experts: number of routed experts N of a layer, each of the FFN's own shape. 0 makes no mixture but a dense
             FFN of num_shared_experts times the width: the control with equal activated parameters.
-        top_k: experts k that one image or token is sent to; a router that sends them to any number of experts may
-            read it otherwise, and never has fewer to choose from.
+        top_k: number of experts k that one image or token is sent to; a router that sends them to any number of experts
+            may read it otherwise, and never has fewer to choose from.
         routing: "image" takes one decision for all tokens of an image, "token" one for each.
-        num_shared_experts: n experts that every token passes; n of them are one FFN of n times the width.
+        num_shared_experts: number of experts that every token passes; n of them are one FFN of n times the width.
         combine: "mix" is S(x) + sum g_i (E_i(x) - S(x)), "sum" is S(x) + sum g_i E_i(x) (the ViMoE paper).
         normalize_gates: divide the gates by their sum over the chosen experts; goes with "sum".
         router_noise: standard deviation, in units of 1 / num_experts, of normal noise on the router's scores in
@@ -42,12 +42,12 @@ class MoEConfig:
             experts with less than the mean load and down for those with more; gates stay without it (loss-free
             balancing, arXiv 2408.15664, has 0.001). 0 makes no bias.
         expert_dropout: dropout rate on the hidden units of the routed experts in training (Switch Transformers,
-            arXiv 2101.03961, section 2.4); where the FFN has a larger one of its own, that one holds.
+            arXiv 2101.03961, section 2.4); a larger rate of the FFN itself is kept.
         router: kind of the router, a name in `ROUTERS`; "softmax" sends each to the k experts of largest probability.
         experts: kind of the experts, a name in `EXPERTS`; "ffn" gives each expert weights of its own.
 
     Raises:
-        ConfigError: if a value is another, or values contradict one another.
+        ConfigError: if a value is none of these, or values contradict one another.
 
     >>> import vimoe
     >>> vimoe.MoEConfig(layers="last:2", num_experts=4, routing="token").to_dict()["num_experts"]
@@ -55,29 +55,21 @@ class MoEConfig:
     """
 
     layers: str | tuple[int | str, ...] = "last:2"
-    num_experts: int = 8
-    top_k: int = 1
+    num_experts: int = bounded(8, 0)
+    top_k: int = bounded(1, 1)
     routing: RoutedUnit = "image"
-    num_shared_experts: int = 1
+    num_shared_experts: int = bounded(1, 0)
     combine: Combine = "mix"
     normalize_gates: bool = False
-    router_noise: float = 0.0
-    bias_update_rate: float = 0.0
-    expert_dropout: float = 0.0
+    router_noise: float = bounded(0.0, 0)
+    bias_update_rate: float = bounded(0.0, 0, 1)
+    expert_dropout: float = bounded(0.0, 0, 0.99)
     router: str = "softmax"
     experts: str = "ffn"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.selection.written)  # a list becomes a tuple
-        check_choice("routing", self.routing, get_args(RoutedUnit))
-        check_choice("combine", self.combine, get_args(Combine))
-        check_count("num_experts", self.num_experts, 0)
-        check_count("num_shared_experts", self.num_shared_experts, 0)
-        check_count("top_k", self.top_k, 1)
-        check_range("router_noise", self.router_noise, 0)
-        check_range("bias_update_rate", self.bias_update_rate, 0.0, 1.0)
-        check_range("expert_dropout", self.expert_dropout, 0.0, 0.99)
-        check_flags(self, "normalize_gates")
+        check_fields(self)
         ROUTERS.check(self.router)
         EXPERTS.check(self.experts)
         if self.num_experts == 0 and self.num_shared_experts < 2:

@@ -15,8 +15,9 @@ from vimoe.errors import ConfigError
 SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": DataConfig, "train": TrainConfig}
 
 
-# settings that only one task reads; other tasks refuse them instead of ignoring them silently
-ONLY_FOR: dict[str, tuple[str, ...]] = {
+# settings that not every task reads, by task; other tasks refuse them instead of ignoring them silently, and a task
+# without an entry reads none of them
+OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "classification": (
         "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
         "data.images_per_class", "data.cache", "data.views", "data.crop_pct", "data.interpolation",
@@ -43,14 +44,11 @@ class Settings:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for task, names in ONLY_FOR.items():
-            for section, name in (full.split(".") for full in names if task != self.data.task):
-                value, default = (getattr(each, name) for each in (getattr(self, section), SECTIONS[section]()))
-                if value != default:
-                    raise ConfigError(
-                        f"{section}.{name}={value!r} with data.task={self.data.task!r}: expected it with {task} only; "
-                        f"leave it out"
-                    )
+        for full in dict.fromkeys(name for names in OWN_SETTINGS.values() for name in names):
+            section, name = full.split(".")
+            value, default = (getattr(each, name) for each in (getattr(self, section), SECTIONS[section]()))
+            if value != default:
+                check_reads(self.data.task, full, value)
         self._check_features()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -78,6 +76,21 @@ class Settings:
                     f"train.{name}={value:g} with data.cache='features': expected 0, since it mixes pixels; leave it "
                     f"out, or use data.cache=disk"
                 )
+
+
+def check_reads(task: str, name: str, value: object) -> None:
+    """Raise ConfigError for a setting that is in OWN_SETTINGS, and not there for this task.
+
+    Args:
+        task: name of the task.
+        name: setting, such as "train.mixup".
+        value: value that was given.
+    """
+    readers = [each for each, names in OWN_SETTINGS.items() if name in names]
+    if readers and task not in readers:
+        raise ConfigError(
+            f"{name}={value!r} with data.task={task!r}: expected it with {' or '.join(readers)} only; leave it out"
+        )
 
 
 def flat(settings: Settings) -> dict[str, Any]:

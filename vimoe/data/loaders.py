@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -17,12 +16,12 @@ from torchvision.transforms import Compose
 from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Sample
-from vimoe.data.crops import KERNELS, RandomCrops, pad
 from vimoe.data.decoded import Decoded, Shrink, Where, decode
 from vimoe.data.images import THIN, open_image
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.errors import DataError
 from vimoe.models.interface import find_backbone
+from vimoe.process import Process
 
 
 class Images(Dataset):
@@ -78,32 +77,6 @@ class Augmented(Images):
         return super().__getitem__(index)
 
 
-class Crops(Dataset):
-    """Dataset of batches of random crops of decoded images, which `vimoe.data.crops.Finish` resizes.
-
-    Crops are seeded as in `Augmented`.
-    """
-
-    def __init__(self, samples: Decoded, config: TrainConfig) -> None:
-        self.samples, self.cut = samples, RandomCrops(config)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return ((padded crops, boxes), labels) of a batch (`vimoe.data.crops.pad`)."""
-        crops = []
-        for index, seed in keys:
-            seed_host(seed)
-            crops.append(self.cut(self.samples.pixels[index]))
-        return pad(crops), torch.tensor([self.samples.labels[index] for index, _ in keys])
-
-    @staticmethod
-    def collate(batch: Any) -> Any:
-        """Return the batch as it is (for a DataLoader)."""
-        return batch
-
-
 def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
     """Return timm's data config for a model: input_size, mean, std, crop_pct, crop_mode, interpolation.
 
@@ -143,9 +116,7 @@ def train_loader(
 ) -> DataLoader:
     """Return shuffled batches with timm's augmentation; the last one is dropped if it is incomplete.
 
-    Order and augmentation follow from the seed and the epoch. If the samples are decoded and there is a GPU, batches
-    are `Crops`, which `vimoe.data.crops.Finish` turns into images there. An augmentation policy and colour jitter need
-    Pillow's images, and a CPU would gain nothing, so these get images.
+    Order and augmentation follow from the seed and the epoch.
 
     Args:
         samples: train images.
@@ -156,9 +127,15 @@ def train_loader(
     Raises:
         DataError: if `config.auto_augment` is no policy of timm.
     """
+    images, order = Augmented(samples, train_transform(prepared, config)), Shuffled(len(samples), config.seed)
+    return DataLoader(images, config.batch_size, sampler=order, drop_last=True, **processes(workers))
+
+
+def train_transform(prepared: dict[str, Any], config: TrainConfig) -> Any:
+    """Return timm's augmentation. Raises DataError for a policy that timm does not know."""
     whole = config.min_crop == 1
     try:
-        transform = create_transform(
+        return create_transform(
             **{name: prepared[name] for name in ("input_size", "mean", "std", "interpolation")},
             is_training=True,
             scale=(config.min_crop, 1.0),
@@ -173,12 +150,6 @@ def train_loader(
         raise DataError(
             f"train.auto_augment={config.auto_augment!r}: expected a policy of timm, such as 'rand-m9-mstd0.5-inc1'"
         ) from error
-    order = Shuffled(len(samples), config.seed)
-    batches: dict[str, Any] = {"batch_size": config.batch_size, "sampler": order, "drop_last": True}
-    batchwise = not (config.auto_augment or config.color_jitter) and prepared["interpolation"] in KERNELS
-    if isinstance(samples, Decoded) and batchwise and _gpu():
-        return DataLoader(Crops(samples, config), collate_fn=Crops.collate, **batches, **processes(workers))
-    return DataLoader(Augmented(samples, transform), **batches, **processes(workers))
 
 
 def eval_loader(
@@ -209,9 +180,5 @@ def processes(workers: int | None) -> dict[str, Any]:
         workers: number of processes; by default one per core, at most 8, if a GPU computes, else 0.
     """
     if workers is None:  # decoders would only compete with a model that computes on all cores
-        workers = min(os.cpu_count() or 1, 8) if _gpu() else 0
+        workers = min(os.cpu_count() or 1, 8) if Process().device.type != "cpu" else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}
-
-
-def _gpu() -> bool:
-    return torch.accelerator.is_available()

@@ -1,6 +1,6 @@
-"""Scenes composed of scikit-learn's handwritten digits: masks to learn from where no data set is at hand.
+"""Scenes composed of scikit-learn's handwritten digits, with masks: data for segmentation without a download.
 
-Written as files in ADE20K's layout, so that they can be looked at, and are read as anyone's scenes are.
+They are files in ADE20K's layout, to look at, and are read as any scenes are.
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ TAB10 = (  # matplotlib's
 )  # fmt: skip
 PALETTE = ((70, 70, 70), *TAB10)
 VOID = (255, 255, 255)
-DIGITS = (2, 4)  # of a scene, least and most
+DIGITS = (2, 4)  # least and largest number in a scene
 SIDES = (18, 28)  # of a digit in pixels
-PLACES = 4  # tried for each digit
-INK = (0.2, 0.5)  # of a scaled digit's grey: below the first there is no ink, above the second nothing else
+POSITIONS = 4  # tried for each digit
+INK = (0.2, 0.5)  # a scaled digit's grey: at most the first is no ink, at least the second is ink alone
 
 
 def compose_scenes(
     folder: str | Path, train: int, val: int, test: int, size: int = 64, seed: int = 0, known: int = 10
 ) -> Path:
-    """Writes scenes with masks into a new folder: 2 to 4 digits on a textured ground, later ones over earlier ones.
+    """Write scenes with masks into a new folder: 2 to 4 digits on a textured ground, later digits over earlier ones.
 
-    A pixel has the class of the digit whose ink covers it. Where ink and ground mix, at the edges of a stroke, it is
-    void: no label would be right. Of a few random places a digit gets the one where there is least below it. The three
-    roles show different digits, those that `digits` has in these roles. A scene follows from `seed`, its role and its
-    place in it, so a larger set begins with the smaller one.
+    A pixel has the class of the digit whose ink covers it. At the edges of a stroke ink and ground mix; such a pixel is
+    void, since no label would be right. A digit is put at the one of a few random positions that covers least. The
+    three roles show different digits, as `digits` splits them. A scene follows from `seed`, its role and its number, so
+    a larger set begins with the smaller one.
 
     Args:
-        folder: to write images/, annotations/ and classes.yaml into.
-        train, val, test: how many scenes of each role.
+        folder: folder for images/, annotations/ and classes.yaml.
+        train: number of training scenes.
+        val: number of validation scenes.
+        test: number of test scenes.
         size: side of the square scenes in pixels.
-        seed: of all draws.
-        known: how many digits there are, 0 to `known` - 1.
+        seed: seed of all draws.
+        known: number of digits, 0 to `known` - 1.
 
     Raises:
-        DataError: for scenes that are too small for digits, other digits, or a folder that holds something.
+        DataError: if scenes are too small for digits, there are no such digits, or the folder is not empty.
     """
     folder = Path(folder)
     if size < SIDES[1]:
@@ -63,12 +65,12 @@ def compose_scenes(
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is there already: expected a new folder; name another one")
     digits = load_data(DataConfig(path="digits"))
-    for place, (role, number) in enumerate(zip(ROLES, (train, val, test), strict=True)):
+    for position, (role, number) in enumerate(zip(ROLES, (train, val, test), strict=True)):
         samples = [sample for sample in getattr(digits, role) if sample[1] < known]
         for kind in ("images", "annotations"):
             (folder / kind / role).mkdir(parents=True)
         for i in range(number):
-            image, mask = _scene(samples, size, np.random.default_rng((seed, place, i)))
+            image, mask = _scene(samples, size, np.random.default_rng((seed, position, i)))
             Image.fromarray(image).save(folder / "images" / role / f"{i:05d}.png")
             colour(mask, (*PALETTE, *[VOID] * (256 - len(PALETTE)))).save(
                 folder / "annotations" / role / f"{i:05d}.png"
@@ -80,14 +82,14 @@ def compose_scenes(
 
 
 def _scene(samples: Sequence[Sample], size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """((size, size, 3), (size, size)) uint8: an image and its mask."""
+    """Return an image (size, size, 3) and its mask (size, size), uint8."""
     image = _ground(size, rng)
     mask = np.full((size, size), BACKGROUND, "uint8")
     for _ in range(rng.integers(DIGITS[0], DIGITS[1], endpoint=True)):
         digit, label = samples[int(rng.integers(len(samples)))]
         assert isinstance(digit, Image.Image)
         side = rng.integers(*SIDES, endpoint=True)
-        corners = rng.integers(size - side, size=(PLACES, 2), endpoint=True)
+        corners = rng.integers(size - side, size=(POSITIONS, 2), endpoint=True)
         windows = [np.s_[top : top + side, left : left + side] for top, left in corners]
         window = min(windows, key=lambda window: (mask[window] != BACKGROUND).sum())
         ink = _ink(digit, int(side))
@@ -98,18 +100,18 @@ def _scene(samples: Sequence[Sample], size: int, rng: np.random.Generator) -> tu
 
 
 def _ink(digit: Image.Image, side: int) -> np.ndarray:
-    """(side, side) in 0..1: how much of each pixel a digit of that size covers."""
+    """Return the share of each pixel that a digit of that size covers, (side, side) in 0..1."""
     grey = np.asarray(digit.convert("F").resize((side, side), Image.Resampling.BICUBIC)) / 255
     return ((grey - INK[0]) / (INK[1] - INK[0])).clip(0, 1)
 
 
 def _ground(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(size, size, 3) in 0..0.5: dark clouds of colour under a fine grain."""
+    """Return a ground (size, size, 3) in 0..0.5: dark clouds of colour under a fine grain."""
     clouds = Image.fromarray(rng.integers(0, 100, (4, 4, 3), "uint8")).resize((size, size), Image.Resampling.BICUBIC)
     return (np.asarray(clouds) / 255 + rng.uniform(-0.08, 0.08, (size, size, 1))).clip(0, 0.5)
 
 
 def _bright(rng: np.random.Generator) -> np.ndarray:
-    """A colour that stands out from the ground."""
+    """Return a colour that stands out from the ground."""
     colours = rng.uniform(0.2, 1, 3)
     return colours / colours.max()

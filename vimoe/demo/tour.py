@@ -1,23 +1,22 @@
-"""What the tours share: a parent, arms that start from it with equal further training, what their seeds support, and
-how the routing of the ViMoE is told.
-"""
+"""A tour: a parent, arms that start from it with equal further training, a comparison over seeds, and a page."""
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from scipy import stats
+from torch import nn
 
 from vimoe import run_folder
 from vimoe.analysis.evidence import Evidence
+from vimoe.analysis.pruning import receipts
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
@@ -25,10 +24,14 @@ from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import run_training
+from vimoe.metrics.registry import SCORES, Shown
+from vimoe.models.model_folder import load
 from vimoe.report.curves import curves, loads
 from vimoe.report.html_page import Page
 from vimoe.report.routing_section import add_routing_section, routing_summary
 from vimoe.report.run_files import LOAD, METRICS
+from vimoe.report.table_cells import COSTS, over_seeds
+from vimoe.tasks.base import Task, task_of
 
 SEEDS = (0, 1, 2)
 PARENT = "parent"
@@ -36,6 +39,13 @@ DRAWS = 5  # permutations in an analysis
 DISCLAIMER = (
     "This is a tour: a tiny model on tiny images, to show what the tool does. It says nothing about ViMoE on real data."
 )
+CELLS = (  # key, unit and format of each of the costs
+    ("loss", 1, "{:.4f}"), ("params", 1e6, "{:.3f}"), ("activated_params", 1e6, "{:.3f}"), ("macs", 1e9, "{:.4f}"),
+    ("images_per_second", 1, "{:.0f}"),
+)  # fmt: skip
+
+Models = dict[str, list[nn.Module]]  # by arm, one a seed
+Table = Mapping[str, Sequence[dict[str, Any]]]  # figures by arm, one dict a seed
 
 
 @dataclass(frozen=True)
@@ -47,76 +57,158 @@ class Arm:
     note: str
 
     def run(self, seed: int) -> str:
-        """The folder of its run, within that of the tour."""
+        """Return the name of its run folder within the folder of the tour."""
         return f"{self.name.replace(',', '').replace(' ', '-').lower()}-seed{seed}"
 
 
+class Findings(NamedTuple):
+    """Results of one tour beyond the table: lines to print, figures for summary.json, and sections of the page."""
+
+    lines: list[str]
+    figures: dict[str, Any]
+    add_sections: Callable[[Page, Table], None]
+
+
 @dataclass(frozen=True)
-class Tour:
+class Tour(ABC):
     """A parent from scratch, and arms.
 
     Args:
-        data, model, first: what the parent is and learns, and how.
-        further: how each arm goes on, once a seed.
-        arms: the first is the control.
+        subject: images of the tour, in words.
+        data: images to learn from.
+        model: model of the parent.
+        first: training of the parent.
+        further: training of each arm, once a seed.
+        arms: arms to compare; the first is the control, the last the ViMoE.
+        shares: keys of the shares in the table; the first is compared.
     """
 
+    subject: str
     data: DataConfig
     model: ModelConfig
     first: TrainConfig
     further: TrainConfig
     arms: tuple[Arm, ...]
+    shares: tuple[str, ...]
 
-    def train(self, folder: Path, console: Console) -> dict[str, list[Path]]:
-        """Trains all of it into run folders within a folder; returns those of the parent, and of each arm by seed."""
+    @abstractmethod
+    def introduction(self, data: Any) -> str:
+        """Return the first sentences of the page."""
+
+    @abstractmethod
+    def study(self, task: Task[Any], data: Any, models: Models, evidence: Sequence[Evidence]) -> Findings:
+        """Look at the trained models, and add further ones to `models` if they are to be measured too."""
+
+    def run(self, folder: Path) -> tuple[str, dict[str, Any]]:
+        """Run the tour in a new folder, and return the text to print and the figures."""
+        start, console = time.perf_counter(), Console(stderr=True)
+        task = task_of(Settings(data=self.data, train=self.first))
+        data = task.find(self.data)
+        console.print(f"A tour on {self.subject}: {data}")
+        trained = self._train(folder, console)
+        models = {name: [load(run / run_folder.MODEL) for run in group] for name, group in trained.items()}
+        console.print("analysing the ViMoEs")
+        evidence = [FinishedRun(run).analyze(draws=DRAWS) for run in trained[self.arms[-1].name]]
+        findings = self.study(task, data, models, evidence)
+        table = _measure(task, data, models)
+        scores = {arm: [measured[self.shares[0]] for measured in group] for arm, group in table.items()}
+        control, *others = (arm for arm in table if arm != PARENT)
+        comparisons = [
+            compare(scores, arm, control, len(others), len(data.test), self._names.shares[self.shares[0]])
+            for arm in others
+        ]
+        seconds = time.perf_counter() - start
+
+        page = Page(f"vimoe: a tour on {self.subject}", folder / run_folder.FIGURES)
+        page.text(f"{self.introduction(data)} It took {seconds:.0f} seconds.")
+        page.text(DISCLAIMER)
+        self._add_results(page, table, comparisons)
+        findings.add_sections(page, table)
+        self._add_routing_and_training(page, folder, evidence)
+        report = page.write(folder / "report.html")
+        summary = {"table": table, "comparisons": comparisons, **findings.figures, "seconds": seconds}
+        summary["report"] = str(report)
+        run_folder.write_json(folder / run_folder.SUMMARY, {"schema": run_folder.SCHEMA, "command": "demo", **summary})
+        lines = ["", as_text(self._header(), self._rows(table)), "", *comparisons, "", *findings.lines, "", DISCLAIMER]
+        return "\n".join([*lines, f"{seconds:.0f} s; report: {report}"]), summary
+
+    def _train(self, folder: Path, console: Console) -> dict[str, list[Path]]:
+        """Train into run folders within a folder, and return those of the parent, and of each arm by seed."""
         parent = folder / PARENT
-        self._train(parent, self.model, MoEConfig(layers="none"), self.first)
+        run_training(Settings(model=self.model, moe=MoEConfig(layers="none"), data=self.data, train=self.first), parent)
         done: dict[str, list[Path]] = {PARENT: [parent], **{arm.name: [] for arm in self.arms}}
         start = ModelConfig(name=f"local-dir:{parent / run_folder.MODEL}")
         for seed in SEEDS:
             for arm in self.arms:
                 console.print(f"seed {seed}: {arm.name}")
-                self._train(folder / arm.run(seed), start, arm.moe, replace(self.further, seed=seed))
+                settings = Settings(model=start, moe=arm.moe, data=self.data, train=replace(self.further, seed=seed))
+                run_training(settings, folder / arm.run(seed))
                 done[arm.name].append(folder / arm.run(seed))
         return done
 
-    def _train(self, out: Path, model: ModelConfig, moe: MoEConfig, config: TrainConfig) -> None:
-        run_training(Settings(model=model, moe=moe, data=self.data, train=config), out)
+    @property
+    def _names(self) -> Shown:
+        names: Shown = SCORES.find(self.data.task)
+        return names
+
+    def _header(self) -> tuple[str, ...]:
+        return ("", *(f"{self._names.shares[key]}, %" for key in self.shares), *COSTS)
+
+    def _rows(self, table: Table) -> list[tuple[str, ...]]:
+        cells = (*((key, 0.01, "{:.2f}") for key in self.shares), *CELLS)
+        return [
+            (name, *(over_seeds([one[key] for one in group], unit, form) for key, unit, form in cells))
+            for name, group in table.items()
+        ]
+
+    def _add_results(self, page: Page, table: Table, comparisons: list[str]) -> None:
+        page.heading("Results")
+        page.table(self._header(), self._rows(table))
+        page.items([f"{arm.name}: {arm.note}" for arm in self.arms])
+        page.text(
+            f"Mean ± standard deviation over seeds, all from one parent. MACs are multiply-adds of one image; images/s "
+            f"was measured in turns on this machine. What {len(SEEDS)} seeds support:"
+        )
+        page.items(comparisons)
+
+    def _add_routing_and_training(self, page: Page, folder: Path, evidence: Sequence[Evidence]) -> None:
+        """Add routing and training of the ViMoE's first run, and the routing of all seeds in short."""
+        seed, arm = SEEDS[0], self.arms[-1]
+        add_routing_section(page, evidence[0].to_dict(), "Routing")
+        page.subheading("Over seeds")
+        page.text(
+            f"The routing shown is that of seed {seed}; each run's folder has its own report. In short, all seeds:"
+        )
+        page.items(by_seed(evidence))
+        page.heading(f"Training of the {arm.name}, seed {seed}")
+        run = folder / arm.run(seed)
+        page.figure(curves(run / METRICS), "curves", "Loss and score by epoch.")
+        page.figure(loads(run / LOAD), "load", "Share of each expert in training, by epoch.")
 
 
-def tour_folder(out: str | None) -> Path:
-    """Makes the folder of a tour, runs/demo-DATE-TIME where none is named. Raises FolderError where it cannot."""
-    return run_folder.new_run(out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-@contextmanager
-def tiny_models() -> Iterator[None]:
-    """One thread, for more would wait for one another, long on a busy machine; idle experts are told at the end."""
-    threads, log = torch.get_num_threads(), logging.getLogger("vimoe")
-    level = log.level
-    torch.set_num_threads(1)
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        log.setLevel(level)
+def _measure(task: Task[Any], data: Any, models: Models) -> dict[str, list[dict[str, Any]]]:
+    """Return score on test, costs, and images a second measured in turns, of each model."""
+    everything = [model for group in models.values() for model in group]
+    loader = task.loader(everything[0], data, data.test)
+    measured = iter(receipts(everything, loader, task.evaluate))
+    return {name: [next(measured).to_dict() for _ in group] for name, group in models.items()}
 
 
 def compare(
     shares: Mapping[str, Sequence[float]], name: str, control: str, comparisons: int, images: int, what: str
 ) -> str:
-    """What the seeds support of one arm against another, for this one parent: the paired difference of their scores.
+    """Return a sentence on one arm against another, for this one parent: the paired difference of their scores.
 
-    With its 95% interval (Student's t), widened for as many comparisons as are made (Bonferroni). A difference cannot
-    be known better than to one image, so seeds that agree by chance do not make it certain.
+    With its 95% interval (Student's t), widened for the number of comparisons (Bonferroni). A difference is known to
+    one image at best, so seeds that agree by chance do not make it certain.
 
     Args:
         shares: scores in 0..1 of each arm, by seed.
-        name, control: which two.
-        comparisons: how many are made in all.
-        images: that each score is of.
-        what: the name of the score.
+        name: arm to judge.
+        control: arm to compare with.
+        comparisons: number of comparisons in all.
+        images: number of images behind each score.
+        what: name of the score.
     """
     differences = [100 * (a - b) for a, b in zip(shares[name], shares[control], strict=True)]
     mean, seeds = statistics.fmean(differences), len(differences)
@@ -129,13 +221,8 @@ def compare(
     )
 
 
-def analysed(trained: Sequence[Path]) -> list[Evidence]:
-    """The evidence of runs, of which each folder gets its own."""
-    return [FinishedRun(run).analyze(draws=DRAWS) for run in trained]
-
-
 def by_seed(evidence: Sequence[Evidence]) -> list[str]:
-    """What the routing of each seed comes to."""
+    """Return the routing in short, by seed."""
     return [
         f"seed {seed}: {line}"
         for seed, one in zip(SEEDS, evidence, strict=True)
@@ -143,21 +230,8 @@ def by_seed(evidence: Sequence[Evidence]) -> list[str]:
     ]
 
 
-def add_routing_and_training(page: Page, arm: Arm, folder: Path, evidence: Sequence[Evidence]) -> None:
-    """Adds the routing and the training of an arm's first run, within the folder of the tour, and `by_seed` of all."""
-    seed = SEEDS[0]
-    add_routing_section(page, evidence[0].to_dict(), "Routing")
-    page.subheading("Over seeds")
-    page.text(f"The routing shown is that of seed {seed}; each run's folder has its own report. In short, all seeds:")
-    page.items(by_seed(evidence))
-    page.heading(f"Training of the {arm.name}, seed {seed}")
-    run = folder / arm.run(seed)
-    page.figure(curves(run / METRICS), "curves", "Loss and score by epoch.")
-    page.figure(loads(run / LOAD), "load", "Share of each expert in training, by epoch.")
-
-
-def told(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as text."""
+def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text."""
     lines = [header, *rows]
     first, *others = (max(map(len, column)) + 2 for column in zip(*lines, strict=True))
     return "\n".join(

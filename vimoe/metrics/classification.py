@@ -1,20 +1,23 @@
-"""Top-1, top-5 and loss."""
+"""Top-1, top-5 and loss of a classifier."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimoe.metrics.batches import Batches, forwards
+from vimoe.errors import DataError
+from vimoe.metrics.base import Counts, Metric, Score, check_range, check_whole
+from vimoe.models.interface import find_backbone
 
 
 @dataclass(frozen=True)
-class Score:
-    """Shares in 0..1, the mean cross-entropy in nats, and the number of images they are of."""
+class ImageScore(Score):
+    """Shares in 0..1, the mean cross-entropy in nats, and the number of images."""
 
+    kind: ClassVar[str] = "classification"
     top1: float
     top5: float
     loss: float
@@ -22,49 +25,71 @@ class Score:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Of two scores the better one has the larger: by top-1, then by loss."""
+        """Sort key: top-1, then the loss."""
         return self.top1, -self.loss
 
     @property
     def columns(self) -> dict[str, float]:
-        """What the logs show."""
         return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f} of {self.images} images"
 
 
-class ScoreCounts:
-    """Counts from which a Score follows, added up batch by batch."""
+class ImageCounts(Counts):
+    """Counts of right classes, and the sum of the losses."""
 
     def __init__(self) -> None:
         self.images, self.top1, self.top5, self.loss = 0, 0, 0, 0.0
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Counts a batch: logits (B, classes), labels (B,)."""
-        logits = logits.float()
+    def add(self, outputs: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (B, classes), labels (B,)."""
+        logits = outputs.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self.images += len(labels)
         self.top1 += int(best[:, 0].sum())
         self.top5 += int(best.any(dim=1).sum())
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
 
-    def score(self) -> Score:
-        """What has been counted so far."""
+    def score(self) -> ImageScore:
         n = max(self.images, 1)
-        return Score(self.top1 / n, self.top5 / n, self.loss / n, self.images)
+        return ImageScore(self.top1 / n, self.top5 / n, self.loss / n, self.images)
 
 
-def evaluate(model: nn.Module, loader: Batches, task: str = "") -> Score:
-    """Top-1, top-5 and loss over a loader of (images, labels), and shows how far it is if `task` names it.
+class ClassificationMetric(Metric):
+    """Top-1 of logits (B, classes) by labels (B,)."""
 
-    Leaves the model in eval mode.
-    """
-    counts = ScoreCounts()
-    for logits, labels in forwards(model, loader, task):
-        counts.add(logits, labels)
-    return counts.score()
+    score_type = ImageScore
+
+    def counts(self) -> ImageCounts:
+        return ImageCounts()
+
+    def check(self, images: Tensor, labels: Tensor) -> None:
+        check_whole(labels, len(images), f"({len(images)},)", axes=1)
+        check_images(images, self.model)
+        check_range(labels, len(self.classes))
+
+    def of_each_image(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B,) the cross-entropy of each image, and 1 where its class is named, else 0."""
+        loss = F.cross_entropy(outputs.float(), labels, reduction="none")
+        return loss, (outputs.argmax(dim=1) == labels).float()
+
+    def classes_of(self, labels: Tensor) -> Tensor:
+        return labels
+
+
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """Raise DataError for images of a shape that a ViT does not take; models around a ViT are not judged."""
+    backbone = find_backbone(model)
+    if backbone.path or backbone.family is None:  # such as the part of a model that reads features
+        return
+    channels, size = backbone.input_size[0], backbone.fixed_size
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise DataError(
+            f"the loader gives images of shape {tuple(images.shape)}: expected (images, {channels}, height, width)"
+        )
+    if size is not None and images.shape[-2:] != size:
+        raise DataError(
+            f"the loader gives images of {tuple(images.shape[-2:])}: expected {size}, the model's size; resize them, "
+            f"or build the model with img_size={images.shape[-1]}"
+        )

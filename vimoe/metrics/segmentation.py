@@ -1,35 +1,37 @@
-"""How well masks are predicted: confusion counts, what follows from them, and what a patch size costs.
+"""Mean IoU of predicted masks, from confusion counts, and the ceiling that a patch size puts on it.
 
 Void pixels (IGNORE) never count: not as truth, and not as predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vimoe.config.masks import IGNORE
+from vimoe.metrics.base import Counts, Metric, Score, check_range, check_whole
 
 
 @dataclass(frozen=True)
-class SceneScore:
+class SceneScore(Score):
     """Shares in 0..1.
 
     Args:
         miou: mean of `per_class_iou` over the classes that have at least one truth pixel.
         per_class_iou: intersection over union of the pixels of each class, over all images together; None for a class
-            without a truth pixel, which plays no part in the mean, whatever was predicted (what is wrongly taken for
-            it is missing in the class that it is).
+            without a truth pixel. Such a class plays no part in the mean, whatever was predicted: a pixel that is
+            wrongly taken for it is missing in its true class.
         pixel_accuracy: share of pixels that are right.
         loss: mean cross-entropy of a pixel in nats; None where there were no scores.
-        pixels, images: how many these are of; pixels that are not void.
+        pixels, images: number of pixels that are not void, and of images.
     """
 
+    kind: ClassVar[str] = "segmentation"
     miou: float
     per_class_iou: tuple[float | None, ...]
     pixel_accuracy: float
@@ -39,32 +41,31 @@ class SceneScore:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Of two scores the better one has the larger: by mean IoU, then by loss."""
+        """Sort key: mean IoU, then the loss."""
         return self.miou, -(self.loss or 0.0)
 
     @property
     def columns(self) -> dict[str, float]:
-        """What the logs show."""
         return {"loss": self.loss or 0.0, "miou": self.miou, "pixel_accuracy": self.pixel_accuracy}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON knows it."""
-        return {**asdict(self), "per_class_iou": list(self.per_class_iou)}
+        return {**super().to_dict(), "per_class_iou": list(self.per_class_iou)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SceneScore:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "per_class_iou": tuple(values["per_class_iou"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> SceneScore:
+        return super().from_dict({**values, "per_class_iou": tuple(values["per_class_iou"])})
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         return f"mean IoU {self.miou:.2%}, pixel accuracy {self.pixel_accuracy:.2%}{loss} of {self.images} images"
 
 
-class SceneCounts:
-    """Counts from which a SceneScore follows, added up batch by batch on the device of the batches.
+class SceneCounts(Counts):
+    """Confusion counts of pixels, on the device of the batches.
 
     Attributes:
+        classes: number of classes.
+        images: number of images so far.
         confusion: (classes, classes) int64, pixels by truth (row) and prediction (column).
     """
 
@@ -73,14 +74,14 @@ class SceneCounts:
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
         self._loss: Tensor | None = None
 
-    def add(self, logits: Tensor, masks: Tensor) -> None:
-        """Counts a batch: scores (B, classes, H, W), masks (B, H, W) int64."""
-        loss = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="none").double().sum()
+    def add(self, outputs: Tensor, labels: Tensor) -> None:
+        """Count a batch: scores (B, classes, H, W), masks (B, H, W) int64."""
+        loss = F.cross_entropy(outputs.float(), labels, ignore_index=IGNORE, reduction="none").double().sum()
         self._loss = loss if self._loss is None else self._loss.to(loss.device) + loss
-        self.add_predictions(logits.argmax(dim=1), masks)
+        self.add_predictions(outputs.argmax(dim=1), labels)
 
     def add_predictions(self, predicted: Tensor, masks: Tensor) -> None:
-        """Counts a batch of predicted classes (B, H, W)."""
+        """Count a batch of predicted classes (B, H, W)."""
         counted = masks != IGNORE
         pairs = masks[counted].long() * self.classes + predicted[counted]
         found = torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
@@ -88,7 +89,7 @@ class SceneCounts:
         self.images += len(masks)
 
     def score(self) -> SceneScore:
-        """What has been counted so far; 0 where nothing was."""
+        """Return the score of all batches so far; shares are 0 without any."""
         confusion = self.confusion.cpu().double()
         right, truth, predicted = confusion.diag(), confusion.sum(dim=1), confusion.sum(dim=0)
         ious = [
@@ -107,13 +108,43 @@ class SceneCounts:
         )
 
 
+class SegmentationMetric(Metric):
+    """Mean IoU of scores (B, classes, H, W) by masks (B, H, W) with IGNORE; the model is a `Segmenter`."""
+
+    score_type = SceneScore
+    by_patch = True
+
+    def counts(self) -> SceneCounts:
+        return SceneCounts(len(self.classes))
+
+    def check(self, images: Tensor, labels: Tensor) -> None:
+        check_whole(labels, len(images), f"({len(images)}, height, width)", axes=3)
+        check_range(labels[labels != IGNORE], len(self.classes))
+
+    def of_each_image(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B,) means over the pixels of each image that are not void: cross-entropy, and share right."""
+        loss = F.cross_entropy(outputs.float(), labels, ignore_index=IGNORE, reduction="none")
+        right, counted = outputs.argmax(dim=1) == labels, labels != IGNORE
+        pixels = counted.flatten(1).sum(dim=1).clamp(min=1)
+        return loss.flatten(1).sum(dim=1) / pixels, (right & counted).flatten(1).sum(dim=1) / pixels
+
+    def classes_of(self, labels: Tensor) -> Tensor:
+        """Return (B, P) the class that most pixels of each patch have; -1 for a patch that is void or padding."""
+        segmenter: Any = self.model
+        height, width = labels.shape[1:]
+        (rows, columns), (patch_h, patch_w) = segmenter.grid(height, width), segmenter.patch_size
+        masks = F.pad(labels, (0, columns * patch_w - width, 0, rows * patch_h - height), value=IGNORE)
+        classes = patch_classes(masks, segmenter.patch_size, len(self.classes))
+        return classes.where(classes != IGNORE, -1)
+
+
 def pixel_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the pixels that are not void; 0 with a gradient of 0 where all are, and not NaN.
+    """Return the mean cross-entropy over the pixels that are not void; 0 with a gradient of 0 if all are void.
 
     Args:
         logits: (B, classes, H, W).
         masks: (B, H, W) int64 with IGNORE.
-        weights: (classes,), by which pixels count; by default alike.
+        weights: (classes,) weight of a pixel by its class; by default all weigh the same.
         smoothing: mass given to the other classes.
     """
     total = F.cross_entropy(
@@ -124,12 +155,12 @@ def pixel_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None, smo
 
 
 def patch_classes(masks: Tensor, patch: tuple[int, int], classes: int) -> Tensor:
-    """(B, P) the class that most pixels of each patch have (of equals the first), IGNORE where all are void.
+    """Return (B, P) the class that most pixels of each patch have; of equal ones the first, IGNORE if all are void.
 
     Args:
         masks: (B, H, W) int64 with IGNORE. Patches are counted row by row; at the edges they may be cut.
         patch: (height, width) in pixels.
-        classes: how many there are.
+        classes: number of classes.
     """
     images, height, width = masks.shape
     rows, columns = (
@@ -145,15 +176,15 @@ def patch_classes(masks: Tensor, patch: tuple[int, int], classes: int) -> Tensor
 
 
 def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
-    """What a decoder would reach that knows the majority class of each patch, and nothing finer.
+    """Return the score of a decoder that knows the majority class of each patch, and nothing finer.
 
-    Each patch predicts the class that most of its pixels have (of equals the first), for all of its pixels. It shows
-    what the patch size costs. It is no strict bound: bilinear interpolation can draw borders inside of patches.
+    All pixels of a patch are predicted as the class that most of them have; of equal ones the first. The score shows
+    the price of the patch size. It is no strict bound: bilinear interpolation can draw borders inside of patches.
 
     Args:
         masks: (H, W) each, int64 with IGNORE; sizes may differ.
         patch: side of a patch in pixels.
-        classes: how many there are.
+        classes: number of classes.
     """
     counts = SceneCounts(classes)
     for mask in masks:

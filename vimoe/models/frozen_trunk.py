@@ -104,18 +104,9 @@ def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, i
         size: (channels, height, width) of the images.
 
     Raises:
-        ConfigError: if no block comes before, or a block hands more than tokens to the next one.
+        ConfigError: as `check_cut`, or if a block hands more than tokens to the next one.
     """
-    backbone = find_backbone(model)
-    blocks = backbone.blocks
-    start = min(blocks.index(backbone.block_of(name) or name) for name in trained)
-    if start == 0:
-        raise ConfigError(
-            f"data.cache='features': {trained[0]} is in the first block and trained: expected frozen blocks before it; "
-            f"use data.cache=disk, or leave the block out of moe.layers"
-        )
-    if backbone.drops_patches:
-        raise ConfigError("data.cache='features' keeps all patches: expected no patch_drop_rate in model.args")
+    start, blocks = check_cut(model, trained), find_backbone(model).blocks
     cut = Cut(blocks, start, size)
     weight = next(model.parameters())
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -128,12 +119,33 @@ def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, i
     )
 
 
+def check_cut(model: nn.Module, trained: Sequence[str]) -> int:
+    """Return the number of the first block that holds a trained layer. Computes nothing.
+
+    Raises:
+        ConfigError: if no layer is trained, no block comes before, or patches are dropped.
+    """
+    if not trained:
+        raise ConfigError("data.cache='features': the model has no MoE layer to train: expected one; see moe.layers")
+    backbone = find_backbone(model)
+    start = min(backbone.blocks.index(backbone.block_of(name) or name) for name in trained)
+    if start == 0:
+        raise ConfigError(
+            f"data.cache='features': {trained[0]} is in the first block and trained: expected frozen blocks before it; "
+            f"use data.cache=disk, or leave the block out of moe.layers"
+        )
+    if backbone.drops_patches:
+        raise ConfigError("data.cache='features' keeps all patches: expected no patch_drop_rate in model.args")
+    return start
+
+
 class Rest(nn.Module):
     """A model that takes features in the place of images."""
 
     def __init__(self, model: nn.Module, cut: Cut) -> None:
         super().__init__()
         self.model, self.cut = model, cut
+        self.num_classes = model.num_classes
 
     def forward(self, features: Tensor) -> Tensor:
         return self.cut.rest(self.model, features)

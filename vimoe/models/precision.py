@@ -12,6 +12,7 @@ from torch import nn
 
 from vimoe.config.train import Precision, TrainConfig
 from vimoe.models.interface import find_backbone
+from vimoe.process import Process
 
 logger = logging.getLogger(__name__)
 
@@ -72,5 +73,4 @@ def warn_of_slow_bfloat16(setting: str, remedy: str) -> None:
 
 
 def _device() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
+    return Process().device.type

@@ -34,6 +34,8 @@ class Segmenter(nn.Module):
         ConfigError: if the model gives no feature maps, the decoder is unknown, or another value is impossible.
     """
 
+    metric = "segmentation"  # name in vimoe.metrics.registry.METRICS
+
     def __init__(
         self,
         backbone: nn.Module,

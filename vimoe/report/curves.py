@@ -12,8 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vimoe.analysis.figures import panels
 from vimoe.files import printable, read_text
-
-SCORES = {"val_top1": "top-1", "val_miou": "mean IoU"}  # columns of metrics.csv that choose the best epoch
+from vimoe.metrics.registry import shown
 
 
 def curves(metrics: Path | Mapping[str, Path]) -> Figure:
@@ -31,10 +30,11 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
             loss = [float(row["train_loss"]) for row in rows]
             left.plot(epochs, loss, label="train (augmented)", color="C1", marker=".")
         (line,) = left.plot(epochs, [float(row["val_loss"]) for row in rows], label=name, marker=".")
-        column = next(key for key in SCORES if key in rows[0])
-        right.plot(epochs, [100 * float(row[column]) for row in rows], color=line.get_color(), marker=".")
+        score = shown({key.removeprefix("val_"): value for key, value in rows[0].items()})
+        shares = [100 * float(row[f"val_{score.judge}"]) for row in rows]
+        right.plot(epochs, shares, color=line.get_color(), marker=".")
     left.set(xlabel="epoch", ylabel="cross-entropy, nats" if isinstance(metrics, Path) else "validation loss, nats")
-    right.set(xlabel="epoch", ylabel=f"{SCORES[column]} on validation, %")
+    right.set(xlabel="epoch", ylabel=f"{score.judge_name} on validation, %")
     for axis in (left, right):
         axis.xaxis.set_major_locator(_whole_epochs())
     lines = left.get_lines()  # named here: matplotlib leaves names that begin with an underscore out of a legend

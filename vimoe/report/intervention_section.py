@@ -7,9 +7,10 @@ from typing import Any
 from vimoe.analysis import figures
 from vimoe.analysis.plot_data import INTERVENTIONS, expert_dots, measured_interventions
 from vimoe.analysis.statistics import over
+from vimoe.metrics.registry import shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
-from vimoe.report.table_cells import ACCURACY, accuracy_key, change_cell, interval_cell
+from vimoe.report.table_cells import change_cell, interval_cell
 
 
 def add_interventions(page: Page, evidence: dict[str, Any], prefix: str) -> None:
@@ -33,10 +34,10 @@ def add_interventions(page: Page, evidence: dict[str, Any], prefix: str) -> None
         "merge": "the layer is replaced by one FFN with the experts' mean weights",
         "matched": "the same, after the experts' hidden units were matched to one another",
     }
-    accuracy = ACCURACY[accuracy_key(evidence["base"])]
+    accuracy = shown(evidence["base"]).right_name
     page.text(
         f"Each intervention changes one layer and leaves the others as they are. The numbers are changes of the "
-        f"validation loss (higher is worse) and of the {accuracy.lower()}. If an interval contains 0, the change is "
+        f"validation loss (higher is worse) and of the {accuracy}. If an interval contains 0, the change is "
         f"not distinguishable from 0: on these images the layer, or its choice, may have no effect."
     )
     page.items(f"{INTERVENTIONS[kind]}: {meanings[kind]}." for kind in kinds)
@@ -45,7 +46,7 @@ def add_interventions(page: Page, evidence: dict[str, Any], prefix: str) -> None
     page.plotly_figure(plotly_figures.effects(evidence), caption, figures.effects(evidence), f"{prefix}effects")
     for key, name, form, unit in (
         ("loss", "Loss, nats", "+z.4f", 1.0),
-        ("right", f"{accuracy}, points", "+z.2f", 0.01),
+        ("right", f"{accuracy.capitalize()}, points", "+z.2f", 0.01),
     ):
         rows = [
             [layer, *(change_cell(effects[kind][key], form, unit) if kind in effects else "–" for kind in kinds)]

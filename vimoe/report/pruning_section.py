@@ -6,8 +6,9 @@ from typing import Any
 
 from vimoe.analysis.plot_data import INTERVENTIONS
 from vimoe.analysis.statistics import over
+from vimoe.metrics.registry import shown
 from vimoe.report.html_page import Page
-from vimoe.report.table_cells import ACCURACY, accuracy_key, change_cell, margin, receipt_header, receipt_rows, removed
+from vimoe.report.table_cells import change_cell, margin, receipt_header, receipt_rows, removed
 from vimoe.report.training_section import epochs
 
 REPLACEMENTS = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIONS.items()} | {
@@ -17,7 +18,7 @@ REPLACEMENTS = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIO
 
 def add_pruning(page: Page, summary: dict[str, Any]) -> None:
     """Add the sections on the result of a pruning and on its decisions, from the content of summary.json."""
-    accuracy = ACCURACY[accuracy_key(summary["before"])].lower()
+    accuracy = shown(summary["before"]).right_name
     _add_result(page, summary)
     page.heading("Pruning decisions")
     _add_removals(page, summary, accuracy)
@@ -34,12 +35,12 @@ def _add_result(page: Page, summary: dict[str, Any]) -> None:
         "All rows are scores of the same images. Activated parameters are the parameters that one image uses. MACs are "
         "multiply-adds for one image. Images/s was measured on the machine that pruned."
     )
-    page.table(receipt_header(before), receipt_rows(summary))
+    page.table(receipt_header(shown(before)), receipt_rows(summary))
     sentences = [f"These are {before['images']} {summary['split']} images."]
-    if "top1" in before:
+    if (half := margin(before)) is not None:
         sentences.append(
-            f"For this number of images the 95% margin of a top-1 is ± {margin(before):.2f} points; the margin of a "
-            f"difference on the same images is usually smaller."
+            f"For this number of images the 95% margin of a {shown(before).judge_name} is ± {half:.2f} points; the "
+            f"margin of a difference on the same images is usually smaller."
         )
     if summary.get("recovered"):
         further = epochs(summary["recovery_epochs"], "further ")

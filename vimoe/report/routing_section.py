@@ -9,10 +9,11 @@ from scipy.stats import spearmanr
 from vimoe.analysis import figures
 from vimoe.analysis.plot_data import CHANCE, chance_warning
 from vimoe.analysis.statistics import FEWEST, over
+from vimoe.metrics.registry import shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
 from vimoe.report.intervention_section import add_expert_effects, add_interventions
-from vimoe.report.table_cells import ACCURACY, accuracy_key, ami_cell, interval_cell
+from vimoe.report.table_cells import ami_cell, interval_cell
 
 SIMILARITIES = {
     "weight_similarity": "mean cosine between the weights of two experts; 1 means equal",
@@ -46,13 +47,13 @@ def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, pref
     if not layers:
         page.text("The model has no MoE layer, so there is no routing to show.")
         return
-    key = accuracy_key(base)
+    names = shown(base)
     page.text(
         f"In an MoE layer a router sends each image (or each of its tokens) to a few of the layer's experts. This "
         f"section asks whether the router does so by class, and whether its choice matters. All numbers are from "
         f"validation images. The routing of {evidence['images']} of them was recorded. On all {base['images']} the "
-        f"unchanged model has loss {base['loss']:.4f} and {ACCURACY[key].lower()} {base[key]:.2%}. Brackets and bars "
-        f"are {evidence['confidence']:.0%} bootstrap intervals {_interval_meaning(evidence.get('sequences'))}"
+        f"unchanged model has loss {base['loss']:.4f} and {names.right_name} {base[names.right]:.2%}. Brackets and "
+        f"bars are {evidence['confidence']:.0%} bootstrap intervals {_interval_meaning(evidence.get('sequences'))}"
     )
     page.items(routing_summary(evidence))
     _add_heatmaps(page, evidence, prefix)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vimoe.analysis import figures
 from vimoe.analysis.statistics import over
+from vimoe.metrics.registry import shown
 from vimoe.report.curves import curves
 from vimoe.report.html_page import Page
 from vimoe.report.run_files import METRICS, read_config, read_json, reading
@@ -65,7 +66,7 @@ def _read(name: str, folder: Path) -> _Run:
             val, epoch = summary["val"], summary["best_epoch"]
             (measure, value), *_ = measures(val).items()
             result = f"{measure.removesuffix(', %')} {value} ({val['images']} images, epoch {epoch})"
-        header = receipt_header(summary["before"]) if "before" in summary else ()
+        header = receipt_header(shown(summary["before"])) if "before" in summary else ()
         receipts = [(*row, f"{summary['before']['images']} {summary['split']}") for row in receipt_rows(summary, name)]
     with reading(folder / ROUTING):
         evidence = read_json(folder / ROUTING)

@@ -7,39 +7,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from vimoe.analysis.plot_data import chance_warning, zero_warning
+from vimoe.metrics.registry import Shown, shown
 
-RECEIPT_HEADER = ("", "top-1, %", "loss", "parameters, M", "activated, M", "MACs, G", "images/s")
-MEASURES = {"top1": "top-1, %", "top5": "top-5, %", "miou": "mean IoU, %", "pixel_accuracy": "pixel accuracy, %"}
+COSTS = ("loss", "parameters, M", "activated, M", "MACs, G", "images/s")  # columns of a receipt after its score
 RECEIPTS = {"before": "before pruning", "after": "pruned", "recovered": "pruned, then trained further"}
-ACCURACY = {"top1": "Top-1", "pixel_accuracy": "Pixel accuracy"}  # the accuracy that interventions change
-
-
-def judged_by(score: dict[str, Any]) -> str:
-    """Return the key of the score that chooses the best epoch."""
-    return "top1" if "top1" in score else "miou"
-
-
-def accuracy_key(score: dict[str, Any]) -> str:
-    """Return the key of ACCURACY that a score has."""
-    return next(key for key in ACCURACY if key in score)
 
 
 def measures(score: dict[str, Any]) -> dict[str, str]:
-    """Return the accuracies of a score by name, in percent; top-1 with half its 95% interval."""
-    cells = {name: f"{100 * score[key]:.2f}" for key, name in MEASURES.items() if key in score}
-    if "top1" in score:
-        cells[MEASURES["top1"]] += f"\u00a0±\u00a0{margin(score):.2f}"
+    """Return the shares of a score by name, in percent; the first with half its 95% interval if it has one."""
+    names = shown(score)
+    cells = {f"{name}, %": f"{100 * score[key]:.2f}" for key, name in names.shares.items()}
+    if (half := margin(score)) is not None:
+        cells[f"{names.judge_name}, %"] += f"\u00a0±\u00a0{half:.2f}"
     return cells
 
 
-def margin(score: dict[str, Any]) -> float:
-    """Return half the 95% interval of a top-1, in percentage points, from the number of its images."""
-    return 196 * float((score["top1"] * (1 - score["top1"]) / score["images"]) ** 0.5)
+def margin(score: dict[str, Any]) -> float | None:
+    """Return half the 95% interval, in percentage points, of a share of so many images; None for another share."""
+    names = shown(score)
+    share = score[names.judge]
+    return 196 * float((share * (1 - share) / score["images"]) ** 0.5) if names.counts_images else None
 
 
-def receipt_header(receipt: dict[str, Any]) -> tuple[str, ...]:
-    """Return the header of a table of such receipts."""
-    return ("", MEASURES[judged_by(receipt)], *RECEIPT_HEADER[2:])
+def receipt_header(names: Shown) -> tuple[str, ...]:
+    """Return the header of a table of receipts whose scores have these names."""
+    return ("", f"{names.judge_name}, %", *COSTS)
 
 
 def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -49,7 +41,7 @@ def receipt_row(name: str, receipts: Sequence[dict[str, Any]]) -> tuple[str, ...
         return over_seeds([receipt[key] for receipt in receipts], unit, form)
 
     return (
-        name, cell(judged_by(receipts[0]), 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
+        name, cell(shown(receipts[0]).judge, 0.01, "{:.2f}"), cell("loss", 1, "{:.4f}"), cell("params", 1e6, "{:.3f}"),
         cell("activated_params", 1e6, "{:.3f}"), cell("macs", 1e9, "{:.4f}"), cell("images_per_second", 1, "{:.0f}"),
     )  # fmt: skip
 

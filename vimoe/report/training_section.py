@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vimoe.metrics.registry import shown
 from vimoe.report.curves import curves, loads
 from vimoe.report.html_page import Page
 from vimoe.report.table_cells import measures
@@ -70,10 +71,10 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
         f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} had the best "
         f"score on the {val['images']} validation images; its weights were kept."
     )
-    accuracies = measures(val)
+    names, accuracies = shown(val), measures(val)
     header = ("", "images", *accuracies, "loss")
     page.table(header, [("validation", str(val["images"]), *accuracies.values(), f"{val['loss']:.4f}")])
-    margins = "± is the 95% margin for this number of images. " if "top1" in val else ""
+    margins = "± is the 95% margin for this number of images. " if names.counts_images else ""
     page.text(
         f"{margins}The scores are slightly optimistic, because they chose the epoch. vimoe evaluate scores the test "
         f"images, which decided nothing.",
@@ -87,16 +88,16 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
             f"earlier run had left them).",
             note=True,
         )
-    if "patch_ceiling" in summary:
-        best = f"{100 * summary['patch_ceiling']:.2f}"
-        page.text(f"With one correct label for each patch, mean IoU on validation would be {best}%.", note=True)
-    if "per_class_iou" in val and "classes" in summary:
-        _add_class_scores(page, val["per_class_iou"], summary["classes"])
+    for key, sentence in names.limits.items():
+        if key in summary:
+            page.text(sentence.format(f"{100 * summary[key]:.2f}"), note=True)
+    if names.by_class and "classes" in summary:
+        _add_class_scores(page, names.by_class[1], val[names.by_class[0]], summary["classes"])
     if alarms := summary.get("alarms"):
         page.text(f"Training raised {len(alarms)} alarms. The last ones are:")
         page.items(alarms[-ALARMS:])
 
 
-def _add_class_scores(page: Page, ious: list[float | None], classes: list[str]) -> None:
-    rows = [(name, "–" if iou is None else f"{100 * iou:.2f}") for name, iou in zip(classes, ious, strict=True)]
-    page.table(("class", "IoU on validation, %"), sorted(rows, key=lambda row: row[1] == "–"))
+def _add_class_scores(page: Page, name: str, shares: list[float | None], classes: list[str]) -> None:
+    rows = [(each, "–" if share is None else f"{100 * share:.2f}") for each, share in zip(classes, shares, strict=True)]
+    page.table(("class", f"{name} on validation, %"), sorted(rows, key=lambda row: row[1] == "–"))

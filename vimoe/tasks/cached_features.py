@@ -1,8 +1,8 @@
-"""Features of a frozen trunk, computed once: where only the last blocks train, epochs need not run the others.
+"""Features of a frozen trunk, computed once: if only the last blocks train, epochs need not run the others.
 
-What the first trained block gets is kept in files of the user's cache, one for each augmented view of the training
-images and one for validation, and mapped into memory. The trunk computes as it does in evaluation: stochastic depth and
-dropout act in the blocks after it.
+The inputs of the first trained block are kept in files of the user's cache, one for each augmented view of the training
+images and one for validation, and mapped into memory. The trunk computes in eval mode: stochastic depth and dropout
+act in the blocks after it.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from vimoe.data.order import Shuffled, mix
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
 from vimoe.errors import DataError, FolderError
 from vimoe.files import written_whole
-from vimoe.metrics.classification import evaluate
+from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import Rest, cut_before, digest
 from vimoe.models.precision import resolve
-from vimoe.tasks.image_training import classification
+from vimoe.process import Process
+from vimoe.tasks.classification_job import job_on_images
 from vimoe.terminal import track
+from vimoe.training.job import Job
 from vimoe.training.parameter_groups import freeze_all_but
-from vimoe.training.task import Task
 
-STORED = "float16"  # its 11 bits round eight times as finely as bfloat16's 8; its range is looked after
+STORED = "float16"  # its 11 bits round eight times as finely as bfloat16's 8; `_write` checks its range
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
 
 class Features(Dataset):
-    """(features (T, C) in float16, label) by (index, view). A worker process maps the files too, as `_Mapped` does."""
+    """Pairs (features (T, C) in float16, label) by (index, view). A worker process maps the files itself."""
 
     def __init__(self, files: Sequence[Path], labels: Sequence[int]) -> None:
         self.files, self.labels = files, labels
@@ -64,7 +65,7 @@ class Features(Dataset):
 
 
 class Views(Shuffled):
-    """(index, view) of each image: all of an epoch have one view, the next epoch has the next, and so round."""
+    """Order of (index, view): all images of an epoch have one view, and epochs take the views in turn."""
 
     def __init__(self, images: int, seed: int, views: int) -> None:
         super().__init__(images, seed)
@@ -76,7 +77,14 @@ class Views(Shuffled):
 
 
 class _File(NamedTuple):
-    """What is to be kept in one file."""
+    """One file of features.
+
+    Attributes:
+        path: place of the file.
+        what: name of its content for the progress bar.
+        images: number of images.
+        batches: function that returns the batches to compute it from.
+    """
 
     path: Path
     what: str
@@ -85,36 +93,37 @@ class _File(NamedTuple):
 
 
 class FeatureCache:
-    """What the frozen trunk of a model gives for the images of a data set, and the task to learn from that.
+    """Features that the frozen trunk of a model gives for the images of a data set, and the job to learn from them.
 
-    View v of a training image has the draws that it would have in epoch v without a cache: with as many views as epochs
-    a training is the same but for rounding. Everything is found again as long as the trunk, the images, transforms,
-    seed, precision, kind of device and versions are the same; so fewer views are part of more.
+    View v of a training image has the draws of epoch v without a cache, so with as many views as epochs a training is
+    the same but for rounding. Files are found again as long as the trunk, images, transforms, seed, precision, kind of
+    device and versions are the same; so fewer views are part of more.
 
     Args:
-        model: on whichever device; its other layers are frozen, and it is moved to the device that trains.
+        model: model on any device; its other layers are frozen, and it is moved to the device that trains.
         trained: names of the layers that are trained.
-        data: only train and val are read.
+        data: images, of which train and val are read.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         config: augmentation, batches, seed and precision; no mixup.
-        views: augmented versions of each training image; no more than there are epochs are made.
-        workers: processes that decode images, as `DataConfig.workers`.
+        views: number of augmented versions of each training image; there are never more than epochs.
+        workers: number of processes that decode images, as `DataConfig.workers`.
+        metric: name in METRICS of the metric that scores validation.
 
     Raises:
-        ConfigError: where the model cannot be cut.
-        FolderError: where the disk has no room for the features.
+        ConfigError: if the model cannot be cut.
+        FolderError: if the disk has no room for the features.
     """
 
     def __init__(
         self, model: nn.Module, trained: Sequence[str], data: Data, prepared: dict[str, Any], config: TrainConfig,
-        views: int, workers: int | None = None,
+        views: int, workers: int | None = None, metric: str = "classification",
     ) -> None:  # fmt: skip
         assert not config.mixup and not config.cutmix  # Settings refuses them: they mix pixels
         freeze_all_but(model, trained)
         config = resolve(config, model)
-        self.model, self.data, self.config, self.workers = model, data, config, workers
-        self.pixels = classification(data, prepared, config, workers)
-        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        self.model, self.data, self.config, self.workers, self.metric = model, data, config, workers, metric
+        self.pixels = job_on_images(data, prepared, config, workers)
+        self.device = Process().device
         self.cut = cut_before(model, trained, prepared["input_size"])
         self.shape = self._trunk(torch.zeros(1, *self.cut.size)).shape[1:]
         self.folder = cache_folder() / "features"
@@ -136,8 +145,8 @@ class FeatureCache:
         self.missing = [file for file in (*self.train, self.val) if not self._whole(file)]
         self._check_room()
 
-    def task(self) -> Task:
-        """Computes what is missing. What the model returns in training is then of features, and so is its score."""
+    def job(self) -> Job:
+        """Compute the missing files, and return the job, whose batches and score are of features."""
         start = time.perf_counter()
         if self.missing:
             make_cache_folder(self.folder.name, "features")
@@ -161,7 +170,7 @@ class FeatureCache:
         )  # fmt: skip
         return replace(
             self.pixels, loader=loader, prepare=lambda features, labels: (features.float(), labels), forward=cut.rest,
-            evaluate=lambda model: evaluate(Rest(model, cut), val),
+            evaluate=lambda model: evaluate(Rest(model, cut), val, metric=self.metric), reads_images=False,
             facts={"features": {"before": before, "views": len(self.train), "bytes": total, "seconds": seconds}},
         )  # fmt: skip
 
@@ -173,7 +182,7 @@ class FeatureCache:
         return batches
 
     def _file(self, key: str, what: str, images: int, batches: Callable[[], DataLoader]) -> _File:
-        """Its name follows from all that the content depends on."""
+        """Return the file whose name is a hash of all that the content depends on."""
         name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         return _File(self.folder / f"{name}.npy", what, images, batches)
 

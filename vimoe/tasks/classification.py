@@ -1,113 +1,102 @@
-"""Naming the class of an image."""
+"""Image classification: one class for each image."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vimoe.config.settings import Settings
-from vimoe.config.train import TrainConfig
+from vimoe.analysis.evidence import Evidence
+from vimoe.analysis.figures import contact_sheet
+from vimoe.config.data import DataConfig
+from vimoe.config.model import ModelConfig
 from vimoe.data.classification import Data, load_data, load_folder
-from vimoe.data.loaders import eval_loader, preprocessing, train_loader
+from vimoe.data.images import open_image
+from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan
-from vimoe.errors import ConfigError
-from vimoe.metrics.classification import Score, evaluate
+from vimoe.metrics.base import metric_of
 from vimoe.models.create import create
+from vimoe.models.frozen_trunk import check_cut
 from vimoe.models.interface import label_names
+from vimoe.tasks.base import Scanned, Task, check_classes
 from vimoe.tasks.cached_features import FeatureCache
-from vimoe.tasks.image_training import classification
-from vimoe.training.task import Task
+from vimoe.tasks.classification_job import job_on_images
+from vimoe.tasks.classification_predictions import predict
+from vimoe.training.job import Job
+
+EXAMPLE_SIDE = 96  # pixels, at most, of an image on a contact sheet
 
 
-class Classification:
-    """To name the class of an image.
+class Classification(Task[Data]):
+    """Image classification. A sample is an image and the number of its class."""
 
-    Args:
-        settings: of the run.
-        classes: of a trained model; by default those of the data.
-        validation: names of what a run split off train.
-    """
+    metric = "classification"
 
-    def __init__(
-        self, settings: Settings, classes: Sequence[str] | None = None, validation: Iterable[str] = ()
-    ) -> None:
-        self.settings, self._classes, self._validation = settings, classes, validation
+    @classmethod
+    def find(cls, config: DataConfig, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Data:
+        return load_data(config, classes, validation)
 
-    @cached_property
-    def data(self) -> Data:
-        """The samples of each role, and the names of the classes. Raises DataError where they cannot be found."""
-        return load_data(self.settings.data, self._classes, self._validation)
+    @classmethod
+    def dense_model(cls, config: ModelConfig, data: Data) -> nn.Module:
+        check_classes(config.num_classes, len(data.classes))
+        return create(config, len(data.classes))
 
-    @property
-    def split_off(self) -> list[str]:
-        """Names of the validation images, where they were taken from train."""
-        return self.data.names(self.data.val) if self.data.split_off else []
+    def scan(self, data: Data) -> Scan:
+        return scan(data)
 
-    def scan(self) -> Scan:
-        """Opens all images that have a role. Raises DataError where some cannot be used."""
-        return scan(self.data)
-
-    def dense_model(self) -> nn.Module:
-        """The model to start from, as `settings.model` says."""
-        asked = self.settings.model.num_classes
-        if asked not in (None, len(self.data.classes)):
-            raise ConfigError(f"model.num_classes={asked}: the data has {len(self.data.classes)} classes; leave it out")
-        return create(self.settings.model, len(self.data.classes))
-
-    def check(self, model: nn.Module, converted: Sequence[str] = ()) -> None:
-        """Raises VimoeError for an augmentation that timm does not know, or features that cannot be kept.
-
-        Args:
-            model: to be trained.
-            converted: names of the FFNs that `upcycle` converted.
-        """
-        train_loader(self.data.train, preprocessing(model, self.settings.data), self.settings.train, workers=0)
+    def check(self, model: nn.Module, prepared: dict[str, Any], converted: Sequence[str]) -> None:
+        """Raise VimoeError for an augmentation that timm does not know, or features that cannot be cached."""
+        train_transform(prepared, self.settings.train)
         if self.settings.data.cache == "features":
-            self._features(model, self.settings.train, converted)
+            check_cut(model, converted)
 
-    def task(self, model: nn.Module, config: TrainConfig, converted: Sequence[str] = ()) -> Task:
-        """Return what a training has to know; cached features are those before the first of the `converted` FFNs."""
-        data = self.settings.data
-        if data.cache == "features":
-            return self._features(model, config, converted).task()
-        return classification(self.data, preprocessing(model, data), config, data.workers, data.cache)
+    def job(
+        self, model: nn.Module, data: Data, scanned: Scanned, prepared: dict[str, Any], converted: Sequence[str]
+    ) -> Job:
+        read, config = self.settings.data, self.settings.train
+        if read.cache == "features":
+            return FeatureCache(model, converted, data, prepared, config, read.views, read.workers, self.metric).job()
+        return job_on_images(data, prepared, config, read.workers, read.cache, self.metric)
 
-    def _features(self, model: nn.Module, config: TrainConfig, converted: Sequence[str]) -> FeatureCache:
-        data = self.settings.data
-        return FeatureCache(model, converted, self.data, preprocessing(model, data), config, data.views, data.workers)
+    def loader(self, model: nn.Module, data: Data, samples: Sequence[Any]) -> DataLoader:
+        return self._loader(model, samples)
 
-    def limits(self, model: nn.Module) -> dict[str, float]:
-        """What bounds a score, by name; nothing in a classification."""
-        return {}
-
-    def figures(self, model: nn.Module) -> dict[str, Figure]:
-        """Pictures for the report of a trained model, by file name; none of a classification."""
-        return {}
-
-    def loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
-        """Batches of these samples in order, as evaluation sees them."""
+    def _loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
         batch = 2 * self.settings.train.batch_size
         return eval_loader(samples, preprocessing(model, self.settings.data), batch, self.settings.data.workers)
 
-    def deciding(self, model: nn.Module) -> DataLoader:
-        """Validation batches for analysis and pruning."""
-        return self.loader(model, self.data.val)
-
-    @property
-    def sequences(self) -> tuple[str, ...] | None:
-        """The video that each image of `deciding` is a frame of; None where nothing says."""
-        return None
-
-    def evaluate(self, model: nn.Module, loader: DataLoader, task: str = "") -> Score:
-        """Scores a model, and shows how far it is if `task` names it."""
-        return evaluate(model, loader, task)
-
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
-        """Which images of another data path are to be scored ("test", "validation", "all"), and batches of them."""
-        name, samples = load_folder(path, label_names(model), self.settings.data)
-        return name, self.loader(model, samples)
+        which, samples = load_folder(path, label_names(model), self.settings.data)
+        return which, self._loader(model, samples)
+
+    def predict(
+        self, model: nn.Module, files: Sequence[Path], out: Path | None = None, top: int = 5
+    ) -> list[dict[str, Any]]:
+        return predict(model, files, top)
+
+    def line(self, prediction: dict[str, Any], top: int) -> str:
+        classes = ", ".join(f"{each['name']} {each['probability']:.1%}" for each in prediction["classes"])
+        return f"{prediction['file']}: {classes}"
+
+    def examples(self, model: nn.Module, data: Data, evidence: Evidence) -> Mapping[str, Figure]:
+        """Return the images that gave each expert the largest gates, captioned by their classes, a row an expert."""
+        metric = metric_of(model, self.metric)
+
+        def captioned(place: int) -> tuple[Image.Image, str]:
+            source, label = data.val[place]
+            image = open_image(source).copy()
+            image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+            return image, evidence.classes[int(metric.classes_of(torch.as_tensor(label)[None]))]
+
+        sheets = {}
+        for layer in evidence.layers:
+            order = [expert for expert in layer.expert_order if layer.examples[expert]]
+            rows = {f"expert {expert}": [captioned(place) for place in layer.examples[expert]] for expert in order}
+            sheets[layer.name] = contact_sheet(rows)
+        return sheets

@@ -1,4 +1,4 @@
-"""Inference: a whole image at once, or windows of the training crop whose scores are averaged where they overlap."""
+"""Inference of masks: on a whole image at once, or on windows of the training crop with averaged scores."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Scores = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def whole(model: Scores | nn.Module, images: Tensor, flip: bool = False) -> Tensor:
-    """Scores (B, classes, H, W) in float32 of images (B, 3, H, W).
+    """Return scores (B, classes, H, W) in float32 of images (B, 3, H, W).
 
     Args:
-        model: gives scores at the images' resolution; a module should be in eval mode.
+        model: function that gives scores at the images' resolution; a module should be in eval mode.
         images: normalised, on the model's device.
         flip: take the mean with the scores of the mirrored images, mirrored back.
     """
@@ -36,20 +36,20 @@ def sliding(
     flip: bool = False,
     batch: int = 8,
 ) -> Tensor:
-    """Scores (B, classes, H, W) of windows: logits, not probabilities, are averaged where these overlap.
+    """Return scores (B, classes, H, W) from windows, with the mean of the logits where windows overlap.
 
-    That is mmsegmentation's "slide" mode. The last window of a row or column ends at the image's edge, and an image
-    that is smaller than the window is its own. Where one window covers the image this is `whole`. Needs memory for
+    This is mmsegmentation's "slide" mode. The last window of a row or column ends at the image's edge, and an image
+    smaller than the window is one window. With one window the result is that of `whole`. It needs memory for
     H x W x classes float32 numbers of each image.
 
     Args:
-        model, images, flip: as in `whole`; each window is mirrored by itself.
+        model, images, flip: arguments of `whole`; each window is mirrored by itself.
         window: (height, width), the model's training crop.
-        stride: from one window to the next; by default two thirds of the window.
-        batch: how many windows are computed at once.
+        stride: (height, width) from one window to the next; by default two thirds of the window.
+        batch: number of windows that are computed at once.
 
     Raises:
-        VimoeError: for a window or stride below 1, or a stride that would leave gaps.
+        VimoeError: if a window or stride is below 1, or the stride would leave gaps.
     """
     stride = stride or (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
     if min(*window, *stride, batch) < 1 or stride[0] > window[0] or stride[1] > window[1]:
@@ -74,6 +74,6 @@ def sliding(
 
 
 def _starts(side: int, window: int, stride: int) -> tuple[list[int], int]:
-    """(where windows start, how long they are) along one side of an image."""
+    """Return the starts of the windows along one side of an image, and their length."""
     last = max(0, side - window)
     return [*range(0, last, stride), last], min(side, window)

@@ -1,4 +1,4 @@
-"""The state of a training on disk, so that a killed one goes on to the very weights it would have reached.
+"""State of a training on disk, so that a killed one goes on to the very weights it would have reached.
 
 A step depends on the seed, the epoch and its number alone, and an image's augmentation on the seed, the epoch and the
 image (see `vimoe.data.order.Shuffled`). So no state of a random generator is stored, and no worker process has one.
@@ -27,14 +27,14 @@ MAY_DIFFER = frozenset({"data.path", "data.workers", "train.checkpoint_minutes",
 
 
 def write(run: Path, state: dict[str, Any]) -> None:
-    """Writes the last checkpoint of a run; the one before stays until this one is whole.
+    """Write the last checkpoint of a run; the one before stays until this one is whole.
 
     Args:
         run: the run folder.
-        state: tensors, numbers, strings, and lists and dicts of them.
+        state: content of the checkpoint: tensors, numbers, strings, and lists and dicts of them.
 
     Raises:
-        FolderError: where it cannot be written; the checkpoint before is as it was.
+        FolderError: if it cannot be written; the checkpoint before is as it was.
     """
     path = run / CHECKPOINT
     path.parent.mkdir(exist_ok=True)
@@ -50,10 +50,10 @@ def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
 
     Args:
         run: the run folder.
-        mapped: map the tensors from the file, for a caller that does not keep them.
+        mapped: True to map the tensors from the file, for a caller that does not keep them.
 
     Raises:
-        FolderError: where it is damaged, or from another version.
+        FolderError: if it is damaged, or from another version.
     """
     path = run / CHECKPOINT
     if not exists(run):
@@ -68,7 +68,7 @@ def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
 
 
 def exists(run: Path) -> bool:
-    """Return True where there is one to go on from."""
+    """Return True if a run has a checkpoint to go on from."""
     return (run / CHECKPOINT).exists()
 
 
@@ -78,12 +78,12 @@ def remove(run: Path) -> None:
 
 
 def check_settings(run: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other settings than a training began with, which its weights and its report are of.
+    """Refuse to go on with other settings than a training began with: its weights and its report belong to those.
 
     Args:
         run: the run folder.
         began: the settings in the checkpoint, by name ("train.lr").
-        now: those that it would go on with. What `MAY_DIFFER` names does not change the outcome.
+        now: settings to go on with; those in `MAY_DIFFER` do not change the outcome.
 
     Raises:
         FolderError: naming the settings that differ.
@@ -99,7 +99,7 @@ def check_settings(run: Path, began: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def check_space(run: Path, model: nn.Module, ema: bool) -> None:
-    """Raise FolderError where the disk has no room for two checkpoints and the model."""
+    """Raise FolderError if the disk has no room for two checkpoints and the model."""
     weights = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed = 2 * (moments + (3 if ema else 2) * weights) + weights
@@ -114,14 +114,14 @@ def check_space(run: Path, model: nn.Module, ema: bool) -> None:
 
 
 class Stop:
-    """Whether somebody asked the training to end; `signal` says which way."""
+    """Request to end the training: number of the signal, None until one came."""
 
     signal: int | None = None
 
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """While it holds, SIGTERM and the first Ctrl-C are noted, to be heeded after a step; a second one ends it."""
+    """Note SIGTERM and the first Ctrl-C during a block, which ends after a step; a second one ends it at once."""
     stop, before = Stop(), {}
 
     def note(number: int, _frame: FrameType | None) -> None:

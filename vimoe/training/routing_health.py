@@ -1,7 +1,7 @@
-"""Are routers and experts healthy: what is watched in every step, and alarms that say what to try.
+"""Health of routers and experts: figures of each epoch, and alarms with a remedy.
 
-MoE training fails silently: an expert that gets nothing, a router that sends everything to one, a loss that never
-reaches the router. Sums stay on the device until the end of an epoch, so that watching costs no waiting.
+MoE training can fail without an error: an expert gets nothing, a router sends everything to one expert, a loss never
+reaches the router. Sums stay on the device until the end of an epoch, so that no step waits for them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vimoe.moe import MoE, Routing
+from vimoe.process import Process
 
-CONFIDENT = 0.99  # mean probability of a router's first choice, above which its gradient all but vanishes
-COLLAPSED = 1.25  # times k: that many experts in effect, or fewer, get everything
+CONFIDENT = 0.99  # mean probability of a router's first choice; above it, its gradient nearly vanishes
+COLLAPSED = 1.25  # times k: number of experts in effect, at or below which the load has collapsed
 
 
 class Health:
@@ -27,7 +28,7 @@ class Health:
 
     @torch.no_grad()
     def add(self, routings: list[Routing]) -> None:
-        """Takes the routing of a step."""
+        """Add the routings of a step."""
         for routing in routings:
             logits, probabilities = routing.logits, routing.probabilities
             self._add(
@@ -41,7 +42,7 @@ class Health:
 
     @torch.no_grad()
     def add_gradients(self, layers: Mapping[str, MoE]) -> None:
-        """Takes the gradients that a step is about to use, before they are clipped."""
+        """Add the gradients of a step, before they are clipped."""
         for name, layer in layers.items():
             self._add(
                 name,
@@ -50,21 +51,27 @@ class Health:
                 expert_gradient=_norm(layer.experts.parameters()),
             )
 
+    def over(self, process: Process) -> Health:
+        """Return the sums over all processes."""
+        health = Health()
+        health.sums = {layer: {k: process.sum(v) for k, v in sums.items()} for layer, sums in self.sums.items()}
+        return health
+
     def _add(self, layer: str, **values: Tensor) -> None:
         sums = self.sums.setdefault(layer, {})
         for name, value in values.items():
             sums[name] = sums[name].to(value.device) + value if name in sums else value  # a checkpoint's are on the CPU
 
     def shares(self) -> dict[str, list[float]]:
-        """Return for each layer the share of all decisions that each expert got; 0 where there were none."""
+        """Return the share of all decisions that each expert got, by layer; 0 where there were none."""
         return {layer: (s["load"] / s["load"].sum().clamp(min=1)).tolist() for layer, s in self.sums.items()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a layer: means over the epoch.
+        """Return a row for each layer: means over the epoch.
 
-        effective_experts is exp(entropy of the load), busiest the largest share, router_entropy in nats (0 is certain,
-        log N undecided), router_confidence the probability of the first choice, logit_rms the size of the router's
-        scores, and the gradients' norms are means over steps.
+        effective_experts is exp(entropy of the load), and busiest the largest share. router_entropy is in nats: 0 is
+        certain, log N undecided. router_confidence is the probability of the first choice, and logit_rms the size of
+        the router's scores. router_gradient and expert_gradient are norms, as means over steps.
         """
         rows = []
         for (layer, sums), shares in zip(self.sums.items(), self.shares().values(), strict=True):
@@ -84,7 +91,7 @@ class Health:
         return rows
 
     def alarms(self, layers: Mapping[str, MoE]) -> list[str]:
-        """What is wrong, and what to try; nothing where all is well."""
+        """Return a message with a remedy for each fault; none for a healthy layer."""
         found = []
         for row, shares in zip(self.rows(), self.shares().values(), strict=True):
             name, config = row["layer"], layers[row["layer"]].config

@@ -1,62 +1,85 @@
-"""Where a training is: what has been counted and logged, the best weights so far, and both in a checkpoint and back."""
+"""Progress of a training: counts, logs and the best weights so far, to a checkpoint and back."""
 
 from __future__ import annotations
 
 import csv
 import io
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vimoe.errors import FolderError
+from vimoe.errors import FolderError, VimoeError
 from vimoe.files import write_text
+from vimoe.metrics.base import Score
 from vimoe.moe import MoE
+from vimoe.process import Process
 from vimoe.training import checkpoint
 from vimoe.training.routing_health import Health
-from vimoe.training.task import Scored
 
 logger = logging.getLogger(__name__)
 
 
 class Best:
-    """The weights of the epoch with the best score on validation, and that score as a dict."""
+    """Weights of the epoch with the best score on validation, on the CPU, and that score as a dict."""
 
     def __init__(self) -> None:
         self.epoch, self.rank = 0, tuple[float, ...]()
         self.score, self.state = dict[str, Any](), dict[str, Tensor]()
 
-    def offer(self, epoch: int, score: Scored, model: nn.Module) -> None:
+    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
+        """Keep the weights of an epoch whose score is better than all before.
+
+        Raises:
+            VimoeError: if the loss is not finite.
+        """
+        if not math.isfinite(loss := score.columns["loss"]):
+            raise VimoeError(
+                f"the loss is {loss} on validation in epoch {epoch}: lower train.lr, or set train.clip_grad; the last "
+                f"checkpoint is from before this epoch's end"
+            )
         if score.rank > self.rank:
             self.epoch, self.rank, self.score = epoch, score.rank, score.to_dict()
             self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 class Totals:
-    """Means over an epoch of what each batch reports, without waiting for the device at each step."""
+    """Means over an epoch of the losses of its batches, summed on the device so that no step waits for it."""
 
     def __init__(self) -> None:
         self.images, self.seconds = 0, 0.0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, images: int, **values: Tensor) -> None:
+        """Count a batch."""
         self.images += images
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + images * value.detach()
 
+    def over(self, process: Process) -> Totals:
+        """Return the totals of all processes."""
+        totals = Totals()
+        totals.images, totals.seconds = int(process.sum(torch.tensor(self.images))), self.seconds
+        totals.sums = {name: process.sum(value) for name, value in self.sums.items()}
+        return totals
+
     def means(self) -> dict[str, float]:
+        """Return the mean of each loss over the images, by name."""
         return {name: float(total) / self.images for name, total in self.sums.items()}
 
 
 @dataclass
 class State:
-    """Where a training is: all that a checkpoint holds besides the states of model and optimizer."""
+    """Progress of a training: all that a checkpoint holds besides the states of model and optimizer."""
 
     images: int  # fingerprint of the training images
     settings: dict[str, Any]  # which the training began with, by name ("train.lr")
+    process: Process
     epoch: int = 1
     step: int = 0  # batches of this epoch that are done
     updates: int = 0
@@ -71,15 +94,20 @@ class State:
     best: Best = field(default_factory=Best)
 
     def done(self, batches: int) -> int:
-        """Steps that are done, of epochs with so many batches."""
+        """Return the number of steps that are done, in epochs of so many batches."""
         return (self.epoch - 1) * batches + self.step
 
     def stalled(self, patience: int | None) -> bool:
-        """Whether that many epochs, the last ones, were all no better than one before; never without a patience."""
+        """Return True where none of the last `patience` epochs was better than one before; never without a patience."""
         return patience is not None and self.epoch - 1 - self.best.epoch >= patience
 
-    def finish_epoch(self, score: Scored, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
-        """Writes the epoch's rows and raises its alarms; returns the row of metrics.csv."""
+    def save_due(self, minutes: float) -> bool:
+        """Return True where the last checkpoint is older than this."""
+        return self.seconds - self.saved > 60 * minutes
+
+    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
+        """Write the epoch's rows, log its alarms, and return the row of metrics.csv."""
+        self.totals, self.health = self.totals.over(self.process), self.health.over(self.process)
         row = {
             "lr": lr,
             **{f"train_{name}": value for name, value in self.totals.means().items()},
@@ -100,7 +128,10 @@ class State:
         return row
 
     def write_logs(self, out: Path) -> None:
-        """Writes metrics.csv, load.csv and health.csv."""
+        """Write metrics.csv, load.csv and health.csv."""
+        self.process.once(self._write_logs, out)
+
+    def _write_logs(self, out: Path) -> None:
         for name, rows in (("metrics.csv", self.metrics), ("load.csv", self.shares), ("health.csv", self.health_rows)):
             if rows:
                 text = io.StringIO()
@@ -110,28 +141,33 @@ class State:
                 write_text(out / name, text.getvalue())
 
     def scalars(self) -> dict[str, float]:
-        """Of this epoch's health, by a name for each."""
+        """Return the figures of this epoch's health by name, for TensorBoard."""
         load = {f"load/{layer}/{i}": s for layer, shares in self.health.shares().items() for i, s in enumerate(shares)}
         rows = ((f"{key}/{row['layer']}", value) for row in self.health.rows() for key, value in row.items())
         return load | {name: value for name, value in rows if not isinstance(value, str)}
 
     def next_epoch(self) -> None:
+        """Begin to count the next epoch."""
         self.epoch, self.step, self.totals, self.health = self.epoch + 1, 0, Totals(), Health()
 
     def stored(self, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """For a checkpoint, with the states of the parts: model, optimizer, ..."""
+        """Return the content of a checkpoint, with the states of the parts: model, optimizer, ..."""
         self.saved = self.seconds
         return {
             "images": self.images,
             "settings": self.settings,
             **{name: getattr(self, name) for name in _PLAIN},
-            **{name: vars(getattr(self, name)) for name in ("totals", "health")},
+            **{name: vars(getattr(self, name).over(self.process)) for name in ("totals", "health")},
             "best": vars(self.best),
             **{name: part.state_dict() for name, part in parts.items()},
         }
 
     def restore(self, stored: dict[str, Any], parts: Mapping[str, Any], out: Path) -> None:
-        """Goes back to what was stored, in the logs too."""
+        """Go back to a checkpoint, in the logs too.
+
+        Raises:
+            FolderError: if the checkpoint is of other images or settings.
+        """
         checkpoint.check_settings(out, stored["settings"], self.settings)
         if stored["images"] != self.images:
             raise FolderError(
@@ -141,8 +177,9 @@ class State:
         for name in _PLAIN:
             setattr(self, name, stored[name])
         self.saved = self.seconds
-        vars(self.totals).update(stored["totals"])
-        self.health.sums = stored["health"]["sums"]
+        if self.process.first:  # the sums are of all processes
+            vars(self.totals).update(stored["totals"])
+            self.health.sums = stored["health"]["sums"]
         vars(self.best).update(stored["best"])
         for name, part in parts.items():
             part.load_state_dict(stored[name])

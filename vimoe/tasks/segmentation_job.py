@@ -1,4 +1,4 @@
-"""To learn to name the class of every pixel: the loss, and the score on whole images."""
+"""Training of segmentation: batches, loss, and the score on whole images."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from vimoe.data.images import source_path
 from vimoe.data.scene_loaders import eval_loader, eval_transform, train_loader, train_transform
 from vimoe.data.scenes import Scene, Scenes
 from vimoe.errors import ConfigError
-from vimoe.metrics.batches import Batches, batches_of
-from vimoe.metrics.segmentation import SceneCounts, SceneScore, pixel_loss
+from vimoe.metrics.base import Batches, Score, evaluate
+from vimoe.metrics.segmentation import pixel_loss
 from vimoe.tasks.windows import sliding, whole
-from vimoe.training.task import Task
+from vimoe.training.job import Job
 
-JITTER = 0.5  # of colours, where the settings do not say
+JITTER = 0.5  # of colours, by default
 
 
-def segmentation(
+def job_on_scenes(
     scenes: Scenes,
     prepared: dict[str, Any],
     crop: tuple[int, int],
     config: TrainConfig,
     data: DataConfig,
     pixels: Sequence[int],
-) -> Task:
-    """To name the class of every pixel: cross-entropy, soft Dice where it is asked for, mean IoU.
+) -> Job:
+    """Return the job of learning the class of every pixel, by cross-entropy, and soft Dice if it is asked for.
 
     Args:
-        scenes: only train and val are read.
+        scenes: scenes, of which train and val are read.
         prepared: mean and std, as `vimoe.data.loaders.preprocessing` gives them.
         crop: (height, width) to train on.
         config: augmentation, batches and losses.
-        data: how whole images are inferred, and the processes that decode them.
-        pixels: how many pixels each class has in train, for `config.class_weights`.
+        data: inference on whole images, and the number of processes that decode them.
+        pixels: number of train's pixels by class, for `config.class_weights`.
     """
     jitter = JITTER if config.color_jitter is None else config.color_jitter
     scale = (config.min_scale, config.max_scale)
@@ -56,7 +56,7 @@ def segmentation(
         total = pixel_loss(logits, masks, each, config.label_smoothing or 0.0)
         return total + config.dice_loss * dice_loss(logits, masks) if config.dice_loss else total
 
-    return Task(
+    return Job(
         loader,
         [str(source_path(image)) for image, _ in scenes.train],
         fingerprint(scenes),
@@ -69,22 +69,18 @@ def segmentation(
 def whole_images(
     scenes: Sequence[Scene], all_scenes: Scenes, prepared: dict[str, Any], batch_size: int, workers: int | None
 ) -> DataLoader:
-    """Batches of whole images and masks, in order."""
+    """Return batches of whole images and masks, in order."""
     transform = eval_transform(prepared["mean"], prepared["std"])
     return eval_loader(scenes, all_scenes.legend, transform, batch_size, workers)
 
 
-def evaluate_scenes(model: nn.Module, loader: Batches, config: DataConfig, task: str = "") -> SceneScore:
-    """Mean IoU and what belongs to it over a loader of whole images, and shows how far it is if `task` names it."""
-    classes: Any = model.num_classes
-    counts = SceneCounts(classes)
-    for images, masks in batches_of(model, loader, task):
-        counts.add(infer(model, images, config), masks)
-    return counts.score()
+def evaluate_scenes(model: nn.Module, loader: Batches, config: DataConfig, bar: str = "") -> Score:
+    """Return the score of a segmenter over a loader of whole images, under a progress bar of that name."""
+    return evaluate(model, loader, bar, "segmentation", lambda segmenter, images: infer(segmenter, images, config))
 
 
 def infer(model: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
-    """Scores (B, classes, H, W) of images (B, 3, H, W), as `config.inference` and `config.flip_test` say."""
+    """Return scores (B, classes, H, W) of images (B, 3, H, W) by `config.inference` and `config.flip_test`."""
     if config.inference == "whole":
         return whole(model, images, config.flip_test)
     window: Any = model.crop
@@ -92,10 +88,10 @@ def infer(model: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """1 - the mean soft Dice coefficient over the classes that the batch has (Milletari et al., arXiv 1606.04797).
+    """Return 1 - the mean soft Dice coefficient of the batch's classes (Milletari et al., arXiv 1606.04797).
 
-    With p the probabilities and t the truth, 2 sum(p t) / (sum p + sum t) over all pixels of the batch that are not
-    void; 0 where all are.
+    The coefficient is 2 sum(p t) / (sum p + sum t), with p the probabilities and t the truth, over all pixels of the
+    batch that are not void. The loss is 0 if all are void.
 
     Args:
         logits: (B, classes, H, W).
@@ -112,13 +108,13 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def median_frequency(pixels: Sequence[int]) -> Tensor:
-    """(classes,) weights: the median of the classes' pixels over the pixels of each.
+    """Return (classes,) weights: the median number of pixels over the number of each class.
 
-    As Eigen and Fergus (arXiv 1411.4734) balance classes, but by all of train, not by the images that hold a class. A
-    class without pixels has weight 0 and no part in the median.
+    Eigen and Fergus (arXiv 1411.4734) balance classes so, but count the pixels of those images alone that hold the
+    class; here all of train counts. A class without pixels has weight 0 and no part in the median.
 
     Raises:
-        ConfigError: where no class has any.
+        ConfigError: if no class has any pixel.
     """
     counts = np.asarray(pixels, dtype=np.float64)
     if not counts.any():
@@ -128,6 +124,6 @@ def median_frequency(pixels: Sequence[int]) -> Tensor:
 
 
 def fingerprint(scenes: Scenes) -> int:
-    """Of the training scenes, as far as names tell, and of what their masks mean; the folder may have moved."""
+    """Return a hash of the names of the training scenes and of their legend; it stays when the folder moves."""
     names = ("/".join((*source_path(image).parts[-2:], *source_path(mask).parts[-2:])) for image, mask in scenes.train)
     return zlib.crc32("\n".join([repr(scenes.legend), *names]).encode(errors="surrogateescape"))

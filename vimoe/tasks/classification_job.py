@@ -1,4 +1,4 @@
-"""Training to name the class of an image: batches, loss and score."""
+"""Training of image classification: batches, loss and score."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from torch import Tensor
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, Sample
-from vimoe.data.crops import Finish
 from vimoe.data.decoded import Where
 from vimoe.data.images import source_path
-from vimoe.data.loaders import Crops, decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
-from vimoe.metrics.classification import evaluate
-from vimoe.training.task import Task
+from vimoe.data.loaders import decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
+from vimoe.metrics.base import evaluate
+from vimoe.training.job import Job
 
 
-def classification(
+def job_on_images(
     data: Data,
     prepared: dict[str, Any],
     config: TrainConfig,
     workers: int | None = None,
     cache: Where | Literal["none"] = "none",
-) -> Task:
-    """To name the class of an image: cross-entropy, mixup and cutmix, top-1.
+    metric: str = "classification",
+) -> Job:
+    """Return the job of learning the class of each image, by cross-entropy with mixup and cutmix.
 
     Args:
-        data: only train and val are read.
+        data: images, of which train and val are read.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         config: augmentation and batches.
-        workers: processes that decode images, as `DataConfig.workers`.
-        cache: where decoded images are kept, as `DataConfig.cache`; features are `FeatureCache`'s.
+        workers: number of processes that decode images, as `DataConfig.workers`.
+        cache: place of decoded images, as `DataConfig.cache`; for features there is `FeatureCache`.
+        metric: name in METRICS of the metric that scores validation.
     """
     train: Sequence[Sample] = data.train
     val: Sequence[Sample] = data.val
@@ -45,15 +46,12 @@ def classification(
         val, val_prepared = decoded_for_evaluation(val, prepared, cache), {**prepared, "crop_pct": 1.0}
     loader = train_loader(train, prepared, config, workers)
     val_loader = eval_loader(val, val_prepared, 2 * config.batch_size, workers)
-    finish = Finish(prepared, config) if isinstance(loader.dataset, Crops) else None
     smoothing = 0.1 if config.label_smoothing is None else config.label_smoothing
     classes = len(data.classes)
     mixed = config.mixup or config.cutmix
     mixup = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=classes) if mixed else None
 
-    def prepare(images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if finish:
-            images = finish.to(labels.device)(*images)
+    def prepare(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return mixup(images, labels) if mixup else (images, labels)
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -62,11 +60,13 @@ def classification(
     names = [
         f"image {i}" if isinstance(image, Image) else str(source_path(image)) for i, (image, _) in enumerate(data.train)
     ]
-    return Task(loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader))
+    return Job(
+        loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader, metric=metric)
+    )
 
 
 def fingerprint(data: Data) -> int:
-    """Of the training images and their labels, as far as names tell; the data may have moved."""
+    """Return a hash of the names and labels of the training images; it stays when the data move."""
     names = ("" if isinstance(source, Image) else "/".join(source_path(source).parts[-2:]) for source, _ in data.train)
     names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
     return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 import vimoe
-from vimoe.analysis.expert_maps import EXPERTS, choices, expert_colours, expert_maps
 from vimoe.cli import main
 from vimoe.data.masks import Legend
 from vimoe.models.segmenter import Segmenter
+from vimoe.tasks.expert_maps import EXPERTS, choices, expert_colours, expert_maps
 
 PREPARED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 LEGEND = Legend(NAMES, (0, 1, 2), (VOID,), PALETTE)

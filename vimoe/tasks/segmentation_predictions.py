@@ -1,4 +1,4 @@
-"""Predicted masks as files: the mask, the image under it, and how much of the image each class has."""
+"""Predicted masks as files: the mask, an overlay on the image, and the area of each class."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from vimoe.data.mask_colours import colour, spread_colours
 from vimoe.errors import DataError, FolderError
 from vimoe.files import written_whole
 from vimoe.models.interface import label_names
-from vimoe.tasks.predictions import report_errors
-from vimoe.tasks.scene_training import infer
+from vimoe.tasks.base import warn_of_errors
+from vimoe.tasks.segmentation_job import infer
 from vimoe.terminal import track
 
 LONGEST = 255  # bytes of a file's name, on nearly all file systems
 
 
 def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: DataConfig) -> list[dict[str, Any]]:
-    """Writes NAME-mask.png (a palette image whose values are places in the model's classes) and NAME-overlay.png.
+    """Write NAME-mask.png, a palette image of class numbers, and NAME-overlay.png for each image file.
 
     Args:
         model: a segmenter with preprocessing and label names, as `vimoe.load` gives it.
-        files: image files; those of one name in several folders get a number, and a long name is cut.
-        out: folder to write into; made where it is not there.
-        config: how whole images are inferred.
+        files: image files; files of one name in several folders get a number, and a long name is cut.
+        out: folder to write into; made if it is missing.
+        config: inference on whole images.
 
     Returns:
-        For each file {"file", "mask", "overlay", "areas": the share of pixels of each class that it has}, or {"file",
-        "error"} where it cannot be read.
+        {"file", "mask", "overlay", "areas": share of pixels by class name} of each file, or {"file", "error"} of one
+        that cannot be read.
 
     Raises:
-        DataError: where none can be read.
-        FolderError: where the folder cannot be made or written to.
+        DataError: if none can be read.
+        FolderError: if the folder cannot be made or written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -75,12 +75,12 @@ def predict_scenes(model: nn.Module, files: Sequence[Path], out: Path, config: D
         shares = np.bincount(predicted.ravel(), minlength=len(names)) / predicted.size
         areas = {names[c]: float(shares[c]) for c in np.argsort(-shares, kind="stable") if shares[c] > 0}
         results.append({"file": str(file), **{kind: str(path) for kind, path in paths.items()}, "areas": areas})
-    report_errors(results)
+    warn_of_errors(results)
     return results
 
 
 def _name(stem: str, number: str) -> str:
-    """As much of a name as leaves room for a number and the longest ending in the bytes that a file's name may have."""
+    """Return a name with its number, cut so that the longest ending fits into a file name."""
     while len(os.fsencode(f"{stem}{number}-overlay.png")) > LONGEST:
         stem = stem[:-1]
     return stem + number

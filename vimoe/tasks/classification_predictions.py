@@ -1,8 +1,7 @@
-"""The most likely classes of image files."""
+"""Most likely classes of image files."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ import torch
 from torch import nn
 
 from vimoe.data.loaders import Readable, eval_loader, preprocessing
-from vimoe.errors import DataError
 from vimoe.models.interface import label_names, logits_of
+from vimoe.tasks.base import warn_of_errors
 from vimoe.terminal import track
-
-logger = logging.getLogger(__name__)
 
 
 def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:
@@ -24,14 +21,14 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
     Args:
         model: a model with preprocessing and label names, as `vimoe.load` gives it.
         files: image files.
-        top: how many classes to name.
-        workers: processes that decode images, as `DataConfig.workers`.
+        top: number of classes to name.
+        workers: number of processes that decode images, as `DataConfig.workers`.
 
     Returns:
-        For each file {"file", "classes": [{"name", "probability"}]}, or {"file", "error"} where it cannot be read.
+        {"file", "classes": [{"name", "probability"}]} of each file, or {"file", "error"} of one that cannot be read.
 
     Raises:
-        DataError: where none can be read.
+        DataError: if none can be read.
     """
     samples, prepared = [(file, 0) for file in files], preprocessing(model)
     names, weight = label_names(model.eval()), next(model.parameters())
@@ -44,16 +41,5 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
         for row, best, error in zip(values.tolist(), indices.tolist(), errors, strict=True):
             classes = [{"name": names[i], "probability": p} for p, i in zip(row, best, strict=True)]
             results.append({"file": str(files[len(results)]), **({"error": error} if error else {"classes": classes})})
-    report_errors(results)
+    warn_of_errors(results)
     return results
-
-
-def report_errors(predictions: Sequence[dict[str, Any]]) -> None:
-    """Warn of predictions that are errors. Raises DataError where all are."""
-    errors = [each["error"] for each in predictions if "error" in each]
-    if errors and len(errors) == len(predictions):
-        raise DataError(
-            errors[0] if len(errors) == 1 else f"none of {len(errors)} images can be read: {errors[0]}, ..."
-        )
-    if errors:
-        logger.warning("%d of %d images were not predicted, such as: %s", len(errors), len(predictions), errors[0])

@@ -1,0 +1,63 @@
+"""A finished run needs its data for what is about them, and for nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.commands import QUICK, TINY
+from helpers.pictures import folder, roles
+
+import vimoe.experiments.finished_run
+from vimoe.cli import main
+from vimoe.errors import DataError
+from vimoe.experiments.finished_run import FinishedRun
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos and a run of them."""
+    root = tmp_path_factory.mktemp("trained")
+    photos = roles(root / "photos", train=4, val=2, test=2)
+    train = ["train", "--data.path", str(photos), *TINY, *QUICK, "--train.epochs=1", "--moe.layers=last:1"]
+    assert main([*train, "--out", str(root / "run")]) == 0
+    return root
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    root = Path(shutil.copytree(trained, tmp_path / "root"))
+    config = root / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained), str(root)))
+    return root
+
+
+def test_a_run_predicts_and_scores_other_images_without_its_own(root: Path, tmp_path: Path) -> None:
+    run, others = FinishedRun(root / "run"), folder(tmp_path / "others", 2)
+    before = run.score(str(others))
+    shutil.rmtree(root / "photos")
+    again = FinishedRun(root / "run")
+    assert again.score(str(others)) == before and before[0] == "all" and before[1].images == 6
+    files = sorted(others.rglob("*.png"))
+    predictions = again.predict(files, top=2)
+    assert [each["file"] for each in predictions] == [str(file) for file in files]
+    assert {len(each["classes"]) for each in predictions} == {2}
+    with pytest.raises(DataError, match="no such folder"):
+        again.score()
+
+
+def test_a_damaged_image_is_told_before_the_pruning_that_recovers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vimoe.experiments.finished_run, "prune", lambda *_, **__: pytest.fail("it pruned"))
+    (root / "photos/train/red/001.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"001\.png"):
+        FinishedRun(root / "run").prune(root / "pruned", tolerance=9, recover=1)
+    assert not (root / "pruned").exists()
+
+
+def test_the_reported_images_are_test_or_else_validation(root: Path) -> None:
+    role, samples = FinishedRun(root / "run").reported
+    assert role == "test" and len(samples) == 6
+    shutil.rmtree(root / "photos" / "test")
+    role, samples = FinishedRun(root / "run").reported
+    assert role == "validation" and {Path(image).parts[-3] for image, _ in samples} == {"val"}

@@ -1,0 +1,276 @@
+"""The contract of a metric, and the evaluation that goes through it.
+
+Axes: B images of a batch, P patches of an image.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from vimoe.errors import DataError
+from vimoe.metrics.registry import METRICS, kind_of
+from vimoe.models.interface import label_names, logits_of, unwrapped
+from vimoe.terminal import track
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, ...) and labels (B, ...), on any device
+
+
+class Score(ABC):
+    """Quality of a model on labelled images; a subclass is a frozen dataclass of figures.
+
+    Attributes:
+        kind: name in METRICS and SCORES; JSON does not have it (`vimoe.metrics.registry.kind_of`).
+        images: number of images that the figures are of.
+    """
+
+    kind: ClassVar[str]
+    images: int
+
+    @property
+    @abstractmethod
+    def rank(self) -> tuple[float, ...]:
+        """Sort key: of two scores the better one has the larger. Its first number is a share in 0..1."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> dict[str, float]:
+        """Figures for the logs, by name; "loss" is the mean in nats, others are shares in 0..1."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON knows them."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the score of these figures, the inverse of `to_dict`."""
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class MeanScore(Score):
+    """Means over images: the share that is right, in 0..1, and the loss in nats.
+
+    In JSON and in the logs the share has the kind for its key.
+    """
+
+    right: float
+    loss: float
+    images: int
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sort key: the share, then the loss."""
+        return self.right, -self.loss
+
+    @property
+    def columns(self) -> dict[str, float]:
+        return {"loss": self.loss, self.kind: self.right}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.columns, "images": self.images}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(values[cls.kind], values["loss"], values["images"])
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.right:.2%}, loss {self.loss:.4f} of {self.images} images"
+
+
+class Counts(ABC):
+    """Sums over images that a score follows from."""
+
+    @abstractmethod
+    def add(self, outputs: Tensor, labels: Tensor) -> None:
+        """Count a batch: outputs (B, classes, ...) of the model, and labels (B, ...) on the same device."""
+
+    @abstractmethod
+    def score(self) -> Score:
+        """Return the score of all batches so far."""
+
+
+class Metric(ABC):
+    """Measure of a model on labelled images, for all of them together and for each one.
+
+    A subclass says what labels are: int64 of one shape, images first. `analyze` and `prune` learn of labels through
+    this class alone.
+
+    Attributes:
+        model: model that is measured.
+        score_type: class of the scores; its `kind` is the metric's name in METRICS.
+        by_patch: True if each patch of an image has a class of its own, False if the image has one.
+    """
+
+    score_type: ClassVar[type[Score]]
+    by_patch: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes that `classes_of` numbers; by default those of the model."""
+        return label_names(self.model)
+
+    def counts(self) -> Counts:
+        """Return counts of nothing yet; by default of means over images, for a `score_type` that is a `MeanScore`."""
+        return MeanCounts(self)
+
+    @abstractmethod
+    def check(self, images: Tensor, labels: Tensor) -> None:
+        """Raise DataError for a batch that the model does not take, or labels that are none.
+
+        Args:
+            images: (B, channels, height, width), or what else the model takes.
+            labels: (B, ...) from the loader, of any type of number.
+        """
+
+    @abstractmethod
+    def of_each_image(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B,) the loss of each image in nats, and (B,) the share of it that is right, in 0..1.
+
+        Args:
+            outputs: (B, classes, ...) of the model.
+            labels: (B, ...) on the same device.
+        """
+
+    @abstractmethod
+    def classes_of(self, labels: Tensor) -> Tensor:
+        """Return the class (B,) of each image, or (B, P) of each patch if `by_patch`; -1 for none."""
+
+
+class MeanCounts(Counts):
+    """Sums of what a metric says of each image."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric, self.images, self.right, self.loss = metric, 0, 0.0, 0.0
+
+    def add(self, outputs: Tensor, labels: Tensor) -> None:
+        loss, right = self.metric.of_each_image(outputs, labels)
+        self.images += len(labels)
+        self.right, self.loss = self.right + float(right.sum()), self.loss + float(loss.sum())
+
+    def score(self) -> Score:
+        n, kind = max(self.images, 1), self.metric.score_type
+        return kind.from_dict({kind.kind: self.right / n, "loss": self.loss / n, "images": self.images})
+
+
+def metric_of(model: nn.Module, name: str | None = None) -> Metric:
+    """Return the metric of a model.
+
+    Args:
+        model: model to measure.
+        name: name in METRICS; by default the model's attribute `metric`, and "classification" for one that has none.
+
+    Raises:
+        ConfigError: if no such name is registered.
+    """
+    model = unwrapped(model)
+    metric: Metric = METRICS.find(name or str(getattr(model, "metric", "classification")))(model)
+    return metric
+
+
+def read_score(values: Mapping[str, Any]) -> Score:
+    """Return a score from JSON, of the class of its kind."""
+    score: Score = METRICS.find(kind_of(values)).score_type.from_dict(values)
+    return score
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Batches,
+    bar: str = "",
+    metric: str | None = None,
+    outputs: Callable[[nn.Module, Tensor], Tensor] = logits_of,
+) -> Score:
+    """Return the score of a model over a loader of (images, labels). Leaves the model in eval mode.
+
+    Args:
+        model: model to score.
+        loader: batches on any device.
+        bar: name of the progress bar; without it there is none.
+        metric: name in METRICS; by default the model's own (`metric_of`).
+        outputs: function of the model and images on its device; it returns logits.
+
+    Raises:
+        DataError: if the model does not take the batches.
+    """
+    measure = metric_of(model, metric)
+    counts = measure.counts()
+    for images, labels in batches(measure, loader, bar):
+        with torch.no_grad():
+            counts.add(outputs(model, images), labels)
+    return counts.score()
+
+
+def batches(metric: Metric, loader: Batches, bar: str = "") -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images, labels) of each batch, checked, on the model's device; images in its type, labels in int64.
+
+    The model is put in eval mode, and empty batches are left out.
+
+    Args:
+        metric: metric of the model.
+        loader: batches on any device.
+        bar: name of the progress bar; without it there is none.
+
+    Raises:
+        DataError: if the loader gives something else than pairs of tensors that the model takes.
+    """
+    if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
+        raise DataError(f"the loader is of type {type(loader).__name__}: expected batches of (images, labels)")
+    metric.model.eval()
+    weight = next(metric.model.parameters())
+    for batch in track(loader, bar):
+        images, labels = _pair(batch)
+        metric.check(images, labels)
+        if len(images):
+            yield images.to(weight.device, weight.dtype, non_blocking=True), labels.to(weight.device, torch.int64)
+
+
+def signature(labels: Tensor) -> Tensor:
+    """Return (B,) a number for each image, by which a second reading of a loader notices another order."""
+    return labels[:, None].flatten(1).sum(dim=1)
+
+
+def check_whole(labels: Tensor, images: int, shape: str, axes: int) -> None:
+    """Raise DataError for labels that are no whole numbers, or not so many.
+
+    Args:
+        labels: labels of a batch from the loader.
+        images: number of images of the batch.
+        shape: expected shape, in words.
+        axes: expected number of axes.
+    """
+    if labels.is_floating_point() or labels.ndim != axes or len(labels) != images:
+        raise DataError(
+            f"the loader gives labels of {labels.dtype} and shape {tuple(labels.shape)} for {images} images: expected "
+            f"whole numbers of shape {shape}"
+        )
+
+
+def check_range(labels: Tensor, classes: int) -> None:
+    """Raise DataError for a label that is not one of 0 to `classes` - 1."""
+    low, high = (int(each) for each in labels.aminmax()) if labels.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        odd = low if low < 0 else high
+        raise DataError(
+            f"the loader gives the label {odd}: expected 0 to {classes - 1}, the model has {classes} classes"
+        )
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a batch. Raises DataError for anything but a pair of tensors."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
+        raise DataError(f"the loader gives {what}: expected pairs (images, labels); wrap it in one that gives these")
+    for name, part in zip(("images", "labels"), batch, strict=True):
+        if not isinstance(part, Tensor):
+            raise DataError(f"the loader gives {name} of type {type(part).__name__}: expected a tensor; convert it")
+    images, labels = batch
+    return images, labels

@@ -1,0 +1,52 @@
+"""The settings of a training as they are used: for its images, its model and this machine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from torch import nn
+
+from vimoe.config.train import TrainConfig
+from vimoe.errors import ConfigError
+from vimoe.models.precision import resolve, warn_of_slow_bfloat16
+from vimoe.process import Process
+
+logger = logging.getLogger(__name__)
+
+
+def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
+    """Return settings with no batch larger than the training images, and no precision left open.
+
+    A setting that is changed is logged. Settled settings stay as they are.
+
+    Args:
+        config: settings as the user gave them.
+        images: number of training images.
+        model: model to be trained; its weights do not matter.
+
+    Raises:
+        ConfigError: if settings contradict one another or the machine.
+    """
+    process = Process()
+    if process.count > 1:
+        raise ConfigError(f"{process.count} processes: expected 1, training in more is not there yet")
+    if config.batch_size > images:
+        even = images - images % 2 if config.mixup or config.cutmix else images
+        logger.warning("train.batch_size=%d is lowered to %d, of %d training images", config.batch_size, even, images)
+        config = replace(config, batch_size=even)
+    config = resolve(config, model)
+    if config.warmup_epochs >= config.epochs:
+        raise ConfigError(
+            f"train.warmup_epochs={config.warmup_epochs:g} of train.epochs={config.epochs}: expected less; lower it"
+        )
+    if config.router_warmup_epochs > config.epochs:
+        raise ConfigError(
+            f"train.router_warmup_epochs={config.router_warmup_epochs:g} of train.epochs={config.epochs}: expected at "
+            f"most as many; lower it"
+        )
+    if config.precision == "fp16" and process.device.type == "cpu":
+        raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
+    if config.precision == "bf16":
+        warn_of_slow_bfloat16("train.precision=bf16", "use train.precision=auto or no")
+    return config
