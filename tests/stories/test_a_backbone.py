@@ -28,7 +28,7 @@ from vimoe.data.classification import load_data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError, FolderError, SurgeryError
 from vimoe.experiments.train import run_training
-from vimoe.metrics.classification import evaluate
+from vimoe.metrics.base import evaluate
 from vimoe.models.create import create_without_weights
 from vimoe.models.interface import find_backbone, logits_of
 from vimoe.models.segmenter import create_segmenter
