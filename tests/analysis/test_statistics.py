@@ -143,6 +143,30 @@ def test_effective_numbers_have_intervals_around_them() -> None:
     assert 0.9 <= np.mean([i.low <= truth <= i.high for i in drawn]) <= 0.99
 
 
+def test_an_empty_slot_is_no_expert() -> None:
+    """Of 3 experts; images choose {0}, {}, {0, 2} and {}."""
+    experts = np.array([[[0, -1]], [[-1, -1]], [[2, 0]], [[-1, -1]]])
+    gates = np.array([[[0.5, 0.0]], [[0.0, 0.0]], [[0.7, 0.2]], [[0.0, 0.0]]])
+    image = np.arange(4)[:, None]
+    counts = statistics.count_experts(image, experts, 4, 3)
+    assert counts.tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 0, 0]]
+    mass = statistics.count_experts(image, experts, 4, 3, gates)
+    assert mass.tolist() == [[0.5, 0, 0], [0, 0, 0], [0.2, 0, 0.7], [0, 0, 0]]
+    assert statistics.favourites(counts, mass).tolist() == [0, 3, 2, 3]  # 3 is none
+    used, effective = statistics.routes([experts])
+    assert used == 3 and effective == pytest.approx(2**1.5)
+    frequent, mean = statistics.most_frequent(experts, gates)
+    assert frequent.tolist() == [-1, -1] and mean.tolist() == [0, 0]
+    tables = statistics.tables_of_units(np.array([[1], [0], [-1], [1]]), experts, 2, 3)
+    assert tables.tolist() == [[[0] * 3, [1, 0, 0]], [[0] * 3] * 2, [[0] * 3] * 2, [[0] * 3] * 2]
+
+
+def test_no_choice_at_all_says_nothing() -> None:
+    found = statistics.dependence(np.array([0, 0, 1, 1]), np.zeros((4, 3), dtype=int))
+    assert (found.value, found.nats, found.p) == (0, 0, 1)
+    assert statistics.activated_pairs([np.zeros((4, 3))])[1:] == (0, 0)
+
+
 def test_favourites_are_by_number_and_then_by_gates() -> None:
     counts = np.array([[2, 2, 1], [0, 3, 2], [1, 0, 1]])
     gates = np.array([[0.5, 0.9, 8.0], [0.0, 0.3, 1.9], [0.2, 0.0, 0.3]])

@@ -6,9 +6,12 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from helpers.commands import QUICK, TINY, call, refused
 from helpers.kinds import DECIDE, low_rank_weights
 from helpers.layers import EXPERTS, FFNS, LAYOUTS, assert_agrees, make, tokens
+from helpers.pictures import roles
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 
 import vimoe
@@ -133,6 +136,20 @@ def test_merging_takes_the_mean_of_what_the_experts_are() -> None:
         torch.testing.assert_close(w, mean)
 
 
+@torch.no_grad()
+def test_merging_without_evidence_weighs_as_the_router_does_at_equal_scores() -> None:
+    for router, mass in (("softmax", 1 / 4), ("expert_choice", 1.0), ("threshold", 0.0)):
+        model = perturb_experts(upcycle(vit(), config(router=router, top_k=1)))
+        layer = layers(model)[0]
+        expected = ffn.read(layer.merged(torch.full((EXPERTS,), mass / EXPERTS)))
+        torch.testing.assert_close(ffn.read(vimoe.densify(model, how="merge").blocks[0].mlp), expected)
+    alone = upcycle(vit(), config(router="threshold", num_shared_experts=0, top_k=2))
+    with pytest.raises(vimoe.VimoeError, match="chooses no expert at equal scores.*expected gate_mass"):
+        vimoe.densify(alone, how="merge")
+    masses = {f"blocks.{block}.mlp": torch.full((EXPERTS,), 0.5) for block in (0, 1)}
+    assert not layers(vimoe.densify(alone, how="merge", gate_mass=masses))
+
+
 @pytest.mark.parametrize("how", ["merge", "matched"])
 def test_experts_that_are_no_ffns_are_not_merged(how: str) -> None:
     model = upcycle(vit(), config(experts="scaled"))
@@ -156,8 +173,9 @@ def test_optimised_it_computes_the_same_and_packs_ffns(router: str, kind: str) -
     torch.testing.assert_close(fast(images(model)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_that_are_no_ffns_are_compared_by_their_outputs() -> None:
-    layer, x = make(experts="scaled").eval(), tokens()
+@pytest.mark.parametrize("router", ["softmax", "threshold"])
+def test_experts_that_are_no_ffns_are_compared_by_their_outputs(router: str) -> None:
+    layer, x = make(experts="scaled", router=router).eval(), tokens()
     with torch.no_grad():
         layer.experts.scale.copy_(torch.tensor([1.0, 2.0, -1.0, 3.0])[:, None].expand_as(layer.experts.scale))
     found = compare_experts(layer, x)
@@ -167,6 +185,8 @@ def test_experts_that_are_no_ffns_are_compared_by_their_outputs() -> None:
     with vimoe.record(layer) as routings:
         layer(x)
     best = routings[0].experts[:, 0]
+    best = best[best >= 0]
+    assert 0 < (best == 3).sum() < len(best)
     assert found.top1_has_largest_norm == pytest.approx(float((best == 3).float().mean()))
 
 
@@ -182,3 +202,35 @@ def test_experts_with_a_shared_base_are_compared_as_the_ffns_that_they_are() -> 
     ours, theirs = compare_experts(layer, x).to_dict(), compare_experts(twin, x).to_dict()
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert None not in ours.values()
+
+
+def test_layers_that_nothing_makes_dense_are_analysed_and_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a shared expert and with experts that are no FFNs there is no method."""
+    run, moe = tmp_path / "run", ["--moe.experts=scaled", "--moe.num_shared_experts=0", "--moe.top_k=2"]
+    data = ["--data.path", roles(tmp_path / "photos"), "--train.epochs=1"]
+    call(capsys, "train", *TINY, *QUICK, *moe, *data, "--moe.layers=last:1", "--moe.num_experts=4", "--out", run)
+    (layer,) = call(capsys, "analyze", run, "--draws=2")["layers"]
+    assert layer["dense"] == {} and len(layer["experts"]) == 4 and layer["permuted"]
+    pruned = call(capsys, "prune", run, "--tolerance=9", "--experts=true", "--out", tmp_path / "pruned")
+    assert [step["expert"] is not None for step in pruned["steps"]] == [True, True] and pruned["kept"] == []
+    assert layers(vimoe.load(tmp_path / "pruned" / "model"))[0].config.num_experts == 2
+
+
+@pytest.mark.parametrize("verb", ["plan", "count"])
+def test_plan_and_count_know_the_kinds(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {"router": "threshold", "experts": "low_rank", "num_experts": 4, "layers": "all"}
+    found = call(
+        capsys, verb, *TINY, "--model.num_classes=5", *(f"--moe.{name}={value}" for name, value in kinds.items())
+    )
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, num_classes=5, patch_size=8, embed_dim=24, depth=2, num_heads=2
+    )
+    cost = vimoe.count(vimoe.upcycle(model, vimoe.MoEConfig(**kinds)))
+    assert found["moe"]["params"] == cost.params and found["moe"]["activated_params"] == cost.activated_params
+    assert found["moe"]["macs"] == cost.macs
+    if verb == "plan":
+        assert "4 experts (low_rank), threshold router" in str(vimoe.plan(vit(), config(**kinds)))
+    message = refused(capsys, verb, *TINY, "--model.num_classes=5", "--moe.router=treshold")
+    assert "moe.router='treshold': expected one of softmax, " in message and "did you mean 'threshold'" in message

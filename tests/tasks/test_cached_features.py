@@ -428,7 +428,7 @@ def test_a_run_says_what_was_kept_and_is_scored_and_saved_whole(data: Data, pare
     }  # fmt: skip
     assert summary["features"]["seconds"] > 0 and len(files) == 3
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"] == summary["features"]
-    assert "All before blocks.2 was frozen" in (tmp_path / "run" / "report.html").read_text()
+    assert "The trunk before blocks.2 was frozen" in (tmp_path / "run" / "report.html").read_text()
     network = load(tmp_path / "run" / "model")
     score = evaluate(network, eval_loader(data.val, preprocessing(network), 16, 0))
     assert score.to_dict() == summary["val"]  # of images, not of rounded features
@@ -473,7 +473,7 @@ REFUSALS = {
     "train.train_only='all': expected 'moe'": {"train": {"train_only": "all"}},
     "train.mixup=0.2 with data.cache='features': expected 0": {"train": {"mixup": 0.2}},
     "train.cutmix=1 with data.cache='features': expected 0": {"train": {"cutmix": 1.0}},
-    "data.views=2 with data.cache='disk': expected it with data.cache=features alone": {"data": {"cache": "disk"}},
+    "data.views=2 with data.cache='disk': expected it with data.cache=features only": {"data": {"cache": "disk"}},
     "views=0: expected a whole number of at least 1": {"data": {"views": 0}},
     "data.cache='features' with data.task='segmentation'": {
         "data": {"task": "segmentation"},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.kinds import Threshold as Threshold  # registers it
 from helpers.tiny import layers
 from helpers.trainings import data as data  # the fixture
 from helpers.trainings import model, rows, run
@@ -71,6 +72,29 @@ def test_an_idle_expert_is_named_and_a_busy_one_is_not(
             assert re.findall(r"\d", named) == idle
             checked += idle
     assert checked  # a layer that has not collapsed has idle experts, and all of them were named
+
+
+def of_decisions(experts: list[list[int]], num_experts: int) -> list[str]:
+    """Alarms after a step with these decisions of a router that may leave slots empty."""
+    chosen = torch.tensor(experts)
+    network = model(num_experts=num_experts, router="threshold")
+    logits = torch.zeros(len(experts), num_experts)
+    health = Health()
+    health.add([vimoe.Routing(logits, chosen.float(), chosen, "image", (len(experts), 5), "blocks.0.mlp", ragged=True)])
+    health.add_gradients({"blocks.0.mlp": layers(network)[0]})
+    layers(network)[0].requires_grad_(False)
+    return health.alarms(moe_layers(network))
+
+
+def test_a_collapse_is_judged_by_the_number_of_experts_that_an_image_gets() -> None:
+    (always_three,) = of_decisions([[1, 4, 6, -1]] * 5, num_experts=8)
+    assert "has collapsed: in effect 3.00 of its 8 experts" in always_three
+    assert not of_decisions([[0, 1, 2, -1], [3, -1, -1, -1]], num_experts=4)
+
+
+def test_nobody_getting_an_expert_is_told_and_is_no_collapse() -> None:
+    (idle,) = of_decisions([[-1, -1]] * 5, num_experts=3)
+    assert "experts 0, 1, 2 got nothing" in idle
 
 
 def test_a_collapse_is_told(data: Data, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Which MoE layers specialise, whether it matters, and what can go."""
+"""Specialisation of MoE layers, its effect, and the removal of layers and experts without effect."""

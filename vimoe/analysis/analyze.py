@@ -1,7 +1,7 @@
-"""Which MoE layers specialise, and whether it matters: the evidence that pruning decides on.
+"""The evidence that pruning decides on: specialisation of MoE layers, and its effect.
 
-Two different questions. By number: do the experts of a layer get different classes? By cause: what happens to the loss
-when the routing of a layer is overruled, or the layer is made dense? A layer can specialise without need.
+These are two questions. By number: do the experts of a layer get different classes? By cause: does the loss change if
+the routing of a layer is overruled, or the layer is made dense? A layer can specialise without need.
 
 Axes: I images, C classes, N experts, U routed units of an image, K chosen experts, L layers.
 """
@@ -62,16 +62,16 @@ def analyze(
     The metric says what labels are: classes of images, or masks, of which each patch has the class of most of its
     pixels, and the share of right pixels is how right an image is.
 
-    It costs one pass over the loader to see the routing, and for the interventions, of which there are up to `draws` +
-    N + 4 on a layer, as many times the blocks after that layer, on the images that are overruled. For `last:2` of a ViT
-    that is classified from its class token that is about 2 more passes, and 5 of one that pools its patches. What comes
-    before the first layer is kept where it takes at most 1 GiB; else the loader is read again, once or twice.
+    The cost is one pass over the loader to see the routing, and up to `draws` + N + 4 interventions on a layer. An
+    intervention runs the blocks after the layer again, on the images that are overruled. For `last:2` of a ViT with a
+    class token that is about 2 more passes, and 5 for one that pools its patches. Features before the first layer are
+    kept if they take at most 1 GiB; else the loader is read again, once or twice.
 
-    Where whole blocks come after a layer a few permutations are made first, and then as many as narrow the interval by
-    more than a twentieth (`vimoe.analysis.statistics.enough_draws`). How many that is follows from widths, not from the
-    mean, so it leaves the mean unbiased to all that matters here; and from the seed, as all draws.
+    If whole blocks come after a layer, a few permutations are made first. More follow as long as they narrow the
+    interval by more than a twentieth (`vimoe.analysis.statistics.enough_draws`). Their number follows from widths and
+    the seed, not from the mean, so the mean stays unbiased for all practical purposes.
 
-    Memory does not depend on how many images there are: the decisions of at most 20,000 are kept, drawn uniformly.
+    Memory does not depend on the number of images: the decisions of at most 20,000 are kept, drawn uniformly.
 
     Args:
         model: a model with MoE layers; left in eval mode.
@@ -82,17 +82,17 @@ def analyze(
             are kept.
         seed: draws images, permutations and resamples.
         progress: show how far each pass is: a bar where standard error is a terminal, else lines in the log.
-        sequences: for each image of the loader the video that it is a frame of, by any name. Intervals are then over
-            sequences, where there are at least 5 of them: frames of one video are alike, and intervals over them too
-            narrow. By default each image is for itself.
+        sequences: name of the video of each image of the loader. Intervals are then over sequences, if there are at
+            least 5 of them: frames of one video are alike, and intervals over frames too narrow. By default each image
+            counts by itself.
         metric: name in `vimoe.metrics.registry.METRICS`; by default the model's attribute `metric`, and
             "classification" for a model without it.
 
     Raises:
-        ConfigError: where there are not as many sequences as images, or for a metric that is not registered.
-        VimoeError: where the model has no MoE layer or is an optimised one, or its loss is not finite.
-        DataError: where the loader is empty, gives something else than pairs of tensors that the model takes, or other
-            images when it is read again.
+        ConfigError: if there are not as many sequences as images, or the metric is not registered.
+        VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite.
+        DataError: if the loader is empty, gives no pairs of tensors that the model takes, or gives other images when it
+            is read again.
 
     >>> import timm, torch, vimoe
     >>> dense = timm.create_model("test_vit", num_classes=2)
@@ -239,12 +239,12 @@ def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) ->
 
 @dataclass(frozen=True)
 class _ByClass:
-    """Which class chose which expert in a layer: of whole images, or of the patches of segmented ones.
+    """Classes and choices of experts in a layer: of whole images, or of the patches of segmented ones.
 
     Attributes:
         labels: (I,), or (I, P) by patch; below 0 for no class.
         experts: (I, U, K) of all units of images with one class, (I, P, K) of patches.
-        classes, num_experts: how many there are.
+        classes, num_experts: C and N.
         by_patch: as in `Metric`.
     """
 
@@ -289,13 +289,13 @@ class _ByClass:
 
 
 class _Seen:
-    """What a uniform sample of the images did: their decisions in each layer, and a few layer inputs.
+    """Decisions of a uniform sample of the images in each layer, and a few layer inputs.
 
     Attributes:
         places: (I,) places in the loader, in rising order; signatures: (I,) by which to know the images again.
         labels: (I,) class of each image, or (I, P) of each patch if `by_patch`; -1 for none.
-        experts, gates: by layer, (I, U, K); -1 and 0 in empty slots.
-        inputs: by layer, (a few images, tokens, channels).
+        experts, gates: decisions (I, U, K) by layer; -1 and 0 in empty slots.
+        inputs: inputs (a few images, tokens, channels) by layer.
     """
 
     def __init__(self, layers: Mapping[str, MoE], seed: int, by_patch: bool = False) -> None:
@@ -354,7 +354,7 @@ class _Seen:
         return _per_image_counts(self.experts[name], self.layers[name].config.num_experts, weights)
 
     def examples(self, gates: np.ndarray) -> tuple[tuple[int, ...], ...]:
-        """For each expert places of the images that gave it most of (I, N) gates, best first."""
+        """Return for each expert the places of the images that gave it most of (I, N) gates, best first."""
         best = np.argsort(-gates, axis=0, kind="stable")[:_EXAMPLES].T
         return tuple(tuple(int(self.places[i]) for i in row if gates[i, e] > 0) for e, row in enumerate(best))
 

@@ -1,10 +1,9 @@
-"""What changes, image by image, when an MoE layer is overruled: other decisions, or a dense FFN in its place.
+"""Effects of overruling an MoE layer, image by image: other decisions, or a dense FFN in its place.
 
-Little is computed twice. A batch runs once untouched, from the first layer's block on where what comes before it is
-known already. An intervention on a layer then needs other outputs of this layer, for the images whose decisions it
-changes, and the rest of the model after them: what its block computed before the layer is remembered, each expert
-computes each unit once whoever sends it there, and where nothing reads the patches that leave the last block, its FFN
-leaves them out.
+Little is computed twice. A batch runs once untouched, from the first layer's block on if the features before it are
+known. An intervention on a layer then needs other outputs of this layer for the images whose decisions it changes, and
+the rest of the model after them. Features before the layer are remembered. Each expert computes each unit once,
+whatever interventions send it there. If nothing reads the patches that leave the last block, its FFN leaves them out.
 
 Axes: I images, B images of a batch, V interventions on a layer, M pairs of an image and an intervention, R routed units
 of a batch, U those of an image, K chosen experts, N experts, T tokens, D channels.
@@ -52,7 +51,7 @@ class Handed:
 
     Attributes:
         experts, gates: (I, U, K) decisions of those who give.
-        donors: who gives to each image that is measured.
+        donors: number of the image that gives to each image that is measured.
     """
 
     experts: Tensor
@@ -96,7 +95,7 @@ Intervention = Decision | nn.Module  # a module takes the layer's place
 
 @dataclass(frozen=True)
 class Images:
-    """Which images of a loader: places (I,) in rising order, and labels (I,) by which another order is noticed."""
+    """Images of a loader: places (I,) in rising order, and labels (I,) by which another order is noticed."""
 
     places: np.ndarray
     labels: np.ndarray
@@ -124,7 +123,7 @@ class Subjects:
         metric: name of the metric that knows the labels; by default the model's own (`metric_of`).
 
     Attributes:
-        images: which ones they are; None before the first reading, where all of the loader's are meant.
+        images: the images that are measured; None before the first reading, which means all of the loader's.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class Subjects:
             self._kept = None
 
     def blocks_after(self, layer: str) -> int:
-        """How many whole blocks run after a layer for each image of each intervention; `keeping` has seen a batch."""
+        """Return the number of blocks after a layer that each intervention runs; `keeping` has seen a batch."""
         assert self._partial
         return self._partial.blocks_after(layer)
 
@@ -226,15 +225,15 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
 
     Args:
         subjects: the model and the images to measure on.
-        plan: for each layer, by module name, the interventions on it.
-        task: what to call this where it is shown how far it is; not shown without it.
+        plan: interventions on each layer, by module name.
+        task: name of the progress bar; none is shown without it.
 
     Returns:
-        For each layer the changes, a column an intervention in the order of the plan.
+        Changes by layer; a column is an intervention, in the order of the plan.
 
     Raises:
-        DataError: where the loader is empty, or gives other images when it is read again.
-        VimoeError: where the loss of the untouched model is not finite.
+        DataError: if the loader is empty, or gives other images when it is read again.
+        VimoeError: if the loss of the untouched model is not finite.
     """
     layers: dict[str, Any] = {name: subjects.model.get_submodule(name) for name in plan}
     most = max((layer.config.num_experts for layer in layers.values()), default=1)
@@ -261,10 +260,10 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
 def _outputs(
     layer: MoE, record: LayerRecord, interventions: Sequence[Intervention], index: Tensor, size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the layer gives instead of what it gave, of at most `size` images at a time.
+    """Compute the other outputs of the layer, for at most `size` images at a time.
 
     Yields:
-        (M,) interventions, (M,) images of the batch whose decisions they change, and (M, T, D) outputs for them.
+        Interventions (M,), images (M,) of the batch whose decisions they change, and outputs (M, T, D) for them.
     """
     assert record.x is not None
     x, others = record.x, _Others(layer, record.x)

@@ -29,7 +29,7 @@ _WRONG_TYPE = re.compile(
     r'key "(?P<name>[\w.]+)": (?:Expected an? (?P<kind>.+)\. Got value: (?P<value>.*)'
     r"|Does not validate .* Subtypes: \[(?P<kinds>.+)\] Errors: .* Given value: (?P<given>.*))"
 )
-_NO_SECTION = re.compile(r'key "(\w+)": Unable to load config')
+_NO_SECTION = re.compile(r"key \"(\w+)\": Unable to load config ['\"](.*?)['\"](?: - |$)")
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "values by name",
     "tuple[float, ...]": "a list of numbers", "NoneType": "none",
@@ -88,8 +88,9 @@ class Parser(ArgumentParser):
             words = [_KINDS.get(kind, f"a value of type {kind}") for kind in re.split(r", (?=NoneType)", kinds)]
             return f"{name}={value}: expected {' or '.join(words)}"
         if found := _NO_SECTION.search(text):
-            name = found[1]
-            return f"--{name}: expected a YAML file of this section; or set --{name}.OPTION, see {self.prog} --help"
+            name, value = found.groups()
+            remedy = f"or set --{name}.OPTION, see {self.prog} --help"
+            return f"--{name}={value}: expected a YAML file of this section; {remedy}"
         return text.replace("Problems parsing config: ", "--config: expected a YAML file of sections and settings: ")
 
     def _unknown(self, name: str) -> str:

@@ -107,7 +107,7 @@ class Layers:
 
 
 def _is_item(item: object, listed: bool) -> bool:
-    """True for a module-name pattern, and in a list for a block index."""
+    """Return True for a module-name pattern, and in a list for a block index."""
     return bool(item) if isinstance(item, str) else listed and isinstance(item, int) and not isinstance(item, bool)
 
 

@@ -46,7 +46,7 @@ class ModelConfig:
             raise ConfigError(f"args={self.args!r}: expected arguments by name, such as {{patch_size: 8}}")
         for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
             if name in self.args:
-                raise ConfigError(f"model.args has {name!r}: expected it outside of args; set model.{name}")
+                raise ConfigError(f"model.args has {name!r}: expected it as model.{name}; move it there")
 
     @property
     def family(self) -> tuple[str, str]:

@@ -69,7 +69,7 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
     >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
     before: 0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
     after:  0.41 M parameters, 0.33 M activated, 0.040 G multiply-adds, 1 MoE layers
-      blocks.5.mlp: Mlp -> 4 experts, top_k=1, image routing, 1 shared, mix
+      blocks.5.mlp: Mlp -> 4 experts (ffn), softmax router, top_k=1, image routing, 1 shared, mix
     """
     _check(model, config)
     copied = meta_copy(model)
@@ -268,6 +268,11 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     if layer.shared is not None:
         _describe(site, layer.shared)
     mass_N = layer.router.neutral_gate_mass() if gate_mass is None else gate_mass
+    if gate_mass is None and layer.shared is None and not mass_N.any():
+        raise SurgeryError(
+            f"{site} has a router that chooses no expert at equal scores, and no shared expert: expected gate_mass; "
+            f"pass that of vimoe.analyze"
+        )
     if mass_N.shape != (n,):
         raise SurgeryError(f"gate_mass of {site} has shape {tuple(mass_N.shape)}: expected ({n},)")
     return layer.dense(how, mass_N)

@@ -38,7 +38,8 @@ class Experts(nn.Module):
 
     A kind of experts is a subclass, and an entry in `vimoe.config.moe.EXPERTS`. The contract:
 
-    - `roles` has a `Role` for each parameter. Weight decay, activated parameters and `keep` follow from it.
+    - `roles` has a `Role` for each parameter. Weight decay, activated parameters and `keep` follow from it. A tensor
+      that must stay as it is should be a buffer: `train.train_only` of "moe" trains all parameters of a layer.
     - Right after `__init__` every expert computes what the dense FFN does, so that upcycling keeps the function.
     - `weights(e)` gives one expert as an FFN in the canonical layout of `vimoe.moe.ffn`, and gradient goes through.
       Merging, packing for inference, comparison and this class's `forward` need no more.

@@ -102,7 +102,7 @@ class _Loop:
         if done != len(y):
             raise VimoeError(
                 f"the experts' loads add up to {done} of {len(y)} slots: expected all; a router that leaves slots "
-                f"empty (-1) gives a Routing with ragged=True"
+                f"empty (-1) says ragged = True"
             )
         return y
 

@@ -160,7 +160,7 @@ class Router(nn.Module):
         return scores_RN.view(batch[0], -1, scores_RN.shape[-1])
 
     def assign(self, logits_RN: Tensor, gates_RN: Tensor, chosen_RN: Tensor, batch: tuple[int, int]) -> Routing:
-        """Return the decisions of a ragged router: the chosen experts of each row by falling gate, K at most.
+        """Return the decisions for chosen experts: in the slots of each row by falling gate, K at most, then nothing.
 
         Args:
             logits_RN: scores, as `decide` gets them.
@@ -173,7 +173,7 @@ class Router(nn.Module):
         empty_RK = best.values == -torch.inf
         gates_RK = gates_RN.gather(-1, best.indices).masked_fill(empty_RK, 0)
         experts_RK = best.indices.masked_fill(empty_RK, -1)
-        return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch, ragged=True)
+        return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch, ragged=self.ragged)
 
     @property
     def overrules(self) -> bool:
