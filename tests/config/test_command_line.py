@@ -70,7 +70,7 @@ def test_every_flag_has_a_help_text() -> None:
 UNKNOWN = {
     "--moe.layer=all": "unknown option --moe.layer: did you mean '--moe.layers'?",
     "surplus": "unknown option surplus: see vimoe count --help",
-    "--moe=3": "--moe=3: expected a YAML file of this section; or set --moe.OPTION, see vimoe count --help",
+    "--moe=3": "--moe=3: expected a YAML file; to set one option use --moe.NAME, see vimoe count --help",
     "--data.mean=[a]": "data.mean=['a']: expected a list of numbers or none",
     "--train.epochs=x": "train.epochs=x: expected a whole number",
     "--model.img_size=x": "model.img_size=x: expected a whole number or none",

@@ -28,6 +28,8 @@ def both(model: nn.Module, x: torch.Tensor, dtype: torch.dtype | None) -> None:
     plain.to(dtype or torch.float32)
     for layer, weight in zip((m for m in plain.modules() if isinstance(m, vimoe.MoE)), exact, strict=True):
         layer.router.weight.data = weight
+    routers = [layer.router.weight for layer in fast.modules() if isinstance(layer, vimoe.MoE)]
+    assert all(torch.equal(ours, weight) for ours, weight in zip(routers, exact, strict=True))
     with torch.no_grad(), vimoe.record(plain) as routings:
         expected = plain(x.to(dtype or torch.float32))
     with torch.no_grad(), vimoe.record(fast) as fast_routings:

@@ -186,7 +186,7 @@ def test_an_image_whose_name_tells_no_video_is_for_itself() -> None:
 
 def test_an_expression_that_is_found_nowhere_is_one_line(tmp_path: Path) -> None:
     root = scenes(tmp_path, yaml=YAML + "sequence: '(.+)-'\n")
-    with pytest.raises(DataError, match=r"^sequence is '\(\.\+\)-', which is found in no image's name, such as 'a000'"):
+    with pytest.raises(DataError, match=r"^sequence is '\(\.\+\)-', which matches no image's name, such as 'a000'"):
         load_scenes(DataConfig(path=str(root)))
 
 

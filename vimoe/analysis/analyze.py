@@ -57,10 +57,10 @@ def analyze(
     sequences: Sequence[Hashable] | None = None,
     metric: str | None = None,
 ) -> Evidence:
-    """Measures every MoE layer of a model on validation images.
+    """Measure every MoE layer of a model on validation images.
 
-    The metric says what labels are: classes of images, or masks, of which each patch has the class of most of its
-    pixels, and the share of right pixels is how right an image is.
+    The metric says what labels are: classes of images, or masks. A patch of a mask has the class of most of its pixels,
+    and an image is as right as its share of right pixels.
 
     The cost is one pass over the loader to see the routing, and up to `draws` + N + 4 interventions on a layer. An
     intervention runs the blocks after the layer again, on the images that are overruled. For `last:2` of a ViT with a
@@ -89,7 +89,7 @@ def analyze(
             "classification" for a model without it.
 
     Raises:
-        ConfigError: if there are not as many sequences as images, or the metric is not registered.
+        ConfigError: if there are not as many sequences as images, or no such metric is registered.
         VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite.
         DataError: if the loader is empty, gives no pairs of tensors that the model takes, or gives other images when it
             is read again.
@@ -245,7 +245,7 @@ class _ByClass:
         labels: (I,), or (I, P) by patch; below 0 for no class.
         experts: (I, U, K) of all units of images with one class, (I, P, K) of patches.
         classes, num_experts: C and N.
-        by_patch: as in `Metric`.
+        by_patch: True if labels are by patch.
     """
 
     labels: np.ndarray

@@ -88,9 +88,8 @@ class Parser(ArgumentParser):
             words = [_KINDS.get(kind, f"a value of type {kind}") for kind in re.split(r", (?=NoneType)", kinds)]
             return f"{name}={value}: expected {' or '.join(words)}"
         if found := _NO_SECTION.search(text):
-            name, value = found.groups()
-            remedy = f"or set --{name}.OPTION, see {self.prog} --help"
-            return f"--{name}={value}: expected a YAML file of this section; {remedy}"
+            flag = f"--{found[1]}"
+            return f"{flag}={found[2]}: expected a YAML file; to set one option use {flag}.NAME, see {self.prog} --help"
         return text.replace("Problems parsing config: ", "--config: expected a YAML file of sections and settings: ")
 
     def _unknown(self, name: str) -> str:

@@ -125,7 +125,6 @@ class TimmViT(Backbone):
         channels, height, width = get_model_input_config(self.vit)["input_size"]
         if not hasattr(self.vit, "_traits"):  # not built by timm.create_model, which notes the size
             height, width = getattr(self._patch_embed, "img_size", None) or (height, width)
-            channels = getattr(getattr(self._patch_embed, "proj", None), "in_channels", channels)
         return channels, height, width
 
     @property
