@@ -274,6 +274,17 @@ def test_each_expert_computes_each_image_once() -> None:
     assert sum(counted[3:]) == len(asked) < 8 * 2 * 5
 
 
+def test_no_expert_computes_for_an_empty_slot() -> None:
+    model, _ = model_and_images(router="threshold", routing="token")
+    x = images(model, batch=4)
+    name, layer = list(moe_layers(model).items())[0]
+    experts, gates = decisions(model, x, name)
+    counted: list[int] = []
+    layer.experts.register_forward_pre_hook(lambda _experts, args: counted.append(len(args[1])))
+    overruled(model, name, [Handed(experts, gates, torch.arange(4).roll(1))], x)
+    assert counted[-1] == (experts >= 0).sum() < experts.numel()
+
+
 def test_a_decision_that_changes_nothing_costs_nothing_and_changes_it_by_exactly_0() -> None:
     model, _ = model_and_images()
     x, labels = images(model, 9), torch.arange(9) % 5
