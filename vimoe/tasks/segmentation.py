@@ -100,7 +100,8 @@ class Segmentation(Task[Scenes]):
     def predict(
         self, model: nn.Module, files: Sequence[Path], out: Path | None = None, top: int = 5
     ) -> list[dict[str, Any]]:
-        assert out is not None
+        if out is None:
+            raise ConfigError("out=None: expected a folder for masks and overlays; name it")
         return predict_scenes(model, files, out, self.settings.data)
 
     def line(self, prediction: dict[str, Any], top: int) -> str:
