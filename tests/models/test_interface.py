@@ -19,7 +19,7 @@ from vimoe.config.model import FAMILIES, ModelConfig
 from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, DataError, FolderError, SurgeryError, VimoeError
-from vimoe.metrics.classification import evaluate
+from vimoe.metrics.base import evaluate
 from vimoe.models.create import create
 from vimoe.models.interface import Backbone, find_backbone, label_names, logits_of
 from vimoe.models.timm_vit import TimmViT

@@ -234,6 +234,22 @@ def test_other_images_are_refused(data: Data, tmp_path: Path, kill_after: object
         run(replace(data, train=data.train[1:]), tmp_path, **ALL)
 
 
+def test_a_refused_checkpoint_leaves_the_model_in_its_own_precision(
+    data: Data, tmp_path: Path, kill_after: object
+) -> None:
+    """Accelerate has put autocast around its forward by then."""
+    kill_after(6)
+    with pytest.raises(Killed):
+        run(data, tmp_path, **ALL, precision="bf16")
+    kill_after(1000)
+    network = model()
+    with pytest.raises(FolderError, match="of other training images"):
+        run(replace(data, train=data.train[1:]), tmp_path, network, **ALL, precision="bf16")
+    x, same = torch.randn(2, 3, 16, 16), model()
+    same.load_state_dict(network.state_dict())
+    assert torch.equal(network.eval()(x), same.eval()(x))
+
+
 TRAIN = [
     "--model.name=vit_tiny_patch16_224", "--model.pretrained=false", "--model.img_size=16",
     '--model.args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}', "--moe.layers=all",
