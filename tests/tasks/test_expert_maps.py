@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,19 @@ def test_the_figure_has_image_truth_prediction_and_experts_in_their_colours(tmp_
     assert axes[7].get_xlim() == (-0.5, 14.5) and axes[7].get_ylim() == (13.5, -0.5)
     told = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     assert told == [*NAMES, "void", *(f"expert {i}" for i in range(4))]
+
+
+def test_a_patch_without_an_expert_stays_white(tmp_path: Path) -> None:
+    def give_red_nothing(_router: object, _args: object, routing: vimoe.Routing) -> vimoe.Routing:
+        red = routing.experts == 0
+        experts, gates = routing.experts.masked_fill(red, -1), routing.gates.masked_fill(red, 0)
+        return replace(routing, experts=experts, gates=gates, ragged=True)
+
+    layout, model = np.random.default_rng(2).integers(0, 3, (4, 4)), by_colour()
+    model.backbone.blocks[0].mlp.router.register_forward_hook(give_red_nothing)
+    figure = expert_maps(model, [files(tmp_path, layout, mask(0, 16, 16))], LEGEND, PREPARED)
+    shades = np.array([(1, 1, 1), to_rgb(EXPERTS[1]), to_rgb(EXPERTS[2])])
+    assert np.allclose(figure.axes[3].images[0].get_array(), shades[layout])
 
 
 def test_of_a_large_image_the_middle_is_shown(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def choices(model: Segmenter, images: Tensor) -> tuple[Tensor, dict[str, Tensor]
         images: (B, 3, H, W), normalised, on the model's device; any size that the model accepts.
 
     Returns:
-        Logits (B, classes, H, W), and by layer name the index of the first expert, (B, h, w). Prefix tokens and patches
-        of padding are left out. With image routing all patches of an image have the expert of the image.
+        Logits (B, classes, H, W), and by layer name the index of the first expert, (B, h, w), -1 for none. Prefix
+        tokens and patches of padding are left out. With image routing all patches of an image have the expert of the
+        image.
     """
     with record(model) as routings:
         logits = model(images)
@@ -119,7 +120,7 @@ _UNITS = {"token": "patch", "image": "image"}
 
 
 def _draw_labels(axis: Axes, labels: np.ndarray, shades: Sequence[Shade], cell: tuple[int, int] = (1, 1)) -> None:
-    """Draw (h, w) labels in their `shades`, each as a cell of (height, width) pixels; IGNORE stays white."""
+    """Draw (h, w) labels in their `shades`, each as a cell of (height, width) pixels; IGNORE and -1 stay white."""
     table = np.ones((IGNORE + 1, 3))
     table[: len(shades)] = shades
     right, bottom = (side * length - 0.5 for side, length in zip(labels.shape[::-1], cell[::-1], strict=True))
