@@ -25,9 +25,9 @@ STEPS = [
     (vimoe.experiments.train, "convert"),
     (vimoe.experiments.train, "preprocessing"),
     (vimoe.tasks.classification, "scan"),
+    (run_folder, "new_run"),  # a folder that cannot be made costs no features
     (vimoe.tasks.classification, "FeatureCache"),
     (vimoe.tasks.classification_job, "train_loader"),
-    (run_folder, "new_run"),
     (vimoe.experiments.train, "train"),
 ]
 

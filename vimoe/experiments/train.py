@@ -30,7 +30,6 @@ from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, Task
 from vimoe.training import checkpoint
-from vimoe.training.job import Job
 from vimoe.training.loop import train
 from vimoe.training.settle import settle
 
@@ -57,7 +56,6 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     task, prepared = kind(settings), preprocessing(model, settings.data)
     task.check(model, prepared, converted)
     scanned = task.scan(data)
-    job = task.job(model, data, scanned, prepared, converted)
     process = Process()
     folder = process.once(run_folder.new_run, out)
     with ExitStack() as held:
@@ -66,7 +64,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
         process.once(checkpoint.check_space, folder, model, bool(settings.train.ema_decay))
         process.once(_try_to_save, model, data, prepared, folder)
         noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
-        return _train(task, model, data, scanned, prepared, job, converted, folder, noted)
+        return _train(task, model, data, scanned, prepared, converted, folder, noted)
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
@@ -97,8 +95,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
         scanned = task.scan(data)
-        job = task.job(model, data, scanned, prepared, converted)
-        return _train(task, model, data, scanned, prepared, job, converted, run.path, settings)
+        return _train(task, model, data, scanned, prepared, converted, run.path, settings)
 
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
@@ -141,12 +138,13 @@ def _save(model: nn.Module, data: Roles, prepared: dict[str, Any], path: Path) -
 
 
 def _train(
-    task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, prepared: dict[str, Any], job: Job,
+    task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, prepared: dict[str, Any],
     converted: Sequence[str], folder: Path, noted: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     """Train in a run folder, which notes these settings, and write all that belongs to a finished run."""
     logger.info("%s", scanned)
     process = Process()
+    job = task.job(model, data, scanned, prepared, converted)  # may compute features for minutes: the folder is ours
     process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
     process.once(run_folder.write_settings, folder, noted)
     summary = train(model, job, task.settings.train, folder, converted, flat(noted))
