@@ -112,7 +112,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "moe/router.py",
         "        patches = x_BTD[:, self.layout.num_prefix_tokens :]\n",
         "        patches = x_BTD\n",
-        ("moe/test_router.py",),
+        ("moe/test_layer.py",),
     ),
     Mutant(
         "router noise in evaluation",

@@ -6,6 +6,7 @@ import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
+import helpers.kinds  # noqa: F401  the router "expert_choice"
 import pytest
 import torch
 from helpers.tiny import layers, perturb_experts
@@ -353,6 +354,11 @@ def test_no_batch_is_larger_than_the_training_images(
     assert settled == replace(asked, batch_size=batch) and settle(settled, images, model()) == settled
     said = f"train.batch_size={asked.batch_size} is lowered to {batch}, of {images} training images"
     assert [record.getMessage() for record in caplog.records] == ([said] if batch < asked.batch_size else [])
+
+
+def test_a_warm_up_of_a_router_that_cannot_be_random_is_refused_before_the_training() -> None:
+    with pytest.raises(ConfigError, match="router_warmup_epochs=1 with moe.router='expert_choice': expected 0"):
+        settle(TrainConfig(router_warmup_epochs=1), 100, model(router="expert_choice", routing="token"))
 
 
 def test_auxiliary_losses_are_weighted_and_none_without_moe() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.precision import resolve, warn_of_slow_bfloat16
+from vimoe.moe.layer import moe_layers
 from vimoe.process import Process
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,12 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
         raise ConfigError(
             f"train.router_warmup_epochs={config.router_warmup_epochs:g} of train.epochs={config.epochs}: expected at "
             f"most as many; lower it"
+        )
+    kinds = {layer.router.config.router for layer in moe_layers(model).values() if not layer.router.adjustable}
+    if config.router_warmup_epochs and kinds:
+        raise ConfigError(
+            f"train.router_warmup_epochs={config.router_warmup_epochs:g} with moe.router={min(kinds)!r}: expected 0, "
+            f"its decisions cannot be random; leave it out"
         )
     if config.precision == "fp16" and process.device.type == "cpu":
         raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
