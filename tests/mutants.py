@@ -471,6 +471,49 @@ MUTANTS: tuple[Mutant, ...] = (
         "if False}",
         ("training/test_parameter_groups.py",),
     ),
+    # six that a suite of before did not notice
+    Mutant(
+        "pruning ignores --experts",
+        "experiments/finished_run.py",
+        "prune(pruned, evidence, loader, tolerance, experts, progress",
+        "prune(pruned, evidence, loader, tolerance, False, progress",
+        ("test_cli.py",),
+    ),
+    Mutant(
+        "the worst way of making a layer dense is the best",
+        "analysis/evidence.py",
+        "return min(self.dense.items(), key",
+        "return max(self.dense.items(), key",
+        ("analysis/test_analyze.py",),
+    ),
+    Mutant(
+        "the plot of effects shows heatmaps",
+        "analysis/evidence.py",
+        "return figures.effects(self.to_dict())",
+        "return figures.heatmaps(self.to_dict())",
+        ("analysis/test_evidence.py",),
+    ),
+    Mutant(
+        "no expert is idle",
+        "training/routing_health.py",
+        "enumerate(shares) if share == 0]",
+        "enumerate(shares) if share < 0]",
+        ("training/test_routing_health.py",),
+    ),
+    Mutant(
+        "a CPU does not loop over experts",
+        "moe/grouped_linear.py",
+        '    return "loop"\n\n\ndef unfit',
+        '    return "bmm"\n\n\ndef unfit',
+        ("moe/test_grouped_linear.py",),
+    ),
+    Mutant(
+        "operators that wait for the loads do not say so",
+        "moe/grouped_linear.py",
+        "    tags=(torch.Tag.cudagraph_unsafe,),",
+        "    tags=(),",
+        ("moe/test_grouped_linear.py",),
+    ),
 )
 
 
