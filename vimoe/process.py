@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vimoe.errors import VimoeError
@@ -17,12 +16,28 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress
 Result = TypeVar("Result")
 
 
+def device() -> torch.device:
+    """Return the device that this process computes on: a GPU if there is one, and the job's if it has joined one."""
+    import torch
+    from accelerate.state import PartialState
+
+    if PartialState._shared_state:
+        return PartialState().device
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def writes() -> bool:
+    """Return True in the process that writes: the only one, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Process:
     """One of the processes of a job, as `torchrun` or `accelerate launch` starts them, or the only one.
 
     It is Accelerate's `PartialState` with vimoe's rules: the first process alone writes (files, logs, progress bars),
     and an error in what it does for all ends all. Each method is called by every process of the job, in one order; in
-    a job of one process it changes nothing and waits for nobody.
+    a job of one process it changes nothing and waits for nobody. To make one joins the job, which waits for the others:
+    only a training does. All else asks `device` and `writes`, which a program with processes of its own may call.
 
     Attributes:
         rank: index of this process, from 0.
@@ -70,10 +85,6 @@ class Process:
         values: list[Result] = broadcast_object_list([value])
         return values[0]
 
-    def barrier(self) -> None:
-        """Wait until all processes are here."""
-        self._state.wait_for_everyone()
-
     def once(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Call a function in the first process alone, such as one that writes, and return its result in all.
 
@@ -91,17 +102,6 @@ class Process:
         if failure is not None:
             raise VimoeError(failure)
         return result
-
-    @contextmanager
-    def first_then_others(self) -> Iterator[None]:
-        """Run a block in the first process and then in the others, which find the files that it made."""
-        if not self.first:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if self.first:  # where it failed too, so that nobody waits for ever
-                self.barrier()
 
     def one_log(self) -> None:
         """Let the first process alone log."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vimoe.process import Process
+from vimoe.process import writes
 
 EVERY = 30.0  # seconds before the first line and between lines
 
@@ -52,7 +52,7 @@ def progress(what: str, total: int | None, done: int = 0, stays: bool = False) -
         done: number of steps that were done before.
         stays: True to leave the bar on the terminal after the work.
     """
-    if not Process().first:
+    if not writes():
         yield lambda what, steps: None
         return
     console = Console(stderr=True)

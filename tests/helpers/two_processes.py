@@ -38,15 +38,6 @@ def refuse(text: str) -> None:
     raise VimoeError(text)
 
 
-def in_turn(process: Process, made: Path) -> bool:
-    """Return True in the process that had to make the file."""
-    with process.first_then_others():
-        missing = not made.exists()
-        if missing:
-            made.write_text("made")
-    return missing
-
-
 def sums(process: Process) -> dict[str, Any]:
     """Return figures of an epoch in which the processes saw 2 and 4 images, and sent them to experts of their own."""
     totals, health = Totals(), Health()
@@ -86,12 +77,10 @@ def main() -> None:
         "broadcast": process.broadcast({"rank": process.rank}),
         "once": process.once(write, folder / "written", "x"),
         "refused": message(process.once, refuse, "the disk of rank 0 is full"),
-        "made": in_turn(process, folder / "made"),
         "epoch": sums(process),
         "training": message(settle, TrainConfig(), 100, model()),
         "shown": shown(process),
     }
-    process.barrier()
     (folder / f"{process.rank}.json").write_text(json.dumps(seen))
 
 

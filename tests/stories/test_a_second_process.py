@@ -74,10 +74,6 @@ def test_an_error_of_the_writer_ends_all_with_its_message(seen: list[dict[str, A
     assert [each["refused"] for each in seen] == ["VimoeError: the disk of rank 0 is full"] * 2
 
 
-def test_what_the_first_made_is_found_by_the_others(seen: list[dict[str, Any]]) -> None:
-    assert [each["made"] for each in seen] == [True, False]
-
-
 def test_figures_of_an_epoch_are_of_all_images(seen: list[dict[str, Any]]) -> None:
     assert [each["epoch"] for each in seen] == [{"images": 6, "loss": 4 / 6, "shares": [0.25, 0.75]}] * 2
 

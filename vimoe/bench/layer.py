@@ -14,6 +14,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from vimoe import process
 from vimoe.bench.result import Benchmark, machine, peak_gemm
 from vimoe.bench.step import (
     activations,
@@ -34,7 +35,6 @@ from vimoe.moe import MoE
 from vimoe.moe.ffn import macs
 from vimoe.moe.grouped_linear import BACKENDS, Backend, unfit_for_grouped_mm
 from vimoe.moe.router import TokenLayout
-from vimoe.process import Process
 
 
 class Beside(nn.Module):
@@ -81,7 +81,7 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
     if not moe.num_experts:
         raise ConfigError("moe.num_experts=0: expected experts to time; the dense control is in the table anyway")
     torch.manual_seed(0)
-    dtype, device = getattr(torch, bench.dtype), Process().device
+    dtype, device = getattr(torch, bench.dtype), process.device()
     dense = Mlp(bench.dim, bench.hidden).to(device, dtype)
     times = moe.top_k + moe.num_shared_experts
     floor = {"dense FFNs side by side": Beside(dense, times)}

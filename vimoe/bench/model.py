@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vimoe import process
 from vimoe.bench.result import Benchmark, machine, peak_gemm
 from vimoe.bench.step import force_routing, forced_experts, optimised, step_of, type_of_products, warn_if_slow
 from vimoe.bench.timing import Timing, compare, interleaved
@@ -22,7 +23,6 @@ from vimoe.models.interface import find_backbone
 from vimoe.models.upcycling import upcycle
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import record
-from vimoe.process import Process
 
 
 def time_models(
@@ -59,7 +59,7 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
         setting = f"moe.layers={moe.layers!r}" if moe.num_experts else "moe.num_experts=0"
         raise ConfigError(f"{setting}: expected MoE layers to time beside the dense model; leave it out")
     torch.manual_seed(0)
-    dtype, device = getattr(torch, bench.dtype), Process().device
+    dtype, device = getattr(torch, bench.dtype), process.device()
     dense = create(replace(model, pretrained=False)).to(device, dtype)
     sparse = upcycle(copy.deepcopy(dense), moe)
     size = find_backbone(dense).input_size

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from vimoe import process
 from vimoe.bench.timing import Timing, interleaved
 from vimoe.models.precision import has_bfloat16
-from vimoe.process import Process
 from vimoe.run_folder import versions
 
 
@@ -64,7 +64,7 @@ def peak_gemm(dtype: torch.dtype, device: torch.device) -> float:
 
 def machine() -> dict[str, Any]:
     """Return the device, threads and versions that figures depend on."""
-    device = Process().device
+    device = process.device()
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vimoe import process
 from vimoe.config.bench import ModelBench
 from vimoe.models.inference import optimize
 from vimoe.models.precision import warn_of_slow_bfloat16
 from vimoe.moe import MoE
 from vimoe.moe.routing import Routing
-from vimoe.process import Process
 
 
 def step_of(
@@ -53,7 +53,7 @@ def step_of(
 
 def autocast_of(autocast: bool) -> torch.autocast:
     """Return autocast to bfloat16 on this process's device, switched on or off."""
-    return torch.autocast(Process().device.type, torch.bfloat16, enabled=autocast)
+    return torch.autocast(process.device().type, torch.bfloat16, enabled=autocast)
 
 
 def activations(compute: Callable[[], Tensor], without: list[Tensor], casts: bool = False) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import Any
 
-from vimoe.errors import ConfigError, nearest
+from vimoe.errors import ConfigError
 
 
 class Registry(dict[str, Any]):
@@ -32,9 +33,10 @@ class Registry(dict[str, Any]):
     def check(self, name: object) -> None:
         """Raise ConfigError, with the nearest known name, if a name is unknown."""
         if name not in list(self):  # a name may be anything that a user writes, a list too
+            near = difflib.get_close_matches(str(name), self, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "correct it"
             raise ConfigError(
-                f"{self.setting}={name!r}: expected one of {', '.join(self)}; {nearest(name, self)}, or import what "
-                f"registers it"
+                f"{self.setting}={name!r}: expected one of {', '.join(self)}; {remedy}, or import what registers it"
             )
 
     def find(self, name: str) -> Any:

@@ -21,7 +21,7 @@ from vimoe.data.images import THIN, open_image
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.errors import DataError
 from vimoe.models.interface import find_backbone
-from vimoe.process import Process
+from vimoe.process import device
 
 
 class Images(Dataset):
@@ -180,5 +180,5 @@ def processes(workers: int | None) -> dict[str, Any]:
         workers: number of processes; by default one per core, at most 8, if a GPU computes, else 0.
     """
     if workers is None:  # decoders would only compete with a model that computes on all cores
-        workers = min(os.cpu_count() or 1, 8) if Process().device.type != "cpu" else 0
+        workers = min(os.cpu_count() or 1, 8) if device().type != "cpu" else 0
     return {"num_workers": workers, "persistent_workers": workers > 0}

@@ -29,7 +29,7 @@ from vimoe.metrics.base import Score
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load, save
 from vimoe.moe.layer import moe_layers
-from vimoe.process import Process
+from vimoe.process import device
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, task_of
 from vimoe.training import checkpoint
@@ -198,7 +198,7 @@ class FinishedRun:
         return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr))
 
     def _fresh_model(self) -> nn.Module:
-        return load(self.run.model, Process().device)
+        return load(self.run.model, device())
 
 
 def _read_evidence(path: Path) -> Evidence:

@@ -12,7 +12,7 @@ from torch import nn
 
 from vimoe.config.train import Precision, TrainConfig
 from vimoe.models.interface import find_backbone
-from vimoe.process import Process
+from vimoe.process import device
 
 logger = logging.getLogger(__name__)
 
@@ -73,4 +73,4 @@ def warn_of_slow_bfloat16(setting: str, remedy: str) -> None:
 
 
 def _device() -> str:
-    return Process().device.type
+    return device().type

@@ -34,7 +34,7 @@ from vimoe.files import written_whole
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import Rest, cut_before, digest
 from vimoe.models.precision import resolve
-from vimoe.process import Process
+from vimoe.process import device
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.terminal import track
 from vimoe.training.job import Job
@@ -123,7 +123,7 @@ class FeatureCache:
         config = resolve(config, model)
         self.model, self.data, self.config, self.workers, self.metric = model, data, config, workers, metric
         self.pixels = job_on_images(data, prepared, config, workers)
-        self.device = Process().device
+        self.device = device()
         self.cut = cut_before(model, trained, prepared["input_size"])
         self.shape = self._trunk(torch.zeros(1, *self.cut.size)).shape[1:]
         self.folder = cache_folder() / "features"
