@@ -11,7 +11,7 @@ import pytest
 
 from vimoe.errors import FolderError
 from vimoe.files import HOLDER, LOCK
-from vimoe.run_folder import is_locked, locked
+from vimoe.run_folder import check_new, is_locked, locked
 
 
 def _hold(folder: Path, held: object) -> None:
@@ -43,3 +43,10 @@ def test_a_lock_leaves_filelocks_own_file_alone(tmp_path: Path) -> None:
     with locked(tmp_path):
         assert "process" not in (tmp_path / LOCK).read_text()
         assert f"process {os.getpid()} on " in (tmp_path / HOLDER).read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_it_is_tried(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="--out .*file/run/deep cannot be created: .*file is no folder; name another"):
+        check_new(tmp_path / "file" / "run" / "deep")
+    assert check_new(tmp_path / "a" / "b") == tmp_path / "a" / "b" and not (tmp_path / "a").exists()

@@ -69,6 +69,19 @@ def nearest(word: object, known: Iterable[object], listed: int = 12) -> str:
     return f"known: {', '.join(names[:listed])}{', ...' if len(names) > listed else ''}"
 
 
+def choice(word: object, known: Iterable[str]) -> str:
+    """Return expectation and remedy for a value that is not one of a few.
+
+    >>> choice("imgae", ["image", "token"])
+    "expected one of image, token; did you mean 'image'?"
+    >>> choice("patch", ["image", "token"])
+    'expected one of image, token; choose one of them'
+    """
+    names = list(known)
+    close = difflib.get_close_matches(str(word), names, n=1)
+    return f"expected one of {', '.join(names)}; " + (f"did you mean {close[0]!r}?" if close else "choose one of them")
+
+
 def expect(name: str, value: object, kind: type, remedy: str) -> None:
     """Raise VimoeError if an argument is of another type.
 

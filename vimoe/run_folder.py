@@ -70,6 +70,12 @@ def check_new(path: str | Path) -> Path:
         )
     if path.exists() and (not path.is_dir() or any(not is_own(inside) for inside in path.iterdir())):
         raise FolderError(f"--out {path} already exists: expected a new folder; name another one")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise FolderError(
+            f"--out {path} cannot be created: {there} is {'not writable' if there.is_dir() else 'no folder'}; name "
+            f"another one"
+        )
     return path
 
 

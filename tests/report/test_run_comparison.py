@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from helpers.found import effect
 from helpers.pages import Reader
 from helpers.run_folders import analysed, pruned, trained
 
+from vimoe.errors import FolderError
 from vimoe.report.run_comparison import write_comparison
 
 
@@ -25,6 +27,8 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     (runs[1] / "routing.json").write_text(json.dumps(found))
     page = write_comparison(runs, tmp_path / "out.html")
     read = Reader(page)
+    with pytest.raises(FolderError, match="out.html already exists: expected a new file"):
+        write_comparison(runs, page)
     assert page == tmp_path / "out.html" and not (tmp_path / "figures").exists()
     assert "dense vit_small_patch14_dinov2, dense top-1 40.00 ± 9.60 (100 images, epoch 2)" in read.text
     assert f"{runs[3]} vit_small_patch14_dinov2 with a mixture" in read.text  # two are named moe

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from vimoe.analysis import figures
 from vimoe.analysis.interventions import Changes
 from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over
-from vimoe.errors import ConfigError, nearest
+from vimoe.errors import ConfigError, choice
 from vimoe.metrics.base import Score, read_score
 
 
@@ -199,7 +199,7 @@ class Evidence:
         """
         names = [each.name for each in self.layers]
         if layer not in names:
-            raise ConfigError(f"layer={layer!r}: expected one of {', '.join(names)}; {nearest(layer, names)}")
+            raise ConfigError(f"layer={layer!r}: {choice(layer, names)}")
         return figures.heatmap(self.to_dict(), layer, axis)
 
     def plot_heatmaps(self) -> Figure:

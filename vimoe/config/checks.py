@@ -9,7 +9,7 @@ from functools import cache, partial
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vimoe.errors import ConfigError, nearest
+from vimoe.errors import ConfigError, choice
 
 LARGEST_SEED = 2**32 - 1  # numpy's limit
 
@@ -65,7 +65,7 @@ def _unless_none(check: Callable[[str, object], None], name: str, value: object)
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError, with the nearest allowed value, if a value is not allowed."""
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}; {nearest(value, allowed)}")
+        raise ConfigError(f"{name}={value!r}: {choice(value, allowed)}")
 
 
 def check_flag(name: str, value: object) -> None:

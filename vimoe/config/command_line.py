@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from vimoe.config.settings import SECTIONS, Settings
 from vimoe.config.yaml_reader import read_yaml
-from vimoe.errors import ConfigError, FolderError, nearest
+from vimoe.errors import ConfigError, FolderError, choice, nearest
 from vimoe.files import read_text
 
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
@@ -83,8 +83,10 @@ class Parser(ArgumentParser):
             name, kinds, value = found["name"], found["kind"] or found["kinds"], found["value"] or found["given"]
             if choices := re.findall(r"'([^']+)'", kinds):  # of a Literal
                 bare = value == "False" and "no" in choices  # YAML reads a bare no as False
-                remedy = "put 'no' in quotes" if bare else nearest(value, choices)
-                return f"{name}={value}: expected one of {', '.join(choices)}; {remedy}"
+                expected = (
+                    f"expected one of {', '.join(choices)}; put 'no' in quotes" if bare else choice(value, choices)
+                )
+                return f"{name}={value}: {expected}"
             words = [_KINDS.get(kind, f"a value of type {kind}") for kind in re.split(r", (?=NoneType)", kinds)]
             return f"{name}={value}: expected {' or '.join(words)}"
         if found := _NO_SECTION.search(text):
@@ -124,9 +126,8 @@ def _content(name: str) -> str:
 def _load_value(text: str) -> Any:
     """Return the value of a text for jsonargparse: of one flag, or of a whole file."""
     value = read_yaml(text)
-    return (
-        text if re.fullmatch(r"\S[^\n]*:", text.strip()) else value
-    )  # a path that ends in a colon is a text, not a mapping
+    path = re.fullmatch(r"\S[^\n]*:", text.strip())  # one that ends in a colon is a text, not a mapping
+    return text if path else value
 
 
 set_loader("strict", _load_value, exceptions=(yaml.YAMLError,))

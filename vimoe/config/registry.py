@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
 
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, choice
 
 
 class Registry(dict[str, Any]):
@@ -33,11 +32,7 @@ class Registry(dict[str, Any]):
     def check(self, name: object) -> None:
         """Raise ConfigError, with the nearest known name, if a name is unknown."""
         if name not in list(self):  # a name may be anything that a user writes, a list too
-            near = difflib.get_close_matches(str(name), self, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else "correct it"
-            raise ConfigError(
-                f"{self.setting}={name!r}: expected one of {', '.join(self)}; {remedy}, or import what registers it"
-            )
+            raise ConfigError(f"{self.setting}={name!r}: {choice(name, self)}, or import what registers it")
 
     def find(self, name: str) -> Any:
         """Return the class of a name. Raises ConfigError if it is unknown."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from vimoe.analysis import figures
 from vimoe.analysis.statistics import over
+from vimoe.errors import FolderError
 from vimoe.metrics.registry import shown
 from vimoe.report.curves import curves
 from vimoe.report.html_page import Page
@@ -42,8 +43,10 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     """Write a page that compares several runs to the file `out`, and return its path.
 
     Raises:
-        FolderError: A folder has no config.yaml, or a file in it is damaged.
+        FolderError: if `out` exists already, a folder has no config.yaml, or a file in it is damaged.
     """
+    if out.exists():
+        raise FolderError(f"{out} already exists: expected a new file; name another one")
     folders = _by_name(runs)
     read = {name: _read(name, folder) for name, folder in folders.items()}
     page = Page(f"vimoe: comparison of {len(folders)} runs")
