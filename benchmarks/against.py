@@ -41,7 +41,7 @@ def measure(checkout: Path) -> dict[str, float]:
     """Return the figures of one round, in seconds; those of a layer over the floor of the same process."""
     found = {}
     for routing in ("image", "token"):
-        arguments = f"bench layer --moe.routing {routing} --bench.images 8 --bench.rounds 10".split()
+        arguments = f"bench layer --moe.routing {routing} --bench.images 4 --bench.rounds 8".split()
         for kind, rows in call(checkout, *arguments)["timings"].items():
             found[f"layer, {routing} routing, {kind}"] = next(r["ratio"] for r in rows if r["name"] == "vimoe auto")
     with tempfile.TemporaryDirectory() as folder:
