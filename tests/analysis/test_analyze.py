@@ -469,6 +469,8 @@ def test_what_cannot_be_analysed_is_refused() -> None:
     for odd in (-100, CLASSES):
         with pytest.raises(DataError, match=f"gives the label {odd}: expected 0 to 3, the model has 4 classes"):
             vimoe.analyze(Known(), [(x, y.index_fill(0, torch.tensor([1]), odd)) for x, y in loader()])
+    with pytest.raises(ConfigError, match="seed=-1: expected a whole number from 0"):
+        vimoe.analyze(Known(), loader(), seed=-1)
     with pytest.raises(ConfigError, match="draws=0: expected at least 1"):
         vimoe.analyze(Known(), loader(), draws=0)
     for few in (-1, 1):

@@ -33,6 +33,7 @@ from vimoe.analysis.interventions import (
 )
 from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, pair_interval, tables_of_units
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
+from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.metrics.base import Batches, Score, batches, signature
 from vimoe.models.interface import logits_of, unwrapped
@@ -104,6 +105,7 @@ def analyze(
     """
     if draws < 1:
         raise ConfigError(f"draws={draws}: expected at least 1")
+    check_count("seed", seed, 0, LARGEST_SEED)
     if overrule is not None and (overrule < 0 or overrule == 1):  # one image has nobody to exchange decisions with
         raise ConfigError(f"overrule={overrule}: expected 0 for none, at least 2 images, or None for all")
     model = unwrapped(model)

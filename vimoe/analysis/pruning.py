@@ -18,6 +18,7 @@ from vimoe.analysis.evidence import Effect, Evidence
 from vimoe.analysis.interventions import Changes, Intervention, Subjects, Without, measure
 from vimoe.analysis.statistics import numbered, over
 from vimoe.config.analysis import PRUNE_TOLERANCE
+from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, VimoeError, expect
 from vimoe.metrics.base import Batches, Score, evaluate
 from vimoe.models.cost import Cost, count
@@ -153,6 +154,7 @@ def prune(
     """
     if not math.isfinite(tolerance):
         raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")
+    check_count("seed", seed, 0, LARGEST_SEED)
     if experts and loader is None:
         raise ConfigError("experts=True without a loader: expected one, because each removal is measured; pass loader")
     model = unwrapped(model)
