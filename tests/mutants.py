@@ -467,8 +467,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "biases decay",
         "training/parameter_groups.py",
-        "if not role.matrix}",
-        "if False}",
+        ": role.matrix\n",
+        ": True\n",
         ("training/test_parameter_groups.py",),
     ),
     # six that a suite of before did not notice
