@@ -129,6 +129,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("moe/test_router.py",),
     ),
     Mutant(
+        "an expert that is ruled out fills a slot",
+        "moe/router.py",
+        "allowed_RN = chosen_RN & (logits_RN > -torch.inf)",
+        "allowed_RN = chosen_RN",
+        ("moe/test_router.py",),
+    ),
+    Mutant(
+        "a frozen router is trained after pruning",
+        "moe/router.py",
+        "[list(kept)], requires_grad=self.weight.requires_grad)",
+        "[list(kept)])",
+        ("moe/test_router.py",),
+    ),
+    Mutant(
         "gates are never normalised",
         "moe/softmax_router.py",
         "gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)",
@@ -467,8 +481,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "biases decay",
         "training/parameter_groups.py",
-        "if not role.matrix}",
-        "if False}",
+        ": role.matrix\n",
+        ": True\n",
         ("training/test_parameter_groups.py",),
     ),
     # six that a suite of before did not notice

@@ -349,6 +349,39 @@ def test_images_without_a_class_play_no_part_in_specialisation(
     assert (ami.value, ami.low, ami.high, ami.p) == (0, 0, 0, 1)
 
 
+class OddClasses(ClassificationMetric):
+    """Classes by a function of the labels that a test gives."""
+
+    of = staticmethod(lambda labels: labels)
+
+    def classes_of(self, labels: Tensor) -> Tensor:
+        return self.of(labels)
+
+
+@pytest.mark.parametrize(
+    ("by_patch", "of", "message"),
+    [
+        (False, lambda labels: labels + 1, "the class 4: expected 0 to 3, or -1 for none"),
+        (False, lambda labels: labels - 2, "the class -2: expected 0 to 3, or -1 for none"),
+        (False, lambda labels: labels[1:], r"classes of shape \(9,\): expected \(10,\), \(images,\)"),
+        (True, lambda labels: labels, r"classes of shape \(10,\): expected \(10, 3\), \(images, patches\)"),
+        (True, lambda labels: labels[:, None].expand(-1, 2), r"classes of shape \(10, 2\): expected \(10, 3\)"),
+        (True, lambda labels: labels[:, None].expand(-1, 1), r"classes of shape \(10, 1\): expected \(10, 3\)"),
+        (True, lambda labels: labels[:, None].expand(-1, 3) + 100, "the class 10[0-3]: expected 0 to 3"),
+    ],
+)
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_classes_of_another_shape_or_range_are_refused(
+    routing: str, by_patch: bool, of: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "odd", OddClasses)
+    monkeypatch.setattr(OddClasses, "by_patch", by_patch)
+    monkeypatch.setattr(OddClasses, "of", staticmethod(of))
+    with pytest.raises(DataError, match=message) as error:
+        vimoe.analyze(Known(routing=routing), loader(), 1, overrule=0, metric="odd")
+    assert "\n" not in str(error.value)
+
+
 def test_evidence_travels_as_json() -> None:
     for overrule in (0, 30):
         evidence = vimoe.analyze(Known(), loader(), overrule=overrule)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
+import helpers.kinds  # noqa: F401  the experts "scaled"
 import numpy as np
 import pytest
 import torch
@@ -331,3 +332,14 @@ def test_the_trunk_is_computed_once_for_all_rounds() -> None:
     done = vimoe.prune(model, found, batches, tolerance=100.0, experts=True)
     assert len(done.steps) == 2
     assert ran == [2] * len(ran[:-2]) + [10, 10]  # to find the way, and one reading
+
+
+@pytest.mark.parametrize("with_loader", [True, False])
+def test_layers_that_no_method_makes_dense_stay_and_are_named(with_loader: bool) -> None:
+    model = upcycle(vit(), config(experts="scaled", num_shared_experts=0, top_k=2))
+    batches = [(images(model, 10), torch.arange(10) % 5)]
+    found = vimoe.analyze(model, batches, draws=1)
+    done = vimoe.prune(model, found, batches if with_loader else None, tolerance=9)
+    assert not done.steps and not done.kept and len(layers(model)) == 2
+    assert done.without_method == ("blocks.0.mlp", "blocks.1.mlp") == tuple(done.to_dict()["without_method"])
+    assert str(done).splitlines()[:2] == [f"blocks.{i}.mlp: kept; no method makes it dense" for i in (0, 1)]

@@ -63,7 +63,7 @@ def test_every_backend_has_the_gradients_where_there_are_as_many_pairs_as_tokens
     """Each of 4 experts takes a quarter of the tokens: as many slots as rows, some rows twice and some never."""
     layer, x = make(router="expert_choice"), tokens(2, 8)
     found = layer.router(x)
-    assert len(found.pairs.unit) == len(found.experts) and len(found.pairs.unit.unique()) < len(found.experts)
+    assert len(found.pairs.row) == len(found.experts) and len(found.pairs.row.unique()) < len(found.experts)
     assert_agrees(vimoe.set_backend(layer, backend), x, all_used=False, decide=DECIDE["expert_choice"])
 
 

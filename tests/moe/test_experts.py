@@ -9,15 +9,18 @@ import pytest
 import timm
 import torch
 from helpers.commands import QUICK, TINY, call, refused
-from helpers.kinds import DECIDE, low_rank_weights
+from helpers.kinds import DECIDE, Scaled, low_rank_weights
 from helpers.layers import EXPERTS, FFNS, LAYOUTS, assert_agrees, make, tokens
+from helpers.pages import Reader
 from helpers.pictures import roles
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 
 import vimoe
 from vimoe.analysis.expert_similarity import compare_experts
+from vimoe.config.moe import EXPERTS as KINDS_OF_EXPERTS
 from vimoe.config.train import TrainConfig
 from vimoe.moe import ffn
+from vimoe.moe.experts import Role
 from vimoe.moe.packed import PackedExperts, can_pack
 from vimoe.training.parameter_groups import parameter_groups
 
@@ -161,6 +164,55 @@ def test_experts_that_are_no_ffns_are_not_merged(how: str) -> None:
     assert layers(vimoe.densify(model)) == []
 
 
+@pytest.mark.parametrize(
+    ("how", "missing"),
+    [
+        ("shared", "no shared expert: expected one"),
+        ("merge", "experts of the kind 'scaled', which are no FFNs: expected FFNs"),
+        ("matched", "experts of the kind 'scaled', which are no FFNs: expected FFNs"),
+    ],
+)
+def test_a_layer_that_no_method_makes_dense_is_said_to_be_one(how: str, missing: str) -> None:
+    model = upcycle(vit(), config(experts="scaled", num_shared_experts=0, top_k=2))
+    message = rf"blocks\.0\.mlp \(block 0\) has {missing} for how='{how}'; it cannot be made dense, so leave it out of"
+    with pytest.raises(vimoe.VimoeError, match=message):
+        vimoe.densify(model, how=how)
+    assert len(layers(model)) == 2
+
+
+def test_without_a_shared_expert_densify_names_the_methods_that_are_left() -> None:
+    model = upcycle(vit(), config(num_shared_experts=0, top_k=2))
+    with pytest.raises(vimoe.VimoeError, match="for how='shared'; use how='merge' or how='matched'"):
+        vimoe.densify(model)
+
+
+class Forgetful(Scaled):
+    """Experts that give no role to a parameter."""
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {name: role for name, role in super().roles.items() if name != "scale"}
+
+
+class Inventive(Scaled):
+    """Experts that give a role to a parameter that is not there."""
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {**super().roles, "shift": Role(matrix=False)}
+
+
+@pytest.mark.parametrize(("kind", "odd"), [(Forgetful, "scale"), (Inventive, "shift")])
+def test_roles_that_do_not_name_the_parameters_are_refused_and_nothing_is_changed(
+    kind: type, odd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KINDS_OF_EXPERTS, "odd", kind)
+    model = vit()
+    with pytest.raises(vimoe.VimoeError, match=rf"moe.experts='odd': .* differ in {odd}: expected a Role") as error:
+        vimoe.upcycle(model, config(experts="odd"))
+    assert "\n" not in str(error.value) and not layers(model)
+
+
 @pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this build of torch packs nothing")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("router", ["softmax", *DECIDE])
@@ -215,6 +267,9 @@ def test_layers_that_nothing_makes_dense_are_analysed_and_stay(
     assert layer["dense"] == {} and len(layer["experts"]) == 4 and layer["permuted"]
     pruned = call(capsys, "prune", run, "--tolerance=9", "--experts=true", "--out", tmp_path / "pruned")
     assert [step["expert"] is not None for step in pruned["steps"]] == [True, True] and pruned["kept"] == []
+    assert pruned["without_method"] == ["blocks.1.mlp"]
+    page = Reader(tmp_path / "pruned" / "report.html").text
+    assert "they stay: blocks.1.mlp." in page and "the pruned model is dense" not in page
     assert layers(vimoe.load(tmp_path / "pruned" / "model"))[0].config.num_experts == 2
 
 

@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kinds import DECIDE
 from helpers.layers import DIM, HIDDEN, assert_close, by_reference, tokens
 from helpers.routers import MANY, make, routing_of
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from timm.layers import Mlp
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis.interventions import Subjects, Without, measure
+from vimoe.config.moe import ROUTERS
 from vimoe.moe.router import TokenLayout
+from vimoe.moe.softmax_router import SoftmaxRouter
 
 
 @pytest.mark.parametrize(
@@ -276,3 +279,79 @@ def test_a_backward_pass_under_an_autocast_computes_scores_in_float32() -> None:
         gradients.append((x.grad, layer.router.weight.grad))
     for plain, under_autocast in zip(*gradients, strict=True):
         assert torch.equal(plain, under_autocast)
+
+
+def test_an_expert_that_is_ruled_out_fills_no_slot_though_it_was_chosen() -> None:
+    router = make(router="threshold").router
+    logits = torch.tensor([[0.1, -torch.inf, 0.3, 0.2]])
+    routing = router.assign(logits, torch.tensor([[0.1, 0.9, 0.3, 0.2]]), torch.ones(1, 4, dtype=torch.bool), (1, 1))
+    assert routing.experts.tolist() == [[2, 3, 0, -1]]
+    torch.testing.assert_close(routing.gates, torch.tensor([[0.3, 0.2, 0.1, 0.0]]))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_pruning_leaves_a_router_frozen_or_trained_as_it_was(trained: bool) -> None:
+    layer = make()
+    layer.router.requires_grad_(trained)
+    layer.keep_experts([2, 0])
+    assert layer.router.weight.requires_grad == trained
+
+
+def test_slots_that_no_expert_is_left_for_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make(router="threshold"), tokens()
+    monkeypatch.setattr("helpers.kinds.Threshold.slots", 4)  # the same before and after pruning
+    before = layer.router(x)
+    layer.keep_experts([3, 1])
+    after = layer.router(x)
+    assert after.experts.shape == after.gates.shape == before.experts.shape
+    assert (after.experts[:, 2:] == -1).all() and not after.gates[:, 2:].any()
+    for old, new in zip(before.experts.tolist(), after.experts.tolist(), strict=True):
+        assert [e for e in old if e in (3, 1)] == [(3, 1)[e] for e in new if e >= 0]
+    assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("router", ["softmax", *DECIDE])
+def test_every_router_takes_an_empty_batch(router: str, routing: str) -> None:
+    layer = make(router=router, routing=routing)
+    assert layer(tokens(images=0)).shape == tokens(images=0).shape
+
+
+@torch.no_grad()
+def test_gates_at_equal_scores_follow_from_no_bias_and_no_chance() -> None:
+    layer = with_bias(make(router="threshold", bias_update_rate=0.01), 1.0, 1.0, 1.0, 1.0)
+    vimoe.set_random_share(layer, 1.0)
+    before = torch.get_rng_state()
+    assert layer.router.neutral_gate_mass().tolist() == [0.0] * 4  # sigmoid(0) is not above a half
+    assert torch.equal(torch.get_rng_state(), before)
+    assert layer.router.training and layer.router.choice_bias.tolist() == [1.0] * 4
+
+
+class Cosine(SoftmaxRouter):
+    """Scores are cosines of a projection and each expert's row, divided by a temperature (V-MoE's successors)."""
+
+    def __init__(self, dim: int, *args: object, **kwargs: object) -> None:
+        super().__init__(dim, *args, **kwargs)
+        self.projection = nn.Parameter(torch.eye(dim))
+
+    def score(self, feature: Tensor) -> Tensor:
+        return 10 * F.normalize(feature.float() @ self.projection.T) @ F.normalize(self.weight).T
+
+    @property
+    def macs(self) -> int:
+        return self.projection.numel() + self.weight.numel()
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_a_router_has_scores_and_multiply_adds_of_its_own(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS, "cosine", Cosine)
+    layer, x = make(router="cosine", routing=routing), tokens()
+    found, feature = routing_of(layer, x), x.flatten(0, 1) if routing == "token" else x[:, 0]
+    projected = feature @ layer.router.projection.T
+    expected = 10 * F.cosine_similarity(projected[:, None], layer.router.weight, dim=-1)
+    torch.testing.assert_close(found.logits, expected)
+    plain = upcycle(vit(), config(routing=routing))
+    cosine = upcycle(vit(), config(routing=routing, router="cosine"))
+    rows = (1 + plain.patch_embed.num_patches) if routing == "token" else 1
+    dim = layers(plain)[0].router.weight.shape[1]
+    assert vimoe.count(cosine).macs - vimoe.count(plain).macs == 2 * rows * dim * dim

@@ -70,6 +70,18 @@ def test_the_page_of_a_pruning_has_its_removals_in_order(tmp_path: Path) -> None
     assert "trained further" not in without.text and "further epochs" not in without.text
 
 
+@pytest.mark.parametrize(("kept", "left"), [(False, []), (False, ["a.mlp"]), (True, ["blocks.1.mlp", "a.mlp"])])
+def test_the_page_of_a_pruning_says_which_moe_layers_are_left(tmp_path: Path, kept: bool, left: list[str]) -> None:
+    path = pruned(tmp_path / "run") / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["after"]["moe_layers"] = left
+    path.write_text(json.dumps(summary if kept else {**summary, "kept": []}))
+    read = Reader(write_run_report(tmp_path / "run"))
+    assert ("the pruned model is dense" in read.text) == (not left)
+    assert ("so they stay: a.mlp." in read.text) == bool(left)
+    assert ("Layers that were kept" in read.text) == kept
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -6,14 +6,31 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
+from helpers.kinds import Scaled
 from helpers.tiny import config, layers, upcycle, vit
 from torch import nn
 
+import vimoe
+from vimoe.config.moe import EXPERTS
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
+from vimoe.moe.experts import Role
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
 
 TRAIN = TrainConfig(weight_decay=0.05, layer_decay=0.5, router_lr_scale=3.0, router_weight_decay=0.01)
+
+
+class Flat(Scaled):
+    """Experts with a matrix of one axis."""
+
+    def __init__(self, dense: nn.Module, config: vimoe.MoEConfig) -> None:
+        super().__init__(dense, config)
+        self.flat = nn.Parameter(torch.zeros(6))
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        return {**super().roles, "flat": Role(matrix=True, per_expert=False)}
 
 
 def settings_of(model: nn.Module, settings: TrainConfig = TRAIN) -> dict[str, tuple[float, float]]:
@@ -90,3 +107,13 @@ def test_training_the_moe_layers_alone_leaves_them_and_the_classifiers(family: s
         f"blocks.1.mlp.{name}" for name, _ in layers(model)[0].named_parameters()
     }
     assert set(settings_of(model)) == trained
+
+
+def test_the_role_of_a_parameter_of_experts_decides_and_not_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared matrix may be kept flat, as a vector."""
+    monkeypatch.setitem(EXPERTS, "flat", Flat)
+    model = upcycle(vit(), config(experts="flat"))
+    for settings, expected in ((TRAIN, 0.05), (replace(TRAIN, expert_weight_decay=0.3), 0.3)):
+        decay = {name: values[0] for name, values in settings_of(model, settings).items()}
+        assert decay["blocks.0.mlp.experts.flat"] == expected
+        assert decay["blocks.0.mlp.experts.scale"] == decay["blocks.0.mlp.shared.fc1.bias"] == 0

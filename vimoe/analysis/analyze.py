@@ -35,7 +35,7 @@ from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, p
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError
-from vimoe.metrics.base import Batches, Score, batches, signature
+from vimoe.metrics.base import Batches, Metric, Score, batches, signature
 from vimoe.models.interface import logits_of, unwrapped
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.layer import moe_layers
@@ -60,8 +60,8 @@ def analyze(
 ) -> Evidence:
     """Measure every MoE layer of a model on validation images.
 
-    The metric says what labels are: classes of images, or masks. A patch of a mask has the class of most of its pixels,
-    and an image is as right as its share of right pixels.
+    The metric says what labels are: classes of images, or masks. Each patch of a mask gets the majority class of its
+    pixels. The accuracy of a segmented image is its share of correct pixels.
 
     The cost is one pass over the loader to see the routing, and up to `draws` + N + 4 interventions on a layer. An
     intervention runs the blocks after the layer again, on the images that are overruled. For `last:2` of a ViT with a
@@ -93,7 +93,7 @@ def analyze(
         ConfigError: if there are not as many sequences as images, or no such metric is registered.
         VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite.
         DataError: if the loader is empty, gives no pairs of tensors that the model takes, or gives other images when it
-            is read again.
+            is read again; or if the metric gives classes of another shape or range than it says.
 
     >>> import timm, torch, vimoe
     >>> dense = timm.create_model("test_vit", num_classes=2)
@@ -311,7 +311,7 @@ class _Seen:
 
     @contextmanager
     def watching(self, images: int) -> Iterator[None]:
-        """Keeps the inputs of the layers for a few images of the batch that runs while it holds."""
+        """Keep the inputs of the layers for a few images of the batch that runs inside the block."""
         slots, rows = self._slots(images, _COMPARED)
 
         def add_input(name: str, x: Tensor) -> None:
@@ -327,7 +327,7 @@ class _Seen:
             yield
 
     def add(self, labels: np.ndarray, routings: list[Routing], signatures: np.ndarray) -> None:
-        """Takes what a batch did: (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
+        """Add a batch: (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
         arrays = {r.layer: [_per_image(a, r) for a in (r.experts, r.gates)] for r in routings}
         if not self.images:
             self._limit = min(KEPT_IMAGES, *(KEPT_UNITS // e.shape[1] for e, _ in arrays.values()))
@@ -344,7 +344,7 @@ class _Seen:
         self.images += len(labels)
 
     def close(self) -> None:
-        """Puts the images in the loader's order."""
+        """Put the images in the loader's order."""
         order = np.argsort(self.places[: self.images])
         self.places, self.labels, self.signatures = (a[order] for a in (self.places, self.labels, self.signatures))
         self.experts = {name: kept[order] for name, kept in self.experts.items()}
@@ -380,7 +380,7 @@ def _observe(
             raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
         with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
             counts.add(logits_of(model, x), labels)
-        seen.add(metric.classes_of(labels).cpu().numpy(), routings, signature(labels).cpu().numpy())
+        seen.add(_classes_of(metric, labels, routings, layers), routings, signature(labels).cpu().numpy())
     if shape is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")
     found = counts.score()
@@ -392,6 +392,27 @@ def _observe(
         )
     seen.close()
     return found, seen
+
+
+def _classes_of(metric: Metric, labels: Tensor, routings: Sequence[Routing], layers: Mapping[str, MoE]) -> np.ndarray:
+    """Return the metric's classes of a batch, (B,) or (B, P). Raises DataError for another shape or range."""
+    found, classes = metric.classes_of(labels).cpu().numpy(), len(metric.classes)
+    expected: list[tuple[int, ...]] = [(len(labels),)]
+    if metric.by_patch:
+        tokens = ((each.batch[1], layers[each.layer].router.layout.num_prefix_tokens) for each in routings)
+        expected = [(len(labels), number - prefix) for number, prefix in tokens]
+    if odd := next((shape for shape in expected if shape != found.shape), None):
+        axes = "(images, patches)" if metric.by_patch else "(images,)"
+        raise DataError(
+            f"the metric {metric.score_type.kind!r} gives classes of shape {found.shape}: expected {odd}, {axes}"
+        )
+    wrong = found[(found < -1) | (found >= classes)]
+    if wrong.size:
+        raise DataError(
+            f"the metric {metric.score_type.kind!r} gives the class {wrong[0]}: expected 0 to {classes - 1}, or -1 for "
+            f"none"
+        )
+    return found
 
 
 def _per_image_counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:

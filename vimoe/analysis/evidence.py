@@ -49,7 +49,8 @@ class LayerEvidence:
     Attributes:
         name: module name of the layer.
         routing, num_experts: settings of the layer, as in its MoEConfig.
-        top_k: largest number of experts that a unit can get.
+        top_k: number of slots of an image or token, the most experts that it can get (`Router.slots`). The softmax
+            router has as many as the setting of this name.
         counts: (C, N) number of times that the units of each class chose each expert; heatmap and load follow from it.
         drawn: (C, N) the same for the half of the images that `expert_order` and `Evidence.class_order` were not found
             on.
@@ -60,8 +61,8 @@ class LayerEvidence:
         permuted: effect of whole decisions (experts and gates) permuted between images, mean of several draws. Its
             interval is over both images, the one that takes and the one that gives.
         frozen: effect of the most frequent decision for every unit.
-        dense: effect of a dense FFN in the layer's place, by `how` of `vimoe.densify`, as far as the layer allows it.
-        experts: effect of each expert's absence; empty if N = k.
+        dense: effect of replacing the layer by a dense FFN, for each `how` that the layer supports.
+        experts: effect of each expert's absence; empty if N is the setting `top_k`, so that none can be left out.
         comparison: similarity of the experts (vimoe.analysis.expert_similarity).
         examples: indices, in the loader, of the images that gave each expert the largest gates.
         draws: number of permutations in `permuted`; 0 without interventions.

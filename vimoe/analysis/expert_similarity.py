@@ -1,8 +1,8 @@
 """Similarity of the experts of a layer in weights, neurons and outputs, and how far the router follows it.
 
 The analyses of "A Closer Look into Mixture-of-Experts in Large Language Models" (Lo et al., arXiv 2406.18219) for one
-layer, with two additions: upcycled experts are copies of one parent, so that weights are also compared by how they
-moved apart, and neurons after a matching too.
+layer, with two additions. Upcycled experts are copies of one parent. So the changes of their weights are compared too,
+and neurons after matching.
 
 Axes: B images, T tokens of an image, M tokens, R rows that are routed (images or tokens), N experts, F hidden units
 (neurons), D channels, P pairs of experts.

@@ -140,7 +140,7 @@ class Subjects:
 
     @contextmanager
     def keeping(self, images: Tensor, labels: Tensor) -> Iterator[PartialForward]:
-        """Keeps what a forward of these images gives before the first layer, which runs while it holds."""
+        """Record the input of the first MoE block during a forward of these images."""
         if self._partial is None:
             layers: list[Any] = [self.model.get_submodule(name) for name in self.layers]
             prefix = max(layer.router.layout.num_prefix_tokens for layer in layers)
@@ -163,7 +163,7 @@ class Subjects:
         return self._partial.blocks_after(layer)
 
     def choose(self, images: Images) -> None:
-        """Says which of the images are to be measured; `keeping` has seen all of the loader's."""
+        """Set the images that are to be measured; `keeping` has seen all of the loader's."""
         self.images = images
         kept = self._kept or []
         self._whole = sum(len(labels) for _, labels in kept) == len(images.places)
@@ -171,7 +171,7 @@ class Subjects:
     def records(
         self, layers: Sequence[str], size: int, task: str = ""
     ) -> Iterator[tuple[PartialForward, Tensor, dict[str, LayerRecord], Tensor, Tensor]]:
-        """Runs the untouched model on at most `size` images at a time.
+        """Run the untouched model on at most `size` images at a time.
 
         Yields:
             The partial forward, logits, records of these layers, labels, and numbers (B,) of the images.
@@ -221,7 +221,7 @@ class Subjects:
 
 
 def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task: str = "") -> dict[str, Changes]:
-    """Overrules one layer at a time and compares with the untouched model.
+    """Overrule one layer at a time and compare with the untouched model.
 
     Args:
         subjects: the model and the images to measure on.

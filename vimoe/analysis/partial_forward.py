@@ -160,7 +160,7 @@ class PartialForward:
             return False
 
     def _ignored(self, records: Mapping[str, LayerRecord]) -> str:
-        """Return the name of a layer whose NaN would not reach the logits, as where its forward was compiled away."""
+        """Return the first layer whose output the model ignores (NaN does not reach the logits), or ''."""
         for name, record in records.items():
             if record.y is None:
                 return name

@@ -63,12 +63,14 @@ class Pruning:
         tolerance: largest upper bound of a removal's loss change, in nats.
         sequences: number of videos that the images are frames of; None if nothing says. Intervals are over these
             (`vimoe.analysis.statistics.over`).
+        without_method: names of the layers that stay because no method makes them dense; they are not in `kept`.
     """
 
     steps: tuple[Step, ...]
     kept: tuple[Step, ...]
     tolerance: float
     sequences: int | None = None
+    without_method: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON knows them."""
@@ -79,6 +81,7 @@ class Pruning:
             f"{step.layer}: kept; made dense ({_WORDS[step.how]}) it would change the loss by {step.change.loss}"
             for step in self.kept
         ]
+        kept += [f"{name}: kept; no method makes it dense" for name in self.without_method]
         total = self.steps[-1].total if self.steps else None
         ending = [f"in all: loss {total.loss}"] if total else []
         if self.sequences is not None:
@@ -117,6 +120,8 @@ def prune(
     sequences: Sequence[Hashable] | None = None,
 ) -> Pruning:
     """Replace, in place, the MoE layers that validation does not support by dense FFNs.
+
+    A layer that no method makes dense (`MoE.densify_methods`) stays; only experts can be dropped there.
 
     A layer is removed if the upper bound of the 95% interval of its loss change is at most `tolerance`. Of the ways to
     make it dense, the one with the lowest loss is taken. With a loader the removal is greedy: the layer with the lowest
@@ -169,15 +174,16 @@ def prune(
             f"{ours.get(odd, 'none')} in this model; run analyze on this model"
         )
     mass = {e.name: torch.from_numpy(e.gate_mass) for e in evidence.layers}
+    without_method = tuple(name for name, layer in layers.items() if not layer.densify_methods)
     if loader is None:
-        return _by_evidence(model, evidence, mass, tolerance)
+        return replace(_by_evidence(model, evidence, mass, tolerance), without_method=without_method)
     subjects = Subjects(model, loader, list(layers), metric=evidence.base.kind)
     greedy = _Greedy(model.eval(), subjects, tolerance, seed, progress, sequences)
     kept = greedy.layers(mass)
     if experts:
         for name in reversed(moe_layers(model)):
             greedy.experts(name)
-    return Pruning(tuple(greedy.steps), kept, tolerance, greedy.sequences)
+    return Pruning(tuple(greedy.steps), kept, tolerance, greedy.sequences, without_method)
 
 
 def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:

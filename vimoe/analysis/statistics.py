@@ -116,7 +116,7 @@ def pair_interval(
 def enough_draws(
     values: np.ndarray, partners: np.ndarray, most: int, seed: int = 0, sequences: np.ndarray | None = None
 ) -> int:
-    """Return the number of draws whose interval is at most `WIDER` times as wide as that of `most` draws.
+    """Return the number of draws after which the interval is at most `WIDER` times as wide as with `most` draws.
 
     A few draws tell it. The square of the width of `pair_interval` is a + b / draws: a comes from the images, b from
     the pairs that they happen to form, and more draws lower the second term alone. Both follow from the width for these

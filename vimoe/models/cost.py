@@ -21,7 +21,7 @@ class Cost:
     Attributes:
         params: all parameters.
         activated_params: parameters that one image or token uses: the dense part, and of each MoE layer the router, k
-            experts (the mean number, if it varies) and the shared expert.
+            experts (if their number varies, `Router.experts_per_token`) and the shared expert.
         macs: multiply-adds of matrix products and convolutions in one forward pass of one image (half of the flops of
             torch's counter; the papers' "FLOPs").
         moe_layers: names of the MoE layers.
@@ -118,7 +118,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def _moe_macs(layer: MoE, tokens: int) -> float:
     """Return the multiply-adds of the router and the routed experts for one image."""
     decisions = 1 if layer.config.routing == "image" else tokens
-    return tokens * layer.router.experts_per_token * layer.experts.macs + decisions * layer.router.weight.numel()
+    return tokens * layer.router.experts_per_token * layer.experts.macs + decisions * layer.router.macs
 
 
 def _idle_params(layer: MoE) -> float:

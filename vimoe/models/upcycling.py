@@ -136,8 +136,8 @@ def densify(
     Args:
         model: an upcycled model; changed in place.
         layers: blocks, as in `MoEConfig.layers`; "all" means all MoE layers.
-        how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" does so
-            after it has put their hidden units in the same order, as far as they have one (`ffn.match`).
+        how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" first
+            reorders each expert's hidden units to match a reference (`ffn.match`), then averages.
         gate_mass: (N,) mean gate that each expert got, by layer name, for both means (`LayerEvidence.gate_mass`).
             Without it, experts count as a router without preference weighs them.
 
@@ -251,20 +251,19 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     if not isinstance(layer, MoE):
         raise SurgeryError(f"{site} is a dense FFN already: expected an MoE layer; leave it out of layers")
     config, n = layer.config, layer.config.num_experts
-    if how == "shared":
-        if layer.shared is None:
-            raise SurgeryError(f"{site} has no shared expert: expected one for how='shared'; use how='merge'")
-        return layer.without_experts()
-    if config.num_shared_experts > 1:
-        raise SurgeryError(
-            f"{site} has {config.num_shared_experts} shared experts, which are wider than its experts: "
-            f"expected at most 1 for how={how!r}; use how='shared'"
-        )
     if how not in layer.densify_methods:
-        raise SurgeryError(
-            f"{site} has experts of the kind {config.experts!r}, which are no FFNs: expected FFNs for how={how!r}; use "
-            f"how='shared'"
-        )
+        if how == "shared":
+            found, expected = "no shared expert", "one"
+        elif config.num_shared_experts > 1:
+            found = f"{config.num_shared_experts} shared experts, which are wider than its experts"
+            expected = "at most 1"
+        else:
+            found, expected = f"experts of the kind {config.experts!r}, which are no FFNs", "FFNs"
+        others = " or ".join(f"how={other!r}" for other in layer.densify_methods)
+        remedy = f"use {others}" if others else "it cannot be made dense, so leave it out of layers"
+        raise SurgeryError(f"{site} has {found}: expected {expected} for how={how!r}; {remedy}")
+    if how == "shared":
+        return layer.without_experts()
     if layer.shared is not None:
         _describe(site, layer.shared)
     mass_N = layer.router.neutral_gate_mass() if gate_mass is None else gate_mass

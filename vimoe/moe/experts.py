@@ -38,8 +38,9 @@ class Experts(nn.Module):
 
     A kind of experts is a subclass, and an entry in `vimoe.config.moe.EXPERTS`. The contract:
 
-    - `roles` has a `Role` for each parameter. Weight decay, activated parameters and `keep` follow from it. A tensor
-      that must stay as it is should be a buffer: `train.train_only` of "moe" trains all parameters of a layer.
+    - `roles` has a `Role` for each parameter and no other; `MoE` refuses kinds where they differ. Weight decay,
+      activated parameters and `keep` follow from it. A tensor that must stay as it is should be a buffer:
+      `train.train_only` of "moe" trains all parameters of a layer.
     - Right after `__init__` every expert computes what the dense FFN does, so that upcycling keeps the function.
     - `weights(e)` gives one expert as an FFN in the canonical layout of `vimoe.moe.ffn`, and gradient goes through.
       Merging, packing for inference, comparison and this class's `forward` need no more.
@@ -108,7 +109,7 @@ class Experts(nn.Module):
         return weights["fc1.weight"].numel() + weights["fc2.weight"].numel()
 
     def activated_params(self, experts: float) -> float:
-        """Return the number of parameters that so many of the experts have, with what they share counted once."""
+        """Return the number of parameters that a token with this many experts uses; shared ones count once."""
         share = {name: experts / self.num_experts if role.per_expert else 1 for name, role in self.roles.items()}
         return sum(share[name] * p.numel() for name, p in self.named_parameters())
 

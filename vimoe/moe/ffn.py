@@ -198,8 +198,7 @@ def hidden(kind: FFN, weights: Weights, x: Tensor) -> Tensor:
 def build(like: nn.Module, weights: Weights) -> nn.Module:
     """A new FFN of the class of `like` that holds these canonical weights; its width F is taken from them.
 
-    The weights become its parameters bit for bit, on their own device and in their own type, and are trained where
-    those of `like` are.
+    The weights are copied bit for bit and keep device and type; parameters are frozen where those of `like` are.
     """
     module = copy.deepcopy(like)
     for name, value in KINDS[type(like)].write(like, weights).items():

@@ -65,7 +65,7 @@ def choose(x: Tensor, weight: Tensor) -> Backend:
 
 
 def unfit_for_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
-    """Return what torch's grouped product does not take here and what it takes, or None if it takes this."""
+    """Return why torch's grouped product cannot take this, or None if it can."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype}: expected float32, bfloat16 or float16"
     if any(size * x.itemsize % 16 for size in weight.shape[1:]):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from vimoe.config.moe import EXPERTS, ROUTERS, MoEConfig
-from vimoe.errors import VimoeError
+from vimoe.errors import SurgeryError, VimoeError
 from vimoe.moe import ffn
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import dispatch
@@ -43,6 +43,9 @@ class MoE(nn.Module):
         config: settings; `config.layers` plays no part here.
         layout: tokens that are no patches; only image routing reads it.
 
+    Raises:
+        SurgeryError: if experts could not reproduce a part of the FFN, or their `roles` do not name their parameters.
+
     Attributes:
         router: router of the kind `config.router`.
         experts: experts of the kind `config.experts`.
@@ -67,6 +70,11 @@ class MoE(nn.Module):
         dim, weight = ffn.describe(dense).dim, next(dense.parameters())
         self.router = ROUTERS.find(config.router)(dim, config, layout, like=weight)
         self.experts = EXPERTS.find(config.experts)(dense, config)
+        if odd := set(self.experts.roles) ^ {name for name, _ in self.experts.named_parameters()}:
+            raise SurgeryError(
+                f"moe.experts={config.experts!r}: its roles and its parameters differ in {', '.join(sorted(odd))}: "
+                f"expected a Role for each parameter and no other; correct `roles`"
+            )
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
         # densify rebuilds the FFN from this copy; in a tuple, because it is no part of this model
         self._template = (copy.deepcopy(dense).to("meta"),)
@@ -89,7 +97,7 @@ class MoE(nn.Module):
         return sent.combine(y_SUD, shared_RUD, mix).view(x_BTD.shape)
 
     def without_experts(self) -> nn.Module:
-        """Return the shared expert alone, as wide as the dense FFN as long as further shared experts add nothing."""
+        """Return the shared expert as an FFN, of the parent's width while the added shared experts are zero."""
         assert self.shared is not None
         return ffn.narrow(self.shared, self.config.num_shared_experts)
 

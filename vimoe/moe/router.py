@@ -6,6 +6,7 @@ of a row.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ class TokenLayout:
 
 
 class Router(nn.Module):
-    """Base of all routers: a linear map from the routed feature to N scores, and decisions by a subclass.
+    """Base of all routers: N scores of the routed feature, by default a linear map, and decisions by a subclass.
 
     With "image" routing the feature is the class token where the model has one, else the mean of the patch tokens
     (ViMoE, section 3). Scores and gates are float32 at least, whatever the autocast. The tokens are rounded as the
@@ -55,14 +56,18 @@ class Router(nn.Module):
     - The decisions for an image depend on that image alone, never on the others in its batch. A router that limits
       the capacity of experts does so image by image; `by_image` gives the view, and `tokens_interact` says so.
     - Every row has K = `slots` slots. A router that can leave slots empty says `ragged`; `assign` fills them.
-    - At least `config.top_k` experts are there to choose from, also after pruning.
+    - A ragged router whose rows get fewer than K experts on average overrides `experts_per_token`. The default is K, so
+      activated parameters and multiply-adds are upper bounds.
+    - At least `config.top_k` experts are there to choose from, also after pruning. They may be fewer than K.
+    - A router whose scores are no linear map overrides `score`, and `macs` if it has further matrices.
+    - A router with parameters or buffers of its own for each expert overrides `keep`, and removes their rows as well.
 
     Attributes:
         ragged: True if a row may get fewer than K experts, so that slots can be empty.
         tokens_interact: True if a token's decision depends on other tokens of its image.
         adjustable: True if `decide` chooses by `preferences`, so that a bias and random decisions can act. Otherwise
             `moe.bias_update_rate` and `vimoe.set_random_share` are refused.
-        weight: (N, D), the linear map.
+        weight: (N, D), the linear map; a row for each expert.
         choice_bias: (N,) float32, added where experts are chosen, and nowhere else; None if `bias_update_rate` is 0.
             It is a part of the model as weights are; `vimoe.update_bias` moves it.
         random_share: scalar, share of the decisions that is random in training; None for none. Not saved, and a
@@ -105,12 +110,16 @@ class Router(nn.Module):
         batch = (x_BTD.shape[0], x_BTD.shape[1])
         with own_type(x_BTD):
             feature_RD = self._feature(x_BTD)
-            logits_RN = scores(feature_RD, self.weight, few=self.config.routing == "image")
+            logits_RN = self.score(feature_RD)
             noisy_RN = logits_RN
             if self.training and self.config.router_noise:
                 std = self.config.router_noise / self.config.num_experts
                 noisy_RN = logits_RN + std * torch.randn_like(logits_RN)
             return replace(self.decide(noisy_RN, batch), logits=logits_RN)
+
+    def score(self, feature_RD: Tensor) -> Tensor:
+        """Return (R, N) scores, float32 at least, of features (R, D) in the type of the autocast; by `weight`."""
+        return scores(feature_RD, self.weight, few=self.config.routing == "image")
 
     def decide(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
         """Return the decisions that follow from the scores.
@@ -128,8 +137,16 @@ class Router(nn.Module):
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of experts that a token passes, for parameters and multiply-adds that are activated."""
+        """Mean number of experts that a token passes, for parameters and multiply-adds that are activated.
+
+        The default, K, is an upper bound if slots can be empty; a ragged router overrides it.
+        """
         return self.slots
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of `score` for one row."""
+        return self.weight.numel()
 
     @property
     def num_decisions(self) -> int:
@@ -142,10 +159,13 @@ class Router(nn.Module):
         """True if the task loss can never train the router, because its gates are constant."""
         return False
 
+    @torch.no_grad()
     def neutral_gate_mass(self) -> Tensor:
-        """(N,) mean gate of each expert, as equal scores and no preference give it; of one token alone."""
+        """(N,) mean gate of each expert if all scores are equal, without bias or chance."""
         n = self.config.num_experts
-        routing = self.decide(torch.zeros(1, n, device=self.weight.device), (1, 1))
+        neutral = copy.deepcopy(self).eval()
+        neutral.choice_bias = None
+        routing = neutral.decide(torch.zeros(1, n, device=self.weight.device), (1, 1))
         return torch.full((n,), float(routing.gates.sum()) / n)
 
     def keep(self, kept: Sequence[int]) -> None:
@@ -157,7 +177,8 @@ class Router(nn.Module):
 
     def by_image(self, scores_RN: Tensor, batch: tuple[int, int]) -> Tensor:
         """(R, N) to (B, R / B, N), a view: what limits an expert's capacity is computed over its second axis."""
-        return scores_RN.view(batch[0], -1, scores_RN.shape[-1])
+        rows = batch[1] if self.config.routing == "token" else 1
+        return scores_RN.view(batch[0], rows, scores_RN.shape[-1])
 
     def assign(self, logits_RN: Tensor, gates_RN: Tensor, chosen_RN: Tensor, batch: tuple[int, int]) -> Routing:
         """Return the decisions for chosen experts: in the slots of each row by falling gate, K at most, then nothing.
@@ -169,10 +190,11 @@ class Router(nn.Module):
             chosen_RN: bool; experts with a score of -inf are left out.
         """
         allowed_RN = chosen_RN & (logits_RN > -torch.inf)
-        best = gates_RN.detach().masked_fill(~allowed_RN, -torch.inf).topk(self.slots)
-        empty_RK = best.values == -torch.inf
-        gates_RK = gates_RN.gather(-1, best.indices).masked_fill(empty_RK, 0)
-        experts_RK = best.indices.masked_fill(empty_RK, -1)
+        filled = min(self.slots, self.config.num_experts)  # pruning may leave fewer experts than slots
+        best = gates_RN.detach().masked_fill(~allowed_RN, -torch.inf).topk(filled)
+        empty, unfilled = best.values == -torch.inf, (0, self.slots - filled)
+        gates_RK = F.pad(gates_RN.gather(-1, best.indices).masked_fill(empty, 0), unfilled)
+        experts_RK = F.pad(best.indices.masked_fill(empty, -1), unfilled, value=-1)
         return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch, ragged=self.ragged)
 
     @property

@@ -21,12 +21,12 @@ class Pairs(NamedTuple):
     """Filled slots of a batch as flat tensors (S,), row by row, the first choice first.
 
     Attributes:
-        unit: int64, index of the row (an image or a token) in the batch.
+        row: int64, index of the row (an image or a token) in the batch.
         expert: int64, index of the expert that gets it.
         gate: weight of that expert, in the type of the logits.
     """
 
-    unit: Tensor
+    row: Tensor
     expert: Tensor
     gate: Tensor
 
@@ -80,8 +80,8 @@ class Routing:
     @property
     def pairs(self) -> Pairs:
         """Filled slots as flat tensors. Their number depends on the data where the routing is ragged."""
-        unit, slot = (self.experts >= 0).nonzero(as_tuple=True)
-        return Pairs(unit, self.experts[unit, slot], self.gates[unit, slot])
+        row, slot = (self.experts >= 0).nonzero(as_tuple=True)
+        return Pairs(row, self.experts[row, slot], self.gates[row, slot])
 
     @property
     def load(self) -> Tensor:

@@ -24,7 +24,13 @@ def add_pruning(page: Page, summary: dict[str, Any]) -> None:
     _add_removals(page, summary, accuracy)
     if summary["kept"]:
         _add_kept_layers(page, summary["kept"], accuracy)
-    else:
+    left = summary["after"]["moe_layers"]
+    if others := [name for name in left if name not in {layer["layer"] for layer in summary["kept"]}]:
+        page.text(
+            f"No method makes these MoE layers dense, so they stay: {', '.join(others)}. They have no shared expert, "
+            f"and experts that are no FFNs."
+        )
+    if not left:
         page.text("No MoE layer was kept: the pruned model is dense.")
 
 

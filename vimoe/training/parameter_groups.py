@@ -27,21 +27,24 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Return groups of parameters, each with its weight_decay and lr_scale; each trainable parameter is in one group.
 
-    Vectors have no weight decay. The order of groups is fixed, because an optimiser's state in a checkpoint follows it.
+    Vectors have no weight decay; roles tell the vectors of experts, axes those of other parts. The order of groups is
+    fixed, because an optimiser's state in a checkpoint follows it.
     """
     backbone = find_backbone(model)
     depths, no_decay = backbone.layer_numbers(), backbone.no_weight_decay()
-    for name, layer in moe_layers(model).items():
-        no_decay |= {f"{name}.experts.{part}" for part, role in layer.experts.roles.items() if not role.matrix}
+    by_role = {
+        f"{name}.experts.{part}": role.matrix
+        for name, layer in moe_layers(model).items()
+        for part, role in layer.experts.roles.items()
+    }
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups.setdefault((depths[name], p.ndim > 1 and name not in no_decay), []).append(p)
+            decays = by_role.get(name, p.ndim > 1 and name not in no_decay)
+            groups.setdefault((depths[name], decays), []).append(p)
     deepest = max(depths.values())
-    layers = moe_layers(model).values()
-    routers = {id(p) for layer in layers for p in layer.router.parameters()}
-    experts = [layer.experts for layer in layers]
-    matrices = {id(e.get_parameter(name)) for e in experts for name, role in e.roles.items() if role.matrix}
+    routers = {id(p) for layer in moe_layers(model).values() for p in layer.router.parameters()}
+    matrices = {id(p) for name, p in model.named_parameters() if by_role.get(name)}
     own_decay = matrices if config.expert_weight_decay is not None else set()
     result: list[dict[str, Any]] = []
     for (depth, decays), parameters in groups.items():
