@@ -14,12 +14,13 @@ import vimoe.tasks.classification_job
 from vimoe import run_folder
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
-from vimoe.config.moe import MoEConfig
+from vimoe.config.moe import ROUTERS, MoEConfig
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, DataError, FolderError, VimoeError
 from vimoe.experiments.train import run_training
 from vimoe.files import TEMPORARY
+from vimoe.moe.softmax_router import SoftmaxRouter
 from vimoe.process import Process
 
 STEPS = [
@@ -115,13 +116,18 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ({"moe": {"layers": "blocks.99.mlp"}}, "layers='blocks.99.mlp' names no FFN"),
         ({"train": {"warmup_epochs": 3, "epochs": 2}}, "warmup_epochs=3 of train.epochs=2: expected less"),
         ({"train": {"precision": "fp16"}}, "precision='fp16': expected a GPU"),
+        (
+            {"moe": {"router": "fixed"}, "train": {"epochs": 2, "router_warmup_epochs": 1}},
+            "router_warmup_epochs=1 with moe.router='fixed'",
+        ),
     ],
 )
 def test_contradictions_are_told_before_weights_are_downloaded(
-    photos: Path, tmp_path: Path, downloads: list[str], changes: dict, message: str
+    photos: Path, tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
 ) -> None:
     if "fp16" in message and Process().device.type != "cpu":
         pytest.skip("a GPU has float16")
+    monkeypatch.setitem(ROUTERS, "fixed", type("Fixed", (SoftmaxRouter,), {"adjustable": False}))
     with pytest.raises(VimoeError, match=message):
         run_training(settings(photos, model={"pretrained": True}, **changes), tmp_path / "run")
     assert downloads == [] and not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,7 +25,7 @@ from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.models.create import check_name
 from vimoe.models.model_folder import save
-from vimoe.models.upcycling import convert, sites
+from vimoe.models.upcycling import convert
 from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, Task, task_class
@@ -112,16 +113,18 @@ def check_outside(option: str, out: str | Path, data: str | Path) -> None:
 
 
 def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) -> Settings:
-    """Return settings that are settled, as far as an architecture can tell, before its weights are downloaded.
+    """Return settings that are settled for an architecture, before its weights are downloaded.
 
     Raises:
-        VimoeError: if the architecture does not have the layers, or settings contradict one another.
+        VimoeError: if its layers cannot be converted, or settings contradict one another.
     """
     if not settings.model.pretrained or settings.model.name.startswith("local-dir:"):
         return settings
     with torch.device("meta"):
         architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
-    settings.moe.selection.select(sites(architecture))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model with weights warns
+            convert(architecture, settings.moe)
     return replace(settings, train=settle(settings.train, len(data.train), architecture))
 
 
