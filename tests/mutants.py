@@ -528,6 +528,48 @@ MUTANTS: tuple[Mutant, ...] = (
         "    tags=(),",
         ("moe/test_grouped_linear.py",),
     ),
+    Mutant(
+        "weights are downloaded before contradictory settings are told",
+        "experiments/train.py",
+        "    settings = _check_architecture(kind, data, settings)\n",
+        "",
+        ("experiments/test_train.py",),
+    ),
+    Mutant(
+        "a model that cannot be saved is trained",
+        "experiments/train.py",
+        "        process.once(_try_to_save, model, data, prepared, folder)\n",
+        "",
+        ("experiments/test_train.py",),
+    ),
+    Mutant(
+        "what a killed training left stays in the new run",
+        "experiments/train.py",
+        "        process.once(discard_leftovers, folder)  # of a training that was killed before it began\n",
+        "",
+        ("experiments/test_train.py",),
+    ),
+    Mutant(
+        "a resumed training with other classes ends in a traceback",
+        "training/checkpoint.py",
+        "    except RuntimeError as error:\n        raise other_images(run) from error\n",
+        "    except KeyError as error:\n        raise other_images(run) from error\n",
+        ("training/test_checkpoint.py",),
+    ),
+    Mutant(
+        "a segmenter computes with the backbone that it had first",
+        "models/segmenter.py",
+        "        tokens = find_backbone(self.backbone).features(",
+        '        self.__dict__.setdefault("_vit", find_backbone(self.backbone))\n        tokens = self._vit.features(',
+        ("models/test_segmenter.py",),
+    ),
+    Mutant(
+        "soft labels are rounded to class 0",
+        "metrics/base.py",
+        "    if labels.is_floating_point() or labels.is_complex():\n",
+        "    if False:\n",
+        ("metrics/test_base.py",),
+    ),
 )
 
 

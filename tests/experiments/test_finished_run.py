@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import QUICK, TINY
 from helpers.pictures import folder, roles
 
+import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
 from vimoe.cli import main
 from vimoe.errors import DataError
@@ -53,6 +55,16 @@ def test_a_damaged_image_is_told_before_the_pruning_that_recovers(root: Path, mo
     with pytest.raises(DataError, match=r"001\.png"):
         FinishedRun(root / "run").prune(root / "pruned", tolerance=9, recover=1)
     assert not (root / "pruned").exists()
+
+
+def test_a_receipt_times_a_model_on_the_images_that_it_reports(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[torch.Tensor] = []
+    times = lambda models, images: timed.append(images) or [1.0] * len(models)  # noqa: E731
+    monkeypatch.setattr(vimoe.analysis.pruning, "images_per_second", times)
+    run = FinishedRun(root / "run")
+    run.prune(root / "pruned", tolerance=9)
+    role, samples = run.reported
+    assert role == "test" and torch.equal(timed[0], next(iter(run.task.loader(run.model, run.data, samples)))[0])
 
 
 def test_the_reported_images_are_test_or_else_validation(root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 from helpers.pictures import roles
 
 import vimoe.experiments.train
@@ -13,11 +14,14 @@ import vimoe.tasks.classification_job
 from vimoe import run_folder
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
-from vimoe.config.moe import MoEConfig
+from vimoe.config.moe import ROUTERS, MoEConfig
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
-from vimoe.errors import ConfigError, DataError
+from vimoe.errors import ConfigError, DataError, FolderError, VimoeError
 from vimoe.experiments.train import run_training
+from vimoe.files import TEMPORARY
+from vimoe.moe.softmax_router import SoftmaxRouter
+from vimoe.process import Process
 
 STEPS = [
     (vimoe.tasks.classification, "load_data"),
@@ -54,7 +58,8 @@ def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def settings(photos: Path, **changes: dict) -> Settings:
     args = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    model = ModelConfig(name="vit_tiny_patch16_224", pretrained=False, img_size=16, args=args)
+    given = {"name": "vit_tiny_patch16_224", "pretrained": False, "img_size": 16, "args": args}
+    model = ModelConfig(**{**given, **changes.get("model", {})})
     values = {"epochs": 1, "warmup_epochs": 0, "batch_size": 4, "tensorboard": False, **changes.get("train", {})}
     data = DataConfig(path=str(photos), workers=0, **changes.get("data", {}))
     moe = MoEConfig(**{"layers": "last:1", "num_experts": 3, **changes.get("moe", {})})
@@ -90,3 +95,66 @@ def test_a_mistake_is_told_before_an_image_is_opened(photos: Path, tmp_path: Pat
         run_training(settings(photos, **changes), tmp_path / "run")
     assert steps[-1] == last and "scan" not in steps
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models whose weights were asked for; they get random ones."""
+    asked, real = [], timm.create_model
+
+    def create(name: str, pretrained: bool, **more: object) -> object:
+        asked.extend([name] * pretrained)
+        return real(name, pretrained=False, **more)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe": {"layers": "blocks.99.mlp"}}, "layers='blocks.99.mlp' names no FFN"),
+        ({"train": {"warmup_epochs": 3, "epochs": 2}}, "warmup_epochs=3 of train.epochs=2: expected less"),
+        ({"train": {"precision": "fp16"}}, "precision='fp16': expected a GPU"),
+        (
+            {"moe": {"router": "fixed"}, "train": {"epochs": 2, "router_warmup_epochs": 1}},
+            "router_warmup_epochs=1 with moe.router='fixed'",
+        ),
+    ],
+)
+def test_contradictions_are_told_before_weights_are_downloaded(
+    photos: Path, tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
+) -> None:
+    if "fp16" in message and Process().device.type != "cpu":
+        pytest.skip("a GPU has float16")
+    monkeypatch.setitem(ROUTERS, "fixed", type("Fixed", (SoftmaxRouter,), {"adjustable": False}))
+    with pytest.raises(VimoeError, match=message):
+        run_training(settings(photos, model={"pretrained": True}, **changes), tmp_path / "run")
+    assert downloads == [] and not (tmp_path / "run").exists()
+
+
+def test_settings_that_are_settled_are_told_once(
+    photos: Path, tmp_path: Path, downloads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "vimoe"):
+        run_training(settings(photos, model={"pretrained": True}, train={"batch_size": 99}), tmp_path / "run")
+    assert downloads == ["vit_tiny_patch16_224"]
+    assert caplog.text.count("train.batch_size=99 is lowered to 12") == 1 == caplog.text.count("train.precision auto")
+
+
+def test_a_model_that_cannot_be_saved_is_not_trained(
+    photos: Path, tmp_path: Path, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_more: object) -> None:
+        raise FolderError("nothing notes how it is built")
+
+    monkeypatch.setattr(vimoe.experiments.train, "save", refuse)
+    with pytest.raises(FolderError, match="nothing notes how it is built"):
+        run_training(settings(photos), tmp_path / "run")
+    assert "train" not in steps and "train_loader" not in steps and not list((tmp_path / "run").iterdir())
+
+
+def test_leftovers_of_a_training_that_was_killed_before_it_began_are_deleted(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / f"{TEMPORARY}model").mkdir(parents=True)
+    run_training(settings(photos), tmp_path / "run")
+    assert not list((tmp_path / "run").glob(f"{TEMPORARY}*"))

@@ -74,6 +74,16 @@ def test_batches_are_on_the_device_in_the_types_that_the_model_takes() -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_soft_labels_are_refused_for_every_metric(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """As whole numbers they would all be 0, and a model that is always right would be pruned away."""
+    monkeypatch.setitem(METRICS, "closeness", ClosenessMetric)
+    soft = torch.full((3, 5), 0.2).to(dtype)
+    with pytest.raises(DataError, match=r"labels of torch.* and shape \(3, 5\) for 3 images: expected whole") as error:
+        list(batches(metric_of(vit(), "closeness"), [(torch.randn(3, 3, 32, 32), soft)]))
+    assert "\n" not in str(error.value)
+
+
 def test_signatures_tell_labels_of_any_shape_apart() -> None:
     assert signature(torch.tensor([4, 7])).tolist() == [4, 7]
     assert signature(torch.tensor([[1, 0], [1, 1]])).tolist() == [1, 2]

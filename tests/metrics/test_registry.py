@@ -9,8 +9,10 @@ import pytest
 from helpers.segmenters import segmenter
 from helpers.tiny import vit
 
+from vimoe.errors import ConfigError
 from vimoe.metrics.base import Metric
-from vimoe.metrics.registry import METRICS, SCORES, kind_of, shown
+from vimoe.metrics.classification import ClassificationMetric
+from vimoe.metrics.registry import METRICS, SCORES, Shown, check_shown, kind_of, shown
 
 OLD = Path(__file__).parents[1] / "old"
 
@@ -30,6 +32,31 @@ def test_there_is_a_metric_for_each_kind_and_names_for_its_figures() -> None:
 @pytest.mark.parametrize(("run", "kind"), [("digits", "classification"), ("scenes", "segmentation")])
 def test_files_of_an_older_version_tell_their_kind(run: str, kind: str) -> None:
     assert kind_of(json.loads((OLD / run / "routing.json").read_text(encoding="utf-8"))["base"]) == kind
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, "kind of score='mine': expected one of classification, segmentation"),
+        (Shown({"top1": "top-1"}, "top1"), "'mine' and 'classification' both show 'top1'"),
+        (Shown({"mine": "mine", "miou": "mean IoU"}, "mine"), "'mine' and 'segmentation' both show 'miou'"),
+        (Shown({"top5": "top-5"}, "top5"), "'mine' and 'classification' both show 'top5'"),
+    ],
+)
+def test_a_metric_whose_scores_could_not_be_read_back_is_refused(
+    monkeypatch: pytest.MonkeyPatch, entry: Shown | None, message: str
+) -> None:
+    monkeypatch.setitem(METRICS, "mine", ClassificationMetric)
+    if entry:
+        monkeypatch.setitem(SCORES, "mine", entry)
+    with pytest.raises(ConfigError, match=message) as error:
+        check_shown("mine")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="metric='nobody': expected one of"):
+        check_shown("nobody")
+    monkeypatch.setitem(SCORES, "mine", Shown({"mine": "mine"}, "mine"))
+    for metric in METRICS:
+        check_shown(metric)
 
 
 @pytest.mark.parametrize("figures", [{"loss": 1.0}, {"top1": 0.5, "miou": 0.5}])

@@ -221,6 +221,9 @@ def test_the_example_of_the_documentation_works() -> None:
     evidence = vimoe.analyze(model, [(x, torch.arange(4))], draws=2)
     assert [layer.name for layer in evidence.layers] == [f"encoder.layers.encoder_layer_{i}.mlp" for i in range(2)]
     assert not torch.equal(randomise(model)(x), parent(x))
+    decays = {id(p) for group in parameter_groups(parent, TRAIN) if group["weight_decay"] for p in group["params"]}
+    plain = {name for name, p in parent.named_parameters() if p.ndim > 1 and id(p) not in decays}
+    assert plain == {"class_token", "encoder.pos_embedding"}
     with pytest.raises(SurgeryError, match="the family 'torchvision' does not answer 'arguments'"):
         vimoe.save(model, "never")
 

@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 import timm
-from helpers.pictures import folder
 from helpers.tiny import FAMILIES, vit
 
-from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
-from vimoe.config.moe import MoEConfig
-from vimoe.config.settings import Settings
-from vimoe.errors import ConfigError, VimoeError
-from vimoe.experiments.train import run_training
+from vimoe.errors import ConfigError
 from vimoe.models.create import FFN_NAME, check_name, create, create_without_weights
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import sites
@@ -74,21 +69,3 @@ def test_a_misspelt_name_is_refused_before_torch_is_imported(tmp_path: Path) -> 
     )
     assert json.loads(done.stdout) == [[2] * len(MISSPELT), []]
     assert done.stderr.count("\n") == len(MISSPELT)
-
-
-def test_layers_are_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, real = [], timm.create_model
-
-    def see(*args: object, **more: object) -> object:
-        asked.append(more["pretrained"])
-        return real(*args, **more)
-
-    monkeypatch.setattr(timm, "create_model", see)
-    settings = Settings(
-        model=ModelConfig(name="vit_tiny_patch16_224"),  # with weights
-        moe=MoEConfig(layers="blocks.99.mlp"),
-        data=DataConfig(path=str(folder(tmp_path / "photos", 3))),
-    )
-    with pytest.raises(VimoeError, match="layers='blocks.99.mlp' names no FFN"):
-        run_training(settings, tmp_path / "run")
-    assert asked == [False] and not (tmp_path / "run").exists()

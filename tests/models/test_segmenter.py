@@ -80,6 +80,29 @@ def test_gradients_reach_every_block(decoder: str) -> None:
     assert not [name for name in unmoved if name.endswith("weight")]
 
 
+@torch.no_grad()
+def test_a_backbone_that_is_put_in_its_place_is_computed_with() -> None:
+    """As in the replicas of DataParallel; `randomise` draws other weights."""
+    model, other = segmenter(), segmenter()
+    randomise(other.backbone, seed=5)
+    x, before = pictures(model), model(pictures(model))
+    other.decoder, model.backbone = model.decoder, other.backbone
+    assert torch.equal(model(x), other(x)) and not torch.equal(model(x), before)
+    model.backbone = vit("dinov2", num_classes=0, depth=4, dynamic_img_size=True)
+    assert model.patch_size == (14, 14)
+    model.backbone = vit(num_classes=0, depth=4, dynamic_img_size=False)
+    assert model.fixed_size == (32, 32)
+
+
+@torch.no_grad()
+def test_it_is_compiled_and_exported_whole() -> None:
+    model = segmenter()
+    x = pictures(model)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
 @pytest.mark.parametrize("size", [(40, 32), (33, 50), (7, 5)], ids=str)
 @torch.no_grad()
 def test_other_sizes_are_padded_at_the_bottom_and_right_and_cut_back(size: tuple[int, int]) -> None:

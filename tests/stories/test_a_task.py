@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 import vimoe
 from vimoe.config.data import TASKS
-from vimoe.metrics.base import MeanScore, Metric, check_whole
+from vimoe.metrics.base import MeanScore, Metric, check_shape
 from vimoe.metrics.registry import METRICS, SCORES, Shown
 from vimoe.tasks.classification import Classification
 
@@ -22,7 +22,7 @@ class BitMetric(Metric):
     score_type, classes = BitScore, list("0123456789")
 
     def check(self, images, labels):
-        check_whole(labels, len(images), "(images, 4)", axes=2)
+        check_shape(labels, len(images), "(images, 4)", axes=2)
 
     def of_each_image(self, outputs, labels):
         return bce(outputs, labels.float(), reduction="none").mean(1), ((outputs > 0) == labels).float().mean(1)

@@ -11,8 +11,10 @@ from vimoe.config.data import TASKS, DataConfig
 from vimoe.config.settings import OWN_SETTINGS, SECTIONS, Settings, check_reads
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, DataError
+from vimoe.metrics.classification import ClassificationMetric
 from vimoe.metrics.registry import METRICS
 from vimoe.tasks.base import Task, check_classes, task_of, warn_of_errors
+from vimoe.tasks.classification import Classification
 
 
 @pytest.mark.parametrize("name", [*TASKS])
@@ -40,6 +42,13 @@ def test_a_task_without_an_entry_reads_no_setting_of_others(monkeypatch: pytest.
     check_reads("mine", "train.lr", 1)  # every task reads it
     with pytest.raises(ConfigError, match="expected it with classification or mine only"):
         check_reads("segmentation", "train.mixup", 0.2)
+
+
+def test_a_task_whose_metric_has_no_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "mine", type("Mine", (Classification,), {"metric": "mine"}))
+    monkeypatch.setitem(METRICS, "mine", ClassificationMetric)
+    with pytest.raises(ConfigError, match="kind of score='mine': expected one of"):
+        task_of(Settings(data=DataConfig(task="mine")))
 
 
 def test_a_number_of_classes_is_that_of_the_data() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.pictures import roles
 from helpers.pruned import effect, evidence
 from helpers.tiny import config, upcycle, vit
@@ -15,6 +16,7 @@ from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError
+from vimoe.metrics.classification import ClassificationMetric
 from vimoe.tasks.classification import Classification
 
 
@@ -41,3 +43,6 @@ def test_a_contact_sheet_has_a_row_for_each_expert_with_images_in_its_order(
     assert list(sheets) == ["blocks.0.mlp"]
     assert drawn == [{"expert 2": ["blue", "green"], "expert 0": ["red"]}]
     assert list(drawn[0]) == ["expert 2", "expert 0"]
+    monkeypatch.setattr(ClassificationMetric, "classes_of", lambda _self, labels: torch.full_like(labels, -1))
+    Classification(settings).examples(upcycle(vit(), config()), data, found)
+    assert drawn[1] == {"expert 2": ["no class", "no class"], "expert 0": ["no class"]}

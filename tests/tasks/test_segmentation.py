@@ -40,7 +40,8 @@ def test_validation_is_whole_images_of_one_size_else_their_middle(tmp_path: Path
     assert {tuple(images.shape[-2:]) for images, _ in segmentation.validation(model, data)} == {(40, 56)}
     scene(root, "val", "a100", mask(1))
     data = segmentation.find(segmentation.settings.data)
-    assert {tuple(labels.shape[-2:]) for _, labels in segmentation.validation(model, data)} == {model.crop}
+    for loader in (segmentation.validation(model, data), segmentation.timed(model, data, data.test)):
+        assert {tuple(labels.shape[-2:]) for _, labels in loader} == {model.crop}
 
 
 def test_the_limit_is_the_ceiling_of_the_patch_size(tmp_path: Path) -> None:

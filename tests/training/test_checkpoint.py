@@ -355,6 +355,39 @@ def test_a_setting_that_was_changed_since_is_named(
     assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
 
 
+NEWER = ("moe.router", "moe.experts")  # than the first runs
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(killed: Path, name: str) -> None:
+    state = checkpoint.read(killed)
+    began = {**state["settings"]}
+    for newer in NEWER:
+        del began[newer]
+    checkpoint.write(killed, {**state, "settings": began})
+    with pytest.raises(FolderError, match=f"{name} is 'mine' and was '.*' when the training began"):
+        checkpoint.check_settings(killed, began, {**state["settings"], name: "mine"})
+    assert main(["train", "--resume", str(killed)]) == 0
+
+
+@pytest.mark.parametrize("cache", ["none", "features"])
+def test_a_class_that_was_added_since_is_one_line(
+    tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photos, run = roles(tmp_path / "photos", train=14, val=0), tmp_path / "killed"
+    kill_after(6)
+    features = ["--data.cache=features", "--train.train_only=moe", "--moe.layers=last:1"] if cache == "features" else []
+    with pytest.raises(Killed):
+        main(["train", f"--data.path={photos}", *TRAIN, *features, "--out", str(run)])
+    kill_after(1000)
+    shutil.copytree(photos / "train" / "red", photos / "train" / "rot")
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert f"{run}: its checkpoint is of other training images" in err
+
+
 def test_the_data_may_have_moved_and_a_run_may_be_saved_more_often(killed: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").rename(tmp_path / "moved")
     settings = (killed / "config.yaml").read_text().replace(str(tmp_path / "photos"), str(tmp_path / "moved"))

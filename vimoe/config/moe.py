@@ -30,8 +30,8 @@ class MoEConfig:
             indices (0 is the first block with an FFN, -1 the last), or module-name patterns ("blocks.1?.mlp").
         num_experts: number of routed experts N of a layer, each of the FFN's own shape. 0 makes no mixture but a dense
             FFN of num_shared_experts times the width: the control with equal activated parameters.
-        top_k: number of experts k that one image or token is sent to; a router that sends them to any number of experts
-            may read it otherwise, and never has fewer to choose from.
+        top_k: number of experts for each image or token. Another router may define it differently; at least top_k
+            experts always remain.
         routing: "image" takes one decision for all tokens of an image, "token" one for each.
         num_shared_experts: number of experts that every token passes; n of them are one FFN of n times the width.
         combine: "mix" is S(x) + sum g_i (E_i(x) - S(x)), "sum" is S(x) + sum g_i E_i(x) (the ViMoE paper).

@@ -75,8 +75,8 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
         folder: data folder.
 
     Raises:
-        DataError: if an image has no mask or a mask no image, one of them cannot be read, a mask has a value that is
-            not in the legend, or another size than its image (rotated by its EXIF tag).
+        DataError: if an image or mask has no partner or cannot be read, or if a mask has an unknown value or another
+            size than its image (rotated by its EXIF tag).
     """
     root = Path(folder)
     _refuse(dict.fromkeys(scenes.images_alone, ""), "images have no mask", root, "add masks, or remove the images")

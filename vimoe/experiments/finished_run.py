@@ -141,7 +141,7 @@ class FinishedRun:
             list(models.values()),
             self.task.loader(self.model, self.data, samples),
             self.task.evaluate,
-            loader,
+            self.task.timed(self.model, self.data, samples),
             f"scoring on {split} for the receipt",
         )
         left = moe_layers(pruned)

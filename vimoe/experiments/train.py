@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +17,6 @@ from torch import nn
 
 from vimoe import run_folder
 from vimoe.analysis.figures import png
-from vimoe.config.data import TASKS
 from vimoe.config.settings import Settings, flat
 from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
@@ -25,10 +25,10 @@ from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.models.create import check_name
 from vimoe.models.model_folder import save
-from vimoe.models.upcycling import convert, sites
+from vimoe.models.upcycling import convert
 from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
-from vimoe.tasks.base import Roles, Scanned, Task
+from vimoe.tasks.base import Roles, Scanned, Task, task_class
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
 from vimoe.training.settle import settle
@@ -48,9 +48,9 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_name(settings.model, segmentation=True)
     run_folder.check_new(out)
     check_outside("--out", out, settings.data.path)
-    kind: type[Task[Any]] = TASKS.find(settings.data.task)
+    kind = task_class(settings)
     data = kind.find(settings.data)
-    _check_layers(kind, data, settings)
+    settings = _check_architecture(kind, data, settings)
     model, converted = _model(kind, data, settings)
     settings = replace(settings, train=settle(settings.train, len(data.train), model))
     task, prepared = kind(settings), preprocessing(model, settings.data)
@@ -87,11 +87,11 @@ def resume_training(path: str | Path) -> dict[str, Any]:
             run.path,
             *(run.path / name for name in (run_folder.CHECKPOINT.parent, run_folder.FIGURES)),
         )
-        kind: type[Task[Any]] = TASKS.find(settings.data.task)
+        kind = task_class(settings)
         data = kind.find(settings.data, validation=run.validation())
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         model, converted = _model(kind, data, replace(settings, model=random))
-        model.load_state_dict(stored["model"])  # cached features are of its trunk
+        checkpoint.load_weights(run.path, stored, model)  # cached features are of its trunk
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
         scanned = task.scan(data)
@@ -112,12 +112,20 @@ def check_outside(option: str, out: str | Path, data: str | Path) -> None:
         )
 
 
-def _check_layers(kind: type[Task[Any]], data: Roles, settings: Settings) -> None:
-    """Raise VimoeError for layers that an architecture does not have, before its weights are downloaded."""
-    if settings.model.pretrained and not settings.model.name.startswith("local-dir:"):
-        with torch.device("meta"):
-            architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
-        settings.moe.selection.select(sites(architecture))
+def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) -> Settings:
+    """Return settings that are settled for an architecture, before its weights are downloaded.
+
+    Raises:
+        VimoeError: if its layers cannot be converted, or settings contradict one another.
+    """
+    if not settings.model.pretrained or settings.model.name.startswith("local-dir:"):
+        return settings
+    with torch.device("meta"):
+        architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model with weights warns
+            convert(architecture, settings.moe)
+    return replace(settings, train=settle(settings.train, len(data.train), architecture))
 
 
 def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.Module, list[str]]:

@@ -128,7 +128,7 @@ class Metric(ABC):
 
         Args:
             images: (B, channels, height, width), or what else the model takes.
-            labels: (B, ...) from the loader, of any type of number.
+            labels: (B, ...) from the loader, of any type of whole number.
         """
 
     @abstractmethod
@@ -220,7 +220,8 @@ def batches(metric: Metric, loader: Batches, bar: str = "") -> Iterator[tuple[Te
         bar: name of the progress bar; without it there is none.
 
     Raises:
-        DataError: if the loader gives something else than pairs of tensors that the model takes.
+        DataError: if the loader gives something else than pairs of tensors that the model takes, or labels that are
+            no whole numbers.
     """
     if isinstance(loader, Tensor) or not hasattr(loader, "__iter__"):
         raise DataError(f"the loader is of type {type(loader).__name__}: expected batches of (images, labels)")
@@ -238,8 +239,8 @@ def signature(labels: Tensor) -> Tensor:
     return labels[:, None].flatten(1).sum(dim=1)
 
 
-def check_whole(labels: Tensor, images: int, shape: str, axes: int) -> None:
-    """Raise DataError for labels that are no whole numbers, or not so many.
+def check_shape(labels: Tensor, images: int, shape: str, axes: int) -> None:
+    """Raise DataError for labels of another shape, or not so many as images.
 
     Args:
         labels: labels of a batch from the loader.
@@ -247,7 +248,7 @@ def check_whole(labels: Tensor, images: int, shape: str, axes: int) -> None:
         shape: expected shape, in words.
         axes: expected number of axes.
     """
-    if labels.is_floating_point() or labels.ndim != axes or len(labels) != images:
+    if labels.ndim != axes or len(labels) != images:
         raise DataError(
             f"the loader gives labels of {labels.dtype} and shape {tuple(labels.shape)} for {images} images: expected "
             f"whole numbers of shape {shape}"
@@ -265,7 +266,7 @@ def check_range(labels: Tensor, classes: int) -> None:
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a batch. Raises DataError for anything but a pair of tensors."""
+    """Return the images and labels of a batch. Raises DataError for anything but images and whole numbers."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
         raise DataError(f"the loader gives {what}: expected pairs (images, labels); wrap it in one that gives these")
@@ -273,4 +274,9 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(part, Tensor):
             raise DataError(f"the loader gives {name} of type {type(part).__name__}: expected a tensor; convert it")
     images, labels = batch
+    if labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"the loader gives labels of {labels.dtype} and shape {tuple(labels.shape)} for {len(images)} images: "
+            f"expected whole numbers; convert them"
+        )
     return images, labels

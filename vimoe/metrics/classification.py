@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe.errors import DataError
-from vimoe.metrics.base import Counts, Metric, Score, check_range, check_whole
+from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
 from vimoe.models.interface import find_backbone
 
 
@@ -65,7 +65,7 @@ class ClassificationMetric(Metric):
         return ImageCounts()
 
     def check(self, images: Tensor, labels: Tensor) -> None:
-        check_whole(labels, len(images), f"({len(images)},)", axes=1)
+        check_shape(labels, len(images), f"({len(images)},)", axes=1)
         check_images(images, self.model)
         check_range(labels, len(self.classes))
 

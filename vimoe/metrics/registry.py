@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vimoe.config.registry import Registry
+from vimoe.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,24 @@ def kind_of(figures: Mapping[str, Any]) -> str:
         judges = ", ".join(names.judge for names in SCORES.values())
         raise KeyError(f"expected one of the scores {judges} among {', '.join(figures)}")
     return kinds[0]
+
+
+def check_shown(metric: str) -> None:
+    """Raise ConfigError for a metric that no figures could be read back of.
+
+    Args:
+        metric: name that needs an entry in METRICS and in SCORES, with a judge that no other kind shows.
+    """
+    METRICS.check(metric)
+    SCORES.check(metric)
+    names = SCORES[metric]
+    for kind, other in SCORES.items():
+        if kind != metric and (names.judge in other.shares or other.judge in names.shares):
+            key = names.judge if names.judge in other.shares else other.judge
+            raise ConfigError(
+                f"the scores {metric!r} and {kind!r} both show {key!r}, which one of them is recognised by: expected "
+                f"another name; rename it in SCORES"
+            )
 
 
 def shown(figures: Mapping[str, Any]) -> Shown:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimoe.config.masks import IGNORE
-from vimoe.metrics.base import Counts, Metric, Score, check_range, check_whole
+from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class SegmentationMetric(Metric):
         return SceneCounts(len(self.classes))
 
     def check(self, images: Tensor, labels: Tensor) -> None:
-        check_whole(labels, len(images), f"({len(images)}, height, width)", axes=3)
+        check_shape(labels, len(images), f"({len(images)}, height, width)", axes=3)
         check_range(labels[labels != IGNORE], len(self.classes))
 
     def of_each_image(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

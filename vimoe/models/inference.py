@@ -49,10 +49,9 @@ def set_backend(model: Model, backend: Backend) -> Model:
 def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool = False) -> nn.Module:
     """Make a model, dense or with MoE layers, fast for inference, in place; it can then only be run.
 
-    On a CPU the matrices of FFNs, experts and attention are packed once in the order in which products read them, and
-    activations computed with the product before them, except for parts with forward hooks. Experts that are no FFNs
-    stay as they are. Routers keep their float32 weights: in another type, too, only the tokens are rounded before the
-    choice.
+    On a CPU, matrices of FFNs, experts and attention are stored once in the layout that products read, and activations
+    are fused into the product before them. Parts with forward hooks, and experts that are no FFNs, are left alone.
+    Routers keep their float32 weights: in another type, too, only the tokens are rounded before the choice.
 
     Args:
         model: a model, best in the state that `vimoe.load` gives it.

@@ -44,11 +44,13 @@ class Backbone:
         models: classes of the family's ViTs.
         holder: name of the module in the ViT whose children are its blocks, in forward order.
         skipped: classes of modules that are no FFN and have none inside, though they look like one.
+        embeddings: names, in the ViT, of position embeddings and tokens that a module inside of it holds.
     """
 
     models: tuple[type[nn.Module], ...] = ()
     holder: str = "blocks"
     skipped: tuple[type[nn.Module], ...] = ()
+    embeddings: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, path: str = "") -> None:
         self.model, self.path = model, path
@@ -273,8 +275,9 @@ class Backbone:
         return {name for name, p in self.model.named_parameters() if id(p) in new or not self._inside(name)}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of matrices that get no weight decay; by default the ViT's own (position embeddings, class token)."""
-        return {self._named(name) for name, _ in self.vit.named_parameters(recurse=False)}
+        """Names of matrices that get no weight decay: by default `embeddings`, and what the ViT holds itself."""
+        own = [name for name, _ in self.vit.named_parameters(recurse=False)]
+        return {self._named(name) for name in (*own, *self.embeddings)}
 
     def layer_numbers(self) -> dict[str, int]:
         """Depth of each parameter by name, for layer-wise rates as in BEiT (arXiv 2106.08254).
@@ -336,7 +339,7 @@ def find_backbone(model: nn.Module) -> Backbone:
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Run a model, and return its logits: its output if that is a tensor, else what its family reads from it."""
+    """Return the logits for images; the family extracts them if the output is no tensor."""
     output = model(images)
     return output if isinstance(output, Tensor) else find_backbone(model).logits(output)
 

@@ -177,7 +177,7 @@ def _is_model_config(path: Path) -> bool:
 
 
 def _add_layers(model: nn.Module, config_path: Path) -> None:
-    """Note each MoE layer, each FFN that is a multiple of the backbone's width, and the decoder, in the config."""
+    """Write into config.json: each MoE layer, each widened FFN, and the decoder."""
     config = json.loads(read_text(config_path))
     section = config.get("vimoe", {})
     segmentation = {"segmentation": model.to_dict()} if isinstance(model, Segmenter) else {}

@@ -59,7 +59,7 @@ class Segmenter(nn.Module):
             raise ConfigError(f"classes={classes}: expected 2 to {IGNORE}")
         if palette is not None and len(palette) != classes:
             raise ConfigError(f"palette of {len(palette)} colours: expected one for each of the {classes} classes")
-        self.backbone, self._vit = backbone, vit
+        self.backbone = backbone
         self.decoder = DECODERS[decoder](vit.width, len(vit.blocks), classes)
         self.decoder_name, self.num_classes = decoder, classes
         self.crop = _whole_patches(crop or vit.input_size[1:], vit.patch_size)
@@ -68,12 +68,12 @@ class Segmenter(nn.Module):
     @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
-        return self._vit.patch_size
+        return find_backbone(self.backbone).patch_size
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
         """(height, width) of the largest images that the ViT takes; None for a ViT that takes all."""
-        return self._vit.fixed_size
+        return find_backbone(self.backbone).fixed_size
 
     @property
     def read_blocks(self) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ class Segmenter(nn.Module):
         (rows, columns), (patch_h, patch_w) = self.grid(height, width), self.patch_size
         padded_h, padded_w = rows * patch_h, columns * patch_w
         images = F.pad(images, (0, padded_w - width, 0, padded_h - height))
-        tokens = self._vit.features(images, self.read_blocks)
+        tokens = find_backbone(self.backbone).features(images, self.read_blocks)
         maps = [each.unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for each in tokens]
         logits = F.interpolate(self.decoder(maps), (padded_h, padded_w), mode="bilinear", align_corners=False)
         return logits[..., :height, :width]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from vimoe.config.moe import MoEConfig
 from vimoe.errors import FolderError, VimoeError
 from vimoe.files import read_text
 from vimoe.run_folder import CONFIG
@@ -51,8 +52,10 @@ def describe(config: dict[str, Any]) -> str:
     where = "every block" if moe["layers"] == "all" else f"blocks {moe['layers']}"
     if not moe["num_experts"]:
         return f"{model} with a dense FFN of {moe['num_shared_experts']} times the width in {where} (a control)"
+    # runs of older versions have no kinds
+    router, kind = (moe.get(name, getattr(MoEConfig, name)) for name in ("router", "experts"))
+    experts = f"{moe['num_experts']} experts" if kind == MoEConfig.experts else f"{moe['num_experts']} {kind!r} experts"
     shared = f", {moe['num_shared_experts']} shared" if moe["num_shared_experts"] else ", none shared"
-    return (
-        f"{model} with a mixture of experts in {where}: {moe['num_experts']} experts{shared}, {moe['top_k']} chosen "
-        f"for each {moe['routing']}"
-    )
+    # another router may choose another number of them
+    chosen = f"{moe['top_k']} chosen" if router == MoEConfig.router else f"chosen by the router {router!r}"
+    return f"{model} with a mixture of experts in {where}: {experts}{shared}, {chosen} for each {moe['routing']}"

@@ -23,6 +23,7 @@ from vimoe.config.model import ModelConfig
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, DataError
 from vimoe.metrics.base import Score, evaluate
+from vimoe.metrics.registry import check_shown
 from vimoe.training.job import Job
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,10 @@ class Task(ABC, Generic[D]):
         """Return batches of validation for analysis and pruning, all images of one size."""
         return self.loader(model, data, data.val)
 
+    def timed(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
+        """Return batches to time a model on that is scored on these samples, all images of one size."""
+        return self.loader(model, data, samples)
+
     def sequences(self, data: D) -> tuple[str, ...] | None:
         """Return the video that each validation image is a frame of; None if nothing says."""
         return None
@@ -193,10 +198,20 @@ class Task(ABC, Generic[D]):
         return {}
 
 
+def task_class(settings: Settings) -> type[Task[Any]]:
+    """Return the class of the task that settings name.
+
+    Raises:
+        ConfigError: if the task, its metric or the names of its score are not registered.
+    """
+    kind: type[Task[Any]] = TASKS.find(settings.data.task)
+    check_shown(kind.metric)
+    return kind
+
+
 def task_of(settings: Settings) -> Task[Any]:
-    """Return the task that settings name. Raises ConfigError for one that is not registered."""
-    task: Task[Any] = TASKS.find(settings.data.task)(settings)
-    return task
+    """Return the task that settings name. Raises ConfigError as `task_class`."""
+    return task_class(settings)(settings)
 
 
 def check_classes(asked: int | None, classes: int) -> None:

@@ -95,8 +95,8 @@ class _File(NamedTuple):
 class FeatureCache:
     """Features that the frozen trunk of a model gives for the images of a data set, and the job to learn from them.
 
-    View v of a training image has the draws of epoch v without a cache, so with as many views as epochs a training is
-    the same but for rounding. Files are found again as long as the trunk, images, transforms, seed, precision, kind of
+    View v has the augmentation of epoch v. With as many views as epochs, training equals training on images, up to
+    rounding. Files are found again as long as the trunk, images, transforms, seed, precision, kind of
     device and versions are the same; so fewer views are part of more.
 
     Args:

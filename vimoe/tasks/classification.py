@@ -92,7 +92,8 @@ class Classification(Task[Data]):
             source, label = data.val[place]
             image = open_image(source).copy()
             image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-            return image, evidence.classes[int(metric.classes_of(torch.as_tensor(label)[None]))]
+            number = int(metric.classes_of(torch.as_tensor(label)[None]))
+            return image, "no class" if number < 0 else evidence.classes[number]
 
         sheets = {}
         for layer in evidence.layers:

@@ -86,6 +86,10 @@ class Segmentation(Task[Scenes]):
         scenes = JointImages(data.val, data.legend, transform)
         return DataLoader(scenes, self.settings.train.batch_size, **processes(self.settings.data.workers))
 
+    def timed(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
+        """Return validation, because whole images may differ in size."""
+        return self.validation(model, data)
+
     def sequences(self, data: Scenes) -> tuple[str, ...] | None:
         return data.sequences
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vimoe.config.settings import Settings, flat
 from vimoe.errors import FolderError, first_line
 from vimoe.files import discard_file, in_units, written_whole
 from vimoe.run_folder import CHECKPOINT
@@ -88,14 +89,31 @@ def check_settings(run: Path, began: Mapping[str, Any], now: Mapping[str, Any]) 
     Raises:
         FolderError: naming the settings that differ.
     """
-    names = [name for name in {**began, **now} if name not in MAY_DIFFER and began.get(name) != now.get(name)]
+    was = {**flat(Settings()), **began}  # a setting that is newer than the checkpoint had its default
+    names = [name for name in {**began, **now} if name not in MAY_DIFFER and was.get(name) != now.get(name)]
     if names:
         name = names[0]
         more = f", and {', '.join(names[1:4])} differ too" if names[1:] else ""
         raise FolderError(
-            f"{run}: {name} is {now.get(name)!r} and was {began.get(name)!r} when the training began{more}: expected "
+            f"{run}: {name} is {now.get(name)!r} and was {was.get(name)!r} when the training began{more}: expected "
             f"the same to go on; restore config.yaml, or train with another --out"
         )
+
+
+def load_weights(run: Path, stored: Mapping[str, Any], model: nn.Module) -> None:
+    """Load the weights of a checkpoint whose settings were checked. Raises FolderError if the classes are others."""
+    try:
+        model.load_state_dict(stored["model"])
+    except RuntimeError as error:
+        raise other_images(run) from error
+
+
+def other_images(run: Path) -> FolderError:
+    """Return the error for a checkpoint that does not fit the data."""
+    return FolderError(
+        f"{run}: its checkpoint is of other training images than those that are there now: expected the data as it "
+        f"was; restore it, or train again in another folder"
+    )
 
 
 def check_space(run: Path, model: nn.Module, ema: bool) -> None:

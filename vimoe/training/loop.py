@@ -50,10 +50,9 @@ def train(
 
     Writes into `out` while it trains: metrics.csv (a row an epoch), load.csv (the share of each expert by epoch),
     health.csv (`vimoe.training.routing_health`), TensorBoard events, and a checkpoint at the end of each epoch and
-    every `config.checkpoint_minutes`. Where `out` has a checkpoint, the training goes on from it, to the weights that
-    it would have reached without a stop, on the same device with the same threads and versions
-    (`vimoe.training.checkpoint.remove` forgets it). Under `precision="bf16"` the scores in metrics.csv are computed
-    in bfloat16, and the returned score is not.
+    every `config.checkpoint_minutes`. If `out` has a checkpoint, training resumes from it. On the same device, threads
+    and versions the result equals an uninterrupted training. `vimoe.training.checkpoint.remove` deletes it. Under
+    `precision="bf16"` the scores in metrics.csv are computed in bfloat16, and the returned score is not.
 
     Args:
         model: dense model or one with MoE layers.

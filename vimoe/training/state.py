@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vimoe.errors import FolderError, VimoeError
+from vimoe.errors import VimoeError
 from vimoe.files import write_text
 from vimoe.metrics.base import Score
 from vimoe.moe import MoE
@@ -170,10 +170,7 @@ class State:
         """
         checkpoint.check_settings(out, stored["settings"], self.settings)
         if stored["images"] != self.images:
-            raise FolderError(
-                f"{out}: its checkpoint is of other training images than those that are there now: expected the data "
-                f"as it was; restore it, or train again in another folder"
-            )
+            raise checkpoint.other_images(out)
         for name in _PLAIN:
             setattr(self, name, stored[name])
         self.saved = self.seconds
