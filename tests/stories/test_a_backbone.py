@@ -29,7 +29,7 @@ class OwnViT(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
         self.stem, self.layers = nn.Conv2d(3, 16, 4, stride=4), nn.Sequential(Layer(), Layer())
-        self.num_classes, self.classify = num_classes, nn.Linear(16, num_classes)
+        self.classify = nn.Linear(16, num_classes)
 
     def forward(self, images):
         tokens = self.layers(nn.functional.pad(self.stem(images).flatten(2).mT, (0, 0, 1, 0)))  # class token: zeros
@@ -39,7 +39,7 @@ class OwnViT(nn.Module):
 class OwnFamily(Backbone):
     models, build, holder, layout = (OwnViT,), OwnViT, "layers", TokenLayout(num_prefix_tokens=1, class_token=True)
     width, num_patches, input_size = 16, 4, (3, 8, 8)
-    arguments = property(lambda self: {"num_classes": self.vit.num_classes})
+    arguments = property(lambda self: {"num_classes": self.num_classes})
     classifiers = property(lambda self: (self.vit.classify,))
     create = classmethod(lambda cls, name, *, num_classes, **_: OwnViT(num_classes or 10))
     logits = staticmethod(lambda output: output["scores"])

@@ -28,7 +28,8 @@ class Backbone:
 
     A family defines `models`, `holder`, `layout`, `num_patches`, `input_size`, `width` and `classifiers`; for
     `model.name` also `create`, and for model folders `arguments` and `build`. All other answers follow from these, and
-    a family overrides those that do not fit. A block takes tokens (B, T, D) as its first argument and returns tokens
+    a family overrides those that do not fit. `create` and `build` are class methods, `logits` and `features` methods,
+    the others properties or plain attributes. A block takes tokens (B, T, D) as its first argument and returns tokens
     (B, T, D).
 
     An instance of this base class stands for a model of no family. It answers what any module can. Any other question
@@ -246,7 +247,10 @@ class Backbone:
             classes: int | None = getattr(module, "num_classes", None)
             if classes is not None:
                 return classes
-        raise self._unanswered("num_classes")
+        widths = [getattr(classifier, "out_features", None) for classifier in self.classifiers]
+        if None in widths:
+            raise self._unanswered("num_classes")
+        return int(widths[0] or 0) if widths else 0
 
     @property
     def label_names(self) -> list[str]:
