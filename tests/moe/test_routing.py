@@ -201,3 +201,10 @@ def test_a_recorder_entered_without_gradient_records_without_it(model: nn.Module
         model(images(model))
     assert names(routings) == NAMES
     assert not any(routing.logits.requires_grad for routing in routings)
+
+
+@pytest.mark.parametrize("unit", ["image", "token"])
+def test_an_empty_batch_uses_no_expert(unit: str) -> None:
+    empty = torch.empty(0, 2, dtype=torch.int64)
+    routing = vimoe.Routing(torch.empty(0, 4), torch.empty(0, 2), empty, unit, (0, 5))
+    assert routing.usage.shape == (0, 4) and routing.load.tolist() == [0] * 4

@@ -91,7 +91,9 @@ class Routing:
     @property
     def usage(self) -> Tensor:
         """(B, N) number of rows of each image that each expert got."""
-        return self._count(self.experts.reshape(self.batch[0], -1))
+        images, tokens = self.batch  # sizes are named, because an empty batch leaves -1 open
+        rows = 1 if self.unit == "image" else tokens
+        return self._count(self.experts.reshape(images, rows * self.experts.shape[1]))
 
     def _count(self, experts: Tensor) -> Tensor:
         """(..., M) experts, or -1, to (..., N): how often each expert is there."""
