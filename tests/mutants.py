@@ -124,8 +124,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "scores with noise are recorded",
         "moe/router.py",
-        "return replace(self.decide(noisy_RN, batch), logits=logits_RN)",
-        "return self.decide(noisy_RN, batch)",
+        "return replace(self.route(noisy_RN, batch), logits=logits_RN)",
+        "return self.route(noisy_RN, batch)",
         ("moe/test_router.py",),
     ),
     Mutant(
@@ -144,14 +144,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "gates are never normalised",
-        "moe/softmax_router.py",
+        "moe/routers/softmax.py",
         "gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)",
         "gates_RK = gates_RK / 1",
         ("moe/test_router.py", "moe/test_layer.py"),
     ),
     Mutant(
         "the bias reaches the gates",
-        "moe/softmax_router.py",
+        "moe/routers/softmax.py",
         "        gates_RK = probabilities_RN.gather(-1, experts_RK)\n",
         "        gates_RK = self.preferences(probabilities_RN).gather(-1, experts_RK)\n",
         ("moe/test_router.py", "moe/test_balancing.py"),

@@ -20,7 +20,7 @@ from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, DataError, FolderError, VimoeError
 from vimoe.experiments.train import run_training
 from vimoe.files import TEMPORARY
-from vimoe.moe.softmax_router import SoftmaxRouter
+from vimoe.moe.routers.softmax import SoftmaxRouter
 from vimoe.process import Process
 
 STEPS = [

@@ -22,7 +22,7 @@ import vimoe
 from vimoe.analysis.interventions import Subjects, Without, measure
 from vimoe.config.moe import ROUTERS
 from vimoe.moe.router import TokenLayout
-from vimoe.moe.softmax_router import SoftmaxRouter
+from vimoe.moe.routers.softmax import SoftmaxRouter
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Without:
     def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
         logits = routing.logits.clone()
         logits[:, self.expert] = -torch.inf
-        return layer.router.decide(logits, routing.batch)
+        return layer.router.route(logits, routing.batch)
 
 
 Intervention = Decision | nn.Module  # a module takes the layer's place

@@ -15,10 +15,63 @@ RoutedUnit = Literal["image", "token"]
 Combine = Literal["mix", "sum"]
 
 
-ROUTERS = Registry("moe.router", {"softmax": "vimoe.moe.softmax_router:SoftmaxRouter"})
+RouterGradient = Literal["chosen", "default_vectors", "dense"]
 
+ROUTERS = Registry(
+    "moe.router",
+    {
+        "softmax": "vimoe.moe.routers.softmax:SoftmaxRouter",
+        "sigmoid": "vimoe.moe.routers.sigmoid:SigmoidRouter",
+        "cosine": "vimoe.moe.routers.cosine:CosineRouter",
+        "expert_choice": "vimoe.moe.routers.expert_choice:ExpertChoiceRouter",
+        "soft": "vimoe.moe.routers.soft:SoftRouter",
+        "smear": "vimoe.moe.routers.smear:SmearRouter",
+        "hash": "vimoe.moe.routers.hash:HashRouter",
+        "random": "vimoe.moe.routers.random:RandomRouter",
+        "centroids": "vimoe.moe.routers.centroids:CentroidRouter",
+        "superclass": "vimoe.moe.routers.superclass:SuperclassRouter",
+    },
+)
+GATES = Registry(
+    "moe.gate",
+    {
+        "probability": "vimoe.moe.gates:Gate",
+        "choice": "vimoe.moe.gates:ChoiceGate",
+        "sigmoid": "vimoe.moe.gates:SigmoidGate",
+    },
+)
+EXPERTS = Registry(
+    "moe.experts",
+    {
+        "ffn": "vimoe.moe.stacked_ffns:StackedFFNs",
+        "lora": "vimoe.moe.low_rank:LoRAExperts",
+        "delta": "vimoe.moe.sparse_deltas:DeltaExperts",
+        "adapter": "vimoe.moe.adapters:AdapterExperts",
+    },
+)
+STARTS = Registry(
+    "moe.init",
+    {
+        "copy": "vimoe.moe.start:Start",
+        "drop": "vimoe.moe.starts.drop:Drop",
+        "noise": "vimoe.moe.starts.noise:Noise",
+        "split": "vimoe.moe.starts.split:Split",
+        "cluster": "vimoe.moe.starts.cluster:Cluster",
+    },
+)
 
-EXPERTS = Registry("moe.experts", {"ffn": "vimoe.moe.stacked_ffns:StackedFFNs"})
+# settings that some kinds alone read: the setting that names the kind, and these kinds
+_READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "gate_weight": ("gate", ("choice",)),
+    "drop_ratio": ("init", ("drop",)),
+    "noise_std": ("init", ("noise",)),
+    "cluster_energy": ("init", ("cluster",)),
+    "rank": ("experts", ("lora", "adapter")),
+    "delta_density": ("experts", ("delta",)),
+    "slots_per_expert": ("router", ("soft",)),
+}
+_KINDS = {"gate": GATES, "init": STARTS, "experts": EXPERTS, "router": ROUTERS}
+_BUILT_IN = {setting: frozenset(kinds) for setting, kinds in _KINDS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +97,24 @@ class MoEConfig:
         expert_dropout: dropout rate on the hidden units of the routed experts in training (Switch Transformers,
             arXiv 2101.03961, section 2.4); a larger rate of the FFN itself is kept.
         router: kind of the router, a name in `ROUTERS`; "softmax" sends each to the k experts of largest probability.
+        gate: weight of the chosen experts, a name in `GATES`. "probability" is the router's own; "choice" lets them
+            weigh `gate_weight` together, whatever the scores; "sigmoid" has an own sigmoid of each score.
+        gate_weight: weight of the chosen experts together, with gate="choice"; by default 0.5 with a shared expert and
+            1 without. A weight of 1 leaves the shared expert of a "mix" without a gradient.
+        router_gradient: outputs that train the router: "chosen" experts', with "default_vectors" also each other
+            expert's mean output (after Default MoE, arXiv 2504.12463), or with "dense" also all other experts' own
+            outputs (DenseMixer). The last two change gradients alone, not what the layer computes.
         experts: kind of the experts, a name in `EXPERTS`; "ffn" gives each expert weights of its own.
+        init: start of the experts, a name in `STARTS`; "copy" makes all of them copies of the dense FFN.
+        drop_ratio: share of each expert's hidden units that init="drop" draws anew.
+        noise_std: standard deviation of the noise of init="noise", relative to that of each matrix.
+        cluster_energy: share of the squared norm, weighted by the data, that init="cluster" keeps of each matrix.
+        calibration_images: number of training images from which a start or a router is computed, where one needs some.
+        rank: rank of the changes of "lora" experts, and number of hidden units of "adapter" experts.
+        delta_density: share of the weights that "delta" experts change.
+        expert_width: number of hidden units of an expert; by default that of the FFN. Each expert gets a part of the
+            FFN's hidden units (fine-grained experts: DeepSeekMoE, arXiv 2401.06066).
+        slots_per_expert: number of mixtures of tokens that each expert of a "soft" router gets from an image.
 
     Raises:
         ConfigError: if a value is none of these, or values contradict one another.
@@ -65,13 +135,26 @@ class MoEConfig:
     bias_update_rate: float = bounded(0.0, 0, 1)
     expert_dropout: float = bounded(0.0, 0, 0.99)
     router: str = "softmax"
+    gate: str = "probability"
+    gate_weight: float | None = bounded(None, 0.001)
+    router_gradient: RouterGradient = "chosen"
     experts: str = "ffn"
+    init: str = "copy"
+    drop_ratio: float = bounded(0.5, 0, 1)
+    noise_std: float = bounded(0.1, 0)
+    cluster_energy: float = bounded(0.95, 0.01, 1)
+    calibration_images: int = bounded(2048, 2)
+    rank: int = bounded(16, 1)
+    delta_density: float = bounded(0.001, 0, 1)
+    expert_width: int | None = bounded(None, 1)
+    slots_per_expert: int = bounded(1, 1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.selection.written)  # a list becomes a tuple
         check_fields(self)
-        ROUTERS.check(self.router)
-        EXPERTS.check(self.experts)
+        for setting, kinds in _KINDS.items():
+            kinds.check(getattr(self, setting))
+        self._check_readers()
         if self.num_experts == 0 and self.num_shared_experts < 2:
             raise ConfigError(
                 f"num_experts=0 makes a dense FFN of num_shared_experts times the width: expected "
@@ -79,11 +162,29 @@ class MoEConfig:
             )
         if self.num_experts and self.top_k > self.num_experts:
             raise ConfigError(f"top_k={self.top_k}: expected at most num_experts={self.num_experts}; lower top_k")
+        if self.gate == "choice" and self.gates_sum_to_one and self.choice_weight != 1:
+            raise ConfigError(
+                f"gate_weight={self.gate_weight:g} where the gates of the chosen experts sum to 1: expected 1; leave "
+                f"it out, or use a shared expert"
+            )
         if self.normalize_gates and self.combine == "mix":
             raise ConfigError(
                 "normalize_gates=True with combine='mix': normalised gates would leave nothing of the shared "
                 "expert (without one they are normalised already); drop it, or use combine='sum'"
             )
+
+    def _check_readers(self) -> None:
+        """Raise ConfigError for a setting that the chosen kind does not read. Kinds of others may read any."""
+        for each in fields(self):
+            setting, readers = _READ_BY.get(each.name, ("", ()))
+            if not setting or getattr(self, each.name) == each.default:
+                continue
+            kind = getattr(self, setting)
+            if kind in _BUILT_IN[setting] and kind not in readers:
+                raise ConfigError(
+                    f"{each.name}={getattr(self, each.name)!r} with {setting}={kind!r}: expected it with "
+                    f"{setting}={' or '.join(map(repr, readers))} only; leave it out"
+                )
 
     @cached_property
     def selection(self) -> Layers:
@@ -91,8 +192,14 @@ class MoEConfig:
         return Layers.parse(self.layers)
 
     @property
+    def choice_weight(self) -> float:
+        """Weight of the chosen experts together, with gate="choice"."""
+        alone = self.combine == "mix" and self.num_shared_experts == 0
+        return self.gate_weight or (1.0 if alone else 0.5)
+
+    @property
     def gates_sum_to_one(self) -> bool:
-        """True if the softmax router divides the gates of the chosen experts by their sum."""
+        """True if the gates of the chosen experts are divided by their sum."""
         return self.normalize_gates or (self.combine == "mix" and self.num_shared_experts == 0)
 
     def to_dict(self) -> dict[str, Any]:

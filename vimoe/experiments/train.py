@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.models.create import check_name
 from vimoe.models.model_folder import save
-from vimoe.models.upcycling import convert
+from vimoe.models.upcycling import build_layers, convert, needs_images
 from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, Task, task_class
@@ -90,7 +91,9 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         kind = task_class(settings)
         data = kind.find(settings.data, validation=run.validation())
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
-        model, converted = _model(kind, data, replace(settings, model=random))
+        set_seed(settings.train.seed)
+        model = kind.dense_model(random, data)
+        converted = build_layers(model, settings.moe)
         checkpoint.load_weights(run.path, stored, model)  # cached features are of its trunk
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
@@ -124,7 +127,7 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
         architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model with weights warns
-            convert(architecture, settings.moe)
+            build_layers(architecture, settings.moe)
     return replace(settings, train=settle(settings.train, len(data.train), architecture))
 
 
@@ -132,7 +135,14 @@ def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.M
     """Return the upcycled model, and the names of the FFNs that were converted."""
     set_seed(settings.train.seed)
     model = kind.dense_model(settings.model, data)
-    return model, convert(model, settings.moe)
+    if not needs_images(settings.moe):
+        return model, convert(model, settings.moe)
+    count, seed = min(settings.moe.calibration_images, len(data.train)), settings.train.seed
+    chosen = np.sort(np.random.default_rng(seed).choice(len(data.train), count, replace=False))
+    model.to(Process().device)
+    images = kind(settings).loader(model, data, [data.train[i] for i in chosen])
+    logger.info("calibration: experts or routers are computed from %d training images", count)
+    return model, convert(model, settings.moe, images)
 
 
 def _try_to_save(model: nn.Module, data: Roles, prepared: dict[str, Any], folder: Path) -> None:

@@ -24,7 +24,7 @@ from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
 from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.models.segmenter import Segmenter
-from vimoe.models.upcycling import sites, upcycle
+from vimoe.models.upcycling import build_layers, sites
 from vimoe.moe import MoE, ffn
 from vimoe.moe.packed import check_not_packed
 
@@ -212,7 +212,7 @@ def _rebuild(path: Path) -> nn.Module:
         for name, values in section["layers"].items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what this configuration lacks was said when it was made
-                upcycle(model, MoEConfig.from_dict({**values, "layers": [name]}))
+                build_layers(model, MoEConfig.from_dict({**values, "layers": [name]}))
     except (KeyError, TypeError, AttributeError, VimoeError) as error:
         raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {error}") from error
     return model

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.config.layers import Layers
-from vimoe.config.moe import MoEConfig
+from vimoe.config.moe import ROUTERS, STARTS, MoEConfig
 from vimoe.errors import SurgeryError, expect, first_line, nearest
 from vimoe.models import surgery
+from vimoe.models.calibration import Batches, calibrate
 from vimoe.models.cost import Cost, count, meta_copy, meta_images
 from vimoe.models.interface import find_backbone
 from vimoe.models.surgery import Site
@@ -82,7 +83,7 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
     return Plan(changed, config, dense, count(copied, input_size))
 
 
-def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
+def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> nn.Module:
     """Replace the FFNs of the chosen blocks by MoE layers whose experts are copies of them (sparse upcycling).
 
     In place. With `combine="mix"`, the default, the model computes exactly what it did before, to rounding: all
@@ -92,12 +93,14 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
         model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), or a module with one inside such as
             `vimoe.models.segmenter.Segmenter`, on any device.
         config: blocks and kind of layer.
+        images: batches of (images, labels) to compute a start or a router from (`MoEConfig.init`,
+            `MoEConfig.router`), the same each time they are read; they must be training images.
 
     Returns:
         The same model.
 
     Raises:
-        SurgeryError: if a block cannot be converted; the model is as it was.
+        SurgeryError: if a block cannot be converted, or needs images; the model is as it was.
         VimoeError: if the model is optimised.
 
     >>> import timm, torch, vimoe
@@ -107,22 +110,47 @@ def upcycle(model: nn.Module, config: MoEConfig) -> nn.Module:
     >>> torch.allclose(before, after, atol=1e-5)
     True
     """
-    convert(model, config)
+    convert(model, config, images)
     return model
 
 
-def convert(model: nn.Module, config: MoEConfig) -> list[str]:
+def convert(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> list[str]:
     """Do what `upcycle` does, and return the names of the converted FFNs in forward order."""
     _check(model, config)
     replaced = _replacements(model, config)
+    _start(model, {name: module for name, module in replaced.items() if isinstance(module, MoE)}, images)
+    return _swap(model, config, replaced)
+
+
+def needs_images(config: MoEConfig) -> bool:
+    """Return True if `upcycle` with these settings needs images."""
+    return bool(STARTS.find(config.init).needs_images or ROUTERS.find(config.router).needs_images)
+
+
+def build_layers(model: nn.Module, config: MoEConfig) -> list[str]:
+    """Do what `convert` does, for a model whose weights are still to be loaded: nothing is started from images."""
+    _check(model, config)
+    return _swap(model, config, _replacements(model, config))
+
+
+def _swap(model: nn.Module, config: MoEConfig, replaced: dict[str, nn.Module]) -> list[str]:
     surgery.swap(model, replaced)
     if any(isinstance(module, MoE) and module.router.blind for module in replaced.values()):
         warnings.warn(
             f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
             f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",
-            stacklevel=3,
+            stacklevel=4,
         )
     return list(replaced)
+
+
+def _start(model: nn.Module, layers: dict[str, MoE], images: Batches | None) -> None:
+    """Let new layers start, which are not in the model yet."""
+    seen = {}
+    if any(layer.needs_images for layer in layers.values()):
+        seen = calibrate(model, layers, images)
+    for name, layer in layers.items():
+        layer.start(seen.get(name))
 
 
 def densify(

@@ -46,9 +46,12 @@ class Experts(nn.Module):
       Merging, packing for inference, comparison and this class's `forward` need no more.
     - A kind whose experts are no FFNs sets `are_ffns` to False and has `forward` and `macs` of its own in place of
       `weights`. It is not merged, not packed, and compared by its outputs alone.
+    - A kind that gives each expert all its weights for itself says `separate`, and has `set_weights`, by which a start
+      (`moe.init`) makes experts differ.
 
     Attributes:
         are_ffns: True if `weights` is there.
+        separate: True if `set_weights` is there.
         num_experts: N.
         kind: the dense FFN apart from its weights.
         act: its activation.
@@ -64,6 +67,7 @@ class Experts(nn.Module):
     """
 
     are_ffns = True
+    separate = False
 
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__()
@@ -81,6 +85,10 @@ class Experts(nn.Module):
 
     def weights(self, expert: int) -> ffn.Weights:
         """Return the canonical weights of one expert, as views where that can be."""
+        raise NotImplementedError
+
+    def set_weights(self, expert: int, weights: ffn.Weights) -> None:
+        """Copy canonical weights of the same shapes into one expert."""
         raise NotImplementedError
 
     def forward(self, x_RUD: Tensor, source_S: Tensor | None, load_N: Tensor) -> Tensor:

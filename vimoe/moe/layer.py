@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from vimoe.config.moe import EXPERTS, ROUTERS, MoEConfig
+from vimoe.config.moe import EXPERTS, ROUTERS, STARTS, MoEConfig
 from vimoe.errors import SurgeryError, VimoeError
 from vimoe.moe import ffn
 from vimoe.moe.autocast import in_type_of_autocast
@@ -22,6 +22,7 @@ from vimoe.moe.dispatch import dispatch
 from vimoe.moe.experts import Experts
 from vimoe.moe.router import Router, TokenLayout
 from vimoe.moe.routing import note
+from vimoe.moe.start import Calibration, Start
 
 
 class MoE(nn.Module):
@@ -35,7 +36,8 @@ class MoE(nn.Module):
     and without a shared expert sum_i g_i E_i(x), where "mix" makes the softmax router's gates of the chosen experts sum
     to 1. A token without an expert gives S(x), or 0 without a shared expert.
 
-    Every expert starts as a copy of the dense FFN, on its device and in its type. Experts and router are trained even
+    Every expert starts as a copy of the dense FFN, on its device and in its type, until `start` is called, which
+    `vimoe.upcycle` does. Experts and router are trained even
     if the FFN is frozen. There are first derivatives in reverse mode.
 
     Args:
@@ -76,9 +78,26 @@ class MoE(nn.Module):
                 f"expected a Role for each parameter and no other; correct `roles`"
             )
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
+        self._begin: Start = STARTS.find(config.init)(config)
         # densify rebuilds the FFN from this copy; in a tuple, because it is no part of this model
         self._template = (copy.deepcopy(dense).to("meta"),)
         self.train(dense.training)
+
+    def start(self, seen: Calibration | None = None) -> None:
+        """Let the experts and the router of a new layer begin as `config.init` and `config.router` say.
+
+        Args:
+            seen: what the dense model computes here for some images; needed if `needs_images`.
+        """
+        assert seen is not None or not self.needs_images
+        self._begin(self.experts, self.router, seen)
+        if self.router.needs_images:
+            self.router.calibrate(seen)
+
+    @property
+    def needs_images(self) -> bool:
+        """True if `start` needs what the dense model computes for some images."""
+        return self._begin.needs_images or self.router.needs_images
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""

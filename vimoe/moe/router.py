@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from vimoe.config.moe import MoEConfig
+from vimoe.config.moe import GATES, MoEConfig, RoutedUnit
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.moe.autocast import own_type
 from vimoe.moe.chunks import chunks
@@ -61,12 +61,19 @@ class Router(nn.Module):
     - At least `config.top_k` experts are there to choose from, also after pruning. They may be fewer than K.
     - A router whose scores are no linear map overrides `score`, and `macs` if it has further matrices.
     - A router with parameters or buffers of its own for each expert overrides `keep`, and removes their rows as well.
+    - A tensor that no training may change is a buffer.
+    - `decide` gives each chosen expert the router's own weight, such as a probability, of which `gate` then makes the
+      final one. `probabilities` gives such a weight for each expert.
 
     Attributes:
+        units: values of `moe.routing` that the router can do.
+        gated: True if its gates are weights of chosen experts, so that `moe.gate` and `moe.router_gradient` can act.
+        needs_images: True if `calibrate` has to be called before the router is used.
         ragged: True if a row may get fewer than K experts, so that slots can be empty.
         tokens_interact: True if a token's decision depends on other tokens of its image.
         adjustable: True if `decide` chooses by `preferences`, so that a bias and random decisions can act. Otherwise
             `moe.bias_update_rate` and `vimoe.set_random_share` are refused.
+        gate: the gate of the kind `config.gate`.
         weight: (N, D), the linear map; a row for each expert.
         choice_bias: (N,) float32, added where experts are chosen, and nowhere else; None if `bias_update_rate` is 0.
             It is a part of the model as weights are; `vimoe.update_bias` moves it.
@@ -80,9 +87,12 @@ class Router(nn.Module):
         like: a weight of the FFN, for type and device.
 
     Raises:
-        ConfigError: if the router does not read a `bias_update_rate` other than 0.
+        ConfigError: if the router does not go with other settings.
     """
 
+    units: tuple[RoutedUnit, ...] = ("image", "token")
+    gated = True
+    needs_images = False
     ragged = False
     tokens_interact = False
     adjustable = False
@@ -91,12 +101,9 @@ class Router(nn.Module):
 
     def __init__(self, dim: int, config: MoEConfig, layout: TokenLayout, like: Tensor) -> None:
         super().__init__()
-        if config.bias_update_rate and not self.adjustable:
-            raise ConfigError(
-                f"bias_update_rate={config.bias_update_rate:g} with router={config.router!r}: expected 0, there is no "
-                f"bias on its choice; leave it out"
-            )
+        self._check(config)
         self.config, self.layout = config, layout
+        self.gate = GATES.find(config.gate)(config, like)
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim, dtype=like.dtype, device=like.device))
         nn.init.trunc_normal_(self.weight, std=INIT_STD)
         bias_N = torch.zeros(config.num_experts, dtype=torch.float32, device=like.device)
@@ -109,20 +116,29 @@ class Router(nn.Module):
             raise VimoeError(f"MoE input of shape {tuple(x_BTD.shape)}: expected (images, tokens, channels)")
         batch = (x_BTD.shape[0], x_BTD.shape[1])
         with own_type(x_BTD):
-            feature_RD = self._feature(x_BTD)
+            feature_RD = self.feature(x_BTD)
             logits_RN = self.score(feature_RD)
             noisy_RN = logits_RN
             if self.training and self.config.router_noise:
                 std = self.config.router_noise / self.config.num_experts
                 noisy_RN = logits_RN + std * torch.randn_like(logits_RN)
-            return replace(self.decide(noisy_RN, batch), logits=logits_RN)
+            return replace(self.route(noisy_RN, batch), logits=logits_RN)
+
+    def route(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
+        """Return the decisions that follow from the scores, with the weights of the gate; arguments as of `decide`."""
+        routing: Routing = self.gate(self.decide(logits_RN, batch))
+        return routing
 
     def score(self, feature_RD: Tensor) -> Tensor:
         """Return (R, N) scores, float32 at least, of features (R, D) in the type of the autocast; by `weight`."""
         return scores(feature_RD, self.weight, few=self.config.routing == "image")
 
+    def probabilities(self, logits_RN: Tensor) -> Tensor:
+        """Return (R, N) the router's own weight of each expert, chosen or not; by default a softmax."""
+        return logits_RN.softmax(dim=-1)
+
     def decide(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
-        """Return the decisions that follow from the scores.
+        """Return the decisions that follow from the scores, with the router's own weights for gates.
 
         Args:
             logits_RN: scores, float32 or float64; -inf rules an expert out.
@@ -165,12 +181,12 @@ class Router(nn.Module):
         n = self.config.num_experts
         neutral = copy.deepcopy(self).eval()
         neutral.choice_bias = None
-        routing = neutral.decide(torch.zeros(1, n, device=self.weight.device), (1, 1))
+        routing = neutral.route(torch.zeros(1, n, device=self.weight.device), (1, 1))
         return torch.full((n,), float(routing.gates.sum()) / n)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Remove all other experts, in place. At least `config.top_k` must stay."""
-        self.config = replace(self.config, num_experts=len(kept))
+        self.config = self.gate.config = replace(self.config, num_experts=len(kept))
         self.weight = nn.Parameter(self.weight.detach()[list(kept)], requires_grad=self.weight.requires_grad)
         if self.choice_bias is not None:
             self.choice_bias = self.choice_bias[list(kept)]
@@ -197,6 +213,9 @@ class Router(nn.Module):
         experts_RK = F.pad(best.indices.masked_fill(empty, -1), unfilled, value=-1)
         return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch, ragged=self.ragged)
 
+    def calibrate(self, seen: Any) -> None:
+        """Set the rows of a router that `needs_images`, from a `vimoe.moe.start.Calibration`, in place."""
+
     @property
     def overrules(self) -> bool:
         """True if something else than its scores may choose experts now: a bias, or chance."""
@@ -213,7 +232,26 @@ class Router(nn.Module):
         random_R1 = torch.rand(preferred_RN.shape[0], 1, device=preferred_RN.device) < self.random_share
         return torch.where(random_R1, torch.rand_like(preferred_RN), preferred_RN)
 
-    def _feature(self, x_BTD: Tensor) -> Tensor:
+    def _check(self, config: MoEConfig) -> None:
+        """Raise ConfigError for settings that this kind of router does not go with."""
+        if config.routing not in self.units:
+            raise ConfigError(
+                f"router={config.router!r} with routing={config.routing!r}: expected routing={self.units[0]!r}; set it"
+            )
+        refused = {
+            "bias_update_rate": (config.bias_update_rate and not self.adjustable, 0),
+            "gate": (config.gate != "probability" and not self.gated, "probability"),
+            "router_gradient": (config.router_gradient != "chosen" and not self.gated, "chosen"),
+        }
+        for name, (wrong, expected) in refused.items():
+            if wrong:
+                raise ConfigError(
+                    f"{name}={getattr(config, name)!r} with router={config.router!r}: expected {expected!r}, which is "
+                    f"all that it knows; leave it out"
+                )
+
+    def feature(self, x_BTD: Tensor) -> Tensor:
+        """Return (R, D), what the router reads of tokens (B, T, D)."""
         if self.config.routing == "token":
             return x_BTD.flatten(0, 1)
         if self.layout.class_token:

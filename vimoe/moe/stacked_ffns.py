@@ -33,6 +33,8 @@ class Stacked(nn.Module):
 class StackedFFNs(Experts):
     """N copies of a dense FFN, which drift apart as they are trained on different tokens; see `Experts`."""
 
+    separate = True
+
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__(dense, config)
         weights, n = ffn.read(dense), config.num_experts
@@ -76,6 +78,12 @@ class StackedFFNs(Experts):
     def weights(self, expert: int) -> ffn.Weights:
         """Return the canonical weights of one expert, as views."""
         return {name: stacked[expert] for name, stacked in self.named_parameters()}
+
+    @torch.no_grad()
+    def set_weights(self, expert: int, weights: ffn.Weights) -> None:
+        """Copy canonical weights into one expert."""
+        for name, stacked in self.named_parameters():
+            stacked[expert] = weights[name]
 
 
 def _repeated(value: Tensor, num_experts: int) -> nn.Parameter:

@@ -25,13 +25,14 @@ class SoftmaxRouter(Router):
             preferred_RN = self.preferences(probabilities_RN.detach()).masked_fill(logits_RN == -torch.inf, -torch.inf)
         experts_RK = preferred_RN.topk(self.config.top_k).indices
         gates_RK = probabilities_RN.gather(-1, experts_RK)
-        if self.config.gates_sum_to_one and self.overrules:  # of unlikely experts all k gates may have rounded to 0
+        divides = self.config.gates_sum_to_one and self.config.gate == "probability"
+        if divides and self.overrules:  # of unlikely experts all k gates may have rounded to 0
             gates_RK = logits_RN.gather(-1, experts_RK).softmax(dim=-1)
-        elif self.config.gates_sum_to_one:
+        elif divides:
             gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True)
         return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch)
 
     @property
     def blind(self) -> bool:
-        """True if the only gate is always 1."""
-        return self.config.num_experts == 1 or (self.config.top_k == 1 and self.config.gates_sum_to_one)
+        """True if its gates are constant, such as the only one that is always 1."""
+        return bool(self.gate.blind)

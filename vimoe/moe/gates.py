@@ -1,0 +1,100 @@
+"""Gates: how much the chosen experts weigh, given the router's decision.
+
+Axes: R rows that are routed (images or tokens), N experts, K slots of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vimoe.config.moe import MoEConfig
+from vimoe.moe.routing import Routing
+
+_TINY = 1e-30  # a probability that has rounded to 0 is a choice all the same, and 0/0 is none
+
+
+class Gate(nn.Module):
+    """The gate "probability", and the base of the others: the router's own gates.
+
+    A gate turns a `Routing` into one with other `gates`, and the same experts. The contract: empty slots keep the gate
+    0, and gates depend on the scores of their row alone.
+
+    Args:
+        config: settings of the layer.
+        like: a weight of the FFN, for type and device.
+    """
+
+    def __init__(self, config: MoEConfig, like: Tensor) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, routing: Routing) -> Routing:
+        """Return the decisions with the weights of this gate; `routing.logits` are those that decided."""
+        return routing
+
+    def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
+        """Return (R, N) the gates of all experts, chosen or not, through which `moe.router_gradient` trains a router.
+
+        Args:
+            probabilities_RN: probability of each expert, as the router has it.
+            logits_RN: scores.
+        """
+        return probabilities_RN
+
+    @property
+    def blind(self) -> bool:
+        """True if gates made from a softmax over all experts are constant, so that they train no router."""
+        return self.config.num_experts == 1 or (self.config.top_k == 1 and self.config.gates_sum_to_one)
+
+
+class ChoiceGate(Gate):
+    """The gate as a choice: the chosen experts share the weight b, in equal parts, whatever the scores.
+
+    Of c chosen experts each has the gate b/c p/sg(p), with sg the stop of the gradient: its value is b/c, and it is
+    raised or lowered by the relative change of the probability p. The weight b is `MoEConfig.choice_weight`.
+
+    Where other experts train the router too (`moe.router_gradient`), the gate is b/c (1 + p - sg(p)): all experts then
+    have the gradient of sum_j b p_j (E_j - S), whether chosen or not.
+    """
+
+    def forward(self, routing: Routing) -> Routing:
+        filled_RK = routing.experts >= 0
+        share_RK = filled_RK * (self.config.choice_weight / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1))
+        p_RK = routing.gates + _TINY
+        one_RK = p_RK / p_RK.detach() if self.config.router_gradient == "chosen" else 1 + p_RK - p_RK.detach()
+        return replace(routing, gates=share_RK.to(p_RK.dtype) * one_RK)
+
+    def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
+        return self.config.choice_weight * probabilities_RN
+
+    @property
+    def blind(self) -> bool:
+        return self.config.num_experts == 1
+
+
+class SigmoidGate(Gate):
+    """A sigmoid of each chosen expert's own score and a learnt bias: 1/2 at the start for a score of 0.
+
+    A weight does not fall when another expert's score rises, as it does with a softmax (Llama 4 has such gates).
+    """
+
+    def __init__(self, config: MoEConfig, like: Tensor) -> None:
+        super().__init__(config, like)
+        self.bias = nn.Parameter(torch.zeros((), dtype=like.dtype, device=like.device))
+
+    def forward(self, routing: Routing) -> Routing:
+        filled_RK = routing.experts >= 0
+        gates_RK = self.of_all(routing.gates, routing.logits).gather(-1, routing.experts.clamp(min=0)) * filled_RK
+        if self.config.gates_sum_to_one:
+            gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True).clamp(min=_TINY)
+        return replace(routing, gates=gates_RK)
+
+    def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
+        return (logits_RN + self.bias.to(logits_RN.dtype)).sigmoid()
+
+    @property
+    def blind(self) -> bool:
+        return self.config.top_k == 1 and self.config.gates_sum_to_one

@@ -1,0 +1,1 @@
+"""Kinds of routers, a file each, named as in `moe.router`."""

@@ -1,0 +1,1 @@
+"""Starts of experts, a file each, named as in `moe.init`."""
