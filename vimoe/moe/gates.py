@@ -74,11 +74,11 @@ class ChoiceGate(Gate):
     """
 
     def forward(self, routing: Routing) -> Routing:
-        filled_RK = routing.experts >= 0
+        filled_RK = (routing.experts >= 0).to(routing.gates.dtype)
         share_RK = filled_RK * (self.config.choice_weight / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1))
         p_RK = routing.gates + _TINY
         one_RK = p_RK / p_RK.detach() if self.config.router_gradient == "chosen" else 1 + (p_RK - p_RK.detach())
-        return replace(routing, gates=share_RK.to(p_RK.dtype) * one_RK)
+        return replace(routing, gates=share_RK * one_RK)
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
         return self.config.choice_weight * probabilities_RN
