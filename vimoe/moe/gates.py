@@ -35,13 +35,13 @@ class Gate(nn.Module):
 
     def forward(self, routing: Routing) -> Routing:
         """Return the decisions with the weights of this gate; `routing.logits` are those that decided."""
-        return replace(routing, gates=self.divided(routing.gates, routing.experts >= 0))
+        return replace(routing, gates=self.divided(routing.gates, routing.experts))
 
-    def divided(self, gates_RK: Tensor, filled_RK: Tensor) -> Tensor:
-        """Return the weights of filled slots, with the sum 1 in each row that has any where the settings say so."""
+    def divided(self, gates_RK: Tensor, experts_RK: Tensor) -> Tensor:
+        """Return the gates of filled slots, divided by their sum in the row where the settings say so."""
         if not self.config.gates_sum_to_one:
             return gates_RK
-        gates_RK = (gates_RK + _TINY) * filled_RK
+        gates_RK = (gates_RK + _TINY) * (experts_RK >= 0)
         return gates_RK / gates_RK.sum(dim=-1, keepdim=True).clamp(min=_TINY)
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class SigmoidGate(Gate):
     def forward(self, routing: Routing) -> Routing:
         filled_RK = routing.experts >= 0
         gates_RK = self.of_all(routing.gates, routing.logits).gather(-1, routing.experts.clamp(min=0)) * filled_RK
-        return replace(routing, gates=self.divided(gates_RK, filled_RK))
+        return replace(routing, gates=self.divided(gates_RK, routing.experts))
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
         return (logits_RN + self.bias.to(logits_RN.dtype)).sigmoid()

@@ -87,3 +87,14 @@ def test_one_expert_has_constant_weights() -> None:
         Mlp(DIM, HIDDEN), config(router="expert_choice", routing="token", num_experts=1), TokenLayout(1, True)
     )
     assert layer.router.blind and not make(router="expert_choice", k=1, shared=0).router.blind
+
+
+def test_exports_and_compiles_with_any_number_of_images() -> None:
+    """Though the number of filled slots depends on the number of images."""
+    layer = make(router="expert_choice").eval()
+    dynamic = ({0: torch.export.Dim("images", min=2, max=64)},)
+    program = torch.export.export(layer, (tokens(),), dynamic_shapes=dynamic)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for count in (2, 5):
+        torch.testing.assert_close(program.module()(tokens(count)), layer(tokens(count)))
+        torch.testing.assert_close(compiled(tokens(count)), layer(tokens(count)))

@@ -193,6 +193,16 @@ def test_it_is_analysed_and_pruned(router: str, routing: str, gate: str) -> None
 
 
 @every_kind
+def test_its_experts_are_pruned_down_to_top_k(router: str, routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vimoe.analysis.pruning._Greedy.layers", lambda *_: ())  # as if no layer could go
+    model = mixture(router, routing)
+    batches = [(images(model, 10), torch.arange(10) % 5)]
+    pruned = vimoe.prune(model, vimoe.analyze(model, batches, draws=2), batches, tolerance=9, experts=True)
+    assert len(pruned.steps) == 4 and [layer.config.num_experts for layer in layers(model)] == [2, 2]
+    assert model(images(model)).isfinite().all()
+
+
+@every_kind
 def test_its_parameters_and_arithmetic_are_counted(router: str, routing: str) -> None:
     model, parent = upcycle(vit(), config(router=router, routing=routing, top_k=2)), vimoe.count(vit())
     layer, found = layers(model)[0], vimoe.count(model)

@@ -23,8 +23,8 @@ class CosineRouter(SoftmaxRouter):
     """The softmax router on scores s cos(W x, w_i): of X-MoE (arXiv 2204.09179) and GMoE (arXiv 2206.04046).
 
     W projects to P = D / 2 channels, 256 at most. The scale s = exp(`log_scale`) is learnt, starts at 2, and counts as
-    100 where it is larger. The length of a token no longer matters, so that scores do not draw tokens towards the
-    directions of experts (representation collapse, X-MoE section 3.1).
+    100 where it is larger. The length of a token does not matter, so that scores draw tokens less towards the rows of
+    experts (the representation collapse of X-MoE).
 
     P and the scales are GMoE's; X-MoE has P = N / 2. There is no bias in the projection, as in X-MoE. In domain one
     comparison found it the worst router (arXiv 2411.18322); out of domain GMoE found it better than a linear one.
