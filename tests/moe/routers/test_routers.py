@@ -179,10 +179,9 @@ def test_experts_that_are_kept_keep_their_scores_and_their_way_of_training(route
             assert [e for e in row if e != 2] == [(3, 0, 1)[e] for e in left][: len([e for e in row if e != 2])]
 
 
-@every_gate
 @every_kind
-def test_it_is_analysed_and_pruned(router: str, routing: str, gate: str) -> None:
-    model = mixture(router, routing, gate=gate)
+def test_it_is_analysed_and_pruned(router: str, routing: str) -> None:
+    model = mixture(router, routing, gate="choice")
     batches = [(images(model, 10), torch.arange(10) % 5)]
     evidence = vimoe.analyze(model, batches, draws=2)
     for found in evidence.layers:
