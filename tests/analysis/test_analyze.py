@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.kinds import DECIDE
+from helpers.kinds import UNITS
 from helpers.known import CLASSES, Known, loader
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
@@ -41,8 +41,7 @@ def test_cause_is_told_from_specialisation(routing: str, by_class: bool) -> None
         assert effect.loss.high == pytest.approx(0, abs=1e-6) and effect.right.value == 0
 
 
-@pytest.mark.parametrize("routing", ["image", "token"])
-@pytest.mark.parametrize("router", list(DECIDE))
+@pytest.mark.parametrize(("router", "routing"), UNITS)
 def test_figures_of_routers_that_leave_slots_empty_are_counted_by_hand(router: str, routing: str) -> None:
     model = perturb_experts(upcycle(vit(global_pool="avg"), config(router=router, routing=routing)))
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.kinds import DECIDE
+from helpers.kinds import UNITS
 from helpers.tiny import FAMILIES, config, images, layers, perturb_experts, randomise, upcycle, vit
 from torch import Tensor, nn
 
@@ -121,8 +121,7 @@ def test_it_computes_what_a_naive_loop_does(family: str, routing: str, top_k: in
 
 @pytest.mark.parametrize("experts", ["ffn", "low_rank", "scaled"])
 @pytest.mark.parametrize("shared", [0, 1])
-@pytest.mark.parametrize("routing", ["image", "token"])
-@pytest.mark.parametrize("router", ["softmax", *DECIDE])
+@pytest.mark.parametrize(("router", "routing"), [("softmax", "image"), ("softmax", "token"), *UNITS])
 def test_it_computes_what_a_naive_loop_does_for_every_kind_of_router_and_experts(
     router: str, routing: str, shared: int, experts: str
 ) -> None:

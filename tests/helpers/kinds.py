@@ -29,23 +29,6 @@ class Threshold(Router):
         return self.assign(logits, gates, self.preferences(gates.detach()) > 0.5, batch)
 
 
-class ExpertChoice(Router):
-    """Each expert takes its best tokens of each image, a quarter of them (Zhou et al., arXiv 2202.09368)."""
-
-    ragged = tokens_interact = True
-
-    @property
-    def slots(self) -> int:
-        return self.config.num_experts
-
-    def decide(self, logits: Tensor, batch: tuple[int, int]) -> vimoe.Routing:
-        gates = logits.softmax(dim=-1)
-        by_image = self.by_image(gates, batch)
-        best = by_image.topk(-(-by_image.shape[1] // 4), dim=1).indices
-        chosen = torch.zeros_like(by_image, dtype=torch.bool).scatter(1, best, True)
-        return self.assign(logits, gates, chosen.flatten(0, 1), batch)
-
-
 class LowRank(Experts):
     """One base that all experts share, and a difference of low rank for each expert and matrix."""
 
@@ -102,24 +85,26 @@ class Scaled(Experts):
         return ffn.macs(self.dense)
 
 
-ROUTERS.update({"threshold": Threshold, "expert_choice": ExpertChoice})
+ROUTERS["threshold"] = Threshold
 EXPERTS.update({"low_rank": LowRank, "scaled": Scaled})
 
 
-def threshold(scores: list[Tensor]) -> list[dict[int, Tensor]]:
-    """The decisions of `Threshold` for an image."""
+def threshold(scores: list[Tensor], top_k: int) -> list[dict[int, Tensor]]:
+    """The decisions of `Threshold` for an image, with its own weights."""
     gates = [[1 / (1 + (-s).exp()) for s in token] for token in scores]
     return [{i: gate for i, gate in enumerate(token) if gate > 0.5} for token in gates]
 
 
-def expert_choice(scores: list[Tensor]) -> list[dict[int, Tensor]]:
-    """The decisions of `ExpertChoice` for an image."""
-    gates = [F.softmax(token, dim=0) for token in scores]
+def expert_choice(scores: list[Tensor], top_k: int) -> list[dict[int, Tensor]]:
+    """The decisions of vimoe's "expert_choice" for an image, with its own weights."""
+    weights = [F.softmax(token, dim=0) for token in scores]
     decided: list[dict[int, Tensor]] = [{} for _ in scores]
+    capacity = max(1, round(top_k * len(scores) / len(scores[0])))
     for e in range(len(scores[0])):
-        for t in sorted(range(len(scores)), key=lambda t: -gates[t][e].item())[: -(-len(scores) // 4)]:
-            decided[t][e] = gates[t][e]
+        for t in sorted(range(len(scores)), key=lambda t: -weights[t][e].item())[:capacity]:
+            decided[t][e] = weights[t][e]
     return decided
 
 
 DECIDE = {"threshold": threshold, "expert_choice": expert_choice}
+UNITS: list[tuple[str, str]] = [("threshold", "image"), ("threshold", "token"), ("expert_choice", "token")]

@@ -46,7 +46,8 @@ LAYOUTS = {
 COMBINE = {"mix": ("mix", False), "sum": ("sum", False), "sum, normalised": ("sum", True)}
 
 
-Decide = Callable[[list[Tensor]], list[dict[int, Tensor]]]
+Score = Callable[[dict[str, Tensor], Tensor, int], Tensor]
+Decide = Callable[[list[Tensor], int], list[dict[int, Tensor]]]
 OfExpert = Callable[[dict[str, Tensor], int], dict[str, Tensor]]
 
 
@@ -74,12 +75,13 @@ def tokens(images: int = IMAGES, length: int = TOKENS) -> Tensor:
 
 
 def by_reference(
-    layer: vimoe.MoE, x: Tensor, weights: dict[str, Tensor], chosen: list | None = None, decide: Decide | None = None,
-    of_expert: OfExpert = lambda own, e: {name: w[e] for name, w in own.items()},
+    layer: vimoe.MoE, x: Tensor, weights: dict[str, Tensor], chosen: list | None = None, score: Score | None = None,
+    decide: Decide | None = None, of_expert: OfExpert = lambda own, e: {name: w[e] for name, w in own.items()},
 ) -> Tensor:  # fmt: skip
     """Output of the reference for these weights of the layer, which are named as in the layer.
 
-    `of_expert` gives the canonical weights of an expert, by default those stacked at its index.
+    `score` gives the scores of a feature and its place in the image, by the router's weights. `of_expert` gives the
+    canonical weights of an expert, by default those stacked at its index.
     """
     config, layout = layer.config, layer.router.layout
     experts = [
@@ -89,6 +91,7 @@ def by_reference(
         for e in range(config.num_experts)
     ]
     shared = {n.removeprefix("shared."): w for n, w in weights.items() if n.startswith("shared.")}
+    of_router = {n.removeprefix("router."): w for n, w in weights.items() if n.startswith("router.")}
     return reference.moe(
         x,
         weights["router.weight"],
@@ -101,7 +104,11 @@ def by_reference(
         combine=config.combine,
         normalize_gates=config.normalize_gates,
         chosen=chosen,
+        score=None if score is None else lambda feature, place: score(of_router, feature, place),
         decide=decide,
+        gate=config.gate,
+        gate_weight=config.gate_weight or (0.5 if shared and not config.normalize_gates else 1.0),
+        gate_bias=of_router.get("gate.bias", 0.0),
     )
 
 
@@ -144,7 +151,8 @@ def assert_agrees(layer: vimoe.MoE, x: Tensor, all_used: bool = True, **referenc
     x = x.detach().requires_grad_()
     exact = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
     exact_x = x.detach().double().requires_grad_()
-    y, exact_y = layer(x), by_reference(layer, exact_x, exact, **reference)
+    fixed = {name: b.double() for name, b in layer.named_buffers()}
+    y, exact_y = layer(x), by_reference(layer, exact_x, {**exact, **fixed}, **reference)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
     (y * direction).sum().backward()
     (exact_y * direction).sum().backward()

@@ -50,34 +50,50 @@ def moe(
     combine: str,
     normalize_gates: bool,
     chosen: Sequence[Sequence[int]] | None = None,
-    decide: Callable[[list[Tensor]], list[dict[int, Tensor]]] | None = None,
+    score: Callable[[Tensor, int], Tensor] | None = None,
+    decide: Callable[[list[Tensor], int], list[dict[int, Tensor]]] | None = None,
+    gate: str = "probability",
+    gate_weight: float = 0.5,
+    gate_bias: Tensor | float = 0.0,
 ) -> Tensor:
     """(B, T, D) to (B, T, D). `chosen` replaces the router's choice (where scores tie, any choice is right).
 
-    `decide` replaces softmax and top-k: for the scores of each token of an image (or of the image, alone) it gives the
-    gates of the chosen experts.
+    `score` replaces the linear map: it gives the scores of a feature, and of its place in the image. `decide` replaces
+    softmax and top-k: for the scores of each token of an image (or of the image, alone) and k it gives the router's own
+    weights of the chosen experts.
     """
+    normal = normalize_gates or (combine == "mix" and shared is None)
     outputs = []
     for b, image in enumerate(x):
         features = list(image) if routing == "token" else [image[0] if class_token else mean(image[num_prefix_tokens:])]
-        scores = [affine(feature, router, None) for feature in features]
+        scores = [score(feature, t) if score else affine(feature, router, None) for t, feature in enumerate(features)]
         if decide is not None:
-            gates = decide(scores)
+            own = decide(scores, top_k)
         else:
-            normal = normalize_gates or (combine == "mix" and shared is None)
             best = chosen[b * len(scores) :] if chosen else [None] * len(scores)
-            gates = [_softmax(each, top_k, normal, best[i]) for i, each in enumerate(scores)]
+            own = [_softmax(each, top_k, best[i]) for i, each in enumerate(scores)]
+        gates = [gated(*each, gate, gate_weight, gate_bias, normal) for each in zip(own, scores, strict=True)]
         for t, token in enumerate(image):
             outputs.append(_combine(token, gates[t if routing == "token" else 0], experts, shared, combine))
     return torch.stack(outputs).view_as(x)
 
 
-def _softmax(scores: Tensor, top_k: int, normal: bool, chosen: Sequence[int] | None) -> dict[int, Tensor]:
+def gated(
+    own: dict[int, Tensor], scores: Tensor, kind: str, weight: float, bias: Tensor | float, normal: bool
+) -> dict[int, Tensor]:
+    """The gates of a row's chosen experts, from the router's own weights of them, and the scores of all experts."""
+    if kind == "choice":
+        return {i: weight / len(own) * p / p.detach() for i, p in own.items()}
+    if kind == "sigmoid":
+        own = {i: 1 / (1 + (-scores[i] - bias).exp()) for i in own}
+    return {i: gate / sum(own.values()) for i, gate in own.items()} if normal else own
+
+
+def _softmax(scores: Tensor, top_k: int, chosen: Sequence[int] | None) -> dict[int, Tensor]:
     exponentials = (scores - scores.max()).exp()
     probabilities = list(exponentials / exponentials.sum())
     best = chosen or sorted(range(len(probabilities)), key=lambda i: -probabilities[i].item())
-    gates = {i: probabilities[i] for i in best[:top_k]}
-    return {i: gate / sum(gates.values()) for i, gate in gates.items()} if normal else gates
+    return {i: probabilities[i] for i in best[:top_k]}
 
 
 def mean(vectors: Tensor) -> Tensor:

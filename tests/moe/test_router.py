@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kinds import DECIDE
+from helpers.kinds import UNITS
 from helpers.layers import DIM, HIDDEN, assert_close, by_reference, tokens
 from helpers.routers import MANY, make, routing_of
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from timm.layers import Mlp
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 import vimoe
 from vimoe.analysis.interventions import Subjects, Without, measure
-from vimoe.config.moe import ROUTERS
 from vimoe.moe.router import TokenLayout
-from vimoe.moe.routers.softmax import SoftmaxRouter
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ from vimoe.moe.routers.softmax import SoftmaxRouter
 )
 def test_a_router_is_blind_where_its_only_gate_is_always_one(settings: dict, blind: bool) -> None:
     router = make(**settings).router
-    gates = router.decide(torch.randn(9, router.config.num_experts), (9, 1)).gates
+    gates = router.route(torch.randn(9, router.config.num_experts), (9, 1)).gates
     assert router.blind == blind == bool((gates == 1).all())
 
 
@@ -160,7 +158,7 @@ def test_gates_of_experts_that_the_router_rules_out_still_sum_to_one() -> None:
         settings = config(top_k=k, num_shared_experts=0, routing="token", bias_update_rate=0.001)
         layer = with_bias(vimoe.MoE(Mlp(DIM, HIDDEN), settings, TokenLayout(1, True)), 0.0, 0.0, 3.0, 2.0)
         logits = torch.tensor([[500.0, 0.0, -3.0, 4.0]], requires_grad=True)
-        routing = layer.router.decide(logits, (1, 1))
+        routing = layer.router.route(logits, (1, 1))
         assert routing.experts.tolist() == [[2, 3][:k]] and not routing.probabilities[0, 2:].any()
         assert routing.gates.detach().sum().item() == pytest.approx(1)
         routing.gates[:, 0].sum().backward()
@@ -310,8 +308,7 @@ def test_slots_that_no_expert_is_left_for_are_empty(monkeypatch: pytest.MonkeyPa
     assert layer(x).isfinite().all()
 
 
-@pytest.mark.parametrize("routing", ["image", "token"])
-@pytest.mark.parametrize("router", ["softmax", *DECIDE])
+@pytest.mark.parametrize(("router", "routing"), [("softmax", "image"), ("softmax", "token"), *UNITS])
 def test_every_router_takes_an_empty_batch(router: str, routing: str) -> None:
     layer = make(router=router, routing=routing)
     assert layer(tokens(images=0)).shape == tokens(images=0).shape
@@ -325,33 +322,3 @@ def test_gates_at_equal_scores_follow_from_no_bias_and_no_chance() -> None:
     assert layer.router.neutral_gate_mass().tolist() == [0.0] * 4  # sigmoid(0) is not above a half
     assert torch.equal(torch.get_rng_state(), before)
     assert layer.router.training and layer.router.choice_bias.tolist() == [1.0] * 4
-
-
-class Cosine(SoftmaxRouter):
-    """Scores are cosines of a projection and each expert's row, divided by a temperature (V-MoE's successors)."""
-
-    def __init__(self, dim: int, *args: object, **kwargs: object) -> None:
-        super().__init__(dim, *args, **kwargs)
-        self.projection = nn.Parameter(torch.eye(dim))
-
-    def score(self, feature: Tensor) -> Tensor:
-        return 10 * F.normalize(feature.float() @ self.projection.T) @ F.normalize(self.weight).T
-
-    @property
-    def macs(self) -> int:
-        return self.projection.numel() + self.weight.numel()
-
-
-@pytest.mark.parametrize("routing", ["image", "token"])
-def test_a_router_has_scores_and_multiply_adds_of_its_own(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ROUTERS, "cosine", Cosine)
-    layer, x = make(router="cosine", routing=routing), tokens()
-    found, feature = routing_of(layer, x), x.flatten(0, 1) if routing == "token" else x[:, 0]
-    projected = feature @ layer.router.projection.T
-    expected = 10 * F.cosine_similarity(projected[:, None], layer.router.weight, dim=-1)
-    torch.testing.assert_close(found.logits, expected)
-    plain = upcycle(vit(), config(routing=routing))
-    cosine = upcycle(vit(), config(routing=routing, router="cosine"))
-    rows = (1 + plain.patch_embed.num_patches) if routing == "token" else 1
-    dim = layers(plain)[0].router.weight.shape[1]
-    assert vimoe.count(cosine).macs - vimoe.count(plain).macs == 2 * rows * dim * dim

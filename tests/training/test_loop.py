@@ -6,7 +6,6 @@ import logging
 from dataclasses import fields, replace
 from pathlib import Path
 
-import helpers.kinds  # noqa: F401  the router "expert_choice"
 import pytest
 import torch
 from helpers.tiny import layers, perturb_experts

@@ -100,7 +100,7 @@ class MoEConfig:
         gate: weight of the chosen experts, a name in `GATES`. "probability" is the router's own; "choice" lets them
             weigh `gate_weight` together, whatever the scores; "sigmoid" has an own sigmoid of each score.
         gate_weight: weight of the chosen experts together, with gate="choice"; by default 0.5 with a shared expert and
-            1 without. A weight of 1 leaves the shared expert of a "mix" without a gradient.
+            1 without, or with `normalize_gates`. A weight of 1 leaves the shared expert of a "mix" without a gradient.
         router_gradient: outputs that train the router: "chosen" experts', with "default_vectors" also each other
             expert's mean output (after Default MoE, arXiv 2504.12463), or with "dense" also all other experts' own
             outputs (DenseMixer). The last two change gradients alone, not what the layer computes.
@@ -194,8 +194,8 @@ class MoEConfig:
     @property
     def choice_weight(self) -> float:
         """Weight of the chosen experts together, with gate="choice"."""
-        alone = self.combine == "mix" and self.num_shared_experts == 0
-        return self.gate_weight or (1.0 if alone else 0.5)
+        divided = self.num_shared_experts == 0 or self.gates_sum_to_one
+        return self.gate_weight or (1.0 if divided else 0.5)
 
     @property
     def gates_sum_to_one(self) -> bool:

@@ -105,10 +105,12 @@ def _pack(model: nn.Module) -> None:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    exact = {p: p.detach().clone() for layer in moe_layers(model).values() for p in layer.router.parameters()}
+    routers = {layer: layer.router for layer in moe_layers(model).values()}
+    for layer in routers:
+        layer.router = nn.Identity()  # type: ignore[assignment]
     model.to(dtype)
-    for parameter, value in exact.items():
-        parameter.data = value
+    for layer, router in routers.items():
+        layer.router = router
 
     def cast(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args]

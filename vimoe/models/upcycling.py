@@ -135,7 +135,8 @@ def build_layers(model: nn.Module, config: MoEConfig) -> list[str]:
 
 def _swap(model: nn.Module, config: MoEConfig, replaced: dict[str, nn.Module]) -> list[str]:
     surgery.swap(model, replaced)
-    if any(isinstance(module, MoE) and module.router.blind for module in replaced.values()):
+    routers = [module.router for module in replaced.values() if isinstance(module, MoE)]
+    if any(router.blind and any(True for _ in router.parameters()) for router in routers):  # a fixed one has nothing
         warnings.warn(
             f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
             f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",

@@ -70,7 +70,7 @@ def dispatch(routing: Routing) -> Dispatch | RaggedDispatch:
     if routing.ragged:
         pairs = routing.pairs
         order = pairs.expert.argsort(stable=True)
-        return RaggedDispatch(pairs.row[order], routing.load, pairs.gate[order], len(routing.experts))
+        return RaggedDispatch(pairs.row[order], routing.load, pairs.gate[order], routing.experts.shape[0])
     chosen = routing.experts.flatten()
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if chosen.shape[0] == 1 and not tracing:  # one image for one expert; a trace would be of one image for ever

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from vimoe.config.moe import MoEConfig
 from vimoe.moe.routing import Routing
 
-_TINY = 1e-30  # a probability that has rounded to 0 is a choice all the same, and 0/0 is none
+_TINY = 1e-30  # a weight that has rounded to 0 is a choice all the same, and 0/0 is none
 
 
 class Gate(nn.Module):
-    """The gate "probability", and the base of the others: the router's own gates.
+    """The gate "probability", and the base of the others: the router's own weights.
+
+    They are divided by their sum over the chosen experts where `MoEConfig.gates_sum_to_one`.
 
     A gate turns a `Routing` into one with other `gates`, and the same experts. The contract: empty slots keep the gate
     0, and gates depend on the scores of their row alone.
@@ -33,7 +35,14 @@ class Gate(nn.Module):
 
     def forward(self, routing: Routing) -> Routing:
         """Return the decisions with the weights of this gate; `routing.logits` are those that decided."""
-        return routing
+        return replace(routing, gates=self.divided(routing.gates, routing.experts))
+
+    def divided(self, gates_RK: Tensor, experts_RK: Tensor) -> Tensor:
+        """Return the gates of filled slots, divided by their sum in the row where the settings say so."""
+        if not self.config.gates_sum_to_one:
+            return gates_RK
+        gates_RK = (gates_RK + _TINY) * (experts_RK >= 0)
+        return gates_RK / gates_RK.sum(dim=-1, keepdim=True).clamp(min=_TINY)
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
         """Return (R, N) the gates of all experts, chosen or not, through which `moe.router_gradient` trains a router.
@@ -44,10 +53,14 @@ class Gate(nn.Module):
         """
         return probabilities_RN
 
-    @property
-    def blind(self) -> bool:
-        """True if gates made from a softmax over all experts are constant, so that they train no router."""
-        return self.config.num_experts == 1 or (self.config.top_k == 1 and self.config.gates_sum_to_one)
+    def blind(self, slots: int, constant: bool) -> bool:
+        """Return True if the gates are constant, so that they train no router.
+
+        Args:
+            slots: K, the most experts that a row can get.
+            constant: True if the router's own weights are constant.
+        """
+        return constant or (slots == 1 and self.config.gates_sum_to_one)
 
 
 class ChoiceGate(Gate):
@@ -61,18 +74,17 @@ class ChoiceGate(Gate):
     """
 
     def forward(self, routing: Routing) -> Routing:
-        filled_RK = routing.experts >= 0
+        filled_RK = (routing.experts >= 0).to(routing.gates.dtype)
         share_RK = filled_RK * (self.config.choice_weight / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1))
         p_RK = routing.gates + _TINY
-        one_RK = p_RK / p_RK.detach() if self.config.router_gradient == "chosen" else 1 + p_RK - p_RK.detach()
-        return replace(routing, gates=share_RK.to(p_RK.dtype) * one_RK)
+        one_RK = p_RK / p_RK.detach() if self.config.router_gradient == "chosen" else 1 + (p_RK - p_RK.detach())
+        return replace(routing, gates=share_RK * one_RK)
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
         return self.config.choice_weight * probabilities_RN
 
-    @property
-    def blind(self) -> bool:
-        return self.config.num_experts == 1
+    def blind(self, slots: int, constant: bool) -> bool:
+        return constant
 
 
 class SigmoidGate(Gate):
@@ -88,13 +100,10 @@ class SigmoidGate(Gate):
     def forward(self, routing: Routing) -> Routing:
         filled_RK = routing.experts >= 0
         gates_RK = self.of_all(routing.gates, routing.logits).gather(-1, routing.experts.clamp(min=0)) * filled_RK
-        if self.config.gates_sum_to_one:
-            gates_RK = gates_RK / gates_RK.sum(dim=-1, keepdim=True).clamp(min=_TINY)
-        return replace(routing, gates=gates_RK)
+        return replace(routing, gates=self.divided(gates_RK, routing.experts))
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
         return (logits_RN + self.bias.to(logits_RN.dtype)).sigmoid()
 
-    @property
-    def blind(self) -> bool:
-        return self.config.top_k == 1 and self.config.gates_sum_to_one
+    def blind(self, slots: int, constant: bool) -> bool:
+        return slots == 1 and self.config.gates_sum_to_one

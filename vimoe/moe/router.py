@@ -61,14 +61,16 @@ class Router(nn.Module):
     - At least `config.top_k` experts are there to choose from, also after pruning. They may be fewer than K.
     - A router whose scores are no linear map overrides `score`, and `macs` if it has further matrices.
     - A router with parameters or buffers of its own for each expert overrides `keep`, and removes their rows as well.
-    - A tensor that no training may change is a buffer.
+    - A tensor that no training may change is a buffer; `fixed` makes `weight` one.
     - `decide` gives each chosen expert the router's own weight, such as a probability, of which `gate` then makes the
-      final one. `probabilities` gives such a weight for each expert.
+      final one: it also divides by their sum, where the settings ask for it. `probabilities` gives such a weight for
+      each expert.
 
     Attributes:
         units: values of `moe.routing` that the router can do.
         gated: True if its gates are weights of chosen experts, so that `moe.gate` and `moe.router_gradient` can act.
         needs_images: True if `calibrate` has to be called before the router is used.
+        fixed: True if `weight` is a buffer, which nothing trains or unfreezes.
         ragged: True if a row may get fewer than K experts, so that slots can be empty.
         tokens_interact: True if a token's decision depends on other tokens of its image.
         adjustable: True if `decide` chooses by `preferences`, so that a bias and random decisions can act. Otherwise
@@ -93,9 +95,11 @@ class Router(nn.Module):
     units: tuple[RoutedUnit, ...] = ("image", "token")
     gated = True
     needs_images = False
+    fixed = False
     ragged = False
     tokens_interact = False
     adjustable = False
+    weight: Tensor
     choice_bias: Tensor | None
     random_share: Tensor | None
 
@@ -104,8 +108,12 @@ class Router(nn.Module):
         self._check(config)
         self.config, self.layout = config, layout
         self.gate = GATES.find(config.gate)(config, like)
-        self.weight = nn.Parameter(torch.empty(config.num_experts, dim, dtype=like.dtype, device=like.device))
-        nn.init.trunc_normal_(self.weight, std=INIT_STD)
+        weight_ND = torch.empty(config.num_experts, dim, dtype=like.dtype, device=like.device)
+        nn.init.trunc_normal_(weight_ND, std=INIT_STD)
+        if self.fixed:
+            self.register_buffer("weight", weight_ND)
+        else:
+            self.weight = nn.Parameter(weight_ND)
         bias_N = torch.zeros(config.num_experts, dtype=torch.float32, device=like.device)
         self.register_buffer("choice_bias", bias_N if config.bias_update_rate else None)
         self.register_buffer("random_share", None, persistent=False)
@@ -172,22 +180,32 @@ class Router(nn.Module):
 
     @property
     def blind(self) -> bool:
-        """True if the task loss can never train the router, because its gates are constant."""
-        return False
+        """True if the task loss can never train the router, because its gates are constant.
+
+        The router's own weights are taken to vary. One whose are a softmax over all experts has constant ones if there
+        is one expert.
+        """
+        return bool(self.gate.blind(self.slots, constant=False))
 
     @torch.no_grad()
     def neutral_gate_mass(self) -> Tensor:
-        """(N,) mean gate of each expert if all scores are equal, without bias or chance."""
+        """(N,) mean gate of each expert if all scores are equal, without bias or chance.
+
+        They are equal but for 1e-12, so that ties do not send all rows to the same experts: row r prefers expert r.
+        """
         n = self.config.num_experts
         neutral = copy.deepcopy(self).eval()
         neutral.choice_bias = None
-        routing = neutral.route(torch.zeros(1, n, device=self.weight.device), (1, 1))
-        return torch.full((n,), float(routing.gates.sum()) / n)
+        rows_N = torch.arange(n, dtype=torch.float64, device=self.weight.device)
+        scores_NN = -1e-12 * ((rows_N - rows_N[:, None]) % n)
+        routing = neutral.route(scores_NN, (1, n) if self.config.routing == "token" else (n, 1))
+        return torch.full((n,), float(routing.gates.sum()) / n**2)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Remove all other experts, in place. At least `config.top_k` must stay."""
         self.config = self.gate.config = replace(self.config, num_experts=len(kept))
-        self.weight = nn.Parameter(self.weight.detach()[list(kept)], requires_grad=self.weight.requires_grad)
+        rows_ND = self.weight.detach()[list(kept)]
+        self.weight = rows_ND if self.fixed else nn.Parameter(rows_ND, requires_grad=self.weight.requires_grad)
         if self.choice_bias is not None:
             self.choice_bias = self.choice_bias[list(kept)]
 
