@@ -48,9 +48,13 @@ class Experts(nn.Module):
       `weights`. It is not merged, not packed, and compared by its outputs alone.
     - A kind that gives each expert all its weights for itself says `separate`, and has `set_weights`, by which a start
       (`moe.init`) makes experts differ.
+    - With exactly one shared expert, `dense` is the module that becomes it. A kind may read its weights in `forward`;
+      it holds the module unregistered, since the layer registers it, and returns it as `base`.
+    - A kind with buffers for each expert overrides `keep`, and removes their rows as well.
 
     Attributes:
         are_ffns: True if `weights` is there.
+        base: FFN whose own weights all experts read, which may be the shared expert; None if there is none.
         separate: True if `set_weights` is there.
         num_experts: N.
         kind: the dense FFN apart from its weights.
@@ -67,6 +71,7 @@ class Experts(nn.Module):
     """
 
     are_ffns = True
+    base: nn.Module | None = None
     separate = False
 
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
@@ -82,6 +87,11 @@ class Experts(nn.Module):
     def roles(self) -> dict[str, Role]:
         """Role of each parameter, by its name in `named_parameters`."""
         raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Number of hidden units of an expert in `weights`; means are taken of experts as wide as the FFN."""
+        return self.kind.hidden
 
     def weights(self, expert: int) -> ffn.Weights:
         """Return the canonical weights of one expert, as views where that can be."""
@@ -106,7 +116,8 @@ class Experts(nn.Module):
         return torch.cat(outputs) if outputs else rows
 
     def _expert(self, weights: ffn.Weights, x: Tensor) -> Tensor:
-        hidden = self.drop1(ffn.hidden(self.kind, weights, x))
+        first = F.linear(x, weights["fc1.weight"], weights.get("fc1.bias"))
+        hidden = ffn.activated(self.kind, weights, first, self.drop1)
         y: Tensor = self.drop2(F.linear(hidden, weights["fc2.weight"], weights.get("fc2.bias")))
         return y
 
