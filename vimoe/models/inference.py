@@ -87,13 +87,13 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
 
 
 def _pack(model: nn.Module) -> None:
-    read = set[nn.Module | None]()  # by experts that stay as they are
+    read = set[nn.Module]()  # by experts that stay as they are
     for layer in moe_layers(model).values():
         experts = layer.experts
         if experts.are_ffns and can_pack(experts.weights(0)["fc1.weight"]) and not has_hooks(experts):
             layer.experts = PackedExperts(experts)  # type: ignore[assignment]
         else:
-            read.add(experts.base)
+            read.update(experts.reads)
     for module in model.modules():
         if module in read:
             continue

@@ -49,12 +49,11 @@ class Experts(nn.Module):
     - A kind that gives each expert all its weights for itself says `separate`, and has `set_weights`, by which a start
       (`moe.init`) makes experts differ.
     - With exactly one shared expert, `dense` is the module that becomes it. A kind may read its weights in `forward`;
-      it holds the module unregistered, since the layer registers it, and returns it as `base`.
+      it holds the module unregistered, since the layer registers it, and returns it in `reads`.
     - A kind with buffers for each expert overrides `keep`, and removes their rows as well.
 
     Attributes:
         are_ffns: True if `weights` is there.
-        base: FFN whose own weights all experts read, which may be the shared expert; None if there is none.
         separate: True if `set_weights` is there.
         num_experts: N.
         kind: the dense FFN apart from its weights.
@@ -71,7 +70,6 @@ class Experts(nn.Module):
     """
 
     are_ffns = True
-    base: nn.Module | None = None
     separate = False
 
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
@@ -87,6 +85,11 @@ class Experts(nn.Module):
     def roles(self) -> dict[str, Role]:
         """Role of each parameter, by its name in `named_parameters`."""
         raise NotImplementedError
+
+    @property
+    def reads(self) -> tuple[nn.Module, ...]:
+        """Modules whose weights the experts read where they stand, such as the shared expert."""
+        return ()
 
     @property
     def width(self) -> int:

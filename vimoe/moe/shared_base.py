@@ -29,13 +29,18 @@ class SharedBase(Experts):
         super().__init__(dense, config)
         if config.num_shared_experts != 1:
             dense = self.own = ffn.build(dense, ffn.read(dense)).requires_grad_(True)
-        # in a tuple, because the layer's shared expert is registered there; copies of a layer keep the two the same
+        # in a tuple, because the layer registers its shared expert; copies of a layer keep the two the same
         self._base = (dense,)
 
     @property
     def base(self) -> nn.Module:
         """The FFN that all experts change."""
         return self._base[0]
+
+    @property
+    def reads(self) -> tuple[nn.Module, ...]:
+        """The base, by `forward` and `weights`."""
+        return self._base
 
     @property
     def roles(self) -> dict[str, Role]:
