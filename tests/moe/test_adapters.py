@@ -34,6 +34,14 @@ def test_each_expert_is_an_ffn_of_more_hidden_units(dense: str) -> None:
     assert experts.macs == experts.weights(0)["fc1.weight"].numel() + experts.weights(0)["fc2.weight"].numel()
 
 
+def test_dropout_is_on_the_hidden_units_of_the_ffn_and_of_the_adapter() -> None:
+    experts = make(experts="adapter", rank=2, expert_dropout=0.5).experts
+    dropped: dict[int, float] = {}
+    experts.drop1.register_forward_hook(lambda _, args, y: dropped.update({y.shape[-1]: (y == 0).float().mean()}))
+    experts(torch.randn(400, 1, 8), None, torch.tensor([400, 0, 0, 0]))
+    assert {width: pytest.approx(0.5, abs=0.1) for width in (12, 2)} == dropped
+
+
 def test_up_starts_at_zero_and_down_as_a_linear_map() -> None:
     layer = layers(upcycle(vit(embed_dim=64), config(experts="adapter", rank=32)))[0]
     assert not layer.experts.up.weight.any() and not layer.experts.down.bias.any()

@@ -14,6 +14,7 @@ from helpers.layers import EXPERTS, FFNS, LAYOUTS, assert_agrees, make, tokens
 from helpers.pages import Reader
 from helpers.pictures import roles
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
+from timm.layers import Mlp
 
 import vimoe
 from vimoe.analysis.expert_similarity import compare_experts
@@ -54,6 +55,19 @@ def test_every_kind_starts_as_the_dense_ffn(family: str, kind: str) -> None:
     parent = vit(family)
     model = upcycle(copy.deepcopy(parent), config(experts=kind))
     torch.testing.assert_close(model(images(parent)), parent(images(parent)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adapter"])
+@torch.no_grad()
+def test_dropouts_stand_where_the_ffn_has_them(kind: str) -> None:
+    """Before the norm and on the output; with the same masks every kind gives what the dense FFN gives."""
+    dense = Mlp(8, 12, norm_layer=torch.nn.LayerNorm, drop=(0.5, 0.25)).train()
+    layer = vimoe.MoE(dense, config(experts=kind), make().router.layout)
+    x = tokens().flatten(0, 1)[:, None]
+    torch.manual_seed(0)
+    expected = dense(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer.experts(x, None, torch.tensor([0, 0, len(x), 0])), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
