@@ -30,7 +30,7 @@ class Threshold(Router):
 
 
 class LowRank(Experts):
-    """One base that all experts share, and a difference of low rank for each expert and matrix."""
+    """One base that all experts share, and a difference of low rank; `forward` is the inherited loop over `weights`."""
 
     def __init__(self, dense: nn.Module, config: vimoe.MoEConfig) -> None:
         super().__init__(dense, config)

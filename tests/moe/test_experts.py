@@ -14,6 +14,7 @@ from helpers.layers import EXPERTS, FFNS, LAYOUTS, assert_agrees, make, tokens
 from helpers.pages import Reader
 from helpers.pictures import roles
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
+from timm.layers import Mlp
 
 import vimoe
 from vimoe.analysis.expert_similarity import compare_experts
@@ -24,7 +25,7 @@ from vimoe.moe.experts import Role
 from vimoe.moe.packed import PackedExperts, can_pack
 from vimoe.training.parameter_groups import parameter_groups
 
-KINDS = ["ffn", "low_rank", "scaled"]
+KINDS = ["ffn", "lora", "delta", "adapter", "low_rank", "scaled"]
 
 
 @pytest.mark.parametrize(
@@ -53,17 +54,32 @@ def test_stacked_ffns_compute_what_their_weights_say(dense: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dense", ["mlp", "swiglu, norm"])
+@pytest.mark.parametrize("family", ["vit", "dinov2, packed SwiGLU", "eva02, SwiGLU with inner norm"])
 @torch.no_grad()
-def test_every_kind_starts_as_the_dense_ffn(dense: str, kind: str) -> None:
-    parent = vit() if dense == "mlp" else vit("eva02, SwiGLU with inner norm")
+def test_every_kind_starts_as_the_dense_ffn(family: str, kind: str) -> None:
+    if kind == "adapter" and "inner norm" in family:
+        pytest.skip("adapters refuse a norm")
+    parent = vit(family)
     model = upcycle(copy.deepcopy(parent), config(experts=kind))
     torch.testing.assert_close(model(images(parent)), parent(images(parent)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adapter"])
+@torch.no_grad()
+def test_dropouts_stand_where_the_ffn_has_them(kind: str) -> None:
+    """Before the norm and on the output; with the same masks every kind gives what the dense FFN gives."""
+    dense = Mlp(8, 12, norm_layer=torch.nn.LayerNorm, drop=(0.5, 0.25)).train()
+    layer = vimoe.MoE(dense, config(experts=kind), make().router.layout)
+    x = tokens().flatten(0, 1)[:, None]
+    torch.manual_seed(0)
+    expected = dense(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(layer.experts(x, None, torch.tensor([0, 0, len(x), 0])), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_decay_follows_from_roles(kind: str) -> None:
-    model = upcycle(vit(), config(experts=kind))
+    model = upcycle(vit(), config(experts=kind, num_shared_experts=0, top_k=2))
     groups = parameter_groups(model, TrainConfig(weight_decay=0.05, expert_weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     experts = layers(model)[0].experts

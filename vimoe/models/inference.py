@@ -87,11 +87,16 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
 
 
 def _pack(model: nn.Module) -> None:
+    read = set[nn.Module]()  # by experts that stay as they are
     for layer in moe_layers(model).values():
         experts = layer.experts
         if experts.are_ffns and can_pack(experts.weights(0)["fc1.weight"]) and not has_hooks(experts):
             layer.experts = PackedExperts(experts)  # type: ignore[assignment]
+        else:
+            read.update(experts.reads)
     for module in model.modules():
+        if module in read:
+            continue
         linears = {name: child for name, child in module.named_children() if type(child) is nn.Linear}
         if type(module) not in _CALL_LINEARS or not all(can_pack(linear.weight) for linear in linears.values()):
             continue

@@ -286,8 +286,12 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
         elif config.num_shared_experts > 1:
             found = f"{config.num_shared_experts} shared experts, which are wider than its experts"
             expected = "at most 1"
-        else:
+        elif not layer.experts.are_ffns:
             found, expected = f"experts of the kind {config.experts!r}, which are no FFNs", "FFNs"
+        else:
+            units = layer.experts.kind.hidden
+            found = f"experts of the kind {config.experts!r} with {layer.experts.width} hidden units"
+            expected = f"the FFN's {units}"
         others = " or ".join(f"how={other!r}" for other in layer.densify_methods)
         remedy = f"use {others}" if others else "it cannot be made dense, so leave it out of layers"
         raise SurgeryError(f"{site} has {found}: expected {expected} for how={how!r}; {remedy}")

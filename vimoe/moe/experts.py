@@ -48,6 +48,9 @@ class Experts(nn.Module):
       `weights`. It is not merged, not packed, and compared by its outputs alone.
     - A kind that gives each expert all its weights for itself says `separate`, and has `set_weights`, by which a start
       (`moe.init`) makes experts differ.
+    - With exactly one shared expert, `dense` is the module that becomes it. A kind may read its weights in `forward`;
+      it holds the module unregistered, since the layer registers it, and returns it in `reads`.
+    - A kind with buffers for each expert overrides `keep`, and removes their rows as well.
 
     Attributes:
         are_ffns: True if `weights` is there.
@@ -83,6 +86,16 @@ class Experts(nn.Module):
         """Role of each parameter, by its name in `named_parameters`."""
         raise NotImplementedError
 
+    @property
+    def reads(self) -> tuple[nn.Module, ...]:
+        """Modules whose weights the experts read where they stand, such as the shared expert."""
+        return ()
+
+    @property
+    def width(self) -> int:
+        """Number of hidden units of an expert in `weights`; means are taken of experts as wide as the FFN."""
+        return self.kind.hidden
+
     def weights(self, expert: int) -> ffn.Weights:
         """Return the canonical weights of one expert, as views where that can be."""
         raise NotImplementedError
@@ -106,7 +119,8 @@ class Experts(nn.Module):
         return torch.cat(outputs) if outputs else rows
 
     def _expert(self, weights: ffn.Weights, x: Tensor) -> Tensor:
-        hidden = self.drop1(ffn.hidden(self.kind, weights, x))
+        first = F.linear(x, weights["fc1.weight"], weights.get("fc1.bias"))
+        hidden = ffn.activated(self.kind, weights, first, self.drop1)
         y: Tensor = self.drop2(F.linear(hidden, weights["fc2.weight"], weights.get("fc2.bias")))
         return y
 

@@ -87,7 +87,8 @@ class Kind:
         own: Weights = dict(module.named_parameters())
         found: Weights = {}
         for part in ("weight", "bias"):
-            halves = [own[name] for each in self.fc1 if (name := f"{each}.{part}") in own]
+            names = [f"{each}.{part}" for each in self.fc1]
+            halves = [own[name] for name in names if name in own]  # no := inside, which torch.compile cannot trace
             if halves:
                 found[f"fc1.{part}"] = self._ordered(module, halves[0] if len(halves) == 1 else torch.cat(halves))
             for layer, theirs in (("norm", self.norm), ("fc2", self.fc2)):
@@ -184,15 +185,21 @@ def macs(module: Any) -> int:
 
 def hidden(kind: FFN, weights: Weights, x: Tensor) -> Tensor:
     """(..., D) to (..., F): what the last matrix of an FFN with these weights gets, without dropout."""
-    first = F.linear(x, weights["fc1.weight"], weights.get("fc1.bias"))
+    return activated(kind, weights, F.linear(x, weights["fc1.weight"], weights.get("fc1.bias")))
+
+
+def activated(kind: FFN, weights: Weights, first: Tensor, drop: nn.Module | None = None) -> Tensor:
+    """(..., F) or, gated, (..., 2F) to (..., F): what lies between the two matrices, with a dropout of `drop`."""
     if kind.gated:
         gate, value = first.chunk(2, dim=-1)
-        first = kind.act(gate) * value
+        units = kind.act(gate) * value
     else:
-        first = kind.act(first)
+        units = kind.act(first)
+    if drop is not None:
+        units = drop(units)
     if kind.norm_eps is None:
-        return first
-    return F.layer_norm(first, (kind.hidden,), weights["norm.weight"], weights["norm.bias"], kind.norm_eps)
+        return units
+    return F.layer_norm(units, (kind.hidden,), weights["norm.weight"], weights["norm.bias"], kind.norm_eps)
 
 
 def build(like: nn.Module, weights: Weights) -> nn.Module:

@@ -150,10 +150,12 @@ class MoE(nn.Module):
     def densify_methods(self) -> tuple[str, ...]:
         """Methods of making this layer dense, as `vimoe.densify` names them in `how`.
 
-        Means are taken of FFNs of one width: not with several shared experts, nor of experts that are no FFNs.
+        Means are taken of FFNs of the width of the dense one: not with several shared experts, nor of experts that are
+        no FFNs, or wider ones.
         """
-        shared = self.config.num_shared_experts
-        means = ("merge", "matched") if shared <= 1 and self.experts.are_ffns else ()
+        shared, experts = self.config.num_shared_experts, self.experts
+        of_one_width = shared <= 1 and experts.are_ffns and experts.width == experts.kind.hidden
+        means = ("merge", "matched") if of_one_width else ()
         return (*(("shared",) if shared else ()), *means)
 
     def dense(self, how: str, gate_mass: Tensor) -> nn.Module:
