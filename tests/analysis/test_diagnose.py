@@ -178,15 +178,17 @@ def test_the_oracle_is_that_of_loops_over_images_and_experts(routing: str, setti
     x, labels = images(model, 20).double(), torch.arange(20) % 5
     found = vimoe.diagnose(model, list(zip(x.split(7), labels.split(7), strict=True)), draws=1, overrule=None)
     base = losses(model, x, labels)
-    rng_half = halves_of(labels.numpy())
+    half = halves_of(labels.numpy())
     for (name, layer), figures in zip(moe_layers(model).items(), found.layers, strict=True):
         alone = np.stack([losses_with(model, layer, e, x, labels) - base for e in range(4)], axis=1)
-        changes = []
+        changes, for_all = [], []
         for i in range(20):
-            judges = [j for j in range(20) if labels[j] == labels[i] and rng_half[j] != rng_half[i]]
-            changes.append(alone[i, alone[judges].mean(axis=0).argmin()])
+            others = [j for j in range(20) if half[j] != half[i]]
+            for_all.append(alone[i, alone[others].mean(axis=0).argmin()])
+            changes.append(alone[i, alone[[j for j in others if labels[j] == labels[i]]].mean(axis=0).argmin()])
         assert figures.name == name and figures.oracle.images == 20
         assert figures.oracle.by_class.loss.value == pytest.approx(np.mean(changes), abs=1e-9)
+        assert figures.oracle.for_all.loss.value == pytest.approx(np.mean(for_all), abs=1e-9)
         assert figures.oracle.by_image.loss.value == pytest.approx(alone.min(axis=1).mean(), abs=1e-9)
         assert np.std(changes) > 1e-3  # the comparison would be of zeros
 

@@ -214,12 +214,13 @@ def _oracle(
     changes: Changes, labels: np.ndarray, half: np.ndarray, sequences: np.ndarray | None, seed: int
 ) -> Oracle | None:
     """Return the effects of the best expert, given those (I, N) of each; None where no class has two images."""
-    best = statistics.best_for_class(changes.loss, labels, half)
-    rows = np.flatnonzero(best >= 0)
+    by_class = statistics.best_for_class(changes.loss, labels, half)
+    rows = np.flatnonzero(by_class >= 0)
     if not len(rows):
         return None
-    chosen = np.stack([best[rows], changes.loss[rows].argmin(axis=1)], axis=1)
+    for_all = statistics.best_for_class(changes.loss, np.zeros_like(labels), half)
+    chosen = np.stack([by_class, for_all, changes.loss.argmin(axis=1)], axis=1)[rows]
     picked = Changes(*(np.take_along_axis(each[rows], chosen, axis=1) for each in (changes.loss, changes.right)))
     units = None if sequences is None else np.unique(sequences[rows], return_inverse=True)[1]
-    by_class, by_image = Effect.each(picked, seed, units)
-    return Oracle(by_class, by_image, len(rows))
+    effects = Effect.each(picked, seed, units)
+    return Oracle(effects[0], effects[1], effects[2], len(rows))

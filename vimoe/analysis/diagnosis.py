@@ -36,12 +36,15 @@ class Oracle:
     Attributes:
         by_class: effect of the expert with the lowest mean loss for the image's class. It is chosen on one half of the
             images and measured on the other, in both directions.
+        for_all: effect of one expert for all images, chosen and measured likewise. Where it is as good, the classes
+            need no experts of their own.
         by_image: effect of the expert with the lowest loss for the image itself. Choosing reads the label of the image
             that is scored, so this is an upper bound of the gain, and never a score.
         images: number of images of classes with images in both halves.
     """
 
     by_class: Effect
+    for_all: Effect
     by_image: Effect
     images: int
 
@@ -61,7 +64,7 @@ class LayerDiagnosis:
             None without one.
         from_mean: distance of the experts from their mean.
         gates: weight of the chosen experts together.
-        router_confidence: mean over units of the largest weight that the router gives an expert (`Router.probabilities`).
+        router_confidence: mean over units of the router's largest weight of an expert (`Router.probabilities`).
         learns: True if gates can train the router.
         experts_per_unit: mean number of experts of a unit.
         load: (N,) share of all decisions by expert.

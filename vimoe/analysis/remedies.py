@@ -100,7 +100,7 @@ def _used(layer: LayerDiagnosis) -> str:
 
 def _gain(layer: LayerDiagnosis) -> str:
     assert layer.oracle
-    return f"{layer.oracle.by_class.loss}"
+    return f"{layer.oracle.by_class.loss}, one expert for all {layer.oracle.for_all.loss.value:+.4f}"
 
 
 def _dense(layer: LayerDiagnosis) -> str:
@@ -163,7 +163,7 @@ RULES = (
         "idle experts",
         idle,
         "some experts get nothing",
-        lambda layer: f"experts {', '.join(str(expert) for expert, share in enumerate(layer.load) if share == 0)}",
+        lambda layer: f"numbers {', '.join(str(expert) for expert, share in enumerate(layer.load) if share == 0)}",
         ("a higher train.balance_loss", "train.router_warmup_epochs=1", "fewer moe.num_experts"),
         "an expert that gets nothing at first is never trained, so the router has no reason to choose it later",
     ),
