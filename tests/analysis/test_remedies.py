@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -165,3 +166,13 @@ def test_every_setting_that_is_named_exists_and_takes_the_value(rule: object) ->
         if value:
             SECTIONS[section](**{name: yaml.safe_load(value)})
     assert rule.because and rule.says
+
+
+def test_the_page_on_usage_lists_the_rules_in_their_order() -> None:
+    usage = (Path(__file__).parents[2] / "docs" / "usage.md").read_text("utf-8")
+    places = [usage.index(f"\n| {rule.name} | ") for rule in RULES]
+    assert places == sorted(places)
+    for rule in RULES:
+        row = usage[usage.index(f"\n| {rule.name} | ") + 1 :].partition("\n")[0]
+        named = re.findall(r"\b(?:moe|train)\.\w+", " ".join(rule.remedies))
+        assert all(name in row or name == "moe.num_experts" for name in named), rule.name
