@@ -153,6 +153,12 @@ def test_a_healthy_layer_has_no_fault_and_one_without_effect_is_told_from_it() -
     assert "vimoe prune" in both.findings[0].remedies and "made dense by" in both.findings[0].layers["blocks.1.mlp"]
 
 
+def test_a_frozen_router_is_not_called_saturated() -> None:
+    model = Made(block(by_group(30), turn=0.7))
+    model.blocks[0].mlp.router.requires_grad_(False)
+    assert names(vimoe.diagnose(model, loader(), draws=1)) == {"useless experts": ["blocks.0.mlp"]}
+
+
 def test_one_rule_names_all_of_its_layers() -> None:
     diagnosis = vimoe.diagnose(Made(block(by_group(2)), block(by_group(2))), loader(40), draws=1)
     assert names(diagnosis) == {"copies": ["blocks.0.mlp", "blocks.1.mlp"]}
@@ -241,6 +247,12 @@ def test_a_sample_of_the_images_is_measured_and_the_seed_draws_it() -> None:
     assert vimoe.diagnose(model, loader(batch=30), evidence, overrule=50).layers[0].load == first.layers[0].load
 
 
+def test_a_batch_may_have_no_image_of_the_sample() -> None:
+    model = Made(block(**HEALTHY))
+    evidence = vimoe.analyze(model, loader(), draws=1)
+    assert vimoe.diagnose(model, loader(batch=5), evidence, overrule=2).images == 2
+
+
 def test_frames_of_a_video_count_together() -> None:
     model = Made(block(by_group(2), sway=1))
     batches, videos = loader(40), [i // 4 for i in range(40)]
@@ -303,6 +315,9 @@ def test_evidence_of_other_images_or_another_model_is_refused() -> None:
     for others in (loader(20), loader(12)):
         with pytest.raises(DataError, match="the evidence is of 16: expected the same images"):
             vimoe.diagnose(model, others, evidence)
+    for broken in (loader(16)[0][0], [{"image": 1}], [loader(16)[0][0]]):
+        with pytest.raises(DataError, match="expected"):
+            vimoe.diagnose(model, broken, evidence)
     with pytest.raises(VimoeError, match="the evidence is of another model"):
         vimoe.diagnose(Made(block(**HEALTHY), block(**HEALTHY)), loader(16), evidence)
     with pytest.raises(VimoeError, match="the evidence has no interventions"):

@@ -23,7 +23,7 @@ from vimoe.analysis.remedies import findings
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError, expect
-from vimoe.metrics.base import Batches
+from vimoe.metrics.base import Batches, Metric, batches, metric_of
 from vimoe.models.interface import unwrapped
 from vimoe.moe import MoE
 from vimoe.moe.autocast import in_type_of_autocast
@@ -102,20 +102,15 @@ def diagnose(
     videos = None if sequences is None else [sequences[place] for place in places.tolist()]
     units, how_many = statistics.numbered(videos)
 
-    sample = _Sample(loader, places, total)
-    subjects = Subjects(model, sample, list(layers), metric=metric or evidence.base.kind)
+    measured_by = metric_of(model, metric or evidence.base.kind)
+    sample = _Sample(measured_by, loader, places, total)
+    subjects = Subjects(model, sample, list(layers), metric=measured_by.score_type.kind)
     labels, seen = _observe(subjects, layers, len(places), "looking at the experts" if progress else "")
-    without = "patches have classes here, and images have none" if subjects.metric.by_patch else ""
     oracles: dict[str, Oracle] = {}
-    if not without:
-        if units is None:
-            half = statistics.halves(labels + 1, seed)
-        else:
-            half = statistics.halves(np.zeros(units.max() + 1), seed)[units]
-        plan = {name: [Only(expert) for expert in range(layer.config.num_experts)] for name, layer in layers.items()}
-        changes = measure(subjects, plan, "trying each expert" if progress else "")
-        found = {name: _oracle(each, labels, half, units, seed) for name, each in changes.items()}
-        oracles = {name: oracle for name, oracle in found.items() if oracle}
+    if measured_by.by_patch:
+        without = "patches have classes here, and images have none"
+    else:
+        oracles = _oracles(subjects, layers, labels, units, seed, "trying each expert" if progress else "")
         without = "" if oracles else "no class has images in both halves"
     figures = tuple(
         seen[each.name].figures(layers[each.name], each, oracles.get(each.name), units, seed)
@@ -134,16 +129,17 @@ def check_overrule(overrule: int | None) -> None:
 class _Sample:
     """Some images of a loader, by their places in rising order, of as many in all as the evidence is of."""
 
-    def __init__(self, loader: Batches, places: np.ndarray, total: int) -> None:
-        self.loader, self.places, self.total = loader, places, total
+    def __init__(self, metric: Metric, loader: Batches, places: np.ndarray, total: int) -> None:
+        self.metric, self.loader, self.places, self.total = metric, loader, places, total
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         seen = 0
-        for images, labels in self.loader:
+        for images, labels in batches(self.metric, self.loader):
             first, last = np.searchsorted(self.places, [seen, seen + len(images)])
             rows = torch.from_numpy(self.places[first:last] - seen)
             seen += len(images)
-            yield images[rows.to(images.device)], labels[rows.to(labels.device)]
+            if len(rows):
+                yield images[rows.to(images.device)], labels[rows.to(labels.device)]
         if seen != self.total:
             raise DataError(
                 f"the loader gives {seen} images, the evidence is of {self.total}: expected the same images; run "
@@ -186,7 +182,7 @@ class _Seen:
             from_mean=mean,
             gates=Gates(float(gates.mean()), *map(float, np.quantile(gates, [0.05, 0.5, 0.95]))),
             router_confidence=float(torch.cat(self.sure).double().mean()),
-            learns=not layer.router.blind,
+            learns=not layer.router.blind and any(p.requires_grad for p in layer.router.parameters()),
             experts_per_unit=float(usage.sum() / len(gates)),
             load=tuple((usage.sum(axis=0) / max(usage.sum(), 1)).tolist()),
             effective_experts=statistics.effective_number(usage, seed, sequences),
@@ -208,6 +204,21 @@ def _observe(
             x: Any = records[name].x
             seen[name].add(layer, x, (index % every == 0).nonzero()[:, 0])
     return np.concatenate(labels), seen
+
+
+def _oracles(
+    subjects: Subjects, layers: Mapping[str, MoE], labels: np.ndarray, sequences: np.ndarray | None, seed: int,
+    task: str,
+) -> dict[str, Oracle]:  # fmt: skip
+    """Return the oracle of each layer; none where no class has images in both halves."""
+    if sequences is None:
+        half = statistics.halves(labels + 1, seed)
+    else:
+        half = statistics.halves(np.zeros(sequences.max() + 1), seed)[sequences]
+    plan = {name: [Only(expert) for expert in range(layer.config.num_experts)] for name, layer in layers.items()}
+    changes = measure(subjects, plan, task)
+    found = {name: _oracle(each, labels, half, sequences, seed) for name, each in changes.items()}
+    return {name: oracle for name, oracle in found.items() if oracle}
 
 
 def _oracle(

@@ -65,7 +65,7 @@ class LayerDiagnosis:
         from_mean: distance of the experts from their mean.
         gates: weight of the chosen experts together.
         router_confidence: mean over units of the router's largest weight of an expert (`Router.probabilities`).
-        learns: True if gates can train the router.
+        learns: True if the router can be trained: its gates are not constant, and it is not frozen.
         experts_per_unit: mean number of experts of a unit.
         load: (N,) share of all decisions by expert.
         effective_experts: exp(entropy of the load), 1 to N.
