@@ -163,7 +163,7 @@ RULES = (
         "idle experts",
         idle,
         "some experts get nothing",
-        lambda layer: f"numbers {', '.join(str(expert) for expert, share in enumerate(layer.load) if share == 0)}",
+        lambda layer: f"nothing for {', '.join(str(expert) for expert, share in enumerate(layer.load) if share == 0)}",
         ("a higher train.balance_loss", "train.router_warmup_epochs=1", "fewer moe.num_experts"),
         "an expert that gets nothing at first is never trained, so the router has no reason to choose it later",
     ),
