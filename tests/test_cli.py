@@ -494,6 +494,7 @@ VERBS_THAT_WRITE = {
     "train": ["train", "--data.path=PHOTOS", *TINY, *QUICK, "--out=OUT"],
     "train with TensorBoard": ["train", "--data.path=PHOTOS", *TINY, *QUICK, "--train.tensorboard=true", "--out=OUT"],
     "analyze": ["analyze", "RUN", "--draws=1"],
+    "diagnose": ["diagnose", "RUN"],
     "prune": ["prune", "RUN", "--tolerance=9", "--out=OUT"],
     "prune and recover": ["prune", "RUN", "--tolerance=9", "--recover=1", "--out=OUT"],
     "report": ["report", "RUN"],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vimoe.analysis.analyze import analyze as analyze
+    from vimoe.analysis.diagnose import diagnose as diagnose
     from vimoe.analysis.pruning import prune as prune
     from vimoe.config.moe import MoEConfig as MoEConfig
     from vimoe.errors import VimoeError as VimoeError
@@ -52,6 +53,7 @@ _HOME = {
     "save": "models.model_folder",
     "load": "models.model_folder",
     "analyze": "analysis.analyze",
+    "diagnose": "analysis.diagnose",
     "prune": "analysis.pruning",
 }
 __all__ = ["__version__", *_HOME]

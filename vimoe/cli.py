@@ -197,9 +197,7 @@ def analyze(verb: str, argv: list[str]) -> Result:
     parser.add_argument(
         "--draws", type=int, default=DRAWS, help="maximum number of permutations of the images' decisions"
     )
-    overrule = "number of images for interventions, drawn at random; 0 for no interventions"
-    parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=overrule)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
+    _add_sampling(parser, "; 0 for no interventions")
     options = parser.parse_args(argv)
     open_run(options["run"])  # reports a wrong folder before the slow import of torch
     from vimoe.experiments.finished_run import FinishedRun
@@ -211,6 +209,26 @@ def analyze(verb: str, argv: list[str]) -> Result:
         del layer["counts"], layer["drawn"]  # large; routing.json has them
     paths = {"routing": str(folder / "routing.json"), "report": str(folder / "report.html")}
     return f"{evidence}\n{paths['report']}", {**values, **paths}
+
+
+def diagnose(verb: str, argv: list[str]) -> Result:
+    """Say whether experts differ, weigh enough and are routed to some use, and what to try next; write diagnosis.json.
+
+    Example: vimoe diagnose runs/photos
+    """
+    parser = _parser(verb)
+    parser.add_argument("run", help="run folder")
+    draws = "analyze anew, with at most this number of permutations (default: the run's analysis, made if needed)"
+    parser.add_argument("--draws", type=int | None, default=None, help=draws)
+    _add_sampling(parser)
+    options = parser.parse_args(argv)
+    open_run(options["run"])  # reports a wrong folder before the slow import of torch
+    from vimoe.experiments.finished_run import FinishedRun
+
+    run = FinishedRun(options["run"])
+    found, folder = run.diagnose(options["draws"], options["overrule"], options["seed"]), run.run.path
+    paths = {"diagnosis": str(folder / "diagnosis.json"), "report": str(folder / "report.html")}
+    return f"{found}\n{paths['report']}", {**found.to_dict(), **paths}
 
 
 def prune(verb: str, argv: list[str]) -> Result:
@@ -330,6 +348,7 @@ VERBS: dict[str, Callable[[str, list[str]], Result]] = {
     "evaluate": evaluate,
     "predict": predict,
     "analyze": analyze,
+    "diagnose": diagnose,
     "prune": prune,
     "report": report,
     "bench": bench,
@@ -357,6 +376,13 @@ def _add_inference(parser: Parser) -> None:
     for name, kind in (("inference", str), ("flip_test", bool)):
         what = "segmentation only: as in vimoe train (default: setting of the run)"
         parser.add_argument(f"--data.{name}", type=kind | None, default=None, help=what)
+
+
+def _add_sampling(parser: Parser, note: str = "") -> None:
+    """Add the options that draw the images that are measured; `note` is the end of the first one's help text."""
+    what = f"number of images for interventions, drawn at random{note}"
+    parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=what)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
 
 
 def _required_out(options: Any, example: str = "runs/first", kind: str = "folder") -> str:

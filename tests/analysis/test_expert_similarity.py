@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis import expert_similarity
-from vimoe.analysis.expert_similarity import ExpertComparison, compare_experts
+from vimoe.analysis.expert_similarity import ExpertComparison, compare_experts, distances
 from vimoe.moe import ffn
 from vimoe.moe.router import TokenLayout
 
@@ -301,3 +302,58 @@ def test_it_is_json() -> None:
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert None not in values.values()
     assert ExpertComparison(**values) == found
+
+
+@pytest.mark.parametrize("kind", FFNS)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_copies_have_no_distance(kind: str, shared: int) -> None:
+    layer = moe(FFNS[kind](), num_shared_experts=shared, top_k=2).eval()
+    from_shared, from_mean = distances(layer, tokens())
+    assert (from_shared is None) == (shared == 0)
+    for distance in (from_mean, *([from_shared] if from_shared else [])):
+        assert distance.cosine == pytest.approx(1) and distance.weights == pytest.approx(0, abs=1e-6)
+        assert distance.outputs == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_distances_are_those_of_loops_in_float64(shared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_similarity, "SPAN", 7)  # in several pieces
+    monkeypatch.setattr(expert_similarity, "CHUNK", 4)
+    layer = randomise(moe(num_shared_experts=shared, top_k=2)).double().eval()
+    x = tokens().double()
+    weights = [torch.cat([w[e].flatten() for _, w in layer.experts.named_parameters()]) for e in range(EXPERTS)]
+    with torch.no_grad():
+        one = [layer.experts._expert(layer.experts.weights(e), x) for e in range(EXPERTS)]
+        references = [(sum(weights) / EXPERTS, sum(one) / EXPERTS)]
+        if shared:
+            references.append((torch.cat([p.flatten() for p in layer.shared.parameters()]), layer.shared(x)))
+    found = [distance for distance in reversed(distances(layer, x)) if distance]
+    assert len(found) == len(references)
+    for distance, (w, y) in zip(found, references, strict=True):
+        assert distance.cosine == pytest.approx(mean(v @ w / (v.norm() * w.norm()) for v in weights))
+        assert distance.weights == pytest.approx(mean(relative(v, w) for v in weights))
+        assert distance.outputs == pytest.approx(mean(relative(v, y) for v in one))
+
+
+def relative(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).norm() / ((a.norm() ** 2 + b.norm() ** 2) / 2).sqrt()
+
+
+def mean(values: Iterable[Tensor]) -> float:
+    return torch.stack(list(values)).mean().item()
+
+
+def test_a_shared_expert_of_another_width_is_compared_by_outputs_alone() -> None:
+    from_shared, from_mean = distances(moe(num_shared_experts=2).eval(), tokens())
+    assert from_shared.cosine is None and from_shared.weights is None and from_mean.cosine == pytest.approx(1)
+    assert from_shared.outputs == pytest.approx(0, abs=1e-6)
+
+
+def test_zero_is_at_no_distance_from_zero_and_far_from_all_else() -> None:
+    layer = set_experts(moe().eval())
+    for p in layer.shared.parameters():
+        p.data.zero_()
+    from_shared, _ = distances(layer, tokens())
+    assert from_shared.outputs == from_shared.weights == 0
+    set_experts(layer, fc2_bias=torch.ones(EXPERTS, DIM))
+    assert distances(layer, tokens())[0].outputs == pytest.approx(2**0.5)

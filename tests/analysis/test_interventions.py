@@ -21,6 +21,7 @@ from vimoe.analysis.interventions import (
     Handed,
     Images,
     Intervention,
+    Only,
     Subjects,
     Without,
     _outputs,
@@ -534,3 +535,24 @@ def test_what_breaks_the_model_does_not_seem_to_cost_nothing() -> None:
         model.head.bias[0] = float("nan")
     with pytest.raises(VimoeError, match="expected a model whose outputs are finite"):
         measure_on(model, [(x, torch.arange(3))], {name: [broken]})
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_k": 3}, {"router": "threshold"}], ids=str)
+def test_only_one_expert_gets_all_of_the_gates(routing: str, settings: dict) -> None:
+    model, x = model_and_images(routing=routing, **settings)
+    name, layer = next(iter(moe_layers(model).items()))
+    with torch.no_grad(), vimoe.record(model) as routings:
+        model(x)
+    changed = Only(2)(layer, routings[0], torch.arange(len(x)))
+    torch.testing.assert_close(changed.gates.sum(dim=1), routings[0].gates.sum(dim=1))
+    assert changed.experts[:, 0].unique().tolist() == [2] and changed.experts.shape == routings[0].experts.shape
+    assert (changed.experts[:, 1:] == -1).all() and not changed.gates[:, 1:].any()
+    labels = torch.arange(len(x)) % 5
+    found = measure(Subjects(model, [(x, labels)], [name]), {name: [Only(e) for e in range(4)]})[name]
+    logits = [naive(model, name, Only(e), x, torch.arange(len(x))) for e in range(4)]
+    with torch.no_grad():
+        base = F.cross_entropy(model(x), labels, reduction="none")
+    for e in range(4):
+        expected = F.cross_entropy(logits[e], labels, reduction="none") - base
+        assert found.loss[:, e] == pytest.approx(expected.numpy(), abs=1e-5)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import QUICK, TINY
+from helpers.commands import QUICK, TINY, call
+from helpers.pages import Reader
 from helpers.pictures import folder, roles
 
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
 from vimoe.cli import main
-from vimoe.errors import DataError
+from vimoe.errors import ConfigError, DataError
 from vimoe.experiments.finished_run import FinishedRun
 
 
@@ -73,3 +75,45 @@ def test_the_reported_images_are_test_or_else_validation(root: Path) -> None:
     shutil.rmtree(root / "photos" / "test")
     role, samples = FinishedRun(root / "run").reported
     assert role == "validation" and {Path(image).parts[-3] for image, _ in samples} == {"val"}
+
+
+def test_a_diagnosis_is_written_printed_and_on_the_page(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = root / "run"
+    values = call(capsys, "diagnose", run, "--overrule=5", "--seed=3")
+    assert values["images"] == 5 and values["base"]["images"] == 6 and values["findings"]
+    assert values["diagnosis"] == str(run / "diagnosis.json") and values["report"] == str(run / "report.html")
+    written = json.loads((run / "diagnosis.json").read_text())
+    assert written == {key: value for key, value in values.items() if key in written}
+    assert set(values) - set(written) == {"schema", "command", "diagnosis", "report"}
+    page = Reader(run / "report.html").text
+    assert "Diagnosis" in page and "From 5 validation images" in page
+    for finding in values["findings"]:
+        assert f"{finding['name']}: {finding['says']}" in page and finding["because"] in page
+    assert main(["diagnose", str(run)]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("1. ") for line in text) and text[-1] == str(run / "report.html")
+
+
+def test_a_diagnosis_reads_the_analysis_of_the_run_unless_it_is_asked_for_draws(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FinishedRun(root / "run")
+    analyses: list[int] = []
+    real = vimoe.experiments.finished_run.analyze
+    monkeypatch.setattr(
+        vimoe.experiments.finished_run, "analyze", lambda *args: analyses.append(args[2]) or real(*args)
+    )
+    first = run.diagnose()
+    assert analyses == [20] and (root / "run" / "routing.json").exists()
+    evidence = json.loads((root / "run" / "routing.json").read_text())
+    again = run.diagnose()
+    assert analyses == [20] and again.to_dict() == first.to_dict()
+    assert again.to_dict()["layers"][0]["permuted"] == evidence["layers"][0]["permuted"]
+    run.diagnose(draws=2)
+    assert analyses == [20, 2]
+
+
+def test_a_diagnosis_of_one_image_is_refused_before_the_analysis(root: Path) -> None:
+    with pytest.raises(ConfigError, match="overrule=0"):
+        FinishedRun(root / "run").diagnose(overrule=0)
+    assert not (root / "run" / "routing.json").exists()

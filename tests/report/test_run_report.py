@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.found import change, effect
 from helpers.pages import Reader
 from helpers.run_folders import analysed, pruned, trained
 
@@ -48,6 +49,39 @@ def test_the_page_of_an_analysis_says_what_is_uncertain(tmp_path: Path) -> None:
     assert (
         "blocks.2.mlp: validation images by expert" in read.text and "data:image/png;base64,YSBwaWN0dXJl" in read.loaded
     )
+
+
+def diagnosed(folder: Path, **changes: object) -> Path:
+    run = trained(folder)
+    far = {"cosine": 0.5, "weights": 1.0, "outputs": 0.25}
+    layer = {
+        "name": "blocks.1.mlp", "num_experts": 8, "from_shared": far, "from_mean": {**far, "outputs": 0.125},
+        "gates": {"mean": 0.5, "low": 0.25, "median": 0.5, "high": 0.75}, "router_confidence": 0.875,
+        "effective_experts": change(7.5, 0.25), "permuted": effect(0.002),
+        "oracle": {"by_class": effect(-0.5), "for_all": effect(0.001), "by_image": effect(-0.75), "images": 90},
+    }  # fmt: skip
+    finding = {
+        "name": "better routes", "layers": {"blocks.1.mlp": "<-0.5>"}, "says": "there are some",
+        "remedies": ["moe.router=centroids", "more"], "because": "as <known>",
+    }  # fmt: skip
+    found = {
+        "layers": [{**layer, **changes}], "findings": [finding], "images": 99, "confidence": 0.95, "sequences": None,
+        "without_oracle": "" if changes.get("oracle", True) else "there are masks",
+    }  # fmt: skip
+    (run / "diagnosis.json").write_text(json.dumps(found))
+    return run
+
+
+def test_the_page_of_a_diagnosis(tmp_path: Path) -> None:
+    text = Reader(write_run_report(diagnosed(tmp_path / "run"))).text
+    assert "better routes: there are some blocks.1.mlp: <-0.5> moe.router=centroids, or more as <known>" in text
+    assert "blocks.1.mlp 25.00% 12.50% 0.50000 0.50 (0.25 to 0.75) 0.875 7.50 [7.25, 7.75] of 8" in text
+    assert "of 8 +0.0020 [-0.0080, +0.0120] interval contains 0 -0.5000 [-0.5100, -0.4900] +0.0010" in text
+    assert "-0.7500 [-0.7600, -0.7400] From 99 validation images, with 95% bootstrap intervals over images." in text
+    bare = {"from_shared": None, "from_mean": {"cosine": None, "weights": None, "outputs": 0.125}, "oracle": None}
+    text = Reader(write_run_report(diagnosed(tmp_path / "bare", **bare))).text
+    assert "blocks.1.mlp – 12.50% – 0.50" in text and "– – – From 99" in text
+    assert "No oracle: there are masks." in text
 
 
 def test_what_was_not_measured_is_left_out_with_a_sentence(tmp_path: Path) -> None:

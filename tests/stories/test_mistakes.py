@@ -123,6 +123,24 @@ DAMAGE = {
     "a misspelt run": (nothing, "analyze runn", "did you mean"),
     "analysis of a dense run": (nothing, "analyze dense", "the model has no MoE layer"),
     "pruning of a dense run": (nothing, "prune dense --out out", "the model has no MoE layer"),
+    "diagnosis of a dense run": (nothing, "diagnose dense", "the model has no MoE layer"),
+    "diagnosis of a run that did not finish": (drop("model"), "diagnose run", "run has no model/"),
+    "diagnosis on one image": (nothing, "diagnose run --overrule 1", "overrule=1: expected at least 2"),
+    "diagnosis without permutations": (nothing, "diagnose run --draws 0", "draws=0: expected at least 1"),
+    "diagnosis by evidence without interventions": (
+        jsoned("routing.json", lambda r: [layer.update(permuted=None) for layer in r["layers"]]), "diagnose run",
+        "the evidence has no interventions",
+    ),
+    "diagnosis by evidence of another model": (
+        jsoned("routing.json", lambda r: r["layers"][0].update(num_experts=3)), "diagnose run",
+        "run analyze on this model",
+    ),
+    "diagnosis by evidence of other images": (
+        jsoned("routing.json", lambda r: r["base"].update(images=99)), "diagnose run", "expected the same images",
+    ),
+    "diagnosis unreadable in the report": (
+        lambda root: (root / "run" / "diagnosis.json").write_text("[]"), "report run", "diagnosis.json",
+    ),
     "no draws": (nothing, "analyze run --draws 0", "draws=0: expected at least 1"),
     "fewer images than none": (nothing, "analyze run --overrule -5", "overrule=-5: expected 0 for none"),
     "draws that are no number": (nothing, "analyze run --draws many", "draws=many"),
@@ -172,6 +190,7 @@ def test_all_verbs_are_among_them() -> None:
         "evaluate",
         "predict",
         "analyze",
+        "diagnose",
         "prune",
         "report",
     }

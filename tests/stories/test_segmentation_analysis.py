@@ -180,6 +180,8 @@ def test_a_run_is_analysed_pruned_and_reported(tmp_path: Path, capsys: pytest.Ca
     assert values["classes"] == list(NAMES) and values["images"] == 6 and set(layer["permuted"]) == {"loss", "right"}
     page = (run / "report.html").read_text()
     assert "pixel accuracy" in page and "Pixel accuracy, points" in page
+    diagnosis = call(capsys, "diagnose", run)
+    assert diagnosis["without_oracle"] and diagnosis["findings"] and diagnosis["sequences"] == values["sequences"]
     too_narrow = "over single frames of 1 sequence, and so too narrow"
     assert (too_narrow in page) == bool(videos) and values["sequences"] == (1 if videos else None)
     pruned = call(capsys, "prune", run, "--out", tmp_path / "pruned", "--tolerance", 100, "--recover", 1)

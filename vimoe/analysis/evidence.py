@@ -6,6 +6,7 @@ Axes: C classes, N experts, L layers.
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from matplotlib.figure import Figure
 from vimoe.analysis import figures
 from vimoe.analysis.interventions import Changes
 from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over
-from vimoe.errors import ConfigError, choice
+from vimoe.errors import ConfigError, VimoeError, choice
 from vimoe.metrics.base import Score, read_score
+from vimoe.moe import MoE
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,17 @@ class Evidence:
             "agreement": {key: np.array(matrix) for key, matrix in values["agreement"].items()},
         }
         return cls(**{k: v for k, v in values.items() if k != "confidence"} | made)
+
+    def check_model(self, layers: Mapping[str, MoE]) -> None:
+        """Raise VimoeError if these are not the MoE layers, by name, of the model that the evidence is of."""
+        known = {e.name: (e.num_experts, e.top_k, e.routing) for e in self.layers}
+        ours = {n: (m.config.num_experts, m.router.slots, m.config.routing) for n, m in layers.items()}
+        if known != ours:
+            odd = sorted(set(known.items()) ^ set(ours.items()))[0][0]
+            raise VimoeError(
+                f"the evidence is of another model: {odd} has (experts, top_k, routing) {known.get(odd, 'none')} in it "
+                f"and {ours.get(odd, 'none')} in this model; run analyze on this model"
+            )
 
     def plot_heatmap(self, layer: str, axis: Axes | None = None) -> Axes:
         """Draw P(expert | class) of a layer.

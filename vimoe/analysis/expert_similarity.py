@@ -5,12 +5,12 @@ layer, with two additions. Upcycled experts are copies of one parent. So the cha
 and neurons after matching.
 
 Axes: B images, T tokens of an image, M tokens, R rows that are routed (images or tokens), N experts, F hidden units
-(neurons), D channels, P pairs of experts.
+(neurons), D channels, P pairs of experts, Q references (the shared expert, and the mean of the experts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ CHUNK = 1024  # tokens that an expert computes at a time
 SPAN = 2**16  # weights of an expert that are compared at a time
 MATCHED = 8  # experts whose neurons are matched with one another, at most: pairs are many
 ROUNDING = 1e-6  # what differs by less, relative to its size, is taken as equal
+_TINY = 1e-30  # size of what is zero
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,49 @@ class ExpertComparison:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Distance:
+    """Distance of a layer's experts from one function, as means over the experts.
+
+    A distance is |a - b| / sqrt((|a|^2 + |b|^2) / 2), so that it is defined where one of them is zero: 0 for equals,
+    about sqrt(2) for what is unrelated and equally large, and 2 for opposites.
+
+    Attributes:
+        cosine: cosine of the weights, all in one vector; None for experts that are no FFNs, or of another width.
+        weights: distance of the weights; None as above.
+        outputs: distance of the outputs for the same tokens, routed there or not, all tokens in one vector.
+    """
+
+    cosine: float | None
+    weights: float | None
+    outputs: float
+
+
+@torch.no_grad()
+def distances(layer: MoE, x_BTD: Tensor) -> tuple[Distance | None, Distance]:
+    """Return the distances of a layer's experts from its shared expert (None without one), and from their mean.
+
+    Args:
+        layer: the layer, in eval mode.
+        x_BTD: (B, T, D) inputs of that layer, on its device; a few images are enough.
+    """
+    n = layer.config.num_experts
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        experts = [layer.experts.weights(e) for e in range(n)] if layer.experts.are_ffns else []
+        if experts and layer.shared is not None:
+            shared = ffn.read(layer.shared)
+            same = all(shared[name].shape == w.shape for name, w in experts[0].items())
+            experts += [shared] if same else []
+        cosines, weights = _apart(_spans(experts), n) if experts else ([], [])
+        _, outputs = _apart((_outputs_beside(layer, tokens) for tokens in x_BTD.flatten(0, 1).split(CHUNK)), n)
+
+    def distance(last: int) -> Distance:
+        known = len(cosines) >= last
+        return Distance(cosines[-last] if known else None, weights[-last] if known else None, outputs[-last])
+
+    return None if layer.shared is None else distance(2), distance(1)
+
+
 @torch.no_grad()
 def compare_experts(layer: MoE, x_BTD: Tensor) -> ExpertComparison:
     """Compare the experts of a layer on some of its inputs, as if in eval mode, and change nothing.
@@ -123,17 +167,56 @@ def compare_experts(layer: MoE, x_BTD: Tensor) -> ExpertComparison:
 def _weight_grams(experts: Sequence[ffn.Weights], n: int) -> tuple[Tensor, Tensor]:
     """(N, N) inner products of the experts' weights, and of their deviations from the mean expert; NaN without any."""
     weights, deviations = [], []
-    for name in experts[0] if experts else ():
-        flat = [expert[name].flatten() for expert in experts]
-        for spans in zip(*(each.split(SPAN) for each in flat), strict=True):
-            span = _precise(torch.stack(spans))
-            to_first = span - span[:1]  # so that copies have no deviation, to the last bit
-            deviation = to_first - to_first.mean(dim=0)
-            weights.append(span @ span.T)
-            deviations.append(deviation @ deviation.T)
+    for span in _spans(experts):
+        to_first = span - span[:1]  # so that copies have no deviation, to the last bit
+        deviation = to_first - to_first.mean(dim=0)
+        weights.append(span @ span.T)
+        deviations.append(deviation @ deviation.T)
     if not weights:
         return torch.full((n, n), torch.nan), torch.full((n, n), torch.nan)
     return torch.stack(weights).sum(dim=0), torch.stack(deviations).sum(dim=0)
+
+
+def _spans(experts: Sequence[ffn.Weights]) -> Iterator[Tensor]:
+    """Yield all weights of the experts beside one another, (N, SPAN) at a time."""
+    for name in experts[0] if experts else ():
+        flat = [expert[name].flatten() for expert in experts]
+        for spans in zip(*(each.split(SPAN) for each in flat), strict=True):
+            yield _precise(torch.stack(spans))
+
+
+def _outputs(layer: MoE, x_MD: Tensor) -> Tensor:
+    """(N, M, D), the output of each expert for each token, by the experts' own forward."""
+    m, n = len(x_MD), layer.config.num_experts
+    load_N, source = torch.full((n,), m), torch.arange(m).repeat(n)
+    y = layer.experts(x_MD[:, None], source.to(x_MD.device), load_N.to(x_MD.device))
+    return _precise(y[:, 0]).unflatten(0, (n, m))
+
+
+def _outputs_beside(layer: MoE, x_MD: Tensor) -> Tensor:
+    """(N, M * D) the outputs of the experts; in one more row that of the shared expert, if there is one."""
+    y_NMD = _outputs(layer, x_MD)
+    rows = [y_NMD] if layer.shared is None else [y_NMD, _precise(layer.shared(x_MD[None]))]
+    return torch.cat(rows).flatten(1)
+
+
+def _apart(pieces: Iterable[Tensor], n: int) -> tuple[list[float], list[float]]:
+    """Return cosines with, and distances from, each reference, as means over n vectors.
+
+    Args:
+        pieces: the vectors piece by piece: n rows, then those of references. The last reference is the rows' mean.
+        n: N.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in pieces:
+        own, others = rows[:n], torch.cat([rows[n:], rows[:n].mean(dim=0, keepdim=True)])
+        apart_NQ = torch.stack([(own - other).square().sum(dim=1) for other in others], dim=1)
+        sizes = own.square().sum(dim=1, keepdim=True), others.square().sum(dim=1)[None]
+        total = total + torch.stack(torch.broadcast_tensors(*sizes, own @ others.T, apart_NQ)).double().cpu()
+    own_NQ, others_NQ, both_NQ, apart_NQ = total
+    cosines_NQ = both_NQ / (own_NQ * others_NQ).sqrt().clamp(min=_TINY)
+    distances_NQ = (apart_NQ / ((own_NQ + others_NQ) / 2).clamp(min=_TINY)).sqrt()
+    return cosines_NQ.mean(dim=0).tolist(), distances_NQ.mean(dim=0).tolist()
 
 
 def _neuron_cosines(experts: Sequence[ffn.Weights], gated: bool) -> tuple[Tensor, Tensor]:
@@ -163,11 +246,8 @@ def _observe(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor) -> tuple[
         active.append(part_MF.mean(dim=1).square() / part_MF.square().mean(dim=1))
         outputs.append(F.linear(hidden_MF, weights["fc2.weight"], weights.get("fc2.bias")))
     if not experts:
-        m, n = len(x_MD), layer.config.num_experts
-        load_N, source = torch.full((n,), m), torch.arange(m).repeat(n)
-        y = layer.experts(x_MD[:, None], source.to(x_MD.device), load_N.to(x_MD.device))
-        outputs = list(_precise(y[:, 0]).split(m))
-        active = [torch.full((m,), torch.nan)] * n
+        outputs = list(_outputs(layer, x_MD))
+        active = [torch.full((len(x_MD),), torch.nan)] * layer.config.num_experts
     y_MND = torch.stack(outputs, dim=1)
     return y_MND.norm(dim=2), _cosines(y_MND @ y_MND.mT), torch.stack(active, dim=1)
 

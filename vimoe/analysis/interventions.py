@@ -90,6 +90,18 @@ class Without:
         return layer.router.route(logits, routing.batch)
 
 
+@dataclass(frozen=True)
+class Only:
+    """Send every unit to one expert alone, with the sum of the gates that it has."""
+
+    expert: int
+
+    def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
+        experts, gates = torch.full_like(routing.experts, -1), torch.zeros_like(routing.gates)
+        experts[:, 0], gates[:, 0] = self.expert, routing.gates.sum(dim=1)
+        return replace(routing, experts=experts, gates=gates, ragged=True)
+
+
 Intervention = Decision | nn.Module  # a module takes the layer's place
 
 

@@ -165,14 +165,7 @@ def prune(
     model = unwrapped(model)
     expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
     layers = moe_layers(model)
-    known = {e.name: (e.num_experts, e.top_k, e.routing) for e in evidence.layers}
-    ours = {n: (m.config.num_experts, m.router.slots, m.config.routing) for n, m in layers.items()}
-    if known != ours:
-        odd = sorted(set(known.items()) ^ set(ours.items()))[0][0]
-        raise VimoeError(
-            f"the evidence is of another model: {odd} has (experts, top_k, routing) {known.get(odd, 'none')} in it and "
-            f"{ours.get(odd, 'none')} in this model; run analyze on this model"
-        )
+    evidence.check_model(layers)
     mass = {e.name: torch.from_numpy(e.gate_mass) for e in evidence.layers}
     without_method = tuple(name for name, layer in layers.items() if not layer.densify_methods)
     if loader is None:

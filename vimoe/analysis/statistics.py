@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from sklearn.cluster import SpectralCoclustering
@@ -328,6 +329,27 @@ def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     mask = np.zeros(len(labels), dtype=bool)
     mask[order] = rank % 2 == 0
     return mask
+
+
+def best_for_class(values: np.ndarray, labels: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Return for each image the column with the lowest mean over the images of its class in the other half.
+
+    So no image takes part in the choice that it is judged by.
+
+    Args:
+        values: (I, V).
+        labels: (I,) class of each image; below 0 for none.
+        half: (I,) bool, the half that each image is in.
+
+    Returns:
+        (I,) numbers of columns; -1 for an image without a class, or whose class has no images in the other half.
+    """
+    best = np.full(len(labels), -1)
+    for label, side in product(np.unique(labels[labels >= 0]), (True, False)):
+        same = labels == label
+        if (same & (half != side)).any():
+            best[same & (half == side)] = values[same & (half != side)].mean(axis=0).argmin()
+    return best
 
 
 def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:

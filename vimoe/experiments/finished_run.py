@@ -14,6 +14,8 @@ from torch import nn
 
 from vimoe import run_folder
 from vimoe.analysis.analyze import analyze
+from vimoe.analysis.diagnose import check_overrule, diagnose
+from vimoe.analysis.diagnosis import Diagnosis
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import png
 from vimoe.analysis.pruning import prune, receipts
@@ -101,6 +103,27 @@ class FinishedRun:
         self._write_examples(evidence)
         write_run_report(self.run.path)
         return evidence
+
+    def diagnose(self, draws: int | None = None, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Diagnosis:
+        """Say whether the routes matter and what to try next; write diagnosis.json and the report.
+
+        Args:
+            draws: permutations of a new analysis; by default the run's analysis is read, and made if there is none.
+            overrule, seed: arguments of `vimoe.diagnose`, and of the analysis that is made.
+        """
+        check_overrule(overrule)
+        with temporary_folder(self.run.path):  # before all the work
+            pass
+        known = self.run.path / run_folder.ROUTING
+        if draws is None and known.exists():
+            evidence = _read_evidence(known)
+        else:
+            evidence = self.analyze(DRAWS if draws is None else draws, overrule, seed)
+        loader, sequences = self.task.validation(self.model, self.data), self.task.sequences(self.data)
+        found = diagnose(self.model, loader, evidence, overrule=overrule, seed=seed, progress=True, sequences=sequences)
+        run_folder.write_json(self.run.path / run_folder.DIAGNOSIS, found.to_dict())
+        write_run_report(self.run.path)
+        return found
 
     def prune(
         self, out: str | Path, tolerance: float = PRUNE_TOLERANCE, experts: bool = False, recover: int = 0,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vimoe.report.diagnosis_section import add_diagnosis
 from vimoe.report.html_page import Page
 from vimoe.report.pruning_section import add_pruning
 from vimoe.report.routing_section import add_routing_section
 from vimoe.report.run_files import LOAD, METRICS, read_config, read_json, reading
 from vimoe.report.training_section import add_curves, add_loads, add_overview
-from vimoe.run_folder import CONFIG, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
+from vimoe.run_folder import CONFIG, DIAGNOSIS, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
 
 ROUTING_FILES = (  # file, heading, prefix of its figures' names
     (ROUTING, "Routing", ""),
@@ -40,6 +41,9 @@ def write_run_report(run: Path) -> Path:
             add_loads(page, run / LOAD)
     if (run / FIGURES / EXPERT_MAPS).exists():
         _add_expert_maps(page, run / FIGURES / EXPERT_MAPS)
+    if (run / DIAGNOSIS).exists():
+        with reading(run / DIAGNOSIS):
+            add_diagnosis(page, read_json(run / DIAGNOSIS))
     for name, heading, prefix in ROUTING_FILES:
         if (run / name).exists():
             with reading(run / name):
