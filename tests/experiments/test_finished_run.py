@@ -13,8 +13,9 @@ from helpers.pictures import folder, roles
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
 from vimoe.cli import main
-from vimoe.errors import DataError
+from vimoe.errors import DataError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
+from vimoe.moe.routers.softmax import SoftmaxRouter
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,13 @@ def test_the_reported_images_are_test_or_else_validation(root: Path) -> None:
     shutil.rmtree(root / "photos" / "test")
     role, samples = FinishedRun(root / "run").reported
     assert role == "validation" and {Path(image).parts[-3] for image, _ in samples} == {"val"}
+
+
+def test_experts_that_cannot_be_left_out_are_told_before_the_analysis(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SoftmaxRouter, "overrulable", False)
+    monkeypatch.setattr(FinishedRun, "analyze", lambda *_: pytest.fail("it analysed"))
+    with pytest.raises(VimoeError, match="moe.router='softmax': expected routers whose decisions can be overruled"):
+        FinishedRun(root / "run").prune(root / "pruned", experts=True)
+    assert not (root / "pruned").exists()

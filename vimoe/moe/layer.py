@@ -34,7 +34,8 @@ class MoE(nn.Module):
         combine="sum":  S(x) + sum_i g_i E_i(x)              as in ViMoE (arXiv 2410.15732)
 
     and without a shared expert sum_i g_i E_i(x), where "mix" makes the softmax router's gates of the chosen experts sum
-    to 1. A token without an expert gives S(x), or 0 without a shared expert.
+    to 1. A token without an expert gives S(x), or 0 without a shared expert. A router that mixes tokens or experts has
+    a formula of its own (`Router.compute`).
 
     Every expert starts as a copy of the dense FFN, on its device and in its type, until `start` is called, which
     `vimoe.upcycle` does. Experts and router are trained even
@@ -108,6 +109,8 @@ class MoE(nn.Module):
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
         note(self, routing)
+        if self.router.mixes:
+            return self.router.compute(x_BTD, routing, self.experts, self.shared)
         sent = dispatch(routing)
         x_RUD = x_BTD.reshape(routing.experts.shape[0], routing.tokens_per_unit, x_BTD.shape[-1])
         y_SUD = self.experts(x_RUD, sent.source, sent.load)
