@@ -47,7 +47,8 @@ class Gate(nn.Module):
     @property
     def blind(self) -> bool:
         """True if gates made from a softmax over all experts are constant, so that they train no router."""
-        return self.config.num_experts == 1 or (self.config.top_k == 1 and self.config.gates_sum_to_one)
+        of_chosen = self.config.router_gradient == "chosen" and self.config.gates_sum_to_one
+        return self.config.num_experts == 1 or (self.config.top_k == 1 and of_chosen)
 
 
 class ChoiceGate(Gate):
@@ -56,16 +57,18 @@ class ChoiceGate(Gate):
     Of c chosen experts each has the gate b/c p/sg(p), with sg the stop of the gradient: its value is b/c, and it is
     raised or lowered by the relative change of the probability p. The weight b is `MoEConfig.choice_weight`.
 
-    Where other experts train the router too (`moe.router_gradient`), the gate is b/c (1 + p - sg(p)): all experts then
+    Where other experts train the router too (`moe.router_gradient`), the gate is b/c + b (p - sg(p)): all experts then
     have the gradient of sum_j b p_j (E_j - S), whether chosen or not.
     """
 
     def forward(self, routing: Routing) -> Routing:
-        filled_RK = routing.experts >= 0
-        share_RK = filled_RK * (self.config.choice_weight / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1))
         p_RK = routing.gates + _TINY
-        one_RK = p_RK / p_RK.detach() if self.config.router_gradient == "chosen" else 1 + p_RK - p_RK.detach()
-        return replace(routing, gates=share_RK.to(p_RK.dtype) * one_RK)
+        filled_RK = (routing.experts >= 0).to(p_RK.dtype)
+        share_RK = self.config.choice_weight * filled_RK / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1)
+        if self.config.router_gradient == "chosen":
+            return replace(routing, gates=share_RK * (p_RK / p_RK.detach()))
+        change_RK = self.config.choice_weight * filled_RK * (p_RK - p_RK.detach())
+        return replace(routing, gates=share_RK + change_RK)
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
         return self.config.choice_weight * probabilities_RN
@@ -97,4 +100,5 @@ class SigmoidGate(Gate):
 
     @property
     def blind(self) -> bool:
-        return self.config.top_k == 1 and self.config.gates_sum_to_one
+        of_chosen = self.config.router_gradient == "chosen" and self.config.gates_sum_to_one
+        return self.config.top_k == 1 and of_chosen
