@@ -15,8 +15,9 @@ from helpers.pictures import folder, roles
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
 from vimoe.cli import main
-from vimoe.errors import ConfigError, DataError
+from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
+from vimoe.moe.routers.softmax import SoftmaxRouter
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,13 @@ def test_a_diagnosis_of_one_image_is_refused_before_the_analysis(root: Path) -> 
     with pytest.raises(ConfigError, match="overrule=0"):
         FinishedRun(root / "run").diagnose(overrule=0)
     assert not (root / "run" / "routing.json").exists()
+
+
+def test_experts_that_cannot_be_left_out_are_told_before_the_analysis(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SoftmaxRouter, "overrulable", False)
+    monkeypatch.setattr(FinishedRun, "analyze", lambda *_: pytest.fail("it analysed"))
+    with pytest.raises(VimoeError, match="moe.router='softmax': expected routers whose decisions can be overruled"):
+        FinishedRun(root / "run").prune(root / "pruned", experts=True)
+    assert not (root / "pruned").exists()

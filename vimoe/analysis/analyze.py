@@ -72,6 +72,8 @@ def analyze(
     interval by more than a twentieth (`vimoe.analysis.statistics.enough_draws`). Their number follows from widths and
     the seed, not from the mean, so the mean stays unbiased for all practical purposes.
 
+    Where the decisions of a router cannot be overruled (`Router.overrulable`), only dense FFNs take the layer's place.
+
     Memory does not depend on the number of images: the decisions of at most 20,000 are kept, drawn uniformly.
 
     Args:
@@ -199,12 +201,15 @@ def _effects(
 
     draws = donors.shape[1]
     first = {name: min(FIRST_DRAWS, draws) if subjects.blocks_after(name) else draws for name in layers}
+    first |= {name: 0 for name, layer in layers.items() if not layer.router.overrulable}
     others = {name: _interventions(layer, seen, name, gate_mass[name]) for name, layer in layers.items()}
     plan = {name: [*handed(name, slice(first[name])), *sum(groups.values(), [])] for name, groups in others.items()}
     changes = measure(subjects, plan, task)
     permuted = {name: (each.loss[:, : first[name]], each.right[:, : first[name]]) for name, each in changes.items()}
     enough = {
-        name: draws if first[name] == draws else enough_draws(loss, donors[:, : first[name]], draws, seed, sequences)
+        name: first[name]
+        if first[name] in (0, draws)
+        else enough_draws(loss, donors[:, : first[name]], draws, seed, sequences)
         for name, (loss, _) in permuted.items()
     }
     more = {name: handed(name, slice(first[name], to)) for name, to in enough.items() if to > first[name]}
@@ -214,15 +219,16 @@ def _effects(
             permuted[name] = np.hstack([loss, also.loss]), np.hstack([right, also.right])
     fields = {}
     for name, groups in others.items():
-        pairs = [pair_interval(values, donors[:, : enough[name]], seed, sequences) for values in permuted[name]]
+        given = donors[:, : enough[name]]
+        pairs = [pair_interval(values, given, seed, sequences) for values in permuted[name] if enough[name]]
         rest = Changes(changes[name].loss[:, first[name] :], changes[name].right[:, first[name] :])
         effects = iter(Effect.each(rest, seed, sequences))
         found = {key: [next(effects) for _ in group] for key, group in groups.items()}
         fields[name] = {
             "draws": enough[name],
-            "permuted": Effect(*pairs),
-            "frozen": found.pop("frozen")[0],
-            "experts": tuple(found.pop("experts")),
+            "permuted": Effect(*pairs) if pairs else None,
+            "frozen": next(iter(found.pop("frozen", ())), None),
+            "experts": tuple(found.pop("experts", ())),
             "dense": {how: effect for how, (effect,) in found.items()},
         }
     return fields
@@ -230,12 +236,17 @@ def _effects(
 
 def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) -> dict[str, list[Intervention]]:
     """The interventions on a layer by kind, but for permutations."""
+    dense: dict[str, list[Intervention]] = {
+        how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.densify_methods
+    }
+    if not layer.router.overrulable:
+        return dense
     frozen = statistics.most_frequent(seen.experts[name], seen.gates[name])
     n, k = layer.config.num_experts, layer.config.top_k
     return {
         "frozen": [Frozen(*map(torch.from_numpy, frozen))],
         "experts": [Without(expert) for expert in range(n)] if n > k else [],
-        **{how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.densify_methods},
+        **dense,
     }
 
 

@@ -68,6 +68,9 @@ class LayerEvidence:
         comparison: similarity of the experts (vimoe.analysis.expert_similarity).
         examples: indices, in the loader, of the images that gave each expert the largest gates.
         draws: number of permutations in `permuted`; 0 without interventions.
+
+    `permuted` and `frozen` are None, and `experts` empty, if the router's decisions cannot be overruled
+    (`Router.overrulable`).
     """
 
     name: str

@@ -305,7 +305,7 @@ class _Others:
 
     def __init__(self, layer: MoE, x: Tensor) -> None:
         x = in_type_of_autocast(x)
-        self.layer, self.shape = layer, x.shape
+        self.layer, self.x, self.shape = layer, x, x.shape
         self.routing = layer.router(x)
         self.units = len(self.routing.experts) // len(x)  # of an image
         self.x_RTD = x.reshape(len(x) * self.units, self.routing.tokens_per_unit, x.shape[2])
@@ -322,6 +322,10 @@ class _Others:
 
     def __call__(self, images: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Return outputs (M, T, D) for (M,) images of the batch by decisions (M, U, K)."""
+        if self.layer.router.mixes:
+            batch = (len(images), self.shape[1])
+            other = replace(self.routing, experts=experts.flatten(0, 1), gates=gates.flatten(0, 1), batch=batch)
+            return self.layer.router.compute(self.x[images], other, self.layer.experts, self.layer.shared)
         units = (images[:, None] * self.units + torch.arange(self.units, device=images.device)).flatten()
         number = self.layer.config.num_experts
         chosen = experts.flatten(0, 1)

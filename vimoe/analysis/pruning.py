@@ -147,7 +147,8 @@ def prune(
 
     Raises:
         ConfigError: if the tolerance is no number, or `experts` without a loader, or not as many sequences as images.
-        VimoeError: if the evidence is of another model, or has no interventions and there is no loader.
+        VimoeError: if the evidence is of another model, or has no interventions and there is no loader; or if
+            `experts`, and the decisions of a router cannot be overruled (`Router.overrulable`).
 
     >>> import timm, torch, vimoe
     >>> dense = timm.create_model("test_vit", num_classes=2)
@@ -166,6 +167,8 @@ def prune(
     expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
     layers = moe_layers(model)
     evidence.check_model(layers)
+    if experts:
+        check_experts(model)
     mass = {e.name: torch.from_numpy(e.gate_mass) for e in evidence.layers}
     without_method = tuple(name for name, layer in layers.items() if not layer.densify_methods)
     if loader is None:
@@ -177,6 +180,16 @@ def prune(
         for name in reversed(moe_layers(model)):
             greedy.experts(name)
     return Pruning(tuple(greedy.steps), kept, tolerance, greedy.sequences, without_method)
+
+
+def check_experts(model: nn.Module) -> None:
+    """Raise VimoeError if the decisions of a router cannot be overruled, so that no expert of its can be left out."""
+    for name, layer in moe_layers(model).items():
+        if not layer.router.overrulable:
+            raise VimoeError(
+                f"experts=True, and {name} has moe.router={layer.config.router!r}: expected routers whose decisions "
+                f"can be overruled, by which the loss without an expert is measured; leave experts out"
+            )
 
 
 def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vimoe import process
 from vimoe.config.bench import ModelBench
+from vimoe.errors import ConfigError
 from vimoe.models.inference import optimize
 from vimoe.models.precision import warn_of_slow_bfloat16
 from vimoe.moe import MoE
@@ -105,7 +106,16 @@ def forced_experts(load: Literal["balanced", "zipf"], rows: int, num_experts: in
 
 
 def force_routing(layer: MoE, experts_RK: Tensor) -> None:
-    """Force a layer to use these experts. The gates stay those of the router's own choice, so the cost is unchanged."""
+    """Force a layer to use these experts. The gates stay those of the router's own choice, so the cost is unchanged.
+
+    Raises:
+        ConfigError: if its router sends no rows to experts.
+    """
+    if layer.router.mixes:
+        raise ConfigError(
+            f"moe.router={layer.router.config.router!r}: expected a router that sends tokens to experts, because the "
+            f"benchmark forces a load on them; leave it out"
+        )
 
     def overrule(router: nn.Module, args: Any, routing: Routing) -> Routing:
         return replace(routing, experts=experts_RK)

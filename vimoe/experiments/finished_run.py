@@ -18,7 +18,7 @@ from vimoe.analysis.diagnose import check_overrule, diagnose
 from vimoe.analysis.diagnosis import Diagnosis
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import png
-from vimoe.analysis.pruning import prune, receipts
+from vimoe.analysis.pruning import check_experts, prune, receipts
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.data import Inference
 from vimoe.config.settings import check_reads
@@ -143,6 +143,8 @@ class FinishedRun:
         run_folder.check_new(out)
         check_outside("--out", out, self.run.settings.data.path)
         recovery = self._recovery(recover, recover_lr)
+        if experts:
+            check_experts(self.model)
         with run_folder.made_whole(out) as folder:
             values = self._prune(folder, tolerance, experts, recovery)
         return {**values, "out": str(out), "report": str(write_run_report(Path(out)))}

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vimoe.errors import VimoeError, expect, first_line
 from vimoe.models.interface import find_backbone
-from vimoe.moe import MoE
+from vimoe.moe import MoE, ffn
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def _moe_macs(layer: MoE, tokens: int) -> float:
     """Return the multiply-adds of the router and the routed experts for one image."""
     decisions = 1 if layer.config.routing == "image" else tokens
-    return tokens * layer.router.experts_per_token * layer.experts.macs + decisions * layer.router.macs
+    shared = 0 if layer.shared is None else ffn.macs(layer.shared)
+    return decisions * layer.router.macs + layer.router.compute_macs(tokens, layer.experts, shared)
 
 
 def _idle_params(layer: MoE) -> float:

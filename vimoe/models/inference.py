@@ -50,7 +50,8 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
     """Make a model, dense or with MoE layers, fast for inference, in place; it can then only be run.
 
     On a CPU, matrices of FFNs, experts and attention are stored once in the layout that products read, and activations
-    are fused into the product before them. Parts with forward hooks, and experts that are no FFNs, are left alone.
+    are fused into the product before them. Parts with forward hooks are left alone, and so are experts that are no FFNs
+    or whose weights the router reads (`Router.reads_weights`).
     Routers keep their float32 weights: in another type, too, only the tokens are rounded before the choice.
 
     Args:
@@ -90,6 +91,8 @@ def _pack(model: nn.Module) -> None:
     read = set[nn.Module]()  # by experts that stay as they are
     for layer in moe_layers(model).values():
         experts = layer.experts
+        if layer.router.reads_weights:
+            continue
         if experts.are_ffns and can_pack(experts.weights(0)["fc1.weight"]) and not has_hooks(experts):
             layer.experts = PackedExperts(experts)  # type: ignore[assignment]
         else:

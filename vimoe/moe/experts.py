@@ -100,6 +100,11 @@ class Experts(nn.Module):
         """Return the canonical weights of one expert, as views where that can be."""
         raise NotImplementedError
 
+    def stacked_weights(self) -> ffn.Weights:
+        """Return the canonical weights of all experts, each with the N experts in front."""
+        each = [self.weights(e) for e in range(self.num_experts)]
+        return {name: torch.stack([weights[name] for weights in each]) for name in each[0]}
+
     def set_weights(self, expert: int, weights: ffn.Weights) -> None:
         """Copy canonical weights of the same shapes into one expert."""
         raise NotImplementedError
@@ -115,10 +120,11 @@ class Experts(nn.Module):
         """
         rows = x_RUD if source_S is None else x_RUD.index_select(0, source_S)
         parts = enumerate(rows.split(load_N.tolist()))
-        outputs = [self._expert(self.weights(e), part) for e, part in parts if len(part)]
+        outputs = [self.apply_weights(self.weights(e), part) for e, part in parts if len(part)]
         return torch.cat(outputs) if outputs else rows
 
-    def _expert(self, weights: ffn.Weights, x: Tensor) -> Tensor:
+    def apply_weights(self, weights: ffn.Weights, x: Tensor) -> Tensor:
+        """(..., D) to (..., D): the output of an FFN with these canonical weights, with the experts' dropout."""
         first = F.linear(x, weights["fc1.weight"], weights.get("fc1.bias"))
         hidden = ffn.activated(self.kind, weights, first, self.drop1)
         y: Tensor = self.drop2(F.linear(hidden, weights["fc2.weight"], weights.get("fc2.bias")))

@@ -60,7 +60,11 @@ class Gate(nn.Module):
             slots: K, the most experts that a row can get.
             constant: True if the router's own weights are constant.
         """
-        return constant or (slots == 1 and self.config.gates_sum_to_one)
+        return constant or self.is_one(slots)
+
+    def is_one(self, slots: int) -> bool:
+        """Return True if the only gate that has a gradient is always 1."""
+        return slots == 1 and self.config.gates_sum_to_one and self.config.router_gradient == "chosen"
 
 
 class ChoiceGate(Gate):
@@ -69,16 +73,18 @@ class ChoiceGate(Gate):
     Of c chosen experts each has the gate b/c p/sg(p), with sg the stop of the gradient: its value is b/c, and it is
     raised or lowered by the relative change of the probability p. The weight b is `MoEConfig.choice_weight`.
 
-    Where other experts train the router too (`moe.router_gradient`), the gate is b/c (1 + p - sg(p)): all experts then
+    Where other experts train the router too (`moe.router_gradient`), the gate is b/c + b (p - sg(p)): all experts then
     have the gradient of sum_j b p_j (E_j - S), whether chosen or not.
     """
 
     def forward(self, routing: Routing) -> Routing:
-        filled_RK = (routing.experts >= 0).to(routing.gates.dtype)
-        share_RK = filled_RK * (self.config.choice_weight / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1))
         p_RK = routing.gates + _TINY
-        one_RK = p_RK / p_RK.detach() if self.config.router_gradient == "chosen" else 1 + (p_RK - p_RK.detach())
-        return replace(routing, gates=share_RK * one_RK)
+        filled_RK = (routing.experts >= 0).to(p_RK.dtype)
+        share_RK = filled_RK * (self.config.choice_weight / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1))
+        if self.config.router_gradient == "chosen":
+            return replace(routing, gates=share_RK * (p_RK / p_RK.detach()))
+        change_RK = self.config.choice_weight * filled_RK * (p_RK - p_RK.detach())
+        return replace(routing, gates=share_RK + change_RK)
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
         return self.config.choice_weight * probabilities_RN
@@ -106,4 +112,4 @@ class SigmoidGate(Gate):
         return (logits_RN + self.bias.to(logits_RN.dtype)).sigmoid()
 
     def blind(self, slots: int, constant: bool) -> bool:
-        return slots == 1 and self.config.gates_sum_to_one
+        return self.is_one(slots)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from vimoe.config.moe import EXPERTS, ROUTERS, STARTS, MoEConfig
 from vimoe.errors import SurgeryError, VimoeError
-from vimoe.moe import ffn
+from vimoe.moe import ffn, router_gradient
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import dispatch
 from vimoe.moe.experts import Experts
@@ -34,7 +34,8 @@ class MoE(nn.Module):
         combine="sum":  S(x) + sum_i g_i E_i(x)              as in ViMoE (arXiv 2410.15732)
 
     and without a shared expert sum_i g_i E_i(x), where "mix" makes the softmax router's gates of the chosen experts sum
-    to 1. A token without an expert gives S(x), or 0 without a shared expert.
+    to 1. A token without an expert gives S(x), or 0 without a shared expert. A router that mixes tokens or experts has
+    a formula of its own (`Router.compute`).
 
     Every expert starts as a copy of the dense FFN, on its device and in its type, until `start` is called, which
     `vimoe.upcycle` does. Experts and router are trained even
@@ -52,6 +53,7 @@ class MoE(nn.Module):
         router: router of the kind `config.router`.
         experts: experts of the kind `config.experts`.
         shared: the shared expert, or None.
+        unchosen: what trains the router by experts that were not chosen (`config.router_gradient`), or None.
 
     >>> import torch, vimoe
     >>> from timm.layers import Mlp
@@ -64,6 +66,7 @@ class MoE(nn.Module):
 
     router: Router
     experts: Experts
+    unchosen: router_gradient.Unchosen | None
 
     def __init__(self, dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> None:
         super().__init__()
@@ -78,6 +81,8 @@ class MoE(nn.Module):
                 f"expected a Role for each parameter and no other; correct `roles`"
             )
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
+        unchosen = router_gradient.KINDS.get(config.router_gradient)
+        self.unchosen = None if unchosen is None else unchosen(config.num_experts, dim, like=weight)
         self._begin: Start = STARTS.find(config.init)(config)
         # densify rebuilds the FFN from this copy; in a tuple, because it is no part of this model
         self._template = (copy.deepcopy(dense).to("meta"),)
@@ -108,12 +113,18 @@ class MoE(nn.Module):
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
         note(self, routing)
+        if self.router.mixes:
+            return self.router.compute(x_BTD, routing, self.experts, self.shared)
         sent = dispatch(routing)
         x_RUD = x_BTD.reshape(routing.experts.shape[0], routing.tokens_per_unit, x_BTD.shape[-1])
         y_SUD = self.experts(x_RUD, sent.source, sent.load)
         shared_RUD = None if self.shared is None else self.shared(x_BTD).view(x_RUD.shape)
         mix = self.shared is not None and self.config.combine == "mix"
-        return sent.combine(y_SUD, shared_RUD, mix).view(x_BTD.shape)
+        y_RUD = sent.combine(y_SUD, shared_RUD, mix)
+        if self.unchosen is not None and self.training and torch.is_grad_enabled():
+            gates_RN = self.router.gates_of_all(routing).masked_fill(routing.chosen, 0)
+            y_RUD = y_RUD + self.unchosen(gates_RN, x_RUD, y_SUD, shared_RUD if mix else None, sent, self.experts)
+        return y_RUD.view(x_BTD.shape)
 
     def without_experts(self) -> nn.Module:
         """Return the shared expert as an FFN, of the parent's width while the added shared experts are zero."""
@@ -167,6 +178,8 @@ class MoE(nn.Module):
         assert len(kept) >= self.config.top_k
         self.router.keep(kept)
         self.experts.keep(kept)
+        if self.unchosen is not None:
+            self.unchosen.keep(kept)
         self.config = self.router.config
 
     def extra_repr(self) -> str:

@@ -106,11 +106,11 @@ class PackedExperts(nn.Module):
         self.fc2 = nn.ModuleList(PackedLinear(w["fc2.weight"], w.get("fc2.bias")) for w in weights)
         self._norms = [(w["norm.weight"].clone(), w["norm.bias"].clone()) for w in weights if "norm.weight" in w]
 
-    def forward(self, x_RUD: Tensor, source_S: Tensor, load_N: Tensor) -> Tensor:
+    def forward(self, x_RUD: Tensor, source_S: Tensor | None, load_N: Tensor) -> Tensor:
         """(R, U, D) to (S, U, D); see `Experts.forward`."""
         if torch.compiler.is_exporting():
             _refuse()
-        y_SUD = x_RUD.new_empty(len(source_S), *x_RUD.shape[1:])
+        y_SUD = x_RUD.new_empty(len(x_RUD if source_S is None else source_S), *x_RUD.shape[1:])
         for e, at in loaded_experts(load_N):
             hidden = self.fc1[e](tokens_of(x_RUD, source_S, at))
             if self.kind.gated:

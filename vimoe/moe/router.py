@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from vimoe.config.moe import GATES, MoEConfig, RoutedUnit
+from vimoe.config.moe import EXPERTS, GATES, MoEConfig, RoutedUnit
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.moe.autocast import own_type
 from vimoe.moe.chunks import chunks
+from vimoe.moe.experts import Experts
 from vimoe.moe.routing import Routing
 
 INIT_STD = 0.02  # as ViTs initialise their linear maps; zero would send every image to the same expert
@@ -65,6 +66,8 @@ class Router(nn.Module):
     - `decide` gives each chosen expert the router's own weight, such as a probability, of which `gate` then makes the
       final one: it also divides by their sum, where the settings ask for it. `probabilities` gives such a weight for
       each expert.
+    - A router that sends no rows to experts, but mixes tokens or experts, says `mixes` and has `compute` and
+      `compute_macs`. Its rows get all experts (`all_experts`), with their share in the output for a gate.
 
     Attributes:
         units: values of `moe.routing` that the router can do.
@@ -75,6 +78,11 @@ class Router(nn.Module):
         tokens_interact: True if a token's decision depends on other tokens of its image.
         adjustable: True if `decide` chooses by `preferences`, so that a bias and random decisions can act. Otherwise
             `moe.bias_update_rate` and `vimoe.set_random_share` are refused.
+        mixes: True if the layer calls `compute` instead of sending rows to experts.
+        overrulable: True if a layer computes what the experts and gates of a `Routing` say, so that analysis can give
+            it other decisions.
+        reads_weights: True if `compute` reads the experts' weights: they must be FFNs, and `vimoe.optimize` leaves them
+            as they are.
         gate: the gate of the kind `config.gate`.
         weight: (N, D), the linear map; a row for each expert.
         choice_bias: (N,) float32, added where experts are chosen, and nowhere else; None if `bias_update_rate` is 0.
@@ -99,6 +107,9 @@ class Router(nn.Module):
     ragged = False
     tokens_interact = False
     adjustable = False
+    mixes = False
+    overrulable = True
+    reads_weights = False
     weight: Tensor
     choice_bias: Tensor | None
     random_share: Tensor | None
@@ -120,17 +131,16 @@ class Router(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Routing:
         """Return the decisions for tokens (B, T, D)."""
-        if x_BTD.ndim != 3:
-            raise VimoeError(f"MoE input of shape {tuple(x_BTD.shape)}: expected (images, tokens, channels)")
-        batch = (x_BTD.shape[0], x_BTD.shape[1])
+        batch = batch_of(x_BTD)
         with own_type(x_BTD):
-            feature_RD = self.feature(x_BTD)
-            logits_RN = self.score(feature_RD)
-            noisy_RN = logits_RN
-            if self.training and self.config.router_noise:
-                std = self.config.router_noise / self.config.num_experts
-                noisy_RN = logits_RN + std * torch.randn_like(logits_RN)
-            return replace(self.route(noisy_RN, batch), logits=logits_RN)
+            logits_RN = self.score(self.feature(x_BTD))
+            return replace(self.route(self.noisy(logits_RN), batch), logits=logits_RN)
+
+    def noisy(self, logits: Tensor) -> Tensor:
+        """Return scores with the noise of `router_noise`, in training."""
+        if not self.training or not self.config.router_noise:
+            return logits
+        return logits + self.config.router_noise / self.config.num_experts * torch.randn_like(logits)
 
     def route(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
         """Return the decisions that follow from the scores, with the weights of the gate; arguments as of `decide`."""
@@ -144,6 +154,11 @@ class Router(nn.Module):
     def probabilities(self, logits_RN: Tensor) -> Tensor:
         """Return (R, N) the router's own weight of each expert, chosen or not; by default a softmax."""
         return logits_RN.softmax(dim=-1)
+
+    def gates_of_all(self, routing: Routing) -> Tensor:
+        """Return (R, N) the gates of all experts as if each had been chosen, from the scores without noise."""
+        gates_RN: Tensor = self.gate.of_all(self.probabilities(routing.logits), routing.logits)
+        return gates_RN
 
     def decide(self, logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
         """Return the decisions that follow from the scores, with the router's own weights for gates.
@@ -167,10 +182,31 @@ class Router(nn.Module):
         """
         return self.slots
 
+    def compute(self, x_BTD: Tensor, routing: Routing, experts: Experts, shared: nn.Module | None) -> Tensor:
+        """Return the layer's output (B, T, D), of a router that `mixes`.
+
+        Args:
+            x_BTD: tokens.
+            routing: decisions that `forward` made for them.
+            experts: experts of the layer.
+            shared: shared expert, or None.
+        """
+        raise NotImplementedError
+
     @property
     def macs(self) -> int:
         """Multiply-adds of `score` for one row."""
         return self.weight.numel()
+
+    def compute_macs(self, tokens: int, experts: Experts, shared: int) -> float:
+        """Multiply-adds of one image after its scores; the shared expert's pass over all tokens is counted elsewhere.
+
+        Args:
+            tokens: T.
+            experts: experts of the layer.
+            shared: multiply-adds of the shared expert for one token, 0 without one.
+        """
+        return tokens * self.experts_per_token * experts.macs
 
     @property
     def num_decisions(self) -> int:
@@ -231,6 +267,10 @@ class Router(nn.Module):
         experts_RK = F.pad(best.indices.masked_fill(empty, -1), unfilled, value=-1)
         return Routing(logits_RN, gates_RK, experts_RK, self.config.routing, batch, ragged=self.ragged)
 
+    def all_experts(self, logits_RN: Tensor, gates_RN: Tensor, batch: tuple[int, int]) -> Routing:
+        """Return the decisions of a router whose rows get all experts; arguments as of `assign`."""
+        return self.assign(logits_RN, gates_RN, torch.ones_like(gates_RN, dtype=torch.bool), batch)
+
     def calibrate(self, seen: Any) -> None:
         """Set the rows of a router that `needs_images`, from a `vimoe.moe.start.Calibration`, in place."""
 
@@ -255,6 +295,11 @@ class Router(nn.Module):
         if config.routing not in self.units:
             raise ConfigError(
                 f"router={config.router!r} with routing={config.routing!r}: expected routing={self.units[0]!r}; set it"
+            )
+        if self.reads_weights and not EXPERTS.find(config.experts).are_ffns:
+            raise ConfigError(
+                f"experts={config.experts!r} with router={config.router!r}, which takes the mean of experts' weights: "
+                f"expected experts that are FFNs, such as 'ffn'"
             )
         refused = {
             "bias_update_rate": (config.bias_update_rate and not self.adjustable, 0),
@@ -287,6 +332,13 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         num_experts, dim = self.weight.shape
         return f"{dim} -> {num_experts}, top_k={self.config.top_k}, routing={self.config.routing!r}"
+
+
+def batch_of(x_BTD: Tensor) -> tuple[int, int]:
+    """Return (B, T). Raises VimoeError for tokens of another shape."""
+    if x_BTD.ndim != 3:
+        raise VimoeError(f"MoE input of shape {tuple(x_BTD.shape)}: expected (images, tokens, channels)")
+    return x_BTD.shape[0], x_BTD.shape[1]
 
 
 def scores(feature_RD: Tensor, weight_ND: Tensor, few: bool = False) -> Tensor:

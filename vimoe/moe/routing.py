@@ -84,6 +84,21 @@ class Routing:
         return Pairs(row, self.experts[row, slot], self.gates[row, slot])
 
     @property
+    def chosen(self) -> Tensor:
+        """(R, N) bool, True for the experts that a row got."""
+        return self._by_expert(torch.ones_like(self.experts, dtype=torch.bool))
+
+    @property
+    def expert_gates(self) -> Tensor:
+        """(R, N) gate of each expert, 0 where it was not chosen."""
+        return self._by_expert(self.gates)
+
+    def _by_expert(self, values_RK: Tensor) -> Tensor:
+        """(R, K) values of slots to (R, N), 0 for experts that are in none."""
+        zeros = values_RK.new_zeros(values_RK.shape[0], self.num_experts + 1)  # the first is for empty slots
+        return zeros.scatter(1, self.experts + 1, values_RK)[:, 1:]
+
+    @property
     def load(self) -> Tensor:
         """(N,) number of rows that each expert got."""
         return self._count(self.experts.flatten())
@@ -152,13 +167,18 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
         _recorders.reset(token)
 
 
+def recomputing() -> bool:
+    """Return True inside a backward pass, where checkpointing computes a forward again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def note(layer: nn.Module, routing: Routing) -> None:
     """Hand the layer's routing to the innermost recorder that covers the layer, if there is one."""
     for recorder in reversed(_recorders.get()):
         if id(layer) not in recorder.names:
             continue
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # inside a backward pass: checkpointing computes the forward again
+        if recomputing():
+            return
         if recorder.with_grad and not torch.is_grad_enabled():
             raise VimoeError(
                 f"{recorder.names[id(layer)]} ran without gradient inside vimoe.record(), so losses of the record "

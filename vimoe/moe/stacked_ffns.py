@@ -79,6 +79,10 @@ class StackedFFNs(Experts):
         """Return the canonical weights of one expert, as views."""
         return {name: stacked[expert] for name, stacked in self.named_parameters()}
 
+    def stacked_weights(self) -> ffn.Weights:
+        """Return the canonical weights of all experts, without a copy."""
+        return dict(self.named_parameters())
+
     @torch.no_grad()
     def set_weights(self, expert: int, weights: ffn.Weights) -> None:
         """Copy canonical weights into one expert."""
