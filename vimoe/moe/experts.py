@@ -102,10 +102,11 @@ class Experts(nn.Module):
         """
         rows = x_RUD if source_S is None else x_RUD.index_select(0, source_S)
         parts = enumerate(rows.split(load_N.tolist()))
-        outputs = [self._expert(self.weights(e), part) for e, part in parts if len(part)]
+        outputs = [self.as_ffn(self.weights(e), part) for e, part in parts if len(part)]
         return torch.cat(outputs) if outputs else rows
 
-    def _expert(self, weights: ffn.Weights, x: Tensor) -> Tensor:
+    def as_ffn(self, weights: ffn.Weights, x: Tensor) -> Tensor:
+        """(..., D) to (..., D) by one FFN with these canonical weights, and the dropout of the experts."""
         hidden = self.drop1(ffn.hidden(self.kind, weights, x))
         y: Tensor = self.drop2(F.linear(hidden, weights["fc2.weight"], weights.get("fc2.bias")))
         return y

@@ -88,6 +88,18 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
             f"earlier run had left them).",
             note=True,
         )
+    if fused := summary.get("fused"):
+        page.text(
+            "The experts of each layer were fused into one FFN, so the model is dense. Every score is one of the dense "
+            "model. The spread is the distance of the experts from their fused weights, relative to the norm of these: "
+            "near 0, the experts were one.",
+            note=True,
+        )
+        page.table(
+            ("layer", "shares of its experts", "spread"),
+            [(name, ", ".join(f"{share:.3f}" for share in row["shares"]), f"{row['spread']:.4f}")
+             for name, row in fused.items()],
+        )  # fmt: skip
     for key, sentence in names.limits.items():
         if key in summary:
             page.text(sentence.format(f"{100 * summary[key]:.2f}"), note=True)
