@@ -27,10 +27,13 @@ def add_overview(page: Page, model: str, data: str, summary: dict[str, Any]) -> 
     if "val" in summary:
         _add_training(page, model, data, summary)
     elif "before" in summary:
-        page.text(
-            f"This run was pruned from a trained model: {model}. The data is {data}. MoE layers and experts were "
-            f"removed as long as their removal cost little on validation images."
+        merged = "tolerance" in summary and summary["tolerance"] is None
+        done = (
+            "Every MoE layer was made dense, as the mean of its experts by the gates that they got on validation images"
+            if merged
+            else "MoE layers and experts were removed as long as their removal cost little on validation images"
         )
+        page.text(f"This run was pruned from a trained model: {model}. The data is {data}. {done}.")
     else:
         page.text(f"The model is {model}. The data is {data}. There is no {SUMMARY}, so no result can be shown.")
 
