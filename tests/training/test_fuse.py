@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
-from vimoe.config.moe import MoEConfig
+from vimoe.config.moe import STARTS, MoEConfig
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, SurgeryError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import resume_training, run_training
 from vimoe.models.model_folder import load
+from vimoe.moe.start import Start
 from vimoe.training.fuse import FUSING, Fusing, begin, fused
 from vimoe.training.parameter_groups import parameter_groups
 
@@ -250,6 +251,25 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
     ours, theirs = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "killed"))
     assert ours.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in ours.items())
     assert whole["val"] == resumed["val"] and whole["fused"] == resumed["fused"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("fuse", KINDS)
+def test_copies_that_stay_copies_are_told(
+    fuse: str, apart: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    class Apart(Start):
+        def __call__(self, experts: nn.Module, *_: object) -> None:
+            randomise(experts, scale=0.3)
+
+    monkeypatch.setitem(STARTS, "apart", Apart)
+    run = settings(photos, fuse, {"init": "apart" if apart else "copy"}, epochs=1, warmup_epochs=0)
+    summary = run_training(run, tmp_path / "run")
+    (row,) = summary["fused"].values()
+    assert ("start as copies and will stay copies" in caplog.text) == (fuse == "exfusion" and not apart)
+    assert (row["spread"] > 0.01) == (apart or fuse == "ewa")
+    assert (len(set(row["shares"])) == 4) == (apart and fuse == "exfusion")
 
 
 def test_layers_are_fused_on_cached_features(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

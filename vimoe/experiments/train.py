@@ -53,6 +53,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     data = kind.find(settings.data)
     settings = _check_architecture(kind, data, settings)
     model, converted = _model(kind, data, settings)
+    fuse.warn_of_copies(model)
     settings = replace(settings, train=settle(settings.train, len(data.train), model))
     task, prepared = kind(settings), preprocessing(model, settings.data)
     task.check(model, prepared, converted)

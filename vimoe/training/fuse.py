@@ -7,6 +7,7 @@ a row.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from vimoe.moe import ffn
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.layer import MoE, moe_layers
 
+logger = logging.getLogger(__name__)
+
 
 class Fusing(nn.Module):
     """N experts in the place of an FFN, of which one FFN is left in the end: that of the weights sum_i a_i W_i.
@@ -28,6 +31,7 @@ class Fusing(nn.Module):
     copies starts as the dense FFN. A kind is a subclass, and an entry in `FUSING`.
 
     Attributes:
+        separates: True if training separates experts that start as copies.
         experts: the N experts.
         shares: (N,) the shares a_i.
 
@@ -37,6 +41,8 @@ class Fusing(nn.Module):
     Raises:
         SurgeryError: if the experts have no weights of their own.
     """
+
+    separates = False
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
@@ -94,6 +100,8 @@ class AveragedExperts(Fusing):
     checked: here b rises linearly over the training from 0 to `train.fuse_rate`.
     """
 
+    separates = True
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D): in training each row by a random expert."""
         if not self.training:
@@ -147,6 +155,17 @@ def begin(model: nn.Module, config: TrainConfig) -> None:
     """
     if config.fuse != "none":
         swap(model, {name: FUSING[config.fuse](layer) for name, layer in moe_layers(model).items()})
+
+
+def warn_of_copies(model: nn.Module) -> None:
+    """Log a warning if training a new model cannot separate the experts of a fusing layer, so that they are one FFN."""
+    for name, layer in _layers(model).items():
+        if not layer.separates and layer.spread() == 0:
+            logger.warning(
+                "the experts of %s start as copies and will stay copies, so this trains the dense model; start them "
+                "apart, such as by moe.init=drop", name,
+            )  # fmt: skip
+            return
 
 
 def pull(model: nn.Module, config: TrainConfig, done: float) -> None:
