@@ -32,7 +32,7 @@ from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import resume_training, run_training
 from vimoe.models.model_folder import load
 from vimoe.moe.start import Start
-from vimoe.training.fuse import FUSING, Fusing, begin, fused
+from vimoe.training.fuse import FUSING, AveragedExperts, Fusing, begin, fused
 from vimoe.training.parameter_groups import parameter_groups
 
 KINDS = [*FUSING]
@@ -236,6 +236,17 @@ def test_the_pull_is_strongest_after_the_last_update(photos: Path, tmp_path: Pat
     assert (row["spread"] < 1e-6) == together
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_rate_rises_linearly_with_the_updates(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(AveragedExperts, "pull", lambda _self, rate: rates.append(rate))
+    run_training(settings(photos, "ewa", fuse_rate=0.4, accumulation=accumulation), tmp_path / "run")
+    updates = 9 if accumulation == 1 else 6  # 3 epochs of 3 steps; the last of an epoch is an update of its own
+    assert rates == pytest.approx([0.4 * (i + 1) / updates for i in range(updates)])
+
+
 @pytest.mark.parametrize("fuse", KINDS)
 @pytest.mark.parametrize("killed_after", [1, 5])
 def test_a_killed_training_ends_as_if_it_had_not_been(
@@ -270,6 +281,15 @@ def test_copies_that_stay_copies_are_told(
     assert ("start as copies and will stay copies" in caplog.text) == (fuse == "exfusion" and not apart)
     assert (row["spread"] > 0.01) == (apart or fuse == "ewa")
     assert (len(set(row["shares"])) == 4) == (apart and fuse == "exfusion")
+
+
+def test_exfusion_of_copies_is_the_training_of_the_dense_model(photos: Path, tmp_path: Path) -> None:
+    """Gradients of copies are equal, and AdamW divides by their size; a clipped norm would count them otherwise."""
+    found = {}
+    for fuse, layers_of in (("none", "none"), ("exfusion", "last:1")):
+        run_training(settings(photos, fuse, {"layers": layers_of}, clip_grad=0.0), tmp_path / fuse)
+        found[fuse] = [float(row["val_loss"]) for row in rows(tmp_path / fuse / "metrics.csv")]
+    assert found["exfusion"] == pytest.approx(found["none"], abs=1e-4) and len(set(found["none"])) == 3
 
 
 def test_layers_are_fused_on_cached_features(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
