@@ -191,6 +191,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(photos: Path, fuse: str, moe: dict | None = None, data: dict | None = None, **train: object) -> Settings:
     args = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     base = TrainConfig(epochs=3, batch_size=8, lr=3e-3, min_crop=1, tensorboard=False, fuse=fuse)
+    if fuse == "ewa":
+        base = replace(base, fuse_rate=0.1)  # by default the experts are one at the end
     return Settings(
         model=ModelConfig(name="vit_tiny_patch16_224", pretrained=False, img_size=16, args=args),
         moe=MoEConfig(**{"layers": "last:1", "num_experts": 4, "num_shared_experts": 0, **(moe or {})}),

@@ -81,7 +81,7 @@ class TrainConfig:
     expert_weight_decay: float | None = bounded(None, 0)
     train_only: Literal["all", "moe"] = "all"
     fuse: Fuse = "none"
-    fuse_rate: float = bounded(0.1, 0, 1)
+    fuse_rate: float = bounded(1.0, 0, 1)
     balance_loss: float = bounded(0.01, 0)
     z_loss: float = bounded(0.0, 0)
     importance_loss: float = bounded(0.0, 0)
