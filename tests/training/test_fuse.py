@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers.kinds  # noqa: F401  the experts "scaled"
 import pytest
@@ -33,6 +34,7 @@ from vimoe.experiments.train import resume_training, run_training
 from vimoe.models.model_folder import load
 from vimoe.moe.start import Start
 from vimoe.training.fuse import FUSING, AveragedExperts, Fusing, begin, fused
+from vimoe.training.loop import train
 from vimoe.training.parameter_groups import parameter_groups
 
 KINDS = [*FUSING]
@@ -171,6 +173,12 @@ def test_stacked_biases_of_fusing_layers_do_not_decay() -> None:
     }
     found = {name: decays[id(p)] for name, p in model.blocks[0].mlp.named_parameters()}
     assert found == {name: name.endswith("weight") for name in found} and "logits" in found
+
+
+def test_a_model_whose_layers_were_not_replaced_is_refused(tmp_path: Path) -> None:
+    job = SimpleNamespace(names=["a"] * 99)
+    with pytest.raises(ConfigError, match="train.fuse='ewa': expected a model whose MoE layers"):
+        train(upcycle(vit(), config()), job, TrainConfig(fuse="ewa"), tmp_path)
 
 
 def test_experts_that_share_weights_are_refused() -> None:

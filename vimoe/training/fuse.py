@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.config.train import TrainConfig
-from vimoe.errors import SurgeryError
+from vimoe.errors import ConfigError, SurgeryError
 from vimoe.models.surgery import swap
 from vimoe.moe import ffn
 from vimoe.moe.autocast import in_type_of_autocast
@@ -155,6 +155,15 @@ def begin(model: nn.Module, config: TrainConfig) -> None:
     """
     if config.fuse != "none":
         swap(model, {name: FUSING[config.fuse](layer) for name, layer in moe_layers(model).items()})
+
+
+def check_begun(model: nn.Module, config: TrainConfig) -> None:
+    """Raise ConfigError for a model that `begin` has not seen, whose training would fuse nothing."""
+    if config.fuse != "none" and not _layers(model):
+        raise ConfigError(
+            f"train.fuse={config.fuse!r}: expected a model whose MoE layers vimoe.training.fuse.begin has replaced; "
+            f"call it first"
+        )
 
 
 def warn_of_copies(model: nn.Module) -> None:

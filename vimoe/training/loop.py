@@ -30,7 +30,7 @@ from vimoe.moe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
-from vimoe.training.fuse import pull
+from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but
 from vimoe.training.settle import settle
@@ -80,6 +80,7 @@ def train(
             f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
             f"lower it, as vimoe.training.settle does"
         )
+    check_begun(model, config)
     process = Process()
     process.one_log()
     config = settle(config, len(job.names), model)
