@@ -552,8 +552,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "pruning ignores --experts",
         "experiments/finished_run.py",
-        "prune(pruned, evidence, loader, tolerance, experts, progress",
-        "prune(pruned, evidence, loader, tolerance, False, progress",
+        "prune(pruned, evidence, loader, **options, progress",
+        'prune(pruned, evidence, loader, **{**options, "experts": False}, progress',
         ("test_cli.py",),
     ),
     Mutant(
@@ -632,6 +632,34 @@ MUTANTS: tuple[Mutant, ...] = (
         "    if labels.is_floating_point() or labels.is_complex():\n",
         "    if False:\n",
         ("metrics/test_base.py",),
+    ),
+    Mutant(
+        "validation scores a random expert, not the mean of the experts",
+        "training/fuse.py",
+        "        if not self.training:\n",
+        "        if False:\n",
+        ("training/test_fuse.py",),
+    ),
+    Mutant(
+        "rows that are left over always go to the first experts",
+        "training/fuse.py",
+        "device=device) - first) % n",
+        "device=device)) % n",
+        ("training/test_fuse.py",),
+    ),
+    Mutant(
+        "experts are pulled by the whole rate from the start",
+        "training/fuse.py",
+        "layer.pull(config.fuse_rate * done)",
+        "layer.pull(config.fuse_rate)",
+        ("training/test_fuse.py",),
+    ),
+    Mutant(
+        "merging all layers measures each against the unpruned model",
+        "analysis/pruning.py",
+        "            swap(self.model, {name: merged})\n",
+        "",
+        ("analysis/test_pruning.py",),
     ),
 )
 

@@ -114,6 +114,22 @@ def test_experts_are_dropped_where_it_is_asked_for(
         assert call(capsys, "evaluate", out)["loss"] == pytest.approx(found["after"]["loss"])
 
 
+def test_all_layers_are_merged_where_it_is_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "merged"
+    found = call(capsys, "prune", run, "--merge_all=true", "--recover=1", "--out", out)
+    assert [step["how"] for step in found["steps"]] == ["merge", "merge"] and not found["kept"]
+    assert found["tolerance"] is None and not found["after"]["moe_layers"] and found["recovered"]
+    page = (out / "report.html").read_text()
+    assert "Every MoE layer was made dense" in page and "whatever it costs" in page and "tolerance of" not in page
+    assert call(capsys, "evaluate", out)["loss"] == pytest.approx(found["recovered"]["loss"])
+    monkeypatch.setattr(vimoe.experiments.finished_run, "analyze", lambda *_, **__: pytest.fail("it analysed"))
+    for option in ("--experts=true", "--tolerance=1"):
+        words = refused(capsys, "prune", run, "--merge_all=true", option, "--out", tmp_path / "no")
+        assert "with merge_all=True: expected" in words and not (tmp_path / "no").exists()
+
+
 def test_reports_of_one_run_and_of_several(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "report.html").unlink()
     assert Path(call(capsys, "report", run)["report"]) == run / "report.html" and (run / "report.html").exists()

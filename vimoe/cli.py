@@ -232,7 +232,7 @@ def diagnose(verb: str, argv: list[str]) -> Result:
 
 
 def prune(verb: str, argv: list[str]) -> Result:
-    """Make dense the MoE layers that validation does not support; write a new run with a receipt.
+    """Make dense the MoE layers that validation does not support, or all; write a new run with a receipt.
 
     Example: vimoe prune runs/photos --out runs/photos-pruned
     """
@@ -243,6 +243,8 @@ def prune(verb: str, argv: list[str]) -> Result:
     parser.add_argument(
         "--experts", type=bool, default=False, help="also remove single experts of the layers that stay"
     )
+    merge_all = "make every MoE layer dense, as the mean of its experts, whatever it costs"
+    parser.add_argument("--merge_all", type=bool, default=False, help=merge_all)
     parser.add_argument("--recover", type=int, default=0, help="number of epochs to train the pruned model")
     parser.add_argument(
         "--recover_lr",
@@ -257,7 +259,7 @@ def prune(verb: str, argv: list[str]) -> Result:
     from vimoe.metrics.registry import shown
     from vimoe.report.table_cells import receipt_header, receipt_row
 
-    keys = ("tolerance", "experts", "recover", "recover_lr")
+    keys = ("tolerance", "experts", "recover", "recover_lr", "merge_all")
     values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
     stages = [key for key in ("before", "after", "recovered") if key in values]
     rows = [receipt_header(shown(values["before"])), *(receipt_row(key, [values[key]]) for key in stages)]

@@ -343,3 +343,46 @@ def test_layers_that_no_method_makes_dense_stay_and_are_named(with_loader: bool)
     assert not done.steps and not done.kept and len(layers(model)) == 2
     assert done.without_method == ("blocks.0.mlp", "blocks.1.mlp") == tuple(done.to_dict()["without_method"])
     assert str(done).splitlines()[:2] == [f"blocks.{i}.mlp: kept; no method makes it dense" for i in (0, 1)]
+
+
+def test_all_layers_are_merged_whatever_it_costs_and_the_cost_is_measured() -> None:
+    """The changes are those of a model whose layers are merged by hand, one after another."""
+    model = perturb_experts(upcycle(vit(), config(top_k=2)))
+    labels = torch.arange(10) % 5
+    batches = [(images(model, 10), labels)]
+    found = vimoe.analyze(model, batches, draws=1)
+    mass = {layer.name: torch.from_numpy(layer.gate_mass) for layer in found.layers}
+    by_hand, losses = copy.deepcopy(model), [loss_of(model, *batches[0])]
+    for name in mass:
+        vimoe.densify(by_hand, [name], "merge", gate_mass={name: mass[name]})
+        losses.append(loss_of(by_hand, *batches[0]))
+    done = vimoe.prune(model, found, batches, merge_all=True)
+    assert [(step.layer, step.how) for step in done.steps] == [("blocks.0.mlp", "merge"), ("blocks.1.mlp", "merge")]
+    assert done.tolerance is None and not done.kept and not layers(model)
+    changes = [step.change.loss.value for step in done.steps]
+    assert changes == pytest.approx(np.diff(losses).tolist(), abs=1e-5) and max(map(abs, changes)) > 1e-3
+    assert done.steps[-1].total.loss.value == pytest.approx(losses[-1] - losses[0], abs=1e-5)
+    torch.testing.assert_close(model(batches[0][0]), by_hand(batches[0][0]))
+
+
+def loss_of(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(F.cross_entropy(model.eval()(x), labels))
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({}, {"experts": True}, "experts=True with merge_all=True: expected False"),
+        ({}, {"tolerance": 0.5}, "tolerance=0.5 with merge_all=True: expected 0.01, since all layers"),
+        ({}, {"loader": None}, "merge_all=True without a loader: expected one"),
+        ({"num_shared_experts": 2}, {}, "merge_all=True: blocks.0.mlp has several shared experts"),
+    ],
+)
+def test_merging_all_layers_is_refused_in_one_line(settings: dict, arguments: dict, message: str) -> None:
+    model = upcycle(vit(), config(**settings))
+    batches = [(images(model, 10), torch.arange(10) % 5)]
+    found = vimoe.analyze(model, batches, draws=1, overrule=0)
+    with pytest.raises(VimoeError, match=message):
+        vimoe.prune(model, found, **{"loader": batches, "merge_all": True, **arguments})
+    assert len(layers(model)) == 2

@@ -11,9 +11,10 @@ from vimoe.report.run_files import describe
 
 
 def test_what_settings_make_of_a_model_is_said_in_words() -> None:
-    def words(**moe: Any) -> str:
-        return describe({"model": {"name": "vit"}, "moe": MoEConfig(**moe).to_dict()})
+    def words(fuse: str = "none", **moe: Any) -> str:
+        return describe({"model": {"name": "vit"}, "moe": MoEConfig(**moe).to_dict(), "train": {"fuse": fuse}})
 
+    assert words("ewa", layers="all") == "vit, dense, with 8 experts in every block while it was trained (ewa)"
     assert words(layers="none") == "vit, dense"
     assert words(layers="all", num_experts=0, num_shared_experts=2).startswith("vit with a dense FFN of 2 times")
     assert words().endswith("8 experts, 1 shared, 1 chosen for each image")

@@ -80,6 +80,7 @@ def test_every_setting_is_tried_below() -> None:
     assert {field.name for field in fields(TrainConfig)} == {
         *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping",
         "min_scale", "max_scale", "dice_loss", "class_weights",  # of segmentation
+        "fuse", "fuse_rate",  # of layers that are fused
     }  # fmt: skip
 
 

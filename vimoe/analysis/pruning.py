@@ -60,7 +60,7 @@ class Pruning:
     Attributes:
         steps: removals in order.
         kept: layers that stay, each with the effect of its cheapest removal.
-        tolerance: largest upper bound of a removal's loss change, in nats.
+        tolerance: largest upper bound of a removal's loss change, in nats; None where all layers were merged.
         sequences: number of videos that the images are frames of; None if nothing says. Intervals are over these
             (`vimoe.analysis.statistics.over`).
         without_method: names of the layers that stay because no method makes them dense; they are not in `kept`.
@@ -68,7 +68,7 @@ class Pruning:
 
     steps: tuple[Step, ...]
     kept: tuple[Step, ...]
-    tolerance: float
+    tolerance: float | None
     sequences: int | None = None
     without_method: tuple[str, ...] = ()
 
@@ -118,8 +118,9 @@ def prune(
     seed: int = 0,
     progress: bool = False,
     sequences: Sequence[Hashable] | None = None,
+    merge_all: bool = False,
 ) -> Pruning:
-    """Replace, in place, the MoE layers that validation does not support by dense FFNs.
+    """Replace, in place, the MoE layers that validation does not support by dense FFNs; with `merge_all` all of them.
 
     A layer that no method makes dense (`MoE.densify_methods`) stays; only experts can be dropped there.
 
@@ -144,9 +145,12 @@ def prune(
         seed: seed of the bootstrap.
         progress: show a progress bar for each measurement, as in `vimoe.analyze`.
         sequences: video of each image of the loader, as in `vimoe.analyze`.
+        merge_all: make every MoE layer the mean of its experts by the evidence's gate masses, from the first layer to
+            the last, whatever it costs; each change is measured once, and nothing is decided. It needs the loader.
 
     Raises:
-        ConfigError: if the tolerance is no number, or `experts` without a loader, or not as many sequences as images.
+        ConfigError: if the tolerance is no number, `experts` or `merge_all` without a loader, `merge_all` with another
+            tolerance or `experts`, or not as many sequences as images.
         VimoeError: if the evidence is of another model, or has no interventions and there is no loader; or if
             `experts`, and the decisions of a router cannot be overruled (`Router.overrulable`).
 
@@ -161,9 +165,12 @@ def prune(
     if not math.isfinite(tolerance):
         raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")
     check_count("seed", seed, 0, LARGEST_SEED)
-    if experts and loader is None:
-        raise ConfigError("experts=True without a loader: expected one, because each removal is measured; pass loader")
+    if (experts or merge_all) and loader is None:
+        name = "merge_all" if merge_all else "experts"
+        raise ConfigError(f"{name}=True without a loader: expected one, because each removal is measured; pass loader")
     model = unwrapped(model)
+    if merge_all:
+        check_merge_all(model, tolerance, experts)
     expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
     layers = moe_layers(model)
     evidence.check_model(layers)
@@ -175,6 +182,9 @@ def prune(
         return replace(_by_evidence(model, evidence, mass, tolerance), without_method=without_method)
     subjects = Subjects(model, loader, list(layers), metric=evidence.base.kind)
     greedy = _Greedy(model.eval(), subjects, tolerance, seed, progress, sequences)
+    if merge_all:
+        greedy.merge(mass)
+        return Pruning(tuple(greedy.steps), (), None, greedy.sequences)
     kept = greedy.layers(mass)
     if experts:
         for name in reversed(moe_layers(model)):
@@ -189,6 +199,27 @@ def check_experts(model: nn.Module) -> None:
             raise VimoeError(
                 f"experts=True, and {name} has moe.router={layer.config.router!r}: expected routers whose decisions "
                 f"can be overruled, by which the loss without an expert is measured; leave experts out"
+            )
+
+
+def check_merge_all(model: nn.Module, tolerance: float, experts: bool) -> None:
+    """Raise an error if `prune` cannot make every MoE layer of a model the mean of its experts, with these arguments.
+
+    Raises:
+        ConfigError: if an argument would not be read.
+        VimoeError: if the experts of a layer have no mean.
+    """
+    for name, value, unread in (("experts", experts, False), ("tolerance", tolerance, PRUNE_TOLERANCE)):
+        if value != unread:
+            raise ConfigError(
+                f"{name}={value} with merge_all=True: expected {unread}, since all layers become dense, whatever it "
+                f"costs; leave it out"
+            )
+    for name, layer in moe_layers(model).items():
+        if "merge" not in layer.densify_methods:
+            raise VimoeError(
+                f"merge_all=True: {name} has several shared experts, or experts that are no FFNs: expected FFNs of one "
+                f"width, which have a mean; leave it out"
             )
 
 
@@ -247,6 +278,15 @@ class _Greedy:
             swap(self.model, {step.layer: ways.pop(step.layer)[step.how]})
             self._took(step, changes[step.layer], column)
         return ()
+
+    def merge(self, mass: Mapping[str, Tensor]) -> None:
+        """Make each layer the mean of its experts, from the first to the last."""
+        for name, layer in moe_layers(self.model).items():
+            merged = layer.dense("merge", mass[name])
+            changes = self._measure({name: [merged]}, f"merging {name}")
+            (effect,) = Effect.each(changes[name], self.seed, self._units)
+            swap(self.model, {name: merged})
+            self._took(Step(name, None, "merge", effect), changes[name], 0)
 
     def experts(self, name: str) -> None:
         """Drop experts of a layer as long as one can go."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from vimoe.config.data import DataConfig
@@ -29,13 +29,20 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+# settings of MoE layers that a training reads whose layers become one FFN, by `train.fuse`; there are no routers
+_FUSE_READS = (
+    "layers", "num_experts", "num_shared_experts", "experts", "init", "drop_ratio", "noise_std", "cluster_energy",
+    "calibration_images", "expert_dropout",
+)  # fmt: skip
+_FUSE_READS_TOO = {"ewa": ("routing",), "exfusion": ()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings of a run, by section.
 
     Raises:
-        ConfigError: if the task does not read a setting, or cached features do not go with it.
+        ConfigError: if the task does not read a setting, or cached features or fused layers do not go with it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -50,6 +57,8 @@ class Settings:
             if value != default:
                 check_reads(self.data.task, full, value)
         self._check_features()
+        if self.train.fuse != "none":
+            self._check_fuse()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain values for JSON and YAML, by section and name."""
@@ -75,6 +84,27 @@ class Settings:
                 raise ConfigError(
                     f"train.{name}={value:g} with data.cache='features': expected 0, since it mixes pixels; leave it "
                     f"out, or use data.cache=disk"
+                )
+
+    def _check_fuse(self) -> None:
+        """Raise ConfigError for settings of MoE layers that make no layers to fuse, or are not read."""
+        moe, fuse = self.moe, self.train.fuse
+        if moe.layers == "none" or moe.num_experts < 2:
+            found = "layers='none'" if moe.layers == "none" else f"num_experts={moe.num_experts}"
+            raise ConfigError(
+                f"train.fuse={fuse!r} with moe.{found}: expected MoE layers of at least 2 experts; set it"
+            )
+        if moe.num_shared_experts:
+            raise ConfigError(
+                f"train.fuse={fuse!r} with moe.num_shared_experts={moe.num_shared_experts}: expected 0, since the "
+                f"layers become the mean of N equal experts; set it"
+            )
+        for each in fields(moe):
+            value = getattr(moe, each.name)
+            if each.name not in _FUSE_READS + _FUSE_READS_TOO[fuse] and value != each.default:
+                raise ConfigError(
+                    f"moe.{each.name}={value!r} with train.fuse={fuse!r}: expected {each.default!r}, since its layers "
+                    f"have no router; leave it out"
                 )
 
 

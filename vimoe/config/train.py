@@ -12,6 +12,7 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
 ClassWeights = Literal["none", "median_frequency"]
+Fuse = Literal["none", "ewa", "exfusion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class TrainConfig:
             from 1 to 0, so that every expert is trained before a router has an opinion.
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
         train_only: "all", or "moe" for the MoE layers and the classifier alone.
+        fuse: "none", or how the experts of each MoE layer become one FFN, so that the model is dense at the end: "ewa"
+            averages experts that random tokens (or images) have trained (arXiv 2308.06093), "exfusion" learns the
+            shares of a sum of their weights, which is the FFN of every step (arXiv 2603.27965).
+        fuse_rate: share of the way to the mean of the experts that each of them goes after an update, with fuse="ewa";
+            it rises linearly from 0 to this over the training.
         balance_loss: weight of the routers' load-balancing loss.
         z_loss: weight of the routers' z-loss.
         importance_loss: weight of the routers' importance loss.
@@ -74,6 +80,8 @@ class TrainConfig:
     router_warmup_epochs: float = bounded(0.0, 0)
     expert_weight_decay: float | None = bounded(None, 0)
     train_only: Literal["all", "moe"] = "all"
+    fuse: Fuse = "none"
+    fuse_rate: float = bounded(1.0, 0, 1)
     balance_loss: float = bounded(0.01, 0)
     z_loss: float = bounded(0.0, 0)
     importance_loss: float = bounded(0.0, 0)
@@ -107,6 +115,10 @@ class TrainConfig:
             raise ConfigError(
                 f"color_jitter={self.color_jitter} with auto_augment={self.auto_augment!r}: expected one of them; timm "
                 f"has no jitter beside a policy"
+            )
+        if self.fuse_rate != TrainConfig.fuse_rate and self.fuse != "ewa":
+            raise ConfigError(
+                f"fuse_rate={self.fuse_rate:g} with fuse={self.fuse!r}: expected it with fuse='ewa' only; leave it out"
             )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")

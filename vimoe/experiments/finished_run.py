@@ -18,7 +18,7 @@ from vimoe.analysis.diagnose import check_overrule, diagnose
 from vimoe.analysis.diagnosis import Diagnosis
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import png
-from vimoe.analysis.pruning import check_experts, prune, receipts
+from vimoe.analysis.pruning import check_experts, check_merge_all, prune, receipts
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.data import Inference
 from vimoe.config.settings import check_reads
@@ -127,13 +127,13 @@ class FinishedRun:
 
     def prune(
         self, out: str | Path, tolerance: float = PRUNE_TOLERANCE, experts: bool = False, recover: int = 0,
-        recover_lr: float | None = None,
+        recover_lr: float | None = None, merge_all: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         """Write a new run with the pruned model and a receipt. Analyses first where that was not done.
 
         Args:
             out: folder to make.
-            tolerance, experts: arguments of `vimoe.prune`.
+            tolerance, experts, merge_all: arguments of `vimoe.prune`.
             recover: number of epochs to train the pruned model, with the settings of the run.
             recover_lr: learning rate of these epochs; by default a tenth of the run's.
 
@@ -143,20 +143,23 @@ class FinishedRun:
         run_folder.check_new(out)
         check_outside("--out", out, self.run.settings.data.path)
         recovery = self._recovery(recover, recover_lr)
+        if merge_all:
+            check_merge_all(self.model, tolerance, experts)  # before an analysis of minutes
         if experts:
             check_experts(self.model)
+        options = {"tolerance": tolerance, "experts": experts, "merge_all": merge_all}
         with run_folder.made_whole(out) as folder:
-            values = self._prune(folder, tolerance, experts, recovery)
+            values = self._prune(folder, options, recovery)
         return {**values, "out": str(out), "report": str(write_run_report(Path(out)))}
 
-    def _prune(self, folder: Path, tolerance: float, experts: bool, recovery: TrainConfig | None) -> dict[str, Any]:
+    def _prune(self, folder: Path, options: dict[str, Any], recovery: TrainConfig | None) -> dict[str, Any]:
         """Prune, and write the files of the new run into a folder."""
         known = self.run.path / run_folder.ROUTING
         scanned = self.task.scan(self.data) if recovery else None  # a damaged image is told before all the work
         evidence = _read_evidence(known) if known.exists() else self.analyze()
         pruned = self._fresh_model()
         loader, sequences = self.task.validation(self.model, self.data), self.task.sequences(self.data)
-        done = prune(pruned, evidence, loader, tolerance, experts, progress=True, sequences=sequences)
+        done = prune(pruned, evidence, loader, **options, progress=True, sequences=sequences)
         models, epochs = {"before": self.model, "after": pruned}, 0
         if recovery and scanned:
             models["recovered"] = copy.deepcopy(pruned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from vimoe.models.upcycling import build_layers, convert, needs_images
 from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, Task, task_class
-from vimoe.training import checkpoint
+from vimoe.training import checkpoint, fuse
 from vimoe.training.loop import train
 from vimoe.training.settle import settle
 
@@ -53,6 +53,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     data = kind.find(settings.data)
     settings = _check_architecture(kind, data, settings)
     model, converted = _model(kind, data, settings)
+    fuse.warn_of_copies(model)
     settings = replace(settings, train=settle(settings.train, len(data.train), model))
     task, prepared = kind(settings), preprocessing(model, settings.data)
     task.check(model, prepared, converted)
@@ -93,7 +94,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         set_seed(settings.train.seed)
         model = kind.dense_model(random, data)
-        converted = build_layers(model, settings.moe)
+        converted = _converted(model, settings, build_layers)
         checkpoint.load_weights(run.path, stored, model)  # cached features are of its trunk
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
@@ -127,7 +128,7 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
         architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model with weights warns
-            build_layers(architecture, settings.moe)
+            _converted(architecture, settings, build_layers)
     return replace(settings, train=settle(settings.train, len(data.train), architecture))
 
 
@@ -136,13 +137,23 @@ def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.M
     set_seed(settings.train.seed)
     model = kind.dense_model(settings.model, data)
     if not needs_images(settings.moe):
-        return model, convert(model, settings.moe)
+        return model, _converted(model, settings, convert)
     count, seed = min(settings.moe.calibration_images, len(data.train)), settings.train.seed
     chosen = np.sort(np.random.default_rng(seed).choice(len(data.train), count, replace=False))
     model.to(Process().device)
     images = kind(settings).loader(model, data, [data.train[i] for i in chosen])
     logger.info("calibration: experts or routers are computed from %d training images", count)
-    return model, convert(model, settings.moe, images)
+    return model, _converted(model, settings, convert, images)
+
+
+def _converted(model: nn.Module, settings: Settings, make: Callable[..., list[str]], *images: Any) -> list[str]:
+    """Make the layers that the settings ask for, by `convert` or `build_layers`, and return their names."""
+    with warnings.catch_warnings():
+        if settings.train.fuse != "none":  # routers stay behind, so it matters to nobody that nothing trains them
+            warnings.filterwarnings("ignore", "the only gate is always 1")
+        names = make(model, settings.moe, *images)
+    fuse.begin(model, settings.train)
+    return names
 
 
 def _try_to_save(model: nn.Module, data: Roles, prepared: dict[str, Any], folder: Path) -> None:
@@ -152,7 +163,7 @@ def _try_to_save(model: nn.Module, data: Roles, prepared: dict[str, Any], folder
 
 
 def _save(model: nn.Module, data: Roles, prepared: dict[str, Any], path: Path) -> None:
-    save(model, path, label_names=data.classes, preprocessing=prepared, overwrite=True)
+    save(fuse.fused(model), path, label_names=data.classes, preprocessing=prepared, overwrite=True)
 
 
 def _train(
@@ -167,6 +178,8 @@ def _train(
     process.once(run_folder.write_settings, folder, noted)
     summary = train(model, job, task.settings.train, folder, converted, flat(noted))
     process.once(_save, model, data, prepared, folder / run_folder.MODEL)
+    summary |= fuse.facts(model)
+    model = fuse.fused(model)
     if not job.reads_images:
         summary["val"] = task.evaluate(model, task.validation(model, data)).to_dict()
     summary = {

@@ -315,7 +315,7 @@ def _reordered(weights: Weights, order: Tensor, gated: bool) -> Weights:
     return new
 
 
-def average(parts: Sequence[Weights], shares: Sequence[float], scale: float = 1.0) -> Weights:
+def average(parts: Sequence[Weights], shares: Sequence[float | Tensor], scale: float = 1.0) -> Weights:
     """The mean of FFNs weighted by `shares`, which sum to 1, with the output multiplied by `scale`.
 
     Taken as differences to the first one, so that the mean of equal FFNs is that FFN bit for bit.

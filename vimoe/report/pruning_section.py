@@ -56,11 +56,16 @@ def _add_result(page: Page, summary: dict[str, Any]) -> None:
 
 def _add_removals(page: Page, summary: dict[str, Any], accuracy: str) -> None:
     tolerance, steps = summary["tolerance"], summary["steps"]
+    rule = (
+        "Every layer was made dense, whatever it costs."
+        if tolerance is None
+        else f"A layer or expert is removed if the upper end of the interval is at most the tolerance of {tolerance} "
+        f"nats. Expert numbers count the experts that the layer still had."
+    )
     page.text(
         f"Each row is one removal, in order. The change is the difference in validation loss from the previous step; "
         f"the total is the difference from the unpruned model. Brackets hold 95% bootstrap intervals "
-        f"{over(summary.get('sequences'))}. A layer or expert is removed if the upper end of the interval is at most "
-        f"the tolerance of {tolerance} nats. Expert numbers count the experts that the layer still had."
+        f"{over(summary.get('sequences'))}. {rule}"
     )
     if not steps:
         page.text("Nothing was removed: no removal was certain to cost at most the tolerance.")

@@ -52,7 +52,9 @@ def describe(config: dict[str, Any]) -> str:
     where = "every block" if moe["layers"] == "all" else f"blocks {moe['layers']}"
     if not moe["num_experts"]:
         return f"{model} with a dense FFN of {moe['num_shared_experts']} times the width in {where} (a control)"
-    # runs of older versions have no kinds
+    # runs of older versions have no kinds, and fuse nothing
+    if (fuse := config.get("train", {}).get("fuse", "none")) != "none":
+        return f"{model}, dense, with {moe['num_experts']} experts in {where} while it was trained ({fuse})"
     router, kind = (moe.get(name, getattr(MoEConfig, name)) for name in ("router", "experts"))
     experts = f"{moe['num_experts']} experts" if kind == MoEConfig.experts else f"{moe['num_experts']} {kind!r} experts"
     shared = f", {moe['num_shared_experts']} shared" if moe["num_shared_experts"] else ", none shared"

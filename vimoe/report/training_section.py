@@ -27,10 +27,13 @@ def add_overview(page: Page, model: str, data: str, summary: dict[str, Any]) -> 
     if "val" in summary:
         _add_training(page, model, data, summary)
     elif "before" in summary:
-        page.text(
-            f"This run was pruned from a trained model: {model}. The data is {data}. MoE layers and experts were "
-            f"removed as long as their removal cost little on validation images."
+        merged = "tolerance" in summary and summary["tolerance"] is None
+        done = (
+            "Every MoE layer was made dense, as the mean of its experts by the gates that they got on validation images"
+            if merged
+            else "MoE layers and experts were removed as long as their removal cost little on validation images"
         )
+        page.text(f"This run was pruned from a trained model: {model}. The data is {data}. {done}.")
     else:
         page.text(f"The model is {model}. The data is {data}. There is no {SUMMARY}, so no result can be shown.")
 
@@ -88,6 +91,18 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
             f"earlier run had left them).",
             note=True,
         )
+    if fused := summary.get("fused"):
+        page.text(
+            "The experts of each layer were fused into one FFN, so the model is dense. Every score is one of the dense "
+            "model. The spread is the distance of the experts from their fused weights, relative to the norm of these: "
+            "near 0, the experts were one.",
+            note=True,
+        )
+        page.table(
+            ("layer", "shares of its experts", "spread"),
+            [(name, ", ".join(f"{share:.3f}" for share in row["shares"]), f"{row['spread']:.4f}")
+             for name, row in fused.items()],
+        )  # fmt: skip
     for key, sentence in names.limits.items():
         if key in summary:
             page.text(sentence.format(f"{100 * summary[key]:.2f}"), note=True)

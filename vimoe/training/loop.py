@@ -30,6 +30,7 @@ from vimoe.moe.losses import balance_loss, importance_loss, router_z_loss
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
+from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but
 from vimoe.training.settle import settle
@@ -79,6 +80,7 @@ def train(
             f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
             f"lower it, as vimoe.training.settle does"
         )
+    check_begun(model, config)
     process = Process()
     process.one_log()
     config = settle(config, len(job.names), model)
@@ -144,6 +146,7 @@ class _Steps:
     job: Job
     config: TrainConfig
     batches: int  # of an epoch
+    updates: int  # of an epoch
     decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
 
     def epoch(self, state: State) -> Iterator[None]:
@@ -177,6 +180,7 @@ class _Steps:
                 state.updates += 1
                 update_bias(self.plain, self.decided)
                 self.decided.clear()
+                pull(self.plain, self.config, state.updates / (self.config.epochs * self.updates))
                 if self.ema:
                     self.ema.update(self.plain, step=state.updates)
             state.step += 1
@@ -244,11 +248,12 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Ite
     )
     accelerator.init_trackers("tensorboard")
     optimizer = adamw(model, config)
-    schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
+    updates = math.ceil(len(job.loader) / config.accumulation)
+    schedule = _schedule(optimizer, config, updates)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, job.loader)
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     try:
-        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader))
+        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), updates)
     finally:
         set_random_share(model, 0)
         accelerator.end_training()

@@ -16,6 +16,7 @@ from torch import nn
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.interface import find_backbone
+from vimoe.moe.experts import Experts
 from vimoe.moe.layer import moe_layers
 
 
@@ -33,9 +34,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     backbone = find_backbone(model)
     depths, no_decay = backbone.layer_numbers(), backbone.no_weight_decay()
     by_role = {
-        f"{name}.experts.{part}": role.matrix
-        for name, layer in moe_layers(model).items()
-        for part, role in layer.experts.roles.items()
+        f"{name}.{part}": role.matrix
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for part, role in module.roles.items()
     }
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
