@@ -316,7 +316,7 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     layer = site.module
     if not isinstance(layer, MoE):
         raise SurgeryError(f"{site} is a dense FFN already: expected an MoE layer; leave it out of layers")
-    config, n = layer.config, layer.config.num_experts
+    n = layer.config.num_experts
     if how not in layer.densify_methods:
         found, expected = _misfit(layer, how)
         others = " or ".join(f"how={other!r}" for other in layer.densify_methods)
