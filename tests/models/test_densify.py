@@ -256,6 +256,7 @@ def test_join_of_experts_that_are_left_is_filled_up_with_silent_units() -> None:
             "join",
             "experts that are as wide as its FFN was: expected narrower ones for how='join'; use how='shared'",
         ),
+        ({"expert_width": 48}, "whole", "no pieces of one FFN: expected those of init='split'.*or how='join'"),
         ({"expert_width": 48}, "merge", "experts that are narrower than its FFN was: expected experts of its width"),
         ({"expert_width": 48}, "matched", "narrower than its FFN.*how='matched'; use how='shared' or how='join'"),
     ],

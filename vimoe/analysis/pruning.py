@@ -94,6 +94,7 @@ _WORDS = {
     "merge": "the mean of its experts",
     "matched": "the mean of its matched experts",
     "join": "its experts side by side",
+    "whole": "its pieces at full weight",
 }
 
 

@@ -23,7 +23,7 @@ from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
 
-HOW = ("shared", "merge", "matched", "join")
+HOW = ("shared", "merge", "matched", "join", "whole")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ def densify(
         how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" first
             reorders each expert's hidden units to match a reference (`ffn.match`), then averages. Experts that are
             narrower than the FFN are not averaged: "join" puts the hidden units of all of them, and of the shared
-            expert, side by side into one FFN, with their gates in its last matrix.
+            expert, side by side into one FFN, with their gates in its last matrix. "whole" does so with the pieces of a
+            split FFN (init="split"), each at the full weight that it has when it is chosen.
         gate_mass: (N,) mean gate that each expert got, by layer name, for all but "shared"
             (`LayerEvidence.gate_mass`). Without it, experts count as a router without preference weighs them.
 
@@ -345,6 +346,8 @@ def _misfit(layer: MoE, how: str) -> tuple[str, str]:
         return f"experts of the kind {layer.config.experts!r}, which are no FFNs", "FFNs"
     if how == "join":
         return "experts that are as wide as its FFN was", "narrower ones"
+    if how == "whole":
+        return "experts that are no pieces of one FFN", "those of init='split'"
     if layer.narrow:
         return "experts that are narrower than its FFN was", "experts of its width"
     return f"{layer.config.num_shared_experts} shared experts, which are wider than its experts", "at most 1"

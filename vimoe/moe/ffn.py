@@ -338,15 +338,20 @@ def divide(module: nn.Module, width: int) -> list[Weights]:
         )
     weights, parts = read(module), kind.hidden // width
     each = [take(weights, units, kind.gated) for units in torch.arange(kind.hidden).split(width)]
-    return [{name: w * parts if name == "fc2.weight" else w for name, w in part.items()} for part in each]
+    return [scaled(part, parts, 1) for part in each]
 
 
-def join(parts: Sequence[Weights], shares: Sequence[float], gated: bool) -> Weights:
-    """One FFN with the hidden units of all parts side by side, which computes sum_i share_i part_i(x).
+def scaled(weights: Weights, matrix: float, bias: float) -> Weights:
+    """The FFN with its last matrix times `matrix` and its output bias times `bias`."""
+    factors = {"fc2.weight": matrix, "fc2.bias": bias}
+    return {name: w * factors.get(name, 1.0) for name, w in weights.items()}
+
+
+def join(parts: Sequence[Weights], gated: bool) -> Weights:
+    """One FFN with the hidden units of all parts side by side, which computes the sum of what they do.
 
     Args:
         parts: canonical weights of FFNs of any widths, without a norm.
-        shares: weight of each part's output.
         gated: True for gated FFNs.
     """
     joined: Weights = {}
@@ -357,8 +362,7 @@ def join(parts: Sequence[Weights], shares: Sequence[float], gated: bool) -> Weig
                 [torch.cat(half) for half in zip(*(w.chunk(1 + gated) for w in each), strict=True)]
             )
         else:
-            scaled = [w * share for w, share in zip(each, shares, strict=True)]
-            joined[name] = torch.cat(scaled, dim=1) if name == "fc2.weight" else torch.stack(scaled).sum(dim=0)
+            joined[name] = torch.cat(each, dim=1) if name == "fc2.weight" else torch.stack(each).sum(dim=0)
     return joined
 
 

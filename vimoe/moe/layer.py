@@ -166,7 +166,7 @@ class MoE(nn.Module):
         return self._as_dense(ffn.average(parts, shares, scale))
 
     @torch.no_grad()
-    def joined(self, gate_mass: Tensor) -> nn.Module:
+    def joined(self, gate_mass: Tensor, whole: bool = False) -> nn.Module:
         """Return one FFN with the hidden units of all experts side by side, and those of the shared expert.
 
         Each expert's last matrix and bias are weighted by its mean gate, so that the FFN computes what this layer does
@@ -175,13 +175,16 @@ class MoE(nn.Module):
 
         Args:
             gate_mass: (N,) mean over rows of the gate that each expert got, 0 where it was not chosen.
+            whole: weigh each last matrix by 1 / top_k instead, as if all experts were chosen beside one another: what
+                EMoE (arXiv 2310.10908) does with the pieces of a split FFN after training.
         """
         parts, mass = self._weighed(gate_mass)
         gated = self.experts.kind.gated
+        matrix = [1 / self.config.top_k] * len(mass) if whole else mass
         silent = -sum(part["fc2.weight"].shape[1] for part in parts) % self._parent_hidden
         unit = ffn.take(parts[0], torch.zeros(silent, dtype=torch.long), gated)
-        parts.append({name: torch.zeros_like(w) for name, w in unit.items()})
-        return self._as_dense(ffn.join(parts, [*mass, 0.0], gated))
+        weighed = [ffn.scaled(*each) for each in zip(parts, matrix, mass, strict=True)]
+        return self._as_dense(ffn.join([*weighed, {name: torch.zeros_like(w) for name, w in unit.items()}], gated))
 
     def _weighed(self, gate_mass: Tensor) -> tuple[list[ffn.Weights], list[float]]:
         """Return the shared expert, where there is one, and the experts, with their weights in the layer's formula."""
@@ -207,14 +210,16 @@ class MoE(nn.Module):
         if not self.experts.are_ffns:
             return shared
         if self.narrow:
-            return (*shared, "join")
+            return (*shared, "join", *(("whole",) if self._begin.pieces else ()))
         return (*shared, *(("merge", "matched") if self.config.num_shared_experts <= 1 else ()))
 
     def dense(self, how: str, gate_mass: Tensor) -> nn.Module:
         """Return the FFN that one of `densify_methods` puts in this layer's place; `gate_mass` as in `merged`."""
         if how == "shared":
             return self.without_experts()
-        return self.joined(gate_mass) if how == "join" else self.merged(gate_mass, matched=how == "matched")
+        if self.narrow:
+            return self.joined(gate_mass, whole=how == "whole")
+        return self.merged(gate_mass, matched=how == "matched")
 
     def keep_experts(self, kept: Sequence[int]) -> None:
         """Remove all other experts, in place: their tokens go to the next choice. At least top_k must stay."""

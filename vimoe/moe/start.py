@@ -50,6 +50,7 @@ class Start:
             change.
         sets_weights: True if it calls `Experts.set_weights`.
         sets_rows: True if it sets the rows of the router's `weight`.
+        pieces: True if the experts, each times 1 / top_k, add up to one FFN (`vimoe.densify` with how="whole").
 
     Args:
         config: settings of the layer.
@@ -62,6 +63,7 @@ class Start:
     keeps_function = True
     sets_weights = False
     sets_rows = False
+    pieces = False
 
     def __init__(self, config: MoEConfig) -> None:
         self.config = config

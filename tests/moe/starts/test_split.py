@@ -113,7 +113,7 @@ def test_with_all_chosen_the_function_is_kept_and_joining_gives_the_parent_back(
     x = images(parent)
     model = upcycle(copy.deepcopy(parent), split(top_k=N))
     torch.testing.assert_close(model(x), parent(x), rtol=1e-4, atol=1e-4)
-    assert layers(model)[0].densify_methods == ("join",)
+    assert layers(model)[0].densify_methods == ("join", "whole")
     dense = vimoe.densify(model, how="join")
     torch.testing.assert_close(dense(x), parent(x), rtol=1e-4, atol=1e-4)
     assert {n: p.shape for n, p in dense.named_parameters()} == {n: p.shape for n, p in parent.named_parameters()}
@@ -122,6 +122,24 @@ def test_with_all_chosen_the_function_is_kept_and_joining_gives_the_parent_back(
         was, now = (ffn.hidden_units(ffn.read(each), ffn.describe(each).gated) for each in modules)
         nearest = torch.cdist(now.double(), was.double()).min(dim=1)
         assert nearest.values.max() < 1e-5 and sorted(nearest.indices.tolist()) == list(range(len(was)))
+
+
+@pytest.mark.parametrize("gate", ["choice", "probability"])
+@pytest.mark.parametrize("k", [2, N])
+@torch.no_grad()
+def test_its_pieces_as_a_whole_are_the_parent_and_what_they_learn_stays(k: int, gate: str) -> None:
+    parent = vit()
+    x = images(parent)
+    model = upcycle(copy.deepcopy(parent), split(top_k=k, gate=gate))
+    torch.testing.assert_close(vimoe.densify(copy.deepcopy(model), how="whole")(x), parent(x), rtol=1e-4, atol=1e-4)
+    layer = randomise(layers(model)[0])
+    kind, found = layer.experts.kind, layer.dense("whole", torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    h = torch.randn(7, 24)
+    expected = 0
+    for e, mass in enumerate((0.4, 0.3, 0.2, 0.1)):
+        own = layer.experts.weights(e)
+        expected = expected + ffn.hidden(kind, own, h) @ own["fc2.weight"].T / k + mass * own["fc2.bias"]
+    torch.testing.assert_close(found(h), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_it_has_no_new_parameters_but_the_routers_rows() -> None:
@@ -195,9 +213,9 @@ def test_it_is_analysed_and_pruned() -> None:
     x = images(model, 12)
     loader = [(x, model(x).argmax(1).detach())]
     evidence = vimoe.analyze(model, loader, draws=2)
-    assert [set(layer.dense) for layer in evidence.layers] == [{"join"}] * 2
+    assert [set(layer.dense) for layer in evidence.layers] == [{"join", "whole"}] * 2
     experts = vimoe.prune(copy.deepcopy(model), evidence, loader, tolerance=-100.0, experts=True)
-    assert experts.steps == () and [step.how for step in experts.kept] == ["join"] * 2
+    assert experts.steps == () and all(step.how in ("join", "whole") for step in experts.kept)
     done = vimoe.prune(model, evidence, loader, tolerance=100.0)
-    assert [step.how for step in done.steps] == ["join"] * 2 and "its experts side by side" in str(done)
+    assert all(step.how in ("join", "whole") for step in done.steps) and len(done.steps) == 2 and str(done)
     assert not layers(model) and model.blocks[0].mlp.fc1.out_features == 96

@@ -29,7 +29,7 @@ class Split(Start):
     """
 
     keeps_function = False
-    sets_weights = sets_rows = True
+    sets_weights = sets_rows = pieces = True
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
@@ -60,11 +60,10 @@ class Split(Start):
     @torch.no_grad()
     def __call__(self, experts: Experts, router: Router, seen: Calibration | None) -> None:
         n, gated = experts.num_experts, experts.kind.gated
-        dense = ffn.join([experts.weights(e) for e in range(n)], [1 / n] * n, gated)
+        dense = ffn.join([ffn.scaled(experts.weights(e), 1 / n, 1 / n) for e in range(n)], gated)
         rows_FD = dense["fc1.weight"].chunk(1 + gated)[0]
         label_F = balanced_kmeans(rows_FD, n).to(rows_FD.device)
         for e in range(n):
             units = (label_F == e).nonzero()[:, 0]
-            weights = ffn.take(dense, units, gated)
-            experts.set_weights(e, {**weights, "fc2.weight": self.config.top_k * weights["fc2.weight"]})
+            experts.set_weights(e, ffn.scaled(ffn.take(dense, units, gated), self.config.top_k, 1))
             router.weight[e] = rows_FD[units].mean(dim=0)
