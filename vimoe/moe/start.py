@@ -102,11 +102,12 @@ class Start:
                 f"expected a multiple of {parts}, so that all parts of the FFN have as many experts; use "
                 f"num_experts={parts * math.ceil(experts.num_experts / parts)}"
             )
-        rows = (experts.num_experts, experts.kind.dim)
-        if self.sets_rows and (router.needs_images or router.weight.shape != rows):
+        learnt = dict(router.named_parameters(recurse=False)).get("weight")
+        has_rows = learnt is not None and learnt.shape == (experts.num_experts, experts.kind.dim)
+        if self.sets_rows and (router.needs_images or not has_rows):
             raise SurgeryError(
-                f"init={self.config.init!r} with router={self.config.router!r}: expected a router whose scores are "
-                f"products with a row for each expert, which this start sets; use router='softmax'"
+                f"init={self.config.init!r} with router={self.config.router!r}: expected a router that learns a row "
+                f"of D weights for each expert, which this start sets; use router='softmax'"
             )
 
     def __call__(self, experts: Experts, router: Router, seen: Calibration | None) -> None:

@@ -175,6 +175,33 @@ class Frozen(SoftmaxRouter):
     needs_images = True
 
 
+class Fixed(SoftmaxRouter):
+    """A router whose rows are a buffer, which nothing may change."""
+
+    def __init__(self, dim: int, config: vimoe.MoEConfig, layout: TokenLayout, like: Tensor) -> None:
+        super().__init__(dim, config, layout, like)
+        rows = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", rows)
+
+
+class Projected(SoftmaxRouter):
+    """A router whose rows are compared with other things than the input."""
+
+    def __init__(self, dim: int, config: vimoe.MoEConfig, layout: TokenLayout, like: Tensor) -> None:
+        super().__init__(dim, config, layout, like)
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, dim // 2))
+
+
+@pytest.mark.parametrize("kind", [Frozen, Fixed, Projected])
+@pytest.mark.parametrize("init", ["split", "cluster"])
+def test_a_router_without_rows_to_set_is_refused(init: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS, "odd", kind)
+    model = vit()
+    with pytest.raises(vimoe.VimoeError, match=f"init='{init}' with router='odd'.*use router='softmax'"):
+        vimoe.plan(model, split(init=init, router="odd"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -182,15 +209,11 @@ class Frozen(SoftmaxRouter):
         ({"combine": "sum"}, "combine='sum' with init='split'.*expected 'mix'; set it, or use init='copy'"),
         ({"num_experts": 5}, "num_experts=5 with init='split' of an FFN with 96 hidden units.*use such as 4"),
         ({"expert_width": 48}, "expert_width=48 with init='split' of 96 hidden units among 4 experts: expected 24"),
-        ({"router": "from images"}, "init='split' with router='from images'.*use router='softmax'"),
         ({"experts": "low_rank"}, "init='split' with experts='low_rank'"),
     ],
 )
 @pytest.mark.parametrize("verb", [vimoe.upcycle, vimoe.plan])
-def test_what_does_not_go_with_it_is_refused_in_one_line(
-    settings: dict, message: str, verb: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ROUTERS, "from images", Frozen)
+def test_what_does_not_go_with_it_is_refused_in_one_line(settings: dict, message: str, verb: object) -> None:
     model = vit()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(vimoe.VimoeError, match=message) as error:

@@ -23,16 +23,16 @@ TINY = 1e-30
 class Cluster(Start):
     """Cluster-aware upcycling (arXiv 2604.13508): experts by data-aware truncated SVD, router rows by k-means.
 
-    Spherical k-means of what the router reads gives N unit centroids, which become the router's rows. With C = E[x x^T]
-    over the inputs x of a matrix W in the expert's cluster and C = L L^T, W L = U S V^T is cut to the smallest rank
-    whose squared singular values hold a share `cluster_energy` of their sum, E |W x|^2. The expert has
+    Spherical k-means of what the router reads gives N unit centroids, which become the router's rows. In the cluster of
+    an expert the inputs x of a matrix W have C = E[x x^T] = L L^T. W L = U S V^T is cut to the smallest rank r whose
+    squared singular values hold a share `cluster_energy` of their sum, which is E |W x|^2. The expert has
     W' = U_r S_r V_r^T L^-1. That is U_r U_r^T W, with U the eigenvectors of W C W^T: neither L nor its inverse is
     needed, which rounding and rare tokens would make unsafe. Biases and norms stay.
 
     A cluster has all tokens of its images with image routing; with token routing a token is in that of the nearest
     centroid. The inputs of the last matrix are the hidden activations before the first is cut, so that one pass over
-    the images is enough (the paper's code is not public). The halves of a gated FFN's first matrix are two matrices. It
-    takes N (D^2 + F^2) numbers of memory, for one layer at a time.
+    the images is enough (the paper's code is not public). The halves of a gated FFN's first matrix are two matrices.
+    There are N (D^2 + F^2) numbers in memory, for one layer at a time.
     """
 
     needs_images = sets_weights = sets_rows = True
