@@ -90,6 +90,15 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert found.start.change is None and "the model has no weights here" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([], "no images to measure a start on"), (torch.zeros(2, 3, 32, 32), "type Tensor: expected .images, labels.")],
+)
+def test_images_that_are_none_are_refused(given: object, message: str) -> None:
+    with pytest.raises(vimoe.VimoeError, match=message):
+        vimoe.plan(vit(), config(init="drop"), images=given)
+
+
 def test_the_command_measures_where_weights_are_at_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     values = call(capsys, "plan", *TINY, "--moe.layers=all", "--moe.init=drop")
     assert values["moe"]["change"] is None

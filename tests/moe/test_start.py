@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis.expert_similarity import compare_experts
+from vimoe.config.moe import STARTS
 from vimoe.moe import ffn
 from vimoe.moe.packed import can_pack
 from vimoe.moe.router import TokenLayout
@@ -166,3 +167,17 @@ def test_all_verbs_know_narrow_experts_and_starts(
     pruned = call(capsys, "prune", run, "--out", tmp_path / "pruned", "--tolerance=100")
     assert [step["how"] in methods for step in pruned["steps"]] == [True]
     assert not layers(vimoe.load(tmp_path / "pruned" / "model"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("init", list(STARTS))
+def test_every_start_has_finite_outputs_and_gradients_in_the_type_of_the_model(init: str, dtype: torch.dtype) -> None:
+    model = vit().to(dtype)
+    alone = {"num_shared_experts": 0, "gate": "choice"} if init == "split" else {}
+    given = [(images(model, 8).to(dtype), torch.zeros(8, dtype=torch.long))]
+    vimoe.upcycle(model, config(init=init, top_k=2, **alone), given)
+    y = model(given[0][0])
+    y.square().sum().backward()
+    assert y.dtype == dtype and y.isfinite().all()
+    for name, p in model.named_parameters():
+        assert p.dtype == dtype and p.isfinite().all() and (p.grad is None or p.grad.isfinite().all()), name

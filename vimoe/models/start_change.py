@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vimoe.models.calibration import Batches
+from vimoe.errors import DataError
+from vimoe.models.calibration import Batches, pairs
 from vimoe.models.interface import find_backbone
 
 IMAGES = 8  # of standard normal values, where none are given
@@ -42,16 +43,24 @@ def measure_start(model: nn.Module, convert: Callable[[nn.Module], Any], images:
         model: dense model with weights.
         convert: function that converts a model in place; it may draw random numbers, from a fixed seed.
         images: batches of (images, labels), of which the first is used; None for 8 standard normal images.
+
+    Raises:
+        DataError: if there are none.
     """
     weight = next(model.parameters())
-    with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []), warnings.catch_warnings():
+    devices = [weight.device] if weight.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the conversion of the model itself warns
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would change those of all other devices
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(0)
+        kind = " of standard normal values" if images is None else ""
         if images is None:
-            x, kind = torch.randn(IMAGES, *find_backbone(model).input_size), " of standard normal values"
-        else:
-            x, kind = next(iter(images))[0], ""
-        x = x.to(weight.device, weight.dtype)
+            images = [(torch.randn(IMAGES, *find_backbone(model).input_size), None)]
+        first = next(pairs(images), None)
+        if first is None:
+            raise DataError("no images to measure a start on: expected some; leave images out")
+        x = first[0].to(weight.device, weight.dtype)
         copied = copy.deepcopy(model).eval()
         before = _last_output(copied, x)
         convert(copied)
