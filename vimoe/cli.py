@@ -85,16 +85,24 @@ def plan(verb: str, argv: list[str]) -> Result:
     parser = _parser(verb)
     parser.add_sections("model", "moe")
     settings = parser.settings(parser.parse_args(argv))
-    from vimoe.models.create import check_layer_names, check_name, create_without_weights
+    from vimoe.models.create import check_layer_names, check_name, create, create_without_weights
 
     check_name(settings.model)
     check_layer_names(settings.model, settings.moe)
+    from vimoe.models.upcycling import needs_images
     from vimoe.models.upcycling import plan as make_plan
 
     conversion = make_plan(create_without_weights(settings.model), settings.moe)
+    at_hand = settings.model.pretrained and settings.model.name.startswith("local-dir:")
+    if verb == "plan" and conversion.start and at_hand and not needs_images(settings.moe):
+        conversion = make_plan(create(settings.model), settings.moe)
+    change = conversion.start and conversion.start.change
     dense = {"params": conversion.dense.params, "macs": conversion.dense.macs}
     moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs")}
-    return str(conversion), {"dense": dense, "moe": {**moe, "layers": [site.name for site in conversion.sites]}}
+    return str(conversion), {
+        "dense": dense,
+        "moe": {**moe, "layers": [site.name for site in conversion.sites], "change": change},
+    }
 
 
 def count(verb: str, argv: list[str]) -> Result:

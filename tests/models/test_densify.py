@@ -210,3 +210,59 @@ def test_gate_mass_may_hold_layers_that_stay() -> None:
 def test_what_was_frozen_stays_frozen(how: str, shared: int) -> None:
     model = upcycle(vit(depth=2), config(layers="last:1", top_k=2, num_shared_experts=shared)).requires_grad_(False)
     assert not any(p.requires_grad for p in vimoe.densify(model, how=how).parameters())
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize(("combine", "normalised"), COMBINE)
+@pytest.mark.parametrize("dense", ["mlp", "swiglu"])
+def test_join_computes_what_the_layer_did_where_gates_are_constant(
+    dense: str, combine: str, normalised: bool, shared: int
+) -> None:
+    """All parts of all experts differ, and the shared expert too; no mean of weights could be this FFN."""
+    settings = config(
+        top_k=2, routing="token", num_shared_experts=shared, combine=combine, normalize_gates=normalised,
+        expert_width=HIDDEN // 2,
+    )  # fmt: skip
+    layer = vimoe.MoE(randomise(FFNS[dense]()), settings, TokenLayout(0, False))
+    randomise(layer)
+    assert layer.densify_methods == (("shared", "join") if shared else ("join",))
+    x = constant_gates(layer)
+    with vimoe.record(layer) as routings:
+        y = layer(x)
+    mass = torch.zeros(len(x.flatten(0, 1)), EXPERTS).scatter(1, routings[0].experts, routings[0].gates).mean(dim=0)
+    joined = layer.joined(mass)
+    assert ffn.describe(joined).hidden == HIDDEN * (shared + EXPERTS // 2)
+    torch.testing.assert_close(joined(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_join_of_experts_that_are_left_is_filled_up_with_silent_units() -> None:
+    layer = vimoe.MoE(randomise(FFNS["mlp"]()), config(expert_width=4, num_experts=6), TokenLayout(0, False))
+    randomise(layer)
+    layer.keep_experts([4, 2])
+    joined = layer.joined(torch.tensor([0.3, 0.1]))
+    assert joined.fc1.out_features == 24 and not joined.fc1.weight[20:].any() and not joined.fc2.weight[:, 20:].any()
+    x = torch.randn(3, 5, DIM)
+    rows, source = x.flatten(0, 1)[:, None], torch.arange(15)
+    first, second = (layer.experts(rows, source, torch.tensor(load))[:, 0] for load in ([15, 0], [0, 15]))
+    expected = 0.6 * layer.shared(x).flatten(0, 1) + 0.3 * first + 0.1 * second
+    torch.testing.assert_close(joined(x).flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "message"),
+    [
+        (
+            {},
+            "join",
+            "experts that are as wide as its FFN was: expected narrower ones for how='join'; use how='shared'",
+        ),
+        ({"expert_width": 48}, "whole", "no pieces of one FFN: expected those of init='split'.*or how='join'"),
+        ({"expert_width": 48}, "merge", "experts that are narrower than its FFN was: expected experts of its width"),
+        ({"expert_width": 48}, "matched", "narrower than its FFN.*how='matched'; use how='shared' or how='join'"),
+    ],
+)
+def test_a_method_that_does_not_fit_the_width_is_refused(settings: dict, how: str, message: str) -> None:
+    model = upcycle(vit(), config(**settings))
+    with pytest.raises(vimoe.VimoeError, match=message):
+        vimoe.densify(model, how=how)
+    assert len(layers(model)) == 2

@@ -191,7 +191,7 @@ def test_matching_another_ffn_keeps_its_function_and_comes_nearest(dense: nn.Mod
     for a, b in itertools.combinations(range(HIDDEN), 2):  # no two units of the optimum would rather change places
         order = torch.arange(HIDDEN)
         order[[a, b]] = order[[b, a]]
-        assert distance(ffn._reordered(matched, order, gated), reference) >= nearest - 1e-9
+        assert distance(ffn.take(matched, order, gated), reference) >= nearest - 1e-9
 
 
 def test_matching_takes_all_weights_of_a_unit_for_evidence(dense: nn.Module) -> None:

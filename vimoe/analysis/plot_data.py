@@ -9,13 +9,15 @@ import numpy as np
 from vimoe.files import printable
 
 CHANCE = 0.05  # with a p-value above it, dependence is not distinguishable from chance
-COLOURS = ("#1f77b4", "#d95f02", "#2a8a3e", "#c2242c", "#6f4fa8")
+COLOURS = ("#1f77b4", "#d95f02", "#2a8a3e", "#c2242c", "#6f4fa8", "#7a5230", "#008b8b")
 INTERVENTIONS = {
     "permuted": "permuted between images",
     "frozen": "the same for every image",
     "shared": "dense: shared expert alone",
     "merge": "dense: experts averaged",
     "matched": "dense: experts matched, then averaged",
+    "join": "dense: experts side by side",
+    "whole": "dense: pieces at full weight",
 }
 
 

@@ -36,7 +36,7 @@ class Step:
     Attributes:
         layer: module name.
         expert: number of the expert among those that the layer still had; None for the whole layer.
-        how: dense FFN that took the layer's place ("shared", "merge", "matched"), or "dropped" for an expert.
+        how: dense FFN that took the layer's place (`vimoe.densify`), or "dropped" for an expert.
         change: effect on the model before this step.
         total: effect of all steps on the given model; None if it was not measured.
     """
@@ -93,6 +93,8 @@ _WORDS = {
     "shared": "its shared expert alone",
     "merge": "the mean of its experts",
     "matched": "the mean of its matched experts",
+    "join": "its experts side by side",
+    "whole": "its pieces at full weight",
 }
 
 

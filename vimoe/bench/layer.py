@@ -28,25 +28,24 @@ from vimoe.bench.step import (
 )
 from vimoe.bench.timing import Timing, compare, interleaved
 from vimoe.config.bench import LayerBench
-from vimoe.config.moe import MoEConfig
+from vimoe.config.moe import STARTS, MoEConfig
 from vimoe.errors import ConfigError
 from vimoe.models.inference import set_backend
-from vimoe.moe import MoE
-from vimoe.moe.ffn import macs
+from vimoe.moe import MoE, ffn
 from vimoe.moe.grouped_linear import BACKENDS, Backend, unfit_for_grouped_mm
 from vimoe.moe.router import TokenLayout
 
 
 class Beside(nn.Module):
-    """Sum of separate FFNs, as many as a token passes in an MoE layer."""
+    """Sum of separate FFNs: those that a token passes in an MoE layer."""
 
-    def __init__(self, dense: nn.Module, times: int) -> None:
+    def __init__(self, ffns: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.ffns = nn.ModuleList(copy.deepcopy(dense) for _ in range(times))
+        self.ffns = nn.ModuleList(ffns)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         first, *others = self.ffns
-        return sum((ffn(x_BTD) for ffn in others), first(x_BTD))
+        return sum((other(x_BTD) for other in others), first(x_BTD))
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,13 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
     torch.manual_seed(0)
     dtype, device = getattr(torch, bench.dtype), process.device()
     dense = Mlp(bench.dim, bench.hidden).to(device, dtype)
-    times = moe.top_k + moe.num_shared_experts
-    floor = {"dense FFNs side by side": Beside(dense, times)}
-    if times > 1:
-        floor["one dense FFN of that width"] = Mlp(bench.dim, times * bench.hidden).to(device, dtype)
+    width = STARTS.find(moe.init)(moe).width(bench.hidden)
+    passed = [ffn.read(dense)] * moe.num_shared_experts + [ffn.divide(dense, width)[0]] * moe.top_k
+    beside = Beside([ffn.build(dense, weights) for weights in passed])
+    floor: dict[str, nn.Module] = {"dense FFNs side by side": beside}
+    if len(passed) > 1:
+        hidden = moe.num_shared_experts * bench.hidden + moe.top_k * width
+        floor["one dense FFN of that width"] = Mlp(bench.dim, hidden).to(device, dtype)
     rows = bench.images * (bench.tokens if moe.routing == "token" else 1)
     experts_RK = forced_experts(bench.load, rows, moe.num_experts, moe.top_k).to(device)
     x = torch.randn(bench.images, bench.tokens, bench.dim, device=device).to(dtype)
@@ -102,7 +104,7 @@ def layer_case(bench: LayerBench, moe: MoEConfig, backends: Sequence[Backend] = 
         force_routing(layer, experts_RK)
         ours[f"vimoe {backend}"] = set_backend(layer, backend)
     layers, autocast = {**floor, **ours}, bench.precision != "no"
-    return LayerCase(x, experts_RK, layers, tuple(floor), times * macs(dense), autocast, left_out)
+    return LayerCase(x, experts_RK, layers, tuple(floor), sum(map(ffn.macs, beside.ffns)), autocast, left_out)
 
 
 def layer_seconds(case: LayerCase, training: bool, rounds: int) -> dict[str, np.ndarray]:

@@ -57,7 +57,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, MoE], images: Batches | Non
             stack.enter_context(_inputs_of(model.get_submodule(name), keep))
         if backbone.classifiers:
             stack.enter_context(_inputs_of(backbone.classifiers[0], lambda x: pooled.append(x.float().cpu())))
-        for batch, targets in _batches(images):
+        for batch, targets in pairs(images):
             output = _run(model, batch)
             if not backbone.classifiers:
                 pooled.append(output.float().cpu())
@@ -99,12 +99,13 @@ def _again(model: nn.Module, name: str, images: Batches) -> Iterator[Tensor]:
     """Yield the input (B, T, D) of an FFN for each batch."""
     found: list[Tensor] = []
     with _inputs_of(model.get_submodule(name), found.append):
-        for batch, _ in _batches(images):
+        for batch, _ in pairs(images):
             _run(model, batch)
             yield found.pop()
 
 
-def _batches(images: Batches) -> Iterator[tuple[Tensor, Any]]:
+def pairs(images: Batches) -> Iterator[tuple[Tensor, Any]]:
+    """Yield the batches. Raises DataError for one that is no pair of images and labels."""
     for pair in images:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise DataError(f"images have a batch of type {type(pair).__name__}: expected (images, labels)")

@@ -212,7 +212,7 @@ def _rebuild(path: Path) -> nn.Module:
         for name, values in section["layers"].items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what this configuration lacks was said when it was made
-                build_layers(model, MoEConfig.from_dict({**values, "layers": [name]}))
+                build_layers(model, MoEConfig.from_dict({**values, "layers": [name]}), new=False)
     except (KeyError, TypeError, AttributeError, VimoeError) as error:
         raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {error}") from error
     return model

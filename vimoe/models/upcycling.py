@@ -16,13 +16,14 @@ from vimoe.models import surgery
 from vimoe.models.calibration import Batches, calibrate
 from vimoe.models.cost import Cost, count, meta_copy, meta_images
 from vimoe.models.interface import find_backbone
+from vimoe.models.start_change import StartChange, measure_start
 from vimoe.models.surgery import Site
 from vimoe.moe import MoE, ffn
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
 
-HOW = ("shared", "merge", "matched")
+HOW = ("shared", "merge", "matched", "join", "whole")
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Plan:
         config: settings of the layers.
         dense: cost of the model as it is.
         moe: cost of the model with MoE layers.
+        start: change of the last block's output before any training; None where nothing changes by construction.
     """
 
     sites: tuple[Site, ...]
     config: MoEConfig
     dense: Cost
     moe: Cost
+    start: StartChange | None = None
 
     def __str__(self) -> str:
         c = self.config
@@ -50,18 +53,24 @@ class Plan:
             else f"dense FFN of {c.num_shared_experts} times the width"
         )
         lines = [f"  {site.name}: {type(site.module).__name__} -> {kind}" for site in self.sites]
-        return "\n".join([f"before: {self.dense}", f"after:  {self.moe}", *lines])
+        start = [] if self.start is None else [f"start:  {self.start}"]
+        return "\n".join([f"before: {self.dense}", f"after:  {self.moe}", *start, *lines])
 
 
-def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] | None = None) -> Plan:
+def plan(
+    model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] | None = None, images: Batches | None = None
+) -> Plan:
     """Return the changes that `upcycle(model, config)` would make, and their cost.
 
-    It changes nothing and needs no memory for weights.
+    It changes nothing, and needs no memory for weights unless the new layers would not compute what the FFNs do
+    (`MoE.keeps_function`). Then the change is measured on a copy that is upcycled, if the model has weights.
 
     Args:
         model: a timm ViT.
         config: blocks and kind of layer.
         input_size: (channels, height, width) to count for; by default that of the model.
+        images: as for `upcycle`; the change is measured on the first batch. By default it is measured on 8 images of
+            standard normal values, unless the start needs images.
 
     Raises:
         SurgeryError: if `upcycle` would raise it.
@@ -76,11 +85,23 @@ def plan(model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] |
     copied = meta_copy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        replaced = _replacements(copied, config)
+        replaced = _new_layers(copied, config)
     changed = tuple(site for site in sites(model) if site.name in replaced)
     dense = count(model, input_size)
+    layers = [module for module in replaced.values() if isinstance(module, MoE)]
+    start = None if all(layer.keeps_function for layer in layers) else _start_change(model, layers, config, images)
     surgery.swap(copied, replaced)
-    return Plan(changed, config, dense, count(copied, input_size))
+    return Plan(changed, config, dense, count(copied, input_size), start)
+
+
+def _start_change(model: nn.Module, layers: Sequence[MoE], config: MoEConfig, images: Batches | None) -> StartChange:
+    if any(layer.needs_images for layer in layers) and images is None:
+        return StartChange(None, "it is computed from training images, which vimoe train has; pass images")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return StartChange(
+            None, "the model has no weights here; give vimoe.plan one that has, or model.name=local-dir:FOLDER"
+        )
+    return measure_start(model, lambda copied: convert(copied, config, images), images)
 
 
 def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> nn.Module:
@@ -117,7 +138,7 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) 
 def convert(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> list[str]:
     """Do what `upcycle` does, and return the names of the converted FFNs in forward order."""
     _check(model, config)
-    replaced = _replacements(model, config)
+    replaced = _new_layers(model, config)
     _start(model, {name: module for name, module in replaced.items() if isinstance(module, MoE)}, images)
     return _swap(model, config, replaced)
 
@@ -127,10 +148,16 @@ def needs_images(config: MoEConfig) -> bool:
     return bool(STARTS.find(config.init).needs_images or ROUTERS.find(config.router).needs_images)
 
 
-def build_layers(model: nn.Module, config: MoEConfig) -> list[str]:
-    """Do what `convert` does, for a model whose weights are still to be loaded: nothing is started from images."""
+def build_layers(model: nn.Module, config: MoEConfig, new: bool = True) -> list[str]:
+    """Do what `convert` does, for a model whose weights are still to be loaded: nothing is started.
+
+    Args:
+        model: model.
+        config: blocks and kind of layer.
+        new: False for layers from which experts may have been removed since they were made.
+    """
     _check(model, config)
-    return _swap(model, config, _replacements(model, config))
+    return _swap(model, config, _new_layers(model, config) if new else _replacements(model, config))
 
 
 def _swap(model: nn.Module, config: MoEConfig, replaced: dict[str, nn.Module]) -> list[str]:
@@ -166,9 +193,12 @@ def densify(
         model: an upcycled model; changed in place.
         layers: blocks, as in `MoEConfig.layers`; "all" means all MoE layers.
         how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" first
-            reorders each expert's hidden units to match a reference (`ffn.match`), then averages.
-        gate_mass: (N,) mean gate that each expert got, by layer name, for both means (`LayerEvidence.gate_mass`).
-            Without it, experts count as a router without preference weighs them.
+            reorders each expert's hidden units to match a reference (`ffn.match`), then averages. Experts that are
+            narrower than the FFN are not averaged: "join" puts the hidden units of all of them, and of the shared
+            expert, side by side into one FFN, with their gates in its last matrix. "whole" does so with the pieces of a
+            split FFN (init="split"), each at the full weight that it has when it is chosen.
+        gate_mass: (N,) mean gate that each expert got, by layer name, for all but "shared"
+            (`LayerEvidence.gate_mass`). Without it, experts count as a router without preference weighs them.
 
     Returns:
         The same model. Right after `upcycle` its state is the parent's, bit for bit.
@@ -212,8 +242,17 @@ def sites(model: nn.Module) -> list[Site]:
     return surgery.find(model, lambda module: isinstance(module, MoE) or ffn.is_ffn(module))
 
 
-def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
+def _new_layers(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     """Return the new module of every chosen site, after all checks."""
+    replaced = _replacements(model, config)
+    for module in replaced.values():
+        if isinstance(module, MoE):
+            module.check_start()
+    return replaced
+
+
+def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
+    """Return the new module of every chosen site, after all checks but those of its start."""
     chosen = config.selection.select(sites(model))
     if not chosen:
         return {}
@@ -279,19 +318,9 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     layer = site.module
     if not isinstance(layer, MoE):
         raise SurgeryError(f"{site} is a dense FFN already: expected an MoE layer; leave it out of layers")
-    config, n = layer.config, layer.config.num_experts
+    n = layer.config.num_experts
     if how not in layer.densify_methods:
-        if how == "shared":
-            found, expected = "no shared expert", "one"
-        elif config.num_shared_experts > 1:
-            found = f"{config.num_shared_experts} shared experts, which are wider than its experts"
-            expected = "at most 1"
-        elif not layer.experts.are_ffns:
-            found, expected = f"experts of the kind {config.experts!r}, which are no FFNs", "FFNs"
-        else:
-            units = layer.experts.kind.hidden
-            found = f"experts of the kind {config.experts!r} with {layer.experts.width} hidden units"
-            expected = f"the FFN's {units}"
+        found, expected = _misfit(layer, how)
         others = " or ".join(f"how={other!r}" for other in layer.densify_methods)
         remedy = f"use {others}" if others else "it cannot be made dense, so leave it out of layers"
         raise SurgeryError(f"{site} has {found}: expected {expected} for how={how!r}; {remedy}")
@@ -308,3 +337,24 @@ def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:
     if mass_N.shape != (n,):
         raise SurgeryError(f"gate_mass of {site} has shape {tuple(mass_N.shape)}: expected ({n},)")
     return layer.dense(how, mass_N)
+
+
+def _misfit(layer: MoE, how: str) -> tuple[str, str]:
+    """Return what keeps a layer from being made dense so, and what was expected instead."""
+    if how == "shared":
+        return "no shared expert", "one"
+    if not layer.experts.are_ffns:
+        return f"experts of the kind {layer.config.experts!r}, which are no FFNs", "FFNs"
+    if how == "join":
+        return "experts that are as wide as its FFN was", "narrower ones"
+    if how == "whole":
+        return "experts that are no pieces of one FFN", "those of init='split'"
+    if layer.narrow:
+        return "experts that are narrower than its FFN was", "experts of its width"
+    if layer.config.num_shared_experts <= 1:
+        units = layer.experts.kind.hidden
+        return (
+            f"experts of the kind {layer.config.experts!r} with {layer.experts.width} hidden units",
+            f"the FFN's {units}",
+        )
+    return f"{layer.config.num_shared_experts} shared experts, which are wider than its experts", "at most 1"

@@ -47,7 +47,7 @@ class Experts(nn.Module):
     - A kind whose experts are no FFNs sets `are_ffns` to False and has `forward` and `macs` of its own in place of
       `weights`. It is not merged, not packed, and compared by its outputs alone.
     - A kind that gives each expert all its weights for itself says `separate`, and has `set_weights`, by which a start
-      (`moe.init`) makes experts differ.
+      (`moe.init`) makes experts differ. The dense FFN that it gets is a part of the layer's with `moe.expert_width`.
     - With exactly one shared expert, `dense` is the module that becomes it. A kind may read its weights in `forward`;
       it holds the module unregistered, since the layer registers it, and returns it in `reads`.
     - A kind with buffers for each expert overrides `keep`, and removes their rows as well.
@@ -55,6 +55,7 @@ class Experts(nn.Module):
     Attributes:
         are_ffns: True if `weights` is there.
         separate: True if `set_weights` is there.
+        keeps_function: True if tests show that experts start as the dense FFN; else `vimoe.plan` measures it.
         num_experts: N.
         kind: the dense FFN apart from its weights.
         act: its activation.
@@ -71,6 +72,7 @@ class Experts(nn.Module):
 
     are_ffns = True
     separate = False
+    keeps_function = False
 
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__()

@@ -258,10 +258,10 @@ def narrow(module: nn.Module, times: int) -> nn.Module:
     return build(module, slim) if say_nothing and (tiled or ffn.norm_eps is None) else module
 
 
-def hidden_units(weights: Weights, gated: bool) -> Tensor:
-    """(F, P), float32 at least: row f holds the P weights, of those given, that belong to hidden unit f alone.
+def by_unit(weights: Weights, gated: bool) -> list[Tensor]:
+    """Views of the given weights with a row for each of the F hidden units: all that belongs to one unit alone.
 
-    They are its row of fc1 (of both halves where it is gated) and of norm, and its column of fc2.weight.
+    They are the halves of fc1 (one if it is not gated), the norm, and fc2.weight transposed.
     """
     parts: list[Tensor] = []
     for name, w in sorted(weights.items()):  # FFNs of one shape are compared, whatever order their weights come in
@@ -271,6 +271,15 @@ def hidden_units(weights: Weights, gated: bool) -> Tensor:
             parts.append(w)
         elif name == "fc2.weight":
             parts.append(w.T)
+    return parts
+
+
+def hidden_units(weights: Weights, gated: bool) -> Tensor:
+    """(F, P), float32 at least: row f holds the P weights, of those given, that belong to hidden unit f alone.
+
+    They are its row of fc1 (of both halves where it is gated) and of norm, and its column of fc2.weight.
+    """
+    parts = by_unit(weights, gated)
     units = torch.cat([part.detach().reshape(len(part), -1) for part in parts], dim=1)
     return units.to(torch.promote_types(units.dtype, torch.float32))
 
@@ -299,20 +308,69 @@ def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
     # units move for a gain only: rounding shall not swap twins, and what has diverged (NaN) has no order
     if not (target_FP - units_FP[order]).square().sum() < (target_FP - units_FP).square().sum():
         return weights
-    return _reordered(weights, order, gated)
+    return take(weights, order, gated)
 
 
-def _reordered(weights: Weights, order: Tensor, gated: bool) -> Weights:
-    """Hidden unit f becomes what unit order[f] was."""
+def take(weights: Weights, units: Tensor, gated: bool) -> Weights:
+    """The FFN with some of its hidden units, in an order: unit f becomes what units[f] was."""
     new = dict(weights)
     for name, w in weights.items():
         if name.startswith("fc1."):
-            new[name] = torch.cat([half[order] for half in w.chunk(1 + gated)])
+            new[name] = torch.cat([half[units] for half in w.chunk(1 + gated)])
         elif name.startswith("norm."):
-            new[name] = w[order]
+            new[name] = w[units]
         elif name == "fc2.weight":
-            new[name] = w[:, order]
+            new[name] = w[:, units]
     return new
+
+
+def divide(module: nn.Module, width: int) -> list[Weights]:
+    """Canonical weights of the parts of an FFN that have `width` hidden units each, in their order.
+
+    Of m parts each has the last matrix times m and the whole output bias, so that their mean is the FFN.
+
+    Raises:
+        SurgeryError: if the FFN has no such parts.
+    """
+    kind = describe(module)
+    if not 0 < width <= kind.hidden or kind.hidden % width:
+        raise SurgeryError(
+            f"expert_width={width} of an FFN with {kind.hidden} hidden units: expected a number that divides them; "
+            f"use such as {next(w for w in range(min(max(width, 1), kind.hidden), 0, -1) if kind.hidden % w == 0)}"
+        )
+    if kind.norm_eps is not None:
+        raise SurgeryError(
+            f"experts of {width} of the {kind.hidden} hidden units of an FFN with a LayerNorm over all of them: "
+            f"expected experts of its width; leave out expert_width, and init='split'"
+        )
+    weights, parts = read(module), kind.hidden // width
+    each = [take(weights, units, kind.gated) for units in torch.arange(kind.hidden).split(width)]
+    return [scaled(part, parts, 1) for part in each]
+
+
+def scaled(weights: Weights, matrix: float, bias: float) -> Weights:
+    """The FFN with its last matrix times `matrix` and its output bias times `bias`."""
+    factors = {"fc2.weight": matrix, "fc2.bias": bias}
+    return {name: w * factors.get(name, 1.0) for name, w in weights.items()}
+
+
+def join(parts: Sequence[Weights], gated: bool) -> Weights:
+    """One FFN with the hidden units of all parts side by side, which computes the sum of what they do.
+
+    Args:
+        parts: canonical weights of FFNs of any widths, without a norm.
+        gated: True for gated FFNs.
+    """
+    joined: Weights = {}
+    for name in parts[0]:
+        each = [part[name] for part in parts]
+        if name.startswith("fc1."):
+            joined[name] = torch.cat(
+                [torch.cat(half) for half in zip(*(w.chunk(1 + gated) for w in each), strict=True)]
+            )
+        else:
+            joined[name] = torch.cat(each, dim=1) if name == "fc2.weight" else torch.stack(each).sum(dim=0)
+    return joined
 
 
 def average(parts: Sequence[Weights], shares: Sequence[float | Tensor], scale: float = 1.0) -> Weights:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,9 @@ class MoE(nn.Module):
     a formula of its own (`Router.compute`).
 
     Every expert starts as a copy of the dense FFN, on its device and in its type, until `start` is called, which
-    `vimoe.upcycle` does. Experts and router are trained even
-    if the FFN is frozen. There are first derivatives in reverse mode.
+    `vimoe.upcycle` does. Where experts are narrower (`expert_width` w < F), expert e is part e mod F / w of the FFN's
+    hidden units (`ffn.divide`). Experts and router are trained even if the FFN is frozen. There are first derivatives
+    in reverse mode.
 
     Args:
         dense: an FFN for which `vimoe.moe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
@@ -71,10 +73,15 @@ class MoE(nn.Module):
     def __init__(self, dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> None:
         super().__init__()
         n = config.num_shared_experts
-        self.config = config
-        dim, weight = ffn.describe(dense).dim, next(dense.parameters())
-        self.router = ROUTERS.find(config.router)(dim, config, layout, like=weight)
-        self.experts = EXPERTS.find(config.experts)(dense, config)
+        kind, weight = ffn.describe(dense), next(dense.parameters())
+        self._begin: Start = STARTS.find(config.init)(config)
+        width = self._begin.width(kind.hidden)
+        parts = [] if width == kind.hidden else ffn.divide(dense, width)
+        self.config = config = replace(config, expert_width=width) if parts else config
+        self.router = ROUTERS.find(config.router)(kind.dim, config, layout, like=weight)
+        self.experts = EXPERTS.find(config.experts)(ffn.build(dense, parts[0]) if parts else dense, config)
+        for e in range(config.num_experts if parts else 0):
+            self.experts.set_weights(e, parts[e % len(parts)])
         if odd := set(self.experts.roles) ^ {name for name, _ in self.experts.named_parameters()}:
             raise SurgeryError(
                 f"moe.experts={config.experts!r}: its roles and its parameters differ in {', '.join(sorted(odd))}: "
@@ -82,8 +89,7 @@ class MoE(nn.Module):
             )
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
         unchosen = router_gradient.KINDS.get(config.router_gradient)
-        self.unchosen = None if unchosen is None else unchosen(config.num_experts, dim, like=weight)
-        self._begin: Start = STARTS.find(config.init)(config)
+        self.unchosen = None if unchosen is None else unchosen(config.num_experts, kind.dim, like=weight)
         # densify rebuilds the FFN from this copy; in a tuple, because it is no part of this model
         self._template = (copy.deepcopy(dense).to("meta"),)
         self.train(dense.training)
@@ -95,9 +101,30 @@ class MoE(nn.Module):
             seen: what the dense model computes here for some images; needed if `needs_images`.
         """
         assert seen is not None or not self.needs_images
+        self.check_start()
         self._begin(self.experts, self.router, seen)
         if self.router.needs_images:
             self.router.calibrate(seen)
+
+    def check_start(self) -> None:
+        """Raise SurgeryError if a new layer cannot start as `config.init` says, before any work is done."""
+        self._begin.check(self.experts, self.router, self._parent_hidden)
+
+    @property
+    def keeps_function(self) -> bool:
+        """True if a new layer computes what the dense FFN did by construction, to rounding."""
+        one_each = not self.router.ragged and not self.router.mixes  # gates of equal experts then sum to 1
+        mixed = self.config.combine == "mix" and (self.shared is not None or one_each)
+        return mixed and not self.narrow and self.experts.keeps_function and self._begin.keeps_function
+
+    @property
+    def narrow(self) -> bool:
+        """True if the experts have fewer hidden units than the dense FFN had."""
+        return self.experts.kind.hidden < self._parent_hidden
+
+    @property
+    def _parent_hidden(self) -> int:
+        return ffn.describe(self._template[0]).hidden
 
     @property
     def needs_images(self) -> bool:
@@ -139,12 +166,7 @@ class MoE(nn.Module):
             gate_mass: (N,) mean over rows of the gate that each expert got, 0 where it was not chosen.
             matched: first put each expert's hidden units in the order that is nearest to one of them (`ffn.match`).
         """
-        mass = gate_mass.tolist()
-        parts = [self.experts.weights(i) for i in range(self.config.num_experts)]
-        if self.shared is not None:
-            assert self.config.num_shared_experts == 1
-            parts.insert(0, ffn.read(self.shared))
-            mass.insert(0, 1.0 if self.config.combine == "sum" else 1.0 - sum(mass))
+        parts, mass = self._weighed(gate_mass)
         if matched:
             # A reference is matched exactly, the others with one another only through it. The shared expert is what
             # "mix" takes differences to, and all tokens have trained it; else take the expert that weighs most.
@@ -153,7 +175,39 @@ class MoE(nn.Module):
         total = sum(mass)
         shares = [m / total for m in mass] if total else [1 / len(mass)] * len(mass)
         scale = 1.0 if math.isclose(total, 1, rel_tol=1e-6) else total  # gates that sum to 1 do so but for rounding
-        weights = ffn.average(parts, shares, scale)
+        return self._as_dense(ffn.average(parts, shares, scale))
+
+    @torch.no_grad()
+    def joined(self, gate_mass: Tensor, whole: bool = False) -> nn.Module:
+        """Return one FFN with the hidden units of all experts side by side, and those of the shared expert.
+
+        Each expert's last matrix and bias are weighted by its mean gate, so that the FFN computes what this layer does
+        if gates are constant. Silent units fill it up to a multiple of the parent's width, which model folders can
+        note; there are some only after experts have been removed.
+
+        Args:
+            gate_mass: (N,) mean over rows of the gate that each expert got, 0 where it was not chosen.
+            whole: weigh each last matrix by 1 / top_k instead, as if all experts were chosen beside one another: what
+                EMoE (arXiv 2310.10908) does with the pieces of a split FFN after training.
+        """
+        parts, mass = self._weighed(gate_mass)
+        gated = self.experts.kind.gated
+        matrix = [1 / self.config.top_k] * len(mass) if whole else mass
+        silent = -sum(part["fc2.weight"].shape[1] for part in parts) % self._parent_hidden
+        unit = ffn.take(parts[0], torch.zeros(silent, dtype=torch.long), gated)
+        weighed = [ffn.scaled(*each) for each in zip(parts, matrix, mass, strict=True)]
+        return self._as_dense(ffn.join([*weighed, {name: torch.zeros_like(w) for name, w in unit.items()}], gated))
+
+    def _weighed(self, gate_mass: Tensor) -> tuple[list[ffn.Weights], list[float]]:
+        """Return the shared expert, where there is one, and the experts, with their weights in the layer's formula."""
+        mass = gate_mass.tolist()
+        parts = [self.experts.weights(i) for i in range(self.config.num_experts)]
+        if self.shared is not None:
+            parts.insert(0, ffn.read(self.shared))
+            mass.insert(0, 1.0 if self.config.combine == "sum" else 1.0 - sum(mass))
+        return parts, mass
+
+    def _as_dense(self, weights: ffn.Weights) -> nn.Module:
         trained = any(p.requires_grad for p in (self.experts if self.shared is None else self.shared).parameters())
         return ffn.build(self._template[0], weights).requires_grad_(trained).train(self.training)
 
@@ -162,16 +216,22 @@ class MoE(nn.Module):
         """Methods of making this layer dense, as `vimoe.densify` names them in `how`.
 
         Means are taken of FFNs of the width of the dense one: not with several shared experts, nor of experts that are
-        no FFNs, or wider ones.
+        no FFNs, wider ones, or narrower ones, which are joined.
         """
-        shared, experts = self.config.num_shared_experts, self.experts
-        of_one_width = shared <= 1 and experts.are_ffns and experts.width == experts.kind.hidden
-        means = ("merge", "matched") if of_one_width else ()
-        return (*(("shared",) if shared else ()), *means)
+        shared = ("shared",) if self.shared is not None else ()
+        if self.narrow and self.experts.are_ffns:
+            return (*shared, "join", *(("whole",) if self._begin.pieces else ()))
+        of_one_width = self.experts.are_ffns and self.experts.width == self._parent_hidden
+        means = ("merge", "matched") if of_one_width and self.config.num_shared_experts <= 1 else ()
+        return (*shared, *means)
 
     def dense(self, how: str, gate_mass: Tensor) -> nn.Module:
         """Return the FFN that one of `densify_methods` puts in this layer's place; `gate_mass` as in `merged`."""
-        return self.without_experts() if how == "shared" else self.merged(gate_mass, matched=how == "matched")
+        if how == "shared":
+            return self.without_experts()
+        if self.narrow:
+            return self.joined(gate_mass, whole=how == "whole")
+        return self.merged(gate_mass, matched=how == "matched")
 
     def keep_experts(self, kept: Sequence[int]) -> None:
         """Remove all other experts, in place: their tokens go to the next choice. At least top_k must stay."""

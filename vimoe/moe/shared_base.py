@@ -25,6 +25,8 @@ class SharedBase(Experts):
         own: copy of the FFN; only without a shared expert or with several.
     """
 
+    keeps_function = True
+
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__(dense, config)
         if config.num_shared_experts != 1:

@@ -33,7 +33,7 @@ class Stacked(nn.Module):
 class StackedFFNs(Experts):
     """N copies of a dense FFN, which drift apart as they are trained on different tokens; see `Experts`."""
 
-    separate = True
+    separate = keeps_function = True
 
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__(dense, config)

@@ -5,13 +5,14 @@ Axes: I images, B images of a batch, T tokens of an image, D channels, R rows th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from vimoe.config.moe import EXPERTS, MoEConfig
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, SurgeryError
 from vimoe.moe.experts import Experts
 from vimoe.moe.router import Router
 
@@ -45,8 +46,11 @@ class Start:
 
     Attributes:
         needs_images: True if it reads a `Calibration`.
-        keeps_function: True if each expert still computes what the dense FFN does.
+        keeps_function: True if each expert still computes what the dense FFN does; else `vimoe.plan` measures the
+            change.
         sets_weights: True if it calls `Experts.set_weights`.
+        sets_rows: True if it sets the rows of the router's `weight`.
+        pieces: True if the experts, each times 1 / top_k, add up to one FFN (`vimoe.densify` with how="whole").
 
     Args:
         config: settings of the layer.
@@ -58,13 +62,57 @@ class Start:
     needs_images = False
     keeps_function = True
     sets_weights = False
+    sets_rows = False
+    pieces = False
 
     def __init__(self, config: MoEConfig) -> None:
         self.config = config
-        if self.sets_weights and not EXPERTS.find(config.experts).separate:
-            raise ConfigError(
-                f"init={config.init!r} with experts={config.experts!r}: expected experts with weights of their own, "
-                f"such as 'ffn'; use init='copy'"
+        if EXPERTS.find(config.experts).separate:
+            return
+        for wrong, name, remedy in (
+            (self.sets_weights, f"init={config.init!r}", "use init='copy'"),
+            (config.expert_width is not None, f"expert_width={config.expert_width}", "leave it out"),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"{name} with experts={config.experts!r}: expected experts with weights of their own, such as "
+                    f"'ffn'; {remedy}"
+                )
+
+    def width(self, hidden: int) -> int:
+        """Return the number of hidden units of an expert, for an FFN with `hidden` of them.
+
+        It follows from the settings alone, because a model folder is rebuilt from these. A layer notes it in
+        `expert_width` of its own settings.
+        """
+        return self.config.expert_width or hidden
+
+    def check(self, experts: Experts, router: Router, hidden: int) -> None:
+        """Raise SurgeryError if a new layer cannot start so. A pruned layer, rebuilt from a folder, is not checked.
+
+        Args:
+            experts: experts of the new layer.
+            router: its router.
+            hidden: number of hidden units of the dense FFN.
+        """
+        parts = hidden // experts.kind.hidden
+        if experts.num_experts % parts:
+            raise SurgeryError(
+                f"num_experts={experts.num_experts} with experts of {experts.kind.hidden} of {hidden} hidden units: "
+                f"expected a multiple of {parts}, so that all parts of the FFN have as many experts; use "
+                f"num_experts={parts * math.ceil(experts.num_experts / parts)}"
+            )
+        if parts > 1 and router.reads_weights:
+            raise SurgeryError(
+                f"router={self.config.router!r} with experts of {experts.kind.hidden} of {hidden} hidden units: "
+                f"expected experts of all of them, since it takes means of weights; leave out expert_width"
+            )
+        learnt = dict(router.named_parameters(recurse=False)).get("weight")
+        has_rows = learnt is not None and learnt.shape == (experts.num_experts, experts.kind.dim)
+        if self.sets_rows and (router.needs_images or not has_rows):
+            raise SurgeryError(
+                f"init={self.config.init!r} with router={self.config.router!r}: expected a router that learns a row "
+                f"of D weights for each expert, which this start sets; use router='softmax'"
             )
 
     def __call__(self, experts: Experts, router: Router, seen: Calibration | None) -> None:

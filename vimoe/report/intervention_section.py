@@ -33,6 +33,8 @@ def add_interventions(page: Page, evidence: dict[str, Any], prefix: str) -> None
         "shared": "the layer is replaced by its shared expert",
         "merge": "the layer is replaced by one FFN with the experts' mean weights",
         "matched": "the same, after the experts' hidden units were matched to one another",
+        "join": "the layer is replaced by one FFN with the hidden units of all experts, weighted by their mean gates",
+        "whole": "the same, with each piece at the weight that it has when it is chosen",
     }
     accuracy = shown(evidence["base"]).right_name
     page.text(
