@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.errors import VimoeError
-from vimoe.models.calibration import TOKENS_OF_AN_IMAGE, calibrate
+from vimoe.models.calibration import TOKENS_OF_AN_IMAGE, _features, calibrate
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.router import Router
 
@@ -74,6 +74,15 @@ def test_token_routing_sees_some_tokens_of_each_image_and_the_same_again() -> No
         assert all(len(row.unique()) == TOKENS_OF_AN_IMAGE for row in places)  # none comes twice,
         assert not torch.equal(places[0], places[3])  # and a batch has not the places of another
         assert torch.equal(first[name].features, again[name].features)
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_nothing_is_kept_of_tokens_that_are_not_read(routing: str) -> None:
+    """Not even as the memory behind a view."""
+    x = torch.randn(3, 26, 24)
+    _, read = _features(routers(vit(), routing=routing)["blocks.0.mlp"], x, seen=0)
+    assert read.untyped_storage().nbytes() == 4 * read.numel() < 4 * x.numel()
+    assert read.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
 def test_an_image_of_few_tokens_gives_all_of_them() -> None:

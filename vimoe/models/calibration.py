@@ -56,7 +56,7 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
 
             stack.enter_context(_inputs_of(model.get_submodule(name), keep))
         for classifier in backbone.classifiers[:1]:  # a segmenter does not call it
-            stack.enter_context(_inputs_of(classifier, lambda x: pooled.append(x.float().cpu())))
+            stack.enter_context(_inputs_of(classifier, lambda x: pooled.append(_copy(x))))
         for batch, targets in _batches(images):
             labels.append(torch.as_tensor(targets).cpu())
             classed = labels[-1].ndim == 1 and not labels[-1].is_floating_point()
@@ -110,12 +110,17 @@ def _features(router: Router, x_BTD: Tensor, seen: int) -> tuple[Tensor, Tensor]
     """Return the number (R,) in the batch of the image of each row, and (R, D) what the router reads of it."""
     images, tokens = x_BTD.shape[:2]
     if router.config.routing == "image":
-        return torch.arange(images), router.feature(x_BTD).float().cpu()
+        return torch.arange(images), _copy(router.feature(x_BTD))
     kept = min(tokens, TOKENS_OF_AN_IMAGE)
     random = torch.rand(images, tokens, generator=torch.Generator().manual_seed(seen))
     chosen_BK = random.topk(kept).indices.to(x_BTD.device)
     rows = x_BTD.gather(1, chosen_BK[..., None].expand(-1, -1, x_BTD.shape[2])).flatten(0, 1)
-    return torch.arange(images).repeat_interleave(kept), rows.float().cpu()
+    return torch.arange(images).repeat_interleave(kept), _copy(rows)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Return a copy, because a view of a few tokens would keep all of them in memory."""
+    return x.to("cpu", torch.float32, copy=True)
 
 
 def _again(model: nn.Module, name: str, images: Batches) -> Iterator[Tensor]:
