@@ -134,6 +134,9 @@ MISTAKES: dict[str, tuple[Callable[[list], object], dict, str]] = {
     "a class that is not there": (
         lambda given: [(x, y + 3) for x, y in given], {}, "labels from 3 to 5 for a model of 5 classes: expected 0",
     ),
+    "labels of other images": (
+        lambda given: [(x, y[:2]) for x, y in given], {}, "2 labels for a batch of 3 images: expected one for each",
+    ),
     "masks for classes": (
         lambda given: [(x, torch.zeros(len(x), 4, 4, dtype=torch.long)) for x, _ in given], {"router": "superclass"},
         "router='superclass' without a class for each image: expected a classification",

@@ -58,14 +58,15 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
         for classifier in backbone.classifiers[:1]:  # a segmenter does not call it
             stack.enter_context(_inputs_of(classifier, lambda x: pooled.append(_copy(x))))
         for batch, targets in _batches(images):
-            labels.append(torch.as_tensor(targets).cpu())
-            classed = labels[-1].ndim == 1 and not labels[-1].is_floating_point()
-            _check_labels(labels[-1] if classed else None, backbone.num_classes, routers)
+            label_B = torch.as_tensor(targets).cpu()
+            classed = label_B.ndim == 1 and not label_B.is_floating_point()
+            _check_labels(label_B if classed else None, len(batch), backbone.num_classes, routers)
+            labels += [label_B.long()] if classed else []  # masks would fill the memory
             _run(model, batch)
             seen += len(batch)
     _check_count(seen, routers)
     logger.info("%d training images: what the routers or experts of %d layers start from", seen, len(routers))
-    label_I = torch.cat(labels).long() if classed else None
+    label_I = torch.cat(labels) if classed else None
 
     def inputs(name: str) -> Callable[[], Iterator[Tensor]]:
         return lambda: _again(model, name, images)
@@ -83,14 +84,16 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
     }
 
 
-def _check_labels(label_B: Tensor | None, classes: int, routers: Mapping[str, Router]) -> None:
+def _check_labels(label_B: Tensor | None, images: int, classes: int, routers: Mapping[str, Router]) -> None:
     """Raise an error for labels, None if they are no classes of images, that do not fit the model or a router."""
     taught = next((router.config.router for router in routers.values() if router.supervised), None)
     if taught and (label_B is None or not classes):
         raise SurgeryError(
             f"router={taught!r} without a class for each image: expected a classification; use router='centroids'"
         )
-    if label_B is not None and len(label_B) and classes and not (label_B.min() >= 0 and label_B.max() < classes):
+    if label_B is not None and len(label_B) != images:
+        raise DataError(f"{len(label_B)} labels for a batch of {images} images: expected one for each; correct them")
+    if label_B is not None and images and classes and not (label_B.min() >= 0 and label_B.max() < classes):
         raise DataError(
             f"labels from {label_B.min()} to {label_B.max()} for a model of {classes} classes: expected 0 to "
             f"{classes - 1}; build the model with num_classes"

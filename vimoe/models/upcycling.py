@@ -147,13 +147,13 @@ def _swap(model: nn.Module, config: MoEConfig, replaced: dict[str, nn.Module]) -
 
 def _start(model: nn.Module, layers: dict[str, MoE], images: Batches | None) -> None:
     """Let new layers start, which are not in the model yet."""
-    seen, needing = dict[str, Calibration](), [layer.config for layer in layers.values() if layer.needs_images]
-    if needing and images is None:
-        raise SurgeryError(
-            f"init={needing[0].init!r} with router={needing[0].router!r} is computed from training images: expected "
-            f"some; pass images=[(images, labels), ...]"
-        )
-    if needing and images is not None:
+    seen = dict[str, Calibration]()
+    if needing := next((layer.config for layer in layers.values() if layer.needs_images), None):
+        if images is None:
+            raise SurgeryError(
+                f"init={needing.init!r} with router={needing.router!r} is computed from training images: expected "
+                f"some; pass images=[(images, labels), ...]"
+            )
         seen = calibrate(model, {name: layer.router for name, layer in layers.items()}, images)
     for name, layer in layers.items():
         layer.start(seen.get(name))
