@@ -5,9 +5,9 @@
 For each block and kind of router there are four figures. One is the adjusted mutual information of class and expert (0
 is the chance level), with its interval over images. Two are numbers of experts in effect, exp of the entropy: those of
 a class, as a mean over classes, and those of all images. The last is the mean probability of the chosen expert.
-"even" sends images to experts at random;
-"softmax" is the mean over fresh rows of five seeds. The dense model runs once over `--images` training images and once
-over test. So each block's figures are those of a ViMoE at step 0 that keeps the dense model's function.
+"even" sends images to experts at random; "softmax" is the mean over fresh rows of five seeds. The dense model runs once
+over `--images` training images and once over test. So each block's figures are those of a ViMoE at step 0 that keeps
+the dense model's function.
 """
 
 from __future__ import annotations
