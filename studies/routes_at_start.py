@@ -5,9 +5,9 @@
 For each block and kind of router there are four figures. One is the adjusted mutual information of class and expert (0
 is the chance level), with its interval over images. Two are numbers of experts in effect, exp of the entropy: those of
 a class, as a mean over classes, and those of all images. The last is the mean probability of the chosen expert.
-"even" sends images to experts at random; "softmax" is the mean over fresh rows of five seeds. The dense model runs once
-over `--images` training images and once over test. So each block's figures are those of a ViMoE at step 0 that keeps
-the dense model's function.
+"even" sends images to experts at random. "softmax" is the mean of fresh rows of five seeds, with the range of the five
+in place of an interval. The dense model runs once over `--images` training images and once over test. So each block's
+figures are those of a ViMoE at step 0 that keeps the dense model's function.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Row:
 
     Attributes:
         ami: adjusted mutual information of class and expert, on test images.
-        ami_interval: low and high of its 95% interval over images; of the first draw, where there are several.
+        ami_interval: low and high of its 95% interval over images; where rows are drawn, the range of the draws.
         experts_of_a_class: exp of the entropy of a class's experts, a mean over classes.
         experts: exp of the entropy of the load.
         confidence: mean probability of the chosen expert.
@@ -99,7 +99,9 @@ def at_layer(layer: str, start: Calibration, test: Calibration, make: Any, n: in
             draws.append(measure(layer, kind, chosen_I.numpy(), label_I, n, sure))
         figures = ("ami", "experts_of_a_class", "experts", "confidence")
         means = {name: float(np.mean([getattr(row, name) for row in draws])) for name in figures}
-        rows.append(Row(layer, kind, ami_interval=draws[0].ami_interval, **means))
+        amis = [row.ami for row in draws]
+        spread = (min(amis), max(amis)) if len(draws) > 1 else draws[0].ami_interval
+        rows.append(Row(layer, kind, ami_interval=spread, **means))
     return rows
 
 
