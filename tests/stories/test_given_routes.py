@@ -12,7 +12,7 @@ from helpers.kills import Killed, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
 from helpers.scene_runs import SCENES
-from helpers.scenery import scenes
+from helpers.scenery import mask, scene, scenes
 from safetensors.torch import load_file
 
 import vimoe
@@ -138,7 +138,8 @@ def test_a_mistake_is_one_line(
 def test_scenes_of_several_sizes_have_centroids_and_no_super_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = scenes(tmp_path / "scenes", train=5)
+    root = scenes(tmp_path / "scenes", train=5, height=40, width=56)
+    scene(root, "train", "a100", mask(1))
     argv = ["train", "--data.path", str(root), *SCENES, *MOE, "--train.epochs=1", "--moe.routing=token"]
     assert main([*argv, "--moe.router=centroids", "--out", str(tmp_path / "run")]) == 0
     said = refused(capsys, *argv, "--moe.router=superclass", "--moe.routing=image", "--out", tmp_path / "refused")
