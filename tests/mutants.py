@@ -495,8 +495,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "images are opened before mistakes are told",
         "experiments/train.py",
-        "    task.check(model, prepared, converted)\n    scanned = task.scan(data)",
-        "    scanned = task.scan(data)\n    task.check(model, prepared, converted)",
+        "    task.check(model, prepared, converted)\n    scanned = scanned or task.scan(data)",
+        "    scanned = scanned or task.scan(data)\n    task.check(model, prepared, converted)",
         ("experiments/test_train.py",),
     ),
     Mutant(
@@ -575,6 +575,41 @@ MUTANTS: tuple[Mutant, ...] = (
         "max(0.0, 1 - epochs / config.router_warmup_epochs)",
         "1.0",
         ("training/test_loop.py", "moe/test_balancing.py"),
+    ),
+    Mutant(
+        "a router of centroids looks at what all images share",
+        "moe/routers/centroids.py",
+        "spherical_kmeans(x_RD - (x_RD @ common_D)[:, None] * common_D, ",
+        "spherical_kmeans(x_RD, ",
+        ("moe/routers/test_centroids.py",),
+    ),
+    Mutant(
+        "confusions are of images that were fitted",
+        "moe/confusions.py",
+        "model.fit(x[fitted], label[fitted])",
+        "model.fit(x, label)",
+        ("moe/test_confusions.py",),
+    ),
+    Mutant(
+        "the loss of super-classes counts classes without an expert",
+        "moe/routers/superclass.py",
+        "self.superclass[:, None] == torch.arange",
+        "self.superclass[:, None].clamp(min=0) == torch.arange",
+        ("moe/routers/test_superclass.py",),
+    ),
+    Mutant(
+        "routers are frozen by steps, not by updates",
+        "training/loop.py",
+        "state.updates >= self.config.router_frozen * self._updates",
+        "state.done(self.batches) >= self.config.router_frozen * self._updates",
+        ("training/test_given_routes.py",),
+    ),
+    Mutant(
+        "calibration keeps a view of all tokens",
+        "models/calibration.py",
+        'x.to("cpu", torch.float32, copy=True)',
+        'x.to("cpu", torch.float32)',
+        ("models/test_calibration.py",),
     ),
     Mutant(
         "the last steps of an epoch weigh less",

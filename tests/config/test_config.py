@@ -110,7 +110,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "epochs": COUNTS, "batch_size": COUNTS, "accumulation": COUNTS, "lr": RATES, "min_lr": RATES,
         "warmup_epochs": RATES, "weight_decay": RATES, "layer_decay": [*SHARES, 0], "router_lr_scale": RATES,
         "router_weight_decay": RATES, "router_warmup_epochs": RATES, "expert_weight_decay": RATES,
-        "train_only": ["mlp"], "fuse": ["eva"], "fuse_rate": SHARES,
+        "train_only": ["mlp"], "fuse": ["eva"], "fuse_rate": SHARES, "router_frozen": SHARES, "route_loss": RATES,
         "balance_loss": RATES, "z_loss": RATES, "importance_loss": RATES,
         "label_smoothing": [*SHARES, 1], "mixup": RATES, "cutmix": RATES, "auto_augment": None,
         "random_erasing": SHARES, "min_crop": [*SHARES, 0], "hflip": SHARES, "color_jitter": SHARES,

@@ -215,9 +215,9 @@ CHANGES = {"min_crop": 0.7, "hflip": 0.1, "color_jitter": 0.2, "auto_augment": "
            "seed": 5}  # fmt: skip
 NO_MATTER = {
     "epochs", "batch_size", "accumulation", "lr", "min_lr", "warmup_epochs", "weight_decay", "layer_decay",
-    "router_lr_scale", "router_weight_decay", "router_warmup_epochs", "expert_weight_decay", "train_only",
-    "balance_loss", "z_loss", "importance_loss", "label_smoothing", "ema_decay", "clip_grad", "early_stopping",
-    "checkpoint_minutes", "tensorboard",
+    "router_lr_scale", "router_weight_decay", "router_frozen", "router_warmup_epochs", "expert_weight_decay",
+    "train_only", "balance_loss", "z_loss", "importance_loss", "route_loss", "label_smoothing", "ema_decay",
+    "clip_grad", "early_stopping", "checkpoint_minutes", "tensorboard",
 }  # fmt: skip
 REFUSED = {"mixup", "cutmix", "min_scale", "max_scale", "dice_loss", "class_weights"}  # or of segmentation
 

@@ -81,8 +81,8 @@ def of_decisions(experts: list[list[int]], num_experts: int) -> list[str]:
     logits = torch.zeros(len(experts), num_experts)
     health = Health()
     health.add([vimoe.Routing(logits, chosen.float(), chosen, "image", (len(experts), 5), "blocks.0.mlp", ragged=True)])
-    health.add_gradients({"blocks.0.mlp": layers(network)[0]})
     layers(network)[0].requires_grad_(False)
+    health.add_gradients({"blocks.0.mlp": layers(network)[0]})
     return health.alarms(moe_layers(network))
 
 

@@ -20,7 +20,7 @@ from vimoe.errors import ConfigError
 from vimoe.models.cost import count
 from vimoe.models.create import create
 from vimoe.models.interface import find_backbone
-from vimoe.models.upcycling import upcycle
+from vimoe.models.upcycling import build_layers
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import record
 
@@ -61,7 +61,8 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
     torch.manual_seed(0)
     dtype, device = getattr(torch, bench.dtype), process.device()
     dense = create(replace(model, pretrained=False)).to(device, dtype)
-    sparse = upcycle(copy.deepcopy(dense), moe)
+    sparse = copy.deepcopy(dense)
+    build_layers(sparse, moe)
     size = find_backbone(dense).input_size
     images = torch.randn(bench.images, *size, device=device).to(dtype)
     with torch.no_grad(), record(sparse) as routings:

@@ -31,6 +31,8 @@ class TrainConfig:
         layer_decay: learning rate of a block relative to the block after it (1 is the same rate everywhere).
         router_lr_scale: learning rate of the routers relative to the block they are in.
         router_weight_decay: weight decay of the routers.
+        router_frozen: share of the training, from its beginning, in which no router is trained; 1 is all of it. Biases
+            and gates (`moe.bias_update_rate`, `moe.gate`) still learn.
         router_warmup_epochs: number of epochs in which a share of the routers' decisions is random; it falls linearly
             from 1 to 0, so that every expert is trained before a router has an opinion.
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
@@ -43,6 +45,8 @@ class TrainConfig:
         balance_loss: weight of the routers' load-balancing loss.
         z_loss: weight of the routers' z-loss.
         importance_loss: weight of the routers' importance loss.
+        route_loss: weight of the cross-entropy that teaches a "superclass" router the expert of each class; no other
+            router reads it.
         label_smoothing: mass given to the other classes; by default 0.1 in classification and 0 in segmentation.
         mixup: alpha of mixup; 0 is off.
         cutmix: alpha of cutmix; 0 is off.
@@ -77,6 +81,7 @@ class TrainConfig:
     layer_decay: float = bounded(1.0, 0.01, 1)
     router_lr_scale: float = bounded(1.0, 0)
     router_weight_decay: float = bounded(0.0, 0)
+    router_frozen: float = bounded(0.0, 0, 1)
     router_warmup_epochs: float = bounded(0.0, 0)
     expert_weight_decay: float | None = bounded(None, 0)
     train_only: Literal["all", "moe"] = "all"
@@ -85,6 +90,7 @@ class TrainConfig:
     balance_loss: float = bounded(0.01, 0)
     z_loss: float = bounded(0.0, 0)
     importance_loss: float = bounded(0.0, 0)
+    route_loss: float = bounded(0.3, 0)
     label_smoothing: float | None = bounded(None, 0, 0.99999)
     mixup: float = bounded(0.0, 0)
     cutmix: float = bounded(0.0, 0)

@@ -222,7 +222,8 @@ class FinishedRun:
         lr = config.lr / 10 if lr is None else lr
         if not epochs:
             return None
-        config = replace(config, warmup_epochs=0, router_warmup_epochs=0)  # what it starts from is trained
+        frozen = float(config.router_frozen == 1)  # for good, or no more: what it starts from is trained
+        config = replace(config, warmup_epochs=0, router_warmup_epochs=0, router_frozen=frozen)
         return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr))
 
     def _fresh_model(self) -> nn.Module:

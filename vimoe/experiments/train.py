@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -52,12 +52,12 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     kind = task_class(settings)
     data = kind.find(settings.data)
     settings = _check_architecture(kind, data, settings)
-    model, converted = _model(kind, data, settings)
+    model, converted, scanned = _model(kind, data, settings)
     fuse.warn_of_copies(model)
     settings = replace(settings, train=settle(settings.train, len(data.train), model))
     task, prepared = kind(settings), preprocessing(model, settings.data)
     task.check(model, prepared, converted)
-    scanned = task.scan(data)
+    scanned = scanned or task.scan(data)
     process = Process()
     folder = process.once(run_folder.new_run, out)
     with ExitStack() as held:
@@ -132,18 +132,42 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
     return replace(settings, train=settle(settings.train, len(data.train), architecture))
 
 
-def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.Module, list[str]]:
-    """Return the upcycled model, and the names of the FFNs that were converted."""
+class CalibrationImages:
+    """Batches of training images that experts or routers start from (`vimoe.models.upcycling.convert`), of one size.
+
+    Iteration opens all images of the data before the first batch, as each training does before it begins.
+
+    Attributes:
+        scanned: what was found by opening them; None before.
+
+    Args:
+        task: task, of which `one_size` gives the batches.
+        model: dense model, on its device.
+        data: images, of which those of train are taken: `moe.calibration_images` of them, drawn by `train.seed`.
+    """
+
+    def __init__(self, task: Task[Any], model: nn.Module, data: Roles) -> None:
+        count = min(task.settings.moe.calibration_images, len(data.train))
+        random = np.random.default_rng(task.settings.train.seed)
+        chosen = np.sort(random.choice(len(data.train), count, replace=False))
+        self.task, self.data = task, data
+        self.batches = lambda: task.one_size(model, data, [data.train[i] for i in chosen])
+        self.scanned: Scanned | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.scanned is None:
+            self.scanned = self.task.scan(self.data)
+        return iter(self.batches())
+
+
+def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.Module, list[str], Scanned | None]:
+    """Return the upcycled model, the names of the FFNs that were converted, and what was found if images were read."""
     set_seed(settings.train.seed)
     model = kind.dense_model(settings.model, data)
     if not needs_images(settings.moe):
-        return model, _converted(model, settings, convert)
-    count, seed = min(settings.moe.calibration_images, len(data.train)), settings.train.seed
-    chosen = np.sort(np.random.default_rng(seed).choice(len(data.train), count, replace=False))
-    model.to(Process().device)
-    images = kind(settings).loader(model, data, [data.train[i] for i in chosen])
-    logger.info("calibration: experts or routers are computed from %d training images", count)
-    return model, _converted(model, settings, convert, images)
+        return model, _converted(model, settings, convert), None
+    images = CalibrationImages(kind(settings), model.to(Process().device), data)
+    return model, _converted(model, settings, convert, images), images.scanned
 
 
 def _converted(model: nn.Module, settings: Settings, make: Callable[..., list[str]], *images: Any) -> list[str]:

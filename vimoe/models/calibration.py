@@ -6,6 +6,7 @@ an image, D channels, R rows (images, or some of their tokens).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,57 +16,57 @@ from torch import Tensor, nn
 
 from vimoe.errors import DataError, SurgeryError, expect
 from vimoe.models.interface import find_backbone
-from vimoe.moe import MoE
+from vimoe.moe.router import Router
 from vimoe.moe.start import Calibration
 
 TOKENS_OF_AN_IMAGE = 16  # that are kept with token routing: neighbouring tokens are alike
 
 Batches = Iterable[tuple[Tensor, Any]]  # (images, labels), the same each time
 
+logger = logging.getLogger(__name__)
 
-def calibrate(model: nn.Module, layers: Mapping[str, MoE], images: Batches | None) -> dict[str, Calibration]:
+
+def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) -> dict[str, Calibration]:
     """Run the dense model over images, and return what each new layer has to know of them, by the FFN's name.
 
     Args:
         model: the dense model; its mode stays.
-        layers: new MoE layers by the name of the FFN that each will replace.
+        routers: router of each new layer, by the name of the FFN that the layer will replace.
         images: batches of (images, labels), the same in the same order each time.
 
     Raises:
-        SurgeryError: if there are no images.
-        DataError: if they are no pairs of tensors.
+        SurgeryError: if a router needs classes of images, and the labels are none.
+        DataError: if the batches are no pairs of tensors, can be read once only, or hold fewer images than a layer has
+            experts; or if a label is no class of the model.
     """
-    if images is None:
-        needed = next(layer.config for layer in layers.values() if layer.needs_images)
-        raise SurgeryError(
-            f"init={needed.init!r} and router={needed.router!r} are computed from training images: expected some; pass "
-            f"images=[(images, labels), ...]"
-        )
+    if isinstance(images, Iterator):
+        raise DataError(f"images={type(images).__name__}, which is read once: expected a list of batches, or a loader")
     backbone = find_backbone(model)
     pooled, labels = list[Tensor](), list[Tensor]()
-    features: dict[str, list[Tensor]] = {name: [] for name in layers}
-    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    seen = 0
+    features: dict[str, list[Tensor]] = {name: [] for name in routers}
+    rows: dict[str, list[Tensor]] = {name: [] for name in routers}
+    seen, classed = 0, False
     with ExitStack() as stack:
-        for name, layer in layers.items():
+        for name, router in routers.items():
 
-            def keep(x: Tensor, name: str = name, layer: MoE = layer) -> None:
-                image, kept = _features(layer, x, seen)
+            def keep(x: Tensor, name: str = name, router: Router = router) -> None:
+                image, kept = _features(router, x, seen)
                 rows[name].append(image + seen)
                 features[name].append(kept)
 
             stack.enter_context(_inputs_of(model.get_submodule(name), keep))
-        if backbone.classifiers:
-            stack.enter_context(_inputs_of(backbone.classifiers[0], lambda x: pooled.append(x.float().cpu())))
+        for classifier in backbone.classifiers[:1]:  # a segmenter does not call it
+            stack.enter_context(_inputs_of(classifier, lambda x: pooled.append(_copy(x))))
         for batch, targets in pairs(images):
-            output = _run(model, batch)
-            if not backbone.classifiers:
-                pooled.append(output.float().cpu())
-            labels.append(torch.as_tensor(targets))
+            label_B = torch.as_tensor(targets).cpu()
+            classed = label_B.ndim == 1 and not label_B.is_floating_point()
+            _check_labels(label_B if classed else None, len(batch), backbone.num_classes, routers)
+            labels += [label_B.long()] if classed else []  # masks would fill the memory
+            _run(model, batch)
             seen += len(batch)
-    if not seen:
-        raise DataError("no images to start experts or routers from: expected at least 2")
-    classes = torch.cat(labels) if labels[0].ndim == 1 and not labels[0].is_floating_point() else None
+    _check_count(seen, routers)
+    logger.info("%d training images: what the routers or experts of %d layers start from", seen, len(routers))
+    label_I = torch.cat(labels) if classed else None
 
     def inputs(name: str) -> Callable[[], Iterator[Tensor]]:
         return lambda: _again(model, name, images)
@@ -74,25 +75,55 @@ def calibrate(model: nn.Module, layers: Mapping[str, MoE], images: Batches | Non
         name: Calibration(
             features=torch.cat(features[name]),
             image=torch.cat(rows[name]),
-            labels=classes,
-            pooled=torch.cat(pooled),
+            labels=label_I,
+            pooled=torch.cat(pooled) if pooled else None,
             num_classes=backbone.num_classes,
             inputs=inputs(name),
         )
-        for name in layers
+        for name in routers
     }
 
 
-def _features(layer: MoE, x_BTD: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+def _check_labels(label_B: Tensor | None, images: int, classes: int, routers: Mapping[str, Router]) -> None:
+    """Raise an error for labels, None if they are no classes of images, that do not fit the model or a router."""
+    taught = next((router.config.router for router in routers.values() if router.supervised), None)
+    if taught and (label_B is None or not classes):
+        raise SurgeryError(
+            f"router={taught!r} without a class for each image: expected a classification; use router='centroids'"
+        )
+    if label_B is not None and len(label_B) != images:
+        raise DataError(f"{len(label_B)} labels for a batch of {images} images: expected one for each; correct them")
+    if label_B is not None and images and classes and not (label_B.min() >= 0 and label_B.max() < classes):
+        raise DataError(
+            f"labels from {label_B.min()} to {label_B.max()} for a model of {classes} classes: expected 0 to "
+            f"{classes - 1}; build the model with num_classes"
+        )
+
+
+def _check_count(images: int, routers: Mapping[str, Router]) -> None:
+    most = max(router.config.num_experts for router in routers.values())
+    if images < most:
+        raise DataError(
+            f"{images} images to start {most} experts or their router from: expected at least as many images as "
+            f"experts; raise moe.calibration_images, give more images, or lower moe.num_experts"
+        )
+
+
+def _features(router: Router, x_BTD: Tensor, seen: int) -> tuple[Tensor, Tensor]:
     """Return the number (R,) in the batch of the image of each row, and (R, D) what the router reads of it."""
     images, tokens = x_BTD.shape[:2]
-    if layer.config.routing == "image":
-        return torch.arange(images), layer.router.feature(x_BTD).float().cpu()
+    if router.config.routing == "image":
+        return torch.arange(images), _copy(router.feature(x_BTD))
     kept = min(tokens, TOKENS_OF_AN_IMAGE)
     random = torch.rand(images, tokens, generator=torch.Generator().manual_seed(seen))
     chosen_BK = random.topk(kept).indices.to(x_BTD.device)
     rows = x_BTD.gather(1, chosen_BK[..., None].expand(-1, -1, x_BTD.shape[2])).flatten(0, 1)
-    return torch.arange(images).repeat_interleave(kept), rows.float().cpu()
+    return torch.arange(images).repeat_interleave(kept), _copy(rows)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Return a copy, because a view of a few tokens would keep all of them in memory."""
+    return x.to("cpu", torch.float32, copy=True)
 
 
 def _again(model: nn.Module, name: str, images: Batches) -> Iterator[Tensor]:
@@ -114,14 +145,13 @@ def pairs(images: Batches) -> Iterator[tuple[Tensor, Any]]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, images: Tensor) -> Tensor:
+def _run(model: nn.Module, images: Tensor) -> None:
     weight, training = next(model.parameters()), [module for module in model.modules() if module.training]
     try:
-        output: Tensor = model.eval()(images.to(weight.device, weight.dtype))
+        model.eval()(images.to(weight.device, weight.dtype))
     finally:
         for module in training:
             module.training = True
-    return output
 
 
 @contextmanager

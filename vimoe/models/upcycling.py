@@ -22,6 +22,7 @@ from vimoe.moe import MoE, ffn
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
+from vimoe.moe.start import Calibration
 
 HOW = ("shared", "merge", "matched", "join", "whole")
 
@@ -115,7 +116,7 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) 
             `vimoe.models.segmenter.Segmenter`, on any device.
         config: blocks and kind of layer.
         images: batches of (images, labels) to compute a start or a router from (`MoEConfig.init`,
-            `MoEConfig.router`), the same each time they are read; they must be training images.
+            `MoEConfig.router`), the same each time they are read: a list or a loader of training images.
 
     Returns:
         The same model.
@@ -174,9 +175,14 @@ def _swap(model: nn.Module, config: MoEConfig, replaced: dict[str, nn.Module]) -
 
 def _start(model: nn.Module, layers: dict[str, MoE], images: Batches | None) -> None:
     """Let new layers start, which are not in the model yet."""
-    seen = {}
-    if any(layer.needs_images for layer in layers.values()):
-        seen = calibrate(model, layers, images)
+    seen = dict[str, Calibration]()
+    if needing := next((layer.config for layer in layers.values() if layer.needs_images), None):
+        if images is None:
+            raise SurgeryError(
+                f"init={needing.init!r} with router={needing.router!r} is computed from training images: expected "
+                f"some; pass images=[(images, labels), ...]"
+            )
+        seen = calibrate(model, {name: layer.router for name, layer in layers.items()}, images)
     for name, layer in layers.items():
         layer.start(seen.get(name))
 

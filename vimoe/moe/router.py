@@ -63,6 +63,7 @@ class Router(nn.Module):
     - A router whose scores are no linear map overrides `score`, and `macs` if it has further matrices.
     - A router with parameters or buffers of its own for each expert overrides `keep`, and removes their rows as well.
     - A tensor that no training may change is a buffer; `fixed` makes `weight` one.
+    - A router that is taught which class belongs to which expert says `supervised`, and has `label_loss`.
     - `decide` gives each chosen expert the router's own weight, such as a probability, of which `gate` then makes the
       final one: it also divides by their sum, where the settings ask for it. `probabilities` gives such a weight for
       each expert.
@@ -74,6 +75,7 @@ class Router(nn.Module):
         gated: True if its gates are weights of chosen experts, so that `moe.gate` and `moe.router_gradient` can act.
         needs_images: True if `calibrate` has to be called before the router is used.
         fixed: True if `weight` is a buffer, which nothing trains or unfreezes.
+        supervised: True if classes of images train it, by `label_loss`; so it needs them in `calibrate` too.
         ragged: True if a row may get fewer than K experts, so that slots can be empty.
         tokens_interact: True if a token's decision depends on other tokens of its image.
         adjustable: True if `decide` chooses by `preferences`, so that a bias and random decisions can act. Otherwise
@@ -104,6 +106,7 @@ class Router(nn.Module):
     gated = True
     needs_images = False
     fixed = False
+    supervised = False
     ragged = False
     tokens_interact = False
     adjustable = False
@@ -273,6 +276,20 @@ class Router(nn.Module):
 
     def calibrate(self, seen: Any) -> None:
         """Set the rows of a router that `needs_images`, from a `vimoe.moe.start.Calibration`, in place."""
+
+    def label_loss(self, logits_RN: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a `supervised` router's scores, a scalar.
+
+        Args:
+            logits_RN: scores.
+            targets: class (R,) of each image, or the mass (R, C) of each class.
+        """
+        raise NotImplementedError
+
+    @property
+    def routes(self) -> list[nn.Parameter]:
+        """Parameters that say which expert gets what; those of the gate only say how much it weighs."""
+        return [p for name, p in self.named_parameters() if not name.startswith("gate.")]
 
     @property
     def overrules(self) -> bool:

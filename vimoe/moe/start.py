@@ -25,15 +25,15 @@ class Calibration:
         features: (R, D) float32, what a router of this layer would read: of each image, or of some of its tokens.
         image: (R,) int64, number of the image of each row.
         labels: (I,) int64, class of each image; None where labels are no classes of images.
-        pooled: (I, E) float32, what the dense model's classifier reads.
-        num_classes: number of classes.
+        pooled: (I, E) float32, what the dense model's classifier reads; None where it reads nothing.
+        num_classes: number of classes of the model; labels are below it, unless it is 0.
         inputs: function that runs the dense model again; it yields the FFN's input (B, T, D) batch by batch.
     """
 
     features: Tensor
     image: Tensor
     labels: Tensor | None
-    pooled: Tensor
+    pooled: Tensor | None
     num_classes: int
     inputs: Callable[[], Iterator[Tensor]]
 

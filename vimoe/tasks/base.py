@@ -138,9 +138,13 @@ class Task(ABC, Generic[D]):
     def loader(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
         """Return batches (images, labels) of samples, in order, as the model is evaluated on them."""
 
+    def one_size(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
+        """Return batches of samples for the model itself, all images of one size."""
+        return self.loader(model, data, samples)
+
     def validation(self, model: nn.Module, data: D) -> DataLoader:
         """Return batches of validation for analysis and pruning, all images of one size."""
-        return self.loader(model, data, data.val)
+        return self.one_size(model, data, data.val)
 
     def timed(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
         """Return batches to time a model on that is scored on these samples, all images of one size."""

@@ -76,14 +76,14 @@ class Segmentation(Task[Scenes]):
         prepared = preprocessing(model, self.settings.data)
         return whole_images(samples, data, prepared, self.settings.train.batch_size, self.settings.data.workers)
 
-    def validation(self, model: Any, data: Scenes) -> DataLoader:
+    def one_size(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return whole images where all are of one size, else the middle of each, as large as the training crop."""
-        sizes = {image_size(image) for image, _ in data.val}
+        sizes = {image_size(image) for image, _ in samples}
         if len(sizes) == 1 and not model.fixed_size:
-            return self.loader(model, data, data.val)
+            return self.loader(model, data, samples)
         prepared = preprocessing(model, self.settings.data)
         transform = centre_transform(model.crop, prepared["mean"], prepared["std"])
-        scenes = JointImages(data.val, data.legend, transform)
+        scenes = JointImages(samples, data.legend, transform)
         return DataLoader(scenes, self.settings.train.batch_size, **processes(self.settings.data.workers))
 
     def timed(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from vimoe.config.train import TrainConfig
 from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import ConfigError, Stopped, VimoeError
-from vimoe.moe import Routing, record
+from vimoe.moe import MoE, Routing, record
 from vimoe.moe.balancing import set_random_share, update_bias
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.losses import balance_loss, importance_loss, router_z_loss
@@ -146,7 +146,7 @@ class _Steps:
     job: Job
     config: TrainConfig
     batches: int  # of an epoch
-    updates: int  # of an epoch
+    routes: list[nn.Parameter]  # those of all routers that are trained, except while they are frozen
     decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
 
     def epoch(self, state: State) -> Iterator[None]:
@@ -158,12 +158,14 @@ class _Steps:
             seed_everything(mix(self.config.seed, state.epoch, state.step))
             if self.config.router_warmup_epochs:
                 set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
+            for p in self.routes:
+                p.requires_grad_(state.updates >= self.config.router_frozen * self._updates)
             with self.accelerator.accumulate(self.model):
                 images, targets = self.job.prepare(inputs, targets)
                 with record(self.plain) as routings:
                     outputs = self.job.forward(self.model, images)
                 task_loss = self.job.loss(outputs, targets)
-                extra, parts = auxiliary_losses(routings, self.config)
+                extra, parts = auxiliary_losses(routings, self.config, route_loss(routings, layers, targets))
                 loss = task_loss + extra
                 if not loss.isfinite():
                     raise VimoeError(self._not_finite(loss.item(), state, len(images)))
@@ -180,7 +182,7 @@ class _Steps:
                 state.updates += 1
                 update_bias(self.plain, self.decided)
                 self.decided.clear()
-                pull(self.plain, self.config, state.updates / (self.config.epochs * self.updates))
+                pull(self.plain, self.config, state.updates / self._updates)
                 if self.ema:
                     self.ema.update(self.plain, step=state.updates)
             state.step += 1
@@ -201,6 +203,11 @@ class _Steps:
         """Number of steps whose gradients this step's are added to; Accelerate divides by `accumulation` anyway."""
         first = state.step - state.step % self.config.accumulation
         return min(self.config.accumulation, self.batches - first)
+
+    @property
+    def _updates(self) -> int:
+        """Number of updates of the weights in the whole training."""
+        return self.config.epochs * math.ceil(self.batches / self.config.accumulation)
 
     @property
     def order(self) -> Shuffled:
@@ -248,14 +255,16 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Ite
     )
     accelerator.init_trackers("tensorboard")
     optimizer = adamw(model, config)
-    updates = math.ceil(len(job.loader) / config.accumulation)
-    schedule = _schedule(optimizer, config, updates)
+    schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
+    routes = [p for layer in moe_layers(model).values() for p in layer.router.routes if p.requires_grad]
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, job.loader)
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     try:
-        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), updates)
+        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes)
     finally:
         set_random_share(model, 0)
+        for p in routes:
+            p.requires_grad_(True)
         accelerator.end_training()
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
@@ -270,8 +279,16 @@ def random_share(config: TrainConfig, epochs: float) -> float:
     return max(0.0, 1 - epochs / config.router_warmup_epochs) if config.router_warmup_epochs else 0.0
 
 
-def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """Return the weighted sum of the routers' losses, and each by name; the balance loss is always among them."""
+def auxiliary_losses(
+    routings: list[Routing], config: TrainConfig, taught: Tensor | None = None
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """Return the weighted sum of the routers' losses, and each by name; the balance loss is always among them.
+
+    Args:
+        routings: decisions of a step.
+        config: weights of the losses.
+        taught: `route_loss`.
+    """
     if not routings:
         return 0.0, {}
     parts = {"balance_loss": (balance_loss(routings), config.balance_loss)}
@@ -279,8 +296,17 @@ def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tens
         parts["z_loss"] = (router_z_loss(routings), config.z_loss)
     if config.importance_loss:
         parts["importance_loss"] = (importance_loss(routings), config.importance_loss)
+    if taught is not None and config.route_loss:
+        parts["route_loss"] = (taught, config.route_loss)
     total = sum(weight * loss for loss, weight in parts.values())
     return total, {name: loss for name, (loss, _) in parts.items()}
+
+
+def route_loss(routings: list[Routing], layers: Mapping[str, MoE], targets: Tensor) -> Tensor | None:
+    """Return the mean loss of the routers that classes train (`Router.label_loss`); None where there are none."""
+    decided = [(layers[routing.layer].router, routing.logits) for routing in routings]
+    losses = [router.label_loss(logits, targets) for router, logits in decided if router.supervised]
+    return torch.stack(losses).mean() if losses else None
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> CosineLRScheduler:

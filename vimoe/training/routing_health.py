@@ -47,6 +47,7 @@ class Health:
             self._add(
                 name,
                 steps=torch.tensor(1),
+                router_steps=torch.tensor(int(any(p.requires_grad for p in layer.router.parameters()))),
                 router_gradient=_norm(layer.router.parameters()),
                 expert_gradient=_norm(layer.experts.parameters()),
             )
@@ -115,8 +116,7 @@ class Health:
                     f"{name}: the router is saturated, its first choice has probability {sure:.4f} and its scores have "
                     f"size {row['logit_rms']:.1f}; set train.z_loss=0.001, or lower train.router_lr_scale"
                 )
-            trained = any(p.requires_grad for p in router.parameters())
-            if trained and row["router_gradient"] == 0 and not router.blind:
+            if sums.get("router_steps") and row["router_gradient"] == 0 and not router.blind:
                 found.append(f"{name}: the router got no gradient; check that the losses reach it")
         return found
 

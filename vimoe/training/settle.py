@@ -52,6 +52,12 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
             f"train.router_warmup_epochs={config.router_warmup_epochs:g} with moe.router={min(kinds)!r}: expected 0, "
             f"its decisions cannot be random; leave it out"
         )
+    untaught = {layer.router.config.router for layer in moe_layers(model).values() if not layer.router.supervised}
+    if config.route_loss != TrainConfig.route_loss and untaught:
+        raise ConfigError(
+            f"train.route_loss={config.route_loss:g} with moe.router={min(untaught)!r}: expected it with 'superclass' "
+            f"only; leave it out"
+        )
     if config.precision == "fp16" and process.device.type == "cpu":
         raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
     if config.precision == "bf16":

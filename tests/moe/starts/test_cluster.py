@@ -11,7 +11,6 @@ from helpers.tiny import config, images, layers, randomise, vit
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.models.calibration import TOKENS_OF_AN_IMAGE
 from vimoe.moe import ffn
 from vimoe.moe.kmeans import spherical_kmeans
 from vimoe.moe.starts.cluster import truncated
@@ -139,10 +138,9 @@ def test_it_trains_and_its_experts_differ() -> None:
 
 def test_too_few_images_are_refused_and_the_model_stays() -> None:
     model = vit()
-    with pytest.raises(vimoe.VimoeError, match="init='cluster' of 3 experts from 2 images or tokens: expected as many"):
+    with pytest.raises(vimoe.VimoeError, match="2 images to start 3 experts or their router from"):
         vimoe.upcycle(model, clustered(), batches(model, 2))
-    assert not layers(model) and TOKENS_OF_AN_IMAGE >= N  # two images have enough tokens
-    vimoe.upcycle(model, clustered(routing="token"), batches(model, 2))
+    assert not layers(model)
 
 
 def test_no_images_are_refused() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vimoe.errors import SurgeryError
 from vimoe.moe import ffn
 from vimoe.moe.experts import Experts
 from vimoe.moe.kmeans import spherical_kmeans
@@ -42,11 +41,6 @@ class Cluster(Start):
     def __call__(self, experts: Experts, router: Router, seen: Calibration | None) -> None:
         assert seen is not None
         n, energy = experts.num_experts, self.config.cluster_energy
-        if len(seen.features) < n:
-            raise SurgeryError(
-                f"init='cluster' of {n} experts from {len(seen.features)} images or tokens: expected as many at least; "
-                f"give more (calibration_images)"
-            )
         centroids_ND, label_R = spherical_kmeans(seen.features, n)
         router.weight.copy_(centroids_ND)
         first_NDD, last_NFF = self._moments(experts, seen, centroids_ND, label_R)
