@@ -390,8 +390,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "images are opened before mistakes are told",
         "experiments/train.py",
-        "    task.check(model, prepared, converted)\n    scanned = task.scan(data)",
-        "    scanned = task.scan(data)\n    task.check(model, prepared, converted)",
+        "    task.check(model, prepared, trained)\n    scanned = task.scan(data)",
+        "    scanned = task.scan(data)\n    task.check(model, prepared, trained)",
         ("experiments/test_train.py",),
     ),
     Mutant(

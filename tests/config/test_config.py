@@ -64,6 +64,9 @@ REFUSED_IN_TRAINING = {
         {"color_jitter": 0.4, "auto_augment": "rand-m9"},
         "color_jitter=0.4 with auto_augment='rand-m9': expected one",
     ),
+    "no teacher": ({"distill_loss": 0.5}, "distill_loss=0.5 with ema_decay=0: expected a moving average.*set ema"),
+    "no such word": ({"train_only": "lst:2"}, "train_only='lst:2': expected one of all, moe, experts, head.*'last:N'"),
+    "a bare block": ({"train_only": 2}, "train_only=2: expected one of all.*block indices such as"),
     "no patience": ({"early_stopping": 0}, "early_stopping=0: expected a whole number of at least 1"),
     "half an epoch of patience": ({"early_stopping": 1.5}, "early_stopping=1.5: expected a whole number"),
 }
@@ -109,8 +112,11 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
     TrainConfig: {
         "epochs": COUNTS, "batch_size": COUNTS, "accumulation": COUNTS, "lr": RATES, "min_lr": RATES,
         "warmup_epochs": RATES, "weight_decay": RATES, "layer_decay": [*SHARES, 0], "router_lr_scale": RATES,
+        "expert_lr_scale": RATES, "entropy_loss": RATES, "variance_loss": RATES, "orthogonal_loss": RATES,
+        "distill_loss": [*RATES, 1.0],
         "router_weight_decay": RATES, "router_warmup_epochs": RATES, "expert_weight_decay": RATES,
-        "train_only": ["mlp"], "balance_loss": RATES, "z_loss": RATES, "importance_loss": RATES,
+        "train_only": ["", [], "last:0", 3, None, "first:2"], "balance_loss": RATES, "z_loss": RATES,
+        "importance_loss": RATES,
         "label_smoothing": [*SHARES, 1], "mixup": RATES, "cutmix": RATES, "auto_augment": None,
         "random_erasing": SHARES, "min_crop": [*SHARES, 0], "hflip": SHARES, "color_jitter": SHARES,
         "min_scale": [*RATES, 0, 3.0], "max_scale": [*RATES, 0, 0.1], "dice_loss": RATES,

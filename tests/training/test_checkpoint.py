@@ -90,6 +90,25 @@ def test_with_all_options_of_routing_too(
     assert not torch.equal(weights(whole), weights(run(data, tmp_path / "broken", model(**OPTIONS), **settings)[0]))
 
 
+LOSSES = {"entropy_loss": 0.1, "variance_loss": 1.0, "orthogonal_loss": 0.01, "distill_loss": 1.0}
+
+
+@pytest.mark.parametrize(("killed_after", "accumulation", "only"), [(2, 1, "all"), (7, 2, "experts")])
+def test_with_all_losses_and_rates_too(
+    data: Data, tmp_path: Path, kill_after: object, killed_after: int, accumulation: int, only: str
+) -> None:
+    """The teacher of the distillation is the moving average, which the checkpoint has."""
+    settings = {**ALL, **LOSSES, "accumulation": accumulation, "expert_lr_scale": 2.0, "train_only": only}
+    whole, summary = run(data, tmp_path / "whole", model(top_k=2), **settings)
+    kill_after(killed_after)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "killed", model(top_k=2), **settings)
+    kill_after(1000)
+    again, resumed = run(data, tmp_path / "killed", model(top_k=2), **settings)
+    assert torch.equal(weights(whole), weights(again)) and summary["val"] == resumed["val"]
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+
+
 def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path: Path, kill_after: object) -> None:
     still = {**ALL, "epochs": 6, "lr": 0.0, "min_lr": 0.0, "early_stopping": 2}  # no epoch is better than the first
     _, summary = run(data, tmp_path / "whole", **still)

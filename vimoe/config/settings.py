@@ -65,10 +65,10 @@ class Settings:
                     f"only; leave it out"
                 )
             return
-        if train.train_only != "moe":
+        if train.trained.word == "all":
             raise ConfigError(
-                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since training "
-                f"changes the features of other blocks; set it, or use data.cache=disk"
+                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', 'last:2' or "
+                f"another part, since training changes the features of all blocks; set it, or use data.cache=disk"
             )
         for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):
             if value:

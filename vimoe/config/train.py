@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from vimoe.config.checks import LARGEST_SEED, bounded, check_fields
+from vimoe.config.layers import Layers
 from vimoe.errors import ConfigError
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
 ClassWeights = Literal["none", "median_frequency"]
+TRAINED = ("all", "moe", "experts", "head", "last:N", "every:N")  # `train_only`, beside block indices and patterns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +32,24 @@ class TrainConfig:
         weight_decay: weight decay of matrices; biases, norms and embeddings have none.
         layer_decay: learning rate of a block relative to the block after it (1 is the same rate everywhere).
         router_lr_scale: learning rate of the routers relative to the block they are in.
+        expert_lr_scale: learning rate of the routed experts relative to the block they are in; the shared expert has
+            the block's.
         router_weight_decay: weight decay of the routers.
         router_warmup_epochs: number of epochs in which a share of the routers' decisions is random; it falls linearly
             from 1 to 0, so that every expert is trained before a router has an opinion.
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
-        train_only: "all", or "moe" for the MoE layers and the classifier alone.
+        train_only: "all"; "moe" for the MoE layers, "experts" for their routed experts and routers without the shared
+            expert, "head" for no layer; or FFNs by block as in `MoEConfig.layers` ("last:2", [10, 11],
+            "blocks.1?.mlp"), dense or MoE. The classifier is always trained too.
         balance_loss: weight of the routers' load-balancing loss.
         z_loss: weight of the routers' z-loss.
         importance_loss: weight of the routers' importance loss.
+        entropy_loss: weight of the entropy of the routers' probabilities, which makes decisions confident.
+        variance_loss: weight of the loss that lets each expert's probability vary from one image (or token) to another.
+        orthogonal_loss: weight of the loss that makes the outputs of the experts of one token orthogonal; needs top_k
+            of at least 2.
+        distill_loss: weight of the loss by which the moving average (`ema_decay`), with all its experts at work,
+            teaches the model.
         label_smoothing: mass given to the other classes; by default 0.1 in classification and 0 in segmentation.
         mixup: alpha of mixup; 0 is off.
         cutmix: alpha of cutmix; 0 is off.
@@ -70,13 +83,18 @@ class TrainConfig:
     weight_decay: float = bounded(0.05, 0)
     layer_decay: float = bounded(1.0, 0.01, 1)
     router_lr_scale: float = bounded(1.0, 0)
+    expert_lr_scale: float = bounded(1.0, 0)
     router_weight_decay: float = bounded(0.0, 0)
     router_warmup_epochs: float = bounded(0.0, 0)
     expert_weight_decay: float | None = bounded(None, 0)
-    train_only: Literal["all", "moe"] = "all"
+    train_only: str | tuple[int | str, ...] = "all"
     balance_loss: float = bounded(0.01, 0)
     z_loss: float = bounded(0.0, 0)
     importance_loss: float = bounded(0.0, 0)
+    entropy_loss: float = bounded(0.0, 0)
+    variance_loss: float = bounded(0.0, 0)
+    orthogonal_loss: float = bounded(0.0, 0)
+    distill_loss: float = bounded(0.0, 0)
     label_smoothing: float | None = bounded(None, 0, 0.99999)
     mixup: float = bounded(0.0, 0)
     cutmix: float = bounded(0.0, 0)
@@ -98,7 +116,13 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "train_only", self.trained.written)  # a list becomes a tuple
         check_fields(self)
+        if self.distill_loss and not self.ema_decay:
+            raise ConfigError(
+                f"distill_loss={self.distill_loss:g} with ema_decay=0: expected a moving average to be the teacher; "
+                f"set ema_decay, such as 0.999"
+            )
         if self.max_scale < self.min_scale:
             raise ConfigError(
                 f"max_scale={self.max_scale}: expected at least min_scale={self.min_scale}; exchange them"
@@ -110,3 +134,8 @@ class TrainConfig:
             )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
+
+    @cached_property
+    def trained(self) -> Layers:
+        """`train_only`, parsed; its `word` is "all", "moe", "experts" or "head" where these are meant."""
+        return Layers.parse(self.train_only, "train_only", TRAINED)

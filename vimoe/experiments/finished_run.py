@@ -34,6 +34,7 @@ from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, task_of
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
+from vimoe.training.parameter_groups import trained_modules
 
 
 class FinishedRun:
@@ -171,9 +172,11 @@ class FinishedRun:
     ) -> int:
         """Train a pruned model in a folder, and return the number of epochs; fewer where it stopped early."""
         layers, prepared = [layer.name for layer in evidence.layers], preprocessing(model, self.run.settings.data)
-        job = task_of(replace(self.run.settings, train=config)).job(model, self.data, scanned, prepared, layers)
+        only_experts = config.trained.word == "experts" and not moe_layers(model)  # of which none is left
+        trained = [] if only_experts else trained_modules(model, config.trained, layers)
+        job = task_of(replace(self.run.settings, train=config)).job(model, self.data, scanned, prepared, trained)
         try:
-            recovered = train(model, job, config, folder, layers)
+            recovered = train(model, job, config, folder, trained)
         except Stopped as stopped:  # its checkpoint goes with the folder
             raise KeyboardInterrupt(stopped.status - 128) from None
         checkpoint.remove(folder)

@@ -32,6 +32,7 @@ from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, Task, task_class
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
+from vimoe.training.parameter_groups import trained_modules
 from vimoe.training.settle import settle
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,10 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     data = kind.find(settings.data)
     settings = _check_architecture(kind, data, settings)
     model, converted = _model(kind, data, settings)
+    trained = trained_modules(model, settings.train.trained, converted)
     settings = replace(settings, train=settle(settings.train, len(data.train), model))
     task, prepared = kind(settings), preprocessing(model, settings.data)
-    task.check(model, prepared, converted)
+    task.check(model, prepared, trained)
     scanned = task.scan(data)
     process = Process()
     folder = process.once(run_folder.new_run, out)
@@ -65,7 +67,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
         process.once(checkpoint.check_space, folder, model, bool(settings.train.ema_decay))
         process.once(_try_to_save, model, data, prepared, folder)
         noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
-        return _train(task, model, data, scanned, prepared, converted, folder, noted)
+        return _train(task, model, data, scanned, prepared, trained, folder, noted)
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
@@ -93,12 +95,12 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         set_seed(settings.train.seed)
         model = kind.dense_model(random, data)
-        converted = build_layers(model, settings.moe)
+        trained = trained_modules(model, settings.train.trained, build_layers(model, settings.moe))
         checkpoint.load_weights(run.path, stored, model)  # cached features are of its trunk
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
         scanned = task.scan(data)
-        return _train(task, model, data, scanned, prepared, converted, run.path, settings)
+        return _train(task, model, data, scanned, prepared, trained, run.path, settings)
 
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
@@ -127,7 +129,8 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
         architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model with weights warns
-            build_layers(architecture, settings.moe)
+            converted = build_layers(architecture, settings.moe)
+    trained_modules(architecture, settings.train.trained, converted)
     return replace(settings, train=settle(settings.train, len(data.train), architecture))
 
 
@@ -157,15 +160,15 @@ def _save(model: nn.Module, data: Roles, prepared: dict[str, Any], path: Path) -
 
 def _train(
     task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, prepared: dict[str, Any],
-    converted: Sequence[str], folder: Path, noted: Settings,
+    trained: Sequence[str] | None, folder: Path, noted: Settings,
 ) -> dict[str, Any]:  # fmt: skip
     """Train in a run folder, which notes these settings, and write all that belongs to a finished run."""
     logger.info("%s", scanned)
     process = Process()
-    job = task.job(model, data, scanned, prepared, converted)  # may compute features for minutes: the folder is ours
+    job = task.job(model, data, scanned, prepared, trained)  # may compute features for minutes: the folder is ours
     process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
     process.once(run_folder.write_settings, folder, noted)
-    summary = train(model, job, task.settings.train, folder, converted, flat(noted))
+    summary = train(model, job, task.settings.train, folder, trained, flat(noted))
     process.once(_save, model, data, prepared, folder / run_folder.MODEL)
     if not job.reads_images:
         summary["val"] = task.evaluate(model, task.validation(model, data)).to_dict()

@@ -25,17 +25,34 @@ from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import ConfigError, Stopped, VimoeError
 from vimoe.moe import Routing, record
 from vimoe.moe.balancing import set_random_share, update_bias
+from vimoe.moe.ensemble import all_experts
 from vimoe.moe.layer import moe_layers
-from vimoe.moe.losses import balance_loss, importance_loss, router_z_loss
+from vimoe.moe.losses import (
+    balance_loss,
+    distill_loss,
+    entropy_loss,
+    importance_loss,
+    orthogonal_loss,
+    router_z_loss,
+    variance_loss,
+)
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
 from vimoe.training.job import Job
-from vimoe.training.parameter_groups import adamw, freeze_all_but
+from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
 from vimoe.training.settle import settle
 from vimoe.training.state import State
 
 logger = logging.getLogger(__name__)
+
+LOSSES = {  # of records, by the setting that is the weight
+    "z_loss": router_z_loss,
+    "importance_loss": importance_loss,
+    "entropy_loss": entropy_loss,
+    "variance_loss": variance_loss,
+    "orthogonal_loss": orthogonal_loss,
+}
 
 
 def train(
@@ -43,7 +60,7 @@ def train(
     job: Job,
     config: TrainConfig,
     out: Path,
-    converted: Sequence[str] | None = None,
+    trained: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a model in place; it ends with the weights of the best epoch on validation, in eval mode.
@@ -59,7 +76,7 @@ def train(
         job: batches, loss and score.
         config: settings of the training.
         out: existing folder.
-        converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
+        trained: names of the modules to train beside the head; by default those of `config.train_only`.
         settings: settings by name ("model.name") that a checkpoint notes, so that a training does not go on with
             others; by default those of `config`.
 
@@ -82,8 +99,9 @@ def train(
     process = Process()
     process.one_log()
     config = settle(config, len(job.names), model)
-    if config.train_only == "moe":
-        freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
+    trained = trained_modules(model, config.trained) if trained is None else trained
+    if trained is not None:
+        freeze_all_but(model, trained)
     process.once(checkpoint.check_space, out, model, bool(config.ema_decay))
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
     with _prepared(model, job, config, out) as steps, checkpoint.stopping() as stop:
@@ -149,6 +167,7 @@ class _Steps:
     def epoch(self, state: State) -> Iterator[None]:
         """Train the rest of an epoch, and yield after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
+        learning = {name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
         self.order.start(state.epoch, state.step * self.config.batch_size)
         self.model.train()
         for inputs, targets in self.loader:
@@ -157,10 +176,13 @@ class _Steps:
                 set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
             with self.accelerator.accumulate(self.model):
                 images, targets = self.job.prepare(inputs, targets)
-                with record(self.plain) as routings:
+                with record(self.plain, outputs=self.config.orthogonal_loss > 0) as routings:
                     outputs = self.job.forward(self.model, images)
                 task_loss = self.job.loss(outputs, targets)
                 extra, parts = auxiliary_losses(routings, self.config)
+                if self.config.distill_loss:
+                    parts["distill_loss"] = distill_loss(outputs, self._taught(images))
+                    extra = extra + self.config.distill_loss * parts["distill_loss"]
                 loss = task_loss + extra
                 if not loss.isfinite():
                     raise VimoeError(self._not_finite(loss.item(), state, len(images)))
@@ -172,7 +194,7 @@ class _Steps:
                     self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.decided += [routing.detach() for routing in routings]
+            self.decided += [routing.detach() for routing in routings if routing.layer in learning]
             if self.synced:
                 state.updates += 1
                 update_bias(self.plain, self.decided)
@@ -184,6 +206,13 @@ class _Steps:
             state.health.add(routings)
             state.totals.seconds = before + time.perf_counter() - start
             yield
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> Tensor:
+        """Return the logits of the teacher: the moving average with all experts at work."""
+        assert self.ema is not None  # TrainConfig refuses a distill_loss without it
+        with all_experts(self.ema.module):
+            return self.job.forward(self.ema.module, images)
 
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
         names = [self.job.names[i] for i in self.order.images_at(state.step * batch, batch)]
@@ -270,10 +299,9 @@ def auxiliary_losses(routings: list[Routing], config: TrainConfig) -> tuple[Tens
     if not routings:
         return 0.0, {}
     parts = {"balance_loss": (balance_loss(routings), config.balance_loss)}
-    if config.z_loss:
-        parts["z_loss"] = (router_z_loss(routings), config.z_loss)
-    if config.importance_loss:
-        parts["importance_loss"] = (importance_loss(routings), config.importance_loss)
+    for name, loss in LOSSES.items():
+        if weight := getattr(config, name):
+            parts[name] = (loss(routings), weight)
     total = sum(weight * loss for loss, weight in parts.values())
     return total, {name: loss for name, (loss, _) in parts.items()}
 

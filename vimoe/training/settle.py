@@ -52,6 +52,11 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
             f"train.router_warmup_epochs={config.router_warmup_epochs:g} with moe.router={min(kinds)!r}: expected 0, "
             f"its decisions cannot be random; leave it out"
         )
+    if config.orthogonal_loss and any(layer.router.slots < 2 for layer in moe_layers(model).values()):
+        raise ConfigError(
+            f"train.orthogonal_loss={config.orthogonal_loss:g} with moe.top_k=1: expected at least 2, since a single "
+            f"output has none to be orthogonal to; set moe.top_k=2, or leave the loss out"
+        )
     if config.precision == "fp16" and process.device.type == "cpu":
         raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
     if config.precision == "bf16":
