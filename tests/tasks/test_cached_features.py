@@ -217,8 +217,8 @@ CHANGES = {"min_crop": 0.7, "hflip": 0.1, "color_jitter": 0.2, "auto_augment": "
 NO_MATTER = {
     "epochs", "batch_size", "accumulation", "lr", "min_lr", "warmup_epochs", "weight_decay", "layer_decay",
     "router_lr_scale", "router_weight_decay", "router_warmup_epochs", "expert_weight_decay", "expert_lr_scale",
-    "train_only", "balance_loss", "z_loss", "importance_loss", "entropy_loss", "variance_loss", "orthogonal_loss",
-    "distill_loss", "label_smoothing", "ema_decay", "clip_grad", "early_stopping",
+    "train_only", "stages", "balance_loss", "z_loss", "importance_loss", "entropy_loss", "variance_loss",
+    "orthogonal_loss", "distill_loss", "label_smoothing", "ema_decay", "clip_grad", "early_stopping",
     "checkpoint_minutes", "tensorboard",
 }  # fmt: skip
 REFUSED = {"mixup", "cutmix", "min_scale", "max_scale", "dice_loss", "class_weights"}  # or of segmentation
@@ -487,11 +487,11 @@ def test_recovery_of_experts_of_which_none_is_left_trains_the_classifier(
     data: Data, parent: Path, tmp_path: Path
 ) -> None:
     run_training(settings_of(data, parent, {"train": {"train_only": "experts"}}), tmp_path / "run")
-    pruned = FinishedRun(tmp_path / "run").prune(tmp_path / "pruned", tolerance=9.0, recover=1)
-    assert not pruned["kept"] and pruned["recovery_epochs"] == 1
-    before, after = (load(tmp_path / name / "model").state_dict() for name in ("run", "pruned"))
-    shared = {name.replace(".shared.", "."): w for name, w in before.items() if ".experts." not in name}
-    moved = {name for name, w in after.items() if not torch.equal(w, shared[name])}
+    for epochs in (0, 1):
+        pruned = FinishedRun(tmp_path / "run").prune(tmp_path / str(epochs), tolerance=9.0, recover=epochs)
+        assert not pruned["kept"] and pruned["recovery_epochs"] == epochs
+    before, after = (load(tmp_path / name / "model").state_dict() for name in ("0", "1"))
+    moved = {name for name, w in after.items() if not torch.equal(w, before[name])}
     assert moved == {"head.weight", "head.bias"}
 
 

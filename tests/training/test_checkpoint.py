@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -372,6 +373,13 @@ def test_a_setting_that_was_changed_since_is_named(
     err = capsys.readouterr().err
     assert f"{killed}: {name} is " in err and "when the training began: expected the same" in err
     assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_from_before_there_were_stages_is_gone_on_from(killed: Path) -> None:
+    state = checkpoint.read(killed)
+    checkpoint.write(killed, {n: v for n, v in state.items() if n not in ("stage", "part", "before", "ended")})
+    assert main(["train", "--resume", str(killed)]) == 0
+    assert "stages" not in json.loads((killed / "summary.json").read_text())
 
 
 NEWER = ("moe.router", "moe.experts")  # than the first runs

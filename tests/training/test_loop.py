@@ -81,7 +81,7 @@ SETTINGS = {
 
 def test_every_setting_is_tried_below() -> None:
     assert {field.name for field in fields(TrainConfig)} == {
-        *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping",
+        *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping", "stages",
         "min_scale", "max_scale", "dice_loss", "class_weights",  # of segmentation
     }  # fmt: skip
 
@@ -357,6 +357,8 @@ def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: 
         run(data, tmp_path, warmup_epochs=2)
     with pytest.raises(ConfigError, match=r"router_warmup_epochs=2.5 of train.epochs=2: expected at most as many"):
         run(data, tmp_path, router_warmup_epochs=2.5)
+    with pytest.raises(ConfigError, match=r"stages=\['head'\] in vimoe.training.loop.train: expected .* of one stage"):
+        run(data, tmp_path, stages=("head",))
     with pytest.raises(ConfigError, match="batch_size=64 with 24 training images"):
         run(data, tmp_path, batch_size=64)
     with pytest.raises(ConfigError, match="expected an even number"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vimoe.config.data import DataConfig
@@ -50,6 +50,21 @@ class Settings:
             if value != default:
                 check_reads(self.data.task, full, value)
         self._check_features()
+        if self.moe.layers != "none" and self.trainings[-1].moe.layers == "none":
+            raise ConfigError(
+                f"train.stages={list(self.train.stages or ())} with moe.layers={self.moe.layers!r}: expected 'moe' or "
+                f"'experts' among them, where the MoE layers come in; add it, or set moe.layers=none"
+            )
+
+    @property
+    def trainings(self) -> list[Settings]:
+        """Settings of each stage, in order, of a dense model until the MoE layers come in; else these alone."""
+        stages = self.train.trainings
+        if self.train.stages is None:
+            return [self]
+        mixed = [any(s.trained.word in ("moe", "experts") for s in stages[: i + 1]) for i in range(len(stages))]
+        dense = replace(self.moe, layers="none")
+        return [replace(self, train=s, moe=self.moe if mix else dense) for s, mix in zip(stages, mixed, strict=True)]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain values for JSON and YAML, by section and name."""
@@ -65,9 +80,10 @@ class Settings:
                     f"only; leave it out"
                 )
             return
-        if train.trained.word == "all":
+        if any(each.trained.word == "all" for each in train.trainings):
+            name = "train_only='all'" if train.stages is None else f"stages={list(train.stages)}"
             raise ConfigError(
-                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', 'last:2' or "
+                f"data.cache='features' with train.{name}: expected 'moe', 'last:2' or "
                 f"another part, since training changes the features of all blocks; set it, or use data.cache=disk"
             )
         for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):

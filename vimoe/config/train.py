@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -41,6 +41,10 @@ class TrainConfig:
         train_only: "all"; "moe" for the MoE layers, "experts" for their routed experts and routers without the shared
             expert, "head" for no layer; or FFNs by block as in `MoEConfig.layers` ("last:2", [10, 11],
             "blocks.1?.mlp"), dense or MoE. The classifier is always trained too.
+        stages: values of train_only, trained one after the other, for `epochs` each, with all other settings: each
+            begins with the best weights of the one before, and its own schedule. MoE layers are made of the FFNs at the
+            first "moe" or "experts", and the model is dense until then (MoE-LLaVA, arXiv 2401.15947, has
+            [head, all, experts]).
         balance_loss: weight of the routers' load-balancing loss.
         z_loss: weight of the routers' z-loss.
         importance_loss: weight of the routers' importance loss.
@@ -88,6 +92,7 @@ class TrainConfig:
     router_warmup_epochs: float = bounded(0.0, 0)
     expert_weight_decay: float | None = bounded(None, 0)
     train_only: str | tuple[int | str, ...] = "all"
+    stages: tuple[str, ...] | None = None
     balance_loss: float = bounded(0.01, 0)
     z_loss: float = bounded(0.0, 0)
     importance_loss: float = bounded(0.0, 0)
@@ -118,6 +123,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "train_only", self.trained.written)  # a list becomes a tuple
         check_fields(self)
+        self._check_stages()
         if self.distill_loss and not self.ema_decay:
             raise ConfigError(
                 f"distill_loss={self.distill_loss:g} with ema_decay=0: expected a moving average to be the teacher; "
@@ -134,6 +140,25 @@ class TrainConfig:
             )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
+
+    def _check_stages(self) -> None:
+        if self.stages is None:
+            return
+        if not isinstance(self.stages, (tuple, list)) or not self.stages:
+            raise ConfigError(f"stages={self.stages!r}: expected a list of parts, such as [head, all, experts]")
+        object.__setattr__(self, "stages", tuple(self.stages))
+        for part in self.stages:
+            Layers.parse(part, "stages", TRAINED)
+        if self.train_only != "all":
+            raise ConfigError(
+                f"train_only={self.train_only!r} with stages={list(self.stages)}: expected one of them, since each "
+                f"stage has its own part; leave train_only out"
+            )
+
+    @property
+    def trainings(self) -> list[TrainConfig]:
+        """Settings of each stage, in order; these settings alone where there are no stages."""
+        return [replace(self, train_only=part, stages=None) for part in self.stages or ()] or [self]
 
     @cached_property
     def trained(self) -> Layers:

@@ -193,7 +193,7 @@ class FinishedRun:
     def _recovery(self, epochs: int, lr: float | None) -> TrainConfig | None:
         if epochs < 0:
             raise ConfigError(f"recover={epochs}: expected a number of epochs, 0 for none")
-        config = self.run.settings.train
+        config = self.run.settings.train.trainings[-1]
         lr = config.lr / 10 if lr is None else lr
         if not epochs:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,11 @@ from vimoe.analysis.figures import png
 from vimoe.config.settings import Settings, flat
 from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
+from vimoe.data.order import mix
 from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
+from vimoe.models.cost import meta_copy
 from vimoe.models.create import check_name
 from vimoe.models.model_folder import save
 from vimoe.models.upcycling import build_layers, convert, needs_images
@@ -53,21 +55,24 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     kind = task_class(settings)
     data = kind.find(settings.data)
     settings = _check_architecture(kind, data, settings)
-    model, converted = _model(kind, data, settings)
-    trained = trained_modules(model, settings.train.trained, converted)
-    settings = replace(settings, train=settle(settings.train, len(data.train), model))
+    set_seed(settings.train.seed)
+    model = kind.dense_model(settings.model, data)
+    converted = _convert(kind, model, data, settings.trainings[0])
+    stages = list(_stages(model, converted, settings))
+    settings = replace(settings, train=settle(settings.train, len(data.train), stages[-1][1]))
     task, prepared = kind(settings), preprocessing(model, settings.data)
-    task.check(model, prepared, trained)
+    for stage, of_stage, trained in stages:
+        kind(stage).check(of_stage, prepared, trained)
     scanned = task.scan(data)
     process = Process()
     folder = process.once(run_folder.new_run, out)
     with ExitStack() as held:
         process.once(held.enter_context, run_folder.locked(folder))
         process.once(discard_leftovers, folder)  # of a training that was killed before it began
-        process.once(checkpoint.check_space, folder, model, bool(settings.train.ema_decay))
+        process.once(checkpoint.check_space, folder, stages[-1][1], bool(settings.train.ema_decay))
         process.once(_try_to_save, model, data, prepared, folder)
         noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
-        return _train(task, model, data, scanned, prepared, trained, folder, noted)
+        return _train(task, model, data, scanned, prepared, converted, folder, noted)
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
@@ -95,12 +100,13 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         set_seed(settings.train.seed)
         model = kind.dense_model(random, data)
-        trained = trained_modules(model, settings.train.trained, build_layers(model, settings.moe))
+        number = stored.get("stage") or 0
+        converted = build_layers(model, settings.trainings[number].moe)
         checkpoint.load_weights(run.path, stored, model)  # cached features are of its trunk
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
         scanned = task.scan(data)
-        return _train(task, model, data, scanned, prepared, trained, run.path, settings)
+        return _train(task, model, data, scanned, prepared, converted, run.path, settings, number)
 
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
@@ -129,23 +135,39 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
         architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model with weights warns
-            converted = build_layers(architecture, settings.moe)
-    trained_modules(architecture, settings.train.trained, converted)
-    return replace(settings, train=settle(settings.train, len(data.train), architecture))
+            converted = build_layers(architecture, settings.trainings[0].moe)
+    *_, (_, last, _) = _stages(architecture, converted, settings)
+    return replace(settings, train=settle(settings.train, len(data.train), last))
 
 
-def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.Module, list[str]]:
-    """Return the upcycled model, and the names of the FFNs that were converted."""
-    set_seed(settings.train.seed)
-    model = kind.dense_model(settings.model, data)
+def _stages(
+    model: nn.Module, converted: Sequence[str], settings: Settings
+) -> Iterator[tuple[Settings, nn.Module, list[str] | None]]:
+    """Yield settings, model and names of the trained modules of each stage; the model without weights after the first.
+
+    Raises:
+        VimoeError: if layers cannot be converted when they come in, or nothing is there to be trained.
+    """
+    stages = settings.trainings
+    for number, stage in enumerate(stages):
+        if number and stage.moe != stages[number - 1].moe:
+            model = meta_copy(model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the model with weights warns
+                converted = build_layers(model, stage.moe)
+        yield stage, model, trained_modules(model, stage.train.trained, converted)
+
+
+def _convert(kind: type[Task[Any]], model: nn.Module, data: Roles, settings: Settings) -> list[str]:
+    """Upcycle a dense model, and return the names of the FFNs that were converted."""
     if not needs_images(settings.moe):
-        return model, convert(model, settings.moe)
+        return convert(model, settings.moe)
     count, seed = min(settings.moe.calibration_images, len(data.train)), settings.train.seed
     chosen = np.sort(np.random.default_rng(seed).choice(len(data.train), count, replace=False))
     model.to(Process().device)
     images = kind(settings).loader(model, data, [data.train[i] for i in chosen])
     logger.info("calibration: experts or routers are computed from %d training images", count)
-    return model, convert(model, settings.moe, images)
+    return convert(model, settings.moe, images)
 
 
 def _try_to_save(model: nn.Module, data: Roles, prepared: dict[str, Any], folder: Path) -> None:
@@ -160,15 +182,32 @@ def _save(model: nn.Module, data: Roles, prepared: dict[str, Any], path: Path) -
 
 def _train(
     task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, prepared: dict[str, Any],
-    trained: Sequence[str] | None, folder: Path, noted: Settings,
+    converted: Sequence[str], folder: Path, noted: Settings, number: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train in a run folder, which notes these settings, and write all that belongs to a finished run."""
+    """Train in a run folder, which notes these settings, and write all that belongs to a finished run.
+
+    Args:
+        number: stage to begin with; the model is as it was in it.
+    """
     logger.info("%s", scanned)
-    process = Process()
-    job = task.job(model, data, scanned, prepared, trained)  # may compute features for minutes: the folder is ours
-    process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
-    process.once(run_folder.write_settings, folder, noted)
-    summary = train(model, job, task.settings.train, folder, trained, flat(noted))
+    process, kind, stages = Process(), type(task), task.settings.trainings
+    frozen = [p for p in model.parameters() if not p.requires_grad]  # whatever is trained
+    while True:
+        stage = stages[number]
+        trained = trained_modules(model, stage.train.trained, converted)
+        job = kind(stage).job(model, data, scanned, prepared, trained)  # may compute features for minutes: the folder
+        process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])  # is ours
+        process.once(run_folder.write_settings, folder, noted)
+        staged = None if task.settings.train.stages is None else number
+        summary = train(model, job, stage.train, folder, trained, flat(noted), staged)
+        number += 1
+        if number == len(stages):
+            break
+        for p in model.parameters():
+            p.requires_grad_(all(p is not other for other in frozen))
+        if stages[number].moe != stage.moe:
+            set_seed(mix(task.settings.train.seed, number))  # as of a stage that is gone on with
+            converted = _convert(kind, model, data, stages[number])
     process.once(_save, model, data, prepared, folder / run_folder.MODEL)
     if not job.reads_images:
         summary["val"] = task.evaluate(model, task.validation(model, data)).to_dict()

@@ -62,6 +62,7 @@ def train(
     out: Path,
     trained: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    stage: int | None = None,
 ) -> dict[str, Any]:
     """Train a model in place; it ends with the weights of the best epoch on validation, in eval mode.
 
@@ -79,10 +80,13 @@ def train(
         trained: names of the modules to train beside the head; by default those of `config.train_only`.
         settings: settings by name ("model.name") that a checkpoint notes, so that a training does not go on with
             others; by default those of `config`.
+        stage: number of the stage of `TrainConfig.stages` that `config` is the settings of. A checkpoint of the stage
+            before is gone on from with its logs; the model has its weights already.
 
     Returns:
         {"epochs": number of trained epochs, "stopped_early": True where they are fewer than asked for, "best_epoch",
-        "val": score of the returned model as a dict, "seconds", "train_images", "alarms"}.
+        "val": score of the returned model as a dict, "seconds", "train_images", "alarms"}, and "stages" with a
+        dict for each stage until now.
 
     Raises:
         ConfigError: if settings contradict the data or the machine, before anything is trained.
@@ -91,11 +95,7 @@ def train(
         VimoeError: if the loss is no longer finite.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    if config.batch_size > len(job.names):  # the loader would give no batch
-        raise ConfigError(
-            f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
-            f"lower it, as vimoe.training.settle does"
-        )
+    _check(config, job)
     process = Process()
     process.one_log()
     config = settle(config, len(job.names), model)
@@ -104,21 +104,19 @@ def train(
         freeze_all_but(model, trained)
     process.once(checkpoint.check_space, out, model, bool(config.ema_decay))
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
+    state.stage, state.part = stage, str(config.train_only)
     with _prepared(model, job, config, out) as steps, checkpoint.stopping() as stop:
 
         def save() -> None:
             process.once(checkpoint.write, out, state.stored(steps.stateful()))
 
-        if stored := checkpoint.read(out):
-            state.restore(stored, steps.stateful(), out)
-            logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
-        else:
+        if not state.goes_on(checkpoint.read(out), steps.stateful(), out):
             save()  # so that there is one to go on from whenever it is killed
         started = time.perf_counter() - state.seconds
         with progress("training", config.epochs * steps.batches, state.done(steps.batches), stays=True) as show:
             while state.epoch <= config.epochs and not state.stalled(config.early_stopping):
                 for _ in steps.epoch(state):
-                    show(f"epoch {state.epoch}/{config.epochs}", 1)
+                    show(f"{'' if stage is None else f'{state.part}, '}epoch {state.epoch}/{config.epochs}", 1)
                     state.seconds = time.perf_counter() - started
                     if steps.synced and process.any(bool(stop.signal) or state.save_due(config.checkpoint_minutes)):
                         save()
@@ -126,7 +124,7 @@ def train(
                         raise Stopped(out, stop.signal or signal.SIGTERM)
                 score = job.evaluate(steps.judged)
                 row = state.finish_epoch(score, steps.rate, moe_layers(model), out)
-                steps.accelerator.log({**row, **state.scalars()}, step=state.epoch)
+                steps.accelerator.log({**row, **state.scalars()}, step=state.number)
                 state.best.offer(state.epoch, score, steps.judged)
                 logger.info("epoch %d of %d: %s", state.epoch, config.epochs, score)
                 state.next_epoch()
@@ -138,13 +136,14 @@ def train(
     model.load_state_dict(state.best.state)
     model.eval()
     return {
-        "epochs": state.epoch - 1,
+        "epochs": state.number - 1,
         "stopped_early": stopped_early,
-        "best_epoch": state.best.epoch,
+        "best_epoch": state.before + state.best.epoch,
         "val": state.best.score if config.precision == "no" else job.evaluate(model).to_dict(),
         "seconds": time.perf_counter() - started,
         "train_images": len(job.names),
         "alarms": state.alarms,
+        **state.stages,
     }
 
 
@@ -188,7 +187,7 @@ class _Steps:
                     raise VimoeError(self._not_finite(loss.item(), state, len(images)))
                 self.accelerator.backward(loss * (self.config.accumulation / self._window(state)))
                 if self.synced:
-                    state.health.add_gradients(layers)
+                    state.health.add_gradients({name: layers[name] for name in layers if name in learning})
                     if self.config.clip_grad:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
                     self.schedule.step_update(state.updates + 1)
@@ -282,6 +281,19 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Ite
         set_random_share(model, 0)
         accelerator.end_training()
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+
+
+def _check(config: TrainConfig, job: Job) -> None:
+    if config.batch_size > len(job.names):  # the loader would give no batch
+        raise ConfigError(
+            f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
+            f"lower it, as vimoe.training.settle does"
+        )
+    if config.stages is not None:
+        raise ConfigError(
+            f"train.stages={list(config.stages)} in vimoe.training.loop.train: expected the settings of one stage; use "
+            f"vimoe train, or vimoe.experiments.train.run_training"
+        )
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
