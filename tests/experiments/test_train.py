@@ -231,7 +231,9 @@ def test_a_stage_begins_where_the_one_before_ended_and_moves_what_it_names(
     assert {row["epoch"] for row in rows(tmp_path / "run" / "load.csv")} == {"5", "6"}
     rates = [float(row["lr"]) for row in metrics]
     assert rates[0] == rates[2] == rates[4] > rates[1] == rates[3] == rates[5]  # each has its own schedule
-    assert moe_layers(load(tmp_path / "run" / "model")) and (tmp_path / "run" / "report.html").exists()
+    assert moe_layers(load(tmp_path / "run" / "model"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the other: head (2 epochs), all (2 epochs), experts (2 epochs)." in page
     assert FinishedRun(tmp_path / "run").prune(tmp_path / "pruned", tolerance=9.0, recover=1)["recovery_epochs"] == 1
 
 

@@ -182,32 +182,34 @@ def _save(model: nn.Module, data: Roles, prepared: dict[str, Any], path: Path) -
 
 def _train(
     task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, prepared: dict[str, Any],
-    converted: Sequence[str], folder: Path, noted: Settings, number: int = 0,
+    converted: Sequence[str], folder: Path, noted: Settings, first: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Train in a run folder, which notes these settings, and write all that belongs to a finished run.
 
     Args:
-        number: stage to begin with; the model is as it was in it.
+        first: number of the stage to begin with; the model is as it was in it.
     """
     logger.info("%s", scanned)
-    process, kind, stages = Process(), type(task), task.settings.trainings
+    process, kind, settings = Process(), type(task), task.settings
+    stages = settings.trainings
     frozen = [p for p in model.parameters() if not p.requires_grad]  # whatever is trained
-    while True:
+    for number in range(first, len(stages)):
         stage = stages[number]
+        if number > first:
+            for p in model.parameters():
+                p.requires_grad_(all(p is not other for other in frozen))
+            if stage.moe != stages[number - 1].moe:
+                set_seed(mix(settings.train.seed, number))  # as it is in a training that was resumed
+                converted = _convert(kind, model, data, stage)
+        if settings.train.stages:
+            logger.info("stage %d of %d: %s", number + 1, len(stages), stage.train.train_only)
         trained = trained_modules(model, stage.train.trained, converted)
-        job = kind(stage).job(model, data, scanned, prepared, trained)  # may compute features for minutes: the folder
-        process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])  # is ours
+        # may compute features for minutes: the folder is ours
+        job = kind(stage).job(model, data, scanned, prepared, trained)
+        process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
         process.once(run_folder.write_settings, folder, noted)
-        staged = None if task.settings.train.stages is None else number
+        staged = number if settings.train.stages else None
         summary = train(model, job, stage.train, folder, trained, flat(noted), staged)
-        number += 1
-        if number == len(stages):
-            break
-        for p in model.parameters():
-            p.requires_grad_(all(p is not other for other in frozen))
-        if stages[number].moe != stage.moe:
-            set_seed(mix(task.settings.train.seed, number))  # as of a stage that is gone on with
-            converted = _convert(kind, model, data, stages[number])
     process.once(_save, model, data, prepared, folder / run_folder.MODEL)
     if not job.reads_images:
         summary["val"] = task.evaluate(model, task.validation(model, data)).to_dict()

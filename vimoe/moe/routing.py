@@ -1,7 +1,8 @@
 """The decisions of a layer for a batch: which experts get which tokens; and the recorder that collects them.
 
-Axes: B images, T tokens of an image, R rows that are routed (B images, or B * T tokens), N experts, K slots of a row. Of
-the experts' outputs: U tokens of a row (T for an image, else 1), D channels, S filled slots in the order of experts.
+Axes: B images, T tokens of an image, R rows that are routed (B images, or B * T tokens), N experts, K slots of a row.
+Outputs of experts have U tokens of a row (T for an image, else 1), D channels, and S filled slots in the order of
+experts.
 """
 
 from __future__ import annotations

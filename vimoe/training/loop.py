@@ -112,11 +112,11 @@ def train(
 
         if not state.goes_on(checkpoint.read(out), steps.stateful(), out):
             save()  # so that there is one to go on from whenever it is killed
-        started = time.perf_counter() - state.seconds
+        started, last = time.perf_counter() - state.seconds, state.before + config.epochs
         with progress("training", config.epochs * steps.batches, state.done(steps.batches), stays=True) as show:
             while state.epoch <= config.epochs and not state.stalled(config.early_stopping):
                 for _ in steps.epoch(state):
-                    show(f"{'' if stage is None else f'{state.part}, '}epoch {state.epoch}/{config.epochs}", 1)
+                    show(f"epoch {state.number}/{last}", 1)
                     state.seconds = time.perf_counter() - started
                     if steps.synced and process.any(bool(stop.signal) or state.save_due(config.checkpoint_minutes)):
                         save()
@@ -126,11 +126,11 @@ def train(
                 row = state.finish_epoch(score, steps.rate, moe_layers(model), out)
                 steps.accelerator.log({**row, **state.scalars()}, step=state.number)
                 state.best.offer(state.epoch, score, steps.judged)
-                logger.info("epoch %d of %d: %s", state.epoch, config.epochs, score)
+                logger.info("epoch %d of %d: %s", state.number, last, score)
                 state.next_epoch()
                 save()
             if stopped_early := state.epoch <= config.epochs:
-                why = f"stopped after epoch {state.epoch - 1}, the best is {state.best.epoch}"
+                why = f"stopped after epoch {state.number - 1}, the best is {state.before + state.best.epoch}"
                 show(why, 0)
                 logger.info("%s: none of the last %d was better", why, config.early_stopping)
     model.load_state_dict(state.best.state)
