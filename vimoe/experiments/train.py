@@ -59,9 +59,9 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     model = kind.dense_model(settings.model, data)
     converted = _convert(kind, model, data, settings.trainings[0])
     stages = list(_stages(model, converted, settings))
-    settings = replace(settings, train=settle(settings.train, len(data.train), stages[-1][1]))
+    settings = replace(settings, train=settle(settings.train, len(data.train), stages[-1][0]))
     task, prepared = kind(settings), preprocessing(model, settings.data)
-    for stage, of_stage, trained in stages:
+    for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):
         kind(stage).check(of_stage, prepared, trained)
     scanned = task.scan(data)
     process = Process()
@@ -69,7 +69,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     with ExitStack() as held:
         process.once(held.enter_context, run_folder.locked(folder))
         process.once(discard_leftovers, folder)  # of a training that was killed before it began
-        process.once(checkpoint.check_space, folder, stages[-1][1], bool(settings.train.ema_decay))
+        process.once(checkpoint.check_space, folder, stages[-1][0], bool(settings.train.ema_decay))
         process.once(_try_to_save, model, data, prepared, folder)
         noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
         return _train(task, model, data, scanned, prepared, converted, folder, noted)
@@ -136,14 +136,14 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model with weights warns
             converted = build_layers(architecture, settings.trainings[0].moe)
-    *_, (_, last, _) = _stages(architecture, converted, settings)
+    *_, (last, _) = _stages(architecture, converted, settings)
     return replace(settings, train=settle(settings.train, len(data.train), last))
 
 
 def _stages(
     model: nn.Module, converted: Sequence[str], settings: Settings
-) -> Iterator[tuple[Settings, nn.Module, list[str] | None]]:
-    """Yield settings, model and names of the trained modules of each stage; the model without weights after the first.
+) -> Iterator[tuple[nn.Module, list[str] | None]]:
+    """Yield the model of each stage, without weights once MoE layers have come in, and the names of what it trains.
 
     Raises:
         VimoeError: if layers cannot be converted when they come in, or nothing is there to be trained.
@@ -155,7 +155,7 @@ def _stages(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the model with weights warns
                 converted = build_layers(model, stage.moe)
-        yield stage, model, trained_modules(model, stage.train.trained, converted)
+        yield model, trained_modules(model, stage.train.trained, converted)
 
 
 def _convert(kind: type[Task[Any]], model: nn.Module, data: Roles, settings: Settings) -> list[str]:

@@ -216,7 +216,7 @@ class _Steps:
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
         names = [self.job.names[i] for i in self.order.images_at(state.step * batch, batch)]
         return (
-            f"the loss is {loss} in epoch {state.epoch}, step {state.step + 1}, of {', '.join(names[:8])}"
+            f"the loss is {loss} in epoch {state.number}, step {state.step + 1}, of {', '.join(names[:8])}"
             f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
             f"train.clip_grad; the last checkpoint is from before"
         )
