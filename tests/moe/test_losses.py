@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import helpers.kinds  # noqa: F401  the router "threshold"
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kinds import Threshold
 from helpers.tiny import config, images, layers, perturb_experts, randomise, upcycle, vit
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 import vimoe
+from vimoe.config.moe import ROUTERS
 from vimoe.moe.router import TokenLayout
 
 
@@ -209,10 +210,19 @@ def test_all_experts_are_weighted_by_their_probabilities(unit_: str, combine: st
     torch.testing.assert_close(together, expected)
 
 
-def test_all_experts_of_independent_scores_are_a_mean_where_gates_sum_to_1() -> None:
-    model = upcycle(vit(), config(router="threshold", num_shared_experts=0, top_k=2))
-    x = images(model)
-    parent = vit()(x)
+class Independent(Threshold):
+    """Probabilities that do not sum to 1."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+
+def test_all_experts_of_independent_scores_are_a_mean_where_gates_sum_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS, "independent", Independent)
+    dense = vit()
+    x = images(dense)
+    parent = dense(x)
+    model = upcycle(dense, config(router="independent", num_shared_experts=0, top_k=2))
     with vimoe.all_experts(model):
         torch.testing.assert_close(model(x), parent, rtol=1e-3, atol=1e-4)
 
