@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from vimoe.config.checks import LARGEST_SEED, bounded, check_fields
@@ -160,7 +159,7 @@ class TrainConfig:
         """Settings of each stage, in order; these settings alone where there are no stages."""
         return [replace(self, train_only=part, stages=None) for part in self.stages or ()] or [self]
 
-    @cached_property
+    @property
     def trained(self) -> Layers:
         """`train_only`, parsed; its `word` is "all", "moe", "experts" or "head" where these are meant."""
         return Layers.parse(self.train_only, "train_only", TRAINED)
