@@ -390,8 +390,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "images are opened before mistakes are told",
         "experiments/train.py",
-        "    task.check(model, prepared, trained)\n    scanned = task.scan(data)",
-        "    scanned = task.scan(data)\n    task.check(model, prepared, trained)",
+        "    for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):\n",
+        "    scanned = task.scan(data)\n    for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):\n",
         ("experiments/test_train.py",),
     ),
     Mutant(
