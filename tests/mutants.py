@@ -390,8 +390,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "images are opened before mistakes are told",
         "experiments/train.py",
-        "    for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):\n",
-        "    scanned = task.scan(data)\n    for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):\n",
+        "    for stage, (of_stage, trained) in zip(",
+        "    scanned = task.scan(data)\n    for stage, (of_stage, trained) in zip(",
         ("experiments/test_train.py",),
     ),
     Mutant(
