@@ -24,10 +24,15 @@ if TYPE_CHECKING:
     from vimoe.models.upcycling import upcycle as upcycle
     from vimoe.moe.balancing import set_random_share as set_random_share
     from vimoe.moe.balancing import update_bias as update_bias
+    from vimoe.moe.ensemble import all_experts as all_experts
     from vimoe.moe.layer import MoE as MoE
     from vimoe.moe.losses import balance_loss as balance_loss
+    from vimoe.moe.losses import distill_loss as distill_loss
+    from vimoe.moe.losses import entropy_loss as entropy_loss
     from vimoe.moe.losses import importance_loss as importance_loss
+    from vimoe.moe.losses import orthogonal_loss as orthogonal_loss
     from vimoe.moe.losses import router_z_loss as router_z_loss
+    from vimoe.moe.losses import variance_loss as variance_loss
     from vimoe.moe.routing import Routing as Routing
     from vimoe.moe.routing import record as record
 
@@ -42,6 +47,11 @@ _HOME = {
     "balance_loss": "moe.losses",
     "router_z_loss": "moe.losses",
     "importance_loss": "moe.losses",
+    "entropy_loss": "moe.losses",
+    "variance_loss": "moe.losses",
+    "orthogonal_loss": "moe.losses",
+    "distill_loss": "moe.losses",
+    "all_experts": "moe.ensemble",
     "count": "models.cost",
     "plan": "models.upcycling",
     "upcycle": "models.upcycling",

@@ -88,7 +88,7 @@ def plan(verb: str, argv: list[str]) -> Result:
     from vimoe.models.create import check_layer_names, check_name, create, create_without_weights
 
     check_name(settings.model)
-    check_layer_names(settings.model, settings.moe)
+    check_layer_names(settings.model, settings.moe.selection)
     from vimoe.models.upcycling import needs_images
     from vimoe.models.upcycling import plan as make_plan
 
@@ -131,7 +131,7 @@ def train(verb: str, argv: list[str]) -> Result:
     from vimoe.models.create import check_layer_names, check_name
 
     check_name(settings.model, segmentation=True)  # the task judges the folder of a segmenter
-    check_layer_names(settings.model, settings.moe)
+    check_layer_names(settings.model, settings.moe.selection, *(each.trained for each in settings.train.trainings))
     from vimoe.experiments.train import resume_training, run_training
 
     resumed = options["resume"]
@@ -342,7 +342,7 @@ def bench(verb: str, argv: list[str]) -> Result:
         from vimoe.models.create import check_layer_names, check_name
 
         check_name(settings.model)
-        check_layer_names(settings.model, settings.moe)
+        check_layer_names(settings.model, settings.moe.selection)
     from vimoe.bench.layer import bench_layer
     from vimoe.bench.model import bench_model
 

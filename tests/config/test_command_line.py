@@ -8,6 +8,7 @@ from functools import cache
 from typing import get_type_hints
 
 import pytest
+import yaml
 
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser, read_settings
@@ -72,6 +73,11 @@ UNKNOWN = {
     "surplus": "unknown option surplus: see vimoe count --help",
     "--moe=3": "--moe=3: expected a YAML file; to set one option use --moe.NAME, see vimoe count --help",
     "--data.mean=[a]": "data.mean=['a']: expected a list of numbers or none",
+    "--train.stages=head": "train.stages=head: expected a list of texts or none",
+    "--train.train_only=lst:2": (
+        "train_only='lst:2': expected one of all, moe, experts, head, last:N, every:N with N of 1 or more; "
+        "did you mean 'last:N'?"
+    ),
     "--train.epochs=x": "train.epochs=x: expected a whole number",
     "--model.img_size=x": "model.img_size=x: expected a whole number or none",
     "--train.precision=bf61": "train.precision=bf61: expected one of auto, no, bf16, fp16; did you mean 'bf16'?",
@@ -97,3 +103,28 @@ def test_a_mistake_is_one_line_with_the_remedy(given: str) -> None:
 def test_a_mistake_in_a_file_is_one_line_with_the_remedy(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         read_settings(text)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("last:2", "last:2"),
+        ("[10, 11]", (10, 11)),
+        ("blocks.1?.mlp", "blocks.1?.mlp"),
+        ("[3, 'blocks.1?.mlp']", (3, "blocks.1?.mlp")),
+    ],
+)
+def test_a_part_to_train_is_written_as_layers_are(written: str, expected: object) -> None:
+    """On the command line and in a file, and back into a file."""
+    parser = Parser(prog="test")
+    parser.add_sections("moe", "train")
+    given = parser.settings(parser.parse_args([f"--moe.layers={written}", f"--train.train_only={written}"]))
+    read = read_settings(f"train:\n  train_only: {written}\n")
+    assert given.moe.layers == given.train.train_only == read.train.train_only == expected
+    assert read_settings(yaml.safe_dump(read.to_dict())) == read
+
+
+def test_stages_are_a_list() -> None:
+    read = read_settings("train:\n  stages: [head, all, experts]\n")
+    assert read.train.stages == ("head", "all", "experts")
+    assert read_settings(yaml.safe_dump(read.to_dict())) == read

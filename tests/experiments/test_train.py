@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+from helpers.kills import Killed, logs
+from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
+from helpers.trainings import rows
+from torch import Tensor, nn
 
 import vimoe.experiments.train
 import vimoe.tasks.classification
@@ -18,8 +23,11 @@ from vimoe.config.moe import ROUTERS, MoEConfig
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, DataError, FolderError, VimoeError
-from vimoe.experiments.train import run_training
+from vimoe.experiments.finished_run import FinishedRun
+from vimoe.experiments.train import resume_training, run_training
 from vimoe.files import TEMPORARY
+from vimoe.models.model_folder import load
+from vimoe.moe.layer import moe_layers
 from vimoe.moe.routers.softmax import SoftmaxRouter
 from vimoe.process import Process
 
@@ -158,3 +166,177 @@ def test_leftovers_of_a_training_that_was_killed_before_it_began_are_deleted(pho
     (tmp_path / "run" / f"{TEMPORARY}model").mkdir(parents=True)
     run_training(settings(photos), tmp_path / "run")
     assert not list((tmp_path / "run").glob(f"{TEMPORARY}*"))
+
+
+ORDER = ("head", "all", "experts")
+STAGED = {"stages": ORDER, "epochs": 2, "checkpoint_minutes": 0.0, "lr": 1e-2}
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """States and logits of the model before and after each training."""
+    seen: list[dict] = []
+    real = vimoe.experiments.train.train
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def note(model: nn.Module) -> dict:
+        with torch.no_grad():
+            logits = model.eval()(x.to(next(model.parameters()).device))
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        return {"layers": list(moe_layers(model)), "logits": logits, "state": state}
+
+    def train(model: nn.Module, *given: object) -> dict:
+        seen.append({"before": note(model)})
+        summary = real(model, *given)
+        seen[-1]["after"] = note(model)
+        return summary
+
+    monkeypatch.setattr(vimoe.experiments.train, "train", train)
+    return seen
+
+
+def moved(training: dict) -> set[str]:
+    before, after = (training[when]["state"] for when in ("before", "after"))
+    assert before.keys() == after.keys()
+    return {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+
+
+def test_a_stage_begins_where_the_one_before_ended_and_moves_what_it_names(
+    photos: Path, tmp_path: Path, trainings: list[dict]
+) -> None:
+    """And MoE layers come in where experts are trained, of the FFNs that the stages before have trained."""
+    summary = run_training(settings(photos, train=STAGED), tmp_path / "run")
+    head, whole, experts = trainings
+    layer = "blocks.1.mlp"
+    assert [t["before"]["layers"] for t in trainings] == [[], [], [layer]]
+    assert head["after"]["state"].keys() == whole["before"]["state"].keys()
+    assert all(torch.equal(head["after"]["state"][n], w) for n, w in whole["before"]["state"].items())
+    torch.testing.assert_close(experts["before"]["logits"], whole["after"]["logits"], rtol=0, atol=1e-5)
+    fc1 = whole["after"]["state"][f"{layer}.fc1.weight"]
+    assert not torch.equal(fc1, head["after"]["state"][f"{layer}.fc1.weight"])  # what stage II has trained is copied
+    assert all(torch.equal(fc1, copied) for copied in experts["before"]["state"][f"{layer}.experts.fc1.weight"])
+
+    classifier = {"head.weight", "head.bias"}
+    assert moved(head) == classifier
+    assert len(moved(whole)) > 20 and {f"{layer}.fc1.weight", "patch_embed.proj.weight"} <= moved(whole)
+    assert {name.rpartition(".")[0] for name in moved(experts)} == {
+        "head", f"{layer}.experts.fc1", f"{layer}.experts.fc2", f"{layer}.router",
+    }  # fmt: skip
+    assert [(s["train_only"], s["epochs"]) for s in summary["stages"]] == [(part, 2) for part in ORDER]
+    assert summary["epochs"] == 6 and summary["best_epoch"] == summary["stages"][-1]["best_epoch"] in (5, 6)
+    assert summary["stages"][-1]["val"] == summary["val"]
+    metrics = rows(tmp_path / "run" / "metrics.csv")
+    assert [(row["epoch"], row["stage"]) for row in metrics] == [(str(i + 1), ORDER[i // 2]) for i in range(6)]
+    assert [bool(row["train_balance_loss"]) for row in metrics] == [False] * 4 + [True] * 2
+    assert {row["epoch"] for row in rows(tmp_path / "run" / "load.csv")} == {"5", "6"}
+    rates = [float(row["lr"]) for row in metrics]
+    assert rates[0] == rates[2] == rates[4] > rates[1] == rates[3] == rates[5]  # each has its own schedule
+    assert moe_layers(load(tmp_path / "run" / "model"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the other: head (2 epochs), all (2 epochs), experts (2 epochs)." in page
+    assert FinishedRun(tmp_path / "run").prune(tmp_path / "pruned", tolerance=9.0, recover=1)["recovery_epochs"] == 1
+
+
+def run_state(run: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = load(run / "model").state_dict()
+    return state
+
+
+@pytest.mark.parametrize("killed_after", [0, 4, 6, 8, 12, 15])
+def test_a_killed_stage_is_gone_on_with_to_the_same_bits(
+    photos: Path, tmp_path: Path, kill_after: object, killed_after: int
+) -> None:
+    """Three stages of six steps: killed in each, and after the first step of one."""
+    asked = settings(photos, train={**STAGED, "ema_decay": 0.5})
+    whole = run_training(asked, tmp_path / "whole")
+    kill_after(killed_after)
+    with pytest.raises(Killed):
+        run_training(asked, tmp_path / "killed")
+    kill_after(1000)
+    again = resume_training(tmp_path / "killed")
+    ours, theirs = run_state(tmp_path / "whole"), run_state(tmp_path / "killed")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+    assert whole["stages"] == again["stages"] and whole["val"] == again["val"]
+
+
+def test_a_training_killed_between_two_stages_too(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = settings(photos, train=STAGED), vimoe.experiments.train.convert
+    run_training(asked, tmp_path / "whole")
+
+    def die(model: nn.Module, moe: MoEConfig, *more: object) -> list[str]:
+        if moe.layers != "none":
+            raise Killed
+        return real(model, moe, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vimoe.experiments.train, "convert", die)
+        with pytest.raises(Killed):
+            run_training(asked, tmp_path / "killed")
+    resume_training(tmp_path / "killed")
+    ours, theirs = run_state(tmp_path / "whole"), run_state(tmp_path / "killed")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+
+
+def test_a_router_is_computed_from_images_when_it_comes_in(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And from what the model then computes for them."""
+    seen = []
+
+    class Seeing(SoftmaxRouter):
+        needs_images = True
+
+        def calibrate(self, calibration: object) -> None:
+            seen.append(calibration.features.clone())
+
+    monkeypatch.setitem(ROUTERS, "seeing", Seeing)
+    moe = {"router": "seeing", "calibration_images": 6}
+    for stages in (("experts",), ORDER):
+        run_training(settings(photos, moe=moe, train={**STAGED, "stages": stages}), tmp_path / str(len(stages)))
+    assert len(seen) == 2 and len(seen[0]) == len(seen[1]) == 6 and not torch.allclose(*seen)
+
+
+def test_one_stage_is_a_training_of_that_part(photos: Path, tmp_path: Path) -> None:
+    run_training(settings(photos, train={"train_only": "experts", "epochs": 2}), tmp_path / "plain")
+    run_training(settings(photos, train={"stages": ("experts",), "epochs": 2}), tmp_path / "staged")
+    ours, theirs = run_state(tmp_path / "plain"), run_state(tmp_path / "staged")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_stages_of_a_frozen_trunk_read_its_features(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = settings(photos, data={"cache": "features"}, train={**STAGED, "stages": ("head", "experts")})
+    summary = run_training(asked, tmp_path / "run")
+    assert summary["features"]["before"] == "blocks.1" and len(list((tmp_path / "cache").rglob("*.npy"))) == 3
+
+
+WRONG_STAGES = {
+    "a part that is not there": ({}, ("head", "moe", "blocks.7.mlp"), "names no FFN"),
+    "layers that are not there": ({"layers": "last:9"}, ORDER, "expected at most 2"),
+    "experts of a dense model": ({"layers": "none"}, ORDER, "train_only='experts': the model has no MoE layer"),
+    "layers that never come in": ({}, ("head", "all"), "expected 'moe' or 'experts' among them, where the MoE layers"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_STAGES)
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_a_mistake_in_a_later_stage_is_told_before_an_image_is_opened(
+    photos: Path, tmp_path: Path, steps: list[str], downloads: list[str], what: str, pretrained: bool
+) -> None:
+    moe, stages, message = WRONG_STAGES[what]
+    with pytest.raises(VimoeError, match=message) as raised:
+        run_training(
+            settings(photos, model={"pretrained": pretrained}, moe=moe, train={"stages": stages}), tmp_path / "run"
+        )
+    assert "\n" not in str(raised.value) and "scan" not in steps and downloads == [] and not (tmp_path / "run").exists()
+
+
+def test_stages_that_change_the_trunk_have_no_features(photos: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.cache='features' with train.stages=\['head', 'all', 'experts'\]"):
+        settings(photos, data={"cache": "features"}, train=STAGED)

@@ -1,16 +1,21 @@
-"""The balancing losses by hand, and what each loss teaches the router and the experts."""
+"""The losses by hand and against references, and what each loss teaches the router and the experts."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
+from helpers.kinds import Threshold
+from helpers.tiny import config, images, layers, perturb_experts, randomise, upcycle, vit
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 import vimoe
+from vimoe.config.moe import ROUTERS
+from vimoe.moe.router import TokenLayout
 
 
 def routing(probabilities: list[list[float]], k: int = 1, shift: float = 1.0) -> vimoe.Routing:
@@ -52,7 +57,183 @@ def test_router_z_loss_by_hand() -> None:
     assert vimoe.router_z_loss([record]).item() == pytest.approx(expected)
 
 
-LOSSES = [vimoe.balance_loss, vimoe.importance_loss, vimoe.router_z_loss]
+def test_entropy_loss_by_hand() -> None:
+    even, sure = [0.25] * 4, [1 - 3e-9, 1e-9, 1e-9, 1e-9]
+    assert vimoe.entropy_loss([routing([even, even])]).item() == pytest.approx(math.log(4))
+    assert vimoe.entropy_loss([routing([sure])]).item() == pytest.approx(0, abs=1e-6)
+    assert vimoe.entropy_loss([routing([even, sure])]).item() == pytest.approx(math.log(4) / 2)
+
+
+def test_a_probability_that_rounds_to_0_has_a_finite_gradient() -> None:
+    logits = torch.tensor([[0.0, -500.0], [300.0, 0.0]], requires_grad=True)
+    record = vimoe.Routing(logits, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.long), "image", (2, 5))
+    (vimoe.entropy_loss([record]) + vimoe.variance_loss([record])).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_variance_loss_by_hand() -> None:
+    # means (0.5, 0.5): each expert deviates by 0.3 in both rows
+    assert vimoe.variance_loss([routing([[0.8, 0.2], [0.2, 0.8]])]).item() == pytest.approx(-0.09)
+    assert vimoe.variance_loss([routing([[0.8, 0.2], [0.8, 0.2]])]).item() == pytest.approx(0)
+    own = torch.eye(4).clamp(min=1e-12).tolist()  # every expert has rows of its own
+    assert vimoe.variance_loss([routing(own)]).item() == pytest.approx(-3 / 16)
+
+
+def entropy_reference(logits: Tensor) -> Tensor:
+    total = 0.0
+    for row in logits:
+        p = row.exp() / row.exp().sum()
+        total = total - sum(each * each.log() for each in p)
+    return total / len(logits)
+
+
+def variance_reference(logits: Tensor) -> Tensor:
+    p = torch.stack([row.exp() / row.exp().sum() for row in logits])
+    total = 0.0
+    for expert in range(p.shape[1]):
+        mean = sum(p[:, expert]) / len(p)
+        total = total - sum((each - mean) ** 2 for each in p[:, expert])
+    return total / p.numel()
+
+
+@pytest.mark.parametrize(
+    ("loss", "reference"),
+    [(vimoe.entropy_loss, entropy_reference), (vimoe.variance_loss, variance_reference)],
+    ids=["entropy", "variance"],
+)
+def test_losses_of_scores_and_their_gradients_are_those_of_the_reference(loss, reference) -> None:
+    found = []
+    for compute in (loss, reference):
+        logits = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        experts = logits.detach().argmax(-1, keepdim=True)
+        record = vimoe.Routing(logits, torch.ones(7, 1), experts, "image", (7, 5))
+        value = compute([record]) if compute is loss else compute(logits)
+        value.backward()
+        found.append((value.detach(), logits.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def orthogonal_reference(x: Tensor, weights: list[list[Tensor]], experts: Tensor) -> Tensor:
+    """Tokens (B, T, D) through maps fc1, b1, fc2, b2 of each expert (-1 is none); experts (B, T, K)."""
+    total = 0.0
+    for image, chosen in zip(x, experts, strict=True):
+        for token, own in zip(image, chosen, strict=True):
+            outputs = []
+            for e in own.tolist():
+                if e >= 0:
+                    fc1, b1, fc2, b2 = (w[e] for w in weights)
+                    outputs.append(fc2 @ F.gelu(fc1 @ token + b1) + b2)
+            for j, one in enumerate(outputs):
+                for k, other in enumerate(outputs):
+                    if j != k:
+                        projected = (one @ other) ** 2 / (other @ other + 1e-6)
+                        total = total + projected
+    return total / (x.shape[0] * x.shape[1])
+
+
+@pytest.mark.parametrize("router", ["softmax", "threshold"])
+@pytest.mark.parametrize("unit_", ["image", "token"])
+def test_the_orthogonal_loss_and_its_gradients_are_those_of_the_reference(unit_: str, router: str) -> None:
+    """Of a router with empty slots too."""
+    settings = vimoe.MoEConfig(num_experts=4, top_k=3, routing=unit_, router=router)
+    torch.manual_seed(0)
+    layer = vimoe.MoE(Mlp(6, 8), settings, TokenLayout(num_prefix_tokens=1, class_token=True)).double()
+    randomise(layer, 1, 3.0)
+    x = torch.randn(3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    inputs = [x, *layer.experts.parameters()]
+    with vimoe.record(layer, outputs=True) as routings:
+        layer(x)
+    (record,) = routings
+    assert router == "softmax" or (record.experts < 0).any()
+    loss = vimoe.orthogonal_loss(routings)
+    e = layer.experts
+    maps = [e.fc1.weight, e.fc1.bias, e.fc2.weight, e.fc2.bias]
+    by_token = record.experts.view(3, -1, record.experts.shape[1]).expand(3, 5, -1)
+    expected = orthogonal_reference(x, maps, by_token)
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(value, inputs) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_outputs_that_are_orthogonal_lose_nothing_and_copies_the_most() -> None:
+    record = routing([[0.6, 0.4]], k=2)
+    for outputs, expected in (([[3.0, 0.0], [0.0, 2.0]], 0.0), ([[3.0, 0.0], [3.0, 0.0]], 18.0)):
+        y = torch.tensor(outputs).view(1, 2, 1, 2)
+        assert vimoe.orthogonal_loss([replace(record, outputs=y)]).item() == pytest.approx(expected)
+
+
+def test_the_orthogonal_loss_says_what_it_needs() -> None:
+    with pytest.raises(vimoe.VimoeError, match="the outputs of the experts were not recorded"):
+        vimoe.orthogonal_loss([routing([[0.6, 0.4]], k=2)])
+    with pytest.raises(vimoe.VimoeError, match="of 1 expert of each token: expected at least 2; set moe.top_k=2"):
+        vimoe.orthogonal_loss([routing([[0.6, 0.4]])])
+
+
+def test_the_distill_loss_and_its_gradient_are_those_of_the_reference() -> None:
+    """Of classes (B, C), and of pixels (B, C, H, W)."""
+    for shape in ((5, 3), (2, 3, 4, 2)):
+        generator = torch.Generator().manual_seed(0)
+        ours, theirs, teacher = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(3))
+        theirs = ours.clone().requires_grad_()
+        ours, teacher = ours.requires_grad_(), teacher.requires_grad_()
+        loss, expected = vimoe.distill_loss(ours, teacher), torch.zeros((), dtype=torch.float64)
+        rows = [scores.movedim(1, -1).reshape(-1, 3) for scores in (theirs, teacher.detach())]
+        for student, master in zip(*rows, strict=True):
+            s, t = (row.exp() / row.exp().sum() for row in (student, master))
+            expected = expected + sum(t[c] * (t[c] / s[c]).log() for c in range(3)) / len(rows[0])
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+        assert teacher.grad is None
+
+
+@pytest.mark.parametrize("combine", ["mix", "sum"])
+@pytest.mark.parametrize("unit_", ["image", "token"])
+def test_all_experts_are_weighted_by_their_probabilities(unit_: str, combine: str) -> None:
+    settings = vimoe.MoEConfig(num_experts=4, routing=unit_, combine=combine, gate="choice")
+    torch.manual_seed(0)
+    layer = vimoe.MoE(Mlp(6, 8), settings, TokenLayout(num_prefix_tokens=1, class_token=True)).double().eval()
+    randomise(layer, 1)
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    before = layer(x)
+    with vimoe.all_experts(layer):
+        together = layer(x)
+    assert torch.equal(layer(x), before) and not torch.allclose(together, before)
+    read = x if unit_ == "token" else x[:, :1]
+    p = (read @ layer.router.weight.T).softmax(-1)
+    shared, expected = layer.shared(x), layer.shared(x)
+    for i in range(4):
+        fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+        y = F.gelu(x @ fc1.weight[i].T + fc1.bias[i]) @ fc2.weight[i].T + fc2.bias[i]
+        expected = expected + p[..., i : i + 1] * (y - shared if combine == "mix" else y)
+    torch.testing.assert_close(together, expected)
+
+
+class Independent(Threshold):
+    """Probabilities that do not sum to 1."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+
+def test_all_experts_of_independent_scores_are_a_mean_where_gates_sum_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUTERS, "independent", Independent)
+    dense = vit()
+    x = images(dense)
+    parent = dense(x)
+    model = upcycle(dense, config(router="independent", num_shared_experts=0, top_k=2))
+    with vimoe.all_experts(model):
+        torch.testing.assert_close(model(x), parent, rtol=1e-3, atol=1e-4)
+
+
+LOSSES = [
+    vimoe.balance_loss,
+    vimoe.importance_loss,
+    vimoe.router_z_loss,
+    vimoe.entropy_loss,
+    vimoe.variance_loss,
+]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -69,10 +250,10 @@ def test_a_step_down_the_gradient_lowers_the_loss(loss) -> None:
     before.backward()
     logits = (record.logits - 0.01 * record.logits.grad).detach()
     after = loss([vimoe.Routing(logits, record.gates, record.experts, "image", record.batch)])
-    assert after < before - 1e-5
+    assert after < before - 1e-7
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, vimoe.orthogonal_loss])
 def test_nothing_recorded_is_an_error(loss) -> None:
     with pytest.raises(vimoe.VimoeError, match="no routing was recorded"):
         loss([])

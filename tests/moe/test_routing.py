@@ -208,3 +208,31 @@ def test_an_empty_batch_uses_no_expert(unit: str) -> None:
     empty = torch.empty(0, 2, dtype=torch.int64)
     routing = vimoe.Routing(torch.empty(0, 4), torch.empty(0, 2), empty, unit, (0, 5))
     assert routing.usage.shape == (0, 4) and routing.load.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_outputs_are_recorded_where_they_are_asked_for(model: nn.Module, compiled: bool) -> None:
+    """Those of each slot's expert, by slot, with gradient; and not kept beyond a step."""
+    x, inputs = images(model), []
+    for layer in layers(model):
+        layer.register_forward_pre_hook(lambda _layer, args: inputs.append(args[0]))
+    with vimoe.record(model, outputs=True) as routings:
+        model(x)
+    for layer, routing, tokens in zip(layers(model), routings, inputs, strict=True):
+        rows = tokens.reshape(len(routing.experts), routing.tokens_per_unit, -1)
+        for r, experts in enumerate(routing.experts.tolist()):
+            for k, e in enumerate(experts):
+                own = {name: w[e] for name, w in layer.experts.named_parameters()}
+                y = F.linear(F.gelu(F.linear(rows[r], own["fc1.weight"], own["fc1.bias"])), own["fc2.weight"])
+                torch.testing.assert_close(routing.outputs[r, k], y + own["fc2.bias"], rtol=1e-4, atol=1e-5)
+        assert routing.outputs.requires_grad and routing.detach().outputs is None
+    with vimoe.record(model) as without:
+        model(x)
+    assert [routing.outputs for routing in without] == [None, None]
+    if compiled:
+        torch._dynamo.reset()
+        del inputs[:]
+        with vimoe.record(model, outputs=True) as again:
+            torch.compile(model, backend="aot_eager")(x)
+        for ours, theirs in zip(again, routings, strict=True):
+            torch.testing.assert_close(ours.outputs, theirs.outputs)

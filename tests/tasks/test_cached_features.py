@@ -31,7 +31,7 @@ from vimoe.data.classification import Data, load_data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.order import Shuffled
 from vimoe.data.user_cache import cache_folder
-from vimoe.errors import ConfigError, DataError, FolderError
+from vimoe.errors import ConfigError, DataError, FolderError, SurgeryError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import resume_training, run_training
 from vimoe.metrics.base import evaluate
@@ -216,8 +216,9 @@ CHANGES = {"min_crop": 0.7, "hflip": 0.1, "color_jitter": 0.2, "auto_augment": "
 NO_MATTER = {
     "epochs", "batch_size", "accumulation", "lr", "min_lr", "warmup_epochs", "weight_decay", "layer_decay",
     "router_lr_scale", "router_weight_decay", "router_frozen", "router_warmup_epochs", "expert_weight_decay",
-    "train_only", "balance_loss", "z_loss", "importance_loss", "route_loss", "label_smoothing", "ema_decay",
-    "clip_grad", "early_stopping", "checkpoint_minutes", "tensorboard",
+    "expert_lr_scale", "train_only", "stages", "balance_loss", "z_loss", "importance_loss", "entropy_loss",
+    "variance_loss", "orthogonal_loss", "distill_loss", "route_loss", "label_smoothing", "ema_decay", "clip_grad",
+    "early_stopping", "checkpoint_minutes", "tensorboard",
 }  # fmt: skip
 REFUSED = {"mixup", "cutmix", "min_scale", "max_scale", "dice_loss", "class_weights"}  # or of segmentation
 
@@ -442,6 +443,54 @@ def test_a_run_says_what_was_kept_and_is_scored_and_saved_whole(data: Data, pare
     assert run_training(settings, tmp_path / "again")["features"]["seconds"] == 0 and kept() == files
 
 
+ONLY = {
+    "the dense control": ({"layers": "none"}, "last:1", "blocks.2", ("blocks.2.mlp.",)),
+    "a dense control of two": ({"layers": "none"}, [1, 2], "blocks.1", ("blocks.1.mlp.", "blocks.2.mlp.")),
+    "experts": ({}, "experts", "blocks.2", ("blocks.2.mlp.experts.", "blocks.2.mlp.router.")),
+    "the classifier": ({"layers": "none"}, "head", "blocks.2", ()),
+    "the classifier of a mixture": ({"layers": "last:2"}, "head", "blocks.2", ()),
+}
+
+
+@pytest.mark.parametrize("case", ONLY)
+def test_what_is_trained_decides_where_the_trunk_is_cut(data: Data, parent: Path, tmp_path: Path, case: str) -> None:
+    """And the model ends as that of a training on images does, but for rounding of the features."""
+    moe, only, before, prefixes = ONLY[case]
+    changes = {"moe": moe, "data": {"views": 3}, "train": {"train_only": only}}
+    summary = run_training(settings_of(data, parent, changes), tmp_path / "run")
+    assert summary["features"]["before"] == before
+    plain = {**changes, "data": {"cache": "none", "views": 4}}
+    run_training(settings_of(data, parent, plain), tmp_path / "plain")
+    ours, theirs = (load(tmp_path / name / "model").state_dict() for name in ("run", "plain"))
+    trained = {name for name in ours if name.startswith((*prefixes, "head."))}
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0.05, atol=0.02)
+        assert name in trained or torch.equal(tensor, theirs[name])
+    first = load(parent).state_dict()
+    moved = {name for name, tensor in first.items() if name in ours and not torch.equal(tensor, ours[name])}
+    assert moved == {name for name in trained if name in first}
+
+
+def test_the_dense_control_and_the_mixture_read_the_same_features(data: Data, parent: Path, tmp_path: Path) -> None:
+    run_training(settings_of(data, parent), tmp_path / "moe")
+    files = kept()
+    for name, only in (("control", "last:1"), ("head", "head")):
+        settings = settings_of(data, parent, {"moe": {"layers": "none"}, "train": {"train_only": only}})
+        assert run_training(settings, tmp_path / name)["features"]["seconds"] == 0 and kept() == files
+
+
+def test_recovery_of_experts_of_which_none_is_left_trains_the_classifier(
+    data: Data, parent: Path, tmp_path: Path
+) -> None:
+    run_training(settings_of(data, parent, {"train": {"train_only": "experts"}}), tmp_path / "run")
+    for epochs in (0, 1):
+        pruned = FinishedRun(tmp_path / "run").prune(tmp_path / str(epochs), tolerance=9.0, recover=epochs)
+        assert not pruned["kept"] and pruned["recovery_epochs"] == epochs
+    before, after = (load(tmp_path / name / "model").state_dict() for name in ("0", "1"))
+    moved = {name for name, w in after.items() if not torch.equal(w, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+
+
 def test_recovery_after_pruning_trains_on_the_same_features(data: Data, parent: Path, tmp_path: Path) -> None:
     run_training(settings_of(data, parent), tmp_path / "run")
     files = kept()
@@ -470,7 +519,7 @@ def test_a_resumed_run_keeps_to_the_trunk_of_its_checkpoint(
 
 
 REFUSALS = {
-    "train.train_only='all': expected 'moe'": {"train": {"train_only": "all"}},
+    "train.train_only='all': expected 'moe', 'last:2' or another part": {"train": {"train_only": "all"}},
     "train.mixup=0.2 with data.cache='features': expected 0": {"train": {"mixup": 0.2}},
     "train.cutmix=1 with data.cache='features': expected 0": {"train": {"cutmix": 1.0}},
     "data.views=2 with data.cache='disk': expected it with data.cache=features only": {"data": {"cache": "disk"}},
@@ -494,6 +543,9 @@ def test_settings_that_contradict_it_are_one_line(data: Data, parent: Path, mess
     [
         ({"moe": {"layers": "all"}}, "blocks.0.mlp is in the first block and trained"),
         ({"moe": {"layers": "none"}}, "the model has no MoE layer"),
+        ({"train": {"train_only": "every:1"}}, "blocks.0.mlp is in the first block and trained"),
+        ({"moe": {"layers": "none"}, "train": {"train_only": "experts"}}, "the model has no MoE layer"),
+        ({"train": {"train_only": "blocks.3.mlp"}}, "train_only='blocks.3.mlp' names no FFN: did you mean 'blocks.2"),
         ({"model": {"args": {"patch_drop_rate": 0.5}}}, "expected no patch_drop_rate"),
     ],
 )
@@ -501,6 +553,6 @@ def test_a_model_that_cannot_be_cut_is_refused_before_any_work(
     data: Data, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
 ) -> None:
     monkeypatch.setattr("vimoe.tasks.classification.scan", None)  # not even the images are opened
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, SurgeryError), match=message):
         run_training(settings_of(data, parent, changes), tmp_path / "run")
     assert not (tmp_path / "run").exists() and not cache_folder().exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -88,6 +89,25 @@ def test_with_all_options_of_routing_too(
     state["model"] = {n: torch.zeros_like(w) if n.endswith("choice_bias") else w for n, w in state["model"].items()}
     checkpoint.write(tmp_path / "broken", state)
     assert not torch.equal(weights(whole), weights(run(data, tmp_path / "broken", model(**OPTIONS), **settings)[0]))
+
+
+LOSSES = {"entropy_loss": 0.1, "variance_loss": 1.0, "orthogonal_loss": 0.01, "distill_loss": 1.0}
+
+
+@pytest.mark.parametrize(("killed_after", "accumulation", "only"), [(2, 1, "all"), (7, 2, "experts")])
+def test_with_all_losses_and_rates_too(
+    data: Data, tmp_path: Path, kill_after: object, killed_after: int, accumulation: int, only: str
+) -> None:
+    """The teacher of the distillation is the moving average, which the checkpoint has."""
+    settings = {**ALL, **LOSSES, "accumulation": accumulation, "expert_lr_scale": 2.0, "train_only": only}
+    whole, summary = run(data, tmp_path / "whole", model(top_k=2), **settings)
+    kill_after(killed_after)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "killed", model(top_k=2), **settings)
+    kill_after(1000)
+    again, resumed = run(data, tmp_path / "killed", model(top_k=2), **settings)
+    assert torch.equal(weights(whole), weights(again)) and summary["val"] == resumed["val"]
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
 
 
 def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path: Path, kill_after: object) -> None:
@@ -353,6 +373,13 @@ def test_a_setting_that_was_changed_since_is_named(
     err = capsys.readouterr().err
     assert f"{killed}: {name} is " in err and "when the training began: expected the same" in err
     assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_from_before_there_were_stages_is_gone_on_from(killed: Path) -> None:
+    state = checkpoint.read(killed)
+    checkpoint.write(killed, {n: v for n, v in state.items() if n not in ("stage", "part", "before", "ended")})
+    assert main(["train", "--resume", str(killed)]) == 0
+    assert "stages" not in json.loads((killed / "summary.json").read_text())
 
 
 NEWER = ("moe.router", "moe.experts")  # than the first runs

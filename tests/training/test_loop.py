@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def test_the_model_that_comes_back_computes_in_its_own_precision(data: Data, tmp
 SETTINGS = {
     "epochs": 3, "batch_size": 6, "accumulation": 2, "lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 1.5,
     "weight_decay": 0.5, "layer_decay": 0.5, "router_lr_scale": 5.0, "router_weight_decay": 9.0, "train_only": "moe",
-    "router_warmup_epochs": 1.0, "router_frozen": 0.5, "expert_weight_decay": 5.0,
+    "router_warmup_epochs": 1.0, "router_frozen": 0.5, "expert_weight_decay": 5.0, "expert_lr_scale": 3.0,
+    "entropy_loss": 1.0, "variance_loss": 9.0, "orthogonal_loss": 1.0, "distill_loss": 5.0,
     "balance_loss": 1.0, "z_loss": 0.1, "importance_loss": 0.5, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0,
     "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9, "min_crop": 0.35, "hflip": 0.0, "ema_decay": 0.9,
     "color_jitter": 0.5,
@@ -78,17 +80,21 @@ SETTINGS = {
 
 def test_every_setting_is_tried_below() -> None:
     assert {field.name for field in fields(TrainConfig)} == {
-        *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping",
+        *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping", "stages",
         "min_scale", "max_scale", "dice_loss", "class_weights",  # of segmentation
         "fuse", "fuse_rate",  # of layers that are fused
         "route_loss",  # of a router that classes train: test_given_routes.py
     }  # fmt: skip
 
 
+NEEDED = {"distill_loss": {"ema_decay": 0.5}}
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_changes_the_training(data: Data, tmp_path: Path, name: str) -> None:
-    plain, _ = run(data, tmp_path / "plain")
-    changed, summary = run(data, tmp_path / "changed", **{name: SETTINGS[name]})
+    needed, k = NEEDED.get(name, {}), 2 if name == "orthogonal_loss" else 1
+    plain, _ = run(data, tmp_path / "plain", model(top_k=k), **needed)
+    changed, summary = run(data, tmp_path / "changed", model(top_k=k), **needed, **{name: SETTINGS[name]})
     assert torch.isfinite(weights(changed)).all() and 0 <= summary["val"]["top1"] <= 1
     assert not torch.equal(weights(plain), weights(changed))
 
@@ -191,6 +197,28 @@ def test_training_them_alone_is_the_same_budget_for_the_dense_control(data: Data
     assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
     with pytest.raises(ConfigError, match="no MoE layer"):
         run(data, tmp_path, model(layers="none"), train_only="moe")
+
+
+@pytest.mark.parametrize("only", ["head", "experts", "last:1", (1,), "blocks.1.*"])
+def test_what_is_not_named_stays_as_it_is_to_the_bit(data: Data, tmp_path: Path, only: object) -> None:
+    """The bias of a router too, which no gradient moves."""
+    before = model(layers="all", bias_update_rate=0.1)
+    first = {name: tensor.clone() for name, tensor in before.state_dict().items()}
+    run(data, tmp_path, before, train_only=only)
+    moved = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, first[name])}
+    head, mlp = {"head.weight", "head.bias"}, "blocks.1.mlp."
+    parts = {"head": set(), "experts": {"router", "experts"}}.get(only, {"router", "experts", "shared"})
+    assert head <= moved
+    assert {name.split(".")[3] for name in moved - head} == parts
+    if only not in ("head", "experts"):
+        assert all(name.startswith(mlp) for name in moved - head)
+
+
+def test_the_dense_control_trains_the_same_ffns(data: Data, tmp_path: Path) -> None:
+    before = {name: p.clone() for name, p in model(layers="none").named_parameters()}
+    after, _ = run(data, tmp_path, model(layers="none"), train_only="last:1")
+    moved = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith(("blocks.1.mlp.", "head."))}
 
 
 def test_the_first_step_learns_and_the_rate_ends_low(data: Data, tmp_path: Path) -> None:
@@ -330,6 +358,8 @@ def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: 
         run(data, tmp_path, warmup_epochs=2)
     with pytest.raises(ConfigError, match=r"router_warmup_epochs=2.5 of train.epochs=2: expected at most as many"):
         run(data, tmp_path, router_warmup_epochs=2.5)
+    with pytest.raises(ConfigError, match=r"stages=\['head'\] in vimoe.training.loop.train: expected .* of one stage"):
+        run(data, tmp_path, stages=("head",))
     with pytest.raises(ConfigError, match="batch_size=64 with 24 training images"):
         run(data, tmp_path, batch_size=64)
     with pytest.raises(ConfigError, match="expected an even number"):
@@ -369,6 +399,48 @@ def test_auxiliary_losses_are_weighted_and_none_without_moe() -> None:
     total, parts = auxiliary_losses(routings, replace(QUICK, balance_loss=0.5, z_loss=0.25))
     torch.testing.assert_close(total, 0.5 * parts["balance_loss"] + 0.25 * parts["z_loss"])
     assert auxiliary_losses([], QUICK) == (0.0, {})
+
+
+def test_the_losses_of_records_are_in_the_log_by_name(data: Data, tmp_path: Path) -> None:
+    weights_ = {"entropy_loss": 0.1, "variance_loss": 0.1, "orthogonal_loss": 0.01, "distill_loss": 0.1}
+    run(data, tmp_path, model(top_k=2), ema_decay=0.5, **weights_)
+    for row in rows(tmp_path / "metrics.csv"):
+        assert 0 < float(row["train_entropy_loss"]) <= math.log(4) + 1e-6
+        assert -3 / 16 <= float(row["train_variance_loss"]) < 0
+        assert float(row["train_orthogonal_loss"]) > 0 and float(row["train_distill_loss"]) > 0
+    run(data, tmp_path / "off")
+    assert not {f"train_{name}" for name in weights_} & set(rows(tmp_path / "off" / "metrics.csv")[0])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_teacher_is_the_moving_average_with_all_experts(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    seen, real = [], vimoe.training.loop._Steps._taught
+
+    def see(self: object, images: torch.Tensor) -> torch.Tensor:
+        seen.append((real(self, images), self.ema.module, self.ema.module(images).detach()))
+        return seen[-1][0]
+
+    monkeypatch.setattr(vimoe.training.loop._Steps, "_taught", see)
+    run(data, tmp_path, perturbed(), epochs=1, ema_decay=0.5, distill_loss=1.0, precision=precision)
+    assert len(seen) == 3
+    for taught, average, sparse in seen:
+        assert not taught.requires_grad and not average.training
+        assert taught.shape == sparse.shape and (taught - sparse).abs().max() > 1e-3
+        assert [layer.config.top_k for layer in layers(average)] == [1, 1]  # and it is sparse again
+        assert torch.isfinite(taught).all()
+
+
+def test_a_dense_control_can_have_the_same_teacher(data: Data, tmp_path: Path) -> None:
+    run(data, tmp_path, model(layers="none"), ema_decay=0.5, distill_loss=1.0)
+    assert all(float(row["train_distill_loss"]) >= 0 for row in rows(tmp_path / "metrics.csv"))
+
+
+def test_outputs_of_one_expert_have_none_to_be_orthogonal_to() -> None:
+    with pytest.raises(ConfigError, match="orthogonal_loss=0.1 with moe.top_k=1: expected at least 2.*set moe.top_k=2"):
+        settle(TrainConfig(orthogonal_loss=0.1), 100, model())
+    settle(TrainConfig(orthogonal_loss=0.1), 100, model(top_k=2))
 
 
 def rows_but_speed(path: Path) -> list[dict[str, str]]:

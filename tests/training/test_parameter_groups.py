@@ -14,9 +14,9 @@ from torch import nn
 import vimoe
 from vimoe.config.moe import EXPERTS
 from vimoe.config.train import TrainConfig
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, SurgeryError
 from vimoe.moe.experts import Role
-from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
+from vimoe.training.parameter_groups import freeze_all_but, parameter_groups, trained_modules
 
 TRAIN = TrainConfig(weight_decay=0.05, layer_decay=0.5, router_lr_scale=3.0, router_weight_decay=0.01)
 
@@ -87,9 +87,105 @@ def test_without_one_the_groups_are_the_same() -> None:
     assert matrices in ours
 
 
-def test_nothing_to_train_but_the_classifier_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the model has no MoE layer"):
-        freeze_all_but(vit(), [])
+class Based(Scaled):
+    """Experts that hold the shared expert itself, as the base that they change."""
+
+    def __init__(self, dense: nn.Module, config: vimoe.MoEConfig) -> None:
+        super().__init__(dense, config)
+        self.dense = dense
+
+
+def trained(model: nn.Module, only: object, converted: list[str] | None = None) -> set[str]:
+    """Names of the parameters that are trained, without those of the classifier, which always are."""
+    names = trained_modules(model, TrainConfig(train_only=only).trained, converted)
+    assert names is not None
+    freeze_all_but(model, names)
+    found = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} <= found and set(settings_of(model)) == found
+    return found - {"head.weight", "head.bias"}
+
+
+def under(model: nn.Module, *modules: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{m}." for m in modules))}
+
+
+FFN1, FFN2 = "blocks.1.mlp", "blocks.2.mlp"
+ONLY = {
+    "the MoE layers": ("moe", [FFN2]),
+    "experts": ("experts", [f"{FFN2}.experts", f"{FFN2}.router"]),
+    "nothing but the classifier": ("head", []),
+    "the last blocks, dense or MoE": ("last:2", [FFN1, FFN2]),
+    "a list of blocks": ([0, -1], ["blocks.0.mlp", FFN2]),
+    "a pattern": ("blocks.[12].mlp", [FFN1, FFN2]),
+    "all FFNs": ("every:1", ["blocks.0.mlp", FFN1, FFN2]),
+}
+
+
+@pytest.mark.parametrize("case", ONLY)
+def test_what_is_named_is_trained_and_the_classifier(case: str) -> None:
+    model = upcycle(vit(depth=3), config(layers=[2]))
+    only, modules = ONLY[case]
+    assert trained(model, only) == (under(model, *modules) if modules else set())
+    assert trained_modules(model, TrainConfig().trained) is None
+
+
+def test_a_dense_control_trains_the_ffns_that_the_moe_arm_trains() -> None:
+    dense, moe = vit(depth=3), upcycle(vit(depth=3), config(layers="last:2"))
+    ours, theirs = trained(dense, "last:2"), trained(moe, "moe")
+    assert ours == {name.replace(".shared.", ".") for name in theirs if ".shared." in name}
+    assert trained(dense, "moe", [FFN1, FFN2]) == ours  # of an FFN that was widened in the place of a mixture
+
+
+@pytest.mark.parametrize("only", ["moe", "experts"])
+def test_what_a_dense_model_does_not_have_is_refused(only: str) -> None:
+    with pytest.raises(ConfigError, match=f"train_only='{only}': the model has no MoE layer: expected one"):
+        trained(vit(), only)
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("expert", "train_only='expert' names no FFN: did you mean 'experts'"),
+        ("blocks.11.mlp", "train_only='blocks.11.mlp' names no FFN: did you mean 'blocks.1.mlp'"),
+        ([7], "train_only: no block 7: expected -2 to 1"),
+        ("last:9", "train_only='last:9': expected at most 2"),
+        ("none", "train_only='none' names no FFN: known: all, moe, experts, head, last:N, every:N"),
+    ],
+)
+def test_what_names_nothing_is_refused_with_the_nearest_name(only: object, message: str) -> None:
+    with pytest.raises(SurgeryError) as raised:
+        trained(vit(), only)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_experts_leave_the_shared_expert_frozen_where_they_hold_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERTS, "based", Based)
+    model = upcycle(vit(), config(experts="based", layers=[1]))
+    held = {id(p) for p in layers(model)[0].shared.parameters()}
+    assert {id(p) for p in layers(model)[0].experts.parameters()} > held
+    assert trained(model, "experts") == {f"{FFN1}.experts.scale", f"{FFN1}.router.weight"}
+    assert held <= {id(p) for p in model.parameters() if not p.requires_grad}
+    trained(model, "moe")
+    assert held <= {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("decay", [None, 0.3])
+@pytest.mark.parametrize("family", ["vit", "eva02, SwiGLU with inner norm"])
+def test_routed_experts_can_have_a_rate_of_their_own(family: str, decay: float | None) -> None:
+    """And nothing else: no shared expert, no router, no decay; relative to their block's."""
+    model, settings = upcycle(vit(family), config()), replace(TRAIN, expert_weight_decay=decay)
+    before, after = settings_of(model, settings), settings_of(model, replace(settings, expert_lr_scale=4.0))
+    assert {name for name in after if after[name] != before[name]} == {name for name in after if ".experts." in name}
+    assert all(after[name] == (d, 4 * rate) for name, (d, rate) in before.items() if ".experts." in name)
+    assert len({after[f"blocks.{b}.mlp.experts.fc1.weight"] for b in (0, 1)}) == 2
+
+
+def test_a_shared_expert_that_experts_hold_has_the_rate_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERTS, "based", Based)
+    model = upcycle(vit(), config(experts="based"))
+    before, after = settings_of(model), settings_of(model, replace(TRAIN, expert_lr_scale=4.0))
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {f"blocks.{b}.mlp.experts.scale" for b in (0, 1)}
 
 
 def test_deeper_blocks_learn_faster() -> None:

@@ -32,7 +32,7 @@ _WRONG_TYPE = re.compile(
 _NO_SECTION = re.compile(r"key \"(\w+)\": Unable to load config ['\"](.*?)['\"](?: - |$)")
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "values by name",
-    "tuple[float, ...]": "a list of numbers", "NoneType": "none",
+    "tuple[float, ...]": "a list of numbers", "tuple[str, ...]": "a list of texts", "NoneType": "none",
 }  # fmt: skip
 
 

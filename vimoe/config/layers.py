@@ -1,4 +1,4 @@
-"""Selection of FFNs by block: the value of `MoEConfig.layers`, parsed and checked once."""
+"""Selection of FFNs by block: the value of `MoEConfig.layers` or `TrainConfig.train_only`, parsed and checked once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Protocol, TypeVar
 
 from vimoe.errors import ConfigError, SurgeryError, nearest
@@ -34,6 +35,8 @@ class Layers:
         word: "all", "none", "last" or "every"; "" for indices and patterns.
         number: N of "last:N" and "every:N", else 0.
         items: block indices and module-name patterns; none for a word.
+        setting: name of the setting, for messages.
+        words: values that the setting has beside indices and patterns, for messages.
 
     Example:
         >>> Layers.parse("last:2").number, Layers.parse([3, "blocks.1?.mlp"]).items
@@ -44,30 +47,33 @@ class Layers:
     word: str = ""
     number: int = 0
     items: tuple[int | str, ...] = ()
+    setting: str = "layers"
+    words: tuple[str, ...] = LAYER_WORDS
 
     @classmethod
-    def parse(cls, written: object) -> Layers:
+    def parse(cls, written: object, setting: str = "layers", words: tuple[str, ...] = LAYER_WORDS) -> Layers:
         """Return the selection that a user wrote.
 
         Raises:
-            ConfigError: if it is neither one of LAYER_WORDS, nor block indices or module-name patterns.
+            ConfigError: if it is neither one of the words, nor block indices or module-name patterns.
         """
+        made = partial(cls, setting=setting, words=words)
         listed = isinstance(written, (tuple, list))
         items = tuple(written) if isinstance(written, (tuple, list)) else (written,)
         if not items or not all(_is_item(item, listed) for item in items):
             raise ConfigError(
-                f"layers={written!r}: expected one of {', '.join(LAYER_WORDS)}, block indices such as [3, 4], "
+                f"{setting}={written!r}: expected one of {', '.join(words)}, block indices such as [3, 4], "
                 f"or module-name patterns such as 'blocks.1?.mlp'"
             )
         if not isinstance(written, str):
-            return cls(items, items=items)
+            return made(items, items=items)
         word, colon, number = written.partition(":")
         if not colon:
-            return cls(written, word=word) if word in ("all", "none") else cls(written, items=items)
+            return made(written, word=word) if word in words else made(written, items=items)
         if word in ("last", "every") and re.fullmatch(r"[1-9]\d*", number):
-            return cls(written, word, int(number))
-        remedy = nearest(f"{word}:N", LAYER_WORDS)
-        raise ConfigError(f"layers={written!r}: expected one of {', '.join(LAYER_WORDS)} with N of 1 or more; {remedy}")
+            return made(written, word, int(number))
+        remedy = nearest(f"{word}:N", words)
+        raise ConfigError(f"{setting}={written!r}: expected one of {', '.join(words)} with N of 1 or more; {remedy}")
 
     def check_names(self, ffn_name: re.Pattern[str]) -> None:
         """Raise ConfigError if `ffn_name` does not match a module name in full.
@@ -78,7 +84,7 @@ class Layers:
             if isinstance(item, int) or any(wild in item for wild in "*?[") or ffn_name.fullmatch(item):
                 continue
             numbered = [f"blocks.{number}.mlp" for number in re.findall(r"\d+", item)]
-            raise ConfigError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *numbered])}")
+            raise ConfigError(f"{self.setting}={item!r} names no FFN: {nearest(item, [*self.words, *numbered])}")
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """Return the selected ones of all sites of a model, in the order given.
@@ -95,29 +101,31 @@ class Layers:
             )
         count = 1 + max(site.block for site in sites)
         if self.number > count:
-            raise SurgeryError(f"layers={self.written!r}: expected at most {count}, the number of blocks with an FFN")
+            raise SurgeryError(
+                f"{self.setting}={self.written!r}: expected at most {count}, the number of blocks with an FFN"
+            )
         if self.word == "all":
             return list(sites)
         if self.word == "last":
             return [site for site in sites if site.block >= count - self.number]
         if self.word == "every":
             return [site for site in sites if site.block % self.number == self.number - 1]
-        selected = {name for item in self.items for name in _names(item, sites, count)}
+        selected = {name for item in self.items for name in self._names(item, sites, count)}
         return [site for site in sites if site.name in selected]
+
+    def _names(self, item: int | str, sites: Sequence[InBlock], count: int) -> list[str]:
+        """Return the names of the sites in one block, or of those that match a pattern."""
+        if isinstance(item, int):
+            if not -count <= item < count:
+                raise SurgeryError(f"{self.setting}: no block {item}: expected {-count} to {count - 1}")
+            return [site.name for site in sites if site.block == item % count]
+        matching = [site.name for site in sites if fnmatchcase(site.name, item)]
+        if not matching:
+            known = [*self.words, *(site.name for site in sites)]
+            raise SurgeryError(f"{self.setting}={item!r} names no FFN: {nearest(item, known)}")
+        return matching
 
 
 def _is_item(item: object, listed: bool) -> bool:
     """Return True for a module-name pattern, and in a list for a block index."""
     return bool(item) if isinstance(item, str) else listed and isinstance(item, int) and not isinstance(item, bool)
-
-
-def _names(item: int | str, sites: Sequence[InBlock], count: int) -> list[str]:
-    """Return the names of the sites in one block, or of those that match a pattern."""
-    if isinstance(item, int):
-        if not -count <= item < count:
-            raise SurgeryError(f"layers: no block {item}: expected {-count} to {count - 1}")
-        return [site.name for site in sites if site.block == item % count]
-    matching = [site.name for site in sites if fnmatchcase(site.name, item)]
-    if not matching:
-        raise SurgeryError(f"layers={item!r} names no FFN: {nearest(item, [*LAYER_WORDS, *(s.name for s in sites)])}")
-    return matching

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from vimoe.config.data import DataConfig
@@ -59,6 +59,21 @@ class Settings:
         self._check_features()
         if self.train.fuse != "none":
             self._check_fuse()
+        if self.moe.layers != "none" and self.trainings[-1].moe.layers == "none":
+            raise ConfigError(
+                f"train.stages={list(self.train.stages or ())} with moe.layers={self.moe.layers!r}: expected 'moe' or "
+                f"'experts' among them, where the MoE layers come in; add it, or set moe.layers=none"
+            )
+
+    @property
+    def trainings(self) -> list[Settings]:
+        """Settings of each stage, in order, of a dense model until the MoE layers come in; else these alone."""
+        stages = self.train.trainings
+        if self.train.stages is None:
+            return [self]
+        mixed = [any(s.trained.word in ("moe", "experts") for s in stages[: i + 1]) for i in range(len(stages))]
+        dense = replace(self.moe, layers="none")
+        return [replace(self, train=s, moe=self.moe if mix else dense) for s, mix in zip(stages, mixed, strict=True)]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain values for JSON and YAML, by section and name."""
@@ -74,10 +89,11 @@ class Settings:
                     f"only; leave it out"
                 )
             return
-        if train.train_only != "moe":
+        if any(each.trained.word == "all" for each in train.trainings):
+            name = "train_only='all'" if train.stages is None else f"stages={list(train.stages)}"
             raise ConfigError(
-                f"data.cache='features' with train.train_only={train.train_only!r}: expected 'moe', since training "
-                f"changes the features of other blocks; set it, or use data.cache=disk"
+                f"data.cache='features' with train.{name}: expected 'moe', 'last:2' or "
+                f"another part, since training changes the features of all blocks; set it, or use data.cache=disk"
             )
         for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):
             if value:
@@ -89,6 +105,13 @@ class Settings:
     def _check_fuse(self) -> None:
         """Raise ConfigError for settings of MoE layers that make no layers to fuse, or are not read."""
         moe, fuse = self.moe, self.train.fuse
+        if self.train.stages or self.train.trained.word not in ("all", "moe"):
+            stages, part = self.train.stages, self.train.train_only
+            given = f"stages={list(stages)}" if stages else f"train_only={part!r}"
+            raise ConfigError(
+                f"train.fuse={fuse!r} with train.{given}: expected one training of whole layers, since they have no "
+                f"router and no shared expert; leave it out"
+            )
         if moe.layers == "none" or moe.num_experts < 2:
             found = "layers='none'" if moe.layers == "none" else f"num_experts={moe.num_experts}"
             raise ConfigError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vimoe.config.checks import LARGEST_SEED, bounded, check_fields
+from vimoe.config.layers import Layers
 from vimoe.errors import ConfigError
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
@@ -13,6 +14,7 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 ClassWeights = Literal["none", "median_frequency"]
 Fuse = Literal["none", "ewa", "exfusion"]
+TRAINED = ("all", "moe", "experts", "head", "last:N", "every:N")  # `train_only`, beside block indices and patterns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +32,21 @@ class TrainConfig:
         weight_decay: weight decay of matrices; biases, norms and embeddings have none.
         layer_decay: learning rate of a block relative to the block after it (1 is the same rate everywhere).
         router_lr_scale: learning rate of the routers relative to the block they are in.
+        expert_lr_scale: learning rate of the routed experts relative to the block they are in; the shared expert has
+            the block's.
         router_weight_decay: weight decay of the routers.
         router_frozen: share of the training, from its beginning, in which no router is trained; 1 is all of it. Biases
             and gates (`moe.bias_update_rate`, `moe.gate`) still learn.
         router_warmup_epochs: number of epochs in which a share of the routers' decisions is random; it falls linearly
             from 1 to 0, so that every expert is trained before a router has an opinion.
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
-        train_only: "all", or "moe" for the MoE layers and the classifier alone.
+        train_only: "all"; "moe" for the MoE layers, "experts" for their routed experts and routers without the shared
+            expert, "head" for no layer; or FFNs by block as in `MoEConfig.layers` ("last:2", [10, 11],
+            "blocks.1?.mlp"), dense or MoE. The classifier is always trained too.
+        stages: values of train_only, trained one after the other, for `epochs` each, with all other settings: each
+            begins with the best weights of the one before, and its own schedule. MoE layers are made of the FFNs at the
+            first "moe" or "experts", and the model is dense until then (MoE-LLaVA, arXiv 2401.15947, has
+            [head, all, experts]).
         fuse: "none", or how the experts of each MoE layer become one FFN, so that the model is dense at the end: "ewa"
             averages experts that random tokens (or images) have trained (arXiv 2308.06093), "exfusion" learns the
             shares of a sum of their weights, which is the FFN of every step (arXiv 2603.27965).
@@ -45,6 +55,12 @@ class TrainConfig:
         balance_loss: weight of the routers' load-balancing loss.
         z_loss: weight of the routers' z-loss.
         importance_loss: weight of the routers' importance loss.
+        entropy_loss: weight of the entropy of the routers' probabilities, which makes decisions confident.
+        variance_loss: weight of the loss that lets each expert's probability vary from one image (or token) to another.
+        orthogonal_loss: weight of the loss that makes the outputs of the experts of one token orthogonal; needs top_k
+            of at least 2.
+        distill_loss: weight of the loss by which the moving average (`ema_decay`), with all its experts at work,
+            teaches the model.
         route_loss: weight of the cross-entropy that teaches a "superclass" router the expert of each class; no other
             router reads it.
         label_smoothing: mass given to the other classes; by default 0.1 in classification and 0 in segmentation.
@@ -80,16 +96,22 @@ class TrainConfig:
     weight_decay: float = bounded(0.05, 0)
     layer_decay: float = bounded(1.0, 0.01, 1)
     router_lr_scale: float = bounded(1.0, 0)
+    expert_lr_scale: float = bounded(1.0, 0)
     router_weight_decay: float = bounded(0.0, 0)
     router_frozen: float = bounded(0.0, 0, 1)
     router_warmup_epochs: float = bounded(0.0, 0)
     expert_weight_decay: float | None = bounded(None, 0)
-    train_only: Literal["all", "moe"] = "all"
+    train_only: str | tuple[int | str, ...] = "all"
+    stages: tuple[str, ...] | None = None
     fuse: Fuse = "none"
     fuse_rate: float = bounded(1.0, 0, 1)
     balance_loss: float = bounded(0.01, 0)
     z_loss: float = bounded(0.0, 0)
     importance_loss: float = bounded(0.0, 0)
+    entropy_loss: float = bounded(0.0, 0)
+    variance_loss: float = bounded(0.0, 0)
+    orthogonal_loss: float = bounded(0.0, 0)
+    distill_loss: float = bounded(0.0, 0)
     route_loss: float = bounded(0.3, 0)
     label_smoothing: float | None = bounded(None, 0, 0.99999)
     mixup: float = bounded(0.0, 0)
@@ -112,7 +134,14 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "train_only", self.trained.written)  # a list becomes a tuple
         check_fields(self)
+        self._check_stages()
+        if self.distill_loss and not self.ema_decay:
+            raise ConfigError(
+                f"distill_loss={self.distill_loss:g} with ema_decay=0: expected a moving average to be the teacher; "
+                f"set ema_decay, such as 0.999"
+            )
         if self.max_scale < self.min_scale:
             raise ConfigError(
                 f"max_scale={self.max_scale}: expected at least min_scale={self.min_scale}; exchange them"
@@ -128,3 +157,27 @@ class TrainConfig:
             )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
+
+    def _check_stages(self) -> None:
+        if self.stages is None:
+            return
+        if not isinstance(self.stages, (tuple, list)) or not self.stages:
+            raise ConfigError(f"stages={self.stages!r}: expected a list of parts, such as [head, all, experts]")
+        object.__setattr__(self, "stages", tuple(self.stages))
+        for part in self.stages:
+            Layers.parse(part, "stages", TRAINED)
+        if self.train_only != "all":
+            raise ConfigError(
+                f"train_only={self.train_only!r} with stages={list(self.stages)}: expected one of them, since each "
+                f"stage has its own part; leave train_only out"
+            )
+
+    @property
+    def trainings(self) -> list[TrainConfig]:
+        """Settings of each stage, in order; these settings alone where there are no stages."""
+        return [replace(self, train_only=part, stages=None) for part in self.stages or ()] or [self]
+
+    @property
+    def trained(self) -> Layers:
+        """`train_only`, parsed; its `word` is "all", "moe", "experts" or "head" where these are meant."""
+        return Layers.parse(self.train_only, "train_only", TRAINED)

@@ -36,6 +36,7 @@ from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, task_of
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
+from vimoe.training.parameter_groups import trained_modules
 
 
 class FinishedRun:
@@ -199,9 +200,11 @@ class FinishedRun:
     ) -> int:
         """Train a pruned model in a folder, and return the number of epochs; fewer where it stopped early."""
         layers, prepared = [layer.name for layer in evidence.layers], preprocessing(model, self.run.settings.data)
-        job = task_of(replace(self.run.settings, train=config)).job(model, self.data, scanned, prepared, layers)
+        only_experts = config.trained.word == "experts" and not moe_layers(model)  # of which none is left
+        trained = [] if only_experts else trained_modules(model, config.trained, layers)
+        job = task_of(replace(self.run.settings, train=config)).job(model, self.data, scanned, prepared, trained)
         try:
-            recovered = train(model, job, config, folder, layers)
+            recovered = train(model, job, config, folder, trained)
         except Stopped as stopped:  # its checkpoint goes with the folder
             raise KeyboardInterrupt(stopped.status - 128) from None
         checkpoint.remove(folder)
@@ -218,7 +221,7 @@ class FinishedRun:
     def _recovery(self, epochs: int, lr: float | None) -> TrainConfig | None:
         if epochs < 0:
             raise ConfigError(f"recover={epochs}: expected a number of epochs, 0 for none")
-        config = self.run.settings.train
+        config = self.run.settings.train.trainings[-1]
         lr = config.lr / 10 if lr is None else lr
         if not epochs:
             return None

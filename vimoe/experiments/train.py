@@ -21,9 +21,11 @@ from vimoe.analysis.figures import png
 from vimoe.config.settings import Settings, flat
 from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
+from vimoe.data.order import mix
 from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
+from vimoe.models.cost import meta_copy
 from vimoe.models.create import check_name
 from vimoe.models.model_folder import save
 from vimoe.models.upcycling import build_layers, convert, needs_images
@@ -32,6 +34,7 @@ from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, Task, task_class
 from vimoe.training import checkpoint, fuse
 from vimoe.training.loop import train
+from vimoe.training.parameter_groups import trained_modules
 from vimoe.training.settle import settle
 
 logger = logging.getLogger(__name__)
@@ -52,18 +55,22 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     kind = task_class(settings)
     data = kind.find(settings.data)
     settings = _check_architecture(kind, data, settings)
-    model, converted, scanned = _model(kind, data, settings)
+    set_seed(settings.train.seed)
+    model = kind.dense_model(settings.model, data)
+    converted, scanned = _convert(kind, model, data, settings.trainings[0])
     fuse.warn_of_copies(model)
-    settings = replace(settings, train=settle(settings.train, len(data.train), model))
+    stages = list(_stages(model, converted, settings))
+    settings = replace(settings, train=settle(settings.train, len(data.train), stages[-1][0]))
     task, prepared = kind(settings), preprocessing(model, settings.data)
-    task.check(model, prepared, converted)
+    for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):
+        kind(stage).check(of_stage, prepared, trained)
     scanned = scanned or task.scan(data)
     process = Process()
     folder = process.once(run_folder.new_run, out)
     with ExitStack() as held:
         process.once(held.enter_context, run_folder.locked(folder))
         process.once(discard_leftovers, folder)  # of a training that was killed before it began
-        process.once(checkpoint.check_space, folder, model, bool(settings.train.ema_decay))
+        process.once(checkpoint.check_space, folder, stages[-1][0], bool(settings.train.ema_decay))
         process.once(_try_to_save, model, data, prepared, folder)
         noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
         return _train(task, model, data, scanned, prepared, converted, folder, noted)
@@ -94,12 +101,13 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         set_seed(settings.train.seed)
         model = kind.dense_model(random, data)
-        converted = _converted(model, settings, build_layers)
+        number = stored.get("stage") or 0
+        converted = _made(model, settings.trainings[number], build_layers)
         checkpoint.load_weights(run.path, stored, model)  # cached features are of its trunk
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
         scanned = task.scan(data)
-        return _train(task, model, data, scanned, prepared, converted, run.path, settings)
+        return _train(task, model, data, scanned, prepared, converted, run.path, settings, number)
 
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
@@ -128,8 +136,9 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
         architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model with weights warns
-            _converted(architecture, settings, build_layers)
-    return replace(settings, train=settle(settings.train, len(data.train), architecture))
+            converted = _made(architecture, settings.trainings[0], build_layers)
+    *_, (last, _) = _stages(architecture, converted, settings)
+    return replace(settings, train=settle(settings.train, len(data.train), last))
 
 
 class CalibrationImages:
@@ -144,15 +153,15 @@ class CalibrationImages:
         task: task, of which `one_size` gives the batches.
         model: dense model, on its device.
         data: images, of which those of train are taken: `moe.calibration_images` of them, drawn by `train.seed`.
+        scanned: what was found, if they have been opened.
     """
 
-    def __init__(self, task: Task[Any], model: nn.Module, data: Roles) -> None:
+    def __init__(self, task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned | None = None) -> None:
         count = min(task.settings.moe.calibration_images, len(data.train))
         random = np.random.default_rng(task.settings.train.seed)
         chosen = np.sort(random.choice(len(data.train), count, replace=False))
-        self.task, self.data = task, data
+        self.task, self.data, self.scanned = task, data, scanned
         self.batches = lambda: task.one_size(model, data, [data.train[i] for i in chosen])
-        self.scanned: Scanned | None = None
 
     def __iter__(self) -> Iterator[Any]:
         if self.scanned is None:
@@ -160,17 +169,35 @@ class CalibrationImages:
         return iter(self.batches())
 
 
-def _model(kind: type[Task[Any]], data: Roles, settings: Settings) -> tuple[nn.Module, list[str], Scanned | None]:
-    """Return the upcycled model, the names of the FFNs that were converted, and what was found if images were read."""
-    set_seed(settings.train.seed)
-    model = kind.dense_model(settings.model, data)
+def _stages(
+    model: nn.Module, converted: Sequence[str], settings: Settings
+) -> Iterator[tuple[nn.Module, list[str] | None]]:
+    """Yield the model of each stage, without weights once MoE layers have come in, and the names of what it trains.
+
+    Raises:
+        VimoeError: if layers cannot be converted when they come in, or nothing is there to be trained.
+    """
+    stages = settings.trainings
+    for number, stage in enumerate(stages):
+        if number and stage.moe != stages[number - 1].moe:
+            model = meta_copy(model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the model with weights warns
+                converted = _made(model, stage, build_layers)
+        yield model, trained_modules(model, stage.train.trained, converted)
+
+
+def _convert(
+    kind: type[Task[Any]], model: nn.Module, data: Roles, settings: Settings, scanned: Scanned | None = None
+) -> tuple[list[str], Scanned | None]:
+    """Upcycle a dense model; return the names of the converted FFNs, and what was found if images have been opened."""
     if not needs_images(settings.moe):
-        return model, _converted(model, settings, convert), None
-    images = CalibrationImages(kind(settings), model.to(Process().device), data)
-    return model, _converted(model, settings, convert, images), images.scanned
+        return _made(model, settings, convert), scanned
+    images = CalibrationImages(kind(settings), model.to(Process().device), data, scanned)
+    return _made(model, settings, convert, images), images.scanned
 
 
-def _converted(model: nn.Module, settings: Settings, make: Callable[..., list[str]], *images: Any) -> list[str]:
+def _made(model: nn.Module, settings: Settings, make: Callable[..., list[str]], *images: Any) -> list[str]:
     """Make the layers that the settings ask for, by `convert` or `build_layers`, and return their names."""
     with warnings.catch_warnings():
         if settings.train.fuse != "none":  # routers stay behind, so it matters to nobody that nothing trains them
@@ -192,15 +219,34 @@ def _save(model: nn.Module, data: Roles, prepared: dict[str, Any], path: Path) -
 
 def _train(
     task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned, prepared: dict[str, Any],
-    converted: Sequence[str], folder: Path, noted: Settings,
+    converted: Sequence[str], folder: Path, noted: Settings, first: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train in a run folder, which notes these settings, and write all that belongs to a finished run."""
+    """Train in a run folder, which notes these settings, and write all that belongs to a finished run.
+
+    Args:
+        first: number of the stage to begin with; the model is as it was in it.
+    """
     logger.info("%s", scanned)
-    process = Process()
-    job = task.job(model, data, scanned, prepared, converted)  # may compute features for minutes: the folder is ours
-    process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
-    process.once(run_folder.write_settings, folder, noted)
-    summary = train(model, job, task.settings.train, folder, converted, flat(noted))
+    process, kind, settings = Process(), type(task), task.settings
+    stages = settings.trainings
+    frozen = [p for p in model.parameters() if not p.requires_grad]  # whatever is trained
+    for number in range(first, len(stages)):
+        stage = stages[number]
+        if number > first:
+            for p in model.parameters():
+                p.requires_grad_(all(p is not other for other in frozen))
+            if stage.moe != stages[number - 1].moe:
+                set_seed(mix(settings.train.seed, number))  # as it is in a training that was resumed
+                converted, _ = _convert(kind, model, data, stage, scanned)
+        if settings.train.stages:
+            logger.info("stage %d of %d: %s", number + 1, len(stages), stage.train.train_only)
+        trained = trained_modules(model, stage.train.trained, converted)
+        # may compute features for minutes: the folder is ours
+        job = kind(stage).job(model, data, scanned, prepared, trained)
+        process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
+        process.once(run_folder.write_settings, folder, noted)
+        staged = number if settings.train.stages else None
+        summary = train(model, job, stage.train, folder, trained, flat(noted), staged)
     process.once(_save, model, data, prepared, folder / run_folder.MODEL)
     summary |= fuse.facts(model)
     model = fuse.fused(model)

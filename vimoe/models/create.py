@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vimoe.config.layers import Layers
 from vimoe.config.model import FAMILIES, ModelConfig
-from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, beside, first_line, nearest
 from vimoe.files import read_text
 
@@ -75,13 +75,13 @@ def dense_segmenter(config: ModelConfig) -> Path | None:
     return Path(place) if section.get("segmentation") and not section.get("layers") else None
 
 
-def check_layer_names(config: ModelConfig, moe: MoEConfig) -> None:
-    """Raise ConfigError for a module name in `moe.layers` that no FFN of any timm model has.
+def check_layer_names(config: ModelConfig, *selections: Layers) -> None:
+    """Raise ConfigError for a module name in `moe.layers` or `train.train_only` that no FFN of any timm model has.
 
     Names with wildcards, and models of other families, are left to surgery, which sees the model.
     """
-    if config.family[0] == "timm":
-        moe.selection.check_names(FFN_NAME)
+    for selection in selections if config.family[0] == "timm" else ():
+        selection.check_names(FFN_NAME)
 
 
 def check_name(config: ModelConfig, segmentation: bool = False) -> None:

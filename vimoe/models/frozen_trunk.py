@@ -96,11 +96,11 @@ class Cut:
 
 
 def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, int]) -> Cut:
-    """Return the cut before the first block that holds a trained layer.
+    """Return the cut before the first block that holds a trained module, or else before the last block.
 
     Args:
         model: a model of a known family; left in eval mode.
-        trained: names of the trained layers.
+        trained: names of the trained modules inside blocks; none if only what comes after the blocks is trained.
         size: (channels, height, width) of the images.
 
     Raises:
@@ -120,19 +120,22 @@ def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, i
 
 
 def check_cut(model: nn.Module, trained: Sequence[str]) -> int:
-    """Return the number of the first block that holds a trained layer. Computes nothing.
+    """Return the number of the first block that holds a trained module, or of the last block. Computes nothing.
+
+    A cut is where a block gets its input, so there is none after the last block.
 
     Raises:
-        ConfigError: if no layer is trained, no block comes before, or patches are dropped.
+        ConfigError: if no block comes before, or patches are dropped.
     """
-    if not trained:
-        raise ConfigError("data.cache='features': the model has no MoE layer to train: expected one; see moe.layers")
     backbone = find_backbone(model)
-    start = min(backbone.blocks.index(backbone.block_of(name) or name) for name in trained)
-    if start == 0:
+    start = min(
+        (backbone.blocks.index(backbone.block_of(name) or name) for name in trained), default=len(backbone.blocks) - 1
+    )
+    if start <= 0:
+        what = f"{trained[0]} is in the first block and trained" if trained else "the model has no second block"
         raise ConfigError(
-            f"data.cache='features': {trained[0]} is in the first block and trained: expected frozen blocks before it; "
-            f"use data.cache=disk, or leave the block out of moe.layers"
+            f"data.cache='features': {what}: expected frozen blocks before what is trained; use data.cache=disk, or "
+            f"train the blocks after it alone (moe.layers, train.train_only)"
         )
     if backbone.drops_patches:
         raise ConfigError("data.cache='features' keeps all patches: expected no patch_drop_rate in model.args")

@@ -139,12 +139,13 @@ class MoE(nn.Module):
             )
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
-        note(self, routing)
         if self.router.mixes:
+            note(self, routing)
             return self.router.compute(x_BTD, routing, self.experts, self.shared)
         sent = dispatch(routing)
         x_RUD = x_BTD.reshape(routing.experts.shape[0], routing.tokens_per_unit, x_BTD.shape[-1])
         y_SUD = self.experts(x_RUD, sent.source, sent.load)
+        note(self, routing, y_SUD)
         shared_RUD = None if self.shared is None else self.shared(x_BTD).view(x_RUD.shape)
         mix = self.shared is not None and self.config.combine == "mix"
         y_RUD = sent.combine(y_SUD, shared_RUD, mix)

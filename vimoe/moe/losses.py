@@ -1,7 +1,7 @@
-"""Losses that keep experts in use: pure functions of the recorded `Routing`s, in float32.
+"""Losses of routers and experts: pure functions of the recorded `Routing`s, in float32.
 
-Axes: N experts. Each loss is averaged over the records. Rows are images with image routing, and tokens with token
-routing.
+Axes: R rows, N experts, K slots of a row, U tokens of a row, D channels. Each loss is averaged over the records. Rows
+are images with image routing, and tokens with token routing.
 """
 
 from __future__ import annotations
@@ -58,6 +58,102 @@ def importance_loss(routings: Sequence[Routing]) -> Tensor:
     >>> loss.backward()
     """
     return _mean(routings, _importance)
+
+
+def entropy_loss(routings: Sequence[Routing]) -> Tensor:
+    """Mean over the rows of -sum_i p_i log p_i, in nats: 0 for certain routers, log N for undecided ones.
+
+    TGR-MoE (arXiv 2604.21330) has it with a weight of 0.005. It makes each row's choice more confident, and so raises
+    the gates that are probabilities; the balance loss keeps it from sending all rows to one expert.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> loss = logits.square().mean() + 0.005 * vimoe.entropy_loss(routings)
+    >>> loss.backward()
+    """
+    return _mean(routings, _entropy)
+
+
+def variance_loss(routings: Sequence[Routing]) -> Tensor:
+    """-1/(R N) sum_ri (p_ri - mean_r p_ri)^2: minus the variance over the rows of each expert's probability.
+
+    The loss L_v of arXiv 2505.22323, there a sum over the rows. It is between -(N - 1)/N^2, where every expert has
+    rows of its own, and 0, where all rows have the same probabilities.
+
+    >>> import timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with vimoe.record(model) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> loss = logits.square().mean() + 0.01 * vimoe.variance_loss(routings)
+    >>> loss.backward()
+    """
+    return _mean(routings, lambda routing: -routing.probabilities.var(dim=0, correction=0).mean())
+
+
+def orthogonal_loss(routings: Sequence[Routing]) -> Tensor:
+    """Mean over the tokens of sum_{j != k} <y_j, y_k>^2 / (|y_k|^2 + 1e-6), with y_k the outputs of a token's experts.
+
+    The loss L_o of arXiv 2505.22323, there a sum over the tokens: the squared length of the projection of each output
+    on each other one. Experts that begin as copies overlap entirely, so it is large at the start. It trains the experts
+    and all before them, not the router.
+
+    Raises:
+        VimoeError: if outputs were not recorded, or a token has one expert, whose output has none to be orthogonal to.
+
+    >>> import timm, torch, vimoe
+    >>> config = vimoe.MoEConfig(layers="last:1", num_experts=4, top_k=2)
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), config)
+    >>> with vimoe.record(model, outputs=True) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> loss = logits.square().mean() + 0.001 * vimoe.orthogonal_loss(routings)
+    >>> loss.backward()
+    """
+    return _mean(routings, _orthogonal)
+
+
+def distill_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of sum_c t_c (log t_c - log s_c): Kullback-Leibler divergence of a model's classes from its teacher's.
+
+    The expert-ensemble self-distillation of arXiv 2604.13508: the teacher is a moving average of the model, which runs
+    all experts (`vimoe.all_experts`). The teacher gets no gradient.
+
+    Args:
+        logits: (B, C, ...) scores of C classes; further axes are pixels.
+        teacher: (B, C, ...) the teacher's.
+
+    >>> import copy, timm, torch, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> average, images = copy.deepcopy(model).eval(), torch.randn(2, 3, 160, 160)
+    >>> with torch.no_grad(), vimoe.all_experts(average):
+    ...     teacher = average(images)
+    >>> vimoe.distill_loss(model(images), teacher).backward()
+    """
+    ours, theirs = (scores.to(_precise(scores)).log_softmax(dim=1) for scores in (logits, teacher.detach()))
+    return (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
+
+
+def _entropy(routing: Routing) -> Tensor:
+    log_p_RN = routing.logits.log_softmax(dim=-1)  # of a probability that has rounded to 0, too, it has a gradient
+    return -(log_p_RN.exp() * log_p_RN).sum(dim=-1).mean()
+
+
+def _orthogonal(routing: Routing) -> Tensor:
+    slots, outputs = routing.experts.shape[1], routing.outputs
+    if slots < 2:
+        raise VimoeError(f"orthogonal_loss of {slots} expert of each token: expected at least 2; set moe.top_k=2")
+    if outputs is None:
+        raise VimoeError("the outputs of the experts were not recorded: expected vimoe.record(model, outputs=True)")
+    y_RUKD = outputs.to(_precise(outputs)).transpose(1, 2)
+    products_RUKK = y_RUKD @ y_RUKD.mT
+    lengths_RUK = products_RUKK.diagonal(dim1=-2, dim2=-1)
+    others = ~torch.eye(slots, dtype=torch.bool, device=outputs.device)
+    return (others * products_RUKK.square() / (lengths_RUK[..., None, :] + 1e-6)).sum(dim=(-2, -1)).mean()
+
+
+def _precise(scores: Tensor) -> torch.dtype:
+    return torch.promote_types(scores.dtype, torch.float32)
 
 
 def _balance(routing: Routing) -> Tensor:

@@ -1,6 +1,8 @@
 """The decisions of a layer for a batch: which experts get which tokens; and the recorder that collects them.
 
 Axes: B images, T tokens of an image, R rows that are routed (B images, or B * T tokens), N experts, K slots of a row.
+Outputs of experts have U tokens of a row (T for an image, else 1), D channels, and S filled slots in the order of
+experts.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Routing:
         batch: (B, T), number of images and of tokens of an image.
         layer: module name of the layer; a recorder sets it.
         ragged: True if slots can be empty. The router says so without a look at the data.
+        outputs: (R, K, U, D) output of the expert in each slot before it is weighted, 0 where the slot is empty; None
+            unless they are recorded.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -61,6 +65,7 @@ class Routing:
     batch: tuple[int, int]
     layer: str = ""
     ragged: bool = False
+    outputs: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -116,9 +121,16 @@ class Routing:
         counts = experts.new_zeros(*experts.shape[:-1], self.num_experts + 1)
         return counts.scatter_add_(-1, shifted, torch.ones_like(shifted))[..., 1:]
 
+    def by_slot(self, y_SUD: Tensor) -> Tensor:
+        """Return (R, K, U, D) the rows of y (S, U, D), sorted by expert, in the slots that they are of; else 0."""
+        chosen = self.experts.flatten()
+        home_S = chosen.where(chosen >= 0, self.num_experts).argsort(stable=True)[: len(y_SUD)]
+        slots = y_SUD.new_zeros(len(chosen), *y_SUD.shape[1:]).index_copy(0, home_S, y_SUD)
+        return slots.unflatten(0, self.experts.shape)
+
     def detach(self) -> Routing:
-        """Return the same decisions without gradient, to be kept beyond their training step."""
-        return replace(self, logits=self.logits.detach(), gates=self.gates.detach())
+        """Return the same decisions without gradient and outputs, to be kept beyond their training step."""
+        return replace(self, logits=self.logits.detach(), gates=self.gates.detach(), outputs=None)
 
     @property
     def image(self) -> Tensor:
@@ -129,8 +141,8 @@ class Routing:
 
 
 class _Recorder:
-    def __init__(self, names: dict[int, str]) -> None:
-        self.names = names
+    def __init__(self, names: dict[int, str], outputs: bool) -> None:
+        self.names, self.outputs = names, outputs
         self.with_grad = torch.is_grad_enabled()
         self.routings: list[Routing] = []
 
@@ -139,12 +151,16 @@ _recorders: ContextVar[tuple[_Recorder, ...]] = ContextVar("vimoe_recorders", de
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[list[Routing]]:
+def record(model: nn.Module, outputs: bool = False) -> Iterator[list[Routing]]:
     """Collect the routing of every MoE layer of the model while the block runs.
 
     The list has one `Routing` for each MoE layer in forward order, and as many again for each further forward.
     The innermost recorder of a model gets its routings, and a recorder sees only its own thread. Recomputation
     under gradient checkpointing is not recorded twice.
+
+    Args:
+        model: model to record.
+        outputs: record the outputs of the chosen experts too (`Routing.outputs`); they are copied once more.
 
     Raises:
         VimoeError: if a layer runs without gradient inside a recorder that was entered with it. Reentrant
@@ -159,7 +175,7 @@ def record(model: nn.Module) -> Iterator[list[Routing]]:
     """
     expect("model", model, nn.Module, "give the one that is to be recorded")
     names = {id(module): name for name, module in model.named_modules()}
-    recorder = _Recorder(names)
+    recorder = _Recorder(names, outputs)
     token = _recorders.set((*_recorders.get(), recorder))
     try:
         yield recorder.routings
@@ -172,8 +188,8 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def note(layer: nn.Module, routing: Routing) -> None:
-    """Hand the layer's routing to the innermost recorder that covers the layer, if there is one."""
+def note(layer: nn.Module, routing: Routing, y_SUD: Tensor | None = None) -> None:
+    """Hand a layer's routing, and the outputs of its experts, to the innermost recorder that covers the layer."""
     for recorder in reversed(_recorders.get()):
         if id(layer) not in recorder.names:
             continue
@@ -185,5 +201,6 @@ def note(layer: nn.Module, routing: Routing) -> None:
                 f"would train nothing: expected gradient as where record() was entered; use non-reentrant "
                 f"checkpointing (use_reentrant=False), or enter torch.no_grad() before record()"
             )
-        recorder.routings.append(replace(routing, layer=recorder.names[id(layer)]))
+        outputs = routing.by_slot(y_SUD) if recorder.outputs and y_SUD is not None else None
+        recorder.routings.append(replace(routing, layer=recorder.names[id(layer)], outputs=outputs))
         return

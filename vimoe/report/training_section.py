@@ -74,6 +74,9 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
         f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} had the best "
         f"score on the {val['images']} validation images; its weights were kept."
     )
+    if stages := summary.get("stages"):
+        parts = ", ".join(f"{stage['train_only']} ({epochs(stage['epochs'])})" for stage in stages)
+        page.text(f"One part was trained after the other: {parts}. Epochs are counted on; the best one is of the last.")
     names, accuracies = shown(val), measures(val)
     header = ("", "images", *accuracies, "loss")
     page.table(header, [("validation", str(val["images"]), *accuracies.values(), f"{val['loss']:.4f}")])

@@ -111,18 +111,18 @@ class Task(ABC, Generic[D]):
     def scan(self, data: D) -> Scanned:
         """Open all images that have a role. Raises DataError where some cannot be used."""
 
-    def check(self, model: nn.Module, prepared: dict[str, Any], converted: Sequence[str]) -> None:
+    def check(self, model: nn.Module, prepared: dict[str, Any], trained: Sequence[str] | None) -> None:
         """Raise VimoeError for settings that contradict the model. It costs little, and opens no image.
 
         Args:
             model: upcycled model, to be trained.
             prepared: preprocessing of its images, as `vimoe.data.loaders.preprocessing` gives it.
-            converted: names of the FFNs that `vimoe.models.upcycling.convert` converted.
+            trained: names of the modules that are trained beside the head; None for all.
         """
 
     @abstractmethod
     def job(
-        self, model: nn.Module, data: D, scanned: Scanned, prepared: dict[str, Any], converted: Sequence[str]
+        self, model: nn.Module, data: D, scanned: Scanned, prepared: dict[str, Any], trained: Sequence[str] | None
     ) -> Job:
         """Return the batches, loss and score to train the model with, by `settings.train`.
 
@@ -131,7 +131,7 @@ class Task(ABC, Generic[D]):
             data: images, of which train and val are read.
             scanned: result of `scan`.
             prepared: preprocessing of the model's images.
-            converted: names of the layers that `TrainConfig.train_only="moe"` trains.
+            trained: names of the modules that are trained beside the head; None for all.
         """
 
     @abstractmethod

@@ -101,7 +101,7 @@ class FeatureCache:
 
     Args:
         model: model on any device; its other layers are frozen, and it is moved to the device that trains.
-        trained: names of the layers that are trained.
+        trained: names of the modules that are trained beside the head.
         data: images, of which train and val are read.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         config: augmentation, batches, seed and precision; no mixup.

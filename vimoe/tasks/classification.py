@@ -50,18 +50,20 @@ class Classification(Task[Data]):
     def scan(self, data: Data) -> Scan:
         return scan(data)
 
-    def check(self, model: nn.Module, prepared: dict[str, Any], converted: Sequence[str]) -> None:
+    def check(self, model: nn.Module, prepared: dict[str, Any], trained: Sequence[str] | None) -> None:
         """Raise VimoeError for an augmentation that timm does not know, or features that cannot be cached."""
         train_transform(prepared, self.settings.train)
         if self.settings.data.cache == "features":
-            check_cut(model, converted)
+            assert trained is not None  # Settings refuses "all"
+            check_cut(model, trained)
 
     def job(
-        self, model: nn.Module, data: Data, scanned: Scanned, prepared: dict[str, Any], converted: Sequence[str]
+        self, model: nn.Module, data: Data, scanned: Scanned, prepared: dict[str, Any], trained: Sequence[str] | None
     ) -> Job:
         read, config = self.settings.data, self.settings.train
         if read.cache == "features":
-            return FeatureCache(model, converted, data, prepared, config, read.views, read.workers, self.metric).job()
+            assert trained is not None
+            return FeatureCache(model, trained, data, prepared, config, read.views, read.workers, self.metric).job()
         return job_on_images(data, prepared, config, read.workers, read.cache, self.metric)
 
     def loader(self, model: nn.Module, data: Data, samples: Sequence[Any]) -> DataLoader:

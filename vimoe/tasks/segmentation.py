@@ -56,7 +56,7 @@ class Segmentation(Task[Scenes]):
     def scan(self, data: Scenes) -> SceneScan:
         return scan_scenes(data, data.root)
 
-    def check(self, model: Any, prepared: dict[str, Any], converted: Sequence[str]) -> None:
+    def check(self, model: Any, prepared: dict[str, Any], trained: Sequence[str] | None) -> None:
         """Raise ConfigError for whole images and a ViT of one size, or a batch norm over one image."""
         if self.settings.data.inference == "whole" and model.fixed_size:
             raise ConfigError(
@@ -68,7 +68,9 @@ class Segmentation(Task[Scenes]):
                 "train.batch_size, give more training images, or use model.decoder=linear"
             )
 
-    def job(self, model: Any, data: Scenes, scanned: Any, prepared: dict[str, Any], converted: Sequence[str]) -> Job:
+    def job(
+        self, model: Any, data: Scenes, scanned: Any, prepared: dict[str, Any], trained: Sequence[str] | None
+    ) -> Job:
         pixels = scanned.pixels["train"]
         return job_on_scenes(data, prepared, model.crop, self.settings.train, self.settings.data, pixels)
 

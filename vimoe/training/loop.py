@@ -25,18 +25,35 @@ from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import ConfigError, Stopped, VimoeError
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.balancing import set_random_share, update_bias
+from vimoe.moe.ensemble import all_experts
 from vimoe.moe.layer import moe_layers
-from vimoe.moe.losses import balance_loss, importance_loss, router_z_loss
+from vimoe.moe.losses import (
+    balance_loss,
+    distill_loss,
+    entropy_loss,
+    importance_loss,
+    orthogonal_loss,
+    router_z_loss,
+    variance_loss,
+)
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
-from vimoe.training.parameter_groups import adamw, freeze_all_but
+from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
 from vimoe.training.settle import settle
 from vimoe.training.state import State
 
 logger = logging.getLogger(__name__)
+
+LOSSES = {  # of records, by the setting that is the weight
+    "z_loss": router_z_loss,
+    "importance_loss": importance_loss,
+    "entropy_loss": entropy_loss,
+    "variance_loss": variance_loss,
+    "orthogonal_loss": orthogonal_loss,
+}
 
 
 def train(
@@ -44,8 +61,9 @@ def train(
     job: Job,
     config: TrainConfig,
     out: Path,
-    converted: Sequence[str] | None = None,
+    trained: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    stage: int | None = None,
 ) -> dict[str, Any]:
     """Train a model in place; it ends with the weights of the best epoch on validation, in eval mode.
 
@@ -60,13 +78,16 @@ def train(
         job: batches, loss and score.
         config: settings of the training.
         out: existing folder.
-        converted: names of the layers that `config.train_only="moe"` trains; by default the MoE layers.
+        trained: names of the modules to train beside the head; by default those of `config.train_only`.
         settings: settings by name ("model.name") that a checkpoint notes, so that a training does not go on with
             others; by default those of `config`.
+        stage: number of the stage of `TrainConfig.stages` that `config` is the settings of. A checkpoint of the stage
+            before is gone on from with its logs; the model has its weights already.
 
     Returns:
         {"epochs": number of trained epochs, "stopped_early": True where they are fewer than asked for, "best_epoch",
-        "val": score of the returned model as a dict, "seconds", "train_images", "alarms"}.
+        "val": score of the returned model as a dict, "seconds", "train_images", "alarms"}, and "stages" with a
+        dict for each stage until now.
 
     Raises:
         ConfigError: if settings contradict the data or the machine, before anything is trained.
@@ -75,34 +96,29 @@ def train(
         VimoeError: if the loss is no longer finite.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    if config.batch_size > len(job.names):  # the loader would give no batch
-        raise ConfigError(
-            f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
-            f"lower it, as vimoe.training.settle does"
-        )
+    _check(config, job)
     check_begun(model, config)
     process = Process()
     process.one_log()
     config = settle(config, len(job.names), model)
-    if config.train_only == "moe":
-        freeze_all_but(model, list(moe_layers(model)) if converted is None else converted)
+    trained = trained_modules(model, config.trained) if trained is None else trained
+    if trained is not None:
+        freeze_all_but(model, trained)
     process.once(checkpoint.check_space, out, model, bool(config.ema_decay))
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
+    state.stage, state.part = stage, str(config.train_only)
     with _prepared(model, job, config, out) as steps, checkpoint.stopping() as stop:
 
         def save() -> None:
             process.once(checkpoint.write, out, state.stored(steps.stateful()))
 
-        if stored := checkpoint.read(out):
-            state.restore(stored, steps.stateful(), out)
-            logger.info("going on in epoch %d, after %d steps", state.epoch, state.step)
-        else:
+        if not state.goes_on(checkpoint.read(out), steps.stateful(), out):
             save()  # so that there is one to go on from whenever it is killed
-        started = time.perf_counter() - state.seconds
+        started, last = time.perf_counter() - state.seconds, state.before + config.epochs
         with progress("training", config.epochs * steps.batches, state.done(steps.batches), stays=True) as show:
             while state.epoch <= config.epochs and not state.stalled(config.early_stopping):
                 for _ in steps.epoch(state):
-                    show(f"epoch {state.epoch}/{config.epochs}", 1)
+                    show(f"epoch {state.number}/{last}", 1)
                     state.seconds = time.perf_counter() - started
                     if steps.synced and process.any(bool(stop.signal) or state.save_due(config.checkpoint_minutes)):
                         save()
@@ -110,25 +126,26 @@ def train(
                         raise Stopped(out, stop.signal or signal.SIGTERM)
                 score = job.evaluate(steps.judged)
                 row = state.finish_epoch(score, steps.rate, moe_layers(model), out)
-                steps.accelerator.log({**row, **state.scalars()}, step=state.epoch)
+                steps.accelerator.log({**row, **state.scalars()}, step=state.number)
                 state.best.offer(state.epoch, score, steps.judged)
-                logger.info("epoch %d of %d: %s", state.epoch, config.epochs, score)
+                logger.info("epoch %d of %d: %s", state.number, last, score)
                 state.next_epoch()
                 save()
             if stopped_early := state.epoch <= config.epochs:
-                why = f"stopped after epoch {state.epoch - 1}, the best is {state.best.epoch}"
+                why = f"stopped after epoch {state.number - 1}, the best is {state.before + state.best.epoch}"
                 show(why, 0)
                 logger.info("%s: none of the last %d was better", why, config.early_stopping)
     model.load_state_dict(state.best.state)
     model.eval()
     return {
-        "epochs": state.epoch - 1,
+        "epochs": state.number - 1,
         "stopped_early": stopped_early,
-        "best_epoch": state.best.epoch,
+        "best_epoch": state.before + state.best.epoch,
         "val": state.best.score if config.precision == "no" else job.evaluate(model).to_dict(),
         "seconds": time.perf_counter() - started,
         "train_images": len(job.names),
         "alarms": state.alarms,
+        **state.stages,
     }
 
 
@@ -152,6 +169,7 @@ class _Steps:
     def epoch(self, state: State) -> Iterator[None]:
         """Train the rest of an epoch, and yield after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
+        learning = {name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
         self.order.start(state.epoch, state.step * self.config.batch_size)
         self.model.train()
         for inputs, targets in self.loader:
@@ -162,22 +180,25 @@ class _Steps:
                 p.requires_grad_(state.updates >= self.config.router_frozen * self._updates)
             with self.accelerator.accumulate(self.model):
                 images, targets = self.job.prepare(inputs, targets)
-                with record(self.plain) as routings:
+                with record(self.plain, outputs=self.config.orthogonal_loss > 0) as routings:
                     outputs = self.job.forward(self.model, images)
                 task_loss = self.job.loss(outputs, targets)
                 extra, parts = auxiliary_losses(routings, self.config, route_loss(routings, layers, targets))
+                if self.config.distill_loss:
+                    parts["distill_loss"] = distill_loss(outputs, self._taught(images))
+                    extra = extra + self.config.distill_loss * parts["distill_loss"]
                 loss = task_loss + extra
                 if not loss.isfinite():
                     raise VimoeError(self._not_finite(loss.item(), state, len(images)))
                 self.accelerator.backward(loss * (self.config.accumulation / self._window(state)))
                 if self.synced:
-                    state.health.add_gradients(layers)
+                    state.health.add_gradients({name: layers[name] for name in layers if name in learning})
                     if self.config.clip_grad:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
                     self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.decided += [routing.detach() for routing in routings]
+            self.decided += [routing.detach() for routing in routings if routing.layer in learning]
             if self.synced:
                 state.updates += 1
                 update_bias(self.plain, self.decided)
@@ -191,10 +212,17 @@ class _Steps:
             state.totals.seconds = before + time.perf_counter() - start
             yield
 
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> Tensor:
+        """Return the logits of the teacher: the moving average with all experts at work."""
+        assert self.ema is not None  # TrainConfig refuses a distill_loss without it
+        with all_experts(self.ema.module):
+            return self.job.forward(self.ema.module, images)
+
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
         names = [self.job.names[i] for i in self.order.images_at(state.step * batch, batch)]
         return (
-            f"the loss is {loss} in epoch {state.epoch}, step {state.step + 1}, of {', '.join(names[:8])}"
+            f"the loss is {loss} in epoch {state.number}, step {state.step + 1}, of {', '.join(names[:8])}"
             f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
             f"train.clip_grad; the last checkpoint is from before"
         )
@@ -269,6 +297,19 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Ite
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
 
+def _check(config: TrainConfig, job: Job) -> None:
+    if config.batch_size > len(job.names):  # the loader would give no batch
+        raise ConfigError(
+            f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
+            f"lower it, as vimoe.training.settle does"
+        )
+    if config.stages is not None:
+        raise ConfigError(
+            f"train.stages={list(config.stages)} in vimoe.training.loop.train: expected the settings of one stage; use "
+            f"vimoe train, or vimoe.experiments.train.run_training"
+        )
+
+
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings by name ("train.lr"), as a checkpoint notes them."""
     return {f"train.{name}": value for name, value in asdict(config).items()}
@@ -292,10 +333,9 @@ def auxiliary_losses(
     if not routings:
         return 0.0, {}
     parts = {"balance_loss": (balance_loss(routings), config.balance_loss)}
-    if config.z_loss:
-        parts["z_loss"] = (router_z_loss(routings), config.z_loss)
-    if config.importance_loss:
-        parts["importance_loss"] = (importance_loss(routings), config.importance_loss)
+    for name, loss in LOSSES.items():
+        if weight := getattr(config, name):
+            parts[name] = (loss(routings), weight)
     if taught is not None and config.route_loss:
         parts["route_loss"] = (taught, config.route_loss)
     total = sum(weight * loss for loss, weight in parts.values())

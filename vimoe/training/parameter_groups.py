@@ -1,23 +1,26 @@
-"""Parameter groups: experts have the rate and decay of the parent's FFN, routers their own.
+"""Parameter groups, and which parameters are trained at all.
 
-The matrices of experts get another decay if `expert_weight_decay` is set. Stacked biases (N, F) are biases: no weight
+Experts have the rate and decay of the parent's FFN, routers their own. `expert_lr_scale` gives routed experts another
+rate, and `expert_weight_decay` their matrices another decay. Stacked biases (N, F) are biases: no weight
 decay. An expert that is idle in a step has a gradient of zero, not none: AdamW still moves it by its remaining
 momentum and decays its weights, like any weight with zero gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from vimoe.config.layers import Layers
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.interface import find_backbone
+from vimoe.models.upcycling import sites
 from vimoe.moe.experts import Experts
-from vimoe.moe.layer import moe_layers
+from vimoe.moe.layer import MoE, moe_layers
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -45,28 +48,74 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
             decays = by_role.get(name, p.ndim > 1 and name not in no_decay)
             groups.setdefault((depths[name], decays), []).append(p)
     deepest = max(depths.values())
-    routers = {id(p) for layer in moe_layers(model).values() for p in layer.router.parameters()}
-    matrices = {id(p) for name, p in model.named_parameters() if by_role.get(name)}
-    own_decay = matrices if config.expert_weight_decay is not None else set()
+    layers = moe_layers(model).values()
+    routers = {id(p) for layer in layers for p in layer.router.parameters()}
+    experts = {id(p) for layer in layers for p in layer.experts.parameters()} - _shared(layers)
     result: list[dict[str, Any]] = []
     for (depth, decays), parameters in groups.items():
         rate = config.layer_decay ** (deepest - depth)
-        kind = {"weight_decay": config.weight_decay if decays else 0.0, "lr_scale": rate}
-        router_kind = {
-            "weight_decay": config.router_weight_decay,
-            "lr_scale": kind["lr_scale"] * config.router_lr_scale,
+        decay = config.weight_decay if decays else 0.0
+        own_decay = config.expert_weight_decay if decays else None
+        # where experts are treated as other parameters they are in one group with them, as in older checkpoints
+        apart = experts if config.expert_lr_scale != 1 or own_decay is not None else set()
+        kinds = {
+            "other": {"weight_decay": decay, "lr_scale": rate},
+            "router": {
+                "weight_decay": config.router_weight_decay if decays else 0.0,
+                "lr_scale": rate * config.router_lr_scale,
+            },
+            "expert": {
+                "weight_decay": decay if own_decay is None else own_decay,
+                "lr_scale": rate * config.expert_lr_scale,
+            },
         }
-        expert_kind = {**kind, "weight_decay": config.expert_weight_decay}
-        result.append({**kind, "params": [p for p in parameters if id(p) not in routers | own_decay]})
-        result.append({**router_kind, "params": [p for p in parameters if id(p) in routers]})
-        result.append({**expert_kind, "params": [p for p in parameters if id(p) in own_decay]})
-    return [group for group in result if group["params"]]
+        members: dict[str, list[nn.Parameter]] = {kind: [] for kind in kinds}
+        for p in parameters:
+            members["router" if id(p) in routers else "expert" if id(p) in apart else "other"].append(p)
+        result += [{**kinds[kind], "params": params} for kind, params in members.items() if params]
+    return result
 
 
-def freeze_all_but(model: nn.Module, layers: Sequence[str]) -> None:
-    """Leave only the named layers and the model's head to be trained. Raises ConfigError where none is named."""
-    if not layers:
-        raise ConfigError("train.train_only='moe': the model has no MoE layer; set moe.layers, or train_only='all'")
-    trained, head = tuple(f"{name}." for name in layers), find_backbone(model).head()
+def trained_modules(model: nn.Module, trained: Layers, converted: Sequence[str] | None = None) -> list[str] | None:
+    """Return the names of the modules that `train.train_only` leaves to be trained beside the head; None for all.
+
+    Args:
+        model: model to be trained.
+        trained: `TrainConfig.trained`.
+        converted: names of the layers that "moe" means; by default the MoE layers.
+
+    Raises:
+        ConfigError: if there is no MoE layer of which to train something.
+        SurgeryError: if an index or pattern names no FFN.
+    """
+    layers = list(moe_layers(model))
+    if trained.word == "all":
+        return None
+    if trained.word == "head":
+        return []
+    if trained.word not in ("moe", "experts"):
+        return [site.name for site in trained.select(sites(model))]
+    names = layers if trained.word == "experts" or converted is None else list(converted)
+    if not names:
+        raise ConfigError(
+            f"train.train_only={trained.word!r}: the model has no MoE layer: expected one; set moe.layers, or name the "
+            f"FFNs to train, such as train_only='last:2'"
+        )
+    return names if trained.word == "moe" else [f"{name}.{part}" for name in names for part in ("experts", "router")]
+
+
+def freeze_all_but(model: nn.Module, modules: Sequence[str]) -> None:
+    """Leave only the named modules and the model's head to be trained.
+
+    Experts may hold the shared expert, such as a base of theirs; it is trained only if it is named, or its layer.
+    """
+    trained, head = tuple(f"{name}." for name in modules), find_backbone(model).head()
+    apart = [layer for name, layer in moe_layers(model).items() if not f"{name}.shared.".startswith(trained)]
+    shared = _shared(apart)
     for name, p in model.named_parameters():
-        p.requires_grad_(name in head or name.startswith(trained))
+        p.requires_grad_(name in head or (name.startswith(trained) and id(p) not in shared))
+
+
+def _shared(layers: Iterable[MoE]) -> set[int]:
+    """Return the identities of the shared experts' parameters."""
+    return {id(p) for layer in layers if layer.shared is not None for p in layer.shared.parameters()}

@@ -46,20 +46,37 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
             f"train.router_warmup_epochs={config.router_warmup_epochs:g} of train.epochs={config.epochs}: expected at "
             f"most as many; lower it"
         )
-    kinds = {layer.router.config.router for layer in moe_layers(model).values() if not layer.router.adjustable}
-    if config.router_warmup_epochs and kinds:
-        raise ConfigError(
-            f"train.router_warmup_epochs={config.router_warmup_epochs:g} with moe.router={min(kinds)!r}: expected 0, "
-            f"its decisions cannot be random; leave it out"
-        )
-    untaught = {layer.router.config.router for layer in moe_layers(model).values() if not layer.router.supervised}
-    if config.route_loss != TrainConfig.route_loss and untaught:
-        raise ConfigError(
-            f"train.route_loss={config.route_loss:g} with moe.router={min(untaught)!r}: expected it with 'superclass' "
-            f"only; leave it out"
-        )
+    _check_routers(config, model)
     if config.precision == "fp16" and process.device.type == "cpu":
         raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
     if config.precision == "bf16":
         warn_of_slow_bfloat16("train.precision=bf16", "use train.precision=auto or no")
     return config
+
+
+def _check_routers(config: TrainConfig, model: nn.Module) -> None:
+    """Raise ConfigError for settings that the routers of the model do not go with."""
+    routers = [layer.router for layer in moe_layers(model).values()]
+    kinds = {router.config.router for router in routers if not router.adjustable}
+    if config.router_warmup_epochs and kinds:
+        raise ConfigError(
+            f"train.router_warmup_epochs={config.router_warmup_epochs:g} with moe.router={min(kinds)!r}: expected 0, "
+            f"its decisions cannot be random; leave it out"
+        )
+    untaught = {router.config.router for router in routers if not router.supervised}
+    if config.route_loss != TrainConfig.route_loss and untaught:
+        raise ConfigError(
+            f"train.route_loss={config.route_loss:g} with moe.router={min(untaught)!r}: expected it with 'superclass' "
+            f"only; leave it out"
+        )
+    mixing = {router.config.router for router in routers if router.mixes}
+    if config.orthogonal_loss and mixing:
+        raise ConfigError(
+            f"train.orthogonal_loss={config.orthogonal_loss:g} with moe.router={min(mixing)!r}: expected 0, since no "
+            f"token has outputs of chosen experts; leave it out"
+        )
+    if config.orthogonal_loss and any(router.slots < 2 for router in routers):
+        raise ConfigError(
+            f"train.orthogonal_loss={config.orthogonal_loss:g} with moe.top_k=1: expected at least 2, since a single "
+            f"output has none to be orthogonal to; set moe.top_k=2, or leave the loss out"
+        )

@@ -92,6 +92,23 @@ class State:
     health: Health = field(default_factory=Health)
     alarms: list[str] = field(default_factory=list)
     best: Best = field(default_factory=Best)
+    stage: int | None = None  # number of this stage; None for a training without stages
+    part: str = ""  # that is trained in this stage
+    before: int = 0  # epochs of the stages before
+    ended: list[dict[str, Any]] = field(default_factory=list)  # the stages before, for summary.json
+
+    @property
+    def number(self) -> int:
+        """Number of this epoch, counted over all stages."""
+        return self.before + self.epoch
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """The stages until now, for summary.json; empty for a training without stages."""
+        if self.stage is None:
+            return {}
+        best = {"best_epoch": self.before + self.best.epoch, "val": self.best.score}
+        return {"stages": [*self.ended, {"train_only": self.part, "epochs": self.epoch - 1, **best}]}
 
     def done(self, batches: int) -> int:
         """Return the number of steps that are done, in epochs of so many batches."""
@@ -114,15 +131,16 @@ class State:
             **{f"val_{name}": value for name, value in score.columns.items()},
             "images_per_second": self.totals.images / self.totals.seconds,
         }
-        self.metrics.append({"epoch": self.epoch, **row})
+        stage = {} if self.stage is None else {"stage": self.part}
+        self.metrics.append({"epoch": self.number, **stage, **row})
         self.shares += [
-            {"epoch": self.epoch, "layer": layer, "expert": expert, "share": share}
+            {"epoch": self.number, "layer": layer, "expert": expert, "share": share}
             for layer, shares in self.health.shares().items()
             for expert, share in enumerate(shares)
         ]
-        self.health_rows += [{"epoch": self.epoch, **row} for row in self.health.rows()]
+        self.health_rows += [{"epoch": self.number, **row} for row in self.health.rows()]
         for alarm in self.health.alarms(layers):
-            self.alarms.append(f"epoch {self.epoch}: {alarm}")
+            self.alarms.append(f"epoch {self.number}: {alarm}")
             logger.warning(self.alarms[-1])
         self.write_logs(out)
         return row
@@ -135,7 +153,8 @@ class State:
         for name, rows in (("metrics.csv", self.metrics), ("load.csv", self.shares), ("health.csv", self.health_rows)):
             if rows:
                 text = io.StringIO()
-                writer = csv.DictWriter(text, rows[0])
+                # the first stage may have fewer columns, as a dense model has
+                writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
                 writer.writeheader()
                 writer.writerows(rows)
                 write_text(out / name, text.getvalue())
@@ -162,18 +181,29 @@ class State:
             **{name: part.state_dict() for name, part in parts.items()},
         }
 
+    def goes_on(self, stored: dict[str, Any] | None, parts: Mapping[str, Any], out: Path) -> bool:
+        """Go back to the last checkpoint of this stage and return True, or go on after that of the stage before.
+
+        Args:
+            stored: the last checkpoint; None if there is none.
+            parts: as of `stored`.
+            out: the run folder.
+        """
+        if stored and stored.get("stage") == self.stage:
+            self.restore(stored, parts, out)
+            logger.info("going on in epoch %d, after %d steps", self.number, self.step)
+            return True
+        if stored:
+            self.follow(stored, out)
+        return False
+
     def restore(self, stored: dict[str, Any], parts: Mapping[str, Any], out: Path) -> None:
         """Go back to a checkpoint, in the logs too.
 
         Raises:
             FolderError: if the checkpoint is of other images or settings.
         """
-        checkpoint.check_settings(out, stored["settings"], self.settings)
-        if stored["images"] != self.images:
-            raise checkpoint.other_images(out)
-        for name in _PLAIN:
-            setattr(self, name, stored[name])
-        self.saved = self.seconds
+        self._take(stored, out, *_PLAIN)
         if self.process.first:  # the sums are of all processes
             vars(self.totals).update(stored["totals"])
             self.health.sums = stored["health"]["sums"]
@@ -182,5 +212,23 @@ class State:
             part.load_state_dict(stored[name])
         self.write_logs(out)
 
+    def follow(self, stored: dict[str, Any], out: Path) -> None:
+        """Go on after the last checkpoint of the stage before, with its logs. Raises as `restore`."""
+        earlier = State(self.images, self.settings, self.process)
+        earlier._take(stored, out, *_PLAIN)
+        vars(earlier.best).update(stored["best"])
+        self._take(stored, out, *_LOGS)
+        self.before, self.ended = earlier.number - 1, earlier.stages["stages"]
 
-_PLAIN = ("epoch", "step", "updates", "seconds", "metrics", "shares", "health_rows", "alarms")
+    def _take(self, stored: dict[str, Any], out: Path, *names: str) -> None:
+        checkpoint.check_settings(out, stored["settings"], self.settings)
+        if stored["images"] != self.images:
+            raise checkpoint.other_images(out)
+        for name in names:
+            if name in stored:  # what is newer than the checkpoint has its default
+                setattr(self, name, stored[name])
+        self.saved = self.seconds
+
+
+_LOGS = ("seconds", "metrics", "shares", "health_rows", "alarms")
+_PLAIN = (*_LOGS, "epoch", "step", "updates", "stage", "part", "before", "ended")
