@@ -245,8 +245,9 @@ def problems() -> list[str]:
         if row.verb and row.verb.split()[0] not in VERBS:
             found.append(f"{row.leaf}: no verb {row.verb!r}")
     for registry in (ROUTERS, GATES, EXPERTS, STARTS):
-        for name in registry:
-            if f"{registry.setting}={name}" not in chosen:
+        for name, entry in registry.items():
+            ours = (entry if isinstance(entry, str) else entry.__module__).startswith("vimoe.")
+            if ours and f"{registry.setting}={name}" not in chosen:
                 found.append(f"{registry.setting}={name} has no row")
     return found
 

@@ -1,13 +1,14 @@
-"""A task made so that routing must help: digits in six styles, and each style permutes the labels anew.
+"""A task made so that routing must help: digits in six styles, and each style asks another question about the digit.
 
-The label of an image follows from its style and its digit together. A small ViT that knows both is frozen, but for one
-narrow FFN and the classifier. An FFN has to learn a permutation of ten labels for each style, and is too narrow for
-six of them; an expert that gets few styles needs few.
+What an image shows is six numbers, the first principal components of its handwritten digit. Its label is the largest of
+six random linear functions of them, which every style has anew: so the labels of the styles disagree. A small ViT that
+knows the style and the six numbers is frozen, but for one narrow FFN and the classifier. The FFN is wide enough for the
+functions of one style, and not for those of six; an expert needs one style alone.
 
     python studies/styles.py --seeds 3 --out styles.json
 
 trains each arm on each seed (seconds each), and prints its accuracy and loss on test, what it costs to exchange the
-routes of images, and how far the routes follow style and digit.
+routes of images, and how far the routes follow styles and labels.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_mutual_info_score
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import vimoe
 
-STYLES, DIGITS = 6, 10
+STYLES, SHOWN, LABELS = 6, 6, 6  # styles, numbers that an image shows, and classes
 DIM, WIDTH = 48, 8  # channels, and hidden units of the FFN that is trained
 BATCH = 128
 ARMS: dict[str, dict[str, Any]] = {
@@ -49,41 +51,42 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Split:
-    """Images (I, 1, 8, 8), and the style, digit and label (I,) of each."""
+    """Images (I, 1, 8, 8), the style (I,) of each, the numbers (I, SHOWN) that it shows, and its label (I,)."""
 
     images: Tensor
     style: Tensor
-    digit: Tensor
+    shown: Tensor
     label: Tensor
 
 
 def task(seed: int) -> tuple[Split, Split]:
     """Return images to learn from and to test on: other handwritten digits, each in all styles."""
-    digits, rng = load_digits(), np.random.default_rng(seed)
-    order = rng.permutation(len(digits.target))
-    x = torch.from_numpy(digits.images[order]).float()[:, None] / 16
-    digit, ramp = torch.from_numpy(digits.target[order]), torch.linspace(0, 1, 8)
-    styles = [x, 1 - x, (x > 0.4).float(), 0.3 + 0.4 * x, 0.5 * x + 0.5 * ramp, 0.5 * x + 0.5 * ramp[:, None]]
-    labels = torch.from_numpy(np.stack([rng.permutation(DIGITS) for _ in range(STYLES)]))
+    rng = np.random.default_rng(seed)
+    digits = load_digits().images[rng.permutation(1797)] / 16
+    shown = torch.from_numpy(PCA(SHOWN, whiten=True, random_state=0).fit_transform(digits.reshape(1797, -1))).float()
+    x, ramp = torch.from_numpy(digits).float()[:, None], torch.linspace(0, 1, 8)
+    gradients = [0.5 * x + 0.5 * each for each in (ramp, ramp[:, None], ramp.flip(0))]
+    styles = [x, 1 - x, *gradients, 0.3 + 0.4 * x]
+    functions = torch.from_numpy(rng.normal(size=(STYLES, LABELS, SHOWN))).float()
+    cut = 3 * len(x) // 4
 
     def part(at: slice) -> Split:
-        style = torch.arange(STYLES).repeat_interleave(len(digit[at]))
-        shown = digit[at].repeat(STYLES)
-        return Split(torch.cat([each[at] for each in styles]), style, shown, labels[style, shown])
+        style, numbers = torch.arange(STYLES).repeat_interleave(len(x[at])), shown[at].repeat(STYLES, 1)
+        label = torch.einsum("icp,ip->ic", functions[style], numbers).argmax(dim=1)
+        return Split(torch.cat([each[at] for each in styles]), style, numbers, label)
 
-    cut = 3 * len(order) // 4
     return part(slice(cut)), part(slice(cut, None))
 
 
 def parent(data: Split, seed: int, epochs: int = 12) -> nn.Module:
-    """Return a ViT that was trained to tell the style and the digit of an image, but not its label."""
+    """Return a ViT that was trained to tell the style and the numbers of an image, but not its label."""
     torch.manual_seed(seed)
     sizes = {"img_size": 8, "patch_size": 2, "embed_dim": DIM, "depth": 2, "num_heads": 4, "mlp_ratio": WIDTH / DIM}
-    model = VisionTransformer(in_chans=1, num_classes=STYLES + DIGITS, **sizes)
+    model = VisionTransformer(in_chans=1, num_classes=STYLES + SHOWN, **sizes)
 
-    def loss(logits: Tensor, at: Tensor) -> Tensor:
-        style, digit = logits.split([STYLES, DIGITS], dim=1)
-        return F.cross_entropy(style, data.style[at]) + F.cross_entropy(digit, data.digit[at])
+    def loss(outputs: Tensor, at: Tensor) -> Tensor:
+        style, numbers = outputs.split([STYLES, SHOWN], dim=1)
+        return F.cross_entropy(style, data.style[at]) + F.mse_loss(numbers, data.shown[at])
 
     _train(model, data, loss, epochs, lr=3e-3)
     return model
@@ -95,7 +98,7 @@ def trained(
     """Return the upcycled parent, with its last FFN and a new classifier trained on the labels."""
     torch.manual_seed(seed)
     model: Any = copy.deepcopy(dense)
-    model.reset_classifier(DIGITS)
+    model.reset_classifier(LABELS)
     vimoe.upcycle(model, config, images=[(data.images, data.label)])
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(("blocks.1.mlp.", "head.")))
@@ -123,7 +126,7 @@ def _train(model: nn.Module, data: Split, loss: Callable[[Tensor, Tensor], Tenso
 
 @torch.no_grad()
 def measured(model: nn.Module, data: Split) -> dict[str, Any]:
-    """Return accuracy, loss in nats, and of a mixture: what exchanged routes cost, gates, and what routes follow."""
+    """Return accuracy, loss in nats, and of a mixture: what exchanged routes cost, gates, and what routes follow (adjusted mutual information)."""
     with vimoe.record(model) as routings:
         logits = model(data.images)
     found: dict[str, Any] = {
@@ -138,7 +141,7 @@ def measured(model: nn.Module, data: Split) -> dict[str, Any]:
         found["permuted"] = [cost.value, cost.low, cost.high]
         found["gate"] = float(routing.gates.mean())
         found["follows_style"] = float(adjusted_mutual_info_score(data.style, expert))
-        found["follows_digit"] = float(adjusted_mutual_info_score(data.digit, expert))
+        found["follows_label"] = float(adjusted_mutual_info_score(data.label, expert))
     return found
 
 
@@ -160,21 +163,19 @@ def main() -> None:
     options = parser.parse_args()
     parents = [parent(task(seed)[0], seed) for seed in range(options.seeds)]
     results: dict[str, list[dict[str, Any]]] = {}
-    print(f"{'arm':<24}{'accuracy':>10}{'loss':>8}{'permuted':>10}{'gate':>7}{'style':>7}{'digit':>7}")
+    print(f"{'arm':<24}{'accuracy':>10}{'loss':>8}{'permuted':>10}{'gate':>7}{'style':>7}{'label':>7}")
     for arm in options.arms:
         runs = [run(arm, seed, options.epochs, options.lr, dense) for seed, dense in enumerate(parents)]
         results[arm] = runs
-        cells = [
-            f"{np.mean([each['accuracy'] for each in runs]):>10.1%}{np.mean([each['loss'] for each in runs]):>8.3f}"
-        ]
+        mean = {key: np.mean([each[key] for each in runs]) for key in runs[0] if key != "permuted"}
+        cells = f"{mean['accuracy']:>10.1%}{mean['loss']:>8.3f}"
         if "permuted" in runs[0]:
-            cells.append(f"{np.mean([each['permuted'][0] for each in runs]):>+10.3f}")
-            cells += [
-                f"{np.mean([each[key] for each in runs]):>7.2f}" for key in ("gate", "follows_style", "follows_digit")
-            ]
-        print(f"{arm:<24}{''.join(cells)}", flush=True)
+            cost = np.mean([each["permuted"][0] for each in runs])
+            cells += f"{cost:>+10.3f}{mean['gate']:>7.2f}{mean['follows_style']:>7.2f}{mean['follows_label']:>7.2f}"
+        print(f"{arm:<24}{cells}", flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"epochs": options.epochs, "lr": options.lr, "arms": results}, indent=1))
+        text = json.dumps({"epochs": options.epochs, "lr": options.lr, "arms": results}, indent=1)
+        options.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,12 @@ def test_a_finding_names_its_layers_and_the_first_is_the_most_urgent() -> None:
 
 def test_what_is_set_already_is_not_advised() -> None:
     copies = layer(**NONE, from_mean=Distance(1.0, 0.0, 0.0))
-    assert found(copies)["copies"] == ("a higher train.lr", "moe.init=drop", "moe.init=cluster")
+    assert found(copies)["copies"] == (
+        "a higher train.expert_lr_scale",
+        "a higher train.lr",
+        "moe.init=drop",
+        "moe.init=cluster",
+    )
     assert "moe.init=drop" not in found(copies, init="drop")["copies"]
     both = findings([copies, replace(copies, name="b")], {"a": MoEConfig(init="drop"), "b": MoEConfig()})
     assert "moe.init=drop" in both[0].remedies  # one of them has it not

@@ -126,7 +126,7 @@ RULES = (
         copies,
         "the experts still compute nearly the same, so no choice among them can matter",
         lambda layer: f"outputs {layer.from_mean.outputs:.2%} apart",
-        ("a higher train.lr", "moe.init=drop", "moe.init=cluster"),
+        ("a higher train.expert_lr_scale", "a higher train.lr", "moe.init=drop", "moe.init=cluster"),
         "at a low rate upcycled experts stay at the parent, with a cosine near 1 (arXiv 2410.07524); Drop-Upcycling "
         "(arXiv 2502.19261) and clusters (arXiv 2604.13508) are starts at which they differ",
     ),
@@ -136,8 +136,8 @@ RULES = (
         "the experts differ, but the gates give them little weight",
         lambda layer: f"mean gate {layer.gates.mean:.2f}",
         ("moe.gate=choice", "a higher moe.gate_weight", "fewer moe.num_experts"),
-        "an expert's difference enters with its gate, and a softmax over many experts begins near 1/N; no loss raises "
-        "it",
+        "an expert's difference enters with its gate; a softmax over N experts begins near 1/N, and no loss raises it "
+        "while routes do not matter",
     ),
     Rule(
         "saturated",

@@ -105,7 +105,8 @@ class Start:
         if parts > 1 and router.reads_weights:
             raise SurgeryError(
                 f"router={self.config.router!r} with experts of {experts.kind.hidden} of {hidden} hidden units: "
-                f"expected experts of all of them, since it takes means of weights; leave out expert_width"
+                f"expected experts of all of them, since it takes means of weights; leave out expert_width, or "
+                f"init='split'"
             )
         learnt = dict(router.named_parameters(recurse=False)).get("weight")
         has_rows = learnt is not None and learnt.shape == (experts.num_experts, experts.kind.dim)
