@@ -126,7 +126,7 @@ def _train(model: nn.Module, data: Split, loss: Callable[[Tensor, Tensor], Tenso
 
 @torch.no_grad()
 def measured(model: nn.Module, data: Split) -> dict[str, Any]:
-    """Return accuracy and loss in nats; of a mixture also what exchanged routes cost, the mean gate, and AMI of routes."""
+    """Return accuracy and loss; of a mixture also the cost of exchanged routes in nats, the mean gate, and AMI."""
     with vimoe.record(model) as routings:
         logits = model(data.images)
     found: dict[str, Any] = {
