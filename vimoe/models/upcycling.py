@@ -48,8 +48,8 @@ class Plan:
     def __str__(self) -> str:
         c = self.config
         kind = (
-            f"{c.num_experts} experts ({c.experts}), {c.router} router, top_k={c.top_k}, {c.routing} routing, "
-            f"{c.num_shared_experts} shared, {c.combine}"
+            f"{c.num_experts} {c.experts} experts ({c.init}), {c.router} router, {c.gate} gate, top_k={c.top_k}, "
+            f"{c.routing} routing, {c.num_shared_experts} shared, {c.combine}"
             if c.num_experts
             else f"dense FFN of {c.num_shared_experts} times the width"
         )
@@ -80,7 +80,7 @@ def plan(
     >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
     before: 0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
     after:  0.41 M parameters, 0.33 M activated, 0.040 G multiply-adds, 1 MoE layers
-      blocks.5.mlp: Mlp -> 4 experts (ffn), softmax router, top_k=1, image routing, 1 shared, mix
+      blocks.5.mlp: Mlp -> 4 ffn experts (copy), softmax router, probability gate, top_k=1, image routing, 1 shared, mix
     """
     _check(model, config)
     copied = meta_copy(model)
