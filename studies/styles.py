@@ -126,7 +126,10 @@ def _train(model: nn.Module, data: Split, loss: Callable[[Tensor, Tensor], Tenso
 
 @torch.no_grad()
 def measured(model: nn.Module, data: Split) -> dict[str, Any]:
-    """Return accuracy, loss in nats, and of a mixture: what exchanged routes cost, gates, and what routes follow (adjusted mutual information)."""
+    """Return accuracy and loss in nats; of a mixture also gates, what exchanged routes cost, and what routes follow.
+
+    The last is the adjusted mutual information.
+    """
     with vimoe.record(model) as routings:
         logits = model(data.images)
     found: dict[str, Any] = {
