@@ -69,8 +69,8 @@ def diagnose(
 
     Raises:
         ConfigError: if `overrule` is less than 2, or there are not as many sequences as images.
-        VimoeError: if the model has no MoE layer or a router whose decisions cannot be overruled, or the evidence is of
-            another model or has no interventions.
+        VimoeError: if the model has no MoE layer, or a router whose decisions cannot be exchanged or are the same for
+            all images; or if the evidence is of another model or has no interventions.
         DataError: if the loader is empty, or gives other images than those of the evidence.
 
     >>> import timm, torch, vimoe
@@ -84,7 +84,7 @@ def diagnose(
     check_overrule(overrule)
     check_count("seed", seed, 0, LARGEST_SEED)
     model = unwrapped(model)
-    check_overrulable(model)
+    check_exchangeable(model)
     if evidence is None:
         evidence = analyze(model, loader, draws, overrule, seed, progress, sequences, metric)
     expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
@@ -121,13 +121,17 @@ def diagnose(
     return Diagnosis(evidence.base, len(places), how_many, figures, findings(figures, layers), without)
 
 
-def check_overrulable(model: nn.Module) -> None:
-    """Raise VimoeError for a model with a router whose decisions images cannot exchange (`Router.overrulable`)."""
+def check_exchangeable(model: nn.Module) -> None:
+    """Raise VimoeError for a model with a router for which exchanged decisions of images tell nothing.
+
+    They cannot be exchanged (`Router.overrulable` is False), or all images have the same ones (`Router.constant`).
+    """
     for name, layer in moe_layers(model).items():
-        if not layer.router.overrulable:
+        if layer.router.constant or not layer.router.overrulable:
+            why = "that differ between images" if layer.router.constant else "that images can exchange"
             raise VimoeError(
-                f"{name} has moe.router={layer.config.router!r}: expected routers whose decisions images can exchange, "
-                f"which tells whether they matter; use analyze, which measures the dense FFNs in the layers' place"
+                f"{name} has moe.router={layer.config.router!r}: expected routers with decisions {why}, which tells "
+                f"whether they matter; use analyze, which measures the dense FFNs in the layers' place"
             )
 
 

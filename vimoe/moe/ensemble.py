@@ -21,7 +21,8 @@ def all_experts(model: nn.Module) -> Iterator[None]:
     """Let all experts of each MoE layer compute inside the block, weighted by the router's probabilities.
 
     A layer then computes S(x) + sum_i p_i (E_i(x) - S(x)) with combine="mix", and so on with i from 1 to N: the expert
-    ensemble of arXiv 2604.13508. Probabilities that are none of a softmax are divided by their sum. A router without gates of chosen experts (`Router.gated`) decides as it always does.
+    ensemble of arXiv 2604.13508. Probabilities that are none of a softmax are divided by their sum. A router without
+    gates of chosen experts (`Router.gated`) decides as it always does.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
