@@ -227,6 +227,7 @@ MISTAKES = {
     "train --config nonsense --out never": "expected a YAML file or a preset; known: frozen-trunk, small-data",
     "count more": "unknown option more",
     "trian": "did you mean 'train'?",
+    "train --train.stages [head,nonsense,experts] --out never": "stages='nonsense' names no FFN: known: all, moe",
     "train --data.path nowhere": "--out is required",
     "train --data.path nowhere --out never": "data.path='nowhere': no such folder",
     "train --out never": "data.path is empty",

@@ -131,7 +131,7 @@ def train(verb: str, argv: list[str]) -> Result:
     from vimoe.models.create import check_layer_names, check_name
 
     check_name(settings.model, segmentation=True)  # the task judges the folder of a segmenter
-    check_layer_names(settings.model, settings.moe.selection, *(each.trained for each in settings.train.trainings))
+    check_layer_names(settings.model, settings.moe.selection, *settings.train.parts)
     from vimoe.experiments.train import resume_training, run_training
 
     resumed = options["resume"]

@@ -294,6 +294,18 @@ def test_remedies_that_are_in_force_are_not_given() -> None:
 MISUSE = {
     "no layer": (lambda: vit(num_classes=4), {}, VimoeError, "has no MoE layer"),
     "one image": (lambda: Made(block(**HEALTHY)), {"overrule": 1}, ConfigError, "overrule=1: expected at least 2"),
+    "slots": (
+        lambda: vimoe.upcycle(vit(num_classes=4), vimoe.MoEConfig(router="soft", routing="token", layers="last:1")),
+        {},
+        VimoeError,
+        "moe.router='soft': expected routers with decisions that images can exchange, .* use analyze",
+    ),
+    "one table for all": (
+        lambda: vimoe.upcycle(vit(num_classes=4), vimoe.MoEConfig(router="hash", routing="token", layers="last:1")),
+        {},
+        VimoeError,
+        "moe.router='hash': expected routers with decisions that differ between images",
+    ),
     "no loader": (lambda: Made(block(**HEALTHY)), {"loader": []}, DataError, "the loader is empty"),
     "no evidence": (lambda: Made(block(**HEALTHY)), {"evidence": {}}, VimoeError, "evidence is of type dict"),
 }
@@ -303,7 +315,7 @@ MISUSE = {
 def test_a_mistake_is_one_line(case: str) -> None:
     model, arguments, error, text = MISUSE[case]
     made = model()
-    batches = [(images(made, 4), torch.arange(4))] if case == "no layer" else loader(8)
+    batches = [(images(made, 4), torch.arange(4))] if case in ("no layer", "slots", "one table for all") else loader(8)
     with pytest.raises(error, match=text) as caught:
         vimoe.diagnose(made, **{"loader": batches, **arguments})
     assert "\n" not in str(caught.value)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.pruned import effect
+from timm.layers import Mlp
 
+import vimoe
 from vimoe.analysis.diagnosis import Gates, LayerDiagnosis, Oracle
 from vimoe.analysis.expert_similarity import Distance
 from vimoe.analysis.remedies import (
@@ -26,6 +29,7 @@ from vimoe.analysis.statistics import Interval
 from vimoe.config.data import DataConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.config.train import TrainConfig
+from vimoe.moe.router import TokenLayout
 from vimoe.training.routing_health import COLLAPSED, CONFIDENT
 
 SECTIONS = {"moe": MoEConfig, "train": TrainConfig, "data": DataConfig}
@@ -98,9 +102,14 @@ CASES = {
 }
 
 
+@cache
+def moe(**settings: object) -> vimoe.MoE:
+    return vimoe.MoE(Mlp(8, 16), MoEConfig(**settings), TokenLayout(num_prefix_tokens=1, class_token=True))
+
+
 def found(*layers: LayerDiagnosis, **settings: object) -> dict[str, tuple[str, ...]]:
-    configs = {each.name: MoEConfig(**settings) for each in layers}
-    return {finding.name: finding.remedies for finding in findings(layers, configs)}
+    made = {each.name: moe(**settings) for each in layers}
+    return {finding.name: finding.remedies for finding in findings(layers, made)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -143,7 +152,7 @@ def test_every_layer_has_a_finding_and_a_healthy_one_no_fault() -> None:
 
 def test_a_finding_names_its_layers_and_the_first_is_the_most_urgent() -> None:
     layers = [layer(), layer(name="b", **NONE), layer(name="c", effective_experts=Interval(1, 1, 1))]
-    listed = findings(layers, {each.name: MoEConfig() for each in layers})
+    listed = findings(layers, {each.name: moe() for each in layers})
     assert [(finding.name, list(finding.layers)) for finding in listed] == [
         ("collapsed", ["c"]), ("useless experts", ["b"]), ("healthy", ["a"]),
     ]  # fmt: skip
@@ -158,8 +167,48 @@ def test_what_is_set_already_is_not_advised() -> None:
         "moe.init=cluster",
     )
     assert "moe.init=drop" not in found(copies, init="drop")["copies"]
-    both = findings([copies, replace(copies, name="b")], {"a": MoEConfig(init="drop"), "b": MoEConfig()})
+    both = findings([copies, replace(copies, name="b")], {"a": moe(init="drop"), "b": moe()})
     assert "moe.init=drop" in both[0].remedies  # one of them has it not
+
+
+COLLAPSE = {"effective_experts": Interval(1, 1, 1)}
+NOT_FOR = {  # remedies that are refused, or change nothing, with these settings
+    "copies": [
+        (dict(experts="lora"), {}, "moe.init=drop"),
+        (dict(router="cosine"), {}, "moe.init=cluster"),
+    ],
+    "small gates": [
+        ({}, {}, "a higher moe.gate_weight"),
+        (dict(router="smear"), {}, "moe.gate=choice"),
+    ],
+    "better routes": [
+        (dict(routing="token"), {}, "moe.router=superclass"),
+        (dict(router="smear"), {}, "moe.router_gradient=dense"),
+        (dict(router="hash", routing="token"), {"learns": False}, "a higher train.router_lr_scale"),
+    ],
+    "collapsed": [
+        (dict(router="hash", routing="token"), {"learns": False}, "a higher train.balance_loss"),
+        (dict(router="random"), {"learns": False}, "a lower train.router_lr_scale"),
+        (dict(router="expert_choice", routing="token"), {}, "a higher train.balance_loss"),
+        (dict(router="expert_choice", routing="token"), {}, "moe.bias_update_rate=0.001"),
+    ],
+}  # fmt: skip
+AT_FAULT = {
+    "copies": {"permuted": effect(0.0), "from_mean": Distance(1.0, 0.0, 0.0)},
+    "small gates": {"permuted": effect(0.0), "gates": Gates(0.1, 0, 0, 0)},
+    "better routes": {"oracle": oracle(-1.0)},
+    "collapsed": COLLAPSE,
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOR)
+def test_what_would_be_refused_or_change_nothing_is_not_advised(name: str) -> None:
+    offered = next(rule.remedies for rule in RULES if rule.name == name)
+    for settings, figures, remedy in NOT_FOR[name]:
+        assert remedy in offered
+        given = found(layer(**AT_FAULT[name], **figures), **settings)[name]
+        assert given and remedy not in given, settings
+    assert "a higher moe.gate_weight" in found(layer(**AT_FAULT["small gates"]), gate="choice")["small gates"]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])

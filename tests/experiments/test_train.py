@@ -92,6 +92,20 @@ MISTAKES = {
         "is in the first block and trained", "preprocessing",
     ),
     "a warm-up that takes all": ({"train": {"warmup_epochs": 1}}, "warmup_epochs=1 of train.epochs=1", "convert"),
+    "more super-classes than classes": (
+        {"moe": {"router": "superclass", "num_experts": 8}}, "num_experts=8 with router='superclass' and images of 3",
+        "load_data",
+    ),
+    "fewer images than experts to start from": (
+        {"moe": {"router": "centroids", "calibration_images": 2}}, "2 images to start 3 experts", "load_data",
+    ),
+    "images that no router needs": (
+        {"moe": {"calibration_images": 9}}, "calibration_images=9 with init='copy' and router='softmax'", "convert",
+    ),
+    "rates of a router that has nothing to learn": (
+        {"moe": {"router": "random"}, "train": {"router_lr_scale": 2.0}}, "router_lr_scale=2 with moe.router='random'",
+        "convert",
+    ),
     "a folder that is not there": ({"data": {"train_split": "trian"}}, "train_split='trian': no such", "load_data"),
 }  # fmt: skip
 
@@ -317,6 +331,16 @@ def test_stages_of_a_frozen_trunk_read_its_features(
 
 
 WRONG_STAGES = {
+    "super-classes that are not there": (
+        {"router": "superclass", "num_experts": 4},
+        ORDER,
+        "images of 3 classes: expected 2 experts or more, and a",
+    ),
+    "fewer images than experts": (
+        {"init": "cluster", "calibration_images": 2},
+        ORDER,
+        "2 images to start 3 experts",
+    ),
     "a part that is not there": ({}, ("head", "moe", "blocks.7.mlp"), "names no FFN"),
     "layers that are not there": ({"layers": "last:9"}, ORDER, "expected at most 2"),
     "experts of a dense model": ({"layers": "none"}, ORDER, "train_only='experts': the model has no MoE layer"),

@@ -190,8 +190,10 @@ def test_the_distill_loss_and_its_gradient_are_those_of_the_reference() -> None:
 
 @pytest.mark.parametrize("combine", ["mix", "sum"])
 @pytest.mark.parametrize("unit_", ["image", "token"])
-def test_all_experts_are_weighted_by_their_probabilities(unit_: str, combine: str) -> None:
-    settings = vimoe.MoEConfig(num_experts=4, routing=unit_, combine=combine, gate="choice")
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_all_experts_are_weighted_by_their_probabilities(unit_: str, combine: str, router: str) -> None:
+    """Those of independent scores are divided by their sum, or four experts would weigh twice the shared one."""
+    settings = vimoe.MoEConfig(num_experts=4, routing=unit_, combine=combine, gate="choice", router=router)
     torch.manual_seed(0)
     layer = vimoe.MoE(Mlp(6, 8), settings, TokenLayout(num_prefix_tokens=1, class_token=True)).double().eval()
     randomise(layer, 1)
@@ -201,7 +203,8 @@ def test_all_experts_are_weighted_by_their_probabilities(unit_: str, combine: st
         together = layer(x)
     assert torch.equal(layer(x), before) and not torch.allclose(together, before)
     read = x if unit_ == "token" else x[:, :1]
-    p = (read @ layer.router.weight.T).softmax(-1)
+    scores = read @ layer.router.weight.T
+    p = scores.softmax(-1) if router == "softmax" else scores.sigmoid() / scores.sigmoid().sum(-1, keepdim=True)
     shared, expected = layer.shared(x), layer.shared(x)
     for i in range(4):
         fc1, fc2 = layer.experts.fc1, layer.experts.fc2

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vimoe
 from vimoe.analysis.expert_similarity import compare_experts
 from vimoe.config.train import TrainConfig
+from vimoe.models.inference import set_backend
 from vimoe.moe.ffn import read
 from vimoe.moe.packed import PackedExperts, can_pack
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
@@ -62,6 +63,21 @@ def test_otherwise_the_experts_own_a_base_that_is_trained(kind: str, shared: int
     assert {name for name, role in layer.experts.roles.items() if not role.per_expert} == {
         f"own.{name}" for name, _ in dense.named_parameters()
     }
+
+
+@every_kind
+@pytest.mark.parametrize("load", [[2, 2, 2, 2], [5, 0, 2, 1]], ids=["equal", "unequal"])
+def test_each_backend_trains_alike(kind: str, load: list[int]) -> None:
+    """A backend may give a view of its product, as a batched one does of equal loads."""
+    found = []
+    for backend in ("loop", "bmm", "grouped_mm"):
+        experts = set_backend(copy.deepcopy(layer_of(trained(kind))), backend).experts
+        x = torch.randn(8, 3, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        experts(x, None, torch.tensor(load)).square().mean().backward()
+        found.append([x.grad, *(p.grad for p in experts.parameters())])
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @every_kind

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from helpers import kinds
 from helpers.commands import QUICK, TINY, call
@@ -143,6 +144,27 @@ def test_a_norm_over_the_hidden_units_is_refused() -> None:
     with pytest.raises(vimoe.VimoeError, match="experts of 4 of the 12 hidden units of an FFN with a LayerNorm"):
         vimoe.MoE(dense, config(expert_width=4, num_experts=3), TokenLayout(0, False))
     assert vimoe.MoE(dense, config(expert_width=12), TokenLayout(0, False)).experts.kind.hidden == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"calibration_images": 9}, "calibration_images=9 with init='copy' and router='softmax': expected a start or"),
+        ({"router_gradient": "dense", "num_experts": 2, "top_k": 2}, "'dense' with all 2 experts chosen: expected"),
+    ],
+    ids=["images", "router gradient"],
+)
+def test_what_a_new_layer_would_not_read_is_refused(settings: dict, text: str) -> None:
+    with pytest.raises(vimoe.VimoeError, match=text):
+        vimoe.MoE(Mlp(8, 12), config(**settings), TokenLayout(0, False)).check_start()
+
+
+def test_a_pruned_layer_may_have_all_its_experts_chosen(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=2)
+    vimoe.upcycle(model, config(layers="last:1", num_experts=3, top_k=2, router_gradient="dense"))
+    layers(model)[0].keep_experts([0, 2])
+    vimoe.save(model, tmp_path / "model")
+    assert layers(vimoe.load(tmp_path / "model"))[0].config.num_experts == 2
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,9 @@ REFUSED = {
         {"fuse": "exfusion", "moe": {"routing": "token"}}, "moe.routing='token' with train.fuse='exfusion'",
     ),
     "a rate of what is not pulled": ({"fuse": "exfusion", "fuse_rate": 0.5}, "fuse_rate=0.5 with fuse='exfusion'"),
+    "a loss of routers": ({"z_loss": 0.1}, "train.z_loss=0.1 with train.fuse='ewa': expected 0.0, since its layers"),
+    "a rate of experts": ({"expert_lr_scale": 2.0}, "train.expert_lr_scale=2 with train.fuse='ewa': expected 1.0"),
+    "frozen routers": ({"router_frozen": 1.0}, "train.router_frozen=1 with train.fuse='ewa': expected 0.0"),
     "a rate alone": ({"fuse": "none", "fuse_rate": 0.5}, "fuse_rate=0.5 with fuse='none': expected it with fuse='ewa'"),
 }  # fmt: skip
 

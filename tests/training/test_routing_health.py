@@ -97,6 +97,33 @@ def test_nobody_getting_an_expert_is_told_and_is_no_collapse() -> None:
     assert "experts 0, 1, 2 got nothing" in idle
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({}, "raise train.balance_loss or moe.bias_update_rate, set train.router_warmup_epochs=1, or use fewer"),
+        ({"router": "random"}, "raise moe.bias_update_rate, or use fewer experts"),
+        ({"router": "expert_choice", "routing": "token"}, "got nothing; use fewer experts"),
+    ],
+    ids=["softmax", "random", "expert_choice"],
+)
+def test_a_remedy_is_one_that_this_router_knows(settings: dict, remedy: str) -> None:
+    network, health = model(num_experts=4, **settings), Health()
+    chosen = torch.tensor([[0], [1], [2]])
+    health.add([vimoe.Routing(torch.zeros(3, 4), chosen.float(), chosen, "image", (3, 5), "blocks.0.mlp")])
+    health.add_gradients({"blocks.0.mlp": layers(network)[0]})
+    idle = next(alarm for alarm in health.alarms(moe_layers(network)) if "got nothing" in alarm)
+    assert remedy in idle
+
+
+def test_a_layer_that_is_not_trained_raises_no_alarm(data: Data, tmp_path: Path) -> None:
+    """Its load is in the table all the same."""
+    assert any("blocks.0.mlp" in alarm for alarm in alarms(data, tmp_path / "all", scaled(10_000)))
+    found = alarms(data, tmp_path / "last", scaled(10_000), train_only="last:1")
+    assert found and not any("blocks.0.mlp" in alarm for alarm in found)
+    assert not alarms(data, tmp_path / "head", scaled(10_000), train_only="head")
+    assert {row["layer"] for row in rows(tmp_path / "head" / "load.csv")} == {"blocks.0.mlp", "blocks.1.mlp"}
+
+
 def test_a_collapse_is_told(data: Data, tmp_path: Path) -> None:
     network = model()
     with torch.no_grad():

@@ -69,7 +69,8 @@ def diagnose(
 
     Raises:
         ConfigError: if `overrule` is less than 2, or there are not as many sequences as images.
-        VimoeError: if the model has no MoE layer, or the evidence is of another model or has no interventions.
+        VimoeError: if the model has no MoE layer, or a router whose decisions cannot be exchanged or are the same for
+            all images; or if the evidence is of another model or has no interventions.
         DataError: if the loader is empty, or gives other images than those of the evidence.
 
     >>> import timm, torch, vimoe
@@ -83,6 +84,7 @@ def diagnose(
     check_overrule(overrule)
     check_count("seed", seed, 0, LARGEST_SEED)
     model = unwrapped(model)
+    check_exchangeable(model)
     if evidence is None:
         evidence = analyze(model, loader, draws, overrule, seed, progress, sequences, metric)
     expect("evidence", evidence, Evidence, "give what vimoe.analyze returned")
@@ -116,8 +118,21 @@ def diagnose(
         seen[each.name].figures(layers[each.name], each, oracles.get(each.name), units, seed)
         for each in evidence.layers
     )
-    configs = {name: layer.config for name, layer in layers.items()}
-    return Diagnosis(evidence.base, len(places), how_many, figures, findings(figures, configs), without)
+    return Diagnosis(evidence.base, len(places), how_many, figures, findings(figures, layers), without)
+
+
+def check_exchangeable(model: nn.Module) -> None:
+    """Raise VimoeError for a model with a router for which exchanged decisions of images tell nothing.
+
+    They cannot be exchanged (`Router.overrulable` is False), or all images have the same ones (`Router.constant`).
+    """
+    for name, layer in moe_layers(model).items():
+        if layer.router.constant or not layer.router.overrulable:
+            why = "that differ between images" if layer.router.constant else "that images can exchange"
+            raise VimoeError(
+                f"{name} has moe.router={layer.config.router!r}: expected routers with decisions {why}, which tells "
+                f"whether they matter; use analyze, which measures the dense FFNs in the layers' place"
+            )
 
 
 def check_overrule(overrule: int | None) -> None:
@@ -182,7 +197,7 @@ class _Seen:
             from_mean=mean,
             gates=Gates(float(gates.mean()), *map(float, np.quantile(gates, [0.05, 0.5, 0.95]))),
             router_confidence=float(torch.cat(self.sure).double().mean()),
-            learns=not layer.router.blind and any(p.requires_grad for p in layer.router.parameters()),
+            learns=not layer.router.blind and any(p.requires_grad for p in layer.router.routes),
             experts_per_unit=float(usage.sum() / len(gates)),
             load=tuple((usage.sum(axis=0) / max(usage.sum(), 1)).tolist()),
             effective_experts=statistics.effective_number(usage, seed, sequences),

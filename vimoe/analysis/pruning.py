@@ -220,8 +220,8 @@ def check_merge_all(model: nn.Module, tolerance: float, experts: bool) -> None:
     for name, layer in moe_layers(model).items():
         if "merge" not in layer.densify_methods:
             raise VimoeError(
-                f"merge_all=True: {name} has several shared experts, or experts that are no FFNs: expected FFNs of one "
-                f"width, which have a mean; leave it out"
+                f"merge_all=True: {name} has several shared experts, or experts that are no FFNs of its own width: "
+                f"expected FFNs of one width, which have a mean; leave it out"
             )
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import yaml
+
 from vimoe.analysis.diagnosis import Finding, LayerDiagnosis
 from vimoe.config.analysis import PRUNE_TOLERANCE
-from vimoe.config.moe import MoEConfig
+from vimoe.moe.layer import MoE
 from vimoe.training.routing_health import COLLAPSED, CONFIDENT
 
 EFFECT = PRUNE_TOLERANCE  # nats; a change that pruning would accept is no effect
@@ -83,7 +85,7 @@ def healthy(layer: LayerDiagnosis) -> bool:
 class Rule:
     """A rule: name, condition, finding in words, figure of a layer, settings to try, and their reason with its source.
 
-    A remedy "moe.NAME=VALUE" is left out where the layers have that value already.
+    A remedy is left out where it would change nothing in these layers, or contradict their other settings.
     """
 
     name: str
@@ -195,18 +197,39 @@ RULES = (
 )  # fmt: skip
 
 
-def findings(layers: Sequence[LayerDiagnosis], configs: Mapping[str, MoEConfig]) -> tuple[Finding, ...]:
+# what a remedy needs in a layer; "moe.NAME=VALUE" needs a value that the layer has not, and could have
+_NEEDS: dict[str, Callable[[LayerDiagnosis, MoE], bool]] = {
+    "a higher train.balance_loss": lambda figures, layer: figures.learns and not layer.router.even,
+    "a higher train.router_lr_scale": lambda figures, _: figures.learns,
+    "a lower train.router_lr_scale": lambda figures, _: figures.learns,
+    "train.router_warmup_epochs=1": lambda figures, layer: figures.learns and layer.router.adjustable,
+    "a higher moe.gate_weight": lambda _, layer: layer.could_have(gate_weight=0.99),
+}
+
+
+def helps(remedy: str, figures: LayerDiagnosis, layer: MoE) -> bool:
+    """Return True if a layer could follow a remedy, and has not done so."""
+    if remedy in _NEEDS:
+        return _NEEDS[remedy](figures, layer)
+    setting, _, value = remedy.partition("=")
+    if not value or not setting.startswith("moe."):
+        return True
+    change = {setting.removeprefix("moe."): yaml.safe_load(value)}
+    return any(getattr(layer.config, name) != new for name, new in change.items()) and layer.could_have(**change)
+
+
+def findings(figures: Sequence[LayerDiagnosis], layers: Mapping[str, MoE]) -> tuple[Finding, ...]:
     """Return the findings of all rules, the most urgent first.
 
     Args:
-        layers: figures of each layer.
-        configs: settings of each layer, by its name.
+        figures: figures of each layer.
+        layers: the layers, by name.
     """
     found = []
     for rule in RULES:
-        where = {layer.name: rule.figure(layer) for layer in layers if rule.holds(layer)}
-        there = [{f"moe.{key}={value}" for key, value in configs[name].to_dict().items()} for name in where]
-        remedies = tuple(each for each in rule.remedies if not there or not all(each in own for own in there))
+        there = [each for each in figures if rule.holds(each)]
+        where = {each.name: rule.figure(each) for each in there}
+        remedies = [each for each in rule.remedies if any(helps(each, own, layers[own.name]) for own in there)]
         if where:
-            found.append(Finding(rule.name, where, rule.says, remedies, rule.because))
+            found.append(Finding(rule.name, where, rule.says, tuple(remedies), rule.because))
     return tuple(found)

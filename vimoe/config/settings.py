@@ -35,6 +35,12 @@ _FUSE_READS = (
     "calibration_images", "expert_dropout",
 )  # fmt: skip
 _FUSE_READS_TOO = {"ewa": ("routing",), "exfusion": ()}
+# settings of a training that are about MoE layers
+_OF_MOE = (
+    "router_lr_scale", "expert_lr_scale", "router_weight_decay", "router_frozen", "router_warmup_epochs",
+    "expert_weight_decay", "balance_loss", "z_loss", "importance_loss", "entropy_loss", "variance_loss",
+    "orthogonal_loss", "route_loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,13 @@ class Settings:
                 f"train.fuse={fuse!r} with moe.num_shared_experts={moe.num_shared_experts}: expected 0, since the "
                 f"layers become the mean of N equal experts; set it"
             )
+        for name in _OF_MOE:
+            value, default = getattr(self.train, name), getattr(TrainConfig, name)
+            if value != default and (value or not name.endswith("_loss")):
+                raise ConfigError(
+                    f"train.{name}={value:g} with train.fuse={fuse!r}: expected {default}, since its layers have no "
+                    f"router, and experts with the rate and decay of other weights; leave it out"
+                )
         for each in fields(moe):
             value = getattr(moe, each.name)
             if each.name not in _FUSE_READS + _FUSE_READS_TOO[fuse] and value != each.default:

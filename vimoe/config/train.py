@@ -178,6 +178,11 @@ class TrainConfig:
         return [replace(self, train_only=part, stages=None) for part in self.stages or ()] or [self]
 
     @property
+    def parts(self) -> list[Layers]:
+        """Parts that are trained one after the other, parsed; an error about one names the setting that has it."""
+        return [Layers.parse(part, "stages", TRAINED) for part in self.stages or ()] or [self.trained]
+
+    @property
     def trained(self) -> Layers:
         """`train_only`, parsed; its `word` is "all", "moe", "experts" or "head" where these are meant."""
         return Layers.parse(self.train_only, "train_only", TRAINED)

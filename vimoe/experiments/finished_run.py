@@ -14,7 +14,7 @@ from torch import nn
 
 from vimoe import run_folder
 from vimoe.analysis.analyze import analyze
-from vimoe.analysis.diagnose import check_overrule, diagnose
+from vimoe.analysis.diagnose import check_exchangeable, check_overrule, diagnose
 from vimoe.analysis.diagnosis import Diagnosis
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import png
@@ -113,6 +113,7 @@ class FinishedRun:
             overrule, seed: arguments of `vimoe.diagnose`, and of the analysis that is made.
         """
         check_overrule(overrule)
+        check_exchangeable(self.model)  # before an analysis of minutes
         with temporary_folder(self.run.path):  # before all the work
             pass
         known = self.run.path / run_folder.ROUTING

@@ -18,6 +18,7 @@ from torch import nn
 
 from vimoe import run_folder
 from vimoe.analysis.figures import png
+from vimoe.config.moe import ROUTERS, MoEConfig
 from vimoe.config.settings import Settings, flat
 from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
@@ -25,6 +26,8 @@ from vimoe.data.order import mix
 from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
+from vimoe.metrics.registry import METRICS
+from vimoe.models.calibration import check_count, no_classes
 from vimoe.models.cost import meta_copy
 from vimoe.models.create import check_name
 from vimoe.models.model_folder import save
@@ -54,6 +57,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_outside("--out", out, settings.data.path)
     kind = task_class(settings)
     data = kind.find(settings.data)
+    _check_start(kind, data, settings.moe)
     settings = _check_architecture(kind, data, settings)
     set_seed(settings.train.seed)
     model = kind.dense_model(settings.model, data)
@@ -122,6 +126,21 @@ def check_outside(option: str, out: str | Path, data: str | Path) -> None:
             f"{option} {out} lies in {data}, where its pictures would be taken for data: expected another place; name "
             f"one beside it"
         )
+
+
+def _check_start(kind: type[Task[Any]], data: Roles, moe: MoEConfig) -> None:
+    """Raise VimoeError if these images can start no such experts or router, before any is opened.
+
+    Stages before MoE layers come in would be trained for nothing.
+    """
+    if moe.layers == "none" or not moe.num_experts or not needs_images(moe):
+        return
+    check_count(min(moe.calibration_images, len(data.train)), moe.num_experts)
+    router = ROUTERS.find(moe.router)
+    if router.supervised:
+        if METRICS.find(kind.metric).by_patch:
+            raise no_classes(moe.router)
+        router.check_classes(moe, len(data.classes))
 
 
 def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) -> Settings:

@@ -64,7 +64,7 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
             labels += [label_B.long()] if classed else []  # masks would fill the memory
             _run(model, batch)
             seen += len(batch)
-    _check_count(seen, routers)
+    check_count(seen, max(router.config.num_experts for router in routers.values()))
     logger.info("%d training images: what the routers or experts of %d layers start from", seen, len(routers))
     label_I = torch.cat(labels) if classed else None
 
@@ -88,9 +88,7 @@ def _check_labels(label_B: Tensor | None, images: int, classes: int, routers: Ma
     """Raise an error for labels, None if they are no classes of images, that do not fit the model or a router."""
     taught = next((router.config.router for router in routers.values() if router.supervised), None)
     if taught and (label_B is None or not classes):
-        raise SurgeryError(
-            f"router={taught!r} without a class for each image: expected a classification; use router='centroids'"
-        )
+        raise no_classes(taught)
     if label_B is not None and len(label_B) != images:
         raise DataError(f"{len(label_B)} labels for a batch of {images} images: expected one for each; correct them")
     if label_B is not None and images and classes and not (label_B.min() >= 0 and label_B.max() < classes):
@@ -100,13 +98,20 @@ def _check_labels(label_B: Tensor | None, images: int, classes: int, routers: Ma
         )
 
 
-def _check_count(images: int, routers: Mapping[str, Router]) -> None:
-    most = max(router.config.num_experts for router in routers.values())
-    if images < most:
+def check_count(images: int, experts: int) -> None:
+    """Raise DataError if there are fewer images than experts to start from them."""
+    if images < experts:
         raise DataError(
-            f"{images} images to start {most} experts or their router from: expected at least as many images as "
+            f"{images} images to start {experts} experts or their router from: expected at least as many images as "
             f"experts; raise moe.calibration_images, give more images, or lower moe.num_experts"
         )
+
+
+def no_classes(router: str) -> SurgeryError:
+    """Return the error for a router that is taught by classes of images, where images have none."""
+    return SurgeryError(
+        f"router={router!r} without a class for each image: expected a classification; use router='centroids'"
+    )
 
 
 def _features(router: Router, x_BTD: Tensor, seen: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +108,32 @@ class MoE(nn.Module):
             self.router.calibrate(seen)
 
     def check_start(self) -> None:
-        """Raise SurgeryError if a new layer cannot start as `config.init` says, before any work is done."""
+        """Raise SurgeryError if a new layer cannot start as `config.init` says, before any work is done.
+
+        Settings that it would not read are refused too. A layer that has been pruned may have them.
+        """
+        config = self.config
+        if not self.needs_images and config.calibration_images != MoEConfig.calibration_images:
+            raise SurgeryError(
+                f"calibration_images={config.calibration_images} with init={config.init!r} and "
+                f"router={config.router!r}: expected a start or a router that is computed from images, such as "
+                f"router='centroids'; leave it out"
+            )
+        if self.unchosen is not None and not self.router.ragged and self.router.slots == config.num_experts:
+            raise SurgeryError(
+                f"router_gradient={config.router_gradient!r} with all {config.num_experts} experts chosen: expected "
+                f"'chosen', since no expert is left out; leave it out, or lower top_k"
+            )
         self._begin.check(self.experts, self.router, self._parent_hidden)
+
+    def could_have(self, **changes: Any) -> bool:
+        """Return True if a new layer could have these other settings, by their names in `MoEConfig`."""
+        try:
+            changed = replace(self.config, **changes)
+            MoE(copy.deepcopy(self._template[0]), changed, self.router.layout).check_start()
+        except VimoeError:
+            return False
+        return True
 
     @property
     def keeps_function(self) -> bool:

@@ -56,8 +56,8 @@ class LoRAExperts(SharedBase):
         base = ffn.read(self.base)
 
         def linear(layer: str, change: LowRank, x_SUI: Tensor) -> Tensor:
-            y_SUO = change(x_SUI, load_N, self.backend)
-            return y_SUO.add_(F.linear(x_SUI, base[f"{layer}.weight"], base.get(f"{layer}.bias")))
+            y_SUO = F.linear(x_SUI, base[f"{layer}.weight"], base.get(f"{layer}.bias"))
+            return y_SUO + change(x_SUI, load_N, self.backend)  # not in place: some backends give a view
 
         first = linear("fc1", self.fc1, rows_of(x_RUD, source_S))
         hidden = ffn.activated(self.kind, base, first, self.drop1)

@@ -75,6 +75,8 @@ class Router(nn.Module):
         gated: True if its gates are weights of chosen experts, so that `moe.gate` and `moe.router_gradient` can act.
         needs_images: True if `calibrate` has to be called before the router is used.
         fixed: True if `weight` is a buffer, which nothing trains or unfreezes.
+        even: True if all experts get the same share of each image by construction; the balance loss is then constant.
+        constant: True if its scores depend on no image and no parameter, so that no loss of scores trains anything.
         supervised: True if classes of images train it, by `label_loss`; so it needs them in `calibrate` too.
         ragged: True if a row may get fewer than K experts, so that slots can be empty.
         tokens_interact: True if a token's decision depends on other tokens of its image.
@@ -106,6 +108,8 @@ class Router(nn.Module):
     gated = True
     needs_images = False
     fixed = False
+    even = False
+    constant = False
     supervised = False
     ragged = False
     tokens_interact = False
@@ -273,6 +277,10 @@ class Router(nn.Module):
     def all_experts(self, logits_RN: Tensor, gates_RN: Tensor, batch: tuple[int, int]) -> Routing:
         """Return the decisions of a router whose rows get all experts; arguments as of `assign`."""
         return self.assign(logits_RN, gates_RN, torch.ones_like(gates_RN, dtype=torch.bool), batch)
+
+    @classmethod
+    def check_classes(cls, config: MoEConfig, classes: int) -> None:
+        """Raise ConfigError if a `supervised` router cannot be taught by images of so many classes."""
 
     def calibrate(self, seen: Any) -> None:
         """Set the rows of a router that `needs_images`, from a `vimoe.moe.start.Calibration`, in place."""

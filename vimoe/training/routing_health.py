@@ -92,26 +92,33 @@ class Health:
         return rows
 
     def alarms(self, layers: Mapping[str, MoE]) -> list[str]:
-        """Return a message with a remedy for each fault; none for a healthy layer."""
+        """Return a message with a remedy for each fault; none for a healthy layer, and none for one that is frozen."""
         found = []
         for row, shares in zip(self.rows(), self.shares().values(), strict=True):
             name, config = row["layer"], layers[row["layer"]].config
             sums, router = self.sums[name], layers[name].router
+            if "steps" not in sums:  # nothing of it is trained, so no remedy would change it
+                continue
+            learns = any(p.requires_grad for p in router.routes)
+            balance = ["train.balance_loss"] * (learns and not router.even)
+            balance += ["moe.bias_update_rate"] * router.adjustable
+            more = [f"raise {' or '.join(balance)}"] if balance else []
             k = max(1.0, float(sums["load"].sum() / sums["units"]))  # experts of a row, in the mean if that varies
+            warmup = ["set train.router_warmup_epochs=1"] * (learns and router.adjustable)
             idle = [str(expert) for expert, share in enumerate(shares) if share == 0]
             used = row["effective_experts"]
             if any(shares) and used < COLLAPSED * k and config.num_experts > 2 * k:
                 found.append(
                     f"{name} has collapsed: in effect {used:.2f} of its {config.num_experts} experts get everything; "
-                    f"raise train.balance_loss or moe.bias_update_rate, or lower train.router_lr_scale"
+                    + _either(*more, "lower train.router_lr_scale" if learns else "use another router")
                 )
             elif idle:
                 found.append(
-                    f"{name}: expert{'s' * (len(idle) > 1)} {', '.join(idle)} got nothing; raise train.balance_loss "
-                    f"or moe.bias_update_rate, set train.router_warmup_epochs=1, or use fewer experts"
+                    f"{name}: expert{'s' * (len(idle) > 1)} {', '.join(idle)} got nothing; "
+                    + _either(*more, *warmup, "use fewer experts")
                 )
             sure = row["router_confidence"]
-            if sure > CONFIDENT and config.num_experts > 1:
+            if sure > CONFIDENT and config.num_experts > 1 and learns:
                 found.append(
                     f"{name}: the router is saturated, its first choice has probability {sure:.4f} and its scores have "
                     f"size {row['logit_rms']:.1f}; set train.z_loss=0.001, or lower train.router_lr_scale"
@@ -119,6 +126,11 @@ class Health:
             if sums.get("router_steps") and row["router_gradient"] == 0 and not router.blind:
                 found.append(f"{name}: the router got no gradient; check that the losses reach it")
         return found
+
+
+def _either(*remedies: str) -> str:
+    """Return remedies as "a", "a, or b" or "a, b, or c"."""
+    return ", ".join([*remedies[:-1], f"or {remedies[-1]}" if len(remedies) > 1 else remedies[-1]])
 
 
 def _norm(parameters: Any) -> Tensor:

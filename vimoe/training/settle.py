@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -11,7 +12,10 @@ from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.precision import resolve, warn_of_slow_bfloat16
 from vimoe.moe.layer import moe_layers
+from vimoe.moe.router import Router
 from vimoe.process import Process
+
+_OF_SCORES = ("z_loss", "importance_loss", "entropy_loss", "variance_loss")  # losses of a router's scores
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ def _check_routers(config: TrainConfig, model: nn.Module) -> None:
             f"train.router_warmup_epochs={config.router_warmup_epochs:g} with moe.router={min(kinds)!r}: expected 0, "
             f"its decisions cannot be random; leave it out"
         )
+    _check_read(config, routers)
     untaught = {router.config.router for router in routers if not router.supervised}
     if config.route_loss != TrainConfig.route_loss and untaught:
         raise ConfigError(
@@ -80,3 +85,25 @@ def _check_routers(config: TrainConfig, model: nn.Module) -> None:
             f"train.orthogonal_loss={config.orthogonal_loss:g} with moe.top_k=1: expected at least 2, since a single "
             f"output has none to be orthogonal to; set moe.top_k=2, or leave the loss out"
         )
+
+
+def _check_read(config: TrainConfig, routers: Sequence[Router]) -> None:
+    """Raise ConfigError for a setting that trains nothing, because nothing in these routers can learn from it.
+
+    A random router learns nothing, but losses of its scores train the blocks before it.
+    """
+    unread: dict[str, Callable[[Router], bool]] = {
+        "router_frozen": lambda router: not router.routes,
+        "router_lr_scale": lambda router: not list(router.parameters()),
+        "router_weight_decay": lambda router: not list(router.parameters()),
+        "balance_loss": lambda router: router.even or router.constant,
+        **dict.fromkeys(_OF_SCORES, lambda router: router.constant),
+    }
+    for name, never in unread.items():
+        value, default = getattr(config, name), getattr(TrainConfig, name)
+        kinds = {router.config.router for router in routers if never(router)}
+        if kinds and value != default and (value or not name.endswith("_loss")):  # a loss may be switched off
+            raise ConfigError(
+                f"train.{name}={value:g} with moe.router={min(kinds)!r}: expected {default:g}, since it has nothing "
+                f"that this could train; leave it out"
+            )

@@ -23,7 +23,7 @@ class ExpertChoiceRouter(Router):
     """
 
     units = ("token",)
-    ragged = True
+    even = ragged = True
     tokens_interact = True
 
     @property

@@ -30,7 +30,7 @@ class HashRouter(SoftmaxRouter):
     """
 
     units = ("token",)
-    fixed = True
+    fixed = constant = True
 
     def __init__(self, dim: int, config: MoEConfig, layout: TokenLayout, like: Tensor) -> None:
         super().__init__(PLACES, config, layout, like)

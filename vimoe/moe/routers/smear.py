@@ -33,7 +33,7 @@ class SmearRouter(Router):
 
     units = ("image",)
     gated = False
-    mixes = reads_weights = True
+    even = mixes = reads_weights = True
 
     def probabilities(self, logits_RN: Tensor) -> Tensor:
         """Return (R, N) gates, which leave the share of the score 0 to the shared expert of a mix."""

@@ -60,7 +60,7 @@ class SoftRouter(Router):
 
     units = ("token",)
     gated = overrulable = False
-    mixes = tokens_interact = True
+    even = mixes = tokens_interact = True
 
     def __init__(self, dim: int, config: MoEConfig, layout: TokenLayout, like: Tensor) -> None:
         super().__init__(dim * config.slots_per_expert, config, layout, like)

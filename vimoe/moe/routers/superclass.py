@@ -48,15 +48,19 @@ class SuperclassRouter(SoftmaxRouter):
         super().__init__(dim, config, layout, like)
         self.register_buffer("superclass", torch.zeros(0, dtype=torch.int64, device=like.device))
 
+    @classmethod
+    def check_classes(cls, config: MoEConfig, classes: int) -> None:
+        if not 2 <= config.num_experts <= classes:
+            raise ConfigError(
+                f"num_experts={config.num_experts} with router='superclass' and images of {classes} classes: expected "
+                f"2 experts or more, and a class for each; change num_experts"
+            )
+
     @torch.no_grad()
     def calibrate(self, seen: Calibration) -> None:
         assert seen.labels is not None and seen.pooled is not None  # `vimoe.models.calibration` sees to it
         n, known = self.config.num_experts, seen.labels.unique()
-        if not 2 <= n <= len(known):
-            raise ConfigError(
-                f"num_experts={n} with router='superclass' and images of {len(known)} classes: expected 2 experts or "
-                f"more, and a class for each; change num_experts"
-            )
+        self.check_classes(self.config, len(known))
         if len(seen.labels) < 2 * len(known):
             raise ConfigError(
                 f"{len(seen.labels)} calibration images of {len(known)} classes with router='superclass': expected 2 "

@@ -1,0 +1,45 @@
+"""Settings of a training that nothing in the model reads are refused, and those that something reads are not."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.trainings import model
+
+from vimoe.config.train import TrainConfig
+from vimoe.errors import ConfigError
+from vimoe.training.settle import settle
+
+HASH, RANDOM = {"router": "hash", "routing": "token"}, {"router": "random"}
+CHOICE = {"router": "expert_choice", "routing": "token"}
+UNREAD = [
+    (HASH, "router_frozen", 0.5),
+    (RANDOM, "router_frozen", 1.0),
+    (HASH, "router_lr_scale", 2.0),
+    (RANDOM, "router_lr_scale", 0.0),
+    (RANDOM, "router_weight_decay", 0.1),
+    (HASH, "entropy_loss", 0.1),
+    (HASH, "z_loss", 0.1),
+    (HASH, "balance_loss", 0.5),
+    (CHOICE, "balance_loss", 0.5),
+    ({"router": "smear"}, "balance_loss", 0.5),
+    ({"router": "soft", "routing": "token"}, "balance_loss", 0.5),
+]
+
+
+@pytest.mark.parametrize(("moe", "name", "value"), UNREAD)
+def test_what_could_train_nothing_is_refused(moe: dict, name: str, value: float) -> None:
+    kind, default = moe["router"], getattr(TrainConfig, name)
+    with pytest.raises(ConfigError) as caught:
+        settle(TrainConfig(**{name: value}), 100, model(**moe))
+    assert str(caught.value).startswith(f"train.{name}={value:g} with moe.router='{kind}': expected {default:g}, since")
+    settle(TrainConfig(**{name: value}), 100, model())  # a router that learns
+    settle(TrainConfig(**{name: value}), 100, model(layers="none"))  # the dense arm of a comparison
+
+
+def test_what_could_train_something_is_not_refused() -> None:
+    """A random router's scores train the blocks before it, and a gate of its own has a rate and a bias."""
+    for loss in ("balance_loss", "entropy_loss", "z_loss"):
+        settle(TrainConfig(**{loss: 0.5}), 100, model(**RANDOM))
+    settle(TrainConfig(router_lr_scale=2.0), 100, model(**HASH, gate="sigmoid"))
+    settle(TrainConfig(entropy_loss=0.1), 100, model(**CHOICE))
+    settle(TrainConfig(balance_loss=0.0), 100, model(**HASH))
