@@ -222,8 +222,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "gates are never normalised",
         "moe/gates.py",
-        "return gates_RK / gates_RK.sum(dim=-1, keepdim=True).clamp(min=_TINY)",
-        "return gates_RK",
+        "return gates / gates.sum(dim=-1, keepdim=True).clamp(min=_TINY)",
+        "return gates",
         ("moe/test_router.py", "moe/test_layer.py"),
     ),
     Mutant(

@@ -91,7 +91,8 @@ class ChoiceGate(Gate):
 class SigmoidGate(Gate):
     """A sigmoid of each chosen expert's own score and a learnt bias: 1/2 at the start for a score of 0.
 
-    A weight does not fall when another expert's score rises, as it does with a softmax (Llama 4 has such gates).
+    A weight does not fall when another expert's score rises, as it does with a softmax. Llama 4's code has such gates
+    without a bias, on the inputs of experts.
     """
 
     def __init__(self, config: MoEConfig, like: Tensor) -> None:
