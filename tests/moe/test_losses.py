@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import helpers.kinds  # noqa: F401  registers kinds of routers and experts
 import pytest
 import torch
 import torch.nn.functional as F
