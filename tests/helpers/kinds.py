@@ -24,8 +24,11 @@ class Threshold(Router):
     def slots(self) -> int:
         return self.config.num_experts
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
     def decide(self, logits: Tensor, batch: tuple[int, int]) -> vimoe.Routing:
-        gates = logits.sigmoid()
+        gates = self.probabilities(logits)
         return self.assign(logits, gates, self.preferences(gates.detach()) > 0.5, batch)
 
 

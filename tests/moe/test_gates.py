@@ -134,21 +134,6 @@ def test_a_weight_that_is_no_1_where_gates_sum_to_1_is_refused() -> None:
             MoEConfig(gate="choice", gate_weight=0.7, **settings)
 
 
-@pytest.mark.parametrize("router_gradient", ["dense", "default_vectors"])
-def test_where_all_experts_train_the_router_a_choice_has_the_gradient_of_the_probability(router_gradient: str) -> None:
-    """b/c + b (p - sg(p)): the value is b/c to the last bit, and the gradient b dp, as of experts not chosen."""
-    made, ours, theirs = gate(gate="choice", router_gradient=router_gradient), scores(), scores()
-    found = made(decided(ours)).gates
-    plain = gate(gate="choice")(decided(theirs)).gates
-    assert torch.equal(found, plain)
-    direction = torch.randn(4, 3, dtype=torch.float64)
-    (found * direction).sum().backward()
-    (0.5 * decided(theirs).gates * direction).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-    probabilities = scores().softmax(1)
-    assert torch.equal(made.of_all(probabilities, scores()), 0.5 * probabilities)
-
-
 def test_gates_of_all_experts_are_those_of_the_formula() -> None:
     logits, probabilities = scores(), scores().softmax(1)
     assert torch.equal(gate().of_all(probabilities, logits), probabilities)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import helpers.kinds  # noqa: F401  registers kinds of routers and experts
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.kinds import Threshold
 from helpers.tiny import config, images, layers, perturb_experts, randomise, upcycle, vit
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.config.moe import ROUTERS
 from vimoe.moe.router import TokenLayout
 
 
@@ -163,7 +162,7 @@ def test_outputs_that_are_orthogonal_lose_nothing_and_copies_the_most() -> None:
 
 
 def test_the_orthogonal_loss_says_what_it_needs() -> None:
-    with pytest.raises(vimoe.VimoeError, match="the outputs of the experts were not recorded"):
+    with pytest.raises(vimoe.VimoeError, match="the outputs of the experts were not recorded.*sends tokens to"):
         vimoe.orthogonal_loss([routing([[0.6, 0.4]], k=2)])
     with pytest.raises(vimoe.VimoeError, match="of 1 expert of each token: expected at least 2; set moe.top_k=2"):
         vimoe.orthogonal_loss([routing([[0.6, 0.4]])])
@@ -213,21 +212,28 @@ def test_all_experts_are_weighted_by_their_probabilities(unit_: str, combine: st
     torch.testing.assert_close(together, expected)
 
 
-class Independent(Threshold):
-    """Probabilities that do not sum to 1."""
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
-
-
-def test_all_experts_of_independent_scores_are_a_mean_where_gates_sum_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ROUTERS, "independent", Independent)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_all_experts_of_independent_scores_are_a_mean(shared: int) -> None:
     dense = vit()
     x = images(dense)
     parent = dense(x)
-    model = upcycle(dense, config(router="independent", num_shared_experts=0, top_k=2))
-    with vimoe.all_experts(model):
+    model = upcycle(dense, config(router="sigmoid", num_shared_experts=shared, top_k=2))
+    with vimoe.all_experts(model), vimoe.record(model) as routings:
         torch.testing.assert_close(model(x), parent, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(routings[0].gates.sum(dim=1), torch.ones(len(x)))
+
+
+def test_blocks_of_all_experts_may_be_nested() -> None:
+    model = upcycle(vit(), config())
+    with vimoe.record(model) as routings:
+        with vimoe.all_experts(model):
+            with vimoe.all_experts(model):
+                model(images(model))
+            model(images(model))
+        model(images(model))
+    assert [routing.experts.shape[1] for routing in routings] == [4] * (len(routings) // 3 * 2) + [1] * (
+        len(routings) // 3
+    )
 
 
 LOSSES = [

@@ -78,6 +78,32 @@ def test_outputs_and_gradients_are_those_of_the_dense_formula(
     assert (gradients[0][router] - gradients[2][router]).abs().max() > 1e-4, "other experts have no part in it"
 
 
+@pytest.mark.parametrize("gate", ["probability", "choice", "sigmoid"])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_where_gates_sum_to_1_the_router_has_the_gradient_of_a_mixture_of_all_experts(
+    k: int, router: str, gate: str
+) -> None:
+    """sum_j g_j E_j / sum_j g_j; so experts that are equal give the router no gradient."""
+    settings = {"num_shared_experts": 0, "routing": "token", "top_k": k, "router": router, "gate": gate}
+    made, x = layer(**settings, router_gradient="dense"), tokens()
+    assert torch.equal(made(x), layer(**settings)(x))
+    scores = x @ made.router.weight.T
+    bias = made.router.gate.bias if gate == "sigmoid" else 0
+    g = (scores + bias).sigmoid() if "sigmoid" in (router, gate) else scores.softmax(dim=-1)
+    g = g / g.sum(dim=-1, keepdim=True)
+    outputs = [ffn(of(made, "experts", e), x).detach() for e in range(EXPERTS)]
+    mixture = sum(g[..., e, None] * outputs[e] for e in range(EXPERTS))
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    found, expected = (torch.autograd.grad((y * direction).sum(), made.router.weight)[0] for y in (made(x), mixture))
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        for p in made.experts.parameters():
+            p[:] = p[:1].clone()
+    assert torch.autograd.grad((made(x) * direction).sum(), made.router.weight)[0].abs().max() < 1e-12
+
+
 def test_vectors_are_means_of_what_experts_gave_over_three_steps() -> None:
     made = layer(routing="token", router_gradient="default_vectors")
     means = torch.zeros(EXPERTS, DIM, dtype=torch.float64)
@@ -119,7 +145,7 @@ def test_slots_that_stay_empty_count_as_not_chosen(kind: str) -> None:
         torch.autograd.grad(y.sum(), each.router.weight)[0] for y, each in zip(found, (made, plain), strict=True)
     ]
     vectors = made.unchosen.mean if kind == "default_vectors" else None
-    gates = (x.flatten(0, 1) @ plain.router.weight.T).softmax(dim=1)  # `probabilities`, which it does not override
+    gates = (x.flatten(0, 1) @ plain.router.weight.T).sigmoid()
     outputs = [ffn(of(made, "experts", e), x) - ffn(of(made, "shared"), x) for e in range(EXPERTS)]
     stands = torch.stack(outputs, dim=2).flatten(0, 1) if vectors is None else vectors.expand(len(gates), -1, -1)
     extra = torch.autograd.grad((gates * ~chosen * stands.sum(dim=2).detach()).sum(), plain.router.weight)[0]

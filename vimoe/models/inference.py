@@ -90,10 +90,8 @@ def optimize(model: nn.Module, dtype: torch.dtype | None = None, compile: bool =
 def _pack(model: nn.Module) -> None:
     read = set[nn.Module]()  # by experts that stay as they are
     for layer in moe_layers(model).values():
-        experts = layer.experts
-        if layer.router.reads_weights:
-            continue
-        if experts.are_ffns and can_pack(experts.weights(0)["fc1.weight"]) and not has_hooks(experts):
+        experts, packs = layer.experts, layer.experts.are_ffns and not layer.router.reads_weights
+        if packs and can_pack(experts.weights(0)["fc1.weight"]) and not has_hooks(experts):
             layer.experts = PackedExperts(experts)  # type: ignore[assignment]
         else:
             read.update(experts.reads)

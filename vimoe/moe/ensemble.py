@@ -21,8 +21,8 @@ def all_experts(model: nn.Module) -> Iterator[None]:
     """Let all experts of each MoE layer compute inside the block, weighted by the router's probabilities.
 
     A layer then computes S(x) + sum_i p_i (E_i(x) - S(x)) with combine="mix", and so on with i from 1 to N: the expert
-    ensemble of arXiv 2604.13508. Probabilities that are none of a softmax are divided by their sum. A router without
-    gates of chosen experts (`Router.gated`) decides as it always does.
+    ensemble of arXiv 2604.13508. The p_i are `Router.probabilities`, divided by their sum, whatever the gate is. A
+    router without gates of chosen experts (`Router.gated`) decides as it always does.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -33,7 +33,7 @@ def all_experts(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in moe_layers(model).values():
-            if layer.router.gated:
+            if layer.router.gated and "route" not in vars(layer.router):  # else an outer block does it
                 stack.enter_context(_choosing_all(layer.router))
         yield
 
@@ -41,8 +41,8 @@ def all_experts(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _choosing_all(router: Router) -> Iterator[None]:
     def decide(logits_RN: Tensor, batch: tuple[int, int]) -> Routing:
-        gates_RN = router.probabilities(logits_RN)
-        gates_RN = gates_RN / gates_RN.sum(dim=-1, keepdim=True)  # N independent weights would add up to far above 1
+        own_RN = router.probabilities(logits_RN)
+        gates_RN = own_RN / own_RN.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(own_RN.dtype).tiny)
         experts_RN = torch.arange(logits_RN.shape[1], device=logits_RN.device).expand(gates_RN.shape)
         return Routing(logits_RN, gates_RN, experts_RN, router.config.routing, batch)
 

@@ -35,23 +35,23 @@ class Gate(nn.Module):
 
     def forward(self, routing: Routing) -> Routing:
         """Return the decisions with the weights of this gate; `routing.logits` are those that decided."""
-        return replace(routing, gates=self.divided(routing.gates, routing.experts))
+        return replace(routing, gates=self.divided(routing.gates, routing.experts >= 0))
 
-    def divided(self, gates_RK: Tensor, experts_RK: Tensor) -> Tensor:
+    def divided(self, gates: Tensor, filled: Tensor | bool = True) -> Tensor:
         """Return the gates of filled slots, divided by their sum in the row where the settings say so."""
         if not self.config.gates_sum_to_one:
-            return gates_RK
-        gates_RK = (gates_RK + _TINY) * (experts_RK >= 0)
-        return gates_RK / gates_RK.sum(dim=-1, keepdim=True).clamp(min=_TINY)
+            return gates
+        gates = (gates + _TINY) * filled
+        return gates / gates.sum(dim=-1, keepdim=True).clamp(min=_TINY)
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
-        """Return (R, N) the gates of all experts, chosen or not, through which `moe.router_gradient` trains a router.
+        """Return (R, N) the gates as if all experts were chosen, through which `moe.router_gradient` trains a router.
 
         Args:
             probabilities_RN: probability of each expert, as the router has it.
             logits_RN: scores.
         """
-        return probabilities_RN
+        return self.divided(probabilities_RN)
 
     def blind(self, slots: int, constant: bool) -> bool:
         """Return True if the gates are constant, so that they train no router.
@@ -70,24 +70,19 @@ class Gate(nn.Module):
 class ChoiceGate(Gate):
     """The gate as a choice: the chosen experts share the weight b, in equal parts, whatever the scores.
 
-    Of c chosen experts each has the gate b/c p/sg(p), with sg the stop of the gradient: its value is b/c, and it is
-    raised or lowered by the relative change of the probability p. The weight b is `MoEConfig.choice_weight`.
-
-    Where other experts train the router too (`moe.router_gradient`), the gate is b/c + b (p - sg(p)): all experts then
-    have the gradient of sum_j b p_j (E_j - S), whether chosen or not.
+    Of c chosen experts each has the gate b/c p/sg(p), with sg the stop of the gradient. So its value is b/c, and its
+    gradient is b/c times that of log p. The weight b is `MoEConfig.choice_weight`. With `moe.router_gradient` the
+    gradient is that of b p, for all experts.
     """
 
     def forward(self, routing: Routing) -> Routing:
         p_RK = routing.gates + _TINY
         filled_RK = (routing.experts >= 0).to(p_RK.dtype)
         share_RK = filled_RK * (self.config.choice_weight / filled_RK.sum(dim=-1, keepdim=True).clamp(min=1))
-        if self.config.router_gradient == "chosen":
-            return replace(routing, gates=share_RK * (p_RK / p_RK.detach()))
-        change_RK = self.config.choice_weight * filled_RK * (p_RK - p_RK.detach())
-        return replace(routing, gates=share_RK + change_RK)
+        return replace(routing, gates=share_RK * (p_RK / p_RK.detach()))
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
-        return self.config.choice_weight * probabilities_RN
+        return self.config.choice_weight * self.divided(probabilities_RN)
 
     def blind(self, slots: int, constant: bool) -> bool:
         return constant
@@ -96,7 +91,8 @@ class ChoiceGate(Gate):
 class SigmoidGate(Gate):
     """A sigmoid of each chosen expert's own score and a learnt bias: 1/2 at the start for a score of 0.
 
-    A weight does not fall when another expert's score rises, as it does with a softmax (Llama 4 has such gates).
+    A weight does not fall when another expert's score rises, as it does with a softmax. Llama 4's code has such gates
+    without a bias, on the inputs of experts.
     """
 
     def __init__(self, config: MoEConfig, like: Tensor) -> None:
@@ -105,11 +101,14 @@ class SigmoidGate(Gate):
 
     def forward(self, routing: Routing) -> Routing:
         filled_RK = routing.experts >= 0
-        gates_RK = self.of_all(routing.gates, routing.logits).gather(-1, routing.experts.clamp(min=0)) * filled_RK
-        return replace(routing, gates=self.divided(gates_RK, routing.experts))
+        gates_RK = self._sigmoid(routing.logits.gather(-1, routing.experts.clamp(min=0))) * filled_RK
+        return replace(routing, gates=self.divided(gates_RK, filled_RK))
 
     def of_all(self, probabilities_RN: Tensor, logits_RN: Tensor) -> Tensor:
-        return (logits_RN + self.bias.to(logits_RN.dtype)).sigmoid()
+        return self.divided(self._sigmoid(logits_RN))
+
+    def _sigmoid(self, logits: Tensor) -> Tensor:
+        return (logits + self.bias.to(logits.dtype)).sigmoid()
 
     def blind(self, slots: int, constant: bool) -> bool:
         return self.is_one(slots)

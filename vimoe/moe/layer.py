@@ -167,6 +167,10 @@ class MoE(nn.Module):
         if self.router.mixes:
             note(self, routing)
             return self.router.compute(x_BTD, routing, self.experts, self.shared)
+        all_RN = None
+        if self.unchosen is not None and self.training and torch.is_grad_enabled():
+            all_RN = self.router.gates_of_all(routing)
+            routing = router_gradient.through(routing, all_RN)
         sent = dispatch(routing)
         x_RUD = x_BTD.reshape(routing.experts.shape[0], routing.tokens_per_unit, x_BTD.shape[-1])
         y_SUD = self.experts(x_RUD, sent.source, sent.load)
@@ -174,8 +178,8 @@ class MoE(nn.Module):
         shared_RUD = None if self.shared is None else self.shared(x_BTD).view(x_RUD.shape)
         mix = self.shared is not None and self.config.combine == "mix"
         y_RUD = sent.combine(y_SUD, shared_RUD, mix)
-        if self.unchosen is not None and self.training and torch.is_grad_enabled():
-            gates_RN = self.router.gates_of_all(routing).masked_fill(routing.chosen, 0)
+        if self.unchosen is not None and all_RN is not None:
+            gates_RN = all_RN.masked_fill(routing.chosen, 0)
             y_RUD = y_RUD + self.unchosen(gates_RN, x_RUD, y_SUD, shared_RUD if mix else None, sent, self.experts)
         return y_RUD.view(x_BTD.shape)
 

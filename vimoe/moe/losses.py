@@ -144,7 +144,10 @@ def _orthogonal(routing: Routing) -> Tensor:
     if slots < 2:
         raise VimoeError(f"orthogonal_loss of {slots} expert of each token: expected at least 2; set moe.top_k=2")
     if outputs is None:
-        raise VimoeError("the outputs of the experts were not recorded: expected vimoe.record(model, outputs=True)")
+        raise VimoeError(
+            "the outputs of the experts were not recorded: expected vimoe.record(model, outputs=True), and a router "
+            "that sends tokens to experts"
+        )
     y_RUKD = outputs.to(_precise(outputs)).transpose(1, 2)
     products_RUKK = y_RUKD @ y_RUKD.mT
     lengths_RUK = products_RUKK.diagonal(dim1=-2, dim2=-1)

@@ -225,8 +225,8 @@ class Router(nn.Module):
     def blind(self) -> bool:
         """True if the task loss can never train the router, because its gates are constant.
 
-        The router's own weights are taken to vary. One whose are a softmax over all experts has constant ones if there
-        is one expert.
+        By default the router's own weights are taken to vary. A kind whose weights are constant where there is a single
+        expert, as a softmax over all experts is, overrides it.
         """
         return bool(self.gate.blind(self.slots, constant=False))
 

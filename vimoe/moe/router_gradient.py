@@ -1,12 +1,14 @@
 """Gradients of a router from the experts that were not chosen (`moe.router_gradient`); no output changes.
 
-With g_j the gate of expert j as if it had been chosen (`Gate.of_all`), sg the stop of the gradient and v_j what stands
+With g_j the gate of expert j as if all had been chosen (`Gate.of_all`), sg the stop of the gradient and v_j what stands
 for the expert, the layer adds to its output the value 0,
 
     sum over experts j that were not chosen of (g_j - sg(g_j)) sg(v_j)
 
-so the router learns what a token would have gained by another expert. In a "mix" v_j stands for E_j(x) - S(x), else for
-E_j(x). It acts in training with gradient alone. Gates come from scores without `router_noise`.
+so the router learns what a token would have gained by another expert. The gates of chosen experts keep their values and
+have the gradients of their g_i. So the router has the gradient of the dense mixture sum_j g_j v_j over all experts:
+where gates sum to 1, experts that do the same give it none. In a "mix" with a shared expert v_j stands for E_j(x) -
+S(x), else for E_j(x). It acts in training with gradient alone. Gates g come from scores without `router_noise`.
 
 Axes: R rows that are routed (images or tokens), U tokens of a row, S filled slots in the order of their experts, N
 experts, D channels.
@@ -15,6 +17,7 @@ experts, D channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -22,9 +25,15 @@ from torch import Tensor, nn
 
 from vimoe.moe.dispatch import Dispatch, RaggedDispatch
 from vimoe.moe.experts import Experts
-from vimoe.moe.routing import recomputing
+from vimoe.moe.routing import Routing, recomputing
 
 DECAY = 0.99  # of the mean outputs, for each training step
+
+
+def through(routing: Routing, gates_RN: Tensor) -> Routing:
+    """Return the decisions with the same gates, whose gradient is that of these gates of all experts."""
+    own_RK = gates_RN.gather(-1, routing.experts.clamp(min=0)) * (routing.experts >= 0)
+    return replace(routing, gates=routing.gates.detach() + (own_RK - own_RK.detach()))
 
 
 class Unchosen(nn.Module):

@@ -46,7 +46,7 @@ class Routing:
         layer: module name of the layer; a recorder sets it.
         ragged: True if slots can be empty. The router says so without a look at the data.
         outputs: (R, K, U, D) output of the expert in each slot before it is weighted, 0 where the slot is empty; None
-            unless they are recorded.
+            unless they are recorded, and always for a router that mixes tokens or experts.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))

@@ -44,6 +44,16 @@ def test_outputs_and_gradients_are_those_of_the_formula(combine: str, shared: in
     mixing.assert_equal_with_gradients(layer(**SMEAR, combine=combine, num_shared_experts=shared), reference)
 
 
+def test_where_all_gates_round_to_0_the_shared_expert_is_left() -> None:
+    made, x = layer(**SMEAR).float(), tokens().float()
+    with torch.no_grad():
+        made.router.weight[:] = -1e6 * x[0, 0]
+    y = made(x[:1])
+    torch.testing.assert_close(y, made.shared(x[:1]))
+    (1e6 * y).sum().backward()
+    assert all(p.grad.isfinite().all() for p in made.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("kind", FFNS)
 def test_every_kind_of_ffn_is_merged(kind: str) -> None:
     """An image's merged FFN is the one that `densify` would build from its gates."""
@@ -128,6 +138,15 @@ def test_experts_can_be_dropped_from_layers_that_stay(monkeypatch: pytest.Monkey
     vimoe.prune(model, evidence, loader, tolerance=9, experts=True)
     assert [layer.config.num_experts for layer in layers(model)] == [1, 1]
     assert model(loader[0][0]).isfinite().all()
+
+
+@pytest.mark.parametrize("experts", ["lora", "delta", "adapter"])
+def test_an_optimised_model_still_has_the_ffn_that_experts_change(experts: str) -> None:
+    model = mixing.perturb_experts(vimoe.upcycle(vit(), config(**SMEAR, experts=experts)))
+    x = mixing.images(model)
+    with torch.no_grad():
+        y = model(x)
+        torch.testing.assert_close(vimoe.optimize(model)(x), y, atol=1e-4, rtol=1e-4)
 
 
 def test_other_kinds_of_experts_are_merged_by_their_weights() -> None:

@@ -13,6 +13,8 @@ from vimoe.moe.experts import Experts
 from vimoe.moe.router import Router
 from vimoe.moe.routing import Routing
 
+_TINY = 1e-30  # all gates may have rounded to 0, which leaves the shared expert alone
+
 
 class SmearRouter(Router):
     """Experts merged for each image by the router's probabilities p (arXiv 2306.03745): M(x) has sum_i p_i W_i.
@@ -49,7 +51,7 @@ class SmearRouter(Router):
         """Return (B, T, D): merge the experts for each image, and compute all its tokens with the result."""
         gates_BN = routing.expert_gates
         sum_B1 = gates_BN.sum(dim=1, keepdim=True)
-        share_BN = gates_BN / sum_B1
+        share_BN = gates_BN / sum_B1.clamp(min=_TINY)
         merged = {
             name: (share_BN.to(w.dtype) @ w.flatten(1)).view(-1, *w.shape[1:])
             for name, w in experts.stacked_weights().items()
