@@ -44,7 +44,7 @@ class TrainConfig:
             expert, "head" for no layer; or FFNs by block as in `MoEConfig.layers` ("last:2", [10, 11],
             "blocks.1?.mlp"), dense or MoE. The classifier is always trained too.
         stages: list of values of train_only, such as "[head, all, experts]", trained one after the other, for `epochs`
-            each, with all other settings: each begins with the best weights of the one before, and its own schedule. MoE
+            each, with all other settings; each starts with the best weights of that before, and its own schedule. MoE
             layers are made of the FFNs at the first "moe" or "experts", and the model is dense until then (MoE-LLaVA,
             arXiv 2401.15947, has the three above).
         fuse: "none", or how the experts of each MoE layer become one FFN, so that the model is dense at the end: "ewa"
