@@ -66,6 +66,7 @@ CASES = {
         {**NONE, "from_mean": Distance(SAME_WEIGHTS, 1.0, 1.0)},
         {**NONE, "from_mean": Distance(None, None, 1.0)},
         {"from_mean": Distance(1.0, 0.0, 0.0)},  # and yet they matter
+        {**NONE, "from_mean": Distance(1.0, 0.0, 0.1), "oracle": oracle(-0.1)},  # other routes among them would
         {**NONE, "from_mean": Distance(1.0, 0.0, 0.0), "num_experts": 1},
     ),
     "small gates": (

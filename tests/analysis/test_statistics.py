@@ -127,6 +127,12 @@ def test_adjusted_mutual_information_agrees_with_scikit_learn(strength: float) -
     assert dependence(y, 2 * chosen(experts)).value == pytest.approx(found.value, abs=3e-3)
 
 
+def test_one_image_of_each_class_leaves_no_room_above_chance() -> None:
+    found = dependence(np.arange(8), np.eye(8, dtype=np.int64))
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert found.nats == pytest.approx(np.log(8))
+
+
 def test_classes_without_images_play_no_part() -> None:
     y = labels()
     assert dependence(10 * y + 3, chosen(y % EXPERTS)) == dependence(y, chosen(y % EXPERTS))

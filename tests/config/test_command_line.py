@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
@@ -12,6 +13,8 @@ import yaml
 
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser, read_settings
+from vimoe.config.moe import EXPERTS, GATES, ROUTERS, STARTS, MoEConfig
+from vimoe.config.registry import Registry
 from vimoe.config.settings import SECTIONS
 from vimoe.errors import ConfigError
 
@@ -72,8 +75,8 @@ UNKNOWN = {
     "--moe.layer=all": "unknown option --moe.layer: did you mean '--moe.layers'?",
     "surplus": "unknown option surplus: see vimoe count --help",
     "--moe=3": "--moe=3: expected a YAML file; to set one option use --moe.NAME, see vimoe count --help",
-    "--data.mean=[a]": "data.mean=['a']: expected a list of numbers or none",
-    "--train.stages=head": "train.stages=head: expected a list of texts or none",
+    "--data.mean=[a]": "data.mean=['a']: expected a list of numbers in brackets or none",
+    "--train.stages=head": "train.stages=head: expected a list of words in brackets, such as [a, b], or none",
     "--train.train_only=lst:2": (
         "train_only='lst:2': expected one of all, moe, experts, head, last:N, every:N with N of 1 or more; "
         "did you mean 'last:N'?"
@@ -128,3 +131,11 @@ def test_stages_are_a_list() -> None:
     read = read_settings("train:\n  stages: [head, all, experts]\n")
     assert read.train.stages == ("head", "all", "experts")
     assert read_settings(yaml.safe_dump(read.to_dict())) == read
+
+
+@pytest.mark.parametrize("name, kinds", {"router": ROUTERS, "gate": GATES, "experts": EXPERTS, "init": STARTS}.items())
+def test_the_help_names_every_kind(name: str, kinds: Registry) -> None:
+    text = MoEConfig.__doc__ or ""
+    entry = re.search(rf"^        {name}: (.*\n(?:            .*\n)*)", text, re.M)
+    own = [kind for kind, made in kinds.items() if "vimoe." in str(made)]  # tests register others
+    assert entry and own and all(f'"{kind}"' in entry[1] for kind in own)

@@ -158,7 +158,7 @@ def test_images_that_do_not_do_are_refused_and_the_model_is_as_it_was(what: str)
 
 
 def test_a_router_that_needs_images_asks_for_them() -> None:
-    with pytest.raises(VimoeError, match="router='centroids' is computed from training images: expected some; pass"):
+    with pytest.raises(VimoeError, match="^router='centroids' is computed from training images: expected some; pass"):
         vimoe.upcycle(vit(), config(router="centroids"))
 
 

@@ -83,7 +83,7 @@ def test_a_split_of_which_all_are_chosen_changes_nothing_but_rounding() -> None:
 
 def test_what_cannot_be_measured_says_why() -> None:
     cluster = config(init="cluster")
-    assert "training images, which vimoe train has; pass images" in str(vimoe.plan(vit(), cluster))
+    assert "training images, which vimoe train has and vimoe.plan takes as images" in str(vimoe.plan(vit(), cluster))
     given = [(images(vit(), 12), torch.zeros(12, dtype=torch.long))]
     assert vimoe.plan(vit(), cluster, images=given).start.change > 1e-3
     found = vimoe.plan(vit().to("meta"), config(init="drop"))
@@ -115,3 +115,9 @@ def test_the_command_measures_where_weights_are_at_hand(capsys: pytest.CaptureFi
     assert "vimoe train has" in capsys.readouterr().out
     assert main(["plan", *TINY, "--moe.layers=all", "--moe.init=noise"]) == 0
     assert "no weights here" in capsys.readouterr().out
+
+
+def test_a_plan_names_gate_and_start_where_they_are_set() -> None:
+    line = str(vimoe.plan(vit(), vimoe.MoEConfig(layers="last:1", gate="choice", init="noise"))).splitlines()[-1]
+    assert line.endswith("1 shared, mix, gate=choice, init=noise")
+    assert str(vimoe.plan(vit(), vimoe.MoEConfig(layers="last:1"))).endswith("1 shared, mix")

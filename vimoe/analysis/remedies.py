@@ -47,10 +47,10 @@ def idle(layer: LayerDiagnosis) -> bool:
 
 
 def copies(layer: LayerDiagnosis) -> bool:
-    """Return True if all experts compute nearly the same."""
+    """Return True if all experts are nearly the same, in outputs or weights, and no routes among them matter."""
     cosine = layer.from_mean.cosine
     alike = layer.from_mean.outputs < SAME_OUTPUT or (cosine is not None and cosine > SAME_WEIGHTS)
-    return layer.num_experts > 1 and alike and not matters(layer)
+    return layer.num_experts > 1 and alike and not matters(layer) and not misses(layer)
 
 
 def small_gates(layer: LayerDiagnosis) -> bool:
@@ -105,6 +105,11 @@ def _gain(layer: LayerDiagnosis) -> str:
     return f"{layer.oracle.by_class.loss}, one expert for all {layer.oracle.for_all.loss.value:+.4f}"
 
 
+def _near(layer: LayerDiagnosis) -> str:
+    cosine = "" if layer.from_mean.cosine is None else f", weights with a cosine of {layer.from_mean.cosine:.5f}"
+    return f"outputs {layer.from_mean.outputs:.2%} apart{cosine}"
+
+
 def _dense(layer: LayerDiagnosis) -> str:
     if not layer.dense:
         return "no method makes it dense"
@@ -126,8 +131,8 @@ RULES = (
     Rule(
         "copies",
         copies,
-        "the experts still compute nearly the same, so no choice among them can matter",
-        lambda layer: f"outputs {layer.from_mean.outputs:.2%} apart",
+        "the experts are still near to one another, and no choice among them was found to matter",
+        _near,
         ("a higher train.expert_lr_scale", "a higher train.lr", "moe.init=drop", "moe.init=cluster"),
         "at a low rate upcycled experts stay at the parent, with a cosine near 1 (arXiv 2410.07524); Drop-Upcycling "
         "(arXiv 2502.19261) and clusters (arXiv 2604.13508) are starts at which they differ",

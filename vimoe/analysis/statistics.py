@@ -27,6 +27,7 @@ WIDER = 1.05  # than it could be, at most, an interval over draws that ended ear
 FEWEST = 5  # sequences that are resampled: of fewer the samples are too alike for an interval
 _PERMUTED_UNITS = 200_000_000  # decisions that are permuted for a null distribution
 _CHUNK = 400_000  # resampled images at a time, which bounds the memory
+_NO_ROOM = 1e-9  # nats between chance level and maximum, below which all is rounding
 
 
 @dataclass(frozen=True)
@@ -382,9 +383,10 @@ def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
 def _adjusted(table: np.ndarray, nats: float, expected: float, null: np.ndarray, resampled: np.ndarray) -> Dependence:
     """Mutual information above the chance level, over the most that these loads allow."""
     scale = (_entropy(table.sum(axis=1)) + _entropy(table.sum(axis=0))) / 2 - expected
-    scale = max(scale, np.finfo(float).eps)
-    value, half = (nats - expected) / scale, Z * float(resampled.std()) / scale
     p = (1 + int((null >= nats - 1e-12).sum())) / (1 + len(null))
+    if scale < _NO_ROOM:
+        return Dependence(0.0, 0.0, 0.0, p, nats)
+    value, half = (nats - expected) / scale, Z * float(resampled.std()) / scale
     return Dependence(float(value), float(value - half), float(min(value + half, max(value, 1.0))), p, nats)
 
 

@@ -32,7 +32,8 @@ _WRONG_TYPE = re.compile(
 _NO_SECTION = re.compile(r"key \"(\w+)\": Unable to load config ['\"](.*?)['\"](?: - |$)")
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "values by name",
-    "tuple[float, ...]": "a list of numbers", "tuple[str, ...]": "a list of texts", "NoneType": "none",
+    "tuple[float, ...]": "a list of numbers in brackets", "NoneType": "none",
+    "tuple[str, ...]": "a list of words in brackets, such as [a, b],",
 }  # fmt: skip
 
 

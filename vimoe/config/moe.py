@@ -81,8 +81,9 @@ class MoEConfig:
     Args:
         layers: blocks to convert: "all", "none", "last:2", "every:2" (blocks 1, 3, 5, ...), a list of block
             indices (0 is the first block with an FFN, -1 the last), or module-name patterns ("blocks.1?.mlp").
-        num_experts: number of routed experts N of a layer, each of the FFN's own shape. 0 makes no mixture but a dense
-            FFN of num_shared_experts times the width: the control with equal activated parameters.
+        num_experts: number of routed experts N of a layer, each as wide as the FFN unless `expert_width` is set. 0
+            makes no mixture but a dense FFN of num_shared_experts times the width: the control with equal activated
+            parameters.
         top_k: number of experts for each image or token. Another router may define it differently; at least top_k
             experts always remain.
         routing: "image" takes one decision for all tokens of an image, "token" one for each.
@@ -96,16 +97,22 @@ class MoEConfig:
             balancing, arXiv 2408.15664, has 0.001). 0 makes no bias.
         expert_dropout: dropout rate on the hidden units of the routed experts in training (Switch Transformers,
             arXiv 2101.03961, section 2.4); a larger rate of the FFN itself is kept.
-        router: kind of the router, a name in `ROUTERS`; "softmax" sends each to the k experts of largest probability.
-        gate: weight of the chosen experts, a name in `GATES`. "probability" is the router's own; "choice" lets them
-            weigh `gate_weight` together, whatever the scores; "sigmoid" has an own sigmoid of each score.
+        router: kind of the router: "softmax" sends each to the k experts of largest probability; "sigmoid" and
+            "cosine" have other scores; with "expert_choice" experts choose tokens; "soft" and "smear" mix instead of
+            choosing; "hash" and "random" are fixed; "centroids" and "superclass" start from training images. Or a name
+            that your code has added to `ROUTERS`. The formulas of all kinds are in docs/methods.md.
+        gate: weight of the chosen experts: "probability" is the router's own; "choice" lets them weigh `gate_weight`
+            together, whatever the scores; "sigmoid" is a sigmoid of each expert's own score. Or a name in `GATES`.
         gate_weight: weight of the chosen experts together, with gate="choice"; by default 0.5 with a shared expert and
             1 without, or with `normalize_gates`. A weight of 1 leaves the shared expert of a "mix" without a gradient.
         router_gradient: outputs that train the router: "chosen" experts', with "default_vectors" also each other
             expert's mean output (after Default MoE, arXiv 2504.12463), or with "dense" also all other experts' own
             outputs (DenseMixer). The last two change gradients alone, not what the layer computes.
-        experts: kind of the experts, a name in `EXPERTS`; "ffn" gives each expert weights of its own.
-        init: start of the experts, a name in `STARTS`; "copy" makes all of them copies of the dense FFN.
+        experts: kind of the experts: "ffn" gives each expert weights of its own; "lora" (low rank), "delta" (sparse)
+            and "adapter" give it a small change of one FFN that all share. Or a name in `EXPERTS`.
+        init: start of the experts: "copy" makes all of them copies of the dense FFN; "noise" adds noise to the copies;
+            "drop" draws a part of their hidden units anew; "split" cuts the FFN into pieces; "cluster" cuts it to what
+            clusters of training images need. Or a name in `STARTS`.
         drop_ratio: share of each expert's hidden units that init="drop" draws anew.
         noise_std: standard deviation of the noise of init="noise", relative to that of each matrix.
         cluster_energy: share of the squared norm, weighted by the data, that init="cluster" keeps of each matrix.

@@ -43,10 +43,10 @@ class TrainConfig:
         train_only: "all"; "moe" for the MoE layers, "experts" for their routed experts and routers without the shared
             expert, "head" for no layer; or FFNs by block as in `MoEConfig.layers` ("last:2", [10, 11],
             "blocks.1?.mlp"), dense or MoE. The classifier is always trained too.
-        stages: values of train_only, trained one after the other, for `epochs` each, with all other settings: each
-            begins with the best weights of the one before, and its own schedule. MoE layers are made of the FFNs at the
-            first "moe" or "experts", and the model is dense until then (MoE-LLaVA, arXiv 2401.15947, has
-            [head, all, experts]).
+        stages: list of values of train_only, such as "[head, all, experts]", trained one after the other, for `epochs`
+            each, with all other settings; each starts with the best weights of that before, and its own schedule. MoE
+            layers are made of the FFNs at the first "moe" or "experts", and the model is dense until then (MoE-LLaVA,
+            arXiv 2401.15947, has the three above).
         fuse: "none", or how the experts of each MoE layer become one FFN, so that the model is dense at the end: "ewa"
             averages experts that random tokens (or images) have trained (arXiv 2308.06093), "exfusion" learns the
             shares of a sum of their weights, which is the FFN of every step (arXiv 2603.27965).
@@ -169,7 +169,7 @@ class TrainConfig:
         if self.train_only != "all":
             raise ConfigError(
                 f"train_only={self.train_only!r} with stages={list(self.stages)}: expected one of them, since each "
-                f"stage has its own part; leave train_only out"
+                f"stage has its own part; leave train_only out, or set it to 'all' if a preset or file sets it"
             )
 
     @property

@@ -47,9 +47,11 @@ class Plan:
 
     def __str__(self) -> str:
         c = self.config
+        named = ("gate", "init", "expert_width", "router_gradient")  # settings that are told where they are set
+        more = "".join(f", {name}={getattr(c, name)}" for name in named if getattr(c, name) != getattr(MoEConfig, name))
         kind = (
-            f"{c.num_experts} {c.experts} experts ({c.init}), {c.router} router, {c.gate} gate, top_k={c.top_k}, "
-            f"{c.routing} routing, {c.num_shared_experts} shared, {c.combine}"
+            f"{c.num_experts} experts ({c.experts}), {c.router} router, top_k={c.top_k}, {c.routing} routing, "
+            f"{c.num_shared_experts} shared, {c.combine}{more}"
             if c.num_experts
             else f"dense FFN of {c.num_shared_experts} times the width"
         )
@@ -80,7 +82,7 @@ def plan(
     >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
     before: 0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
     after:  0.41 M parameters, 0.33 M activated, 0.040 G multiply-adds, 1 MoE layers
-      blocks.5.mlp: Mlp -> 4 ffn experts (copy), softmax router, probability gate, top_k=1, image routing, 1 shared, mix
+      blocks.5.mlp: Mlp -> 4 experts (ffn), softmax router, top_k=1, image routing, 1 shared, mix
     """
     _check(model, config)
     copied = meta_copy(model)
@@ -97,7 +99,9 @@ def plan(
 
 def _start_change(model: nn.Module, layers: Sequence[MoE], config: MoEConfig, images: Batches | None) -> StartChange:
     if any(layer.needs_images for layer in layers) and images is None:
-        return StartChange(None, "it is computed from training images, which vimoe train has; pass images")
+        return StartChange(
+            None, "it is computed from training images, which vimoe train has and vimoe.plan takes as images"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         return StartChange(
             None, "the model has no weights here; give vimoe.plan one that has, or model.name=local-dir:FOLDER"
@@ -106,10 +110,11 @@ def _start_change(model: nn.Module, layers: Sequence[MoE], config: MoEConfig, im
 
 
 def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> nn.Module:
-    """Replace the FFNs of the chosen blocks by MoE layers whose experts are copies of them (sparse upcycling).
+    """Replace the FFNs of the chosen blocks by MoE layers whose experts start as copies of them (sparse upcycling).
 
     In place. With `combine="mix"`, the default, the model computes exactly what it did before, to rounding: all
-    experts agree, so the task loss gives the routers no gradient until a step has separated them.
+    experts agree, so the task loss gives the routers no gradient until a step has separated them. `MoEConfig.init` has
+    other starts, at which experts differ; `plan` says how far they take the model.
 
     Args:
         model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), or a module with one inside such as
@@ -178,9 +183,10 @@ def _start(model: nn.Module, layers: dict[str, MoE], images: Batches | None) -> 
     seen = dict[str, Calibration]()
     if needing := next((layer.config for layer in layers.values() if layer.needs_images), None):
         if images is None:
+            init = STARTS.find(needing.init).needs_images
+            what = f"init={needing.init!r}" if init else f"router={needing.router!r}"
             raise SurgeryError(
-                f"init={needing.init!r} with router={needing.router!r} is computed from training images: expected "
-                f"some; pass images=[(images, labels), ...]"
+                f"{what} is computed from training images: expected some; pass images=[(images, labels), ...]"
             )
         seen = calibrate(model, {name: layer.router for name, layer in layers.items()}, images)
     for name, layer in layers.items():

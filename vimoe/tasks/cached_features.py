@@ -30,7 +30,7 @@ from vimoe.data.loaders import eval_loader, processes
 from vimoe.data.order import Shuffled, mix
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
 from vimoe.errors import DataError, FolderError
-from vimoe.files import written_whole
+from vimoe.files import in_units, written_whole
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import Rest, cut_before, digest
 from vimoe.models.precision import resolve
@@ -156,7 +156,7 @@ class FeatureCache:
         total = sum(file.path.stat().st_size for file in (*self.train, self.val))
         before = self.cut.blocks[self.cut.start]
         logger.info(
-            "features before %s of %d views, %.2f GB in %s: %s", before, len(self.train), total / 1e9, self.folder,
+            "features before %s of %d views, %s in %s: %s", before, len(self.train), in_units(total), self.folder,
             f"made in {seconds:.0f} s" if self.missing else "found",
         )  # fmt: skip
         config, cut, in_processes = self.config, self.cut, processes(self.workers)
