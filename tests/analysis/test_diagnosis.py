@@ -26,7 +26,7 @@ def test_the_text_has_about_ten_lines_with_the_figures_of_each_layer(diagnosis: 
     assert header.split()[0] == "layer" and [row.split()[0] for row in rows] == ["blocks.0.mlp", "blocks.1.mlp"]
     for row, layer in zip(rows, diagnosis.layers, strict=True):
         assert f"{layer.gates.mean:.2f} ({layer.gates.low:.2f}-{layer.gates.high:.2f})" in row
-        assert str(layer.permuted.loss) in row and str(layer.oracle.by_class.loss) in row
+        assert str(layer.permuted.loss) in row and str(layer.oracle.by_prediction.loss) in row
         assert f"{layer.from_shared.outputs:.2%}" in row and f"{layer.from_mean.outputs:.2%}" in row
         assert f"{layer.from_shared.cosine:.5f}" in row and f"of {layer.num_experts}" in row
         assert f"{layer.oracle.by_image.loss.value:+.4f}" in lines[5]

@@ -58,7 +58,10 @@ def diagnosed(folder: Path, **changes: object) -> Path:
         "name": "blocks.1.mlp", "num_experts": 8, "from_shared": far, "from_mean": {**far, "outputs": 0.125},
         "gates": {"mean": 0.5, "low": 0.25, "median": 0.5, "high": 0.75}, "router_confidence": 0.875,
         "effective_experts": change(7.5, 0.25), "permuted": effect(0.002),
-        "oracle": {"by_class": effect(-0.5), "for_all": effect(0.001), "by_image": effect(-0.75), "images": 90},
+        "oracle": {
+            "by_prediction": effect(-0.5), "for_all": effect(0.001), "by_class": effect(-0.6),
+            "by_image": effect(-0.75), "images": 90,
+        },
     }  # fmt: skip
     finding = {
         "name": "better routes", "layers": {"blocks.1.mlp": "<-0.5>"}, "says": "there are some",

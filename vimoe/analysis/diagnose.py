@@ -107,12 +107,12 @@ def diagnose(
     measured_by = metric_of(model, metric or evidence.base.kind)
     sample = _Sample(measured_by, loader, places, total)
     subjects = Subjects(model, sample, list(layers), metric=measured_by.score_type.kind)
-    labels, seen = _observe(subjects, layers, len(places), "looking at the experts" if progress else "")
+    labels, predicted, seen = _observe(subjects, layers, len(places), "looking at the experts" if progress else "")
     oracles: dict[str, Oracle] = {}
     if measured_by.by_patch:
         without = "patches have classes here, and images have none"
     else:
-        oracles = _oracles(subjects, layers, labels, units, seed, "trying each expert" if progress else "")
+        oracles = _oracles(subjects, layers, labels, predicted, units, seed, "trying each expert" if progress else "")
         without = "" if oracles else "no class has images in both halves"
     figures = tuple(
         seen[each.name].figures(layers[each.name], each, oracles.get(each.name), units, seed)
@@ -209,21 +209,22 @@ class _Seen:
 
 def _observe(
     subjects: Subjects, layers: Mapping[str, MoE], images: int, task: str
-) -> tuple[np.ndarray, dict[str, _Seen]]:
-    """Run all images. Return their classes (I,), and what each layer did."""
-    labels, seen = [], {name: _Seen() for name in layers}
+) -> tuple[np.ndarray, np.ndarray, dict[str, _Seen]]:
+    """Run all images. Return their classes (I,), the class of the largest logit (I,), and what each layer did."""
+    labels, predicted, seen = [], [], {name: _Seen() for name in layers}
     every = -(-images // _COMPARED)
-    for _, _, records, targets, index in subjects.records(list(layers), _AT_ONCE, task):
+    for _, logits, records, targets, index in subjects.records(list(layers), _AT_ONCE, task):
         labels.append(subjects.metric.classes_of(targets).cpu().numpy())
+        predicted.append(logits.flatten(1).argmax(dim=1).cpu().numpy())
         for name, layer in layers.items():
             x: Any = records[name].x
             seen[name].add(layer, x, (index % every == 0).nonzero()[:, 0])
-    return np.concatenate(labels), seen
+    return np.concatenate(labels), np.concatenate(predicted), seen
 
 
 def _oracles(
-    subjects: Subjects, layers: Mapping[str, MoE], labels: np.ndarray, sequences: np.ndarray | None, seed: int,
-    task: str,
+    subjects: Subjects, layers: Mapping[str, MoE], labels: np.ndarray, predicted: np.ndarray,
+    sequences: np.ndarray | None, seed: int, task: str,
 ) -> dict[str, Oracle]:  # fmt: skip
     """Return the oracle of each layer; none where no class has images in both halves."""
     if sequences is None:
@@ -232,21 +233,24 @@ def _oracles(
         half = statistics.halves(np.zeros(sequences.max() + 1), seed)[sequences]
     plan = {name: [Only(expert) for expert in range(layer.config.num_experts)] for name, layer in layers.items()}
     changes = measure(subjects, plan, task)
-    found = {name: _oracle(each, labels, half, sequences, seed) for name, each in changes.items()}
+    found = {name: _oracle(each, labels, predicted, half, sequences, seed) for name, each in changes.items()}
     return {name: oracle for name, oracle in found.items() if oracle}
 
 
 def _oracle(
-    changes: Changes, labels: np.ndarray, half: np.ndarray, sequences: np.ndarray | None, seed: int
-) -> Oracle | None:
+    changes: Changes, labels: np.ndarray, predicted: np.ndarray, half: np.ndarray, sequences: np.ndarray | None,
+    seed: int,
+) -> Oracle | None:  # fmt: skip
     """Return the effects of the best expert, given those (I, N) of each; None where no class has two images."""
     by_class = statistics.best_for_class(changes.loss, labels, half)
     rows = np.flatnonzero(by_class >= 0)
     if not len(rows):
         return None
     for_all = statistics.best_for_class(changes.loss, np.zeros_like(labels), half)
-    chosen = np.stack([by_class, for_all, changes.loss.argmin(axis=1)], axis=1)[rows]
+    by_prediction = statistics.best_for_class(changes.loss, predicted, half)
+    by_prediction = np.where(by_prediction < 0, for_all, by_prediction)
+    chosen = np.stack([by_prediction, for_all, by_class, changes.loss.argmin(axis=1)], axis=1)[rows]
     picked = Changes(*(np.take_along_axis(each[rows], chosen, axis=1) for each in (changes.loss, changes.right)))
     units = None if sequences is None else np.unique(sequences[rows], return_inverse=True)[1]
     effects = Effect.each(picked, seed, units)
-    return Oracle(effects[0], effects[1], effects[2], len(rows))
+    return Oracle(effects[0], effects[1], effects[2], effects[3], len(rows))

@@ -34,17 +34,21 @@ class Oracle:
     compared with several.
 
     Attributes:
-        by_class: effect of the expert with the lowest mean loss for the image's class. It is chosen on one half of the
-            images and measured on the other, in both directions.
+        by_prediction: effect of the expert with the lowest mean loss for the class that the untouched model predicts.
+            It is chosen on one half of the images and measured on the other, in both directions; a prediction that the
+            other half does not have gets the expert of `for_all`. A router could know it, so this is a gain to be had.
         for_all: effect of one expert for all images, chosen and measured likewise. Where it is as good, the classes
             need no experts of their own.
-        by_image: effect of the expert with the lowest loss for the image itself. Choosing reads the label of the image
-            that is scored, so this is an upper bound of the gain, and never a score.
+        by_class: effect of the expert with the lowest mean loss for the image's true class, chosen and measured
+            likewise. It reads the label of the image that is scored: an expert that raises the logit of a class is best
+            for this class, whatever it knows. So this is an upper bound, and never a score.
+        by_image: effect of the expert with the lowest loss for the image itself, a higher bound of the same kind.
         images: number of images of classes with images in both halves.
     """
 
-    by_class: Effect
+    by_prediction: Effect
     for_all: Effect
+    by_class: Effect
     by_image: Effect
     images: int
 
@@ -157,10 +161,15 @@ class Diagnosis:
     def _about_the_oracle(self) -> str:
         if self.without_oracle:
             return f"No oracle: {self.without_oracle}."
-        bounds = ", ".join(f"{each.oracle.by_image.loss.value:+.4f}" for each in self.layers if each.oracle)
+        bounds = ", ".join(
+            f"{each.oracle.by_class.loss.value:+.4f} and {each.oracle.by_image.loss.value:+.4f}"
+            for each in self.layers
+            if each.oracle
+        )
         return (
-            f"Oracle: the best expert of each class, chosen on one half of {self.images} images and measured on the "
-            f"other.\nBest expert of each image, a bound that reads its label and no score: {bounds}."
+            f"Oracle: the best expert of each predicted class, chosen on one half of {self.images} images and measured "
+            f"on the other.\nBest expert of each true class and of each image, bounds that read the label and no "
+            f"scores: {bounds}."
         )
 
 
@@ -176,5 +185,5 @@ def _row(layer: LayerDiagnosis) -> tuple[str, ...]:
         f"{layer.router_confidence:.2f}",
         f"{layer.effective_experts.value:.1f} of {layer.num_experts}",
         str(layer.permuted.loss),
-        "-" if layer.oracle is None else str(layer.oracle.by_class.loss),
+        "-" if layer.oracle is None else str(layer.oracle.by_prediction.loss),
     )

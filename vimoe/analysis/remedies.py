@@ -18,7 +18,6 @@ from vimoe.training.routing_health import COLLAPSED, CONFIDENT
 
 EFFECT = PRUNE_TOLERANCE  # nats; a change that pruning would accept is no effect
 SAME_OUTPUT = 0.01  # distance of the experts' outputs from their mean, below which experts are copies
-SAME_WEIGHTS = 0.999  # cosine to the mean expert, above which experts whose routes do not matter are copies too
 SMALL_GATE = 0.25  # mean weight of the chosen experts together: a softmax over 8 begins at 0.14 to 0.25
 EXPECTED = 10  # images that an expert would get of an even load, before getting none is no accident
 
@@ -29,8 +28,8 @@ def matters(layer: LayerDiagnosis) -> bool:
 
 
 def misses(layer: LayerDiagnosis) -> bool:
-    """Return True if the best expert of each class is surely better than the router's own choice, and by enough."""
-    change = layer.oracle.by_class.loss if layer.oracle else None
+    """Return True if the best expert of each predicted class is surely better than the router's own, and by enough."""
+    change = layer.oracle.by_prediction.loss if layer.oracle else None
     return change is not None and change.high < 0 and change.value <= -EFFECT
 
 
@@ -47,9 +46,8 @@ def idle(layer: LayerDiagnosis) -> bool:
 
 
 def copies(layer: LayerDiagnosis) -> bool:
-    """Return True if all experts are nearly the same, in outputs or weights, and no routes among them matter."""
-    cosine = layer.from_mean.cosine
-    alike = layer.from_mean.outputs < SAME_OUTPUT or (cosine is not None and cosine > SAME_WEIGHTS)
+    """Return True if all experts compute nearly the same, and no routes among them matter."""
+    alike = layer.from_mean.outputs < SAME_OUTPUT
     return layer.num_experts > 1 and alike and not matters(layer) and not misses(layer)
 
 
@@ -66,7 +64,7 @@ def saturated(layer: LayerDiagnosis) -> bool:
 
 def undecided(layer: LayerDiagnosis) -> bool:
     """Return True if intervals include both no effect and one that would matter."""
-    gain = -layer.oracle.by_class.loss.low if layer.oracle else 0.0
+    gain = -layer.oracle.by_prediction.loss.low if layer.oracle else 0.0
     return not matters(layer) and not misses(layer) and max(layer.permuted.loss.high, gain) > EFFECT
 
 
@@ -102,7 +100,7 @@ def _used(layer: LayerDiagnosis) -> str:
 
 def _gain(layer: LayerDiagnosis) -> str:
     assert layer.oracle
-    return f"{layer.oracle.by_class.loss}, one expert for all {layer.oracle.for_all.loss.value:+.4f}"
+    return f"{layer.oracle.by_prediction.loss}, one expert for all {layer.oracle.for_all.loss.value:+.4f}"
 
 
 def _near(layer: LayerDiagnosis) -> str:

@@ -10,8 +10,8 @@ from vimoe.report.table_cells import change_cell, interval_cell
 
 HEADER = (
     "layer", "from the shared expert", "from one another", "cosine", "gate (5% to 95%)", "confidence",
-    "experts in use", "routes permuted, nats", "best expert of each class, nats", "one for all, nats",
-    "best of each image, nats",
+    "experts in use", "routes permuted, nats", "best expert of each predicted class, nats", "one for all, nats",
+    "best of each true class, nats", "best of each image, nats",
 )  # fmt: skip
 
 
@@ -27,10 +27,10 @@ def add_diagnosis(page: Page, diagnosis: dict[str, Any]) -> None:
     page.text(
         "Distances are those of outputs, relative to their size: 0 for copies, 141% for what is unrelated. The cosine "
         "is that of the weights with the shared expert, or without one with the mean expert. The gate is the weight of "
-        "the chosen experts together. The best expert of each class is chosen on one half of the images and measured "
-        "on the other, and so is the best one for all classes: a change below 0 says that better routes exist. The "
-        "best expert of each image is chosen by the image's own label, so it is an upper bound of the gain and no "
-        "score."
+        "the chosen experts together. The best expert of each predicted class is chosen on one half of the images and "
+        "measured on the other, and so is the best one for all: a change below 0 says that better routes exist. The "
+        "best experts of each true class and of each image are chosen by the image's own label, so they are upper "
+        "bounds of the gain and no scores."
     )
     page.table(HEADER, map(_row, diagnosis["layers"]))
     without = f" No oracle: {diagnosis['without_oracle']}." if diagnosis["without_oracle"] else ""
@@ -59,6 +59,6 @@ def _row(layer: dict[str, Any]) -> tuple[str, ...]:
         f"{layer['router_confidence']:.3f}",
         f"{interval_cell(layer['effective_experts'], '.2f')} of {layer['num_experts']}",
         change_cell(layer["permuted"]["loss"]),
-        *(change_cell(oracle[key]["loss"]) if oracle else "–" for key in ("by_class", "for_all")),
-        interval_cell(oracle["by_image"]["loss"]) if oracle else "–",
+        *(change_cell(oracle[key]["loss"]) if oracle else "–" for key in ("by_prediction", "for_all")),
+        *(interval_cell(oracle[key]["loss"]) if oracle else "–" for key in ("by_class", "by_image")),
     )
