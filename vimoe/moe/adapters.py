@@ -49,7 +49,7 @@ class AdapterExperts(SharedBase):
         added = self.drop1(ffn.activated(self.kind, base, down))
         y_SUD = grouped_linear(added, self.up.weight, None, None, load_N, self.backend)
         hidden = self.drop1(ffn.hidden(self.kind, base, x_SUD))
-        result: Tensor = self.drop2(y_SUD + F.linear(hidden, base["fc2.weight"], base.get("fc2.bias")))
+        result: Tensor = self.drop2(F.linear(hidden, base["fc2.weight"], base.get("fc2.bias")).add_(y_SUD))
         return result
 
     def weights(self, expert: int) -> ffn.Weights:

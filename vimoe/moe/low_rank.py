@@ -57,7 +57,7 @@ class LoRAExperts(SharedBase):
 
         def linear(layer: str, change: LowRank, x_SUI: Tensor) -> Tensor:
             y_SUO = F.linear(x_SUI, base[f"{layer}.weight"], base.get(f"{layer}.bias"))
-            return y_SUO + change(x_SUI, load_N, self.backend)  # not in place: some backends give a view
+            return y_SUO.add_(change(x_SUI, load_N, self.backend))  # some backends give a view
 
         first = linear("fc1", self.fc1, rows_of(x_RUD, source_S))
         hidden = ffn.activated(self.kind, base, first, self.drop1)
