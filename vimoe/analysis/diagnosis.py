@@ -120,7 +120,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `vimoe.diagnose` found.
+    """Result of `vimoe.diagnose`.
 
     Attributes:
         base: score of the unchanged model on all validation images.
