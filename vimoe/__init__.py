@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vimoe.models.inference import set_backend as set_backend
     from vimoe.models.model_folder import load as load
     from vimoe.models.model_folder import save as save
+    from vimoe.models.reading import set_reading as set_reading
     from vimoe.models.upcycling import densify as densify
     from vimoe.models.upcycling import plan as plan
     from vimoe.models.upcycling import upcycle as upcycle
@@ -58,6 +59,7 @@ _HOME = {
     "densify": "models.upcycling",
     "update_bias": "moe.balancing",
     "set_random_share": "moe.balancing",
+    "set_reading": "models.reading",
     "optimize": "models.inference",
     "set_backend": "models.inference",
     "save": "models.model_folder",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vimoe.config.checks import bounded, check_fields, one_of
 from vimoe.config.registry import Registry
 from vimoe.errors import ConfigError
 
 FAMILIES = Registry("family", {"timm": "vimoe.models.timm_vit:TimmViT"})
+Read = Literal["auto", "all"]
 DECODERS = ("linear", "linear4", "upernet")
 
 
@@ -26,6 +27,8 @@ class ModelConfig:
         drop_path_rate: rate of stochastic depth in training.
         decoder: decoder for segmentation: "linear" on the last layer (the default), "linear4" on the last four, as in
             DINOv2, or "upernet".
+        read: "auto" to compute in the last block only the tokens that the head reads, which changes no output; "all" to
+            compute all tokens.
         args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}, or of the family's `create`.
 
     Raises:
@@ -38,6 +41,7 @@ class ModelConfig:
     num_classes: int | None = bounded(None, 1)
     drop_path_rate: float = bounded(0.0, 0, 0.99)
     decoder: str | None = one_of(None, DECODERS)
+    read: Read = "auto"
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ Axes: B images, P patches, T tokens (patches and prefix tokens), D channels.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,15 @@ class Backbone:
         holder: name of the module in the ViT whose children are its blocks, in forward order.
         skipped: classes of modules that are no FFN and have none inside, though they look like one.
         embeddings: names, in the ViT, of position embeddings and tokens that a module inside of it holds.
+        narrowed: for each class of a block or a part of it that can do with less, its subclass that computes the first
+            tokens alone (`vimoe.models.reading`).
     """
 
     models: tuple[type[nn.Module], ...] = ()
     holder: str = "blocks"
     skipped: tuple[type[nn.Module], ...] = ()
     embeddings: tuple[str, ...] = ()
+    narrowed: Mapping[type[nn.Module], type[nn.Module]] = {}
 
     def __init__(self, model: nn.Module, path: str = "") -> None:
         self.model, self.path = model, path
@@ -167,6 +170,16 @@ class Backbone:
     def drops_patches(self) -> bool:
         """True if training leaves patches out at random."""
         return False
+
+    @property
+    def read_tokens(self) -> int | None:
+        """Number of tokens, the first ones, that the ViT's own forward reads after the last block; None for all."""
+        return None
+
+    @property
+    def after_blocks(self) -> tuple[nn.Module, ...]:
+        """Modules that get or give all tokens after the last block, so that their hooks see them."""
+        return ()
 
     # ---- tokens and images
 

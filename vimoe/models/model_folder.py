@@ -23,6 +23,7 @@ from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
 from vimoe.models.interface import find_backbone, logits_of, unwrapped
+from vimoe.models.reading import set_reading
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import build_layers, sites
 from vimoe.moe import MoE, ffn
@@ -138,7 +139,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FolderError(f"{path / WEIGHTS} does not fit {CONFIG}: {reason}; save the model again") from error
-    return model.to(device).eval()
+    return set_reading(model.to(device).eval())
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -14,20 +14,32 @@ from timm.layers import PatchDropout, RelPosMlp
 from timm.models import get_model_input_config
 from timm.models._hub import save_config_for_hf  # what timm.models.save_for_hf calls for its config.json
 from timm.models._manipulate import group_with_matcher
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError, FolderError, SurgeryError, first_line
 from vimoe.models.interface import Backbone
+from vimoe.models.timm_narrow import NARROWED
 from vimoe.moe.router import TokenLayout
 
 _BUILT = (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError)  # what timm raises for odd arguments
+
+
+_KNOWN = [  # which tokens they read is known
+    *(VisionTransformer.forward, VisionTransformer.forward_head, VisionTransformer.pool),
+    *(Eva.forward, Eva.forward_head, Eva.pool),
+    VisionTransformerDistilled.forward_head,
+]
 
 
 class TimmViT(Backbone):
     """A model of timm. Any of its models is known; questions that only a plain ViT can answer raise SurgeryError."""
 
     skipped = (RelPosMlp,)  # it maps two coordinates to a bias for each head
+    narrowed = NARROWED
 
     @classmethod
     def owns(cls, module: nn.Module) -> bool:
@@ -89,6 +101,20 @@ class TimmViT(Backbone):
         prefix = self._named("")
         numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name.removeprefix(prefix)) if name.startswith(prefix) else None
         return prefix + numbered.group() if numbered else None
+
+    @property
+    def read_tokens(self) -> int | None:
+        vit, kind = self.vit, type(self.vit)
+        if any(name in vars(vit) or getattr(kind, name, None) not in _KNOWN for name in ("forward", "forward_head")):
+            return None  # somebody's own forward may read what it likes
+        if kind.forward_head is VisionTransformerDistilled.forward_head:
+            return 2
+        known = "pool" not in vars(vit) and kind.pool in _KNOWN and vit.attn_pool is None
+        return 1 if known and vit.global_pool == "token" else None
+
+    @property
+    def after_blocks(self) -> tuple[nn.Module, ...]:
+        return self.vit.blocks, self.vit.norm
 
     @property
     def drops_patches(self) -> bool:

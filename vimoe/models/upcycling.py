@@ -16,6 +16,7 @@ from vimoe.models import surgery
 from vimoe.models.calibration import Batches, calibrate
 from vimoe.models.cost import Cost, count, meta_copy, meta_images
 from vimoe.models.interface import find_backbone
+from vimoe.models.reading import set_reading
 from vimoe.models.start_change import StartChange, measure_start
 from vimoe.models.surgery import Site
 from vimoe.moe import MoE, ffn
@@ -138,7 +139,7 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) 
     True
     """
     convert(model, config, images)
-    return model
+    return set_reading(model)
 
 
 def convert(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> list[str]:

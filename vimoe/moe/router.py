@@ -177,6 +177,11 @@ class Router(nn.Module):
         raise NotImplementedError
 
     @property
+    def needs_patches(self) -> bool:
+        """True if the output for a token depends on others than itself and the class token."""
+        return self.tokens_interact or (self.config.routing == "image" and not self.layout.class_token)
+
+    @property
     def slots(self) -> int:
         """K, the most experts that a row can get; the same for every batch."""
         return self.config.top_k
