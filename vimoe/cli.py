@@ -92,13 +92,13 @@ def plan(verb: str, argv: list[str]) -> Result:
     from vimoe.models.upcycling import needs_images
     from vimoe.models.upcycling import plan as make_plan
 
-    conversion = make_plan(create_without_weights(settings.model), settings.moe)
+    conversion = make_plan(create_without_weights(settings.model), settings.moe, read=settings.model.read)
     at_hand = settings.model.pretrained and settings.model.name.startswith("local-dir:")
     if verb == "plan" and conversion.start and at_hand and not needs_images(settings.moe):
-        conversion = make_plan(create(settings.model), settings.moe)
+        conversion = make_plan(create(settings.model), settings.moe, read=settings.model.read)
     change = conversion.start and conversion.start.change
-    dense = {"params": conversion.dense.params, "macs": conversion.dense.macs}
-    moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs")}
+    dense = {name: getattr(conversion.dense, name) for name in ("params", "macs", "computed_macs")}
+    moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs", "computed_macs")}
     return str(conversion), {
         "dense": dense,
         "moe": {**moe, "layers": [site.name for site in conversion.sites], "change": change},

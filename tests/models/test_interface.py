@@ -149,7 +149,7 @@ def test_an_output_that_is_no_tensor_is_read_by_the_family(monkeypatch: pytest.M
     assert find_backbone(model).family == "halved" and find_backbone(vit()).family == "timm"
     assert torch.equal(logits_of(model, x), VisionTransformer.forward(model, x))
     upcycle(model, config(layers=[1]))
-    assert PartialForward.find(model, ["blocks.1.mlp"], x, 1).read == 1
+    assert PartialForward.find(model, ["blocks.1.mlp"], x).first == 1
     score = evaluate(model, [(x, torch.arange(3))])
     assert score.loss == pytest.approx(nn.functional.cross_entropy(logits_of(model, x), torch.arange(3)).item())
 

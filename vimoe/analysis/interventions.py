@@ -154,11 +154,7 @@ class Subjects:
     def keeping(self, images: Tensor, labels: Tensor) -> Iterator[PartialForward]:
         """Record the input of the first MoE block during a forward of these images."""
         if self._partial is None:
-            layers: list[Any] = [self.model.get_submodule(name) for name in self.layers]
-            prefix = max(layer.router.layout.num_prefix_tokens for layer in layers)
-            if any(layer.router.tokens_interact for layer in layers):  # no decision without the patches, then
-                prefix = 0
-            self._partial = PartialForward.find(self.model, self.layers, images[:2], prefix)
+            self._partial = PartialForward.find(self.model, self.layers, images[:2])
         with self._partial.entries(images) as found:
             yield self._partial
         if self._kept is None:

@@ -11,18 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vimoe.errors import VimoeError
 from vimoe.models.frozen_trunk import Cut, nearly_equal, replaced_forward
 from vimoe.models.interface import Backbone, find_backbone, logits_of
-from vimoe.models.upcycling import sites
+from vimoe.models.reading import ignoring_hooks, tokens_read
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class LayerRecord:
 
     Attributes:
         entry: entry of the layer's block, or the images where the model cannot be cut.
-        x, y: input and output of the layer, of the tokens that are read.
+        x, y: input and output of the layer.
         siblings: outputs of the other modules of the block that ran before the layer; None for a module that has to
             run again.
     """
@@ -75,25 +74,21 @@ class PartialForward:
     """Shortcuts through a model's forward, from some of its layers on. `find` chooses them.
 
     Attributes:
-        model: it may change later, but not before the first of the layers, nor in the tokens that are read.
+        model: it may change later, but not before the first of the layers.
         first: number of the first block with one of the layers; None if the model can only run from its images.
-        read: number of tokens, the first ones, that something reads after the last block; None for all. The FFNs of
-            the last block skip the other tokens, which are NaN from there on: any module that reads them shows it.
     """
 
     model: nn.Module
     first: int | None = None
-    read: int | None = None
 
     @classmethod
-    def find(cls, model: nn.Module, layers: Sequence[str], images: Tensor, prefix: int) -> PartialForward:
+    def find(cls, model: nn.Module, layers: Sequence[str], images: Tensor) -> PartialForward:
         """Return the cheapest shortcuts with which the model's outputs for these images stay the same.
 
         Args:
             model: model in eval mode.
             layers: names of the layers.
             images: a few images.
-            prefix: number of tokens before the patches.
 
         Raises:
             VimoeError: if the model's outputs do not depend on the output of a layer.
@@ -102,8 +97,7 @@ class PartialForward:
         inside = [backbone.block_of(name) for name in layers]
         candidates = []
         if all(block in backbone.blocks for block in inside):
-            whole = cls(model, min(backbone.blocks.index(str(block)) for block in inside))
-            candidates = [*([replace(whole, read=prefix)] if prefix else []), whole]
+            candidates.append(cls(model, min(backbone.blocks.index(str(block)) for block in inside)))
         found = next((each for each in candidates if each._fits(layers, images)), cls(model))
         if found.first is None and (ignored := found._ignored(found.forward(Entry(images), layers)[1])):
             raise VimoeError(
@@ -115,27 +109,28 @@ class PartialForward:
     def forward(self, entry: Entry, layers: Iterable[str] = ()) -> tuple[Tensor, dict[str, LayerRecord]]:
         """Run the model from an entry on. Returns its logits, and a record of each of these layers."""
         with ExitStack() as stack:
+            stack.enter_context(ignoring_hooks())
             x = stack.enter_context(entry.resumed(self.model))
-            stack.enter_context(self._computing({}))
             records = {name: stack.enter_context(self._recording(name, entry)) for name in layers}
             return logits_of(self.model, x), records
 
     def rest(self, layer: str, record: LayerRecord, rows: Tensor, y: Tensor) -> Tensor:
         """Return the logits for some of the images of a record if the layer gives y (rows, T, D) for them."""
-
-        def remembered(kept: Tensor) -> Callable[..., Tensor]:
-            return lambda *_, **__: kept[rows]
-
-        forwards = {module: remembered(kept) for module, kept in record.siblings.items() if kept is not None}
-        forwards[self.model.get_submodule(layer)] = lambda *_, **__: y
-        with record.entry[rows].resumed(self.model) as x, self._computing(forwards):
+        outputs = {module: kept[rows] for module, kept in record.siblings.items() if kept is not None}
+        outputs[self.model.get_submodule(layer)] = y
+        with ExitStack() as stack:
+            stack.enter_context(ignoring_hooks())
+            x = stack.enter_context(record.entry[rows].resumed(self.model))
+            for module, output in outputs.items():
+                stack.enter_context(replaced_forward([module], lambda *_, output=output, **__: output))
             return logits_of(self.model, x)
 
     def blocks_after(self, layer: str) -> int:
         """Return the number of whole blocks that `rest` computes; 1 where the model runs from its images."""
         if self.first is None:
             return 1
-        return max(0, len(self._backbone.blocks) - 1 - self._block_number(layer) - (self.read is not None))
+        narrow = tokens_read(self.model) is not None
+        return max(0, len(self._backbone.blocks) - 1 - self._block_number(layer) - narrow)
 
     @contextmanager
     def entries(self, images: Tensor) -> Iterator[list[Entry]]:
@@ -193,23 +188,22 @@ class PartialForward:
     def _recording(self, name: str, start: Entry) -> Iterator[LayerRecord]:
         """Record a layer in the forward inside the `with` block, which begins at `start`."""
         layer, record = self.model.get_submodule(name), LayerRecord(start)
-        tokens = slice(self.read if self._in_last(name) else None)
         entries: list[Entry] = []
 
         def enter(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            record.x = args[0][:, tokens]
+            record.x = args[0]
             if entries:
-                record.entry = replace(entries[-1], inputs=entries[-1].inputs[:, tokens])
+                record.entry = entries[-1]
 
         def leave(_layer: nn.Module, _args: Any, output: Tensor) -> None:
-            record.y = output[:, tokens]
+            record.y = output
 
         def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             inside = bool(entries)  # False for a module that an earlier block calls too
-            whole = inside and isinstance(output, Tensor) and output.shape == entries[-1].inputs.shape
+            of_images = inside and isinstance(output, Tensor) and output.shape[:1] == entries[-1].inputs.shape[:1]
             once = record.x is None and module not in record.siblings
-            worth = whole and once and not (args and output is args[0])
-            record.siblings[module] = output[:, tokens] if worth else None
+            worth = of_images and once and not (args and output is args[0])
+            record.siblings[module] = output if worth else None
 
         with ExitStack() as stack:
             handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
@@ -221,20 +215,6 @@ class PartialForward:
             stack.enter_context(_removed(handles))
             yield record
 
-    # ---- what modules compute meanwhile
-
-    @contextmanager
-    def _computing(self, forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-        """Replace the forward of modules, and let the FFNs of the last block skip the tokens that nobody reads."""
-        forwards = dict(forwards)
-        if self.read is not None:
-            for module in (site.module for site in sites(self.model) if self._in_last(site.name)):
-                forwards[module] = _of_first(self.read, forwards.get(module, module.forward))
-        with ExitStack() as stack:
-            for module, forward in forwards.items():
-                stack.enter_context(replaced_forward([module], forward))
-            yield
-
     @property
     def _backbone(self) -> Backbone:
         return find_backbone(self.model)
@@ -242,20 +222,6 @@ class PartialForward:
     def _block_number(self, name: str) -> int:
         backbone = self._backbone
         return backbone.blocks.index(str(backbone.block_of(name)))
-
-    def _in_last(self, name: str) -> bool:
-        """Return True for a module in the last block, if its FFNs skip tokens."""
-        return self.read is not None and name.startswith(f"{self._backbone.blocks[-1]}.")
-
-
-def _of_first(tokens: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return an FFN's forward that computes the first tokens alone, and gives NaN for the others."""
-
-    def of_first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = forward(x[:, :tokens], *args, **kwargs)
-        return F.pad(y, (0, 0, 0, x.shape[1] - tokens), value=math.nan)
-
-    return of_first
 
 
 def _siblings(block: nn.Module, path: Sequence[str]) -> Iterator[nn.Module]:

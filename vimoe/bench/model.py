@@ -20,6 +20,7 @@ from vimoe.errors import ConfigError
 from vimoe.models.cost import count
 from vimoe.models.create import create
 from vimoe.models.interface import find_backbone
+from vimoe.models.reading import ignoring_hooks, set_reading, tokens_read
 from vimoe.models.upcycling import build_layers
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import record
@@ -43,14 +44,20 @@ def time_models(
     def descend(logits: Tensor) -> None:
         nn.functional.cross_entropy(logits, labels % logits.shape[-1]).backward()
 
-    flops = {name: 2.0 * (3 if training else 1) * len(images) * count(model).macs for name, model in models.items()}
+    flops = {
+        name: 2.0 * (3 if training else 1) * len(images) * count(model).computed_macs for name, model in models.items()
+    }
     contestants = models if training or autocast else {**models, **optimised(models, *models)}
     steps = {name: step_of(model, (images,), training, autocast, descend) for name, model in contestants.items()}
-    return compare(interleaved(steps, rounds, what="training" if training else "forward"), (floor,), flops)
+    with ignoring_hooks():  # that force the loads
+        times = interleaved(steps, rounds, what="training" if training else "forward")
+    return compare(times, (floor,), flops)
 
 
 def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[dict[str, nn.Module], Tensor]:
     """Return a dense model and the ViMoE made of it, with random weights and balanced loads, and images for both.
+
+    The dense model is as its library computes it. Where `model.read` saves work, it stands there once more with that.
 
     Raises:
         ConfigError: if no layer would become sparse.
@@ -60,8 +67,9 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
         raise ConfigError(f"{setting}: expected MoE layers to time beside the dense model; leave it out")
     torch.manual_seed(0)
     dtype, device = getattr(torch, bench.dtype), process.device()
-    dense = create(replace(model, pretrained=False)).to(device, dtype)
-    sparse = copy.deepcopy(dense)
+    dense = create(replace(model, pretrained=False, read="all")).to(device, dtype)
+    narrow = set_reading(copy.deepcopy(dense), model.read)
+    sparse = copy.deepcopy(narrow)
     build_layers(sparse, moe)
     size = find_backbone(dense).input_size
     images = torch.randn(bench.images, *size, device=device).to(dtype)
@@ -69,7 +77,8 @@ def model_case(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> tuple[d
         sparse(images)
     for layer, routing in zip(moe_layers(sparse).values(), routings, strict=True):
         force_routing(layer, forced_experts("balanced", len(routing.experts), moe.num_experts, moe.top_k).to(device))
-    return {"dense": dense, "vimoe": sparse}, images
+    parents = {"dense": dense} if tokens_read(narrow) is None else {"dense": dense, "dense, read tokens": narrow}
+    return {**parents, "vimoe": sparse}, images
 
 
 def bench_model(bench: ModelBench, model: ModelConfig, moe: MoEConfig) -> Benchmark:

@@ -231,7 +231,7 @@ class FinishedRun:
         return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr))
 
     def _fresh_model(self) -> nn.Module:
-        return load(self.run.model, device())
+        return load(self.run.model, device(), self.run.settings.model.read)
 
 
 def _read_evidence(path: Path) -> Evidence:

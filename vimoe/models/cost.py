@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vimoe.errors import VimoeError, expect, first_line
 from vimoe.models.interface import find_backbone
+from vimoe.models.reading import ignoring_hooks, set_reading, tokens_read
 from vimoe.moe import MoE, ffn
 
 
@@ -24,19 +27,23 @@ class Cost:
             experts (if their number varies, `Router.experts_per_token`) and the shared expert.
         macs: multiply-adds of matrix products and convolutions in one forward pass of one image (half of the flops of
             torch's counter; the papers' "FLOPs").
+        computed_macs: multiply-adds that the model's forward computes, which are fewer where its last block leaves out
+            tokens that nobody reads (`vimoe.set_reading`).
         moe_layers: names of the MoE layers.
     """
 
     params: int
     activated_params: int
     macs: int
+    computed_macs: int
     moe_layers: tuple[str, ...]
 
     def __str__(self) -> str:
         layers = f", {len(self.moe_layers)} MoE layers" if self.moe_layers else ""
+        computed = f" ({self.computed_macs / 1e9:.3f} G computed)" if self.computed_macs != self.macs else ""
         return (
             f"{self.params / 1e6:.2f} M parameters, {self.activated_params / 1e6:.2f} M activated, "
-            f"{self.macs / 1e9:.3f} G multiply-adds{layers}"
+            f"{self.macs / 1e9:.3f} G multiply-adds{computed}{layers}"
         )
 
 
@@ -55,21 +62,31 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
     """
     expect("model", model, nn.Module, "build one, such as by timm.create_model")
+    narrow = tokens_read(model) is not None
     model = meta_copy(model).eval().requires_grad_(False)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     params = sum(p.numel() for p in model.parameters())
     idle = sum(_idle_params(layer) for layer in layers.values())
+    macs = _macs(model, layers.values(), input_size)
+    computed = _macs(set_reading(model), layers.values(), input_size) if narrow else macs
+    return Cost(params, params - round(idle), macs, computed, tuple(layers))
+
+
+def _macs(model: nn.Module, layers: Iterable[MoE], input_size: tuple[int, int, int] | None) -> int:
+    """Return the multiply-adds of a model without weights for one image."""
     routed = 0.0
 
-    def count_instead(layer: MoE, args: tuple[Tensor]) -> tuple[Tensor]:
+    def count_instead(layer: MoE, args: tuple[Tensor]) -> None:
         nonlocal routed
         routed += _moe_macs(layer, args[0].shape[1])
-        return args
 
-    for layer in layers.values():
-        layer.register_forward_pre_hook(count_instead)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        images = meta_images(model, 1, input_size)
+    images = meta_images(model, 1, input_size)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(count_instead).remove)
+        stack.enter_context(ignoring_hooks())
+        stack.enter_context(torch.no_grad())
+        counter = stack.enter_context(FlopCounterMode(display=False))
         try:
             model(images)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
@@ -79,7 +96,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
                 f"input_size={input_size}: the model does not take it ({first_line(error)}); expected such as "
                 f"{find_backbone(model).input_size}"
             ) from error
-    return Cost(params, params - round(idle), counter.get_total_flops() // 2 + round(routed), tuple(layers))
+    return counter.get_total_flops() // 2 + round(routed)
 
 
 def meta_images(model: nn.Module, number: int, input_size: tuple[int, int, int] | None = None) -> Tensor:

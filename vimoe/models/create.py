@@ -55,7 +55,9 @@ def create(
         )
     except TypeError as error:
         raise ConfigError(f"model.name={config.name!r}: {first_line(error)}; look at model.args") from error
-    return model
+    from vimoe.models.reading import set_reading  # it imports torch
+
+    return set_reading(model, config.read)
 
 
 def create_without_weights(config: ModelConfig) -> nn.Module:

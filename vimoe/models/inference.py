@@ -10,6 +10,7 @@ from torch import nn
 
 from vimoe.errors import ConfigError, nearest
 from vimoe.models.precision import warn_of_slow_bfloat16
+from vimoe.models.timm_narrow import NarrowAttention
 from vimoe.moe.ffn import has_hooks
 from vimoe.moe.grouped_linear import BACKENDS, Backend
 from vimoe.moe.layer import moe_layers
@@ -18,7 +19,7 @@ from vimoe.moe.packed import OPTIMIZED, PackedExperts, PackedLinear, can_pack, c
 Model = TypeVar("Model", bound=nn.Module)
 
 
-_CALL_LINEARS = (Mlp, GluMlp, SwiGLU, Attention)  # others may read the weights of their linear maps
+_CALL_LINEARS = (Mlp, GluMlp, SwiGLU, Attention, NarrowAttention)  # others may read the weights of their linear maps
 
 
 def set_backend(model: Model, backend: Backend) -> Model:

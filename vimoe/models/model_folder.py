@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vimoe.config.model import FAMILIES
+from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
@@ -102,12 +102,13 @@ def save(
     return path
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | Path, device: str | torch.device = "cpu", read: Read = "auto") -> nn.Module:
     """Load the model that `save` wrote, in eval mode, with its preprocessing and label names.
 
     Args:
         path: model folder, or "hf-hub:USER/REPO" for a hub repository that is one.
         device: device of the loaded model.
+        read: argument of `vimoe.set_reading`.
 
     Raises:
         FolderError: if the folder is missing, incomplete, damaged, or from a newer version.
@@ -139,7 +140,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise FolderError(f"{path / WEIGHTS} does not fit {CONFIG}: {reason}; save the model again") from error
-    return set_reading(model.to(device).eval())
+    return set_reading(model.to(device).eval(), read)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class NarrowBlock(nn.Module):
         """(B, T, D) to (B, read, D) while the ViT's own forward runs, else to (B, T, D)."""
         read = self._read()
         y: Tensor | None = None if read is None else self.narrow(x_BTD, read, *args, **kwargs)
-        return super().forward(x_BTD, *args, **kwargs) if y is None else y  # type: ignore[misc]
+        return super().forward(x_BTD, *args, **kwargs) if y is None else y
 
     def _read(self) -> int | None:
         if torch.compiler.is_compiling():
@@ -81,7 +81,7 @@ class _Begin:
 class _End(_Begin):
     """Forward hook of a ViT, also after an error: its last block gives all tokens again."""
 
-    def __call__(self, vit: nn.Module, _args: Any, _output: Any = None) -> None:  # type: ignore[override]
+    def __call__(self, vit: nn.Module, _args: Any, _output: Any = None) -> None:
         block: Any = vit.get_submodule(self.block)
         running = _running.get()
         if torch.compiler.is_compiling():
@@ -159,7 +159,7 @@ def tokenwise(module: nn.Module) -> bool:
 
 def _narrow(backbone: Backbone) -> bool:
     """Give modules of the last block the classes that can do with less; return True if the block itself has one."""
-    if backbone.read_tokens is None or not backbone.blocks:
+    if backbone.read_tokens is None or backbone.read_blocks or not backbone.blocks:
         return False
     block = backbone.model.get_submodule(backbone.blocks[-1])
     for module in block.modules():
@@ -167,7 +167,7 @@ def _narrow(backbone: Backbone) -> bool:
     return isinstance(block, NarrowBlock)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tokens_now(vit: nn.Module) -> int | None:
     """Return the number of tokens that the head reads; None if something needs all of them.
 
@@ -179,7 +179,8 @@ def _tokens_now(vit: nn.Module) -> int | None:
         return None
     if not _ignoring_hooks.get() and (
         any(has_hooks(part) for part in block.children())
-        or any(part._forward_hooks for part in (block, *backbone.after_blocks))
+        or block._forward_hooks  # pre-hooks get all tokens anyway
+        or any(part._forward_hooks or part._forward_pre_hooks for part in backbone.after_blocks)
     ):
         return None
     return read

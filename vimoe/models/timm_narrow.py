@@ -26,7 +26,7 @@ class _NarrowAttention(nn.Module):
     def forward(self, x_BTD: Tensor, *args: Any, read: int | None = None, **kwargs: Any) -> Tensor:
         """(B, T, D) to (B, read, D), or to (B, T, D) without `read`."""
         if read is None:
-            y_BTD: Tensor = super().forward(x_BTD, *args, **kwargs)  # type: ignore[misc]
+            y_BTD: Tensor = super().forward(x_BTD, *args, **kwargs)
             return y_BTD
         return self._attend(x_BTD, read, **kwargs)
 
@@ -39,14 +39,12 @@ class _NarrowAttention(nn.Module):
             k = torch.cat([k[:, :, :prefix], turned], dim=2)
         grouped = k.shape[1] != q.shape[1]
         dropout = self.attn_drop.p if self.training else 0.0
-        y_BhnD = F.scaled_dot_product_attention(
-            q.type_as(v), k.type_as(v), v, dropout_p=dropout, enable_gqa=grouped
-        )
+        y_BhnD = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, dropout_p=dropout, enable_gqa=grouped)
         y_BnD = self.norm(y_BhnD.transpose(1, 2).flatten(2))
         if self.gate is not None:
             y_BnD = y_BnD * self.gate(x_BTD[:, :read]).sigmoid()
-        y_BnD = self.proj_drop(self.proj(y_BnD))
-        return y_BnD
+        result: Tensor = self.proj_drop(self.proj(y_BnD))
+        return result
 
     def _projected(self: Any, x_BTD: Tensor, read: int) -> tuple[Tensor, ...]:
         """Return queries (B, n, hd) of the first tokens, keys and values (B, T, hd) of all."""
@@ -81,7 +79,7 @@ class NarrowEvaAttention(_NarrowAttention, EvaAttention):
     """EVA's attention, whose keys have no bias."""
 
     @property
-    def _outer_bias(self) -> Tensor | None:
+    def _outer_bias(self: Any) -> Tensor | None:
         return None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.config.layers import Layers
+from vimoe.config.model import Read
 from vimoe.config.moe import ROUTERS, STARTS, MoEConfig
 from vimoe.errors import SurgeryError, expect, first_line, nearest
 from vimoe.models import surgery
@@ -62,8 +63,9 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] | None = None, images: Batches | None = None
-) -> Plan:
+    model: nn.Module, config: MoEConfig, input_size: tuple[int, int, int] | None = None, images: Batches | None = None,
+    read: Read = "auto",
+) -> Plan:  # fmt: skip
     """Return the changes that `upcycle(model, config)` would make, and their cost.
 
     It changes nothing, and needs no memory for weights unless the new layers would not compute what the FFNs do
@@ -75,6 +77,7 @@ def plan(
         input_size: (channels, height, width) to count for; by default that of the model.
         images: as for `upcycle`; the change is measured on the first batch. By default it is measured on 8 images of
             standard normal values, unless the start needs images.
+        read: as for `upcycle`.
 
     Raises:
         SurgeryError: if `upcycle` would raise it.
@@ -95,7 +98,7 @@ def plan(
     layers = [module for module in replaced.values() if isinstance(module, MoE)]
     start = None if all(layer.keeps_function for layer in layers) else _start_change(model, layers, config, images)
     surgery.swap(copied, replaced)
-    return Plan(changed, config, dense, count(copied, input_size), start)
+    return Plan(changed, config, dense, count(set_reading(copied, read), input_size), start)
 
 
 def _start_change(model: nn.Module, layers: Sequence[MoE], config: MoEConfig, images: Batches | None) -> StartChange:
@@ -110,7 +113,7 @@ def _start_change(model: nn.Module, layers: Sequence[MoE], config: MoEConfig, im
     return measure_start(model, lambda copied: convert(copied, config, images), images)
 
 
-def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> nn.Module:
+def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None, read: Read = "auto") -> nn.Module:
     """Replace the FFNs of the chosen blocks by MoE layers whose experts start as copies of them (sparse upcycling).
 
     In place. With `combine="mix"`, the default, the model computes exactly what it did before, to rounding: all
@@ -123,6 +126,8 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) 
         config: blocks and kind of layer.
         images: batches of (images, labels) to compute a start or a router from (`MoEConfig.init`,
             `MoEConfig.router`), the same each time they are read: a list or a loader of training images.
+        read: "auto" to compute in the last block only the tokens that the head reads (`vimoe.set_reading`), which
+            changes no output; "all" to compute all tokens.
 
     Returns:
         The same model.
@@ -139,7 +144,7 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None) 
     True
     """
     convert(model, config, images)
-    return set_reading(model)
+    return set_reading(model, read)
 
 
 def convert(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> list[str]:

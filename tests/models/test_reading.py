@@ -1,0 +1,408 @@
+"""The last block, computed for the tokens that the head reads: the same outputs and gradients, with less work."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers.segmenters import segmenter
+from helpers.tiny import FAMILIES, config, images, perturb_experts, randomise, upcycle, vit
+from timm.layers import Attention
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vimoe
+from vimoe.errors import ConfigError
+from vimoe.models.interface import find_backbone
+from vimoe.models.reading import ignoring_hooks, tokens_read
+from vimoe.moe.layer import moe_layers
+
+READ = {  # families whose head reads no patches, and how many tokens it reads
+    "vit": 1, "deit": 1, "deit, distilled": 2, "deit3, LayerScale": 1, "dinov2": 1, "dinov2, registers": 1,
+    "dinov2, packed SwiGLU": 1, "parallel FFNs": 1,
+}  # fmt: skip
+VARIANTS = {  # further blocks and attentions of timm
+    "query and key norms": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "inner norms": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "projections without biases": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
+    "gated attention": ("vit_tiny_patch16_224", {}),
+    "differential attention": ("vit_tiny_patch16_224", {"attn_layer": "diff"}),
+    "norms at the end": ("vit_tiny_patch16_224", {"block_fn": ResPostBlock, "init_values": 0.5}),
+    "norm before the blocks": ("vit_base_patch16_clip_224", {}),
+    "eva02": ("eva02_base_patch16_clip_224", {}),
+    "eva02, one projection": ("eva02_tiny_patch14_224", {"global_pool": "token", "img_size": 28}),
+    "eva, norms at the end": ("eva02_enormous_patch14_clip_224", {"img_size": 28, "mlp_ratio": 2}),
+    "dinov3 on the class token": ("vit_small_patch16_dinov3", {"global_pool": "token"}),
+    "rotary positions of each block": ("vit_small_patch16_rope_mixed_224", {}),
+    "grouped queries": ("vit_base_patch16_sapiens2", {"num_kv_heads": (2, 1)}),
+    "registers and rotary positions": ("vit_small_patch16_lingbot", {}),
+}
+IN_FLOAT64 = {"rtol": 0, "atol": 1e-12}
+
+
+def variant(name: str) -> nn.Module:
+    """A tiny dense model in eval mode, all of whose weights matter."""
+    if name in FAMILIES:
+        return vit(name)
+    architecture, arguments = VARIANTS[name]
+    given = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5, **arguments}
+    model = timm.create_model(architecture, **given)
+    if name == "gated attention":  # timm has it for its own blocks' attention, and no ViT that asks for it
+        for block in model.blocks:
+            block.attn = Attention(24, 2, qkv_bias=True, gated=True)
+    return randomise(model).eval()
+
+
+def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The model in float64 that computes everything, and a copy that computes what is read."""
+    whole = vimoe.set_reading(model.double(), "all")
+    return whole, vimoe.set_reading(copy.deepcopy(whole))
+
+
+def vimoes(name: str, routing: str = "image", **settings: object) -> tuple[nn.Module, nn.Module]:
+    return pair(perturb_experts(upcycle(variant(name), config(routing=routing, **settings))))
+
+
+def inputs(model: nn.Module, batch: int = 3) -> Tensor:
+    return images(model, batch).double()
+
+
+def descend(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and the gradients of the cross-entropy."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    logits = model(x)
+    F.cross_entropy(logits, torch.arange(len(x)) % logits.shape[-1]).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(whole: nn.Module, narrow: nn.Module, x: Tensor) -> None:
+    """Outputs and all gradients are equal, and so is which parameters have one."""
+    (logits, gradients), (ours, found) = descend(whole, x), descend(narrow, x)
+    torch.testing.assert_close(ours, logits, **IN_FLOAT64)
+    assert gradients.keys() == found.keys()
+    for name, gradient in gradients.items():
+        assert (gradient is None) == (found[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(
+                found[name], gradient, **IN_FLOAT64, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def macs(model: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+# ---- the same, with less
+
+
+@pytest.mark.parametrize("name", [*READ, *VARIANTS])
+def test_a_dense_model_gives_the_same_with_less_work(name: str) -> None:
+    whole, narrow = pair(variant(name))
+    x = inputs(whole)
+    assert tokens_read(whole) is None and tokens_read(narrow) == READ.get(name, 1)
+    assert_same(whole.train(), narrow.train(), x)
+    assert macs(narrow, x) < 0.9 * macs(whole, x)  # half of the two blocks, but for keys and values
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("name", [*READ, *VARIANTS])
+def test_a_vimoe_gives_the_same(name: str, routing: str) -> None:
+    whole, narrow = vimoes(name, routing, top_k=2)
+    assert_same(whole, narrow, inputs(whole))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in READ])
+def test_a_head_that_reads_patches_is_left_alone(name: str) -> None:
+    dense, model = variant(name), upcycle(variant(name), config())
+    vimoe.set_reading(dense)
+    assert tokens_read(dense) is tokens_read(model) is None
+    assert [type(m) for m in dense.modules()] == [type(m) for m in variant(name).modules()]
+    assert not dense._forward_pre_hooks
+
+
+def test_only_the_tokens_that_are_read_are_computed() -> None:
+    """By hand: keys and values of all tokens, one query, one projection, one token through the FFN."""
+    whole, narrow = pair(vit(depth=1))
+    x, tokens, dim = inputs(whole, 1), 5, 24
+    attention = 2 * tokens * tokens * dim
+    saved = (tokens - 1) * (2 * dim * dim + 8 * dim * dim) + attention - attention // tokens
+    assert macs(whole, x) - macs(narrow, x) == saved
+
+
+def test_stochastic_depth_and_dropout_act_as_before() -> None:
+    """Depth is dropped by image, so the same images are dropped; dropout of tokens draws other numbers."""
+    whole, narrow = pair(vit(drop_path_rate=0.5))
+    assert_same(whole.train(), narrow.train(), inputs(whole, 8))
+    _, narrow = pair(vit(attn_drop_rate=0.5, proj_drop_rate=0.5))
+    first, again = (descend(narrow.train(), inputs(narrow, 8), seed)[0] for seed in (0, 1))
+    assert (first - again).abs().max() > 1e-3
+    assert (first - narrow.eval()(inputs(narrow, 8))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "parallel FFNs"])
+def test_activation_checkpointing_computes_the_same_tokens_again(name: str) -> None:
+    whole, narrow = vimoes(name)
+    narrow.set_grad_checkpointing()
+    x = inputs(whole)
+    assert_same(whole.train(), narrow.train(), x)
+    narrow.zero_grad()
+    narrow(x).sum()  # computed and forgotten
+    tokens = narrow.forward_features(x)
+    tokens.sum().backward()
+    whole.zero_grad()
+    whole.forward_features(x).sum().backward()
+    for ours, theirs in zip(narrow.parameters(), whole.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, **IN_FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit, distilled", "eva02"])
+def test_compiled_and_exported_models_give_the_same(name: str) -> None:
+    whole, narrow = vimoes(name)
+    x = inputs(whole)
+    torch._dynamo.reset()
+    compiled = torch.compile(narrow, backend="aot_eager", fullgraph=True)
+    assert_same(whole, narrow, x)
+    torch.testing.assert_close(compiled(x), whole(x), **IN_FLOAT64)
+    torch.testing.assert_close(narrow.forward_features(x), whole.forward_features(x), **IN_FLOAT64)
+    torch.testing.assert_close(compiled(x), whole(x), **IN_FLOAT64)
+    exported = torch.export.export(narrow, (x,)).module()
+    torch.testing.assert_close(exported(x), whole(x), **IN_FLOAT64)
+    assert macs(exported, x) < macs(whole, x)
+
+
+def test_an_adapted_projection_is_called_as_a_whole() -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.sum(dim=-1, keepdim=True)
+
+    model = vit()
+    for block in model.blocks:
+        block.attn.qkv.__class__ = Adapted
+    whole, narrow = pair(model)
+    assert_same(whole, narrow, inputs(whole))
+
+
+def test_an_optimized_model_gives_the_same() -> None:
+    model, x = perturb_experts(upcycle(vit(), config())), images(vit())
+    with torch.inference_mode():
+        expected = vimoe.set_reading(copy.deepcopy(model), "all")(x)
+        torch.testing.assert_close(vimoe.optimize(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- who asks for all tokens gets them
+
+
+ASKING: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "forward_features": lambda model, x: model.forward_features(x),
+    "forward_intermediates": lambda model, x: model.forward_intermediates(x, indices=1, norm=True)[0],
+    "get_intermediate_layers": lambda model, x: model.get_intermediate_layers(x, n=1)[0],
+    "a mask": lambda model, x: model(x, attn_mask=torch.ones(5, 5).double().tril() - 1),
+    "a causal mask": lambda model, x: model(x, is_causal=True),
+    "forward": lambda model, x: model.forward(x),
+    "blocks one by one": lambda model, x: nn.Sequential(*model.blocks)(model.forward_features(x)),
+}
+
+
+@pytest.mark.parametrize("way", ASKING)
+def test_another_way_to_call_the_model_gives_what_it_gave(way: str) -> None:
+    whole, narrow = vimoes("vit")
+    x = inputs(whole)
+    narrow(x)
+    expected, found = (ASKING[way](model, x) for model in (whole, narrow))
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, **IN_FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize(
+    "place", ["blocks.1", "blocks", "norm", "blocks.1.mlp", "blocks.1.mlp.shared.fc1", "blocks.1.attn.proj"]
+)
+def test_a_hook_sees_all_tokens(place: str, kind: str) -> None:
+    whole, narrow = vimoes("vit")
+    x, seen = inputs(whole), []
+    for model in (whole, narrow):
+        hooked = model.get_submodule(place)
+        handle = getattr(hooked, kind)(lambda _module, args, *_: seen.append(args[0].detach()))
+        model(x)
+        handle.remove()
+    torch.testing.assert_close(*seen, **IN_FLOAT64)
+    assert seen[1].shape[1] == 5
+    with ignoring_hooks():
+        handle = narrow.blocks[1].mlp.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+        narrow(x)
+    assert seen[-1].shape[1] == 1 and tokens_read(narrow) is None
+    handle.remove()
+    assert tokens_read(narrow) == 1
+
+
+def test_a_patched_forward_is_called_as_before() -> None:
+    whole, narrow = pair(vit())
+    x, shapes = inputs(whole), []
+    inside = narrow.blocks[1].attn.forward
+    narrow.blocks[1].attn.forward = lambda x, attn_mask=None, is_causal=False: shapes.append(x.shape) or inside(x)
+    torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
+    assert shapes == [(3, 5, 24)]
+
+
+def test_threads_do_not_mix() -> None:
+    whole, narrow = pair(vit())
+    x, meet, found = inputs(whole), threading.Barrier(2, timeout=20), []
+    narrow.blocks[0].register_forward_hook(lambda *_: (meet.wait(), None)[1])  # both are under way
+
+    def features() -> None:
+        found.append(narrow.forward_features(x))
+
+    other = threading.Thread(target=features)
+    other.start()
+    logits = narrow(x)
+    other.join()
+    torch.testing.assert_close(logits, whole(x), **IN_FLOAT64)
+    torch.testing.assert_close(found[0], whole.forward_features(x), **IN_FLOAT64)
+
+
+def test_after_an_error_all_is_as_before() -> None:
+    whole, narrow = pair(vit())
+    x = inputs(whole)
+    handle = narrow.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        narrow(x)
+    handle.remove()
+    torch.testing.assert_close(narrow.forward_features(x), whole.forward_features(x), **IN_FLOAT64)
+    torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
+
+
+# ---- what changes later is noticed, and what is not known is left alone
+
+
+def test_a_head_that_is_changed_later_reads_what_it_needs() -> None:
+    whole, narrow = pair(vit())
+    x = inputs(whole)
+    for model in (whole, narrow):
+        torch.manual_seed(0)
+        model.reset_classifier(7, "avg")
+        model.double()
+    assert tokens_read(narrow) is None
+    torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
+    narrow.reset_classifier(7, "token")
+    assert tokens_read(narrow) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "read"),
+    [
+        ({"router": "expert_choice", "routing": "token"}, None),
+        ({"router": "soft", "routing": "token"}, None),
+        ({"router": "smear"}, 1),
+        ({"router": "hash", "routing": "token"}, 1),
+        ({"router": "cosine", "experts": "lora"}, 1),
+    ],
+)
+def test_a_router_that_needs_the_patches_gets_them(settings: dict[str, object], read: int | None) -> None:
+    whole, narrow = pair(perturb_experts(upcycle(vit(), config(**settings))))
+    assert tokens_read(narrow) == read
+    assert_same(whole, narrow, inputs(whole))
+    assert vimoe.densify(narrow) is narrow and tokens_read(narrow) == 1
+
+
+def test_without_class_token_an_image_is_routed_by_its_patches() -> None:
+    assert upcycle(vit("registers without class token"), config()).blocks[1].mlp.router.needs_patches
+    assert not upcycle(vit(), config()).blocks[1].mlp.router.needs_patches
+
+
+class Mixing(nn.Module):
+    """An FFN of nobody's class, in which tokens see one another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(dim=1) + x.sum(dim=1, keepdim=True)
+
+
+def test_what_is_not_known_is_left_alone() -> None:
+    class Own(VisionTransformer):
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return self.head(x.mean(dim=1))
+
+    own = vit()
+    own.__class__ = Own
+    patched = vit()
+    patched.forward_head = lambda x: x.mean(dim=1)
+    mixing = vit()
+    mixing.blocks[1].mlp = Mixing()
+    for model in (own, patched, mixing):
+        whole, narrow = pair(model)
+        torch.testing.assert_close(narrow(inputs(vit())), whole(inputs(vit())), **IN_FLOAT64)
+    assert tokens_read(vimoe.set_reading(segmenter(decoder="linear"))) is None
+
+
+def test_a_module_around_a_vit_computes_what_is_read() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inside(x)
+
+    whole, narrow = pair(Around())
+    x = inputs(vit())
+    torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
+    assert tokens_read(narrow) == 1 and macs(narrow, x) < macs(whole, x)
+
+
+# ---- it is no part of the model
+
+
+def test_names_stay_and_copies_read_as_the_model_does(tmp_path: object) -> None:
+    whole, narrow = vimoes("vit")
+    x = inputs(whole)
+    assert [*whole.state_dict()] == [*narrow.state_dict()]
+    assert isinstance(narrow.blocks[1], type(vit().blocks[1]))
+    for copied in (copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow))):
+        assert tokens_read(copied) == 1
+        assert torch.equal(copied(x), narrow(x))
+        assert torch.equal(copied.forward_features(x), narrow.forward_features(x))
+    vimoe.set_reading(narrow)  # twice is once
+    assert len(narrow._forward_pre_hooks) == len(narrow._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("read", ["auto", "all"])
+def test_upcycle_and_load_read_what_they_are_told(read: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = vimoe.upcycle(vit(), config(), read=read)
+    expected = {"auto": 1, "all": None}[read]
+    assert tokens_read(model) == expected
+    assert tokens_read(vimoe.load(vimoe.save(model, tmp_path / "model"), read=read)) == expected
+    assert (vimoe.plan(vit(), config(), read=read).moe.computed_macs < vimoe.plan(vit(), config()).moe.macs) == (
+        read == "auto"
+    )
+
+
+def test_an_unknown_reading_is_refused() -> None:
+    with pytest.raises(ConfigError, match="read='some': expected 'auto' or 'all'"):
+        vimoe.set_reading(vit(), "some")
+
+
+# ---- what is routed
+
+
+def test_records_and_losses_are_of_the_tokens_that_are_read() -> None:
+    whole, narrow = vimoes("deit, distilled", "token")
+    x = inputs(whole)
+    for model, tokens in ((whole, 6), (narrow, 2)):
+        with vimoe.record(model) as routings:
+            model(x)
+        assert [routing.batch for routing in routings] == [(3, 6), (3, tokens)]
+        last = routings[1]
+    layer = moe_layers(narrow)["blocks.1.mlp"]
+    assert last.logits.shape == (6, layer.config.num_experts)
+    assert find_backbone(narrow).read_tokens == 2
