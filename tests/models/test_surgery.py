@@ -54,7 +54,7 @@ def test_layers_are_named_by_word_index_or_pattern(named: str | list, expected: 
 def test_none_is_the_parent() -> None:
     parent = vit()
     model = upcycle(copy.deepcopy(parent), config(layers="none", num_experts=1))  # and there is nothing to warn of
-    assert torch.equal(model(images(model)), parent(images(parent)))
+    assert torch.equal(vimoe.set_reading(model, "all")(images(model)), parent(images(parent)))
 
 
 def test_a_block_with_two_ffns_counts_once() -> None:

@@ -37,7 +37,6 @@ from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.metrics.base import Batches, Metric, Score, batches, signature
 from vimoe.models.interface import logits_of, unwrapped
-from vimoe.models.reading import ignoring_hooks
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
@@ -390,8 +389,7 @@ def _observe(
         shape = shape or x.shape[1:]
         if x.shape[1:] != shape:
             raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
-        watching = seen.watching(len(labels))
-        with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, watching, ignoring_hooks():
+        with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
             counts.add(logits_of(model, x), labels)
         seen.add(_classes_of(metric, labels, routings, layers), routings, signature(labels).cpu().numpy())
     if shape is None:

@@ -152,7 +152,7 @@ class Subjects:
 
     @contextmanager
     def keeping(self, images: Tensor, labels: Tensor) -> Iterator[PartialForward]:
-        """Record the input of the first MoE block during a forward of these images."""
+        """Record the input of the first MoE block during a forward of these images, which computes what is read."""
         if self._partial is None:
             self._partial = PartialForward.find(self.model, self.layers, images[:2])
         with self._partial.entries(images) as found:

@@ -9,6 +9,7 @@ Axes: B images, T tokens, D channels.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -109,20 +110,24 @@ class PartialForward:
     def forward(self, entry: Entry, layers: Iterable[str] = ()) -> tuple[Tensor, dict[str, LayerRecord]]:
         """Run the model from an entry on. Returns its logits, and a record of each of these layers."""
         with ExitStack() as stack:
-            stack.enter_context(ignoring_hooks())
+            stack.enter_context(_hooked())
             x = stack.enter_context(entry.resumed(self.model))
             records = {name: stack.enter_context(self._recording(name, entry)) for name in layers}
             return logits_of(self.model, x), records
 
     def rest(self, layer: str, record: LayerRecord, rows: Tensor, y: Tensor) -> Tensor:
         """Return the logits for some of the images of a record if the layer gives y (rows, T, D) for them."""
+
+        def remembered(output: Tensor) -> Callable[..., Tensor]:
+            return lambda *_, **__: output
+
         outputs = {module: kept[rows] for module, kept in record.siblings.items() if kept is not None}
         outputs[self.model.get_submodule(layer)] = y
         with ExitStack() as stack:
-            stack.enter_context(ignoring_hooks())
+            stack.enter_context(_hooked())
             x = stack.enter_context(record.entry[rows].resumed(self.model))
             for module, output in outputs.items():
-                stack.enter_context(replaced_forward([module], lambda *_, output=output, **__: output))
+                stack.enter_context(replaced_forward([module], remembered(output)))
             return logits_of(self.model, x)
 
     def blocks_after(self, layer: str) -> int:
@@ -136,9 +141,10 @@ class PartialForward:
     def entries(self, images: Tensor) -> Iterator[list[Entry]]:
         """Collect entries at block `first`, one for each forward inside the `with` block; else that of the images."""
         if self.first is None:
-            yield [Entry(images)]
+            with _hooked():
+                yield [Entry(images)]
             return
-        with self._entries(self.first, Entry(images)) as found:
+        with self._entries(self.first, Entry(images)) as found, _hooked():
             yield found
 
     # ---- tried once, before it is trusted
@@ -222,6 +228,17 @@ class PartialForward:
     def _block_number(self, name: str) -> int:
         backbone = self._backbone
         return backbone.blocks.index(str(backbone.block_of(name)))
+
+
+@contextmanager
+def _hooked() -> Iterator[None]:
+    """Run models inside the `with` block with our hooks, and computing only what is read.
+
+    What torch.compile has compiled does not call hooks that came later.
+    """
+    compiled = "torch._dynamo" in sys.modules  # else nothing was compiled, and its import takes a second
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), ignoring_hooks():
+        yield
 
 
 def _siblings(block: nn.Module, path: Sequence[str]) -> Iterator[nn.Module]:
