@@ -13,7 +13,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import vimoe
-from vimoe.moe import dispatch, router
+from vimoe.moe import dispatch, low_rank_linear, router
 from vimoe.moe import grouped_linear as grouped
 from vimoe.moe.grouped_linear import BACKENDS, grouped_linear
 
@@ -150,12 +150,12 @@ def test_nothing_is_computed_that_is_not_asked_for(backend: str, monkeypatch: py
     case = Case(LOADS["uneven"], 1, 3, torch.float32)
     x, weight, bias = case.operands(torch.float32)
     calls = []
-    for name in ("_input_gradient", "_weight_gradient", "_grouped_sum"):
+    for name in ("input_gradient", "weight_gradient", "grouped_sum"):
         real = getattr(grouped, name)
         monkeypatch.setattr(grouped, name, lambda *args, real=real, name=name: (calls.append(name), real(*args))[1])
     grouped_linear(x, weight.detach(), bias.detach(), case.source, case.load, backend).sum().backward()
     grouped_linear(x.detach(), weight, bias.detach(), case.source, case.load, backend).sum().backward()
-    assert calls == ["_input_gradient", "_weight_gradient"]
+    assert calls == ["input_gradient", "weight_gradient"]
 
 
 def test_idle_experts_have_no_gradient_where_torch_leaves_theirs_as_memory_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,14 +300,14 @@ def test_another_number_of_images_compiles_once_more_and_then_never() -> None:
 
 def operators() -> dict[str, CustomOpDef]:
     """The operators of the layer by name."""
-    found = [each for module in (grouped, dispatch, router) for each in vars(module).values()]
+    found = [each for module in (grouped, low_rank_linear, dispatch, router) for each in vars(module).values()]
     return {each._qualname: each for each in found if isinstance(each, CustomOpDef)}
 
 
 def test_graphs_of_cuda_do_not_capture_what_waits_for_the_data() -> None:
     """Each operator runs on tensors without data: what cannot has to read them, and a graph must not hold it."""
     known = [name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("vimoe::")]
-    assert set(operators()) == set(known) and len(known) == 8
+    assert set(operators()) == set(known) and len(known) == 9
     waits = {}
     with FakeTensorMode():
         x, weight, bias = torch.zeros(6, 2, IN), torch.zeros(EXPERTS, OUT, IN), torch.zeros(EXPERTS, OUT)
@@ -319,6 +319,7 @@ def test_graphs_of_cuda_do_not_capture_what_waits_for_the_data() -> None:
             "grouped_linear_input_gradient": (dy, weight, source, load, 6, "loop"),
             "grouped_linear_weight_gradient": (dy, x, source, load, weight, "loop"),
             "grouped_sum": (dy, load),
+            "low_rank_linear": (x, weight[0], bias[0], weight[:, :2], weight[..., :2], load, "loop"),
             "combine": (dy, gates, slots, dy, True, True),
             "combine_gradient": (dy, gates, slots, terms, True, True),
             "scores": (x[:, 0], weight[:, 0]),

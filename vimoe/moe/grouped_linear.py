@@ -44,15 +44,20 @@ def grouped_linear(
         ConfigError: if the backend cannot compute this.
     """
     x_RUI = in_type_of_autocast(x_RUI)
-    if backend == "auto":
-        backend = choose(x_RUI, weight_NOI)
-    elif backend == "grouped_mm" and (why := unfit_for_grouped_mm(x_RUI, weight_NOI)):
-        raise ConfigError(f"backend 'grouped_mm' with {why}; choose 'loop' or 'auto'")
-    y_SUO: Tensor = _product(x_RUI, weight_NOI, bias_NO, source_S, load_N, backend)
+    y_SUO: Tensor = _product(x_RUI, weight_NOI, bias_NO, source_S, load_N, resolved(backend, x_RUI, weight_NOI))
     return y_SUO
 
 
-def choose(x: Tensor, weight: Tensor) -> Backend:
+def resolved(backend: Backend, x: Tensor, *weights: Tensor) -> Backend:
+    """Return the backend for products with these weights, never "auto"; raise ConfigError if it cannot compute one."""
+    if backend == "auto":
+        return choose(x, *weights)
+    if backend == "grouped_mm" and (why := unfit_for_grouped_mm(x, *weights)):
+        raise ConfigError(f"backend 'grouped_mm' with {why}; choose 'loop' or 'auto'")
+    return backend
+
+
+def choose(x: Tensor, *weights: Tensor) -> Backend:
     """Return the backend for these operands: on a CPU by measurement, on a GPU by reasoning alone.
 
     On a CPU `grouped_mm` is a loop too, and padding costs more than a loop saves unless loads are equal (`vimoe bench
@@ -60,16 +65,17 @@ def choose(x: Tensor, weight: Tensor) -> Backend:
     and in bfloat16 has a kernel of its own on Hopper and data-centre Blackwell (elsewhere torch loops).
     """
     if x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10):
-        return "loop" if unfit_for_grouped_mm(x, weight) else "grouped_mm"
+        return "loop" if unfit_for_grouped_mm(x, *weights) else "grouped_mm"
     return "loop"
 
 
-def unfit_for_grouped_mm(x: Tensor, weight: Tensor) -> str | None:
+def unfit_for_grouped_mm(x: Tensor, *weights: Tensor) -> str | None:
     """Return why torch's grouped product cannot take this, or None if it can."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype}: expected float32, bfloat16 or float16"
-    if any(size * x.itemsize % 16 for size in weight.shape[1:]):
-        return f"matrices of {tuple(weight.shape[1:])} in {x.dtype}: expected rows and columns of whole 16 bytes"
+    for weight in weights:
+        if any(size * x.itemsize % 16 for size in weight.shape[1:]):
+            return f"matrices of {tuple(weight.shape[1:])} in {x.dtype}: expected rows and columns of whole 16 bytes"
     return None
 
 
@@ -79,6 +85,10 @@ class _Backend(Protocol):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
         """(S, U, O)."""
 
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor, load: Tensor) -> None:
+        """Add the product of sorted rows to y (S, U, O), in place."""
+        y.add_(self.product(x, weight, None, None, load))
+
     def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int) -> Tensor:
         """(R, U, I), in the type of dy."""
 
@@ -86,7 +96,7 @@ class _Backend(Protocol):
         """(N, O, I), in the type of the weights; 0 for idle experts."""
 
 
-class _Loop:
+class _Loop(_Backend):
     """One expert after the other; its tokens are gathered just before their product. Idle experts cost nothing."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
@@ -105,6 +115,10 @@ class _Loop:
                 f"empty (-1) says ragged = True"
             )
         return y
+
+    def add_product(self, y: Tensor, x: Tensor, weight: Tensor, load: Tensor) -> None:
+        for e, at in loaded_experts(load):
+            tokens_of(y, None, at).addmm_(tokens_of(x, None, at), weight[e].to(x.dtype).T)
 
     def input_gradient(self, dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int) -> Tensor:
         dx = dy.new_empty(rows, dy.shape[1], weight.shape[2])
@@ -136,7 +150,7 @@ class _Loop:
         return dw
 
 
-class _GroupedMM:
+class _GroupedMM(_Backend):
     """torch's grouped matrix product, which has no bias. It never waits for the loads."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
@@ -158,7 +172,7 @@ class _GroupedMM:
         return (load * like.shape[1]).cumsum(0).to(torch.int32)
 
 
-class _BMM:
+class _BMM(_Backend):
     """One batched product of experts padded to the largest load; nothing is padded where loads are equal."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor) -> Tensor:
@@ -196,7 +210,7 @@ class _BMM:
         return y if places is None else y[places]
 
 
-_BACKENDS: dict[str, _Backend] = {"loop": _Loop(), "grouped_mm": _GroupedMM(), "bmm": _BMM()}
+PRODUCTS: dict[str, _Backend] = {"loop": _Loop(), "grouped_mm": _GroupedMM(), "bmm": _BMM()}
 
 
 def _slots(x: Tensor, source: Tensor | None) -> int:
@@ -242,43 +256,43 @@ def _sum_of_slots(dx: Tensor, source: Tensor | None, rows: int) -> Tensor:
     return torch.segment_reduce(ordered, "sum", lengths=slots, axis=0, unsafe=True, initial=0)
 
 
-_operator = functools.partial(
+operator = functools.partial(
     torch.library.custom_op,
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),  # some backends wait for the loads, which a captured graph could not
 )
 
 
-@_operator("vimoe::grouped_linear")
+@operator("vimoe::grouped_linear")
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, load: Tensor, backend: str
 ) -> Tensor:
     slots = _slots(x, source)
     if not x.numel() or not slots:
         return x.new_zeros(slots, x.shape[1], weight.shape[1])
-    return _BACKENDS[backend].product(x.contiguous(), weight, bias, source, load)
+    return PRODUCTS[backend].product(x.contiguous(), weight, bias, source, load)
 
 
-@_operator("vimoe::grouped_linear_input_gradient")
-def _input_gradient(dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int, backend: str) -> Tensor:
+@operator("vimoe::grouped_linear_input_gradient")
+def input_gradient(dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int, backend: str) -> Tensor:
+    """(S, U, O) to (R, U, I): the sum over the slots of each row, in the type of dy."""
     if not dy.numel():
         return dy.new_zeros(rows, dy.shape[1], weight.shape[2])
     with own_type(dy):
-        return _BACKENDS[backend].input_gradient(dy.contiguous(), weight, source, load, rows)
+        return PRODUCTS[backend].input_gradient(dy.contiguous(), weight, source, load, rows)
 
 
-@_operator("vimoe::grouped_linear_weight_gradient")
-def _weight_gradient(
-    dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor, backend: str
-) -> Tensor:
+@operator("vimoe::grouped_linear_weight_gradient")
+def weight_gradient(dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """(S, U, O) and (R, U, I) to (N, O, I): the gradient of each expert's matrix, in its type; 0 for idle experts."""
     if not dy.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     with own_type(dy):
-        return _BACKENDS[backend].weight_gradient(dy.contiguous(), x.contiguous(), source, load, weight)
+        return PRODUCTS[backend].weight_gradient(dy.contiguous(), x.contiguous(), source, load, weight)
 
 
-@_operator("vimoe::grouped_sum")
-def _grouped_sum(dy: Tensor, load: Tensor) -> Tensor:
+@operator("vimoe::grouped_sum")
+def grouped_sum(dy: Tensor, load: Tensor) -> Tensor:
     """(S, U, O) to (N, O): the sum over the tokens of each expert."""
     sums = dy.new_zeros(len(load), dy.shape[-1])
     if dy.is_cuda:  # a product, so that nothing waits for the loads, and the order of the sum is always the same
@@ -295,17 +309,17 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, loa
     return x.new_empty(_slots(x, source), x.shape[1], weight.shape[1])
 
 
-@_input_gradient.register_fake
+@input_gradient.register_fake
 def _(dy: Tensor, weight: Tensor, source: Tensor | None, load: Tensor, rows: int, backend: str) -> Tensor:
     return dy.new_empty(rows, dy.shape[1], weight.shape[2])
 
 
-@_weight_gradient.register_fake
+@weight_gradient.register_fake
 def _(dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor, backend: str) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-@_grouped_sum.register_fake
+@grouped_sum.register_fake
 def _(dy: Tensor, load: Tensor) -> Tensor:
     return dy.new_empty(load.shape[0], dy.shape[-1])
 
@@ -321,9 +335,9 @@ def _derive(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, source, load = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     return (
-        _input_gradient(dy, weight, source, load, ctx.rows, ctx.backend) if needs_x else None,
-        _weight_gradient(dy, x, source, load, weight, ctx.backend) if needs_weight else None,
-        _grouped_sum(dy, load).to(ctx.bias_type) if needs_bias else None,
+        input_gradient(dy, weight, source, load, ctx.rows, ctx.backend) if needs_x else None,
+        weight_gradient(dy, x, source, load, weight, ctx.backend) if needs_weight else None,
+        grouped_sum(dy, load).to(ctx.bias_type) if needs_bias else None,
         None,
         None,
         None,

@@ -7,12 +7,12 @@ channels, I channels in, O channels out, r rank.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe.config.moe import MoEConfig
 from vimoe.moe import ffn
-from vimoe.moe.grouped_linear import Backend, grouped_linear
+from vimoe.moe.grouped_linear import Backend
+from vimoe.moe.low_rank_linear import low_rank_linear
 from vimoe.moe.shared_base import SharedBase, rows_of
 
 
@@ -28,10 +28,11 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(weight_OI.new_empty(num_experts, rank, inputs).uniform_(-(inputs**-0.5), inputs**-0.5))
         self.b = nn.Parameter(weight_OI.new_zeros(num_experts, outputs, rank))
 
-    def forward(self, x_SUI: Tensor, load_N: Tensor, backend: Backend) -> Tensor:
-        """(S, U, I) to (S, U, O): the change of each slot's output."""
-        low = grouped_linear(x_SUI, self.a, None, None, load_N, backend)
-        return grouped_linear(low, self.b, None, None, load_N, backend)
+    def forward(
+        self, x_SUI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, load_N: Tensor, backend: Backend
+    ) -> Tensor:
+        """(S, U, I) to (S, U, O): the linear map with this matrix, changed for each slot's expert, and this bias."""
+        return low_rank_linear(x_SUI, weight_OI, bias_O, self.a, self.b, load_N, backend)
 
     def extra_repr(self) -> str:
         return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}"
@@ -56,11 +57,11 @@ class LoRAExperts(SharedBase):
         base = ffn.read(self.base)
 
         def linear(layer: str, change: LowRank, x_SUI: Tensor) -> Tensor:
-            y_SUO = F.linear(x_SUI, base[f"{layer}.weight"], base.get(f"{layer}.bias"))
-            return y_SUO.add_(change(x_SUI, load_N, self.backend))  # some backends give a view
+            y_SUO: Tensor = change(x_SUI, base[f"{layer}.weight"], base.get(f"{layer}.bias"), load_N, self.backend)
+            return y_SUO
 
-        first = linear("fc1", self.fc1, rows_of(x_RUD, source_S))
-        hidden = ffn.activated(self.kind, base, first, self.drop1)
+        x_SUD = rows_of(x_RUD, source_S)
+        hidden = ffn.activated(self.kind, base, linear("fc1", self.fc1, x_SUD), self.drop1)
         y_SUD: Tensor = self.drop2(linear("fc2", self.fc2, hidden))
         return y_SUD
 
