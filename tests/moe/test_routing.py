@@ -20,7 +20,9 @@ import vimoe
 
 @pytest.fixture(params=["image", "token"])
 def model(request: pytest.FixtureRequest) -> nn.Module:
-    return perturb_experts(upcycle(vit(depth=3), config(layers="last:2", routing=request.param, top_k=2)))
+    """Every layer gets all tokens."""
+    settings = config(layers="last:2", routing=request.param, top_k=2)
+    return vimoe.set_reading(perturb_experts(upcycle(vit(depth=3), settings)), "all")
 
 
 NAMES = ["blocks.1.mlp", "blocks.2.mlp"]

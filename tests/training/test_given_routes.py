@@ -18,6 +18,7 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError
+from vimoe.models.reading import set_reading
 from vimoe.models.upcycling import build_layers
 from vimoe.moe.layer import moe_layers
 from vimoe.training import checkpoint
@@ -175,6 +176,7 @@ def test_a_killed_training_of_super_classes_goes_on_to_the_same_weights(
     torch.manual_seed(0)
     bare = vit(num_classes=3, img_size=16, patch_size=8)  # the checkpoint has the super-classes
     build_layers(bare, config(router="superclass", num_experts=3))
+    set_reading(bare)
     again, _ = run(data, tmp_path / "killed", bare, checkpoint_minutes=0)
     states = whole.state_dict(), again.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

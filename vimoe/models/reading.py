@@ -37,7 +37,7 @@ class NarrowBlock(nn.Module):
     """A block that can compute its first tokens alone: a base class, before the class of the family's block.
 
     Attributes:
-        tokens: number of tokens that are read while torch.compile follows the ViT's forward; None for all.
+        tokens: number of tokens that are read while torch.compile follows the ViT's hooks too; else None.
     """
 
     tokens: int | None = None
@@ -54,12 +54,13 @@ class NarrowBlock(nn.Module):
         return super().forward(x_BTD, *args, **kwargs) if y is None else y
 
     def _read(self) -> int | None:
-        if torch.compiler.is_compiling():
+        if self.tokens is not None:
             return self.tokens
         read = next((read for block, read in _running.get() if block is self), None)
         if recomputing() and read is None:  # checkpointing calls the block again, outside of the ViT's forward
             return self._latest
-        self._latest = read
+        if not torch.compiler.is_compiling():
+            self._latest = read
         return read
 
 
@@ -72,7 +73,7 @@ class _Begin:
     def __call__(self, vit: nn.Module, _args: Any) -> None:
         block: Any = vit.get_submodule(self.block)
         read = _tokens_now(vit)
-        if torch.compiler.is_compiling():  # it can follow attributes alone, while threads need a variable each
+        if torch.compiler.is_compiling():  # it cannot set the variable, of which each thread has one
             block.tokens = read
         else:
             _running.set(((block, read), *_running.get()))
@@ -175,6 +176,8 @@ def _tokens_now(vit: nn.Module) -> int | None:
     """
     backbone = find_backbone(vit)
     read, block = backbone.read_tokens, vit.get_submodule(backbone.blocks[-1])
+    if block._compiled_call_impl is not None:  # checkpointing would find it outside of the ViT's forward
+        return None
     if read is None or any(isinstance(m, MoE) and m.router.needs_patches for m in block.modules()):
         return None
     if not _ignoring_hooks.get() and (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -28,11 +29,8 @@ from vimoe.moe.router import TokenLayout
 _BUILT = (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError)  # what timm raises for odd arguments
 
 
-_KNOWN = [  # which tokens they read is known
-    *(VisionTransformer.forward, VisionTransformer.forward_head, VisionTransformer.pool),
-    *(Eva.forward, Eva.forward_head, Eva.pool),
-    VisionTransformerDistilled.forward_head,
-]
+_FORWARDS = (VisionTransformer.forward, Eva.forward)  # of which is known what they read
+_HEADS = ((VisionTransformer.forward_head, VisionTransformer.pool), (Eva.forward_head, Eva.pool))
 
 
 class TimmViT(Backbone):
@@ -104,12 +102,13 @@ class TimmViT(Backbone):
 
     @property
     def read_tokens(self) -> int | None:
-        vit, kind = self.vit, type(self.vit)
-        if any(name in vars(vit) or getattr(kind, name, None) not in _KNOWN for name in ("forward", "forward_head")):
-            return None  # somebody's own forward may read what it likes
-        if kind.forward_head is VisionTransformerDistilled.forward_head:
+        vit = self.vit
+        forward, head, pool = (_inside(getattr(vit, name, None)) for name in ("forward", "forward_head", "pool"))
+        if forward not in _FORWARDS:
+            return None
+        if head is VisionTransformerDistilled.forward_head:
             return 2
-        known = "pool" not in vars(vit) and kind.pool in _KNOWN and vit.attn_pool is None
+        known = (head, pool) in _HEADS and vit.attn_pool is None
         return 1 if known and vit.global_pool == "token" else None
 
     @property
@@ -197,3 +196,8 @@ class TimmViT(Backbone):
         }
         numbers = group_with_matcher(names.items(), self.vit.group_matcher(coarse=False), reverse=True)
         return {names[name]: number for name, number in numbers.items()}
+
+
+def _inside(method: Any) -> Any:
+    """Return the function of a method, without what Accelerate wraps around a model's forward, such as an autocast."""
+    return inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
