@@ -164,3 +164,16 @@ def test_a_router_that_needs_images_asks_for_them() -> None:
 
 def test_a_plan_needs_no_images() -> None:
     assert "centroids router" in str(vimoe.plan(vit(), config(router="centroids")))
+
+
+def test_a_router_of_the_last_block_sees_the_tokens_that_are_routed_there() -> None:
+    """Experts may see more (`Calibration.inputs`), since class tokens alone are few."""
+    model = vimoe.set_reading(vit())
+    given = batches(model)
+    expected = ffn_inputs(model, torch.cat([x for x, _ in given]))
+    for router, rows in (("softmax", (25, 5)), ("expert_choice", (25, 25))):
+        found = calibrate(model, routers(model, routing="token", router=router), given)
+        assert tuple(len(each.features) for each in found.values()) == rows
+        assert next(found["blocks.1.mlp"].inputs()).shape == (3, 5, 24)
+        if rows[1] == 5:
+            torch.testing.assert_close(found["blocks.1.mlp"].features, expected[1][:, 0])

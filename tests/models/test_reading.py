@@ -417,6 +417,9 @@ def test_names_stay_and_copies_read_as_the_model_does(tmp_path: object) -> None:
         assert torch.equal(copied.forward_features(x), narrow.forward_features(x))
     vimoe.set_reading(narrow)  # twice is once
     assert len(narrow._forward_pre_hooks) == len(narrow._forward_hooks) == 1
+    vimoe.set_reading(narrow, "all")
+    assert not narrow._forward_pre_hooks and not narrow._forward_hooks
+    assert [type(m) for m in narrow.modules()] == [type(m) for m in whole.modules()]
 
 
 @pytest.mark.parametrize("read", ["auto", "all"])
@@ -433,6 +436,15 @@ def test_upcycle_and_load_read_what_they_are_told(read: str, tmp_path) -> None: 
 def test_an_unknown_reading_is_refused() -> None:
     with pytest.raises(ConfigError, match="read='some': expected 'auto' or 'all'"):
         vimoe.set_reading(vit(), "some")
+
+
+@pytest.mark.parametrize("read", ["auto", "all"])
+def test_an_upcycling_that_fails_leaves_the_reading_as_it_was(read: str) -> None:
+    model = vimoe.set_reading(vit(), read)
+    before = [type(m) for m in model.modules()], tokens_read(model)
+    with pytest.raises(vimoe.VimoeError, match="expected at most"):
+        vimoe.upcycle(model, config(layers="last:9"), read="all" if read == "auto" else "auto")
+    assert ([type(m) for m in model.modules()], tokens_read(model)) == before
 
 
 # ---- what is routed

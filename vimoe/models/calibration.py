@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vimoe.errors import DataError, SurgeryError, expect
 from vimoe.models.interface import find_backbone
+from vimoe.models.reading import tokens_read
 from vimoe.moe.router import Router
 from vimoe.moe.start import Calibration
 
@@ -41,16 +42,18 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
     """
     if isinstance(images, Iterator):
         raise DataError(f"images={type(images).__name__}, which is read once: expected a list of batches, or a loader")
-    backbone = find_backbone(model)
+    backbone, read = find_backbone(model), tokens_read(model)
     pooled, labels = list[Tensor](), list[Tensor]()
     features: dict[str, list[Tensor]] = {name: [] for name in routers}
     rows: dict[str, list[Tensor]] = {name: [] for name in routers}
     seen, classed = 0, False
     with ExitStack() as stack:
         for name, router in routers.items():
+            last = backbone.block_of(name) == backbone.blocks[-1]
+            routed = read if last and not router.needs_patches else None
 
-            def keep(x: Tensor, name: str = name, router: Router = router) -> None:
-                image, kept = _features(router, x, seen)
+            def keep(x: Tensor, name: str = name, router: Router = router, routed: int | None = routed) -> None:
+                image, kept = _features(router, x[:, :routed], seen)
                 rows[name].append(image + seen)
                 features[name].append(kept)
 

@@ -13,7 +13,7 @@ Axes: B images, T tokens, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar, get_args
@@ -124,6 +124,7 @@ def set_reading(model: Model, read: Read = "auto") -> Model:
     if read not in get_args(Read):
         raise ConfigError(f"read={read!r}: expected 'auto' or 'all'")
     backbone = find_backbone(model)
+    _change_classes(backbone, {narrow: whole for whole, narrow in backbone.narrowed.items()})
     for hooks in (backbone.vit._forward_pre_hooks, backbone.vit._forward_hooks):
         for number in [number for number, hook in hooks.items() if isinstance(hook, _Begin)]:
             del hooks[number]
@@ -163,9 +164,17 @@ def _narrow(backbone: Backbone) -> bool:
     if backbone.read_tokens is None or backbone.read_blocks or not backbone.blocks:
         return False
     block = backbone.model.get_submodule(backbone.blocks[-1])
-    for module in block.modules():
-        module.__class__ = backbone.narrowed.get(type(module), type(module))
-    return isinstance(block, NarrowBlock)
+    if type(block) not in backbone.narrowed:
+        return False
+    _change_classes(backbone, backbone.narrowed)
+    return True
+
+
+def _change_classes(backbone: Backbone, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Replace the classes of the last block and its parts."""
+    for name in backbone.blocks[-1:]:
+        for module in backbone.model.get_submodule(name).modules():
+            module.__class__ = classes.get(type(module), type(module))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ from vimoe.models import surgery
 from vimoe.models.calibration import Batches, calibrate
 from vimoe.models.cost import Cost, count, meta_copy, meta_images
 from vimoe.models.interface import find_backbone
-from vimoe.models.reading import set_reading
+from vimoe.models.reading import set_reading, tokens_read
 from vimoe.models.start_change import StartChange, measure_start
 from vimoe.models.surgery import Site
 from vimoe.moe import MoE, ffn
@@ -143,8 +143,15 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None, 
     >>> torch.allclose(before, after, atol=1e-5)
     True
     """
-    convert(model, config, images)
-    return set_reading(model, read)
+    _check(model, config)
+    before: Read = "all" if tokens_read(model) is None else "auto"
+    set_reading(model, read)
+    try:
+        convert(model, config, images)
+    except BaseException:
+        set_reading(model, before)
+        raise
+    return model
 
 
 def convert(model: nn.Module, config: MoEConfig, images: Batches | None = None) -> list[str]:
