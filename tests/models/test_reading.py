@@ -179,11 +179,12 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "tokens"), [("by torch.compile", 2), ("in place", 2), ("inside of another", 2), ("block by block", 6)]
+    ("compiled", "tokens"),
+    [("by torch.compile", 2), ("in place", 2), ("inside of another", 2), ("block by block", 2), ("checkpointed", 6)],
 )
 @torch.no_grad()
 def test_compiled_models_give_the_same(compiled: str, tokens: int) -> None:
-    """However it is compiled, in one graph; a block that is compiled by itself computes all tokens."""
+    """However it is compiled, in one graph; a block that is compiled by itself and checkpointed computes all tokens."""
     torch._dynamo.reset()
     whole, narrow = vimoes("deit, distilled")
     x, computed = inputs(whole), []
@@ -199,6 +200,7 @@ def test_compiled_models_give_the_same(compiled: str, tokens: int) -> None:
         model = torch.compile(Around(narrow), backend=backend, fullgraph=True)
     else:
         model = narrow
+        model.set_grad_checkpointing(compiled == "checkpointed")
         for module in [narrow] if compiled == "in place" else narrow.blocks:
             module.compile(backend=backend, fullgraph=True)
     scale = 2 if compiled == "inside of another" else 1
@@ -207,7 +209,19 @@ def test_compiled_models_give_the_same(compiled: str, tokens: int) -> None:
         torch.testing.assert_close(model(x), scale * whole(x), **IN_FLOAT64)
         torch.testing.assert_close(narrow.forward_features(x), whole.forward_features(x), **IN_FLOAT64)
         torch.testing.assert_close(features(x), whole.forward_features(x), **IN_FLOAT64)
-    assert computed[0 if tokens == 2 else 1] == tokens
+    assert computed[1 if compiled in ("block by block", "checkpointed") else 0] == tokens
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # looked at by torch.compile itself
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_blocks_that_are_compiled_one_by_one_learn_the_same(checkpointing: bool) -> None:
+    torch._dynamo.reset()
+    whole, narrow = vimoes("vit")
+    narrow.set_grad_checkpointing(checkpointing)
+    for block in narrow.blocks:
+        block.compile(backend="aot_eager")
+    for _ in range(2):
+        assert_same(whole.train(), narrow.train(), inputs(whole))
 
 
 @pytest.mark.parametrize("name", ["vit", "deit, distilled", "eva02", "parallel FFNs"])

@@ -185,8 +185,8 @@ def _tokens_now(vit: nn.Module) -> int | None:
     """
     backbone = find_backbone(vit)
     read, block = backbone.read_tokens, vit.get_submodule(backbone.blocks[-1])
-    if block._compiled_call_impl is not None:  # checkpointing would find it outside of the ViT's forward
-        return None
+    if block._compiled_call_impl is not None and getattr(vit, "grad_checkpointing", False):
+        return None  # it cannot tell that checkpointing computes it again
     if read is None or any(isinstance(m, MoE) and m.router.needs_patches for m in block.modules()):
         return None
     if not _ignoring_hooks.get() and (
