@@ -164,12 +164,13 @@ class _Steps:
     config: TrainConfig
     batches: int  # of an epoch
     routes: list[nn.Parameter]  # those of all routers that are trained, except while they are frozen
-    decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
+    decided: list[Routing] = field(default_factory=list)  # of layers with a bias, since the last update of the weights
 
     def epoch(self, state: State) -> Iterator[None]:
         """Train the rest of an epoch, and yield after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         learning = {name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
+        biased = {name for name in learning if layers[name].router.choice_bias is not None}
         self.order.start(state.epoch, state.step * self.config.batch_size)
         self.model.train()
         for inputs, targets in self.loader:
@@ -198,19 +199,25 @@ class _Steps:
                     self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.decided += [routing.detach() for routing in routings if routing.layer in learning]
+            self.decided += [routing.detach() for routing in routings if routing.layer in biased]
             if self.synced:
-                state.updates += 1
-                update_bias(self.plain, self.decided)
-                self.decided.clear()
-                pull(self.plain, self.config, state.updates / self._updates)
-                if self.ema:
-                    self.ema.update(self.plain, step=state.updates)
+                self._updated(state)
             state.step += 1
             state.totals.add(len(images), loss=task_loss, **parts)
             state.health.add(routings)
             state.totals.seconds = before + time.perf_counter() - start
             yield
+
+    def _updated(self, state: State) -> None:
+        """Let all that follows the weights follow an update of them."""
+        state.updates += 1
+        if self.decided:  # the first two look through all modules
+            update_bias(self.plain, self.decided)
+            self.decided.clear()
+        if self.config.fuse != "none":
+            pull(self.plain, self.config, state.updates / self._updates)
+        if self.ema:
+            self.ema.update(self.plain, step=state.updates)
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
