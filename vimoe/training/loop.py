@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from vimoe.moe.losses import (
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
+from vimoe.training.compiled import compiled_blocks
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
@@ -295,7 +296,10 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Ite
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, job.loader)
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     try:
-        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes)
+        with compiled_blocks(model) if config.compile else nullcontext():  # after the moving average was copied
+            yield _Steps(
+                accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes
+            )
     finally:
         set_random_share(model, 0)
         for p in routes:
