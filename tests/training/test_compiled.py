@@ -9,11 +9,15 @@ import pytest
 import torch
 from helpers.kills import Killed, logs
 from helpers.kills import kill_after as kill_after
+from helpers.scene_runs import MOE, SCENES
+from helpers.scenery import scenes
 from helpers.tiny import vit
 from helpers.trainings import QUICK, model, run, weights
 from helpers.trainings import data as data
+from safetensors.torch import load_file
 from torch import fx, nn
 
+from vimoe.cli import main
 from vimoe.data.classification import Data
 from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError
@@ -88,6 +92,18 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
     assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
 
 
+def test_blocks_that_are_computed_again_are_compiled(data: Data, tmp_path: Path, calls: list[bool]) -> None:
+    found = []
+    for compile in (False, True):
+        network = model()
+        network.set_grad_checkpointing(True)
+        found.append(weights(run(data, tmp_path / str(compile), network, compile=compile)[0]))
+        rows = (tmp_path / str(compile) / "load.csv").read_text()
+        found.append(rows)
+    assert torch.equal(found[0], found[2]) and found[1] == found[3]
+    assert len(calls) == 2 * QUICK.epochs * STEPS * BLOCKS
+
+
 def test_what_runs_on_cached_features_is_compiled(
     data: Data, tmp_path: Path, calls: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +117,22 @@ def test_what_runs_on_cached_features_is_compiled(
         train(network, job, config, out, trained)
         found.append(weights(network))
     assert torch.equal(*found) and len(calls) == QUICK.epochs * STEPS
+
+
+def test_scenes_are_learnt_by_compiled_steps(tmp_path: Path, calls: list[bool], kill_after: object) -> None:
+    """With two stages, in each of which the blocks are compiled, and a run that is gone on with."""
+    stages = ["--train.stages=[head,moe]", "--train.epochs=1", "--train.checkpoint_minutes=0"]
+    argv = ["train", f"--data.path={scenes(tmp_path / 'scenes', train=9)}", *SCENES, *MOE, *stages]
+    argv = [each for each in argv if each != "--train.epochs=3"]
+    assert main([*argv, "--out", str(tmp_path / "eager")]) == 0
+    kill_after(1)
+    with pytest.raises(Killed):
+        main([*argv, "--train.compile=true", "--out", str(tmp_path / "compiled")])
+    kill_after(1000)
+    assert main(["train", "--resume", str(tmp_path / "compiled")]) == 0
+    assert calls
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("eager", "compiled"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_no_variant_of_a_block_is_left_to_run_uncompiled(
