@@ -82,7 +82,7 @@ class TrainConfig:
         early_stopping: number of epochs without a better validation score that end the training; none is off.
         precision: "no" (float32), "bf16", "fp16", or "auto" for bf16 where it is known to be faster, else float32; the
             run's config.yaml notes the choice.
-        compile: compile the model's blocks for the steps of the training (torch.compile), which takes a minute or so at
+        compile: compile the model's blocks for the steps of the training (torch.compile), which takes up to a minute at
             the start of each run and stage. On a CPU it needs a C++ compiler.
         seed: seed of initialisation, order and augmentation.
         checkpoint_minutes: minutes between checkpoints within an epoch; each epoch ends with one anyway.
