@@ -516,9 +516,23 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the bias of a frozen layer moves",
         "training/loop.py",
-        " if routing.layer in learning]",
+        " if routing.layer in biased]",
         "]",
         ("training/test_loop.py",),
+    ),
+    Mutant(
+        "what is evaluated is compiled",
+        "training/compiled.py",
+        "if block.training else",
+        "if True else",
+        ("training/test_compiled.py",),
+    ),
+    Mutant(
+        "blocks of later trainings run uncompiled",
+        "training/compiled.py",
+        ", fail_on_recompile_limit_hit=True",
+        "",
+        ("training/test_compiled.py",),
     ),
     Mutant(
         "the teacher runs few experts",

@@ -21,17 +21,20 @@ from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
 from helpers.trainings import QUICK, model, run, weights
 from safetensors.torch import load_file
+from torch import nn
 
 import vimoe.training.loop
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
+from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, load_data
 from vimoe.data.loaders import preprocessing, train_loader
-from vimoe.data.order import Shuffled, mix
+from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import FolderError, Stopped
 from vimoe.files import TEMPORARY
 from vimoe.run_folder import locked
 from vimoe.training import checkpoint
+from vimoe.training.parameter_groups import parameter_groups
 
 ALL = {"epochs": 3, "ema_decay": 0.8, "mixup": 0.4, "hflip": 0.5, "min_crop": 0.5, "checkpoint_minutes": 0}
 
@@ -110,6 +113,28 @@ def test_with_all_losses_and_rates_too(
     assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
 
 
+def test_a_training_goes_on_with_the_kernel_it_began_with(
+    data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW was not always fused; the two round differently."""
+
+    def as_it_was(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+        groups = parameter_groups(network, config)
+        return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+    fused, _ = run(data, tmp_path / "fused", **ALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(vimoe.training.loop, "adamw", as_it_was)
+        whole, _ = run(data, tmp_path / "whole", **ALL)
+        kill_after(7)
+        with pytest.raises(Killed):
+            run(data, tmp_path / "killed", **ALL)
+        kill_after(1000)
+    again, _ = run(data, tmp_path / "killed", **ALL)
+    assert torch.equal(weights(whole), weights(again)) and not torch.equal(weights(whole), weights(fused))
+    torch.testing.assert_close(weights(whole), weights(fused), rtol=0, atol=1e-2)
+
+
 def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path: Path, kill_after: object) -> None:
     still = {**ALL, "epochs": 6, "lr": 0.0, "min_lr": 0.0, "early_stopping": 2}  # no epoch is better than the first
     _, summary = run(data, tmp_path / "whole", **still)
@@ -153,6 +178,17 @@ def test_workers_and_batches_do_not_change_what_is_drawn(data: Data) -> None:
     assert not torch.equal(first, second)
     alone.sampler.start(epoch=1, skip=2 * config.batch_size)
     assert torch.equal(torch.cat([x for x, _ in alone]), first[2 * config.batch_size :])
+
+
+def test_a_seed_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch, "manual_seed", seen.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    seed_everything(3)
+    drawn = torch.rand(4)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    seed_everything(3)
+    assert seen == [3] and torch.equal(torch.rand(4), drawn)
 
 
 def test_an_order_is_of_its_seed_and_epoch() -> None:

@@ -82,6 +82,8 @@ class TrainConfig:
         early_stopping: number of epochs without a better validation score that end the training; none is off.
         precision: "no" (float32), "bf16", "fp16", or "auto" for bf16 where it is known to be faster, else float32; the
             run's config.yaml notes the choice.
+        compile: compile the model's blocks for the steps of the training (torch.compile), which takes up to a minute at
+            the start of each run and stage. On a CPU it needs a C++ compiler.
         seed: seed of initialisation, order and augmentation.
         checkpoint_minutes: minutes between checkpoints within an epoch; each epoch ends with one anyway.
         tensorboard: write TensorBoard event files beside metrics.csv.
@@ -129,6 +131,7 @@ class TrainConfig:
     clip_grad: float = bounded(1.0, 0)
     early_stopping: int | None = bounded(None, 1)
     precision: Precision = "auto"
+    compile: bool = False
     seed: int = bounded(0, 0, LARGEST_SEED)
     checkpoint_minutes: float = bounded(10.0, 0)
     tensorboard: bool = True

@@ -185,7 +185,8 @@ def _tokens_now(vit: nn.Module) -> int | None:
     """
     backbone = find_backbone(vit)
     read, block = backbone.read_tokens, vit.get_submodule(backbone.blocks[-1])
-    if block._compiled_call_impl is not None and getattr(vit, "grad_checkpointing", False):
+    compiled = block._compiled_call_impl is not None or "forward" in vars(block)
+    if compiled and getattr(vit, "grad_checkpointing", False):
         return None  # it cannot tell that checkpointing computes it again
     if read is None or any(isinstance(m, MoE) and m.router.needs_patches for m in block.modules()):
         return None

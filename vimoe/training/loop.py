@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from vimoe.moe.losses import (
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
+from vimoe.training.compiled import compiled_blocks
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
@@ -164,12 +165,13 @@ class _Steps:
     config: TrainConfig
     batches: int  # of an epoch
     routes: list[nn.Parameter]  # those of all routers that are trained, except while they are frozen
-    decided: list[Routing] = field(default_factory=list)  # since the last update of the weights
+    decided: list[Routing] = field(default_factory=list)  # of layers with a bias, since the last update of the weights
 
     def epoch(self, state: State) -> Iterator[None]:
         """Train the rest of an epoch, and yield after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         learning = {name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
+        biased = {name for name in learning if layers[name].router.choice_bias is not None}
         self.order.start(state.epoch, state.step * self.config.batch_size)
         self.model.train()
         for inputs, targets in self.loader:
@@ -198,19 +200,25 @@ class _Steps:
                     self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.decided += [routing.detach() for routing in routings if routing.layer in learning]
+            self.decided += [routing.detach() for routing in routings if routing.layer in biased]
             if self.synced:
-                state.updates += 1
-                update_bias(self.plain, self.decided)
-                self.decided.clear()
-                pull(self.plain, self.config, state.updates / self._updates)
-                if self.ema:
-                    self.ema.update(self.plain, step=state.updates)
+                self._updated(state)
             state.step += 1
             state.totals.add(len(images), loss=task_loss, **parts)
             state.health.add(routings)
             state.totals.seconds = before + time.perf_counter() - start
             yield
+
+    def _updated(self, state: State) -> None:
+        """Let all that follows the weights follow an update of them."""
+        state.updates += 1
+        if self.decided:  # the first two look through all modules
+            update_bias(self.plain, self.decided)
+            self.decided.clear()
+        if self.config.fuse != "none":
+            pull(self.plain, self.config, state.updates / self._updates)
+        if self.ema:
+            self.ema.update(self.plain, step=state.updates)
 
     @torch.no_grad()
     def _taught(self, images: Tensor) -> Tensor:
@@ -288,7 +296,10 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Ite
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, job.loader)
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     try:
-        yield _Steps(accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes)
+        with compiled_blocks(model) if config.compile else nullcontext():  # after the moving average was copied
+            yield _Steps(
+                accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes
+            )
     finally:
         set_random_share(model, 0)
         for p in routes:

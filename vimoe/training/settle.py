@@ -14,6 +14,7 @@ from vimoe.models.precision import resolve, warn_of_slow_bfloat16
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.router import Router
 from vimoe.process import Process
+from vimoe.training.compiled import check_compiler
 
 _OF_SCORES = ("z_loss", "importance_loss", "entropy_loss", "variance_loss")  # losses of a router's scores
 
@@ -53,6 +54,8 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
     _check_routers(config, model)
     if config.precision == "fp16" and process.device.type == "cpu":
         raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
+    if config.compile:
+        check_compiler()
     if config.precision == "bf16":
         warn_of_slow_bfloat16("train.precision=bf16", "use train.precision=auto or no")
     return config
