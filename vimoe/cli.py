@@ -160,8 +160,9 @@ def evaluate(verb: str, argv: list[str]) -> Result:
     from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
-    split, score = run.score(options["data.path"])
-    return f"{split}: {score}", {**score.to_dict(), "split": split}
+    split, score, facts = run.score(options["data.path"])
+    source = f", from features before {facts['features']['before']}" if facts else ""
+    return f"{split}: {score}{source}", {**score.to_dict(), "split": split, **facts}
 
 
 def predict(verb: str, argv: list[str]) -> Result:
