@@ -152,7 +152,8 @@ def evaluate(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe evaluate runs/photos --data.path other/photos
     """
-    parser = _parser(verb, **{"data.path": "other data with the same classes (default: data of the run)"})
+    other = "other data with the same classes (default: data of the run, or their features if it cached some)"
+    parser = _parser(verb, **{"data.path": other})
     _add_inference(parser)
     parser.add_argument("run", help="run folder")
     options = parser.parse_args(argv)

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -511,6 +513,8 @@ def test_recovery_after_pruning_trains_on_the_same_features(data: Data, parent: 
     pruned = FinishedRun(tmp_path / "run").prune(tmp_path / "pruned", recover=2)
     assert pruned["recovery_epochs"] == 2 and pruned["features"] == {"before": "blocks.2"}
     assert {**pruned["before"], **scored[1].to_dict()} == pruned["before"]
+    note = "from their features before blocks.2, rounded to float16"
+    assert note in (tmp_path / "pruned" / "report.html").read_text()
     _, again, facts = FinishedRun(tmp_path / "pruned").score()
     assert {**pruned["recovered"], **again.to_dict()} == pruned["recovered"] and facts == scored[2]
     assert kept() == files
@@ -571,6 +575,8 @@ def test_scores_and_evidence_are_those_of_images(data: Data, trained: Path) -> N
     evidence, images = run.analyze(), run.task.loader(run.model, run.data, run.data.val)
     plain = vimoe.analyze(run.model, images)
     assert evidence.features == facts["features"] and plain.features is None
+    note = "from their features before blocks.1, rounded to float16"
+    assert note in (trained / "report.html").read_text()
     assert "from features before blocks.1" in str(evidence) and "features" not in str(plain)
     assert [layer.name for layer in evidence.layers] == ["blocks.1.mlp", LAYER] == [e.name for e in plain.layers]
     assert [layer.draws for layer in evidence.layers] == [layer.draws for layer in plain.layers]
@@ -714,6 +720,27 @@ def test_images_are_read_where_features_cannot_be_kept(
     reasons = {"no room": "needs 0.00 GB for 9 images", "no folder": "cannot be created", "beyond float16": "float16"}
     assert line.startswith("images are read in place of their features: data.cache='features'") and "\n" not in line
     assert reasons[why] in line
+
+
+def test_a_process_waits_for_the_file_that_another_computes(
+    data: Data, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, computed, second = FeatureFiles._write, [], ThreadPoolExecutor(1)
+
+    def writes(self: FeatureFiles, file: object) -> None:
+        computed.append(file)
+        if len(computed) == 1:
+            other = second.submit(entries_of, model(), [LAYER], data.test, *READING)
+            while not caplog.records and not other.done():
+                time.sleep(0.01)
+        real(self, file)
+
+    monkeypatch.setattr(FeatureFiles, "_write", writes)
+    with caplog.at_level("INFO", "vimoe"):
+        entries_of(model(), [LAYER], data.test, *READING)
+        second.shutdown()
+    assert caplog.records[0].message == "features of 9 images: another process computes them"
+    assert len(computed) == 1 and len(kept()) == 1
 
 
 def test_a_score_that_is_interrupted_leaves_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

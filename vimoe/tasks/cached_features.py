@@ -12,10 +12,12 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import numpy as np
 import timm
 import torch
@@ -30,7 +32,7 @@ from vimoe.data.loaders import eval_loader, processes
 from vimoe.data.order import Shuffled, mix
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
 from vimoe.errors import ConfigError, FolderError
-from vimoe.files import in_units, written_whole
+from vimoe.files import TEMPORARY, discard, in_units, written_whole
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import Cut, Entry, cut_before, digest
 from vimoe.models.precision import resolve
@@ -201,7 +203,9 @@ class FeatureFiles:
         if missing:
             make_cache_folder(self.folder.name, "features")
         for file in missing:
-            self._write(file)
+            with _alone(file):
+                if not self._whole(file):
+                    self._write(file)
         seconds = time.perf_counter() - start if missing else 0.0
         total = sum(file.path.stat().st_size for file in files)
         logger.info(
@@ -333,6 +337,24 @@ def entries_of(
     file = files.as_evaluated(samples, what, batch_size, workers)
     files.make([file], what)
     return Entries(file.path, [label for _, label in samples], files.cut, batch_size)
+
+
+@contextmanager
+def _alone(file: FeatureFile) -> Iterator[None]:
+    """Wait until no other process computes a file, such as the next arm of a study, and lock it in this one."""
+    place = file.path.with_name(f"{TEMPORARY}{file.path.stem}.lock")
+    lock = filelock.FileLock(place)
+    with suppress(OSError, NotImplementedError):  # a file system without locks: the file may be computed twice
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info("features of %s: another process computes them", file.what)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        discard(place)
+        lock.release()
 
 
 def _digest_of_images(samples: Sequence[Sample]) -> str:
