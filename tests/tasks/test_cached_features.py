@@ -41,6 +41,7 @@ from vimoe.experiments.train import resume_training, run_training
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import cut_before, digest
 from vimoe.models.model_folder import load
+from vimoe.moe.layer import moe_layers
 from vimoe.tasks.cached_features import Entries, FeatureCache, FeatureFiles, Features, Views, entries_of
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.training import checkpoint
@@ -628,6 +629,10 @@ def test_a_receipt_times_whole_models_on_images(
     opened.clear()
     run.prune(trained.parent / "pruned", tolerance=9.0)
     assert len(opened) == len(timed[0]) and timed[0].shape[1:] == (3, 16, 16)
+    opened.clear()
+    pruned = FinishedRun(trained.parent / "pruned")
+    assert pruned.score()[2] == {"features": {"before": "blocks.1"}} and not moe_layers(pruned.model)
+    assert not opened
 
 
 def test_features_begin_before_every_layer_that_differs(data: Data, parent: Path, tmp_path: Path) -> None:

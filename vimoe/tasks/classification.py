@@ -96,7 +96,10 @@ class Classification(Task[Data]):
         return self.loader(model, data, samples)
 
     def _changed(self, model: nn.Module) -> list[str]:
-        """Return the names of all layers in which models of these settings differ, before training or after pruning."""
+        """Return the names of the layers that a run of these settings makes or trains, be they MoE layers still or not.
+
+        They include all that are, because an analysis has to begin before them.
+        """
         parts = (self.settings.moe.selection, *self.settings.train.parts)  # "moe" and "experts" are in the first
         chosen = [site.name for part in parts for site in part.select(sites(model))]
         return [*chosen, *moe_layers(model)]
