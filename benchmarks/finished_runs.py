@@ -7,8 +7,8 @@ control; RUN has MoE layers. Every round begins with an empty cache. "evaluate, 
 "evaluate, second" is of OTHER, and so on; "on images" is the same verb with the cache switched off, which is all that a
 run could do before. Analysis and pruning find the features of validation, as after a training. Pruning is with a
 receipt, and makes every layer dense. "Processor" is the time of the process on all of its threads: where other jobs
-run, it disturbs less than the clock. Prints a line an arm and round, then the table of medians and ranges; the last
-line is one JSON object.
+run, it disturbs less than the clock. A round before the others is to warm up. Prints a line an arm and round, then the
+table of medians and ranges; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        rounds = [one_round(args.run, args.other, Path(scratch) / "round") for _ in range(args.rounds)]
+        rounds = [one_round(args.run, args.other, Path(scratch) / "round") for _ in range(args.rounds + 1)]
+    rounds = rounds[1:]  # the first is to warm up
     table = {}
     for arm, base in RATIOS.items():
         for what in ("processor", "clock"):
