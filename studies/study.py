@@ -4,7 +4,9 @@
 
 STUDY/base.yaml is what all arms share, STUDY/arms/NAME.yaml what an arm changes; what follows "--" goes to every
 `vimoe train`. A result is one JSON file in STUDY/results, made once: to make it again remove it. A training that was
-killed goes on. The table stands between two marks in STUDY/README.md, and nothing in it is typed by hand.
+killed goes on. With data.cache=features in base.yaml, arms that are cut at the same block have one trunk, also where
+several train at a time and where each is scored. The table stands between two marks in STUDY/README.md, and nothing in
+it is typed by hand.
 """
 
 from __future__ import annotations

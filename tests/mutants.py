@@ -570,10 +570,24 @@ MUTANTS: tuple[Mutant, ...] = (
         ("experiments/test_train.py",),
     ),
     Mutant(
-        "a score of features stands for one of images",
-        "experiments/train.py",
-        "    if not job.reads_images:",
-        "    if False:",
+        "a score of features does not say so",
+        "tasks/base.py",
+        '    return dict(getattr(loader, "facts", {}))',
+        "    return {}",
+        ("tasks/test_cached_features.py",),
+    ),
+    Mutant(
+        "features are those of any trunk",
+        "tasks/cached_features.py",
+        "{sorted(self.prepared.items())} {self._digest} ",
+        "{sorted(self.prepared.items())} ",
+        ("tasks/test_cached_features.py",),
+    ),
+    Mutant(
+        "features begin after an MoE layer that was not trained",
+        "tasks/classification.py",
+        "(self.settings.moe.selection, *self.settings.train.parts)",
+        "self.settings.train.parts",
         ("tasks/test_cached_features.py",),
     ),
     Mutant(

@@ -152,7 +152,8 @@ def evaluate(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe evaluate runs/photos --data.path other/photos
     """
-    parser = _parser(verb, **{"data.path": "other data with the same classes (default: data of the run)"})
+    other = "other data with the same classes (default: data of the run, or their features if it cached some)"
+    parser = _parser(verb, **{"data.path": other})
     _add_inference(parser)
     parser.add_argument("run", help="run folder")
     options = parser.parse_args(argv)
@@ -160,8 +161,9 @@ def evaluate(verb: str, argv: list[str]) -> Result:
     from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
-    split, score = run.score(options["data.path"])
-    return f"{split}: {score}", {**score.to_dict(), "split": split}
+    split, score, facts = run.score(options["data.path"])
+    source = f", from features before {facts['features']['before']}" if facts else ""
+    return f"{split}: {score}{source}", {**score.to_dict(), "split": split, **facts}
 
 
 def predict(verb: str, argv: list[str]) -> Result:

@@ -27,8 +27,9 @@ from vimoe.analysis.interventions import (
     _outputs,
     measure,
 )
-from vimoe.analysis.partial_forward import Entry, PartialForward
+from vimoe.analysis.partial_forward import PartialForward
 from vimoe.errors import DataError, VimoeError
+from vimoe.models.frozen_trunk import Entry
 from vimoe.models.reading import ignoring_hooks
 from vimoe.models.segmenter import Segmenter
 from vimoe.moe.layer import moe_layers
@@ -61,7 +62,7 @@ def naive(model: nn.Module, name: str, intervention: Intervention, x: Tensor, in
 
 def find_partial(model: nn.Module, x: Tensor) -> PartialForward:
     with torch.no_grad():
-        return PartialForward.find(model, list(moe_layers(model)), x[:2])
+        return PartialForward.find(model, list(moe_layers(model)), Entry(x[:2]))
 
 
 def overruled(
@@ -467,7 +468,7 @@ def test_masks_count_as_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, kept in ((3 * (480 + 8 * 32 * 32), True), (3 * 8 * 32 * 32, False)):
         monkeypatch.setattr("vimoe.analysis.interventions.KEPT_BYTES", limit)
         subjects = Subjects(model, [], ["blocks.1.mlp"])
-        with torch.no_grad(), subjects.keeping(x, torch.zeros(3, 32, 32, dtype=torch.long)):
+        with torch.no_grad(), subjects.keeping(Entry(x), torch.zeros(3, 32, 32, dtype=torch.long)):
             model(x)
         assert (subjects._kept is not None) == kept
 
@@ -476,7 +477,7 @@ def test_no_more_images_are_kept_than_will_be_measured() -> None:
     model, x = model_and_images()
     for most, kept in ((3, True), (2, False), (None, True)):
         subjects = Subjects(model, [], ["blocks.1.mlp"], most)
-        with torch.no_grad(), subjects.keeping(x, torch.arange(3)):
+        with torch.no_grad(), subjects.keeping(Entry(x), torch.arange(3)):
             model(x)
         assert (subjects._kept is not None) == kept
 

@@ -70,7 +70,8 @@ def test_batches_are_on_the_device_in_the_types_that_the_model_takes() -> None:
     model = vit().to(torch.float64).train()
     x, y = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2], dtype=torch.uint8)
     found = list(batches(metric_of(model), [(x[:0], y[:0]), (x, y)]))
-    assert [(images.dtype, labels.dtype, len(images)) for images, labels in found] == [(torch.float64, torch.int64, 3)]
+    types = [(start.inputs.dtype, labels.dtype, len(start)) for start, labels in found]
+    assert types == [(torch.float64, torch.int64, 3)]
     assert not model.training
 
 

@@ -21,6 +21,7 @@ from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, DataError, FolderError, SurgeryError, VimoeError
 from vimoe.metrics.base import evaluate
 from vimoe.models.create import create
+from vimoe.models.frozen_trunk import Entry
 from vimoe.models.interface import Backbone, find_backbone, label_names, logits_of
 from vimoe.models.timm_vit import TimmViT
 from vimoe.training.parameter_groups import parameter_groups
@@ -149,7 +150,7 @@ def test_an_output_that_is_no_tensor_is_read_by_the_family(monkeypatch: pytest.M
     assert find_backbone(model).family == "halved" and find_backbone(vit()).family == "timm"
     assert torch.equal(logits_of(model, x), VisionTransformer.forward(model, x))
     upcycle(model, config(layers=[1]))
-    assert PartialForward.find(model, ["blocks.1.mlp"], x).first == 1
+    assert PartialForward.find(model, ["blocks.1.mlp"], Entry(x)).first == 1
     score = evaluate(model, [(x, torch.arange(3))])
     assert score.loss == pytest.approx(nn.functional.cross_entropy(logits_of(model, x), torch.arange(3)).item())
 

@@ -1,4 +1,4 @@
-"""A model trained on the features of its frozen trunk is the model trained on images, but for rounding."""
+"""A model trained and judged on the features of its frozen trunk is that of images, but for rounding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +18,12 @@ import pytest
 import torch
 from helpers.kills import Killed, kill_after, logs
 from helpers.pictures import roles
-from helpers.tiny import FAMILIES, config, images, perturb_experts, upcycle, vit
+from helpers.tiny import FAMILIES, config, images, perturb_experts, randomise, upcycle, vit
 from helpers.trainings import QUICK, rows, weights
-from torch import nn
+from torch import Tensor, nn
 
+import vimoe.analysis.pruning
+import vimoe.data.loaders
 import vimoe.tasks.cached_features
 import vimoe.training.loop
 from vimoe.config.data import DataConfig
@@ -31,13 +35,14 @@ from vimoe.data.classification import Data, load_data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.order import Shuffled
 from vimoe.data.user_cache import cache_folder
-from vimoe.errors import ConfigError, DataError, FolderError, SurgeryError
+from vimoe.errors import ConfigError, FolderError, SurgeryError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import resume_training, run_training
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import cut_before, digest
 from vimoe.models.model_folder import load
-from vimoe.tasks.cached_features import FeatureCache, Features, Views
+from vimoe.moe.layer import moe_layers
+from vimoe.tasks.cached_features import Entries, FeatureCache, FeatureFiles, Features, Views, entries_of
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
@@ -45,6 +50,7 @@ from vimoe.training.parameter_groups import freeze_all_but
 
 FROZEN = {"train_only": "moe", "epochs": 3, "min_crop": 0.5, "hflip": 0.5}
 LAYER = "blocks.2.mlp"
+READING = (preprocessing(vit(img_size=16, patch_size=8)), 8, 0)
 
 __all__ = ["kill_after"]  # a fixture
 
@@ -204,7 +210,7 @@ def test_all_is_found_again_and_more_views_are_added(data: Data, monkeypatch: py
     nn.init.ones_(network.head.weight)  # what is trained is no part of the trunk, nor is anything after
     nn.init.ones_(network.blocks[2].mlp.router.weight)
     caches = cache(network, data, views=3)
-    monkeypatch.setattr(vimoe.tasks.cached_features.FeatureCache, "_trunk", no_trunk)
+    monkeypatch.setattr(FeatureFiles, "_trunk", no_trunk)
     again = caches.job()
     assert again.facts["features"]["seconds"] == 0
     for each in (task, again):
@@ -234,24 +240,31 @@ def test_other_augmentation_is_other_features_of_training_images(data: Data, nam
     assert before.val.path == after.val.path
 
 
-@pytest.mark.parametrize("change", ["weight", "epsilon", "precision", "mean", "cut", "order"])
+def test_another_precision_trains_on_other_features_and_is_scored_on_the_same(data: Data) -> None:
+    """Evaluation computes in float32, whatever trains."""
+    before, after = cache(model(), data), cache(model(), data, precision="bf16")
+    assert not {file.path for file in before.train} & {file.path for file in after.train}
+    assert before.val.path == after.val.path
+    after.job()
+    assert np.array_equal(np.load(after.val.path), entries_of(model(), [LAYER], data.val, *READING).features)
+
+
+@pytest.mark.parametrize("change", ["weight", "epsilon", "mean", "cut", "order"])
 def test_another_trunk_preprocessing_or_order_is_other_features(data: Data, change: str) -> None:
     before = cache(model(), data)
-    network, settings = model(), {}
+    network = model()
     if change == "weight":
         with torch.no_grad():
             network.blocks[1].attn.qkv.bias[0] += 1e-3
     elif change == "epsilon":
         network.blocks[0].norm1.eps *= 2
-    elif change == "precision":
-        settings["precision"] = "bf16"
     elif change == "mean":
         network.pretrained_cfg = {**network.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
     elif change == "cut":
         network = model(layers=(1, 2))
     else:
         data = replace(data, train=data.train[::-1], val=data.val[::-1])
-    after = cache(network, data, **settings)
+    after = cache(network, data)
     assert not {f.path for f in (*before.train, before.val)} & {f.path for f in (*after.train, after.val)}
 
 
@@ -280,12 +293,13 @@ def test_a_trunk_whose_moe_layers_route_otherwise_is_another() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_built_again_has_the_same_key(family: str) -> None:
-    digests = set()
-    for _ in range(2):
-        network = upcycle(vit(family, depth=3), config(layers=[2]))
+    digests = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        network = upcycle(randomise(vit(family, depth=3), seed), config(layers=[2]))
         (name, *_) = (name for name, module in network.named_modules() if isinstance(module, vimoe.MoE))
-        digests.add(digest(network, cut_before(network, [name], images(network).shape[1:])))
-    assert len(digests) == 1
+        digests.append(digest(network, cut_before(network, [name], images(network).shape[1:])))
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("damage", ["short", "empty", "pickled", "of another shape", "of another type"])
@@ -310,20 +324,20 @@ def test_what_is_killed_while_it_is_made_leaves_nothing_that_would_be_used(
     data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = cache(model(), data, views=2)
-    real, calls = vimoe.tasks.cached_features.FeatureCache._trunk, []
+    real, calls = vimoe.tasks.cached_features.FeatureFiles._trunk, []
 
-    def dies(self: FeatureCache, batch: torch.Tensor) -> torch.Tensor:
+    def dies(*arguments: object) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 8:  # 6 batches a view
             raise Killed
-        return real(self, batch)
+        return real(*arguments)
 
-    monkeypatch.setattr(vimoe.tasks.cached_features.FeatureCache, "_trunk", dies)
+    monkeypatch.setattr(FeatureFiles, "_trunk", dies)
     with pytest.raises(Killed):
         caches.job()
     assert len(kept()) == 1  # the first view is whole
     made = cache(model(), data, views=2)
-    assert len(made.missing) == 2
+    assert len(made.files.missing([*made.train, made.val], made.what)) == 2
     made.job()
     assert len(kept()) == 3
 
@@ -339,7 +353,7 @@ def test_a_worker_maps_the_files(data: Data) -> None:
 def test_no_room_is_one_line_before_anything_is_computed(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = (3 * len(data.train) + len(data.val)) * 5 * 24 * 2
     monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(FolderError, match=r"needs 0.00 GB for 3 views: expected at most .* lower data.views") as raised:
+    with pytest.raises(FolderError, match=r"needs 0.00 GB for 3 views and validation: .* lower data.views") as raised:
         cache(model(), data)
     assert "\n" not in str(raised.value) and not (cache_folder() / "features").exists()
     monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
@@ -352,7 +366,7 @@ def test_features_beyond_float16_are_one_line(data: Data) -> None:
     with torch.no_grad():
         network.pos_embed[:] = 1e5
     with pytest.raises(
-        DataError, match=r"not finite in float16 for one of the images 0 to 7 .* expected less than 655"
+        ConfigError, match=r"not finite in float16 for one of the images 0 to 7 .* expected less than 655"
     ):
         cache(network, data).job()
     assert not kept()
@@ -431,11 +445,11 @@ def test_a_run_says_what_was_kept_and_is_scored_and_saved_whole(data: Data, pare
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"] == summary["features"]
     assert "The trunk before blocks.2 was frozen" in (tmp_path / "run" / "report.html").read_text()
     network = load(tmp_path / "run" / "model")
+    assert evaluate(network, entries_of(network, [LAYER], data.val, READING[0], 16)).to_dict() == summary["val"]
     score = evaluate(network, eval_loader(data.val, preprocessing(network), 16, 0))
-    assert score.to_dict() == summary["val"]  # of images, not of rounded features
+    assert score.to_dict() == pytest.approx(summary["val"], rel=1e-3) and score.loss != summary["val"]["loss"]
     best = rows(tmp_path / "run" / "metrics.csv")[summary["best_epoch"] - 1]
-    assert float(best["val_loss"]) != summary["val"]["loss"]
-    assert float(best["val_loss"]) == pytest.approx(summary["val"]["loss"], rel=1e-2)
+    assert float(best["val_loss"]) == pytest.approx(summary["val"]["loss"], abs=1e-6)
     frozen = load(parent)
     for name, tensor in frozen.state_dict().items():
         if not name.startswith(("blocks.2.mlp", "head")):
@@ -494,8 +508,16 @@ def test_recovery_of_experts_of_which_none_is_left_trains_the_classifier(
 def test_recovery_after_pruning_trains_on_the_same_features(data: Data, parent: Path, tmp_path: Path) -> None:
     run_training(settings_of(data, parent), tmp_path / "run")
     files = kept()
+    scored = FinishedRun(tmp_path / "run").score()
+    assert len(kept()) == len(files) + 1  # test
+    files = kept()
     pruned = FinishedRun(tmp_path / "run").prune(tmp_path / "pruned", recover=2)
-    assert pruned["recovery_epochs"] == 2 and "recovered" in pruned
+    assert pruned["recovery_epochs"] == 2 and pruned["features"] == {"before": "blocks.2"}
+    assert {**pruned["before"], **scored[1].to_dict()} == pruned["before"]
+    note = "from their features before blocks.2, rounded to float16"
+    assert note in (tmp_path / "pruned" / "report.html").read_text()
+    _, again, facts = FinishedRun(tmp_path / "pruned").score()
+    assert {**pruned["recovered"], **again.to_dict()} == pruned["recovered"] and facts == scored[2]
     assert kept() == files
 
 
@@ -516,6 +538,228 @@ def test_a_resumed_run_keeps_to_the_trunk_of_its_checkpoint(
     assert resume_training(tmp_path / "killed")["val"] == whole["val"]
     states = [load(tmp_path / name / "model").state_dict() for name in ("whole", "killed")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.fixture
+def trained(data: Data, parent: Path, tmp_path: Path) -> Path:
+    """A run whose second last block has an MoE layer too."""
+    run_training(settings_of(data, parent, {"moe": {"layers": "last:2"}}), tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The images that have been opened to compute from."""
+    found: list[object] = []
+    real = vimoe.data.loaders.open_image
+    monkeypatch.setattr(vimoe.data.loaders, "open_image", lambda source: found.append(source) or real(source))
+    return found
+
+
+def values(numbers: object) -> list[float]:
+    """All numbers in plain values, in order."""
+    if isinstance(numbers, dict):
+        return [value for each in numbers.values() for value in values(each)]
+    if isinstance(numbers, list | tuple):
+        return [value for each in numbers for value in values(each)]
+    return [float(numbers)] if isinstance(numbers, int | float) else []
+
+
+def test_scores_and_evidence_are_those_of_images(data: Data, trained: Path) -> None:
+    """But for rounding, whose size the first assertions show."""
+    run = FinishedRun(trained)
+    split, score, facts = run.score()
+    on_images = run.score(str(data.root))
+    assert (split, facts) == ("test", {"features": {"before": "blocks.1"}}) and on_images[::2] == ("test", {})
+    assert score.loss != on_images[1].loss
+    assert score.to_dict() == pytest.approx(on_images[1].to_dict(), rel=1e-3)
+    evidence, images = run.analyze(), run.task.loader(run.model, run.data, run.data.val)
+    plain = vimoe.analyze(run.model, images)
+    assert evidence.features == facts["features"] and plain.features is None
+    note = "from their features before blocks.1, rounded to float16"
+    assert note in (trained / "report.html").read_text()
+    assert "from features before blocks.1" in str(evidence) and "features" not in str(plain)
+    assert [layer.name for layer in evidence.layers] == ["blocks.1.mlp", LAYER] == [e.name for e in plain.layers]
+    assert [layer.draws for layer in evidence.layers] == [layer.draws for layer in plain.layers]
+    found, expected = (values(each.to_dict()) for each in (evidence, plain))
+    assert found != expected and found == pytest.approx(expected, rel=1e-2, abs=2e-3)
+    changes = [abs(layer.permuted.loss.value) for layer in plain.layers]
+    assert max(changes) > 2e-3  # which is seen in spite of the tolerance
+    diagnosis = run.diagnose()
+    expected = values(vimoe.diagnose(run.model, images, plain).to_dict())
+    assert values(diagnosis.to_dict()) == pytest.approx(expected, rel=1e-2, abs=2e-3)
+
+
+def test_without_rounding_they_are_equal(data: Data, trained: Path, exact: None) -> None:
+    run = FinishedRun(trained)
+    assert run.score()[1].to_dict() == pytest.approx(run.score(str(data.root))[1].to_dict(), rel=1e-6)
+    evidence, images = run.analyze(), run.task.loader(run.model, run.data, run.data.val)
+    assert values(evidence.to_dict()) == pytest.approx(values(vimoe.analyze(run.model, images).to_dict()), abs=1e-5)
+    pruned, plain = load(trained / "model"), load(trained / "model")
+    steps = vimoe.prune(pruned, evidence, run.task.validation(pruned, run.data), tolerance=9.0).to_dict()
+    assert values(steps) == pytest.approx(
+        values(vimoe.prune(plain, evidence, images, tolerance=9.0).to_dict()), abs=1e-5
+    )
+
+
+def test_a_second_model_on_the_trunk_opens_no_image(
+    data: Data, parent: Path, trained: Path, tmp_path: Path, opened: list[object]
+) -> None:
+    control = settings_of(data, parent, {"moe": {"layers": "none"}, "train": {"train_only": "last:2"}})
+    run_training(control, tmp_path / "control")
+    assert not opened  # to train it
+    first = FinishedRun(trained).score()
+    assert len(opened) == len(data.test)
+    opened.clear()
+    again, other = FinishedRun(trained), FinishedRun(tmp_path / "control")
+    assert again.score() == first and other.score()[1].loss != first[1].loss
+    again.analyze()
+    again.diagnose()
+    assert not opened
+
+
+def test_a_receipt_times_whole_models_on_images(
+    trained: Path, opened: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[torch.Tensor] = []
+    times = lambda models, images: timed.append(images) or [1.0] * len(models)  # noqa: E731
+    monkeypatch.setattr(vimoe.analysis.pruning, "images_per_second", times)
+    run = FinishedRun(trained)
+    run.score()
+    opened.clear()
+    run.prune(trained.parent / "pruned", tolerance=9.0)
+    assert len(opened) == len(timed[0]) and timed[0].shape[1:] == (3, 16, 16)
+    opened.clear()
+    pruned = FinishedRun(trained.parent / "pruned")
+    assert pruned.score()[2] == {"features": {"before": "blocks.1"}} and not moe_layers(pruned.model)
+    assert not opened
+
+
+def test_features_begin_before_every_layer_that_differs(data: Data, parent: Path, tmp_path: Path) -> None:
+    """Also before MoE layers that are not trained, and before the part of an earlier stage."""
+    changes = {"moe": {"layers": "last:2"}, "train": {"train_only": "head"}}
+    staged = {"moe": {"layers": "last:1"}, "train": {"train_only": "all", "stages": ("last:2", "experts")}}
+    for name, case in (("head", changes), ("stages", staged)):
+        run_training(settings_of(data, parent, case), tmp_path / name)
+        run = FinishedRun(tmp_path / name)
+        assert run.score()[2] == {"features": {"before": "blocks.1"}}
+        assert run.analyze().features == {"before": "blocks.1"}
+
+
+@pytest.mark.parametrize("change", ["weight", "mean", "cut", "order", "one less", "a changed file"])
+def test_another_trunk_preprocessing_or_list_is_computed_anew(data: Data, tmp_path: Path, change: str) -> None:
+    root = shutil.copytree(data.root, tmp_path / "copy")
+    samples = load_data(DataConfig(path=str(root))).test
+    network, layers, (prepared, *reading) = model(), [LAYER], READING
+    entries_of(model(), layers, samples, *READING)
+    if change == "weight":
+        with torch.no_grad():
+            network.blocks[1].attn.qkv.bias[0] += 1e-3
+    elif change == "mean":
+        prepared = {**prepared, "mean": (0.1, 0.2, 0.3)}
+    elif change == "cut":
+        layers = ["blocks.1.mlp"]
+    elif change == "order":
+        samples = samples[::-1]
+    elif change == "one less":
+        samples = samples[1:]
+    else:
+        file = Path(samples[0][0])
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    entries_of(network, layers, samples, prepared, *reading)
+    assert len(kept()) == 2
+
+
+ARMS = {
+    "experts": {"num_experts": 2},
+    "a router": {"num_experts": 8, "router": "cosine"},
+    "tokens": {"routing": "token", "top_k": 2},
+    "experts of low rank": {"experts": "lora"},
+    "no mixture": {"layers": "none"},
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_of_a_study_have_one_trunk(data: Data, tmp_path: Path, arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes the place of the last FFN, in training and when it is loaded, and with other weights behind."""
+    entries_of(model(), [LAYER], data.test, *READING)
+    monkeypatch.setattr(FeatureFiles, "_write", no_trunk)
+    torch.manual_seed(0)
+    other = vit(num_classes=3, img_size=16, patch_size=8, depth=3, drop_path_rate=0.3)
+    other = upcycle(other, config(**{"layers": (2,), **ARMS[arm]})).train()
+    nn.init.ones_(other.head.weight)
+    nn.init.ones_(other.blocks[2].attn.qkv.weight)
+    vimoe.save(other, tmp_path / "model")
+    for each in (other, load(tmp_path / "model")):
+        entries_of(each, [LAYER], data.test, *READING)
+
+
+def test_batches_of_features_are_those_of_images_in_order(data: Data) -> None:
+    network = model()
+    found = entries_of(network, [LAYER], data.test, *READING)
+    assert isinstance(found, Entries) and len(found) == len(list(found)) == 2
+    plain = list(eval_loader(data.test, *READING))
+    for (start, labels), (x, expected) in zip(found, plain, strict=True):
+        assert torch.equal(labels, expected) and start.inputs.dtype == torch.float16
+        with torch.no_grad():
+            torch.testing.assert_close(start.to(x).logits(network), network(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("why", ["no room", "no folder", "beyond float16"])
+def test_images_are_read_where_features_cannot_be_kept(
+    data: Data, trained: Path, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = FinishedRun(trained)
+    expected = run.score(str(data.root))
+    if why == "no room":
+        monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    elif why == "no folder":
+        file = trained.parent / "file"
+        file.write_bytes(b"")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    else:
+        monkeypatch.setattr(Tensor, "isfinite", lambda x: torch.zeros_like(x, dtype=torch.bool))
+    with caplog.at_level("INFO", "vimoe"):
+        assert run.score() == expected
+    (line,) = [record.message for record in caplog.records]
+    reasons = {"no room": "needs 0.00 GB for 9 images", "no folder": "cannot be created", "beyond float16": "float16"}
+    assert line.startswith("images are read in place of their features: data.cache='features'") and "\n" not in line
+    assert reasons[why] in line
+
+
+def test_a_process_waits_for_the_file_that_another_computes(
+    data: Data, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, computed, second = FeatureFiles._write, [], ThreadPoolExecutor(1)
+
+    def writes(self: FeatureFiles, file: object) -> None:
+        computed.append(file)
+        if len(computed) == 1:
+            other = second.submit(entries_of, model(), [LAYER], data.test, *READING)
+            while not caplog.records and not other.done():
+                time.sleep(0.01)
+        real(self, file)
+
+    monkeypatch.setattr(FeatureFiles, "_write", writes)
+    with caplog.at_level("INFO", "vimoe"):
+        entries_of(model(), [LAYER], data.test, *READING)
+        second.shutdown()
+    assert caplog.records[0].message == "features of 9 images: another process computes them"
+    assert len(computed) == 1 and len(kept()) == 1
+
+
+def test_a_score_that_is_interrupted_leaves_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = kept(), FeatureFiles._trunk
+
+    def dies(self: FeatureFiles, images: torch.Tensor, precision: str) -> torch.Tensor:
+        if len(list((cache_folder() / "features").iterdir())) > len(before):  # a file is being written
+            raise KeyboardInterrupt
+        return real(self, images, precision)
+
+    monkeypatch.setattr(FeatureFiles, "_trunk", dies)
+    with pytest.raises(KeyboardInterrupt):
+        FinishedRun(trained).score()
+    assert kept() == before
 
 
 REFUSALS = {

@@ -36,7 +36,7 @@ from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.metrics.base import Batches, Metric, Score, batches, signature
-from vimoe.models.interface import logits_of, unwrapped
+from vimoe.models.interface import unwrapped
 from vimoe.moe import MoE, Routing, record
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
@@ -175,6 +175,7 @@ def analyze(
         agreement=statistics.agreement([statistics.favourites(counts[n], gates[n]) for n in layers], seed, units),
         sequences=how_many,
         overruled_sequences=overruled_sequences,
+        features=subjects.features,
     )
 
 
@@ -385,12 +386,13 @@ def _observe(
     metric = subjects.metric
     seen, counts = _Seen(layers, seed, metric.by_patch), metric.counts()
     shape: torch.Size | None = None
-    for x, labels in batches(metric, subjects.loader, task):
-        shape = shape or x.shape[1:]
-        if x.shape[1:] != shape:
-            raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(x.shape[1:])}: expected one size")
-        with torch.no_grad(), subjects.keeping(x, labels), record(model) as routings, seen.watching(len(labels)):
-            counts.add(logits_of(model, x), labels)
+    for start, labels in batches(metric, subjects.loader, task):
+        sizes = start.inputs.shape[1:]
+        shape = shape or sizes
+        if sizes != shape:
+            raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(sizes)}: expected one size")
+        with torch.no_grad(), subjects.keeping(start, labels), record(model) as routings, seen.watching(len(labels)):
+            counts.add(start.logits(model), labels)
         seen.add(_classes_of(metric, labels, routings, layers), routings, signature(labels).cpu().numpy())
     if shape is None:
         raise DataError("the loader is empty: expected validation images to analyse the routing on")

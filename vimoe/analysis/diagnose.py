@@ -24,6 +24,7 @@ from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError, expect
 from vimoe.metrics.base import Batches, Metric, batches, metric_of
+from vimoe.models.frozen_trunk import Entry
 from vimoe.models.interface import unwrapped
 from vimoe.moe import MoE
 from vimoe.moe.autocast import in_type_of_autocast
@@ -147,14 +148,14 @@ class _Sample:
     def __init__(self, metric: Metric, loader: Batches, places: np.ndarray, total: int) -> None:
         self.metric, self.loader, self.places, self.total = metric, loader, places, total
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Entry, Tensor]]:
         seen = 0
-        for images, labels in batches(self.metric, self.loader):
-            first, last = np.searchsorted(self.places, [seen, seen + len(images)])
-            rows = torch.from_numpy(self.places[first:last] - seen)
-            seen += len(images)
+        for start, labels in batches(self.metric, self.loader):
+            first, last = np.searchsorted(self.places, [seen, seen + len(start)])
+            rows = torch.from_numpy(self.places[first:last] - seen).to(labels.device)
+            seen += len(start)
             if len(rows):
-                yield images[rows.to(images.device)], labels[rows.to(labels.device)]
+                yield start[rows], labels[rows]
         if seen != self.total:
             raise DataError(
                 f"the loader gives {seen} images, the evidence is of {self.total}: expected the same images; run "

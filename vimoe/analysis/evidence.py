@@ -143,6 +143,8 @@ class Evidence:
         agreement: AMI between the images' favourite experts of each two layers: "value", "low", "high", each (L, L).
         sequences, overruled_sequences: number of videos behind the images, and behind the interventions; None if
             nothing says. With 5 or more of them intervals are over sequences, else over images.
+        features: {"before": the first block that ran} if all is computed from cached features, which are rounded to
+            float16; None if from images.
     """
 
     layers: tuple[LayerEvidence, ...]
@@ -157,6 +159,7 @@ class Evidence:
     agreement: dict[str, np.ndarray]
     sequences: int | None = None
     overruled_sequences: int | None = None
+    features: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of routing.json."""
@@ -170,6 +173,7 @@ class Evidence:
             "sequences": self.sequences,
             "overruled_sequences": self.overruled_sequences,
             "draws": self.draws,
+            "features": self.features,
             "class_order": self.class_order.tolist(),
             "pairs": {"mean": asdict(mean), "low": low, "high": high},
             "routes": dict(zip(("used", "effective", "possible"), self.routes, strict=True)),
@@ -257,9 +261,10 @@ class Evidence:
         used, effective, possible = self.routes
         what = over(self.overruled_sequences)
         other = "other " if self.overruled_images else ""
+        source = f", from features before {self.features['before']}" if self.features else ""
         measured = f"Changes of the loss in nats on {self.overruled_images} images, with 95% intervals {what}."
         return [
-            f"The untouched model on validation: {self.base}.",
+            f"The untouched model on validation: {self.base}{source}.",
             *([measured] if self.overruled_images else []),
             *([f"All {other}intervals are {over(self.sequences)}."] if self.sequences is not None else []),
             f"An image activates {mean.value:.1f} experts ({low} to {high}); {used} of {possible} routes are used, "

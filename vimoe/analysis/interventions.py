@@ -12,7 +12,7 @@ of a batch, U those of an image, K chosen experts, N experts, T tokens, D channe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vimoe.analysis.partial_forward import Entry, LayerRecord, PartialForward
+from vimoe.analysis.partial_forward import LayerRecord, PartialForward
 from vimoe.errors import DataError, VimoeError
 from vimoe.metrics.base import Batches, batches, metric_of, signature
+from vimoe.models.frozen_trunk import Entry
 from vimoe.moe import MoE, Routing
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine
@@ -129,13 +130,14 @@ class Subjects:
 
     Args:
         model: a classifier, or a segmenter; left in eval mode. It may change, but not before the first layer.
-        loader: batches of (images, labels), or (images, masks).
+        loader: batches of (images, labels), or (images, masks); or of entries before the first layer.
         layers: names of the MoE layers that will be overruled, in forward order.
         most: keep nothing of more images than this; None for any number.
         metric: name of the metric that knows the labels; by default the model's own (`metric_of`).
 
     Attributes:
         images: the images that are measured; None before the first reading, which means all of the loader's.
+        features: {"before": the first block that runs} if the loader gives features in place of images, else None.
     """
 
     def __init__(
@@ -145,17 +147,19 @@ class Subjects:
         self.model, self.loader, self.layers, self.most = model, loader, layers, most
         self.metric = metric_of(model, metric)
         self.images: Images | None = None
+        self.features: dict[str, str] | None = None
         self._partial: PartialForward | None = None
         self._kept: list[tuple[Entry, Tensor]] | None = []  # None once it is too much
         self._bytes = 0
         self._whole = False  # whether this is all there is to measure
 
     @contextmanager
-    def keeping(self, images: Tensor, labels: Tensor) -> Iterator[PartialForward]:
-        """Record the input of the first MoE block during a forward of these images, which computes what is read."""
+    def keeping(self, start: Entry, labels: Tensor) -> Iterator[PartialForward]:
+        """Record the input of the first MoE block during a forward of a batch, which computes what is read."""
         if self._partial is None:
-            self._partial = PartialForward.find(self.model, self.layers, images[:2])
-        with self._partial.entries(images) as found:
+            self._partial = PartialForward.find(self.model, self.layers, start[:2])
+            self.features = {"before": start.cut.before} if start.cut else None
+        with self._partial.entries(start) as found:
             yield self._partial
         if self._kept is None:
             return
@@ -184,15 +188,11 @@ class Subjects:
         Yields:
             The partial forward, logits, records of these layers, labels, and numbers (B,) of the images.
         """
-        done = 0
-        for start, labels in self._remembered(size, task) if self._whole else self._read(size, task):
-            with torch.no_grad():
-                if start.cut or self._whole:
-                    assert self._partial
-                    partial, (outputs, records) = self._partial, self._partial.forward(start, layers)
-                else:
-                    with self.keeping(start.inputs, labels) as partial:
-                        outputs, records = partial.forward(start, layers)
+        done, known = 0, self._whole
+        for start, labels in self._remembered(size, task) if known else self._read(size, task):
+            with torch.no_grad(), nullcontext(self._partial) if known else self.keeping(start, labels) as partial:
+                assert partial
+                outputs, records = partial.forward(start, layers)
             yield partial, outputs, records, labels, torch.arange(done, done + len(labels))
             done += len(labels)
 
@@ -205,20 +205,21 @@ class Subjects:
         self._kept, self._bytes = [], 0
         chosen, seen = self.images, 0
         places, signatures = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for x, labels in batches(self.metric, self.loader, task):
-            rows = np.arange(len(x))
+        for start, labels in batches(self.metric, self.loader, task):
+            rows = np.arange(len(start))
             if chosen:
-                first, last = np.searchsorted(chosen.places, [seen, seen + len(x)])
+                first, last = np.searchsorted(chosen.places, [seen, seen + len(start)])
                 rows = chosen.places[first:last] - seen
             places.append(seen + rows)
-            seen += len(x)
-            if len(rows) < len(x):
-                x, labels = x[torch.from_numpy(rows).to(x.device)], labels[torch.from_numpy(rows).to(x.device)]
+            seen += len(start)
+            if len(rows) < len(start):
+                some = torch.from_numpy(rows).to(labels.device)
+                start, labels = start[some], labels[some]
             signatures.append(signature(labels).cpu().numpy())
             if chosen and not np.array_equal(signatures[-1], chosen.labels[first:last]):
                 raise DataError("the loader gives its images in another order each time: expected shuffle=False")
-            for at in range(0, len(x), size):
-                yield Entry(x[at : at + size]), labels[at : at + size]
+            for at in range(0, len(start), size):
+                yield start[at : at + size], labels[at : at + size]
         found = Images(np.concatenate(places), np.concatenate(signatures))
         if chosen and len(found.places) != len(chosen.places):
             raise DataError("the loader gave fewer images when it was read again: expected the same each time")

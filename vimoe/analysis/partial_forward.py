@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,37 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vimoe.errors import VimoeError
-from vimoe.models.frozen_trunk import Cut, nearly_equal, replaced_forward
+from vimoe.models.frozen_trunk import Cut, Entry, nearly_equal, replaced_forward
 from vimoe.models.interface import Backbone, find_backbone, logits_of
 from vimoe.models.reading import ignoring_hooks, tokens_read
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The point where the forward of a batch is taken up: its images, or the tokens that enter a block.
-
-    Attributes:
-        inputs: images (B, ...), or features (B, T, D) of a cut.
-        cut: the cut; None for images.
-        maps: outputs of earlier blocks that a decoder reads, as in `Cut.resumed`.
-    """
-
-    inputs: Tensor
-    cut: Cut | None = None
-    maps: Mapping[int, Tensor] = field(default_factory=dict)
-
-    def __getitem__(self, rows: Tensor | slice) -> Entry:
-        """Return the entry of some of the images."""
-        return Entry(self.inputs[rows], self.cut, {number: each[rows] for number, each in self.maps.items()})
-
-    def resumed(self, model: nn.Module) -> AbstractContextManager[Tensor]:
-        """Let the model run on from here inside the `with` block; yields its argument."""
-        return self.cut.resumed(model, self.inputs, self.maps) if self.cut else nullcontext(self.inputs)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory in bytes."""
-        return sum(each.nbytes for each in (self.inputs, *self.maps.values()))
 
 
 @dataclass
@@ -58,7 +30,7 @@ class LayerRecord:
     """A batch recorded at one layer.
 
     Attributes:
-        entry: entry of the layer's block, or the images where the model cannot be cut.
+        entry: entry of the layer's block, or that of the batch where the model cannot be cut.
         x, y: input and output of the layer.
         siblings: outputs of the other modules of the block that ran before the layer; None for a module that has to
             run again.
@@ -76,20 +48,20 @@ class PartialForward:
 
     Attributes:
         model: it may change later, but not before the first of the layers.
-        first: number of the first block with one of the layers; None if the model can only run from its images.
+        first: number of the first block with one of the layers; None if the model can only run from where it began.
     """
 
     model: nn.Module
     first: int | None = None
 
     @classmethod
-    def find(cls, model: nn.Module, layers: Sequence[str], images: Tensor) -> PartialForward:
-        """Return the cheapest shortcuts with which the model's outputs for these images stay the same.
+    def find(cls, model: nn.Module, layers: Sequence[str], start: Entry) -> PartialForward:
+        """Return the cheapest shortcuts with which the model's outputs from this entry on stay the same.
 
         Args:
             model: model in eval mode.
             layers: names of the layers.
-            images: a few images.
+            start: entry of a few images, before the layers.
 
         Raises:
             VimoeError: if the model's outputs do not depend on the output of a layer.
@@ -99,8 +71,8 @@ class PartialForward:
         candidates = []
         if all(block in backbone.blocks for block in inside):
             candidates.append(cls(model, min(backbone.blocks.index(str(block)) for block in inside)))
-        found = next((each for each in candidates if each._fits(layers, images)), cls(model))
-        if found.first is None and (ignored := found._ignored(found.forward(Entry(images), layers)[1])):
+        found = next((each for each in candidates if each._fits(layers, start)), cls(model))
+        if found.first is None and (ignored := found._ignored(found.forward(start, layers)[1])):
             raise VimoeError(
                 f"the model gives the same whatever {ignored} gives: expected a model that calls its MoE layers; pass "
                 f"the module that was compiled or traced in place of the result"
@@ -131,30 +103,30 @@ class PartialForward:
             return logits_of(self.model, x)
 
     def blocks_after(self, layer: str) -> int:
-        """Return the number of whole blocks that `rest` computes; 1 where the model runs from its images."""
+        """Return the number of whole blocks that `rest` computes; 1 where the model runs from where it began."""
         if self.first is None:
             return 1
         narrow = tokens_read(self.model) is not None
         return max(0, len(self._backbone.blocks) - 1 - self._block_number(layer) - narrow)
 
     @contextmanager
-    def entries(self, images: Tensor) -> Iterator[list[Entry]]:
-        """Collect entries at block `first`, one for each forward inside the `with` block; else that of the images."""
+    def entries(self, start: Entry) -> Iterator[list[Entry]]:
+        """Collect entries at block `first`, one for each forward from `start` inside the `with` block; else `start`."""
         if self.first is None:
             with _hooked():
-                yield [Entry(images)]
+                yield [start]
             return
-        with self._entries(self.first, Entry(images)) as found, _hooked():
+        with self._entries(self.first, start) as found, _hooked():
             yield found
 
     # ---- tried once, before it is trusted
 
-    def _fits(self, layers: Sequence[str], images: Tensor) -> bool:
+    def _fits(self, layers: Sequence[str], start: Entry) -> bool:
         """Return True if the outputs are those of the whole model, and depend on each of the layers."""
-        expected = logits_of(self.model, images)
-        rows = torch.arange(len(images), device=images.device)
+        expected = start.logits(self.model)
+        rows = torch.arange(len(start), device=start.inputs.device)
         try:
-            found, records = self.forward(Entry(images), layers)
+            found, records = self.forward(start, layers)
             again = [self.rest(name, each, rows, each.y) for name, each in records.items() if each.y is not None]
             return all(nearly_equal(each, expected) for each in (found, *again)) and not self._ignored(records)
         except Exception:  # whatever a forward raises that was not made for this

@@ -27,13 +27,13 @@ from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, FolderError, Stopped
 from vimoe.experiments.train import check_outside
 from vimoe.files import read_text, temporary_folder, write_bytes
-from vimoe.metrics.base import Score
+from vimoe.metrics.base import Batches, Score
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load, save
 from vimoe.moe.layer import moe_layers
 from vimoe.process import device
 from vimoe.report.run_report import write_run_report
-from vimoe.tasks.base import Roles, Scanned, task_of
+from vimoe.tasks.base import Roles, Scanned, facts_of, task_of
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import trained_modules
@@ -77,18 +77,22 @@ class FinishedRun:
         """The name and samples of the role that results are reported on: test, or validation where there is no test."""
         return ("test", self.data.test) if self.data.test else ("validation", self.data.val)
 
-    def score(self, path: str | None = None) -> tuple[str, Score]:
-        """Return the name of the scored images, and the model's score on them.
+    def score(self, path: str | None = None) -> tuple[str, Score, dict[str, Any]]:
+        """Return the name of the scored images, the model's score on them, and facts about how they were read.
+
+        A run that was trained on cached features scores the images of `reported` on theirs: {"features": {"before":
+        first block that runs}}. The figures are those on images up to rounding in float16; a path gives those.
 
         Args:
             path: data path of other images; by default those of `reported`.
         """
+        loader: Batches
         if path is not None:
             split, loader = self.task.elsewhere(self.model, path)
         else:
             split, samples = self.reported
-            loader = self.task.loader(self.model, self.data, samples)
-        return split, self.task.evaluate(self.model, loader, "evaluating")
+            loader = self.task.scored(self.model, self.data, samples)
+        return split, self.task.evaluate(self.model, loader, "evaluating"), facts_of(loader)
 
     def predict(self, files: Sequence[Path], out: str | Path | None = None, top: int = 5) -> list[dict[str, Any]]:
         """Return the predictions for image files, as `vimoe.tasks.base.Task.predict`."""
@@ -167,9 +171,10 @@ class FinishedRun:
             models["recovered"] = copy.deepcopy(pruned)
             epochs = self._recover(models["recovered"], scanned, evidence, recovery, folder)
         split, samples = self.reported
+        scored = self.task.scored(self.model, self.data, samples)  # all these models have its trunk
         measured = receipts(
             list(models.values()),
-            self.task.loader(self.model, self.data, samples),
+            scored,
             self.task.evaluate,
             self.task.timed(self.model, self.data, samples),
             f"scoring on {split} for the receipt",
@@ -182,6 +187,7 @@ class FinishedRun:
             "recovery_lr": recovery.lr if recovery else None,
             "validation_images": len(self.data.val),
             "split": split,
+            **facts_of(scored),
             **{when: receipt.to_dict() for when, receipt in zip(models, measured, strict=True)},
             "versions": run_folder.versions(),
         }

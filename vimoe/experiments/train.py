@@ -269,8 +269,6 @@ def _train(
     process.once(_save, model, data, prepared, folder / run_folder.MODEL)
     summary |= fuse.facts(model)
     model = fuse.fused(model)
-    if not job.reads_images:
-        summary["val"] = task.evaluate(model, task.validation(model, data)).to_dict()
     summary = {
         **summary,
         **job.facts,

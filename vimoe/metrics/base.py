@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from vimoe.errors import DataError
 from vimoe.metrics.registry import METRICS, kind_of
+from vimoe.models.frozen_trunk import Entry
 from vimoe.models.interface import label_names, logits_of, unwrapped
 from vimoe.terminal import track
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, ...) and labels (B, ...), on any device
+# of images (B, ...), or an entry behind a trunk that was computed before, and labels (B, ...), on any device
+Batches = Iterable[tuple[Tensor, Tensor]] | Iterable[tuple[Entry, Tensor]]
 
 
 class Score(ABC):
@@ -196,21 +198,21 @@ def evaluate(
         loader: batches on any device.
         bar: name of the progress bar; without it there is none.
         metric: name in METRICS; by default the model's own (`metric_of`).
-        outputs: function of the model and images on its device; it returns logits.
+        outputs: function of the model and its argument on its device, such as images; it returns logits.
 
     Raises:
         DataError: if the model does not take the batches.
     """
     measure = metric_of(model, metric)
     counts = measure.counts()
-    for images, labels in batches(measure, loader, bar):
-        with torch.no_grad():
-            counts.add(outputs(model, images), labels)
+    for start, labels in batches(measure, loader, bar):
+        with torch.no_grad(), start.resumed(model) as x:
+            counts.add(outputs(model, x), labels)
     return counts.score()
 
 
-def batches(metric: Metric, loader: Batches, bar: str = "") -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, labels) of each batch, checked, on the model's device; images in its type, labels in int64.
+def batches(metric: Metric, loader: Batches, bar: str = "") -> Iterator[tuple[Entry, Tensor]]:
+    """Yield (entry, labels) of each batch, checked, on the model's device; the entry in its type, labels in int64.
 
     The model is put in eval mode, and empty batches are left out.
 
@@ -228,10 +230,11 @@ def batches(metric: Metric, loader: Batches, bar: str = "") -> Iterator[tuple[Te
     metric.model.eval()
     weight = next(metric.model.parameters())
     for batch in track(loader, bar):
-        images, labels = _pair(batch)
-        metric.check(images, labels)
-        if len(images):
-            yield images.to(weight.device, weight.dtype, non_blocking=True), labels.to(weight.device, torch.int64)
+        start, labels = _pair(batch)
+        if start.cut is None:  # of features the metric knows no shape
+            metric.check(start.inputs, labels)
+        if len(start):
+            yield start.to(weight), labels.to(weight.device, torch.int64)
 
 
 def signature(labels: Tensor) -> Tensor:
@@ -265,18 +268,19 @@ def check_range(labels: Tensor, classes: int) -> None:
         )
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a batch. Raises DataError for anything but images and whole numbers."""
+def _pair(batch: Any) -> tuple[Entry, Tensor]:
+    """Return the entry and labels of a batch. Raises DataError for anything but images and whole numbers."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else "")
         raise DataError(f"the loader gives {what}: expected pairs (images, labels); wrap it in one that gives these")
-    for name, part in zip(("images", "labels"), batch, strict=True):
+    images, labels = batch
+    start = images if isinstance(images, Entry) else Entry(images)
+    for name, part in (("images", start.inputs), ("labels", labels)):
         if not isinstance(part, Tensor):
             raise DataError(f"the loader gives {name} of type {type(part).__name__}: expected a tensor; convert it")
-    images, labels = batch
     if labels.is_floating_point() or labels.is_complex():
         raise DataError(
             f"the loader gives labels of {labels.dtype} and shape {tuple(labels.shape)} for {len(images)} images: "
             f"expected whole numbers; convert them"
         )
-    return images, labels
+    return start, labels

@@ -1,7 +1,8 @@
 """A model cut in two before one of its blocks, so that what stands before the cut, the trunk, is computed once.
 
 No model's forward is written anew. On features, the tokens that enter the first block after the cut, a model runs its
-own forward with one black image: the blocks of the trunk compute nothing, and the next block gets the features.
+own forward with one black image: the blocks of the trunk compute nothing, and the next block gets the features. An
+`Entry` is what a batch begins with, images or features, for code that should not care which.
 
 Axes: B images, T tokens, D channels.
 """
@@ -10,15 +11,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, is_dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError
 from vimoe.models.interface import find_backbone, logits_of
+
+_ONLY_IN_TRAINING = (nn.Identity, nn.Dropout, DropPath)  # classes of modules that return what they get in eval mode
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Cut:
     start: int
     size: tuple[int, int, int]
 
+    @property
+    def before(self) -> str:
+        """Module name of the first block after the cut."""
+        return self.blocks[self.start]
+
     def trunk(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the features (B, T, D) of images (B, *size)."""
         features: list[Tensor] = []
@@ -49,8 +58,7 @@ class Cut:
 
     def rest(self, model: nn.Module, features: Tensor) -> Tensor:
         """Return the logits that the model gives for images with these features (B, T, D)."""
-        with self.resumed(model, features) as black:
-            return logits_of(model, black)
+        return Entry(features, self).logits(model)
 
     @contextmanager
     def resumed(self, model: nn.Module, features: Tensor, maps: Mapping[int, Tensor] | None = None) -> Iterator[Tensor]:
@@ -93,6 +101,47 @@ class Cut:
 
     def _modules(self, model: nn.Module) -> list[nn.Module]:
         return [model.get_submodule(name) for name in self.blocks]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The point where the forward of a batch is taken up: its images, or the tokens that enter a block.
+
+    Attributes:
+        inputs: images (B, ...), or features (B, T, D) of a cut.
+        cut: the cut; None for images.
+        maps: outputs of earlier blocks that a decoder reads, as in `Cut.resumed`.
+    """
+
+    inputs: Tensor
+    cut: Cut | None = None
+    maps: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: Tensor | slice) -> Entry:
+        """Return the entry of some of the images."""
+        return Entry(self.inputs[rows], self.cut, {number: each[rows] for number, each in self.maps.items()})
+
+    def to(self, like: Tensor) -> Entry:
+        """Return the entry on the device and in the type of a tensor, such as a weight of the model."""
+        moved = (each.to(like.device, like.dtype, non_blocking=True) for each in (self.inputs, *self.maps.values()))
+        return Entry(next(moved), self.cut, dict(zip(self.maps, moved, strict=True)))
+
+    def resumed(self, model: nn.Module) -> AbstractContextManager[Tensor]:
+        """Let the model run on from here inside the `with` block; yields its argument."""
+        return self.cut.resumed(model, self.inputs, self.maps) if self.cut else nullcontext(self.inputs)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Return the logits that the model gives from here on."""
+        with self.resumed(model) as x:
+            return logits_of(model, x)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes."""
+        return sum(each.nbytes for each in (self.inputs, *self.maps.values()))
 
 
 def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, int]) -> Cut:
@@ -142,33 +191,22 @@ def check_cut(model: nn.Module, trained: Sequence[str]) -> int:
     return start
 
 
-class Rest(nn.Module):
-    """A model that takes features in the place of images."""
-
-    def __init__(self, model: nn.Module, cut: Cut) -> None:
-        super().__init__()
-        self.model, self.cut = model, cut
-        self.num_classes = model.num_classes
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.cut.rest(self.model, features)
-
-
 def digest(model: nn.Module, cut: Cut) -> str:
     """Hash of all that decides the features: weights, buffers and options (heads, epsilons) of the frozen modules.
 
-    Blocks after the cut and trained parameters are left out, so a training that goes on finds the features that it
-    began with.
+    Blocks after the cut, the head, and modules that only act in training (a model folder has no stochastic depth) are
+    left out. So a training that goes on finds the features that it began with, and so does the trained model, and any
+    other on the same trunk.
     """
     hashed = hashlib.blake2b(digest_size=12)
     after = cut.prefixes_after()
     for name, module in model.named_modules():
-        if not f"{name}.".startswith(after):
+        if not f"{name}.".startswith(after) and not isinstance(module, _ONLY_IN_TRAINING):
             options = {key: value for key, value in vars(module).items() if _is_option(key, value)}
             hashed.update(f"{name} {type(module).__name__} {sorted(options.items())}".encode())
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = find_backbone(model).head()
     for name, tensor in model.state_dict().items():
-        if not name.startswith(after) and name not in trained:
+        if not name.startswith(after) and name not in head:
             hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return hashed.hexdigest()

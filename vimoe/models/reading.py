@@ -101,8 +101,9 @@ def set_reading(model: Model, read: Read = "auto") -> Model:
     In training and inference, the last block then routes only the tokens that are read. With token routing, records,
     balance losses and analysis are of these tokens, for no other token's route can matter there.
 
-    Nothing changes in a model whose head reads patches (mean or attention pooling, segmentation), in a block or ViT of
-    a class that is not known for sure, and where a router of the last block needs the patches (`Router.needs_patches`).
+    Nothing changes in a model whose head reads patches (mean or attention pooling, segmentation), or whose class or
+    last block is not known for sure. Nor does it where a router of the last block needs the patches
+    (`Router.needs_patches`).
 
     Args:
         model: a ViT, or a module with one inside.

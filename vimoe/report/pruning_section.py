@@ -43,6 +43,8 @@ def _add_result(page: Page, summary: dict[str, Any]) -> None:
     )
     page.table(receipt_header(shown(before)), receipt_rows(summary))
     sentences = [f"These are {before['images']} {summary['split']} images."]
+    if features := summary.get("features"):
+        sentences.append(f"Scores were computed from their features before {features['before']}, rounded to float16.")
     if (half := margin(before)) is not None:
         sentences.append(
             f"For this number of images the 95% margin of a {shown(before).judge_name} is ± {half:.2f} points; the "

@@ -48,10 +48,13 @@ def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, pref
         page.text("The model has no MoE layer, so there is no routing to show.")
         return
     names = shown(base)
+    source = "validation images"
+    if features := evidence.get("features"):
+        source += f", from their features before {features['before']}, rounded to float16"
     page.text(
         f"In an MoE layer a router sends each image (or each of its tokens) to a few of the layer's experts. This "
         f"section asks whether the router does so by class, and whether its choice matters. All numbers are from "
-        f"validation images. The routing of {evidence['images']} of them was recorded. On all {base['images']} the "
+        f"{source}. The routing of {evidence['images']} of them was recorded. On all {base['images']} the "
         f"unchanged model has loss {base['loss']:.4f} and {names.right_name} {base[names.right]:.2%}. Brackets and "
         f"bars are {evidence['confidence']:.0%} bootstrap intervals {_interval_meaning(evidence.get('sequences'))}"
     )

@@ -89,7 +89,7 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
     if features := summary.get("features"):
         page.text(
             f"The trunk before {features['before']} was frozen. Its features for {features['views']} augmented views "
-            f"of each training image were computed once and used for training in place of the images: "
+            f"of each training image and for validation were computed once and used in place of the images: "
             f"{features['bytes'] / 1e9:.2f} GB, {features['seconds']:.0f} s in addition to the time above (0 s if an "
             f"earlier run had left them).",
             note=True,

@@ -22,7 +22,7 @@ from vimoe.config.data import TASKS, DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, DataError
-from vimoe.metrics.base import Score, evaluate
+from vimoe.metrics.base import Batches, Score, evaluate
 from vimoe.metrics.registry import check_shown
 from vimoe.training.job import Job
 
@@ -142,9 +142,17 @@ class Task(ABC, Generic[D]):
         """Return batches of samples for the model itself, all images of one size."""
         return self.loader(model, data, samples)
 
-    def validation(self, model: nn.Module, data: D) -> DataLoader:
-        """Return batches of validation for analysis and pruning, all images of one size."""
+    def validation(self, model: nn.Module, data: D) -> Batches:
+        """Return batches of validation for analysis and pruning, all images of one size, or entries as `scored`."""
         return self.one_size(model, data, data.val)
+
+    def scored(self, model: nn.Module, data: D, samples: Sequence[Any]) -> Batches:
+        """Return batches of samples, in order, to score a trained model on; by default those of `loader`.
+
+        A task may know what a part of the model gives for the images, and return entries after it
+        (`vimoe.models.frozen_trunk.Entry`) in their place. Then `facts` of the batches say so (`facts_of`).
+        """
+        return self.loader(model, data, samples)
 
     def timed(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
         """Return batches to time a model on that is scored on these samples, all images of one size."""
@@ -154,7 +162,7 @@ class Task(ABC, Generic[D]):
         """Return the video that each validation image is a frame of; None if nothing says."""
         return None
 
-    def evaluate(self, model: nn.Module, loader: DataLoader, bar: str = "") -> Score:
+    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "") -> Score:
         """Return the score of a model, under a progress bar of that name."""
         return evaluate(model, loader, bar, self.metric)
 
@@ -216,6 +224,11 @@ def task_class(settings: Settings) -> type[Task[Any]]:
 def task_of(settings: Settings) -> Task[Any]:
     """Return the task that settings name. Raises ConfigError as `task_class`."""
     return task_class(settings)(settings)
+
+
+def facts_of(loader: Batches) -> dict[str, Any]:
+    """Return entries for a result about the batches that it was computed from; none for plain batches of images."""
+    return dict(getattr(loader, "facts", {}))
 
 
 def check_classes(asked: int | None, classes: int) -> None:

@@ -1,8 +1,8 @@
-"""Features of a frozen trunk, computed once: if only the last blocks train, epochs need not run the others.
+"""Features of a frozen trunk, computed once: who reads what comes after it need not run it again.
 
-The inputs of the first trained block are kept in files of the user's cache, one for each augmented view of the training
-images and one for validation, and mapped into memory. The trunk computes in eval mode: stochastic depth and dropout
-act in the blocks after it.
+The inputs of the first block after the trunk are kept in files of the user's cache and mapped into memory: one for each
+augmented view of the training images, and one for each list of images that models are scored on. The trunk computes in
+eval mode: stochastic depth and dropout act in the blocks after it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import numpy as np
 import timm
 import torch
@@ -23,22 +25,21 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vimoe.config.train import TrainConfig
+from vimoe.config.train import Precision, TrainConfig
 from vimoe.data.classification import Data, Sample
 from vimoe.data.images import identity
 from vimoe.data.loaders import eval_loader, processes
 from vimoe.data.order import Shuffled, mix
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
-from vimoe.errors import DataError, FolderError
-from vimoe.files import in_units, written_whole
+from vimoe.errors import ConfigError, FolderError
+from vimoe.files import TEMPORARY, discard, in_units, written_whole
 from vimoe.metrics.base import evaluate
-from vimoe.models.frozen_trunk import Rest, cut_before, digest
+from vimoe.models.frozen_trunk import Cut, Entry, cut_before, digest
 from vimoe.models.precision import resolve
 from vimoe.process import device
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.terminal import track
 from vimoe.training.job import Job
-from vimoe.training.parameter_groups import freeze_all_but
 
 STORED = "float16"  # its 11 bits round eight times as finely as bfloat16's 8; `_write` checks its range
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +77,34 @@ class Views(Shuffled):
             yield index, (self.epoch - 1) % self.views
 
 
-class _File(NamedTuple):
+class Entries:
+    """Batches (entry after the trunk, labels) of images in order, in the place of batches of images.
+
+    Attributes:
+        facts: what a result has to say of its source (`vimoe.tasks.base.facts_of`).
+
+    Args:
+        file: file of the images' features.
+        labels: label of each image.
+        cut: cut that the features belong to.
+        batch_size: number of images of a batch.
+    """
+
+    def __init__(self, file: Path, labels: Sequence[int], cut: Cut, batch_size: int) -> None:
+        self.features = np.load(file, mmap_mode="r", allow_pickle=False)
+        self.labels, self.cut, self.batch_size = torch.tensor(labels), cut, batch_size
+        self.facts = {"features": {"before": cut.before}}
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Entry, Tensor]]:
+        for at in range(0, len(self.labels), self.batch_size):
+            rows = slice(at, at + self.batch_size)
+            yield Entry(torch.from_numpy(np.array(self.features[rows])), self.cut), self.labels[rows]
+
+
+class FeatureFile(NamedTuple):
     """One file of features.
 
     Attributes:
@@ -84,23 +112,147 @@ class _File(NamedTuple):
         what: name of its content for the progress bar.
         images: number of images.
         batches: function that returns the batches to compute it from.
+        precision: number format that the trunk computes in.
     """
 
     path: Path
     what: str
     images: int
     batches: Callable[[], DataLoader]
+    precision: Precision
+
+
+class FeatureFiles:
+    """The trunk of a model, and the files of what it gives for images.
+
+    Files are found again as long as the trunk, images, transforms, precision, kind of device and versions are the
+    same, by whatever model has that trunk.
+
+    Args:
+        model: model on any device, which is moved to the one that computes; left in eval mode.
+        cut: cut after the trunk.
+        prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
+    """
+
+    def __init__(self, model: nn.Module, cut: Cut, prepared: dict[str, Any]) -> None:
+        self.device = device()
+        self.model, self.cut, self.prepared = model.to(self.device), cut, prepared
+        self.shape = self._trunk(torch.zeros(1, *cut.size), "no").shape[1:]
+        self.folder = cache_folder() / "features"
+        self._digest = digest(model, cut)
+
+    def file(
+        self, samples: Sequence[Sample], what: str, batches: Callable[[], DataLoader], precision: Precision = "no",
+        draws: str = "",
+    ) -> FeatureFile:  # fmt: skip
+        """Return the file of images, whose name is a hash of all that the content depends on.
+
+        Args:
+            samples: the images.
+            what: name of them for the progress bar.
+            batches: function that returns batches of them, in their order.
+            precision: number format that the trunk computes in.
+            draws: all that their augmentation depends on.
+        """
+        key = (
+            f"{MADE_BY}, timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}, "
+            f"{self.device.type} {precision} {STORED} {sorted(self.prepared.items())} {self._digest} "
+            f"{_digest_of_images(samples)}{draws}"
+        )
+        name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+        return FeatureFile(self.folder / f"{name}.npy", what, len(samples), batches, precision)
+
+    def as_evaluated(self, samples: Sequence[Sample], what: str, batch_size: int, workers: int | None) -> FeatureFile:
+        """Return the file of images as evaluation sees them, in float32, in which it computes."""
+        return self.file(samples, what, lambda: eval_loader(samples, self.prepared, batch_size, workers))
+
+    def missing(self, files: Sequence[FeatureFile], what: str) -> list[FeatureFile]:
+        """Return the files that are still to be computed.
+
+        Args:
+            files: files, of which some may be there.
+            what: name of all of them for the message.
+
+        Raises:
+            FolderError: if the disk has no room for them.
+        """
+        missing = [file for file in files if not self._whole(file)]
+        needed = sum(file.images for file in missing) * self.shape.numel() * np.dtype(STORED).itemsize
+        there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise FolderError(
+                f"data.cache='features' needs {needed / 1e9:.2f} GB for {what}: expected at most the "
+                f"{free / 1e9:.2f} GB that are free in {there}; make room, lower data.views, or name another folder in "
+                f"XDG_CACHE_HOME"
+            )
+        return missing
+
+    def make(self, files: Sequence[FeatureFile], what: str) -> dict[str, Any]:
+        """Compute the files that are missing, log it, and return {"before", "bytes", "seconds"} for a result.
+
+        Args:
+            files: files, of which some may be there.
+            what: name of all of them for messages.
+
+        Raises:
+            FolderError: if they cannot be written.
+            ConfigError: if features are not finite as they are stored.
+        """
+        start, missing = time.perf_counter(), self.missing(files, what)
+        if missing:
+            make_cache_folder(self.folder.name, "features")
+        for file in missing:
+            with _alone(file):
+                if not self._whole(file):
+                    self._write(file)
+        seconds = time.perf_counter() - start if missing else 0.0
+        total = sum(file.path.stat().st_size for file in files)
+        logger.info(
+            "features before %s of %s, %s in %s: %s", self.cut.before, what, in_units(total), self.folder,
+            f"made in {seconds:.0f} s" if missing else "found",
+        )  # fmt: skip
+        return {"before": self.cut.before, "bytes": total, "seconds": seconds}
+
+    def _whole(self, file: FeatureFile) -> bool:
+        try:
+            kept = np.load(file.path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        return kept.shape == (file.images, *self.shape) and kept.dtype == STORED
+
+    def _write(self, file: FeatureFile) -> None:
+        loader, done = file.batches(), 0
+        header = {"descr": np.dtype(STORED).str, "fortran_order": False, "shape": (file.images, *self.shape)}
+        with written_whole(file.path) as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            for images, _ in track(loader, f"features, {file.what}"):
+                features = self._trunk(images, file.precision).to(getattr(torch, STORED))
+                if not features.isfinite().all():
+                    raise ConfigError(
+                        f"data.cache='features': not finite in {STORED} for one of the images {done} to "
+                        f"{done + len(images) - 1} ({file.what}): expected less than {np.finfo(STORED).max:g}; use "
+                        f"data.cache=disk"
+                    )
+                out.write(features.cpu().contiguous().numpy().data)
+                done += len(images)
+
+    @torch.no_grad()
+    def _trunk(self, images: Tensor, precision: Precision) -> Tensor:
+        self.model.eval()
+        with torch.autocast(self.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+            return self.cut.trunk(self.model, images.to(self.device, next(self.model.parameters()).dtype))
 
 
 class FeatureCache:
     """Features that the frozen trunk of a model gives for the images of a data set, and the job to learn from them.
 
     View v has the augmentation of epoch v. With as many views as epochs, training equals training on images, up to
-    rounding. Files are found again as long as the trunk, images, transforms, seed, precision, kind of
-    device and versions are the same; so fewer views are part of more.
+    rounding; so fewer views are part of more. Validation is computed as evaluation computes, in float32, whatever the
+    precision that trains.
 
     Args:
-        model: model on any device; its other layers are frozen, and it is moved to the device that trains.
+        model: model on any device; it is moved to the device that trains.
         trained: names of the modules that are trained beside the head.
         data: images, of which train and val are read.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
@@ -119,59 +271,39 @@ class FeatureCache:
         views: int, workers: int | None = None, metric: str = "classification",
     ) -> None:  # fmt: skip
         assert not config.mixup and not config.cutmix  # Settings refuses them: they mix pixels
-        freeze_all_but(model, trained)
         config = resolve(config, model)
-        self.model, self.data, self.config, self.workers, self.metric = model, data, config, workers, metric
+        self.data, self.config, self.workers, self.metric = data, config, workers, metric
         self.pixels = job_on_images(data, prepared, config, workers)
-        self.device = device()
-        self.cut = cut_before(model, trained, prepared["input_size"])
-        self.shape = self._trunk(torch.zeros(1, *self.cut.size)).shape[1:]
-        self.folder = cache_folder() / "features"
-        train_images, val_images = (_digest_of_images(samples) for samples in (data.train, data.val))
-        common = (
-            f"{MADE_BY}, timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}, "
-            f"{self.device.type} {config.precision} {STORED} {sorted(prepared.items())} {digest(model, self.cut)}"
-        )
+        self.files = FeatureFiles(model, cut_before(model, trained, prepared["input_size"]), prepared)
         dataset: Any = self.pixels.loader.dataset
         # the policy is named because its transforms do not tell all of it
-        augmented = f"{common} {train_images} {config.auto_augment} {dataset.transform!r} {config.seed}"
+        augmentation = f"{config.auto_augment} {dataset.transform!r} {config.seed}"
         views = min(views, config.epochs)
+        self.what = f"{views} views and validation"
         self.train = [
-            self._file(f"{augmented} {view}", f"view {view} of {views}", len(data.train), self._batches(dataset, view))
+            self.files.file(
+                data.train, f"view {view} of {views}", self._batches(dataset, view), config.precision,
+                f" {augmentation} {view}",
+            )
             for view in range(1, views + 1)
-        ]
-        validation = eval_loader(data.val, prepared, 2 * config.batch_size, workers)
-        self.val = self._file(f"{common} {val_images}", "validation", len(data.val), lambda: validation)
-        self.missing = [file for file in (*self.train, self.val) if not self._whole(file)]
-        self._check_room()
+        ]  # fmt: skip
+        self.val = self.files.as_evaluated(data.val, "validation", 2 * config.batch_size, workers)
+        self.files.missing([*self.train, self.val], self.what)  # says if there is no room
 
     def job(self) -> Job:
         """Compute the missing files, and return the job, whose batches and score are of features."""
-        start = time.perf_counter()
-        if self.missing:
-            make_cache_folder(self.folder.name, "features")
-        for file in self.missing:
-            self._write(file)
-        seconds = time.perf_counter() - start if self.missing else 0.0
-        total = sum(file.path.stat().st_size for file in (*self.train, self.val))
-        before = self.cut.blocks[self.cut.start]
-        logger.info(
-            "features before %s of %d views, %s in %s: %s", before, len(self.train), in_units(total), self.folder,
-            f"made in {seconds:.0f} s" if self.missing else "found",
-        )  # fmt: skip
-        config, cut, in_processes = self.config, self.cut, processes(self.workers)
+        made = self.files.make([*self.train, self.val], self.what)
+        config = self.config
         loader = DataLoader(
             Features([file.path for file in self.train], [label for _, label in self.data.train]), config.batch_size,
-            sampler=Views(len(self.data.train), config.seed, len(self.train)), drop_last=True, **in_processes,
+            sampler=Views(len(self.data.train), config.seed, len(self.train)), drop_last=True,
+            **processes(self.workers),
         )  # fmt: skip
-        val = DataLoader(
-            Features([self.val.path], [label for _, label in self.data.val]), 2 * config.batch_size,
-            sampler=[(i, 0) for i in range(len(self.data.val))], **in_processes,
-        )  # fmt: skip
+        val = Entries(self.val.path, [label for _, label in self.data.val], self.files.cut, 2 * config.batch_size)
         return replace(
-            self.pixels, loader=loader, prepare=lambda features, labels: (features.float(), labels), forward=cut.rest,
-            evaluate=lambda model: evaluate(Rest(model, cut), val, metric=self.metric), reads_images=False,
-            facts={"features": {"before": before, "views": len(self.train), "bytes": total, "seconds": seconds}},
+            self.pixels, loader=loader, prepare=lambda features, labels: (features.float(), labels),
+            forward=self.files.cut.rest, evaluate=lambda model: evaluate(model, val, metric=self.metric),
+            facts={"features": {**made, "views": len(self.train)}},
         )  # fmt: skip
 
     def _batches(self, dataset: Dataset, view: int) -> Callable[[], DataLoader]:
@@ -181,51 +313,48 @@ class FeatureCache:
 
         return batches
 
-    def _file(self, key: str, what: str, images: int, batches: Callable[[], DataLoader]) -> _File:
-        """Return the file whose name is a hash of all that the content depends on."""
-        name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-        return _File(self.folder / f"{name}.npy", what, images, batches)
 
-    def _whole(self, file: _File) -> bool:
+def entries_of(
+    model: nn.Module, changed: Sequence[str], samples: Sequence[Sample], prepared: dict[str, Any], batch_size: int,
+    workers: int | None = None,
+) -> Entries:  # fmt: skip
+    """Return the batches that a trained model is scored on, after its trunk; missing features are computed first.
+
+    Args:
+        model: model on any device; left in eval mode.
+        changed: names of the modules that training or surgery may have changed beside the head.
+        samples: images and their labels.
+        prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
+        batch_size: number of images of a batch.
+        workers: number of processes that decode images, as `DataConfig.workers`.
+
+    Raises:
+        ConfigError: if the model cannot be cut before these modules, or features are not finite as they are stored.
+        FolderError: if there is no room or folder for the features.
+    """
+    files = FeatureFiles(model, cut_before(model, changed, prepared["input_size"]), prepared)
+    what = f"{len(samples)} images"
+    file = files.as_evaluated(samples, what, batch_size, workers)
+    files.make([file], what)
+    return Entries(file.path, [label for _, label in samples], files.cut, batch_size)
+
+
+@contextmanager
+def _alone(file: FeatureFile) -> Iterator[None]:
+    """Wait until no other process computes a file, such as the next arm of a study, and lock it in this one."""
+    place = file.path.with_name(f"{TEMPORARY}{file.path.stem}.lock")
+    lock = filelock.FileLock(place)
+    with suppress(OSError, NotImplementedError):  # a file system without locks: the file may be computed twice
         try:
-            kept = np.load(file.path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return False
-        return kept.shape == (file.images, *self.shape) and kept.dtype == STORED
-
-    def _check_room(self) -> None:
-        needed = sum(file.images for file in self.missing) * self.shape.numel() * np.dtype(STORED).itemsize
-        there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
-        if needed > free:
-            raise FolderError(
-                f"data.cache='features' needs {needed / 1e9:.2f} GB for {len(self.train)} views: expected at most the "
-                f"{free / 1e9:.2f} GB that are free in {there}; lower data.views, or name another folder in "
-                f"XDG_CACHE_HOME"
-            )
-
-    def _write(self, file: _File) -> None:
-        loader, done = file.batches(), 0
-        header = {"descr": np.dtype(STORED).str, "fortran_order": False, "shape": (file.images, *self.shape)}
-        with written_whole(file.path) as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            for images, _ in track(loader, f"features, {file.what}"):
-                features = self._trunk(images).to(getattr(torch, STORED))
-                if not features.isfinite().all():
-                    raise DataError(
-                        f"data.cache='features': not finite in {STORED} for one of the images {done} to "
-                        f"{done + len(images) - 1} ({file.what}): expected less than {np.finfo(STORED).max:g}; use "
-                        f"data.cache=disk"
-                    )
-                out.write(features.cpu().contiguous().numpy().data)
-                done += len(images)
-
-    @torch.no_grad()
-    def _trunk(self, images: Tensor) -> Tensor:
-        model = self.model.to(self.device).eval()
-        precision = self.config.precision
-        with torch.autocast(self.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
-            return self.cut.trunk(model, images.to(self.device, next(model.parameters()).dtype))
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info("features of %s: another process computes them", file.what)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        discard(place)
+        lock.release()
 
 
 def _digest_of_images(samples: Sequence[Sample]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,22 @@ from vimoe.data.classification import Data, load_data, load_folder
 from vimoe.data.images import open_image
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan
-from vimoe.metrics.base import metric_of
+from vimoe.errors import ConfigError, FolderError
+from vimoe.metrics.base import Batches, metric_of
 from vimoe.models.create import create
 from vimoe.models.frozen_trunk import check_cut
 from vimoe.models.interface import label_names
+from vimoe.models.upcycling import sites
+from vimoe.moe.layer import moe_layers
 from vimoe.tasks.base import Scanned, Task, check_classes
-from vimoe.tasks.cached_features import FeatureCache
+from vimoe.tasks.cached_features import FeatureCache, entries_of
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.tasks.classification_predictions import predict
 from vimoe.training.job import Job
 
 EXAMPLE_SIDE = 96  # pixels, at most, of an image on a contact sheet
+
+logger = logging.getLogger(__name__)
 
 
 class Classification(Task[Data]):
@@ -70,8 +76,33 @@ class Classification(Task[Data]):
         return self._loader(model, samples)
 
     def _loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
-        batch = 2 * self.settings.train.batch_size
-        return eval_loader(samples, preprocessing(model, self.settings.data), batch, self.settings.data.workers)
+        return eval_loader(samples, *self._reading(model))
+
+    def _reading(self, model: nn.Module) -> tuple[dict[str, Any], int, int | None]:
+        """Return preprocessing, batch size and workers of evaluation."""
+        settings = self.settings
+        return preprocessing(model, settings.data), 2 * settings.train.batch_size, settings.data.workers
+
+    def validation(self, model: nn.Module, data: Data) -> Batches:
+        return self.scored(model, data, data.val)
+
+    def scored(self, model: nn.Module, data: Data, samples: Sequence[Any]) -> Batches:
+        """Return features of samples after the trunk of a run that cached them, if they can be kept, else images."""
+        if self.settings.data.cache == "features":
+            try:
+                return entries_of(model, self._changed(model), samples, *self._reading(model))
+            except (ConfigError, FolderError) as error:
+                logger.info("images are read in place of their features: %s", error)
+        return self.loader(model, data, samples)
+
+    def _changed(self, model: nn.Module) -> list[str]:
+        """Return the names of the layers that a run of these settings makes or trains, be they MoE layers still or not.
+
+        They include all that are, because an analysis has to begin before them.
+        """
+        parts = (self.settings.moe.selection, *self.settings.train.parts)  # "moe" and "experts" are in the first
+        chosen = [site.name for part in parts for site in part.select(sites(model))]
+        return [*chosen, *moe_layers(model)]
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
         which, samples = load_folder(path, label_names(model), self.settings.data)

@@ -20,7 +20,7 @@ from vimoe.data.scene_loaders import JointImages, centre_transform
 from vimoe.data.scene_scan import SceneScan, scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
-from vimoe.metrics.base import Score
+from vimoe.metrics.base import Batches, Score
 from vimoe.metrics.segmentation import ceiling
 from vimoe.models.create import dense_segmenter
 from vimoe.models.interface import label_names
@@ -90,12 +90,12 @@ class Segmentation(Task[Scenes]):
 
     def timed(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return validation, because whole images may differ in size."""
-        return self.validation(model, data)
+        return self.one_size(model, data, data.val)
 
     def sequences(self, data: Scenes) -> tuple[str, ...] | None:
         return data.sequences
 
-    def evaluate(self, model: nn.Module, loader: DataLoader, bar: str = "") -> Score:
+    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "") -> Score:
         return evaluate_scenes(model, loader, self.settings.data, bar)
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:

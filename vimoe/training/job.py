@@ -26,8 +26,6 @@ class Job:
         evaluate: function that scores a model on validation and leaves it in eval mode.
         forward: function of a model and its prepared inputs; it returns logits.
         facts: entries for summary.json.
-        reads_images: False if `loader` and `evaluate` read features of images in their place; then the trained model
-            is scored on images once more.
     """
 
     loader: DataLoader
@@ -38,4 +36,3 @@ class Job:
     evaluate: Callable[[nn.Module], Score]
     forward: Callable[[nn.Module, Tensor], Tensor] = logits_of
     facts: Mapping[str, Any] = field(default_factory=dict)
-    reads_images: bool = True
