@@ -17,6 +17,7 @@ from helpers.trainings import data as data
 from safetensors.torch import load_file
 from torch import fx, nn
 
+import vimoe
 from vimoe.cli import main
 from vimoe.data.classification import Data
 from vimoe.data.loaders import preprocessing
@@ -95,7 +96,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
 def test_blocks_that_are_computed_again_are_compiled(data: Data, tmp_path: Path, calls: list[bool]) -> None:
     found = []
     for compile in (False, True):
-        network = model()
+        network = vimoe.set_reading(model(), "all")  # as it does compiled
         network.set_grad_checkpointing(True)
         found.append(weights(run(data, tmp_path / str(compile), network, compile=compile)[0]))
         rows = (tmp_path / str(compile) / "load.csv").read_text()
@@ -141,10 +142,10 @@ def test_no_variant_of_a_block_is_left_to_run_uncompiled(
     """What a step computes would depend on what ran before it."""
     monkeypatch.setattr(compiled, "VARIANTS", 0.5)  # one of both blocks; each MoE layer is one
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        run(data, tmp_path / "few", compile=True)
+        run(data, tmp_path / "few", vimoe.set_reading(model(), "all"), compile=True)
     monkeypatch.setattr(compiled, "VARIANTS", 1)
     for i in range(2):  # those of other models do not count
-        run(data, tmp_path / str(i), compile=True)
+        run(data, tmp_path / str(i), vimoe.set_reading(model(), "all"), compile=True)
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
