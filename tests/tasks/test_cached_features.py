@@ -605,6 +605,9 @@ def test_scores_and_evidence_are_those_of_images(data: Data, trained: Path) -> N
     changes = [abs(layer.permuted.loss.value) for layer in plain.layers]
     assert max(changes) > 2e-3  # which is seen in spite of the tolerance
     diagnosis = run.diagnose()
+    assert json.loads((trained / "diagnosis.json").read_text())["features"] == facts["features"]
+    assert "from features before blocks.1. Changes" in str(diagnosis)
+    assert (trained / "report.html").read_text().count(note) == 2
     expected = values(vimoe.diagnose(run.model, images, plain).to_dict())
     assert values(diagnosis.to_dict()) == pytest.approx(expected, rel=1e-2, abs=2e-3)
 
