@@ -117,11 +117,9 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     root = folder(tmp_path / "data", 1)
     assert len(check_images(find_images(root)[0], root).digests) == 3
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "is not remembered" in caplog.text
-
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(image_check, "cache_folder", homeless)
+    monkeypatch.setattr(image_check, "cache_folder", cache_folder)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where it knows no home
     assert len(check_images(find_images(root)[0], root).digests) == 3
     assert "Could not determine home directory" in caplog.text
 

@@ -361,6 +361,25 @@ def test_no_room_is_one_line_before_anything_is_computed(data: Data, monkeypatch
     assert sum(np.load(file).nbytes for file in kept()) == needed
 
 
+def test_a_cache_that_cannot_be_looked_into_is_one_line(
+    data: Data, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run is scored on images then. The system refuses this name as it refuses the home of another user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + "a" * 300)
+    with pytest.raises(FolderError, match=r"features cannot be created .* set XDG_CACHE_HOME to another folder"):
+        cache(model(), data).job()
+    assert FinishedRun(trained).score()[2] == {}
+
+
+def test_a_user_without_a_home_is_told_in_one_line(data: Data, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run is scored on images then."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where it knows no home
+    with pytest.raises(FolderError, match=r"^no cache folder \(.*\): expected one; set XDG_CACHE_HOME$"):
+        cache(model(), data)
+    assert FinishedRun(trained).score()[2] == {}
+
+
 def test_features_beyond_float16_are_one_line(data: Data) -> None:
     network = model()
     with torch.no_grad():
@@ -586,6 +605,9 @@ def test_scores_and_evidence_are_those_of_images(data: Data, trained: Path) -> N
     changes = [abs(layer.permuted.loss.value) for layer in plain.layers]
     assert max(changes) > 2e-3  # which is seen in spite of the tolerance
     diagnosis = run.diagnose()
+    assert json.loads((trained / "diagnosis.json").read_text())["features"] == facts["features"]
+    assert "from features before blocks.1. Changes" in str(diagnosis)
+    assert (trained / "report.html").read_text().count(note) == 2
     expected = values(vimoe.diagnose(run.model, images, plain).to_dict())
     assert values(diagnosis.to_dict()) == pytest.approx(expected, rel=1e-2, abs=2e-3)
 

@@ -141,8 +141,9 @@ def test_no_variant_of_a_block_is_left_to_run_uncompiled(
 ) -> None:
     """What a step computes would depend on what ran before it."""
     monkeypatch.setattr(compiled, "VARIANTS", 0.5)  # one of both blocks; each MoE layer is one
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    with pytest.raises(ConfigError, match=r"^train\.compile=true: torch\.compile gave up \(.*limit") as raised:
         run(data, tmp_path / "few", vimoe.set_reading(model(), "all"), compile=True)
+    assert "\n" not in str(raised.value)
     monkeypatch.setattr(compiled, "VARIANTS", 1)
     for i in range(2):  # those of other models do not count
         run(data, tmp_path / str(i), vimoe.set_reading(model(), "all"), compile=True)
@@ -154,6 +155,17 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^train\.compile=true: there is no C\+\+ compiler 'no-such-compiler'"):
         settle(replace(QUICK, compile=True), 24, network)
     settle(QUICK, 24, network)
+
+
+def test_a_compiler_that_does_not_work_is_one_line(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        raise RuntimeError("no Python.h\nand more")
+
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    network = model()
+    with pytest.raises(ConfigError, match=r"torch\.compile gave up \(.*no Python\.h\): .*; leave train\.compile out$"):
+        run(data, tmp_path / "run", network, compile=True)
+    assert not any("forward" in vars(block) for block in network.blocks)
 
 
 @pytest.mark.slow

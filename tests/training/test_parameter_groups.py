@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.kinds import Scaled
-from helpers.tiny import config, layers, upcycle, vit
+from helpers.tiny import config, images, layers, upcycle, vit
 from torch import nn
 
 import vimoe
@@ -16,7 +16,7 @@ from vimoe.config.moe import EXPERTS
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, SurgeryError
 from vimoe.moe.experts import Role
-from vimoe.training.parameter_groups import freeze_all_but, parameter_groups, trained_modules
+from vimoe.training.parameter_groups import adamw, freeze_all_but, parameter_groups, trained_modules
 
 TRAIN = TrainConfig(weight_decay=0.05, layer_decay=0.5, router_lr_scale=3.0, router_weight_decay=0.01)
 
@@ -213,3 +213,44 @@ def test_the_role_of_a_parameter_of_experts_decides_and_not_its_axes(monkeypatch
         decay = {name: values[0] for name, values in settings_of(model, settings).items()}
         assert decay["blocks.0.mlp.experts.flat"] == expected
         assert decay["blocks.0.mlp.experts.scale"] == decay["blocks.0.mlp.shared.fc1.bias"] == 0
+
+
+def plain_adamw(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(model, TRAIN), lr=TRAIN.lr, weight_decay=TRAIN.weight_decay)
+
+
+def test_weights_that_are_not_contiguous_are_updated_as_others_are() -> None:
+    """Such as a slice that a kind of experts of your own keeps."""
+    found = []
+    for make in (plain_adamw, lambda model: adamw(model, TRAIN)):
+        torch.manual_seed(0)
+        model = vit()
+        model.head.weight = nn.Parameter(torch.cat([model.head.weight.detach()] * 2, dim=1)[:, ::2])
+        optimizer = make(model)
+        for _ in range(2):
+            model(images(model)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(model.state_dict())
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_goes_on_with_the_kernel_of_a_checkpoint(fused: bool) -> None:
+    """As under train.precision=fp16, whose scaler leaves it to a fused kernel to scale gradients back."""
+    found = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = vit()
+        first = adamw(model, TRAIN) if fused else plain_adamw(model)
+        model(images(model)).square().sum().backward()
+        first.step()
+        optimizer = adamw(model, TRAIN)
+        optimizer.load_state_dict(first.state_dict())
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
+        optimizer.zero_grad()
+        scaler.scale(model(images(model)).square().sum()).backward()
+        scaler.step(optimizer)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found)

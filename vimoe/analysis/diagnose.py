@@ -119,7 +119,8 @@ def diagnose(
         seen[each.name].figures(layers[each.name], each, oracles.get(each.name), units, seed)
         for each in evidence.layers
     )
-    return Diagnosis(evidence.base, len(places), how_many, figures, findings(figures, layers), without)
+    found = findings(figures, layers)
+    return Diagnosis(evidence.base, len(places), how_many, figures, found, without, subjects.features)
 
 
 def check_exchangeable(model: nn.Module) -> None:

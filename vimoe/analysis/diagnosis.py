@@ -130,6 +130,8 @@ class Diagnosis:
         layers: figures of each layer, in forward order.
         findings: findings over all layers, the most urgent first; each layer is in at least one.
         without_oracle: reason, in words, for an oracle that was left out; "" otherwise.
+        features: {"before": the first block that ran} if gates, experts and oracle were measured on cached features,
+            as in `Evidence`; None if on images.
     """
 
     base: Score
@@ -138,6 +140,7 @@ class Diagnosis:
     layers: tuple[LayerDiagnosis, ...]
     findings: tuple[Finding, ...]
     without_oracle: str = ""
+    features: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of diagnosis.json."""
@@ -150,8 +153,9 @@ class Diagnosis:
             " ".join(f"{cell:<{-w}}" if w < 0 else f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in (head, *map(_row, self.layers))
         ]
+        source = f", from features before {self.features['before']}" if self.features else ""
         return "\n".join([
-            f"The untouched model on validation: {self.base}. Changes of the loss in nats have 95% intervals "
+            f"The untouched model on validation: {self.base}{source}. Changes of the loss in nats have 95% intervals "
             f"{over(self.sequences)}.",
             *table,
             self._about_the_oracle(),

@@ -114,7 +114,7 @@ def _read_cache(folder: Path) -> dict[str, Entry]:
             name: (int(size), int(time), str(digest), int(width), int(height))
             for name, (size, time, digest, width, height) in files.items()
         }
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 
@@ -123,5 +123,5 @@ def _write_cache(folder: Path, entries: dict[str, Entry]) -> None:
         path = _cache_file(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"made_by": MADE_BY, "folder": str(folder.resolve()), "files": entries}))
-    except (OSError, RuntimeError, FolderError) as error:  # RuntimeError: pathlib finds no home folder
+    except (OSError, FolderError) as error:
         logger.warning("the scan of %s is not remembered, the next one starts anew: %s", folder, first_line(error))

@@ -7,14 +7,21 @@ from pathlib import Path
 
 import PIL
 
-from vimoe.errors import FolderError
+from vimoe.errors import FolderError, first_line
 
 MADE_BY = f"vimoe 2, Pillow {PIL.__version__}"  # another version of Pillow may decode differently
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: vimoe/ in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vimoe"
+    """Return the cache folder: vimoe/ in $XDG_CACHE_HOME, or in ~/.cache.
+
+    Raises:
+        FolderError: if there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vimoe"
+    except RuntimeError as error:  # of pathlib
+        raise FolderError(f"no cache folder ({first_line(error)}): expected one; set XDG_CACHE_HOME") from error
 
 
 def make_cache_folder(name: str, cache: str) -> Path:

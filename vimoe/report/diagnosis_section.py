@@ -34,8 +34,10 @@ def add_diagnosis(page: Page, diagnosis: dict[str, Any]) -> None:
     )
     page.table(HEADER, map(_row, diagnosis["layers"]))
     without = f" No oracle: {diagnosis['without_oracle']}." if diagnosis["without_oracle"] else ""
+    features = diagnosis.get("features")
+    source = f", from their features before {features['before']}, rounded to float16" if features else ""
     page.text(
-        f"From {diagnosis['images']} validation images, with {diagnosis['confidence']:.0%} bootstrap intervals "
+        f"From {diagnosis['images']} validation images{source}, with {diagnosis['confidence']:.0%} bootstrap intervals "
         f"{over(diagnosis['sequences'])}.{without}",
         note=True,
     )

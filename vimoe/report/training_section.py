@@ -87,11 +87,11 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
         note=True,
     )
     if features := summary.get("features"):
+        views = f"{features['views']} augmented view{'s' * (features['views'] != 1)}"
         page.text(
-            f"The trunk before {features['before']} was frozen. Its features for {features['views']} augmented views "
-            f"of each training image and for validation were computed once and used in place of the images: "
-            f"{features['bytes'] / 1e9:.2f} GB, {features['seconds']:.0f} s in addition to the time above (0 s if an "
-            f"earlier run had left them).",
+            f"The trunk before {features['before']} was frozen. Its features for {views} of each training image and "
+            f"for validation were computed once and used in place of the images: {features['bytes'] / 1e9:.2f} GB, "
+            f"{features['seconds']:.0f} s in addition to the time above (0 s if an earlier run had left them).",
             note=True,
         )
     if fused := summary.get("fused"):

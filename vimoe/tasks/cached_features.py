@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -178,7 +179,8 @@ class FeatureFiles:
         """
         missing = [file for file in files if not self._whole(file)]
         needed = sum(file.images for file in missing) * self.shape.numel() * np.dtype(STORED).itemsize
-        there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        # Path.exists would raise an error in a folder that the user may not look into
+        there = next(folder for folder in (self.folder, *self.folder.parents) if os.access(folder, os.F_OK))
         free = shutil.disk_usage(there).free
         if needed > free:
             raise FolderError(
@@ -279,7 +281,7 @@ class FeatureCache:
         # the policy is named because its transforms do not tell all of it
         augmentation = f"{config.auto_augment} {dataset.transform!r} {config.seed}"
         views = min(views, config.epochs)
-        self.what = f"{views} views and validation"
+        self.what = f"{views} view{'s' * (views != 1)} and validation"
         self.train = [
             self.files.file(
                 data.train, f"view {view} of {views}", self._batches(dataset, view), config.precision,

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, first_line
 from vimoe.models.frozen_trunk import replaced_forward
 from vimoe.models.interface import find_backbone
 from vimoe.process import device
@@ -47,7 +47,17 @@ def _in_training(block: nn.Module) -> Callable[..., Tensor]:
     compiled = torch.compile(eager, backend=BACKEND, dynamic=False)
 
     def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        return compiled(*args, **kwargs) if block.training else eager(*args, **kwargs)
+        if not block.training:
+            return eager(*args, **kwargs)
+        try:
+            y: Tensor = compiled(*args, **kwargs)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            why = first_line(getattr(error, "inner_exception", error))
+            raise ConfigError(
+                f"train.compile=true: torch.compile gave up ({why}): expected a compiler that works "
+                f"here, and blocks that it can compile; leave train.compile out"
+            ) from error
+        return y
 
     return forward
 

@@ -26,11 +26,23 @@ from vimoe.moe.layer import MoE, moe_layers
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; timm's schedules read the groups' `lr_scale`.
 
-    It is torch's fused kernel, which reads and writes each weight once a step. The groups of a checkpoint say whether
-    theirs is fused, so a training that began without goes on without.
+    It is torch's fused kernel, which reads and writes each weight once a step. On a CPU it takes every tensor for
+    contiguous and does not look, so a model with a weight that is not, such as a slice, gets the other one. The groups
+    of a checkpoint say whether theirs is fused, so a training that began without goes on without.
     """
     groups = parameter_groups(model, config)
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    fused = all(p.is_contiguous() for group in groups for p in group["params"])
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    optimizer.register_load_state_dict_post_hook(_tell_scaler)
+    return optimizer
+
+
+def _tell_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Let a gradient scaler know, after a checkpoint was loaded, if its kernel takes gradients that are still scaled.
+
+    Only the fused one does; torch notes it where the optimizer is made, and not where another kernel is loaded.
+    """
+    optimizer._step_supports_amp_scaling = all(group["fused"] for group in optimizer.param_groups)  # type: ignore[attr-defined]
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
