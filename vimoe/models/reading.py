@@ -6,7 +6,7 @@ ViT's own forward runs, its last block leaves that work out. Other ways to call 
 and `forward_intermediates`, get all tokens, and so does a hook on the last block or on what gets its tokens.
 
 A family says which tokens its head reads (`Backbone.read_tokens`), and which classes of its blocks can compute the
-first tokens alone (`Backbone.narrowed`).
+first tokens alone (`Backbone.narrowed`). What gets fewer tokens than before must be known to be `tokenwise`.
 
 Axes: B images, T tokens, D channels.
 """
@@ -126,8 +126,8 @@ def set_reading(model: Model, read: Read = "auto") -> Model:
     In training and inference, the last block then routes only the tokens that are read. With token routing, records,
     balance losses and analysis are of these tokens, for no other token's route can matter there.
 
-    Nothing changes in a model whose head reads patches (mean or attention pooling, segmentation), or whose class or
-    last block is not known for sure. Nor does it where a router of the last block needs the patches
+    Nothing changes in a model whose head reads patches (mean or attention pooling, segmentation), or whose class, last
+    block or a part of it is not known for sure. Nor does it where a router of the last block needs the patches
     (`Router.needs_patches`).
 
     Args:
