@@ -822,6 +822,55 @@ MUTANTS: tuple[Mutant, ...] = (
         "",
         ("analysis/test_pruning.py",),
     ),
+    Mutant(
+        "the last block leaves out patches that its router needs",
+        "models/reading.py",
+        "if any(isinstance(m, MoE) and m.router.needs_patches for m in block.modules()):",
+        "if False:",
+        ("models/test_reading.py",),
+    ),
+    Mutant(
+        "the last block computed less whatever its mask",
+        "models/timm_narrow.py",
+        "return None if attn_mask is not None or is_causal else self._first(x_BTD, read, rope)",
+        "return self._first(x_BTD, read, rope)",
+        ("models/test_reading.py",),
+    ),
+    Mutant(
+        "checkpointing computes other tokens again",
+        "models/reading.py",
+        "            return self._latest\n",
+        "            return None\n",
+        ("models/test_reading.py",),
+    ),
+    Mutant(
+        "keys of the last block are not turned",
+        "models/timm_narrow.py",
+        "k = torch.cat([k[:, :, :prefix], turned], dim=2)",
+        "pass",
+        ("models/test_reading.py",),
+    ),
+    Mutant(
+        "a block that is there twice is the last one at once",
+        "models/reading.py",
+        " or called.index(block) + 1 < len(called)",
+        "",
+        ("models/test_reading.py",),
+    ),
+    Mutant(
+        "a part of nobody's class gets a part of the tokens",
+        "models/timm_narrow.py",
+        "return all(map(tokenwise, self._parts)) and all(",
+        "return all(",
+        ("models/test_reading.py",),
+    ),
+    Mutant(
+        "a compiled model keeps the reading of its first head",
+        "models/reading.py",
+        "return _tokens_now(*self.within, self)",
+        "return 1",
+        ("models/test_reading.py",),
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from helpers.segmenters import segmenter
 from helpers.tiny import FAMILIES, config, images, perturb_experts, randomise, upcycle, vit
 from timm.layers import Attention
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import vimoe
@@ -245,6 +247,93 @@ def test_an_adapted_projection_is_called_as_a_whole() -> None:
     assert_same(whole, narrow, inputs(whole))
 
 
+class Beside(nn.Module):
+    """A linear map with an adapter beside it, as peft's."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False).double()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.more(x)
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02, one projection"])
+def test_an_adapter_counts_where_timm_calls_it_and_nowhere_else(name: str) -> None:
+    """EVA's attention reads the matrix of its projection, and does not call it."""
+    model = variant(name)
+    model.blocks[-1].attn.qkv = Beside(model.blocks[-1].attn.qkv)
+    whole, narrow = pair(model)
+    assert_same(whole, narrow, inputs(whole))
+    assert macs(narrow, inputs(whole)) < macs(whole, inputs(whole))
+
+
+class Quantised(Tensor):
+    """A matrix of which only products are known, as torchao's."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Quantised:
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, held, _, __, ___):  # type: ignore[no-untyped-def]
+        return cls(held["held"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, _types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = function(*tree_map(lambda x: x.held if isinstance(x, cls) else x, args), **(kwargs or {}))
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.t.default):
+            return cls(found)
+        assert "mm" in str(function), function
+        return found
+
+
+@torch.no_grad()
+def test_a_quantised_projection_is_not_taken_apart() -> None:
+    whole, narrow = pair(vit())
+    x, expected = inputs(whole), whole(inputs(whole))
+    qkv = narrow.blocks[1].attn.qkv
+    qkv.weight = nn.Parameter(Quantised(qkv.weight.detach()), requires_grad=False)
+    torch.testing.assert_close(narrow(x), expected, **IN_FLOAT64)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch would have others quantise
+def test_activations_that_are_quantised_together_stay_together() -> None:
+    """The step of torch's dynamic quantisation is that of all tokens."""
+    whole, narrow = (torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}) for model in pair(vit()))
+    assert torch.equal(narrow(images(vit())), whole(images(vit())))
+
+
+def test_unfused_attention_stays_unfused() -> None:
+    """It has second derivatives, which the fused one has not."""
+    whole, narrow = pair(vit())
+    found = []
+    for model in (whole, narrow):
+        model.blocks[0].attn.fused_attn = model.blocks[1].attn.fused_attn = False
+        x = inputs(model).requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        found += torch.autograd.grad(gradient.square().sum(), x)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch would have others trace, and sees timm compare sizes
+def test_a_traced_model_gives_the_same() -> None:
+    whole, narrow = pair(vit())
+    traced = torch.jit.trace(narrow, inputs(whole))
+    x = images(whole, 5).double()
+    torch.testing.assert_close(traced(x), whole(x), **IN_FLOAT64)
+
+
 def test_an_optimized_model_gives_the_same() -> None:
     model, x = perturb_experts(upcycle(vit(), config())), images(vit())
     with torch.inference_mode():
@@ -298,6 +387,28 @@ def test_a_hook_sees_all_tokens(place: str, kind: str) -> None:
     assert tokens_read(narrow) == 1
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("place", ["blocks.1", "blocks", "norm", "blocks.1.mlp", "blocks.1.norm2"])
+def test_a_backward_hook_sees_all_tokens(place: str, kind: str) -> None:
+    whole, narrow = vimoes("vit")
+    seen: list[Tensor] = []
+    for model in (whole, narrow):
+        getattr(model.get_submodule(place), kind)(lambda _module, *gradients: seen.append(gradients[-1][0]))
+        model(inputs(model)).sum().backward()
+    torch.testing.assert_close(*seen, **IN_FLOAT64)
+    assert seen[1].shape[1] == 5
+
+
+def test_an_extractor_of_features_sees_all_tokens() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    whole, narrow = pair(Around(vit()))
+    x = inputs(whole.inside)
+    found = [create_feature_extractor(model, ["inside.blocks.1"])(x)["inside.blocks.1"] for model in (whole, narrow)]
+    torch.testing.assert_close(*found, **IN_FLOAT64)
+    assert found[1].shape[1] == 5
+
+
 def test_a_patched_forward_is_called_as_before() -> None:
     whole, narrow = pair(vit())
     x, shapes = inputs(whole), []
@@ -348,6 +459,28 @@ def test_after_an_error_all_is_as_before() -> None:
     torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
 
 
+def test_after_an_interrupt_the_next_forward_puts_it_right() -> None:
+    """torch calls no hook after a KeyboardInterrupt."""
+    whole, narrow = pair(vit())
+    x = inputs(whole)
+    handle = narrow.blocks[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        narrow(x)
+    handle.remove()
+    torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
+    torch.testing.assert_close(narrow.forward_features(x), whole.forward_features(x), **IN_FLOAT64)
+
+
+def test_after_an_export_that_failed_all_is_as_before() -> None:
+    whole, narrow = pair(vit())
+    x = inputs(whole)
+    handle = narrow.blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        torch.export.export(narrow, (x,), strict=False)
+    handle.remove()
+    torch.testing.assert_close(narrow.forward_features(x), whole.forward_features(x), **IN_FLOAT64)
+
+
 # ---- what changes later is noticed, and what is not known is left alone
 
 
@@ -362,6 +495,47 @@ def test_a_head_that_is_changed_later_reads_what_it_needs() -> None:
     torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
     narrow.reset_classifier(7, "token")
     assert tokens_read(narrow) == 1
+
+
+@torch.no_grad()
+def test_a_compiled_model_notices_that_its_head_has_changed() -> None:
+    torch._dynamo.reset()
+    whole, narrow = pair(vit())
+    x, compiled = inputs(whole), torch.compile(narrow, backend="eager")
+    for pool in ("token", "avg", "token"):
+        whole.global_pool = narrow.global_pool = pool
+        torch.testing.assert_close(compiled(x), whole(x), **IN_FLOAT64)
+
+
+BLOCKS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fewer": lambda model: model.blocks[:1],
+    "one more": lambda model: nn.Sequential(*model.blocks, copy.deepcopy(model.blocks[0])),
+    "the same thrice": lambda model: nn.Sequential(*[model.blocks[1]] * 3),
+    "the first once more": lambda model: nn.Sequential(*model.blocks, model.blocks[0]),
+    "none": lambda model: nn.Sequential(),
+}
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("change", BLOCKS)
+def test_blocks_that_are_changed_later_are_noticed(change: str, again: bool) -> None:
+    whole, narrow = pair(vit())
+    for model in (whole, narrow):
+        model.blocks = BLOCKS[change](model)
+    x = inputs(whole)
+    torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
+    if again:
+        vimoe.set_reading(narrow)
+        torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
+        assert tokens_read(narrow) == (1 if change in ("fewer", "one more") else None)
+
+
+@pytest.mark.parametrize("patched", [Attention, Block])
+def test_a_class_that_is_patched_later_is_noticed(patched: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, narrow = pair(vit())
+    before, x = patched.forward, inputs(whole)
+    monkeypatch.setattr(patched, "forward", lambda self, x, **given: 2 * before(self, x, **given))
+    torch.testing.assert_close(narrow(x), whole(x), **IN_FLOAT64)
 
 
 @pytest.mark.parametrize(
@@ -387,10 +561,51 @@ def test_without_class_token_an_image_is_routed_by_its_patches() -> None:
 
 
 class Mixing(nn.Module):
-    """An FFN of nobody's class, in which tokens see one another."""
+    """A part of nobody's class, in which tokens see one another."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.cumsum(dim=1) + x.sum(dim=1, keepdim=True)
+        y = self.parts(x)
+        return y.cumsum(dim=1) + x.mean(dim=1, keepdim=True)
+
+
+MIXING = ("mlp", "norm1", "norm2", "ls1", "mlp.norm", "attn.norm", "attn.proj")
+
+
+@pytest.mark.parametrize("part", [*MIXING, "drop_path2", "attns.0", "ffns.0", "ffns.0.ls", "norm"])
+def test_a_part_that_is_not_known_gets_all_tokens(part: str) -> None:
+    model = vit("parallel FFNs" if "s." in part else "vit")
+    inside = model if part == "norm" else model.blocks[1]
+    inside.set_submodule(part, Mixing(inside.get_submodule(part)))
+    whole, narrow = pair(model)
+    assert_same(whole, narrow, inputs(whole))
+
+
+def test_statistics_of_a_batch_are_of_all_tokens() -> None:
+    class Norm(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mT).mT
+
+    model = vit()
+    model.blocks[1].norm2 = Norm(24)
+    whole, narrow = pair(model)
+    assert_same(whole.train(), narrow.train(), inputs(whole))
+
+
+def test_an_attention_of_ones_own_is_called_as_timm_calls_it() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+            assert attn_mask is None and not is_causal
+            return x.cumsum(dim=1).flip(1)
+
+    model = vit()
+    model.blocks[1].attn = Own()
+    whole, narrow = pair(model)
+    assert_same(whole, narrow, inputs(whole))
+    assert macs(narrow, inputs(whole)) < macs(whole, inputs(whole))
 
 
 def test_what_is_not_known_is_left_alone() -> None:
@@ -398,14 +613,18 @@ def test_what_is_not_known_is_left_alone() -> None:
         def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
             return self.head(x.mean(dim=1))
 
-    own = vit()
-    own.__class__ = Own
-    patched = vit()
+    class Features(VisionTransformer):
+        def forward_features(self, x: Tensor, **given: object) -> Tensor:
+            return super().forward_features(x, **given).cumsum(dim=1).flip(1)
+
+    own, features, patched, wrapped = vit(), vit(), vit(), vit()
+    own.__class__, features.__class__ = Own, Features
     patched.forward_head = lambda x: x.mean(dim=1)
-    mixing = vit()
-    mixing.blocks[1].mlp = Mixing()
-    for model in (own, patched, mixing):
+    mean = functools.wraps(VisionTransformer.forward)(lambda self, x: self.head(self.forward_features(x).mean(1)))
+    for model in (own, features, patched, wrapped):
         whole, narrow = pair(model)
+        if model is wrapped:
+            whole.forward, narrow.forward = mean.__get__(whole), mean.__get__(narrow)
         torch.testing.assert_close(narrow(inputs(vit())), whole(inputs(vit())), **IN_FLOAT64)
     assert tokens_read(vimoe.set_reading(segmenter(decoder="linear"))) is None
 

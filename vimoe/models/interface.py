@@ -178,7 +178,7 @@ class Backbone:
 
     @property
     def after_blocks(self) -> tuple[nn.Module, ...]:
-        """Modules that get or give all tokens after the last block, so that their hooks see them."""
+        """Modules that get all tokens after the last block and its holder, so that their hooks see them."""
         return ()
 
     # ---- tokens and images

@@ -6,7 +6,7 @@ ViT's own forward runs, its last block leaves that work out. Other ways to call 
 and `forward_intermediates`, get all tokens, and so does a hook on the last block or on what gets its tokens.
 
 A family says which tokens its head reads (`Backbone.read_tokens`), and which classes of its blocks can compute the
-first tokens alone (`Backbone.narrowed`).
+first tokens alone (`Backbone.narrowed`). What gets fewer tokens than before must be known to be `tokenwise`.
 
 Axes: B images, T tokens, D channels.
 """
@@ -19,28 +19,45 @@ from contextvars import ContextVar
 from typing import Any, TypeVar, get_args
 
 import torch
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    RmsNorm,
+    RmsNormFp32,
+    SimpleNorm,
+    SimpleNormFp32,
+)
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from vimoe.config.model import Read
 from vimoe.errors import ConfigError
 from vimoe.models.interface import Backbone, find_backbone
 from vimoe.moe import MoE
-from vimoe.moe.ffn import has_hooks, is_ffn
+from vimoe.moe.ffn import KINDS, has_hooks, is_ffn
+from vimoe.moe.packed import PackedLinear
 from vimoe.moe.routing import recomputing
 
 Model = TypeVar("Model", bound=nn.Module)
-_running: ContextVar[tuple[tuple[nn.Module, int | None], ...]] = ContextVar("vimoe_reading", default=())
+_running: ContextVar[tuple[tuple[nn.Module, nn.Module, int], ...]] = ContextVar("vimoe_reading", default=())
 _ignoring_hooks: ContextVar[bool] = ContextVar("vimoe_reading_ignores_hooks", default=False)
+_TOKENWISE = {
+    nn.Identity, nn.Linear, PackedLinear, nn.Dropout, DropPath, LayerScale,
+    nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm, SimpleNormFp32,
+}  # fmt: skip
 
 
 class NarrowBlock(nn.Module):
     """A block that can compute its first tokens alone: a base class, before the class of the family's block.
 
     Attributes:
-        tokens: number of tokens that are read while torch.compile follows the ViT's hooks too; else None.
+        within: the ViT while its forward runs, for torch.compile, which follows the ViT's hooks too; else empty.
     """
 
-    tokens: int | None = None
+    within: tuple[nn.Module, ...] = ()
     _latest: int | None = None
 
     def narrow(self, x_BTD: Tensor, read: int, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -49,14 +66,19 @@ class NarrowBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, D) to (B, read, D) while the ViT's own forward runs, else to (B, T, D)."""
-        read = self._read()
+        read = None if isinstance(x_BTD, Proxy) else self._read()  # a trace may be for the sake of any output
         y: Tensor | None = None if read is None else self.narrow(x_BTD, read, *args, **kwargs)
         return super().forward(x_BTD, *args, **kwargs) if y is None else y
 
+    @property
+    def narrows(self) -> bool:
+        """True if all that gets the first tokens alone is known to compute each by itself (`tokenwise`)."""
+        raise NotImplementedError
+
     def _read(self) -> int | None:
-        if self.tokens is not None:
-            return self.tokens
-        read = next((read for block, read in _running.get() if block is self), None)
+        if torch.compiler.is_compiling() and self.within:
+            return _tokens_now(*self.within, self)
+        read = next((read for _, block, read in _running.get() if block is self), None)
         if recomputing() and read is None:  # checkpointing calls the block again, outside of the ViT's forward
             return self._latest
         if not torch.compiler.is_compiling():
@@ -64,31 +86,34 @@ class NarrowBlock(nn.Module):
         return read
 
 
-class _Begin:
-    """Forward pre-hook of a ViT: its last block may be narrow from here on."""
-
-    def __init__(self, block: str) -> None:
-        self.block = block
-
-    def __call__(self, vit: nn.Module, _args: Any) -> None:
-        block: Any = vit.get_submodule(self.block)
-        read = _tokens_now(vit)
-        if torch.compiler.is_compiling():  # it cannot set the variable, of which each thread has one
-            block.tokens = read
-        else:
-            _running.set(((block, read), *_running.get()))
-
-
-class _End(_Begin):
+class _End:
     """Forward hook of a ViT, also after an error: its last block gives all tokens again."""
 
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+
     def __call__(self, vit: nn.Module, _args: Any, _output: Any = None) -> None:
-        block: Any = vit.get_submodule(self.block)
-        running = _running.get()
         if torch.compiler.is_compiling():
-            block.tokens = None
-        elif running and running[0][0] is block:
-            _running.set(running[1:])
+            for block in self._last(vit):
+                block.within = ()
+        elif _running.get():
+            _running.set(tuple(each for each in _running.get() if each[0] is not vit))
+
+    def _last(self, vit: nn.Module) -> list[Any]:
+        """Return the last block, if there is one."""
+        return [*vit.get_submodule(self.holder).children()][-1:]
+
+
+class _Begin(_End):
+    """Forward pre-hook of a ViT: its last block may be narrow from here on."""
+
+    def __call__(self, vit: nn.Module, args: Any, _output: Any = None) -> None:
+        super().__call__(vit, args)  # what an interrupted forward began has not ended
+        for block in self._last(vit):
+            if torch.compiler.is_compiling():  # it cannot set the variable, of which each thread has one
+                block.within = (vit,)  # the block asks, as it is compiled with the head, and this perhaps without
+            elif (read := _tokens_now(vit, block)) is not None:
+                _running.set(((vit, block, read), *_running.get()))
 
 
 def set_reading(model: Model, read: Read = "auto") -> Model:
@@ -101,8 +126,8 @@ def set_reading(model: Model, read: Read = "auto") -> Model:
     In training and inference, the last block then routes only the tokens that are read. With token routing, records,
     balance losses and analysis are of these tokens, for no other token's route can matter there.
 
-    Nothing changes in a model whose head reads patches (mean or attention pooling, segmentation), or whose class or
-    last block is not known for sure. Nor does it where a router of the last block needs the patches
+    Nothing changes in a model whose head reads patches (mean or attention pooling, segmentation), or whose class, last
+    block or a part of it is not known for sure. Nor does it where a router of the last block needs the patches
     (`Router.needs_patches`).
 
     Args:
@@ -127,12 +152,11 @@ def set_reading(model: Model, read: Read = "auto") -> Model:
     backbone = find_backbone(model)
     _change_classes(backbone, {narrow: whole for whole, narrow in backbone.narrowed.items()})
     for hooks in (backbone.vit._forward_pre_hooks, backbone.vit._forward_hooks):
-        for number in [number for number, hook in hooks.items() if isinstance(hook, _Begin)]:
+        for number in [number for number, hook in hooks.items() if isinstance(hook, _End)]:
             del hooks[number]
     if read == "auto" and _narrow(backbone):
-        name = backbone.blocks[-1].removeprefix(f"{backbone.path}.")
-        backbone.vit.register_forward_pre_hook(_Begin(name))
-        backbone.vit.register_forward_hook(_End(name), always_call=True)
+        backbone.vit.register_forward_pre_hook(_Begin(backbone.holder))
+        backbone.vit.register_forward_hook(_End(backbone.holder), always_call=True)
     return model
 
 
@@ -142,7 +166,8 @@ def tokens_read(model: nn.Module) -> int | None:
     It is `set_reading` that makes it less than all, and a hook or a router of the last block that makes it all.
     """
     vit = find_backbone(model).vit
-    return _tokens_now(vit) if any(isinstance(hook, _Begin) for hook in vit._forward_pre_hooks.values()) else None
+    begins = [hook for hook in vit._forward_pre_hooks.values() if isinstance(hook, _Begin)]
+    return next((_tokens_now(vit, block) for begin in begins for block in begin._last(vit)), None)
 
 
 @contextmanager
@@ -156,8 +181,13 @@ def ignoring_hooks() -> Iterator[None]:
 
 
 def tokenwise(module: nn.Module) -> bool:
-    """Return True for a module that gives a token the same whatever other tokens there are: an FFN or MoE layer."""
-    return isinstance(module, MoE) or is_ffn(module)
+    """Return True for a module that is known to give a token the same whatever other tokens there are."""
+    if type(module) in (nn.Sequential, nn.ModuleList):
+        return all(map(tokenwise, module.children()))
+    if is_ffn(module):  # whose activation acts on each number
+        act = KINDS[type(module)].act
+        return all(name == act or tokenwise(child) for name, child in module.named_children())
+    return isinstance(module, MoE) or type_before_parametrizations(module) in _TOKENWISE
 
 
 def _narrow(backbone: Backbone) -> bool:
@@ -179,22 +209,32 @@ def _change_classes(backbone: Backbone, classes: Mapping[type[nn.Module], type[n
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tokens_now(vit: nn.Module) -> int | None:
-    """Return the number of tokens that the head reads; None if something needs all of them.
+def _tokens_now(vit: nn.Module, block: nn.Module) -> int | None:
+    """Return the number of tokens of a block that the head reads; None if something needs all of them.
 
-    It is asked at each forward, because heads, layers and hooks may have changed since the last.
+    It is asked at each forward, because blocks, heads, layers and hooks may have changed since the last.
     """
     backbone = find_backbone(vit)
-    read, block = backbone.read_tokens, vit.get_submodule(backbone.blocks[-1])
+    read = backbone.read_tokens
+    if read is None:
+        return None
+    holder: Any = vit.get_submodule(backbone.holder)
+    called = list(holder._modules.values())  # a block that is there twice is called twice
+    if type(holder) not in (nn.Sequential, nn.ModuleList) or called.index(block) + 1 < len(called):
+        return None
+    if not (isinstance(block, NarrowBlock) and block.narrows and all(map(tokenwise, backbone.after_blocks))):
+        return None
     compiled = block._compiled_call_impl is not None or "forward" in vars(block)
     if compiled and getattr(vit, "grad_checkpointing", False):
         return None  # it cannot tell that checkpointing computes it again
-    if read is None or any(isinstance(m, MoE) and m.router.needs_patches for m in block.modules()):
+    if any(isinstance(m, MoE) and m.router.needs_patches for m in block.modules()):
         return None
+    after = (holder, *backbone.after_blocks)
     if not _ignoring_hooks.get() and (
         any(has_hooks(part) for part in block.children())
         or block._forward_hooks  # pre-hooks get all tokens anyway
-        or any(part._forward_hooks or part._forward_pre_hooks for part in backbone.after_blocks)
+        or any(part._forward_hooks or part._forward_pre_hooks for part in after)
+        or any(part._backward_hooks or part._backward_pre_hooks for part in (*block.modules(), *after))
     ):
         return None
     return read

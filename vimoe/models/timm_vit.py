@@ -29,8 +29,8 @@ from vimoe.moe.router import TokenLayout
 _BUILT = (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError)  # what timm raises for odd arguments
 
 
-_FORWARDS = (VisionTransformer.forward, Eva.forward)  # of which is known what they read
-_HEADS = ((VisionTransformer.forward_head, VisionTransformer.pool), (Eva.forward_head, Eva.pool))
+_FORWARDS = tuple((vit.forward, vit.forward_features) for vit in (VisionTransformer, Eva))  # known what they read
+_HEADS = tuple((vit.forward_head, vit.pool) for vit in (VisionTransformer, Eva))
 
 
 class TimmViT(Backbone):
@@ -103,8 +103,11 @@ class TimmViT(Backbone):
     @property
     def read_tokens(self) -> int | None:
         vit = self.vit
-        forward, head, pool = (_inside(getattr(vit, name, None)) for name in ("forward", "forward_head", "pool"))
-        if forward not in _FORWARDS:
+        names = ("forward", "forward_features", "forward_head", "pool")
+        forward, features, head, pool = (_function(getattr(vit, name, None)) for name in names)
+        if "_original_forward" in vars(vit):  # Accelerate has wrapped an autocast around it
+            forward = inspect.unwrap(forward)
+        if (forward, features) not in _FORWARDS:
             return None
         if head is VisionTransformerDistilled.forward_head:
             return 2
@@ -113,7 +116,7 @@ class TimmViT(Backbone):
 
     @property
     def after_blocks(self) -> tuple[nn.Module, ...]:
-        return self.vit.blocks, self.vit.norm
+        return (self.vit.norm,)
 
     @property
     def drops_patches(self) -> bool:
@@ -198,6 +201,6 @@ class TimmViT(Backbone):
         return {names[name]: number for name, number in numbers.items()}
 
 
-def _inside(method: Any) -> Any:
-    """Return the function of a method, without what Accelerate wraps around a model's forward, such as an autocast."""
-    return inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
+def _function(method: Any) -> Any:
+    """Return the function of a method."""
+    return getattr(method, "__func__", method)
