@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vimoe.errors import VimoeError
@@ -16,7 +14,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress
     from torch import Tensor
 
 Result = TypeVar("Result")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt
 
 
 def device() -> torch.device:
@@ -27,21 +24,6 @@ def device() -> torch.device:
     if PartialState._shared_state:
         return PartialState().device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for the next step, where its C library is glibc.
-
-    glibc gives memory back as soon as some tens of MiB are free, and each step then has to have its pages filled anew.
-    `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` in the environment are left alone.
-    """
-    if any(os.environ.get(f"MALLOC_{name}_THRESHOLD_") for name in ("TRIM", "MMAP")):
-        return
-    with suppress(OSError, AttributeError, TypeError):  # another C library
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018  # of which the numbers below are
-        library.mallopt(_MMAP_THRESHOLD, 32 << 20)  # larger blocks are never kept
-        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def writes() -> bool:
