@@ -239,15 +239,15 @@ def test_what_comes_before_a_layer_is_not_computed_again() -> None:
     plan = {name: [Without(e) for e in range(4)] for name in ("blocks.1.mlp", "blocks.2.mlp")}
     measure(subjects, plan)
     rows: dict[str, list[int]] = {}
-    for name in ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn", "blocks.2.mlp.shared.fc1"):
+    for name in ("blocks.0.attn.proj", "blocks.1.attn.proj", "blocks.2.attn.proj", "blocks.2.mlp.shared.fc1"):
         counted = rows.setdefault(name, [])
         hook = lambda _part, args, counted=counted: counted.append(args[0].shape[:2].numel())  # noqa: E731
         model.get_submodule(name).register_forward_pre_hook(hook)
     measure(subjects, plan)
     tokens = 8 * 5
-    assert rows["blocks.0.attn"] == []  # kept from the first reading
-    assert rows["blocks.1.attn"] == [tokens]  # the untouched model alone
-    assert sum(rows["blocks.2.attn"]) == tokens + 4 * tokens  # and what overruling the layer before it changes
+    assert rows["blocks.0.attn.proj"] == []  # kept from the first reading
+    assert rows["blocks.1.attn.proj"] == [tokens]  # the untouched model alone
+    assert sum(rows["blocks.2.attn.proj"]) == 8 + 4 * 8  # and what overruling the layer before it changes
     assert sum(rows["blocks.2.mlp.shared.fc1"]) == 8 + 4 * 8 + 8  # of one token each: nothing reads the patches
 
 

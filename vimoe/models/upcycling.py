@@ -85,7 +85,7 @@ def plan(
     >>> import timm, vimoe
     >>> print(vimoe.plan(timm.create_model("test_vit", num_classes=4), vimoe.MoEConfig(layers="last:1", num_experts=4)))
     before: 0.31 M parameters, 0.31 M activated, 0.038 G multiply-adds
-    after:  0.41 M parameters, 0.33 M activated, 0.040 G multiply-adds, 1 MoE layers
+    after:  0.41 M parameters, 0.33 M activated, 0.040 G multiply-adds (0.033 G computed), 1 MoE layers
       blocks.5.mlp: Mlp -> 4 experts (ffn), softmax router, top_k=1, image routing, 1 shared, mix
     """
     _check(model, config)

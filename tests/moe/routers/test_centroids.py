@@ -45,7 +45,7 @@ def test_calibration_images_go_where_the_k_means_put_them(routing: str) -> None:
     """A k-means has ended where each vector is with the nearest centroid, and each centroid is its vectors' mean."""
     model = upcycled(routing)
     routers = {name: layer.router for name, layer in moe_layers(model).items()}
-    seen = calibrate(parent(), routers, given(model))
+    seen = calibrate(vimoe.set_reading(parent()), routers, given(model))
     for name, router in routers.items():
         x, rows = seen[name].features.double(), router.weight.detach().double()
         cluster = (without_mean(x) @ rows.T).argmax(dim=1)
