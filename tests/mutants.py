@@ -472,6 +472,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("metrics/test_classification.py", "metrics/test_base.py"),
     ),
     Mutant(
+        "a bin of confidence has its lower end",
+        "metrics/calibration.py",
+        "torch.bucketize(confidence, inner)",
+        "torch.bucketize(confidence, inner, right=True)",
+        ("metrics/test_calibration.py",),
+    ),
+    Mutant(
+        "the temperature is that of the images it is reported on",
+        "experiments/finished_run.py",
+        "temperature = decides.temperature()",
+        "temperature = scored.temperature()",
+        ("experiments/test_finished_run.py",),
+    ),
+    Mutant(
         "a metric that is named is not the one that measures",
         "metrics/base.py",
         "METRICS.find(name or str(",

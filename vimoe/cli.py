@@ -162,8 +162,14 @@ def evaluate(verb: str, argv: list[str]) -> Result:
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     split, score, facts = run.score(options["data.path"])
-    source = f", from features before {facts['features']['before']}" if facts else ""
-    return f"{split}: {score}{source}", {**score.to_dict(), "split": split, **facts}
+    source = f", from features before {facts['features']['before']}" if "features" in facts else ""
+    calibrated = (
+        f"; at temperature {facts['temperature']:.3f}, fitted on validation: loss {facts['loss_at_temperature']:.4f}, "
+        f"calibration error {facts['ece_at_temperature']:.2%}"
+        if "temperature" in facts
+        else ""
+    )
+    return f"{split}: {score}{source}{calibrated}", {**score.to_dict(), "split": split, **facts}
 
 
 def predict(verb: str, argv: list[str]) -> Result:

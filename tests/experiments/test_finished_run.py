@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 from helpers.commands import QUICK, TINY, call
 from helpers.pages import Reader
 from helpers.pictures import folder, roles
+from torch.nn.functional import cross_entropy
 
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
 from vimoe.cli import main
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
+from vimoe.metrics.calibration import fit_temperature
 from vimoe.moe.routers.softmax import SoftmaxRouter
 
 
@@ -38,18 +41,68 @@ def root(trained: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_a_run_predicts_and_scores_other_images_without_its_own(root: Path, tmp_path: Path) -> None:
+def test_a_run_predicts_and_scores_other_images_without_its_own(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run, others = FinishedRun(root / "run"), folder(tmp_path / "others", 2)
     before = run.score(str(others))
     shutil.rmtree(root / "photos")
     again = FinishedRun(root / "run")
-    assert again.score(str(others)) == before and before[0] == "all" and before[1].images == 6
+    assert before[0] == "all" and before[1].images == 6 and "temperature" in before[2]
+    with caplog.at_level("INFO", "vimoe"):
+        assert again.score(str(others)) == (*before[:2], {})
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("without a temperature, which the run's own validation decides: ") and "\n" not in line
     files = sorted(others.rglob("*.png"))
     predictions = again.predict(files, top=2)
     assert [each["file"] for each in predictions] == [str(file) for file in files]
     assert {len(each["classes"]) for each in predictions} == {2}
     with pytest.raises(DataError, match="no such folder"):
         again.score()
+
+
+def logits_of(run: FinishedRun, samples: Sequence[object]) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = [(run.model.eval()(x), y) for x, y in run.task.loader(run.model, run.data, samples)]
+    return torch.cat([z.detach() for z, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def test_the_temperature_is_fitted_on_validation_and_tried_on_what_is_scored(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = folder(tmp_path / "others", 2)
+    values, elsewhere = (
+        call(capsys, "evaluate", root / "run"),
+        call(capsys, "evaluate", root / "run", "--data.path", others),
+    )
+    run = FinishedRun(root / "run")
+    fitted = fit_temperature(*logits_of(run, run.data.val))
+    assert values["temperature"] == elsewhere["temperature"] == pytest.approx(fitted, rel=1e-4)
+    logits, labels = logits_of(run, run.data.test)
+    assert fit_temperature(logits, labels) != pytest.approx(fitted, rel=1e-2)
+    at = [float(cross_entropy(logits / T, labels)) for T in (1, fitted)]
+    assert [values["loss"], values["loss_at_temperature"]] == pytest.approx(at, rel=1e-4) and at[0] != at[1]
+    assert elsewhere["loss_at_temperature"] not in (values["loss_at_temperature"], elsewhere["loss"])
+    assert 0 <= values["ece_at_temperature"] <= 1 and values["ece_at_temperature"] != values["ece"] > 0
+    assert main(["evaluate", str(root / "run")]) == 0
+    said = f"; at temperature {values['temperature']:.3f}, fitted on validation: loss {at[1]:.4f}, calibration error "
+    assert said in capsys.readouterr().out
+
+
+def test_without_test_images_validation_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(root / "photos" / "test")
+    run, read = FinishedRun(root / "run"), list[str]()
+    real = run.task.evaluate
+    monkeypatch.setattr(run.task, "evaluate", lambda *args: read.append(args[2]) or real(*args))
+    split, score, facts = run.score()
+    assert (split, read) == ("validation", ["evaluating"])
+    assert facts["loss_at_temperature"] < score.to_dict()["loss"]  # it is the lowest on these
+
+
+def test_a_damaged_validation_image_is_told_by_a_score_of_test_and_not_of_other_images(root: Path) -> None:
+    next((root / "photos" / "val").rglob("*.png")).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"\.png cannot be read as an image"):
+        FinishedRun(root / "run").score()
+    assert FinishedRun(root / "run").score(str(root / "photos" / "test"))[2] == {}
 
 
 def test_a_damaged_image_is_told_before_the_pruning_that_recovers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

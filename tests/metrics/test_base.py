@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -61,9 +61,18 @@ def test_a_metric_of_means_needs_no_counts_of_its_own(monkeypatch: pytest.Monkey
 
 
 def test_scores_are_read_back_as_what_they_were() -> None:
-    image, scene = ImageScore(0.5, 0.75, 1.5, 4), SceneScore(0.5, (0.5, None), 0.5, None, 40, 4)
+    image, scene = ImageScore(0.5, 0.75, 1.5, 4, 0.25), SceneScore(0.5, (0.5, None), 0.5, None, 40, 4)
     for score in (image, scene):
         assert read_score(score.to_dict()) == score and type(read_score(score.to_dict())) is type(score)
+
+
+def test_a_score_of_an_older_version_has_no_calibration_error() -> None:
+    old = read_score({"top1": 0.5, "top5": 0.75, "loss": 1.5, "images": 4})
+    assert old == ImageScore(0.5, 0.75, 1.5, 4, None) and "ece" not in old.columns
+    assert str(old) == "top-1 50.00%, top-5 75.00%, loss 1.5000 of 4 images"
+    new = replace(old, ece=0.125)
+    assert new.columns == {**old.columns, "ece": 0.125} and new.rank == old.rank
+    assert "calibration error 12.50% of 4 images" in str(new)
 
 
 def test_batches_are_on_the_device_in_the_types_that_the_model_takes() -> None:

@@ -55,7 +55,8 @@ def test_a_vimoe_learns_scenes_and_its_run_says_how_well(
     assert float(rows[-1][rows[0].index("val_loss")]) < 0.7 * float(rows[1][rows[0].index("val_loss")])
     values = call(capsys, "evaluate", run)
     page = (run / "report.html").read_text()
-    assert {"miou", "per_class_iou", "pixel_accuracy", "loss"} <= set(values) and values["split"] == "test"
+    figures = {"miou", "per_class_iou", "pixel_accuracy", "loss", "pixels", "images"}
+    assert set(values) == {"schema", "command", *figures, "split"} and values["split"] == "test"
     assert values["images"] == 2 and len(values["per_class_iou"]) == 3 and values["miou"] > 0.4
     assert 0.5 < summary["patch_ceiling"] < 1 and f"{100 * summary['patch_ceiling']:.2f}%" in page
     assert summary["classes"] == list(NAMES) and summary["scan"]["train"] == 9

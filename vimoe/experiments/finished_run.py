@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -24,10 +25,11 @@ from vimoe.config.data import Inference
 from vimoe.config.settings import check_reads
 from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import preprocessing
-from vimoe.errors import ConfigError, FolderError, Stopped
+from vimoe.errors import ConfigError, DataError, FolderError, Stopped
 from vimoe.experiments.train import check_outside
 from vimoe.files import read_text, temporary_folder, write_bytes
-from vimoe.metrics.base import Batches, Score
+from vimoe.metrics.base import Batches, Score, metric_of
+from vimoe.metrics.calibration import KeptLogits
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load, save
 from vimoe.moe.layer import moe_layers
@@ -37,6 +39,8 @@ from vimoe.tasks.base import Roles, Scanned, facts_of, task_of
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import trained_modules
+
+logger = logging.getLogger(__name__)
 
 
 class FinishedRun:
@@ -78,10 +82,14 @@ class FinishedRun:
         return ("test", self.data.test) if self.data.test else ("validation", self.data.val)
 
     def score(self, path: str | None = None) -> tuple[str, Score, dict[str, Any]]:
-        """Return the name of the scored images, the model's score on them, and facts about how they were read.
+        """Return the name of the scored images, the model's score on them, and facts beside it.
 
         A run that was trained on cached features scores the images of `reported` on theirs: {"features": {"before":
         first block that runs}}. The figures are those on images up to rounding in float16; a path gives those.
+
+        For a metric that `calibrates`, facts also are "temperature", fitted on the run's validation (one more pass if
+        that is not reported itself), "loss_at_temperature" and "ece_at_temperature" of the scored images. A run whose
+        own images cannot be read any more scores those of a path without them.
 
         Args:
             path: data path of other images; by default those of `reported`.
@@ -92,7 +100,11 @@ class FinishedRun:
         else:
             split, samples = self.reported
             loader = self.task.scored(self.model, self.data, samples)
-        return split, self.task.evaluate(self.model, loader, "evaluating"), facts_of(loader)
+        metric = metric_of(self.model, self.task.metric)
+        kept = KeptLogits(metric) if metric.calibrates else None
+        score = self.task.evaluate(self.model, loader, "evaluating", kept)
+        calibration = self._calibration(kept, path is not None) if kept else {}
+        return split, score, {**facts_of(loader), **calibration}
 
     def predict(self, files: Sequence[Path], out: str | Path | None = None, top: int = 5) -> list[dict[str, Any]]:
         """Return the predictions for image files, as `vimoe.tasks.base.Task.predict`."""
@@ -217,6 +229,26 @@ class FinishedRun:
         checkpoint.remove(folder)
         epochs: int = recovered["epochs"]
         return epochs
+
+    def _calibration(self, scored: KeptLogits, elsewhere: bool) -> dict[str, float]:
+        """Return the temperature of the run's validation, and what it makes of the scored images, as `KeptLogits.at`.
+
+        Args:
+            scored: logits of the scored images.
+            elsewhere: True if they are not the run's own; then an unreadable validation leaves nothing to return.
+        """
+        try:
+            decides = scored
+            if elsewhere or self.data.test:
+                decides, own = KeptLogits(scored.metric), self.task.scored(self.model, self.data, self.data.val)
+                self.task.evaluate(self.model, own, "calibrating", decides)
+            temperature = decides.temperature()
+        except DataError as error:
+            if not elsewhere:
+                raise
+            logger.info("without a temperature, which the run's own validation decides: %s", error)
+            return {}
+        return scored.at(temperature)
 
     def _write_examples(self, evidence: Evidence) -> None:
         """Write the contact sheet of each layer as figures/examples-LAYER.png."""

@@ -42,7 +42,7 @@ class Score(ABC):
     @property
     @abstractmethod
     def columns(self) -> dict[str, float]:
-        """Figures for the logs, by name; "loss" is the mean in nats, others are shares in 0..1."""
+        """Figures for the logs, by name; "loss" is the mean in nats, others are in 0..1."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON knows them."""
@@ -107,10 +107,13 @@ class Metric(ABC):
         model: model that is measured.
         score_type: class of the scores; its `kind` is the metric's name in METRICS.
         by_patch: True if each patch of an image has a class of its own, False if the image has one.
+        calibrates: True if outputs are logits (B, classes) of one class for each image and the loss is their
+            cross-entropy, and scores have the column "ece". Then `vimoe.metrics.calibration` fits a temperature.
     """
 
     score_type: ClassVar[type[Score]]
     by_patch: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -190,6 +193,7 @@ def evaluate(
     bar: str = "",
     metric: str | None = None,
     outputs: Callable[[nn.Module, Tensor], Tensor] = logits_of,
+    counts: Counts | None = None,
 ) -> Score:
     """Return the score of a model over a loader of (images, labels). Leaves the model in eval mode.
 
@@ -199,12 +203,13 @@ def evaluate(
         bar: name of the progress bar; without it there is none.
         metric: name in METRICS; by default the model's own (`metric_of`).
         outputs: function of the model and its argument on its device, such as images; it returns logits.
+        counts: counts to add the batches to; by default new ones of the metric.
 
     Raises:
         DataError: if the model does not take the batches.
     """
     measure = metric_of(model, metric)
-    counts = measure.counts()
+    counts = measure.counts() if counts is None else counts
     for start, labels in batches(measure, loader, bar):
         with torch.no_grad(), start.resumed(model) as x:
             counts.add(outputs(model, x), labels)

@@ -1,27 +1,34 @@
-"""Top-1, top-5 and loss of a classifier."""
+"""Top-1, top-5, loss and calibration error of a classifier."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe.errors import DataError
 from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
+from vimoe.metrics.calibration import BINS, calibration_gaps
 from vimoe.models.interface import find_backbone
 
 
 @dataclass(frozen=True)
 class ImageScore(Score):
-    """Shares in 0..1, the mean cross-entropy in nats, and the number of images."""
+    """Shares in 0..1, the mean cross-entropy in nats, the number of images, and the calibration error.
+
+    Args:
+        ece: expected calibration error in 0..1 (`vimoe.metrics.calibration`); None in files of an older version.
+    """
 
     kind: ClassVar[str] = "classification"
     top1: float
     top5: float
     loss: float
     images: int
+    ece: float | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -30,36 +37,45 @@ class ImageScore(Score):
 
     @property
     def columns(self) -> dict[str, float]:
-        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+        calibration = {} if self.ece is None else {"ece": self.ece}
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5, **calibration}
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f} of {self.images} images"
+        calibration = "" if self.ece is None else f", calibration error {self.ece:.2%}"
+        return (
+            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}{calibration} of {self.images} images"
+        )
 
 
 class ImageCounts(Counts):
-    """Counts of right classes, and the sum of the losses."""
+    """Counts of right classes, and sums of the losses and of the gaps of each bin of confidence."""
 
     def __init__(self) -> None:
         self.images, self.top1, self.top5, self.loss = 0, 0, 0, 0.0
+        self.gaps = torch.zeros(BINS, dtype=torch.float64)
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Count a batch: logits (B, classes), labels (B,)."""
         logits = outputs.float()
+        log_p = logits.log_softmax(dim=1)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         self.images += len(labels)
         self.top1 += int(best[:, 0].sum())
         self.top5 += int(best.any(dim=1).sum())
-        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        self.loss += float(F.nll_loss(log_p, labels, reduction="sum"))
+        self.gaps += calibration_gaps(log_p.amax(dim=1).exp(), best[:, 0])
 
     def score(self) -> ImageScore:
         n = max(self.images, 1)
-        return ImageScore(self.top1 / n, self.top5 / n, self.loss / n, self.images)
+        ece = float(self.gaps.abs().sum()) / n
+        return ImageScore(self.top1 / n, self.top5 / n, self.loss / n, self.images, ece)
 
 
 class ClassificationMetric(Metric):
     """Top-1 of logits (B, classes) by labels (B,)."""
 
     score_type = ImageScore
+    calibrates = True
 
     def counts(self) -> ImageCounts:
         return ImageCounts()

@@ -15,7 +15,7 @@ class Shown:
     """Names for the figures of a score, by their keys in JSON and in metrics.csv.
 
     Attributes:
-        shares: name of each share in 0..1; by the first one, the judge, the best epoch is chosen.
+        shares: name of each share or error in 0..1; by the first one, the judge, the best epoch is chosen.
         right: key of the share that interventions change (`Metric.of_each_image`).
         counts_images: True if the first share counts independent images, so that their number gives its 95% margin.
         by_class: key of the shares of single classes, and their name; None where a score has none.
@@ -54,7 +54,9 @@ METRICS = Registry(
 SCORES = Registry(
     "kind of score",
     {
-        "classification": Shown({"top1": "top-1", "top5": "top-5"}, "top1", counts_images=True),
+        "classification": Shown(
+            {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}, "top1", counts_images=True
+        ),
         "segmentation": Shown(
             {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy"},
             "pixel_accuracy",

@@ -14,9 +14,14 @@ RECEIPTS = {"before": "before pruning", "after": "pruned", "recovered": "pruned,
 
 
 def measures(score: dict[str, Any]) -> dict[str, str]:
-    """Return the shares of a score by name, in percent; the first with half its 95% interval if it has one."""
+    """Return the shares of a score by name, in percent; the first with half its 95% interval if it has one.
+
+    Files of an older version lack some.
+    """
     names = shown(score)
-    cells = {f"{name}, %": f"{100 * score[key]:.2f}" for key, name in names.shares.items()}
+    cells = {
+        f"{name}, %": f"{100 * score[key]:.2f}" for key, name in names.shares.items() if score.get(key) is not None
+    }
     if (half := margin(score)) is not None:
         cells[f"{names.judge_name}, %"] += f"\u00a0±\u00a0{half:.2f}"
     return cells

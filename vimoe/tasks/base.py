@@ -22,7 +22,7 @@ from vimoe.config.data import TASKS, DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, DataError
-from vimoe.metrics.base import Batches, Score, evaluate
+from vimoe.metrics.base import Batches, Counts, Score, evaluate
 from vimoe.metrics.registry import check_shown
 from vimoe.training.job import Job
 
@@ -162,9 +162,9 @@ class Task(ABC, Generic[D]):
         """Return the video that each validation image is a frame of; None if nothing says."""
         return None
 
-    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "") -> Score:
-        """Return the score of a model, under a progress bar of that name."""
-        return evaluate(model, loader, bar, self.metric)
+    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "", counts: Counts | None = None) -> Score:
+        """Return the score of a model, with a progress bar and counts as of `vimoe.metrics.base.evaluate`."""
+        return evaluate(model, loader, bar, self.metric, counts=counts)
 
     @abstractmethod
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:

@@ -20,7 +20,7 @@ from vimoe.data.scene_loaders import JointImages, centre_transform
 from vimoe.data.scene_scan import SceneScan, scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
-from vimoe.metrics.base import Batches, Score
+from vimoe.metrics.base import Batches, Counts, Score
 from vimoe.metrics.segmentation import ceiling
 from vimoe.models.create import dense_segmenter
 from vimoe.models.interface import label_names
@@ -95,8 +95,8 @@ class Segmentation(Task[Scenes]):
     def sequences(self, data: Scenes) -> tuple[str, ...] | None:
         return data.sequences
 
-    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "") -> Score:
-        return evaluate_scenes(model, loader, self.settings.data, bar)
+    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "", counts: Counts | None = None) -> Score:
+        return evaluate_scenes(model, loader, self.settings.data, bar, counts)
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
         classes, config = label_names(model), self.settings.data

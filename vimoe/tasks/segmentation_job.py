@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from vimoe.data.images import source_path
 from vimoe.data.scene_loaders import eval_loader, eval_transform, train_loader, train_transform
 from vimoe.data.scenes import Scene, Scenes
 from vimoe.errors import ConfigError
-from vimoe.metrics.base import Batches, Score, evaluate
+from vimoe.metrics.base import Batches, Counts, Score, evaluate
 from vimoe.metrics.segmentation import pixel_loss
 from vimoe.tasks.windows import sliding, whole
 from vimoe.training.job import Job
@@ -74,9 +75,11 @@ def whole_images(
     return eval_loader(scenes, all_scenes.legend, transform, batch_size, workers)
 
 
-def evaluate_scenes(model: nn.Module, loader: Batches, config: DataConfig, bar: str = "") -> Score:
+def evaluate_scenes(
+    model: nn.Module, loader: Batches, config: DataConfig, bar: str = "", counts: Counts | None = None
+) -> Score:
     """Return the score of a segmenter over a loader of whole images, under a progress bar of that name."""
-    return evaluate(model, loader, bar, "segmentation", lambda segmenter, images: infer(segmenter, images, config))
+    return evaluate(model, loader, bar, "segmentation", partial(infer, config=config), counts)
 
 
 def infer(model: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
