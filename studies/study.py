@@ -122,7 +122,7 @@ def in_process(command: list[str], cell: Cell, runs: Path, key: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 1 if a cell failed, 2 after a mistake of the user."""
+    """Run the command line and return the exit status: 0, 1 if a cell failed, 2 after a mistake, 130 after Ctrl-C."""
     given = sys.argv[1:] if argv is None else argv
     args = arguments(given)
     try:
@@ -136,6 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     except VimoeError as error:
         print(f"study.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the cells in their processes have had it too, and left checkpoints
+        print("study.py: interrupted; start again to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

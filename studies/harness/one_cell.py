@@ -95,6 +95,7 @@ def compute(
 
 
 def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
+    started = time.monotonic()
     summary = _train(cell, values, run)
     found: dict[str, Any] = {key: summary[key] for key in KEPT if key in summary}
     began = time.monotonic()
@@ -104,12 +105,14 @@ def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any
         for step in cell.after:
             steps[step] = STEPS[step](run)
     after = time.monotonic() - began
+    # with reading and checking images; of a training that was killed and went on, what this process did not see too
+    whole = max(time.monotonic() - started, summary["seconds"] + after)
     return {
         **found,
         "analysis": steps.pop("analyze", None),
         "after": steps,
         "cost": _cost(run),
-        "seconds": {"train": summary["seconds"], "after": after, "cell": summary["seconds"] + after},
+        "seconds": {"train": summary["seconds"], "after": after, "cell": whole},
         "precision": run_folder.open_run(run).settings.train.precision,
         "machine": machine(),
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
+Name = TypeVar("Name", bound=Hashable)  # of a rate, or of an outcome
 EXACT = 13  # seeds up to which all 2^n signs are tried
 
 
@@ -90,7 +92,7 @@ def verdict(difference: Mean, margin: float, routes: Mean | None = None, needed:
     return "equivalent within the margin" if within else "not decided"
 
 
-def mean_ranks(scores: dict[float, dict[int, float]]) -> dict[float, float]:
+def mean_ranks(scores: Mapping[Name, Mapping[int, float]]) -> dict[Name, float]:
     """Return the mean over seeds of each candidate's rank, 1 for the highest score; equal scores share their ranks.
 
     Args:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from harness.paired import mean_ranks
+from harness.paired import Name, mean_ranks
 from harness.plan import Cell, Study
 from vimoe.errors import ConfigError
 from vimoe.files import read_text
 from vimoe.metrics.registry import shown
-
-Name = TypeVar("Name", bound=Hashable)
 
 
 def best(val: Mapping[Name, Mapping[int, dict[str, Any]]]) -> Name:
@@ -26,11 +24,10 @@ def best(val: Mapping[Name, Mapping[int, dict[str, Any]]]) -> Name:
     Args:
         val: validation score of each candidate by seed.
     """
-    names = list(val)
-    judge = shown(next(iter(val[names[0]].values()))).judge
-    ranks = mean_ranks({i: {s: v[judge] for s, v in val[name].items()} for i, name in enumerate(names)})
-    losses = [statistics.fmean(v["loss"] for v in val[name].values()) for name in names]
-    return names[min(ranks, key=lambda i: (ranks[i], losses[int(i)], i))]  # type: ignore[call-overload]
+    judge = shown(next(iter(next(iter(val.values())).values()))).judge
+    ranks = mean_ranks({name: {seed: v[judge] for seed, v in scores.items()} for name, scores in val.items()})
+    losses = {name: statistics.fmean(v["loss"] for v in scores.values()) for name, scores in val.items()}
+    return min(val, key=lambda name: (ranks[name], losses[name]))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import arms_over_seeds
@@ -44,6 +45,16 @@ def test_the_table_stands_between_its_marks_and_pairs_by_seed(tmp_path: Path) ->
     assert "| sky | 50.0 | 50.0 |" in lines and "| car | – | – |" in lines
     arms_over_seeds.write_table(tmp_path, "dense")
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_table_of_camvid_regenerates_unchanged(tmp_path: Path) -> None:
+    study = shutil.copytree(Path(arms_over_seeds.__file__).parent / "camvid", tmp_path / "camvid")
+    page = (study / "README.md").read_text("utf-8")
+    assert "| vimoe-last1 | 3 | 32.11" in page
+    (study / "README.md").write_text(f"{page.partition(BEGIN)[0]}{BEGIN}\n{END}{page.partition(END)[2]}", "utf-8")
+    arms_over_seeds.write_table(study, "dense")
+    written = (study / "README.md").read_text("utf-8")
+    assert written.split() == page.split()  # the notes are wrapped by hand
 
 
 def test_seeds_of_different_settings_are_not_put_together(tmp_path: Path) -> None:

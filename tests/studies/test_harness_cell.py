@@ -41,6 +41,7 @@ def test_a_cell_of_the_search_never_sees_test(tmp_path: Path) -> None:
 
 def test_a_cell_has_the_analysis_and_the_score_after_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vimoe.analysis.pruning._TIMED_SECONDS", 0.1)
+    monkeypatch.setattr("vimoe.cli.DRAWS", 4)
     study = write_study(tmp_path)
     cell = study.final_cells("digits", "vimoe", 1e-3)[0]
     assert run(study, cell) == 0
@@ -62,11 +63,11 @@ def test_a_killed_cell_does_not_exist_and_goes_on_to_the_same_score(tmp_path: Pa
     whole, study = write_study(tmp_path / "whole", base=base), write_study(tmp_path, base=base)
     cell = study.final_cells("digits", "dense", 1e-3)[0]
     assert run(whole, cell) == 0
-    kill_after(6)  # of 8 steps
+    kill_after(4)  # of 6 steps, in the second epoch
     with pytest.raises(Killed):
         run(study, cell)
     assert not list(study.results.iterdir())
-    kill_after(2)  # of those that are left, so that a training from the beginning would be killed again
+    kill_after(3)  # of those that are left, so that a training from the beginning would be killed again
     assert run(study, cell, keep=True) == 0
     assert result(study, cell)["test"] == result(whole, cell)["test"]
     assert result(study, cell)["val"] == result(whole, cell)["val"]

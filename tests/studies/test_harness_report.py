@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import study
 from harness.plan import Study
 from harness.report import write_report
 from harness.results import Results, best
@@ -85,6 +87,14 @@ def test_calibration_stands_in_the_table_where_evaluate_gives_it(tmp_path: Path)
 def test_without_cells_the_page_says_so(tmp_path: Path) -> None:
     write_report(write_study(tmp_path))
     assert "### digits\n\nNo result yet.\n" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_the_tables_of_the_registered_study_are_those_of_its_files(tmp_path: Path) -> None:
+    there = Path(study.__file__).parent / "vimoe"
+    copy = shutil.copytree(there, tmp_path / "vimoe")
+    write_report(Study(copy))
+    for path in (there / "README.md", *there.glob("figures/*")):
+        assert (copy / path.relative_to(there)).read_bytes() == path.read_bytes()
 
 
 def test_the_candidate_of_a_contrast_is_chosen_in_the_search_alone(tmp_path: Path) -> None:
