@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from study import difference, spread, vimoe
+from arms_over_seeds import difference, spread, vimoe
 
 
 def rise(run: Path) -> float:

@@ -1,186 +1,145 @@
-"""Train every arm of a study over seeds, score each on test, and write the table into the study's README.
+"""Compute the cells of a study, in any number of processes, and write its tables and figures from their files.
 
-    python studies/study.py studies/camvid --seeds 0 1 2 -- --data.path camvid --model.name local-dir:runs/mae/model
+    python studies/study.py studies/vimoe --set CUB100=cub100 --set DINOV2=dinov2 --workers 2
+    python studies/study.py studies/vimoe --report
 
-STUDY/base.yaml is what all arms share, STUDY/arms/NAME.yaml what an arm changes; what follows "--" goes to every
-`vimoe train`. A result is one JSON file in STUDY/results, made once: to make it again remove it. A training that was
-killed goes on. With data.cache=features in base.yaml, arms that are cut at the same block have one trunk, also where
-several train at a time and where each is scored. The table stands between two marks in STUDY/README.md, and nothing in
-it is typed by hand.
+STUDY/study.yaml has the settings that all arms share, data sets, arms, learning rates, seeds and contrasts. Every arm
+(the dense one too) is trained with all rates on the search's seeds; the rate of the best mean rank on validation is
+then trained on all seeds. A cell is one JSON file in STUDY/results, whose name ends in a hash of settings, data and
+code: what changed is computed anew. A cell that was killed goes on from its checkpoint, in whichever process takes it.
+Tables stand between two marks in STUDY/README.md; nothing in them is typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import platform
-import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+import tempfile
 from pathlib import Path
-from typing import Any
 
-from scipy import stats
+import yaml
+from harness.one_cell import compute
+from harness.plan import Cell, Study, code_version, digest_of_path, given_values
+from harness.queue import Queue, Workers
+from harness.slurm import submit
 
-from vimoe.files import write_json, write_text
-from vimoe.metrics.registry import shown
-from vimoe.models.cost import count
-from vimoe.models.model_folder import load
-
-BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
-KEPT = ("val", "best_epoch", "epochs", "seconds", "train_images", "classes", "versions")  # of summary.json
+from vimoe.errors import ConfigError, VimoeError, choice
 
 
-def vimoe(*argv: str) -> dict[str, Any]:
-    """Run a verb and return its JSON; its log goes to our standard error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "vimoe.cli", *argv, "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"vimoe {' '.join(argv)} ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_one(study: Path, arm: Path, seed: int, runs: Path, extra: Sequence[str]) -> None:
-    """Train and score one arm with one seed, as STUDY/results/ARM-seedN.json."""
-    result = study / "results" / f"{arm.stem}-seed{seed}.json"
-    if result.exists():
-        return
-    run = runs / f"{arm.stem}-seed{seed}"
-    if (run / "config.yaml").exists() and not (run / "summary.json").exists():
-        vimoe("train", "--resume", str(run))
-    elif not run.exists():
-        configs = ["--config", str(study / "base.yaml"), "--config", str(arm)]
-        vimoe("train", *configs, *extra, "--train.seed", str(seed), "--out", str(run))
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    settings = (study / "base.yaml").read_bytes() + arm.read_bytes() + "\n".join(extra).encode()
-    write_json(result, {
-        "arm": arm.stem,
-        "seed": seed,
-        "test": vimoe("evaluate", str(run)),
-        **{key: summary[key] for key in KEPT},
-        "patch_ceiling": summary.get("patch_ceiling"),
-        "cost": cost(run),
-        "settings": hashlib.sha256(settings).hexdigest()[:12],
-        "machine": f"{platform.machine()}, {platform.system()}",
-    })  # fmt: skip
-    print(result, flush=True)
-
-
-def cost(run: Path) -> dict[str, float]:
-    """Return parameters, activated parameters and multiply-adds of a run's model for one training crop."""
-    return asdict(count(load(run / "model")))
-
-
-def table(results: list[dict[str, Any]], control: str) -> str:
-    """Return mean and standard deviation over seeds by arm, and each arm against the control, paired by seed."""
-    arms: dict[str, dict[int, dict[str, Any]]] = {}
-    for result in results:
-        arms.setdefault(result["arm"], {})[result["seed"]] = result
-    names = shown(results[0]["test"])
-    key = names.judge
-    order = sorted(arms, key=lambda arm: (arm != control, arm))
-    lines = [
-        f"| arm | seeds | {names.judge_name}, % on test | against {control}, points | loss | on validation "
-        "| activated, M | MACs, G |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm in order:
-        mine = list(arms[arm].values())
-        scores, losses = [100 * r["test"][key] for r in mine], [r["test"]["loss"] for r in mine]
-        decided = [100 * r["val"][key] for r in mine]
-        paired = [
-            100 * (r["test"][key] - arms[control][seed]["test"][key])
-            for seed, r in arms[arm].items()
-            if seed in arms.get(control, {})
-        ]
-        lines.append(
-            f"| {arm} | {len(mine)} | {spread(scores, '.2f')} | "
-            f"{'' if arm == control else difference(paired, len(arms) - 1)} | {spread(losses, '.4f')} | "
-            f"{spread(decided, '.2f')} | "
-            f"{mine[0]['cost']['activated_params'] / 1e6:.2f} | {mine[0]['cost']['macs'] / 1e9:.3f} |"
-        )
-    first = results[0]
-    notes = [
-        f"{first['test']['images']} test images; mean ± standard deviation over seeds. Differences are paired by seed, "
-        f"with a 95% interval of Student's t, widened for {len(arms) - 1} comparisons (Bonferroni). MACs are of one "
-        f"training crop. Versions: torch {first['versions']['torch']}, timm {first['versions']['timm']}."
-    ]
-    if first["patch_ceiling"]:
-        notes.append(f"One right label for each patch would reach {100 * first['patch_ceiling']:.2f}% on validation.")
-    if key == "miou":
-        notes += ["", *per_class(arms, order, first["classes"])]
-    return "\n".join([*lines, "", *notes])
-
-
-def per_class(arms: dict[str, dict[int, dict[str, Any]]], order: list[str], classes: list[str]) -> list[str]:
-    """Return the IoU by class on test, as the mean over seeds."""
-    lines = [f"| IoU, % | {' | '.join(order)} |", "|---" * (len(order) + 1) + "|"]
-    for c, name in enumerate(classes):
-        cells = []
-        for arm in order:
-            found = [r["test"]["per_class_iou"][c] for r in arms[arm].values()]
-            cells.append("–" if None in found else f"{100 * statistics.fmean(found):.1f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def spread(values: list[float], form: str) -> str:
-    """Return mean ± standard deviation as text; for one value without the deviation."""
-    mean = format(statistics.fmean(values), form)
-    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
-
-
-def difference(paired: list[float], comparisons: int) -> str:
-    """Return the mean of paired differences and its interval as text."""
-    if len(paired) < 2:
-        return "too few seeds"
-    mean = statistics.fmean(paired)
-    quantile = float(stats.t.ppf(1 - 0.025 / comparisons, len(paired) - 1))
-    half = quantile * statistics.stdev(paired) / len(paired) ** 0.5
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-
-
-def write_table(study: Path, control: str) -> None:
-    """Put the table between the marks of the study's README."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((study / "results").glob("*.json"))]
-    for arm in {result["arm"] for result in results}:
-        if len({result["settings"] for result in results if result["arm"] == arm}) > 1:
-            place = study / "results"
-            raise SystemExit(f"{place}: the seeds of {arm} had different settings: expected the same; remove the older")
-    text = (study / "README.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after and END not in rest:
-        raise SystemExit(f"{study / 'README.md'} has no marks: expected {BEGIN} and {END}")
-    filled = table(results, control) if results else "No result yet."
-    write_text(study / "README.md", f"{before}{BEGIN}\n{filled}\n{END}{after}")
-
-
-def main() -> None:
-    """Read the command line."""
-    given = sys.argv[1:]
-    mine, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="to train; none writes the table alone")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders go")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--control", default="dense", help="the arm that others are compared with")
-    args = parser.parse_args(mine)
-    arms = sorted((args.study / "arms").glob("*.yaml"))
-    (args.study / "results").mkdir(exist_ok=True)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:  # seed by seed, so that what is there can be compared
-        jobs = [pool.submit(run_one, args.study, a, s, args.runs, extra) for s in args.seeds for a in arms]
-        for job in jobs:
-            job.result()
-    write_table(args.study, args.control)
+    parser.add_argument("study", type=Path, help="folder with study.yaml")
+    parser.add_argument("--report", action="store_true", help="write tables and figures, and compute nothing")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", help="value of ${NAME}")
+    parser.add_argument("--arms", nargs="+", default=[], help="arms to compute (default: all)")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time; with --slurm the number of jobs")
+    parser.add_argument("--runs", type=Path, help="folder for run folders and claims (default: runs/STUDY)")
+    parser.add_argument("--keep", action="store_true", help="keep the run folders of finished cells")
+    parser.add_argument("--cell", help="compute this cell alone, in this process")
+    parser.add_argument(
+        "--slurm", nargs="*", metavar="NAME=VALUE", help="submit workers as jobs; submitit's parameters"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be computed or submitted")
+    args = parser.parse_args(argv)
+    args.runs = args.runs or Path("runs") / args.study.resolve().name
+    return args
+
+
+def macs(cell: Cell, values: dict[str, str]) -> float:
+    """Return the multiply-adds of an image in a cell's model."""
+    from vimoe.cli import count
+
+    settings = cell.filled(values)
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "cell.yaml")
+        config.write_text(yaml.safe_dump({name: settings[name] for name in ("model", "moe") if name in settings}))
+        _, found = count("count", ["--config", str(config)])
+    return float(found["moe"]["macs"])
+
+
+def work(study: Study, args: argparse.Namespace, argv: list[str]) -> int:
+    """Compute cells, or one of them, or submit jobs that do; return an exit status."""
+    for arm in args.arms:
+        if arm not in study.arms:
+            raise ConfigError(f"--arms {arm}: {choice(arm, list(study.arms))}")
+    values = given_values(args.set)
+    study.check(values)
+    cells = {cell.name: cell for cell in study.all_cells()}
+    names = sorted({name for cell in cells.values() for name in cell.variables})
+    inputs, code = {name: digest_of_path(values[name]) for name in names}, code_version()
+    keys = {cell.fingerprint: cell.key(inputs, code) for cell in cells.values()}
+    if args.cell:
+        if args.cell not in cells:
+            raise ConfigError(f"--cell {args.cell}: {choice(args.cell, list(cells))}")
+        cell = cells[args.cell]
+        return compute(study, cell, keys[cell.fingerprint], inputs, values, args.runs, args.keep, code)
+    queue = Queue(study, keys, args.runs, lambda cell: macs(cell, values), tuple(args.arms))
+    this = [sys.executable, str(Path(__file__).resolve()), *argv]
+    if args.slurm is not None:
+        worker = [*without_slurm(this), "--workers", "1"]
+        submit(worker, args.workers, args.slurm, args.runs / "slurm", args.dry_run, print)
+        return 0
+    workers = Workers(queue, lambda cell: in_process(this, cell, args.runs, keys[cell.fingerprint]), say)
+    if args.dry_run:
+        ready, waiting = queue.left(queue.done())
+        print("\n".join(cell.name for cell in ready))
+        print(f"and {len(waiting)} cells at the rates that the search will choose; {workers.state(args.workers)}")
+        return 0
+    say(workers.state(args.workers))
+    failed = workers.work(args.workers)
+    for name in failed:
+        say(f"failed: {name}; see its log in {args.runs}, and start again to try it again")
+    return 1 if failed else 0
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def without_slurm(command: list[str]) -> list[str]:
+    """Return a command without --slurm and its values, --workers and --dry-run."""
+    kept, skip = [], False
+    for word in command:
+        if word.startswith("--"):
+            skip = word in ("--slurm", "--dry-run", "--workers")
+        if not skip and not word.startswith("--workers="):
+            kept.append(word)
+    return kept
+
+
+def in_process(command: list[str], cell: Cell, runs: Path, key: str) -> int:
+    """Compute a cell by this script in a new process, with its log in the runs folder; return the exit status."""
+    runs.mkdir(parents=True, exist_ok=True)
+    log = runs / f"{cell.name}.{key}.log"
+    with log.open("a", encoding="utf-8") as out:
+        done = subprocess.run([*command, "--cell", cell.name], stdout=out, stderr=out, check=False)
+    if done.returncode == 0:
+        log.unlink(missing_ok=True)
+    return done.returncode
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, 1 if a cell failed, 2 after a mistake, 130 after Ctrl-C."""
+    given = sys.argv[1:] if argv is None else argv
+    args = arguments(given)
+    try:
+        study = Study(args.study)
+        if args.report:
+            from harness.report import write_report
+
+            write_report(study)
+            return 0
+        return work(study, args, given)
+    except VimoeError as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # the cells in their processes have had it too, and left checkpoints
+        print("study.py: interrupted; start again to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,74 +1,100 @@
-"""The table of a study from its results."""
+"""The command line of a study: workers as processes, jobs of a cluster, mistakes."""
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import study
+from harness.slurm import submit
+from helpers.studies import put, write_study
+
+from vimoe.errors import ConfigError
 
 
-def result(arm: str, seed: int, miou: float, ious: tuple[float | None, ...] = (0.5, None)) -> dict:
-    return {
-        "arm": arm, "seed": seed, "classes": ["sky", "car"], "versions": {"torch": "2", "timm": "1"},
-        "test": {"miou": miou, "loss": 1.0, "images": 9, "per_class_iou": list(ious)},
-        "val": {"miou": miou + 0.1}, "patch_ceiling": 0.7, "settings": "a",
-        "cost": {"activated_params": 2e6, "macs": 3e8},
-    }  # fmt: skip
+def test_a_dry_run_lists_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = write_study(tmp_path)
+    argv = [str(tmp_path), "--set", "DIGITS=digits", "--runs", str(tmp_path / "runs"), "--dry-run", "--arms", "vimoe"]
+    assert study.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == sorted(cell.name for cell in made.search_cells("digits", "vimoe"))
+    assert lines[4] == "and 2 cells at the rates that the search will choose; 0 of 6 cells, running: none"
 
 
-def test_a_paired_difference_of_a_hand_computed_case() -> None:
-    # differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.3027, half = 4.3027 / sqrt(3) = 2.484
-    assert study.difference([1.0, 2.0, 3.0], comparisons=1) == "+2.00 [-0.48, +4.48]"
-    assert study.difference([1.0, 2.0, 3.0], comparisons=2) == "+2.00 [-1.58, +5.58]"
-    assert study.difference([1.0], comparisons=1) == "too few seeds"
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--arms", "dens"], "--arms dens: "), (["--set", "DIGITS"], "--set DIGITS: expected NAME=VALUE"),
+        (["--set", "DIGITS=digits", "--cell", "digits.dense"], "--cell digits.dense: "),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    write_study(tmp_path)
+    assert study.main([str(tmp_path), *more]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
-def test_the_table_stands_between_its_marks_and_pairs_by_seed(tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    (tmp_path / "README.md").write_text(f"Before.\n{study.BEGIN}\nold\n{study.END}\nAfter.\n")
-    scores = {("dense", 0): 0.30, ("dense", 1): 0.40, ("vimoe", 1): 0.42, ("vimoe", 0): 0.31, ("vimoe", 2): 0.90}
-    for (arm, seed), miou in scores.items():
-        (tmp_path / "results" / f"{arm}-seed{seed}.json").write_text(json.dumps(result(arm, seed, miou)))
-    study.write_table(tmp_path, "dense")
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
-    lines = text.splitlines()
-    assert "| dense | 2 | 35.00 ± 7.07 |  | 1.0000 ± 0.0000 | 45.00 ± 7.07 | 2.00 | 0.300 |" in lines
-    (vimoe,) = (line for line in lines if line.startswith("| vimoe | 3 |"))
-    assert "+1.50 [-4.85, +7.85]" in vimoe  # of seeds 0 and 1: 1 and 2 points
-    assert "| sky | 50.0 | 50.0 |" in lines and "| car | – | – |" in lines
-    study.write_table(tmp_path, "dense")
-    assert (tmp_path / "README.md").read_text() == text
+def test_a_report_needs_no_paths(tmp_path: Path) -> None:
+    made = write_study(tmp_path)
+    put(made, made.search_cells("digits", "dense")[0], 0.5)
+    assert study.main([str(tmp_path), "--report"]) == 0
+    assert "1 cells of the search, 0 of 4 cells" in (tmp_path / "README.md").read_text("utf-8")
 
 
-def test_seeds_of_different_settings_are_not_put_together(tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    (tmp_path / "README.md").write_text(f"{study.BEGIN}\n{study.END}\n")
-    for seed, settings in enumerate("ab"):
-        values = {**result("dense", seed, 0.3), "settings": settings}
-        (tmp_path / "results" / f"dense-seed{seed}.json").write_text(json.dumps(values))
-    with pytest.raises(SystemExit, match="the seeds of dense had different settings"):
-        study.write_table(tmp_path, "dense")
+def test_a_worker_computes_a_cell_in_a_process_and_keeps_the_log_of_a_failure(tmp_path: Path) -> None:
+    cell = write_study(tmp_path).search_cells("digits", "dense")[0]
+    command = [sys.executable, "-c", "import sys; print(sys.argv[1:]); sys.exit(3 * ('bad' in sys.argv))"]
+    assert study.in_process([*command, "good"], cell, tmp_path / "runs", "k") == 0
+    assert not list((tmp_path / "runs").iterdir())
+    assert study.in_process([*command, "bad"], cell, tmp_path / "runs", "k") == 3
+    (log,) = (tmp_path / "runs").iterdir()
+    assert f"['bad', '--cell', '{cell.name}']" in log.read_text()
 
 
-def test_a_readme_without_marks_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    (tmp_path / "README.md").write_text("Nothing.\n")
-    with pytest.raises(SystemExit, match="has no marks"):
-        study.write_table(tmp_path, "dense")
+def test_a_dry_run_of_slurm_prints_the_jobs_and_needs_no_submitit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    write_study(tmp_path)
+    options = ["--slurm", "timeout_min=240", "slurm_partition=gpu", "--workers", "2"]
+    argv = [str(tmp_path), "--set", "DIGITS=digits", *options]
+    assert study.main([*argv, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("job 1 of 2 with {'timeout_min': 240, 'slurm_partition': 'gpu'}: ")
+    assert lines[0].endswith(f"study.py {tmp_path} --set DIGITS=digits --workers 1")
+    assert study.main(argv) == 2
+    assert "pip install submitit" in capsys.readouterr().err
 
 
-def test_every_arm_of_the_studies_is_a_config() -> None:
-    from vimoe.config.command_line import Parser
-    from vimoe.config.settings import SECTIONS
+def test_jobs_are_submitted_through_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list = []
 
-    for folder in (path for path in Path(study.__file__).parent.iterdir() if (path / "base.yaml").exists()):
-        for arm in (folder / "arms").glob("*.yaml"):
-            parser = Parser(prog="test")
-            parser.add_sections(*SECTIONS)
-            given = parser.parse_args(["--config", str(folder / "base.yaml"), "--config", str(arm)])
-            settings = parser.settings(given)
-            assert settings.train.epochs > 10  # of base.yaml
-            assert (settings.moe.layers == "none") == (arm.stem == "dense")
+    class Executor:
+        def __init__(self, folder: Path) -> None:
+            seen.append(folder)
+
+        def update_parameters(self, **parameters: object) -> None:
+            seen.append(parameters)
+
+        def submit(self, job: object) -> SimpleNamespace:
+            seen.append(job)
+            return SimpleNamespace(job_id="7")
+
+    fake = SimpleNamespace(AutoExecutor=Executor, helpers=SimpleNamespace(CommandFunction=tuple))
+    monkeypatch.setitem(sys.modules, "submitit", fake)
+    lines: list[str] = []
+    submit(["python", "study.py"], 2, ["timeout_min=9"], tmp_path, False, lines.append)
+    assert seen == [tmp_path, {"timeout_min": 9}, ("python", "study.py"), ("python", "study.py")]
+    assert lines == ["submitted job 7"] * 2
+    with pytest.raises(ConfigError, match="expected NAME=VALUE"):
+        submit([], 1, ["timeout_min"], tmp_path, False, lines.append)
+
+
+def test_a_job_is_a_worker_without_the_options_of_its_submission() -> None:
+    command = ["python", "study.py", "s", "--slurm", "a=1", "b=2", "--set", "X=y", "--workers=3", "--dry-run", "--keep"]
+    assert study.without_slurm(command) == ["python", "study.py", "s", "--set", "X=y", "--keep"]

@@ -1,0 +1,185 @@
+"""One cell in this process: claimed, trained or gone on with, scored, analysed, and written as one JSON file."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from harness.plan import Cell, Study
+from vimoe import run_folder
+from vimoe.cli import main
+from vimoe.files import write_json, write_text
+
+CLAIMED = 75  # exit status: another process has the cell
+KEPT = ("val", "best_epoch", "epochs", "stopped_early", "train_images", "classes", "features", "fused", "stages",
+        "patch_ceiling", "alarms", "versions")  # of summary.json  # fmt: skip
+LEFT_OUT = ("examples", "comparison", "expert_order", "class_order")  # of an analysis: of images, or large
+
+
+def verb(*argv: str) -> dict[str, Any]:
+    """Run a verb of vimoe in this process and return its JSON. Raises SystemExit with its status if it fails."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        status = main([*argv, "--json"])
+    if status:
+        raise SystemExit(status)
+    values: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
+    return values
+
+
+def file_of(study: Study, cell: Cell, key: str) -> Path:
+    """Return the path of a cell's JSON."""
+    return study.results / f"{cell.name}.{key}.json"
+
+
+def claim(runs: Path, cell: Cell, key: str) -> filelock.FileLock:
+    """Return the lock of a cell, which the system releases when its process ends, however it ends."""
+    runs.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(runs / f"{cell.name}.{key}.lock", timeout=0)
+
+
+def is_claimed(runs: Path, cell: Cell, key: str) -> bool:
+    """Return True if a process has the cell."""
+    if not (runs / f"{cell.name}.{key}.lock").exists():
+        return False
+    try:
+        with claim(runs, cell, key):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def compute(
+    study: Study, cell: Cell, key: str, inputs: Mapping[str, str], values: Mapping[str, str], runs: Path, keep: bool,
+    code: str,
+) -> int:  # fmt: skip
+    """Compute a cell, unless it is there or claimed, and return an exit status: 0, or CLAIMED.
+
+    Args:
+        study, cell, key, code: study, its cell, the cell's key, and the version of the package in it.
+        inputs: digest of each path by variable.
+        values: value of each variable.
+        runs: folder for run folders and claims.
+        keep: keep the run folder.
+    """
+    try:
+        with claim(runs, cell, key):
+            if not file_of(study, cell, key).exists():
+                study.results.mkdir(exist_ok=True)
+                run = runs / f"{cell.name}.{key}"
+                result = {
+                    "name": cell.name, "data": cell.data, "arm": cell.arm, "rate": cell.rate, "seed": cell.seed,
+                    "search": cell.search, "key": key, "fingerprint": cell.fingerprint, "settings": cell.settings,
+                    "inputs": {name: inputs[name] for name in cell.variables}, "code": code,
+                    **_measured(cell, values, run),
+                }  # fmt: skip
+                write_json(file_of(study, cell, key), result)
+                if not keep:
+                    for each in _folders(run, cell.after):
+                        shutil.rmtree(each, ignore_errors=True)
+                    run.with_name(f"{run.name}.yaml").unlink(missing_ok=True)
+    except filelock.Timeout:
+        return CLAIMED
+    return 0
+
+
+def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    summary = _train(cell, values, run)
+    found: dict[str, Any] = {key: summary[key] for key in KEPT if key in summary}
+    began = time.monotonic()
+    steps: dict[str, Any] = {}
+    if not cell.search:  # the search decides by validation and never sees test
+        found["test"] = verb("evaluate", str(run))
+        for step in cell.after:
+            steps[step] = STEPS[step](run)
+    after = time.monotonic() - began
+    # with reading and checking images; of a training that was killed and went on, what this process did not see too
+    whole = max(time.monotonic() - started, summary["seconds"] + after)
+    return {
+        **found,
+        "analysis": steps.pop("analyze", None),
+        "after": steps,
+        "cost": _cost(run),
+        "seconds": {"train": summary["seconds"], "after": after, "cell": whole},
+        "precision": run_folder.open_run(run).settings.train.precision,
+        "machine": machine(),
+    }
+
+
+def _train(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
+    """Train in a run folder, go on where a killed process stopped, and return the content of summary.json."""
+    if not (run / run_folder.SUMMARY).exists():
+        if (run / run_folder.CHECKPOINT).exists():
+            verb("train", "--resume", str(run))
+        else:
+            shutil.rmtree(run, ignore_errors=True)  # of a process that was killed before its first checkpoint
+            settings = run.with_name(f"{run.name}.yaml")
+            write_text(settings, yaml.safe_dump(cell.filled(values)))
+            verb("train", "--config", str(settings), "--out", str(run))
+    summary: dict[str, Any] = json.loads((run / run_folder.SUMMARY).read_text(encoding="utf-8"))
+    return summary
+
+
+def _analyze(run: Path) -> dict[str, Any]:
+    found = verb("analyze", str(run))
+    kept = ("base", "images", "overruled_images", "pairs", "routes", "features", "agreement")
+    layers = [{k: v for k, v in layer.items() if k not in LEFT_OUT} for layer in found["layers"]]
+    return {**{key: found[key] for key in kept}, "layers": layers}
+
+
+def _prune(run: Path, *options: str) -> dict[str, Any]:
+    with _new(run, "merge_all" if options else "prune") as out:
+        found = verb("prune", str(run), "--out", str(out), *options)
+        return {
+            "test": verb("evaluate", str(out)),
+            **{key: found[key] for key in ("tolerance", "steps", "kept", "before", "after", "split")},
+        }
+
+
+@contextmanager
+def _new(run: Path, step: str) -> Iterator[Path]:
+    """Yield a path beside the run, at which nothing is."""
+    path = run.with_name(f"{run.name}.{step}")
+    shutil.rmtree(path, ignore_errors=True)
+    yield path
+
+
+def _folders(run: Path, after: tuple[str, ...]) -> list[Path]:
+    return [run, *(run.with_name(f"{run.name}.{step}") for step in after)]
+
+
+def _cost(run: Path) -> dict[str, Any]:
+    """Return parameters, activated parameters and multiply-adds of a run's model for one image."""
+    from vimoe.models.cost import count
+    from vimoe.models.model_folder import load
+
+    return asdict(count(load(run / run_folder.MODEL)))
+
+
+def machine() -> dict[str, Any]:
+    """Return what figures and seconds may depend on, without the machine's name."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"system": platform.system(), "cpu": f"{platform.machine()}, {cpu}", "threads": torch.get_num_threads(),
+            "gpu": gpu}  # fmt: skip
+
+
+STEPS = {
+    "analyze": _analyze,
+    "prune": _prune,
+    "merge_all": lambda run: _prune(run, "--merge_all", "true"),
+}

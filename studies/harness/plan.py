@@ -1,0 +1,317 @@
+"""A study as its study.yaml says: settings, data sets, arms, learning rates, seeds and contrasts. Imports no torch.
+
+A cell is one training: (data set, arm, learning rate, seed). Settings are those of `vimoe train`, by section. A text in
+them may hold ${NAME}: a path of the machine, given by --set NAME=PATH or by the environment. The settings that are
+stored and hashed keep ${NAME}; the digest of what lies at the path stands beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from vimoe.config.command_line import read_settings
+from vimoe.config.settings import SECTIONS, Settings
+from vimoe.config.yaml_reader import read_yaml
+from vimoe.errors import ConfigError, VimoeError, choice, nearest
+from vimoe.files import read_text
+
+FILE = "study.yaml"
+PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts")  # the last one may be missing
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+NAME = re.compile(r"[\w-]+")  # no dot: it separates the parts of a cell's name
+AFTER = ("analyze", "prune", "merge_all")  # in this order; harness.one_cell computes them
+STAGES = ("prune", "merge_all")  # steps that leave another model, whose score "ARM/STEP" is
+SHOWS_NOTHING = ("report", "demo", "bench")  # parts of vimoe on which no figure of a cell depends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training of a study.
+
+    Attributes:
+        data, arm: names in study.yaml.
+        rate: peak learning rate, `train.lr`.
+        seed: `train.seed`.
+        search: True if the cell serves the choice of the rate: it has a validation score alone.
+        settings: settings by section, with ${NAME} in the place of paths.
+        after: steps after the training, of AFTER.
+    """
+
+    data: str
+    arm: str
+    rate: float
+    seed: int
+    search: bool
+    settings: dict[str, dict[str, Any]] = field(hash=False)
+    after: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name for a person, which says nothing of other settings."""
+        return f"{self.data}.{self.arm}.lr{self.rate:g}.{'search' if self.search else 'seed'}{self.seed}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that study.yaml says of this cell."""
+        return digest([self.settings, list(self.after), self.search])
+
+    @property
+    def variables(self) -> list[str]:
+        """Names of the paths that the settings need."""
+        return sorted(set(VARIABLE.findall(json.dumps(self.settings))))
+
+    def key(self, inputs: Mapping[str, str], code: str) -> str:
+        """Return the hash of settings, data and code, by which a result is found again.
+
+        Args:
+            inputs: digest of each path (`digest_of_path`) by variable.
+            code: digest of the package (`code_version`).
+        """
+        return digest([self.fingerprint, {name: inputs[name] for name in self.variables}, code])
+
+    def filled(self, values: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Return the settings with these values in the place of ${NAME}."""
+        filled: dict[str, dict[str, Any]] = _fill(self.settings, values)
+        return filled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A declared comparison of two outcomes, each "ARM", or "ARM/STEP" for the model after a step of STAGES.
+
+    Attributes:
+        of: outcome that may be better. Several arms, as a list, are candidates: the one that is best on validation in
+            the search is taken.
+        against: outcome that it is compared with.
+        margin: largest difference that counts as none, in points of the metric.
+        routes: cost of permuting the routes, in nats, that a win has to exceed besides; None if it has not to.
+        question: question in words.
+    """
+
+    of: str | tuple[str, ...]
+    against: str
+    margin: float
+    routes: float | None = None
+    question: str = ""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Outcomes of which `of` is one."""
+        return (self.of,) if isinstance(self.of, str) else tuple(self.of)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study folder, of which study.yaml has been read.
+
+    Args:
+        folder: folder of the study.
+
+    Raises:
+        ConfigError: if study.yaml is missing or mistaken.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for name in self._given:
+            if name not in PARTS:
+                self._refuse(f"unknown part {name!r}: {nearest(name, PARTS)}")
+        for name in PARTS[:-1]:
+            if not self._given.get(name):
+                self._refuse(f"no {name}: expected it; see studies/vimoe/study.yaml")
+        for name in (*self.data, *self.arms):
+            if not NAME.fullmatch(name):
+                self._refuse(f"name {name!r}: expected letters, digits, - and _ alone")
+        if both := set(self.seeds) & set(self.search_seeds):
+            self._refuse(f"search.seeds {sorted(both)} are in seeds: expected others")
+        self._check_arms()
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ConfigError(f"{self.folder / FILE}: {what}")
+
+    def _check_arms(self) -> None:
+        for name, arm in self.arms.items():
+            for step in arm.get("after", ()):
+                if step not in AFTER:
+                    self._refuse(f"{name}: after: {step!r}: {nearest(step, AFTER)}")
+        self._check_outcome(self.control)
+        for contrast in self.contrasts.values():
+            for outcome in (*contrast.candidates, contrast.against):
+                self._check_outcome(outcome)
+
+    def _check_outcome(self, outcome: str) -> None:
+        arm, slash, step = outcome.partition("/")
+        if arm not in self.arms:
+            self._refuse(f"arm {arm!r}: {choice(arm, list(self.arms))}")
+        if slash and (step not in STAGES or step not in self.arms[arm].get("after", ())):
+            self._refuse(f"{outcome!r}: expected {step!r} in `after` of the arm; add it")
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        path = self.folder / FILE
+        try:
+            given = read_yaml(read_text(path))
+        except (yaml.YAMLError, VimoeError) as error:
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected a study.yaml") from error
+        if not isinstance(given, dict):
+            raise ConfigError(f"{path}: expected settings by name")
+        return given
+
+    @property
+    def control(self) -> str:
+        """Arm that all others are compared with."""
+        return str(self._given["control"])
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of every arm at its chosen rate."""
+        return list(self._given["seeds"])
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates that every arm is searched over."""
+        return [float(rate) for rate in self._given["search"]["rates"]]
+
+    @property
+    def search_seeds(self) -> list[int]:
+        """Seeds of the search, which are no others'."""
+        return list(self._given["search"]["seeds"])
+
+    @property
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Settings of each data set, by section."""
+        return dict(self._given["data"])
+
+    @property
+    def arms(self) -> dict[str, dict[str, Any]]:
+        """What each arm changes, by section, and its `about` and `after`."""
+        return dict(self._given["arms"])
+
+    @cached_property
+    def contrasts(self) -> dict[str, Contrast]:
+        """Declared contrasts, by name."""
+        try:
+            return {name: Contrast(**values) for name, values in (self._given.get("contrasts") or {}).items()}
+        except TypeError as error:
+            raise ConfigError(f"{self.folder / FILE}: contrasts: {error}; expected of, against, margin") from error
+
+    @property
+    def results(self) -> Path:
+        """Folder of the cells' JSON files."""
+        return self.folder / "results"
+
+    def search_cells(self, data: str, arm: str) -> list[Cell]:
+        """Return the cells of the search of an arm: none if there is one rate alone."""
+        rates = self.rates if len(self.rates) > 1 else []
+        return [self._cell(data, arm, rate, seed, True) for seed in self.search_seeds for rate in rates]
+
+    def final_cells(self, data: str, arm: str, rate: float) -> list[Cell]:
+        """Return the cells of an arm at the rate that was chosen."""
+        return [self._cell(data, arm, rate, seed, False) for seed in self.seeds]
+
+    def all_cells(self) -> list[Cell]:
+        """Return every cell that the study can have, whatever rates are chosen."""
+        found = [self.search_cells(data, arm) for data in self.data for arm in self.arms]
+        found += [self.final_cells(d, a, rate) for d in self.data for a in self.arms for rate in self.rates]
+        return [cell for cells in found for cell in cells]
+
+    def check(self, values: Mapping[str, str]) -> None:
+        """Raise ConfigError if the settings of an arm contradict one another, before anything is trained."""
+        for data in self.data:
+            for arm in self.arms:
+                try:
+                    settings_of(self.final_cells(data, arm, self.rates[0])[0].filled(values))
+                except ConfigError as error:
+                    raise ConfigError(f"{self.folder / FILE}: {data}, {arm}: {error}") from error
+
+    def _cell(self, data: str, arm: str, rate: float, seed: int, search: bool) -> Cell:
+        own = {"train": {"lr": rate, "seed": seed, "tensorboard": False}}
+        of_arm = {name: part for name, part in self.arms[arm].items() if name not in ("about", "after")}
+        if "lr" in of_arm.get("train", {}) or "seed" in of_arm.get("train", {}):
+            raise ConfigError(
+                f"{self.folder / FILE}: {arm}: train.lr or train.seed: expected the search's; leave it out"
+            )
+        settings = merged(self._given["base"], self.data[data], of_arm, own)
+        after = () if search else tuple(step for step in AFTER if step in self.arms[arm].get("after", ()))
+        return Cell(data=data, arm=arm, rate=rate, seed=seed, search=search, settings=settings, after=after)
+
+
+def settings_of(values: dict[str, dict[str, Any]]) -> Settings:
+    """Return checked settings. Raises ConfigError if a section, a setting or a value is wrong."""
+    return read_settings(yaml.safe_dump(values))
+
+
+def merged(*parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return settings by section, of which later parts replace single ones. Raises ConfigError for another section."""
+    result: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, values in part.items():
+            if section not in SECTIONS:
+                raise ConfigError(f"{FILE}: section {section!r}: {nearest(section, SECTIONS)}")
+            result.setdefault(section, {}).update(copy.deepcopy(values))
+    return result
+
+
+def given_values(pairs: list[str]) -> dict[str, str]:
+    """Return the values for ${NAME}: of the environment, and of NAME=VALUE pairs before it."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"--set {pair}: expected NAME=VALUE")
+    return {**os.environ, **dict(pair.split("=", 1) for pair in pairs)}
+
+
+def _fill(value: Any, values: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _fill(each, values) for name, each in value.items()}
+    if not isinstance(value, str):
+        return value
+    for name in VARIABLE.findall(value):
+        if not values.get(name):
+            raise ConfigError(
+                f"{value!r} needs {name}: expected --set {name}=PATH, or {name} in the environment; set it"
+            )
+    return VARIABLE.sub(lambda found: values[found[1]], value)
+
+
+def digest(values: Any) -> str:
+    """Return 12 hexadecimal digits that depend on all of these plain values, and not on the order of names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def digest_of_path(value: str) -> str:
+    """Return the digest of a file or of all files in a folder, by name and content; of a text that is no path."""
+    path, total = Path(value), hashlib.sha256()
+    if not path.exists():
+        return digest(value)
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    for file in files:
+        name = "" if file == path else file.relative_to(path).as_posix()
+        total.update(json.dumps(name).encode())
+        with file.open("rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()[:12]
+
+
+def code_version() -> str:
+    """Return the digest of the package's modules that a cell's figures may depend on."""
+    spec = importlib.util.find_spec("vimoe")
+    assert spec and spec.origin
+    package = Path(spec.origin).parent
+    files = sorted(path.relative_to(package) for path in package.rglob("*.py"))
+    return digest([
+        [file.as_posix(), hashlib.sha256((package / file).read_bytes()).hexdigest()]
+        for file in files if file.parts[0] not in SHOWS_NOTHING
+    ])  # fmt: skip

@@ -1,0 +1,48 @@
+"""Workers of a study as jobs of a SLURM cluster, through submitit."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vimoe.config.yaml_reader import read_yaml
+from vimoe.errors import ConfigError
+
+
+def submit(
+    command: Sequence[str], jobs: int, options: Sequence[str], logs: Path, dry_run: bool, say: Callable[[str], object]
+) -> None:
+    """Submit jobs that each work on the queue, or print them.
+
+    A job takes cells until none is left; one that ends before, by the cluster's limit of time, leaves a cell that the
+    next job goes on with. So a job is no cell, and submitting too many or too few of them does no harm.
+
+    Args:
+        command: command of one worker.
+        jobs: number of jobs.
+        options: NAME=VALUE for submitit's `update_parameters`, such as timeout_min=240 or slurm_partition=gpu.
+        logs: folder of submitit's scripts and logs.
+        dry_run: print the jobs, and import nothing.
+        say: function that prints a line.
+
+    Raises:
+        ConfigError: if submitit is not installed, or an option is no NAME=VALUE.
+    """
+    for option in options:
+        if "=" not in option:
+            raise ConfigError(f"--slurm {option}: expected NAME=VALUE, such as timeout_min=240")
+    given = {name: read_yaml(value) for name, value in (option.split("=", 1) for option in options)}
+    if dry_run:
+        for number in range(jobs):
+            say(f"job {number + 1} of {jobs} with {given}: {shlex.join(command)}")
+        return
+    try:
+        import submitit
+    except ImportError as error:
+        raise ConfigError("--slurm needs submitit, which is not installed: pip install submitit") from error
+    executor = submitit.AutoExecutor(folder=logs)
+    executor.update_parameters(**given)
+    for _ in range(jobs):
+        job = executor.submit(submitit.helpers.CommandFunction(list(command)))
+        say(f"submitted job {job.job_id}")

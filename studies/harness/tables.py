@@ -1,0 +1,239 @@
+"""Tables of a study as Markdown: contrasts, arms, MoE layers, the search, and notes on what was run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from harness.paired import Mean, interval, paired, sign_flip_p, verdict
+from harness.plan import Contrast
+from harness.results import Results
+from vimoe.metrics.registry import Shown, shown
+
+OPTIONAL = {
+    "ece": "calibration error",
+    "loss_at_temperature": "loss at the best temperature",
+}  # where evaluate has them
+
+
+def contrasts_table(results: Results, data: str) -> str:
+    """Return the declared contrasts with their verdicts; "" before the first one can be computed."""
+    rows = [contrast_row(results, data, name, each) for name, each in results.study.contrasts.items()]
+    if all(row[3] == "0" for row in rows):
+        return ""
+    head = ["contrast", "of", "against", "seeds", "difference, points", "p, signs", "loss", "routes permuted, nats",
+            "margin", "verdict"]  # fmt: skip
+    return markdown(head, rows)
+
+
+def contrast_row(results: Results, data: str, name: str, contrast: Contrast) -> list[str]:
+    """Return the row of a contrast."""
+    of = results.candidate(data, contrast.candidates)
+    if of is None:
+        return [name, "the best of " + ", ".join(contrast.candidates), contrast.against, "0", *[""] * 5, "not yet"]
+    mine, theirs = results.outcome(data, of), results.outcome(data, contrast.against)
+    margin = f"{contrast.margin:g}"
+    if not mine.keys() & theirs.keys():
+        return [name, of, contrast.against, "0", "", "", "", "", margin, "not yet"]
+    comparisons = len(results.study.contrasts)
+    judge = names_of(mine).judge
+    points = differences(mine, theirs, judge, 100)
+    found = interval(points, comparisons)
+    routes = None if "/" in of else routes_cost(list(results.final(data, of).values()))
+    said = verdict(found, contrast.margin, routes, contrast.routes)
+    loss = interval(differences(mine, theirs, "loss"), comparisons)
+    return [name, of, contrast.against, str(found.n), shown_mean(found), f"{sign_flip_p(points):.3f}",
+            shown_mean(loss, "+.4f"), shown_mean(routes, "+.3f") if routes else "", margin, said]  # fmt: skip
+
+
+def arms_table(results: Results, data: str) -> str:
+    """Return each outcome, and its differences to the control, paired by seed; "" before a final cell is there."""
+    study = results.study
+    outcomes = [
+        o
+        for arm, of in study.arms.items()
+        for o in (arm, *(f"{arm}/{s}" for s in of.get("after", ()) if s != "analyze"))
+    ]
+    scores = {outcome: results.outcome(data, outcome) for outcome in outcomes}
+    scores = {outcome: found for outcome, found in scores.items() if found}
+    if not scores:
+        return ""
+    names = names_of(next(iter(scores.values())))
+    fields = [("loss", "loss"), *((key, name) for key, name in OPTIONAL.items() if has(scores, key))]
+    head = ["arm", "rate", "seeds", f"{names.judge_name}, %", "difference, points"]
+    for _, name in fields:
+        head += [name, "difference"]
+    rows = []
+    for outcome, found in scores.items():
+        arm = outcome.partition("/")[0]
+        cells = results.final(data, arm)
+        row = [outcome, f"{results.rate(data, arm):g}", str(len(found)), spread(found, names.judge, 100, ".2f"),
+               against(scores, outcome, study.control, names.judge, 100, "+.2f", len(study.contrasts))]  # fmt: skip
+        for key, _ in fields:
+            row += [
+                spread(found, key, 1, ".4f"),
+                against(scores, outcome, study.control, key, 1, "+.4f", len(study.contrasts)),
+            ]
+        costs = [
+            cell["after"][outcome.partition("/")[2]]["after"] if "/" in outcome else cell["cost"]
+            for cell in cells.values()
+        ]
+        row += [f"{mean_of(costs, 'activated_params') / 1e6:.2f}", f"{mean_of(costs, 'macs') / 1e9:.3f}"]
+        row += ["" if "/" in outcome else f"{statistics.fmean(c['seconds']['train'] for c in cells.values()):.0f}"]
+        rows.append(row)
+    return markdown([*head, "activated, M", "MACs, G", "training, s"], rows)
+
+
+def layers_table(results: Results, data: str) -> str:
+    """Return what the analysis found in each MoE layer, as means over seeds with intervals; "" without any."""
+    rows = []
+    for arm in results.study.arms:
+        cells = [cell for cell in results.final(data, arm).values() if cell["analysis"]]
+        for layer in layer_names(cells):
+            found = [each for cell in cells for each in cell["analysis"]["layers"] if each["name"] == layer]
+            pruned = [cell["after"]["prune"]["kept"] for cell in cells if "prune" in cell["after"]]
+            gone = sum(all(kept["layer"] != layer for kept in each) for each in pruned)
+            rows.append([
+                arm, layer, str(len(found)),
+                over_seeds(found, lambda e: e["adjusted_mutual_information"]["value"]),
+                over_seeds(found, lambda e: e["effective_experts"]["value"], ".2f"),
+                over_seeds(found, lambda e: e["permuted"]["loss"]["value"], "+.3f"),
+                over_seeds(found, lambda e: e["dense"]["shared"]["loss"]["value"], "+.3f"),
+                over_seeds(found, lambda e: e["dense"]["merge"]["loss"]["value"], "+.3f"),
+                f"{gone} of {len(pruned)}" if pruned else "",
+            ])  # fmt: skip
+    head = ["arm", "layer", "seeds", "AMI with the class", "effective experts", "routes permuted, nats",
+            "shared expert alone, nats", "merged, nats", "pruned"]  # fmt: skip
+    return "\n\n".join([markdown(head, rows), *routes_table(results, data)]) if rows else ""
+
+
+def routes_table(results: Results, data: str) -> list[str]:
+    """Return the combinations of experts over depth that images take (routing degree), by arm, in a list of one."""
+    rows = []
+    for arm in results.study.arms:
+        found = [cell["analysis"] for cell in results.final(data, arm).values() if cell["analysis"]]
+        if found:
+            parts = [
+                lambda e: e["routes"]["used"],
+                lambda e: e["routes"]["effective"],
+                lambda e: e["pairs"]["mean"]["value"],
+            ]
+            means = [over_seeds(found, part, ".2f") for part in parts]
+            rows.append([arm, *means[:2], f"{found[0]['routes']['possible']}", means[2]])
+    head = ["arm", "routes used", "effective routes", "possible (routing degree)", "experts of an image"]
+    return [markdown(head, rows)] if rows else []
+
+
+def search_table(results: Results, data: str) -> str:
+    """Return the search: validation score of each arm at each rate, and the rate of the best mean rank."""
+    rows = []
+    for arm in results.study.arms:
+        found = results.searched(data, arm)
+        if found:
+            judge = names_of(next(iter(found.values()))).judge
+            means = [spread(found[rate], judge, 100, ".2f") for rate in results.study.rates]
+            rows.append([arm, *means, f"{results.rate(data, arm):g}"])
+    head = ["arm", *(f"validation at {rate:g}, %" for rate in results.study.rates), "chosen"]
+    return markdown(head, rows) if rows else ""
+
+
+def notes(results: Results, data: str) -> str:
+    """Return what the tables of a data set have in common."""
+    cells = [cell for cell in results.cells.values() if cell["data"] == data]
+    tests = sorted({cell["test"]["images"] for cell in cells if "test" in cell})
+    versions = sorted({f"torch {c['versions']['torch']}, timm {c['versions']['timm']}" for c in cells})
+    machines = sorted({f"{c['machine']['gpu'] or c['machine']['cpu']}, precision {c['precision']}" for c in cells})
+    inputs = sorted({f"{name} {mark}" for c in cells for name, mark in c["inputs"].items()})
+    hours = sum(cell["seconds"]["cell"] for cell in cells) / 3600
+    count = len(results.study.contrasts)
+    return (
+        f"Test images: {', '.join(map(str, tests)) or 'none scored yet'}. Scores are mean ± standard deviation over "
+        f"seeds; differences are paired by seed and are those to the control, {results.study.control}, with 95% "
+        f"intervals of Student's t, widened for {max(count, 1)} contrasts (Bonferroni); only the contrasts were "
+        f"declared. p is of the signs of the differences, all tried. ARM/prune is the pruned model, ARM/merge_all the "
+        f"one of which each MoE layer is the mean of its experts. Routes permuted is that of one layer. "
+        f"Versions: {'; '.join(versions)}; package {', '.join(sorted({c['code'] for c in cells}))}. "
+        f"Machine: {'; '.join(machines)}. Digests of the data: {', '.join(inputs) or 'none'}. "
+        f"Computing took {hours:.2f} hours in all."
+    )
+
+
+def routes_cost(cells: Sequence[dict[str, Any]]) -> Mean | None:
+    """Return what it costs to permute the routes of one layer, in nats, over seeds; None without such a measurement.
+
+    The layer is the one whose interval has the highest lower end; the interval is widened for the number of layers.
+    """
+    names = layer_names([cell for cell in cells if cell["analysis"]])
+    found = []
+    for name in names:
+        layers = [each for cell in cells for each in (cell["analysis"] or {"layers": []})["layers"]]
+        values = [each["permuted"]["loss"]["value"] for each in layers if each["name"] == name and each["permuted"]]
+        if values:
+            found.append(interval(values, len(names)))
+    return max(found, key=lambda mean: (mean.low, mean.value)) if found else None
+
+
+def layer_names(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the MoE layers, in forward order."""
+    return list(dict.fromkeys(layer["name"] for cell in cells for layer in cell["analysis"]["layers"]))
+
+
+def names_of(scores: dict[int, dict[str, Any]]) -> Shown:
+    """Return the names of the figures of scores by seed."""
+    return shown(next(iter(scores.values())))
+
+
+def has(scores: dict[str, dict[int, dict[str, Any]]], key: str) -> bool:
+    """Return True if all scores have a figure."""
+    return all(score.get(key) is not None for found in scores.values() for score in found.values())
+
+
+def differences(
+    of: dict[int, dict[str, Any]], to: dict[int, dict[str, Any]], key: str, scale: float = 1
+) -> list[float]:
+    """Return the paired differences of a figure."""
+    return paired(*({seed: scale * score[key] for seed, score in each.items()} for each in (of, to)))
+
+
+def against(
+    scores: dict[str, dict[int, dict[str, Any]]], of: str, to: str, key: str, scale: float, form: str, comparisons: int
+) -> str:
+    """Return the mean difference of two outcomes with its interval, as text."""
+    found = differences(scores[of], scores.get(to, {}), key, scale)
+    return "" if of == to or not found else shown_mean(interval(found, max(comparisons, 1)), form)
+
+
+def over_seeds(found: Sequence[dict[str, Any]], part: Callable[[Any], float], form: str = ".3f") -> str:
+    """Return the mean of a part with its 95% interval, as text; "" where it was not measured."""
+    values = []
+    for each in found:
+        try:
+            values.append(part(each))
+        except (KeyError, TypeError):  # an intervention that the router or the layer does not have
+            return ""
+    return shown_mean(interval(values), form)
+
+
+def shown_mean(mean: Mean, form: str = "+.2f") -> str:
+    """Return a mean with its interval as text."""
+    if mean.n < 2:
+        return f"{mean.value:{form}} (one seed)"
+    return f"{mean.value:{form}} [{mean.low:{form}}, {mean.high:{form}}]"
+
+
+def spread(scores: dict[int, dict[str, Any]], key: str, scale: float, form: str) -> str:
+    """Return mean ± standard deviation of a figure as text; for one value without the deviation."""
+    values = [scale * score[key] for score in scores.values()]
+    mean = format(statistics.fmean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def mean_of(values: Sequence[dict[str, Any]], key: str) -> float:
+    """Return the mean of a figure."""
+    return statistics.fmean(value[key] for value in values)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

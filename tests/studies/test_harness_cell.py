@@ -1,0 +1,93 @@
+"""A cell on digits: what it holds, and that a kill costs nothing of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import one_cell
+from harness.one_cell import CLAIMED, claim, compute, file_of
+from harness.plan import Cell, Study
+from helpers.kills import Killed
+from helpers.kills import kill_after as kill_after
+from helpers.studies import TINY, write_study
+
+VALUES, INPUTS = {"DIGITS": "digits"}, {"DIGITS": "d", "OTHER": "o"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(study: Study, cell: Cell, keep: bool = False) -> int:
+    return compute(study, cell, "k", INPUTS, VALUES, study.folder / "runs", keep, "c")
+
+
+def result(study: Study, cell: Cell) -> dict:
+    return json.loads(file_of(study, cell, "k").read_text("utf-8"))
+
+
+def test_a_cell_of_the_search_never_sees_test(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    cell = study.search_cells("digits", "vimoe")[0]
+    assert run(study, cell) == 0
+    found = result(study, cell)
+    assert found["val"]["images"] == 359 and "test" not in found and found["analysis"] is None and not found["after"]
+    assert found["inputs"] == {"DIGITS": "d"} and found["rate"] == 1e-3 and found["settings"] == cell.settings
+    assert found["seconds"]["cell"] > 0 and found["precision"] == "no"
+
+
+def test_a_cell_has_the_analysis_and_the_score_after_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vimoe.analysis.pruning._TIMED_SECONDS", 0.1)
+    monkeypatch.setattr("vimoe.cli.DRAWS", 4)
+    study = write_study(tmp_path)
+    cell = study.final_cells("digits", "vimoe", 1e-3)[0]
+    assert run(study, cell) == 0
+    found = result(study, cell)
+    (layer,) = found["analysis"]["layers"]
+    assert {"adjusted_mutual_information", "permuted", "dense"} <= set(layer) and "shared" in layer["dense"]
+    assert found["analysis"]["routes"]["possible"] == 4
+    merged = found["after"]["merge_all"]
+    assert merged["test"]["images"] == found["test"]["images"] == 719 and not merged["kept"]
+    assert [step["how"] for step in merged["steps"]] == ["merge"]
+    assert merged["after"]["macs"] < found["cost"]["macs"]
+    left = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert left == [f"{cell.name}.k.lock"]  # the run folders are gone
+
+
+def test_a_killed_cell_does_not_exist_and_goes_on_to_the_same_score(tmp_path: Path, kill_after: object) -> None:
+    base = {**TINY["base"], "train": {"epochs": 2, "batch_size": 32, "precision": "no"}}
+    (tmp_path / "whole").mkdir()
+    whole, study = write_study(tmp_path / "whole", base=base), write_study(tmp_path, base=base)
+    cell = study.final_cells("digits", "dense", 1e-3)[0]
+    assert run(whole, cell) == 0
+    kill_after(4)  # of 6 steps, in the second epoch
+    with pytest.raises(Killed):
+        run(study, cell)
+    assert not list(study.results.iterdir())
+    kill_after(3)  # of those that are left, so that a training from the beginning would be killed again
+    assert run(study, cell, keep=True) == 0
+    assert result(study, cell)["test"] == result(whole, cell)["test"]
+    assert result(study, cell)["val"] == result(whole, cell)["val"]
+    assert (tmp_path / "runs" / f"{cell.name}.k" / "summary.json").exists()  # kept
+
+
+def test_a_cell_that_is_claimed_or_there_is_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = write_study(tmp_path)
+    cell = study.search_cells("digits", "dense")[0]
+    monkeypatch.setattr(one_cell, "_measured", lambda *args: pytest.fail("computed"))
+    with claim(tmp_path / "runs", cell, "k"):
+        assert run(study, cell) == CLAIMED
+    study.results.mkdir()
+    file_of(study, cell, "k").write_text("{}")
+    assert run(study, cell) == 0
+
+
+def test_what_fails_leaves_no_cell(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    cell = study.search_cells("digits", "dense")[0]
+    with pytest.raises(SystemExit) as raised:
+        compute(study, cell, "k", INPUTS, {"DIGITS": str(tmp_path / "nowhere")}, tmp_path / "runs", False, "c")
+    assert raised.value.code == 2 and not list(study.results.iterdir())

@@ -1,0 +1,136 @@
+"""Choices from validation, tables and figures, from cells that nobody computed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import study
+from harness.plan import Study
+from harness.report import write_report
+from harness.results import Results, best
+from harness.tables import routes_cost
+from helpers.found import effect, evidence
+from helpers.studies import put, score, write_study
+
+from vimoe.errors import ConfigError
+
+TOP1 = {"dense": (0.50, 0.52), "vimoe": (0.53, 0.56)}  # of the seeds 0 and 1
+
+
+def fill(study: Study) -> Study:
+    for arm in study.arms:
+        for cell in study.search_cells("digits", arm):
+            put(study, cell, {1e-3: 0.6, 3e-3: 0.7}[cell.rate])
+        for cell in study.final_cells("digits", arm, 3e-3):
+            put(study, cell, TOP1[arm][cell.seed])
+    return study
+
+
+def row(text: str, *starts: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith("| " + " | ".join(starts) + " |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_best_has_the_best_mean_rank_then_the_lowest_loss() -> None:
+    assert best({"a": {0: score(0.5, 1.2)}, "b": {0: score(0.5, 1.1)}}) == "b"
+    often = {seed: score(top1) for seed, top1 in enumerate((0.1, 0.6, 0.7))}  # better on two seeds, worse in the mean
+    assert best({1e-3: {seed: score(0.5) for seed in range(3)}, 3e-3: often}) == 3e-3
+
+
+def test_a_rate_is_chosen_when_the_search_is_complete(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    *cells, last = study.search_cells("digits", "dense")
+    for cell in cells:
+        put(study, cell, {1e-3: 0.7, 3e-3: 0.6}[cell.rate])
+    assert Results.read(study).rate("digits", "dense") is None
+    put(study, last, 0.6)
+    assert Results.read(study).rate("digits", "dense") == 1e-3
+
+
+def test_tables_pair_by_seed_and_regenerate_without_a_difference(tmp_path: Path) -> None:
+    study = fill(write_study(tmp_path))
+    write_report(study)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert text.startswith("Before.\n") and text.endswith("After.\n")
+    # differences 3 and 4 points; two contrasts: t(1 - 0.025 / 2, 1) = 25.452, half = 25.452 * 0.7071 / sqrt(2) = 12.726
+    contrast = row(text, "C", "vimoe", "dense", "2")
+    assert contrast[4:6] == ["+3.50 [-9.23, +16.23]", "0.500"] and contrast[-2:] == ["0.5", "not decided"]
+    assert row(text, "D", "vimoe/merge_all", "dense")[4] == contrast[4]
+    assert row(text, "vimoe", "0.003", "2")[3:5] == ["54.50 ± 2.12", contrast[4]]
+    assert row(text, "dense", "0.003", "2")[3:5] == ["51.00 ± 1.41", ""]
+    assert row(text, "vimoe", "60.00 ± 0.00")[2:] == ["70.00 ± 0.00", "0.003"]
+    assert row(text, "vimoe", "blocks.1.mlp", "2")[5] == "+0.300 [+0.300, +0.300]"
+    figures = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert set(figures) == {"digits-cost.svg", "digits-routes.svg"}
+    write_report(study)
+    assert (tmp_path / "README.md").read_text("utf-8") == text
+    assert {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == figures
+
+
+def test_calibration_stands_in_the_table_where_evaluate_gives_it(tmp_path: Path) -> None:
+    study = fill(write_study(tmp_path))
+    write_report(study)
+    assert "calibration" not in (tmp_path / "README.md").read_text("utf-8")
+    for arm in study.arms:
+        for cell in study.final_cells("digits", arm, 3e-3):
+            test = {**score(0.5), "ece": 0.1 + 0.1 * (arm == "vimoe"), "loss_at_temperature": 0.8}
+            merged = {"test": test, "after": {"activated_params": 1, "macs": 1}}
+            put(study, cell, 0.5, test=test, after={"merge_all": merged})
+    write_report(study)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "| calibration error | difference | loss at the best temperature | difference |" in text
+    assert "+0.1000 [+0.1000, +0.1000]" in row(text, "vimoe", "0.003", "2")
+
+
+def test_without_cells_the_page_says_so(tmp_path: Path) -> None:
+    write_report(write_study(tmp_path))
+    assert "### digits\n\nNo result yet.\n" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_the_tables_of_the_registered_study_are_those_of_its_files(tmp_path: Path) -> None:
+    there = Path(study.__file__).parent / "vimoe"
+    copy = shutil.copytree(there, tmp_path / "vimoe")
+    write_report(Study(copy))
+    for path in (there / "README.md", *there.glob("figures/*")):
+        assert (copy / path.relative_to(there)).read_bytes() == path.read_bytes()
+
+
+def test_the_candidate_of_a_contrast_is_chosen_in_the_search_alone(tmp_path: Path) -> None:
+    contrasts = {"C": {"of": ["dense", "vimoe"], "against": "dense", "margin": 0.5}}
+    study = fill(write_study(tmp_path, contrasts=contrasts))
+    for cell in study.search_cells("digits", "dense"):
+        put(study, cell, 0.9)  # the best on validation, and the worst on test
+    assert Results.read(study).candidate("digits", ("vimoe", "dense")) == "dense"
+
+
+def test_two_results_of_one_cell_and_other_data_are_refused(tmp_path: Path) -> None:
+    study = fill(write_study(tmp_path))
+    cell = study.final_cells("digits", "dense", 3e-3)[0]
+    older = put(study, cell, 0.5, key="older")
+    with pytest.raises(ConfigError, match="expected one of them; remove the older"):
+        write_report(study)
+    older.unlink()
+    put(study, cell, 0.5, inputs={"DIGITS": "other"})
+    with pytest.raises(ConfigError, match="other files at DIGITS"):
+        write_report(study)
+
+
+def test_results_of_former_settings_are_left_out(tmp_path: Path) -> None:
+    fill(write_study(tmp_path))
+    base = {"train": {"epochs": 2}}
+    write_report(write_study(tmp_path, base=base))
+    assert "| dense |" not in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_the_cost_of_routes_is_that_of_the_layer_that_matters_most() -> None:
+    cells = []
+    for change in (0.0, 0.01):
+        found = evidence(layers=2)
+        found["layers"][0]["permuted"], found["layers"][1]["permuted"] = effect(0.02), effect(0.3 + change)
+        cells.append({"analysis": found})
+    cost = routes_cost(cells)
+    assert cost and cost.value == pytest.approx(0.305) and cost.n == 2
+    assert cost.low == pytest.approx(0.305 - 25.4517 * 0.0070711 / 2**0.5, abs=1e-4)  # t for two layers
+    assert routes_cost([{"analysis": None}]) is None
