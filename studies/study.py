@@ -25,6 +25,7 @@ from harness.queue import Queue, Workers
 from harness.slurm import submit
 
 from vimoe.errors import ConfigError, VimoeError, choice
+from vimoe.files import write_text
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +55,8 @@ def macs(cell: Cell, values: dict[str, str]) -> float:
     settings = cell.filled(values)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "cell.yaml")
-        config.write_text(yaml.safe_dump({name: settings[name] for name in ("model", "moe") if name in settings}))
+        asked = {name: settings[name] for name in ("model", "moe") if name in settings}
+        write_text(config, yaml.safe_dump(asked, allow_unicode=True))
         _, found = count("count", ["--config", str(config)])
     return float(found["moe"]["macs"])
 

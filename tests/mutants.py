@@ -537,8 +537,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "what is evaluated is compiled",
         "training/compiled.py",
-        "if block.training else",
-        "if True else",
+        "if not block.training:",
+        "if False:",
         ("training/test_compiled.py",),
     ),
     Mutant(
