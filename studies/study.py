@@ -19,6 +19,11 @@ import tempfile
 from pathlib import Path
 
 import yaml
+
+# The package of this checkout, whose version is a part of the cells' keys. Without it the folder studies/vimoe, which
+# lies beside this script, would pass for the package where that is installed as editable.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from harness.one_cell import compute
 from harness.plan import Cell, Study, code_version, digest_of_path, given_values
 from harness.queue import Queue, Workers
@@ -70,12 +75,14 @@ def work(study: Study, args: argparse.Namespace, argv: list[str]) -> int:
     study.check(values)
     cells = {cell.name: cell for cell in study.all_cells()}
     names = sorted({name for cell in cells.values() for name in cell.variables})
-    inputs, code = {name: digest_of_path(values[name]) for name in names}, code_version()
-    keys = {cell.fingerprint: cell.key(inputs, code) for cell in cells.values()}
+    inputs = {name: digest_of_path(values[name]) for name in names}
+    codes = {after: code_version(after) for after in (False, True)}
+    keys = {cell.fingerprint: cell.key(inputs, codes[bool(cell.after)]) for cell in cells.values()}
     if args.cell:
         if args.cell not in cells:
             raise ConfigError(f"--cell {args.cell}: {choice(args.cell, list(cells))}")
         cell = cells[args.cell]
+        code = codes[bool(cell.after)]
         return compute(study, cell, keys[cell.fingerprint], inputs, values, args.runs, args.keep, code)
     queue = Queue(study, keys, args.runs, lambda cell: macs(cell, values), tuple(args.arms))
     this = [sys.executable, str(Path(__file__).resolve()), *argv]

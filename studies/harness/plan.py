@@ -34,6 +34,7 @@ NAME = re.compile(r"[\w-]+")  # no dot: it separates the parts of a cell's name
 AFTER = ("analyze", "prune", "merge_all")  # in this order; harness.one_cell computes them
 STAGES = ("prune", "merge_all")  # steps that leave another model, whose score "ARM/STEP" is
 SHOWS_NOTHING = ("report", "demo", "bench")  # parts of vimoe on which no figure of a cell depends
+AFTER_ALONE = ("analysis",)  # nor one of a cell that is trained and scored alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Cell:
 
         Args:
             inputs: digest of each path (`digest_of_path`) by variable.
-            code: digest of the package (`code_version`).
+            code: digest of the package (`code_version`) for a cell with these steps after the training.
         """
         return digest([self.fingerprint, {name: inputs[name] for name in self.variables}, code])
 
@@ -305,13 +306,18 @@ def digest_of_path(value: str) -> str:
     return total.hexdigest()[:12]
 
 
-def code_version() -> str:
-    """Return the digest of the package's modules that a cell's figures may depend on."""
+def code_version(after: bool = True) -> str:
+    """Return the digest of the package's modules that a cell's figures may depend on.
+
+    Args:
+        after: whether the cell has steps after its training (`Cell.after`).
+    """
     spec = importlib.util.find_spec("vimoe")
     assert spec and spec.origin
     package = Path(spec.origin).parent
+    passed_over = SHOWS_NOTHING if after else (*SHOWS_NOTHING, *AFTER_ALONE)
     files = sorted(path.relative_to(package) for path in package.rglob("*.py"))
     return digest([
         [file.as_posix(), hashlib.sha256((package / file).read_bytes()).hexdigest()]
-        for file in files if file.parts[0] not in SHOWS_NOTHING
+        for file in files if file.parts[0] not in passed_over
     ])  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,25 @@ def test_a_path_is_known_by_its_files(tmp_path: Path) -> None:
 
 def test_the_code_has_a_version() -> None:
     assert code_version() == code_version() and len(code_version()) == 12
+
+
+def test_analysis_counts_where_something_is_analysed_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "vimoe"
+    for part in ("analysis", "training", "report"):
+        (package / part).mkdir(parents=True)
+        (package / part / "one.py").write_text("1")
+    (package / "__init__.py").write_text("")
+    found = SimpleNamespace(origin=str(package / "__init__.py"))
+    monkeypatch.setattr("harness.plan.importlib.util.find_spec", lambda name: found)
+    before = code_version(False), code_version(True)
+    (package / "analysis/one.py").write_text("2")
+    assert code_version(False) == before[0] and code_version(True) != before[1]
+    between = code_version(True)
+    (package / "training/one.py").write_text("2")
+    assert code_version(False) != before[0] and code_version(True) not in (before[1], between)
+    between = code_version(True)
+    (package / "report/one.py").write_text("2")
+    assert code_version(True) == between
 
 
 def test_values_come_from_the_command_line_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,3 +100,11 @@ def test_jobs_are_submitted_through_submitit(tmp_path: Path, monkeypatch: pytest
 def test_a_job_is_a_worker_without_the_options_of_its_submission() -> None:
     command = ["python", "study.py", "s", "--slurm", "a=1", "b=2", "--set", "X=y", "--workers=3", "--dry-run", "--keep"]
     assert study.without_slurm(command) == ["python", "study.py", "s", "--set", "X=y", "--keep"]
+
+
+def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+    script = Path(study.__file__).resolve()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(script), str(tmp_path), "--report"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "expected a study.yaml" in done.stderr, done.stderr
