@@ -12,7 +12,16 @@ from helpers.tiny import vit
 from torch import Tensor
 
 from vimoe.errors import DataError, VimoeError
-from vimoe.metrics.calibration import BINS, TEMPERATURES, KeptLogits, calibration_gaps, fit_temperature
+from vimoe.metrics.calibration import (
+    BINS,
+    GRID,
+    TEMPERATURES,
+    KeptLogits,
+    calibration_gaps,
+    fit_on_grid,
+    fit_temperature,
+    losses_on_grid,
+)
 from vimoe.metrics.classification import ClassificationMetric, ImageCounts
 
 
@@ -121,3 +130,34 @@ def test_what_no_temperature_fits_is_told_in_one_line() -> None:
 def test_outputs_that_are_not_finite_give_an_error_that_is_not_finite() -> None:
     logits, labels = drawn(4)
     assert math.isnan(ece(torch.cat([logits[:2], logits[2:] * math.nan]), labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_on_the_grid_are_cross_entropies(dtype: torch.dtype) -> None:
+    logits, labels = drawn(20, 30.0)
+    logits = logits.to(dtype)
+    expected = [F.cross_entropy(logits.double() / T, labels, reduction="none") for T in GRID.tolist()]
+    found = losses_on_grid(logits, labels)
+    torch.testing.assert_close(found, torch.stack(expected, dim=1).float(), rtol=1e-5, atol=1e-5)
+    assert GRID[0] == 1 / 8 and 1.0 in GRID and GRID[-1] == 8
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 1.9, 6.0])
+def test_between_temperatures_of_the_grid_the_fit_is_that_of_the_logits(scale: float) -> None:
+    logits, labels = drawn(500, scale)
+    T, losses = fit_on_grid(losses_on_grid(logits, labels).numpy())
+    exact = fit_temperature(logits, labels)
+    assert pytest.approx(exact, rel=5e-3) == T
+    expected = F.cross_entropy(logits.double() / exact, labels, reduction="none").numpy()
+    assert losses.mean() == pytest.approx(expected.mean(), abs=1e-5) and losses == pytest.approx(expected, abs=2e-2)
+
+
+def test_the_grid_has_ends_and_equal_losses_have_equal_temperatures() -> None:
+    logits, labels = drawn(30)
+    right = losses_on_grid(F.one_hot(labels).float(), labels).numpy()
+    wrong = losses_on_grid(-F.one_hot(labels).float(), labels).numpy()
+    assert fit_on_grid(right)[0] == GRID[0] and fit_on_grid(wrong)[0] == GRID[-1]
+    once = losses_on_grid(logits, labels).numpy()
+    T, losses = fit_on_grid(once)
+    again, repeated = fit_on_grid(once[:, None].repeat(7, axis=1))
+    assert again == T and (repeated == losses[:, None]).all() and repeated.shape == (30, 7)

@@ -72,16 +72,18 @@ def _add_removals(page: Page, summary: dict[str, Any], accuracy: str) -> None:
     if not steps:
         page.text("Nothing was removed: no removal was certain to cost at most the tolerance.")
         return
-    page.table(
-        ("removed", "replaced by", "change, nats", "total, nats", f"total {accuracy}, points"),
+    head, calibrated = ["removed", "replaced by", "change, nats", "total, nats", f"total {accuracy}, points"], []
+    if all(step["total"] and step["total"].get("calibrated") for step in steps):
+        head.append("total calibrated, nats")
+        calibrated = [change_cell(step["total"]["calibrated"]) for step in steps]
+    rows = [
         [
-            (
-                f"{i}. {removed(step)}", REPLACEMENTS.get(step["how"], step["how"]),
-                change_cell(step["change"]["loss"]), *_total_cells(step["total"]),
-            )
-            for i, step in enumerate(steps, start=1)
-        ],
-    )  # fmt: skip
+            f"{i}. {removed(step)}", REPLACEMENTS.get(step["how"], step["how"]), change_cell(step["change"]["loss"]),
+            *_total_cells(step["total"]), *calibrated[i - 1 : i],
+        ]
+        for i, step in enumerate(steps, start=1)
+    ]  # fmt: skip
+    page.table(head, rows)
 
 
 def _add_kept_layers(page: Page, kept: list[dict[str, Any]], accuracy: str) -> None:
