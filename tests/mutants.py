@@ -423,6 +423,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("analysis/test_pruning.py",),
     ),
     Mutant(
+        "several removals are compared with the model before the last one",
+        "analysis/changes.py",
+        "later.curves, self.untouched)",
+        "later.curves, later.untouched)",
+        ("analysis/test_changes.py",),
+    ),
+    Mutant(
+        "an intervention has the temperature 1",
+        "metrics/calibration.py",
+        "temperature = round(math.exp(found.x), 3)",
+        "temperature = 1.0",
+        ("analysis/test_changes.py", "metrics/test_calibration.py"),
+    ),
+    Mutant(
         "experts are dropped without being asked for",
         "analysis/pruning.py",
         "    if experts:\n        for name in reversed",

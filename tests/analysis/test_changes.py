@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import known_scenes
 from helpers.known import Known
 from torch import Tensor
 
@@ -144,3 +145,9 @@ def test_removals_add_up_from_the_first_model_to_the_last() -> None:
     assert total.calibrated.temperature_before == first.temperature_before > 2
     assert total.calibrated.value == pytest.approx(0, abs=1e-4)
     assert f", calibrated {total.calibrated}" in str(done) and done.to_dict()["steps"][0]["change"]["calibrated"]
+
+
+def test_segmentation_has_no_calibrated_change() -> None:
+    (layer,) = vimoe.analyze(known_scenes.known(), known_scenes.batches(), draws=2).layers
+    effects = [layer.permuted, layer.frozen, *layer.dense.values(), *layer.experts]
+    assert len(effects) > 4 and all(effect and effect.loss.value and effect.calibrated is None for effect in effects)
