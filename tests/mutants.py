@@ -320,8 +320,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a broken outcome seems harmless",
         "analysis/interventions.py",
-        "loss.nan_to_num(nan=_BROKEN, posinf=_BROKEN)",
-        "loss.nan_to_num(nan=0.0, posinf=0.0)",
+        "scores.nan_to_num(nan=_BROKEN, posinf=_BROKEN)",
+        "scores.nan_to_num(nan=0.0, posinf=0.0)",
         ("analysis/test_interventions.py",),
     ),
     Mutant(
@@ -418,9 +418,23 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "totals are of the last step alone",
         "analysis/pruning.py",
-        "self._total = Changes(self._total.loss + change.loss[:, column]",
-        "self._total = Changes(0 + change.loss[:, column]",
+        "taken if self._total is None else self._total.then(taken)",
+        "taken",
         ("analysis/test_pruning.py",),
+    ),
+    Mutant(
+        "several removals are compared with the model before the last one",
+        "analysis/changes.py",
+        "later.curves, self.untouched)",
+        "later.curves, later.untouched)",
+        ("analysis/test_changes.py",),
+    ),
+    Mutant(
+        "an intervention has the temperature 1",
+        "analysis/temperatures.py",
+        "temperature = round(math.exp(found.x), 3)",
+        "temperature = 1.0",
+        ("analysis/test_changes.py", "analysis/test_temperatures.py"),
     ),
     Mutant(
         "experts are dropped without being asked for",

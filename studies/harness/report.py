@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.figures import draw
 from harness.plan import Study
 from harness.results import Results
-from harness.tables import arms_table, contrasts_table, layers_table, notes, search_table
+from harness.tables import arms_table, contrasts_table, effects_table, layers_table, notes, search_table
 from vimoe.errors import FolderError
 from vimoe.files import read_text, write_text
 
@@ -38,6 +38,6 @@ def section(results: Results, data: str) -> str:
     search = sum(cell["search"] for cell in there)
     wanted = len(results.study.seeds) * len(results.study.arms)
     head = f"### {data}\n\n{search} cells of the search, {len(there) - search} of {wanted} cells at the chosen rates."
-    tables = [contrasts_table, arms_table, layers_table, search_table]
+    tables = [contrasts_table, arms_table, layers_table, effects_table, search_table]
     parts = [head, *(table(results, data) for table in tables), *draw(results, data), notes(results, data)]
     return "\n\n".join(part for part in parts if part)

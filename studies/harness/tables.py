@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from harness.paired import Mean, interval, paired, sign_flip_p, verdict
@@ -15,6 +15,11 @@ OPTIONAL = {
     "ece": "calibration error",
     "loss_at_temperature": "loss at the best temperature",
 }  # where evaluate has them
+EFFECTS: dict[str, Callable[[Any], Any]] = {
+    "routes permuted": lambda layer: layer["permuted"],
+    "shared expert alone": lambda layer: layer["dense"]["shared"],
+    "merged": lambda layer: layer["dense"]["merge"],
+}
 
 
 def contrasts_table(results: Results, data: str) -> str:
@@ -88,24 +93,52 @@ def arms_table(results: Results, data: str) -> str:
 def layers_table(results: Results, data: str) -> str:
     """Return what the analysis found in each MoE layer, as means over seeds with intervals; "" without any."""
     rows = []
+    for arm, layer, cells, found in analysed_layers(results, data):
+        pruned = [cell["after"]["prune"]["kept"] for cell in cells if "prune" in cell["after"]]
+        gone = sum(all(kept["layer"] != layer for kept in each) for each in pruned)
+        rows.append([
+            arm, layer, str(len(found)),
+            over_seeds(found, lambda e: e["adjusted_mutual_information"]["value"]),
+            over_seeds(found, lambda e: e["effective_experts"]["value"], ".2f"),
+            f"{gone} of {len(pruned)}" if pruned else "",
+        ])  # fmt: skip
+    head = ["arm", "layer", "seeds", "AMI with the class", "effective experts", "pruned"]
+    return "\n\n".join([markdown(head, rows), *routes_table(results, data)]) if rows else ""
+
+
+def effects_table(results: Results, data: str) -> str:
+    """Return the changes on validation if each MoE layer is overruled, as means over seeds; "" without any.
+
+    The last column is the change of the loss if each model has the temperature that fits it best. It is left out where
+    no result has it: segmentation has none, and older results have none.
+    """
+    rows, head = [], ["arm", "layer", "overruled", "seeds", "loss, nats"]
+    for arm, layer, cells, found in analysed_layers(results, data):
+        points = f"{shown(cells[0]['analysis']['base']).right_name}, points"
+        for name, effect in EFFECTS.items():
+            parts: list[tuple[Callable[[Any], float], str]] = [
+                (lambda e, of=effect: of(e)["loss"]["value"], "+.3f"),
+                (lambda e, of=effect: 100 * of(e)["right"]["value"], "+.2f"),
+                (lambda e, of=effect: of(e)["calibrated"]["value"], "+.3f"),
+            ]
+            figures = [over_seeds(found, part, form) for part, form in parts]
+            if any(figures):
+                rows.append([arm, layer, name, str(len(found)), *figures])
+    if not rows:
+        return ""
+    head += [points, "calibrated loss, nats"]
+    kept = len(head) if any(row[-1] for row in rows) else -1
+    return markdown(head[:kept], [row[:kept] for row in rows])
+
+
+def analysed_layers(
+    results: Results, data: str
+) -> Iterator[tuple[str, str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Yield each arm, MoE layer, the arm's cells with an analysis, and what these found in the layer."""
     for arm in results.study.arms:
         cells = [cell for cell in results.final(data, arm).values() if cell["analysis"]]
         for layer in layer_names(cells):
-            found = [each for cell in cells for each in cell["analysis"]["layers"] if each["name"] == layer]
-            pruned = [cell["after"]["prune"]["kept"] for cell in cells if "prune" in cell["after"]]
-            gone = sum(all(kept["layer"] != layer for kept in each) for each in pruned)
-            rows.append([
-                arm, layer, str(len(found)),
-                over_seeds(found, lambda e: e["adjusted_mutual_information"]["value"]),
-                over_seeds(found, lambda e: e["effective_experts"]["value"], ".2f"),
-                over_seeds(found, lambda e: e["permuted"]["loss"]["value"], "+.3f"),
-                over_seeds(found, lambda e: e["dense"]["shared"]["loss"]["value"], "+.3f"),
-                over_seeds(found, lambda e: e["dense"]["merge"]["loss"]["value"], "+.3f"),
-                f"{gone} of {len(pruned)}" if pruned else "",
-            ])  # fmt: skip
-    head = ["arm", "layer", "seeds", "AMI with the class", "effective experts", "routes permuted, nats",
-            "shared expert alone, nats", "merged, nats", "pruned"]  # fmt: skip
-    return "\n\n".join([markdown(head, rows), *routes_table(results, data)]) if rows else ""
+            yield arm, layer, cells, [e for cell in cells for e in cell["analysis"]["layers"] if e["name"] == layer]
 
 
 def routes_table(results: Results, data: str) -> list[str]:
@@ -152,7 +185,9 @@ def notes(results: Results, data: str) -> str:
         f"seeds; differences are paired by seed and are those to the control, {results.study.control}, with 95% "
         f"intervals of Student's t, widened for {max(count, 1)} contrasts (Bonferroni); only the contrasts were "
         f"declared. p is of the signs of the differences, all tried. ARM/prune is the pruned model, ARM/merge_all the "
-        f"one of which each MoE layer is the mean of its experts. Routes permuted is that of one layer. "
+        f"one of which each MoE layer is the mean of its experts. Routes permuted is that of one layer. Changes by "
+        f"overruling a layer are on validation; the calibrated loss is that at the temperature that fits each model "
+        f"best, so a mere scale of the logits changes nothing. "
         f"Versions: {'; '.join(versions)}; package {', '.join(sorted({c['code'] for c in cells}))}. "
         f"Machine: {'; '.join(machines)}. Digests of the data: {', '.join(inputs) or 'none'}. "
         f"Computing took {hours:.2f} hours in all."

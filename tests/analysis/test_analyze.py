@@ -12,14 +12,16 @@ import pytest
 import torch
 from helpers.kinds import UNITS
 from helpers.known import CLASSES, Known, loader
+from helpers.pruned import changes
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis import analyze as analysis
 from vimoe.analysis import statistics
+from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.interventions import Changes, Handed, Subjects
+from vimoe.analysis.interventions import Handed, Subjects
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.metrics.classification import ClassificationMetric
 from vimoe.metrics.registry import METRICS
@@ -242,7 +244,7 @@ def test_every_draw_is_another_permutation_of_the_measured_images(monkeypatch: p
     def look(subjects: Subjects, plan: dict, _task: str) -> dict[str, Changes]:
         plans.update(plan, chosen=subjects.images)
         columns = {name: np.arange(len(each)) * np.ones((20, 1)) for name, each in plan.items()}
-        return {name: Changes(values, -values) for name, values in columns.items()}
+        return {name: changes(values, -values) for name, values in columns.items()}
 
     monkeypatch.setattr(analysis, "measure", look)
     found = vimoe.analyze(Known(), loader(by_class=True), draws=4, overrule=20)
@@ -274,7 +276,7 @@ def test_more_draws_are_made_where_they_narrow_the_interval(
         for name, group in plan.items():
             of_images = np.random.default_rng(1).normal(size=(60, 1)) * (1 - noise)
             loss = of_images + noise * rng.normal(size=(60, len(group)))
-            made[name] = Changes(loss, np.sign(loss))
+            made[name] = changes(loss, np.sign(loss))
         return made
 
     monkeypatch.setattr(analysis, "measure", scripted)

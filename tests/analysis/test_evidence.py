@@ -10,7 +10,7 @@ from helpers.pruned import effect, evidence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vimoe.analysis.evidence import Evidence
+from vimoe.analysis.evidence import Calibrated, Evidence
 from vimoe.errors import ConfigError
 
 
@@ -57,3 +57,24 @@ def test_older_files_say_once_how_many_draws_there_were(found: Evidence) -> None
     assert [layer.draws for layer in Evidence.from_dict(values).layers] == [20, 20]
     again = Evidence.from_dict(replace(found, layers=(replace(found.layers[0], draws=7),)).to_dict())
     assert again.draws == 20 and again.layers[0].draws == 7
+
+
+def test_files_without_calibrated_changes_are_read(found: Evidence) -> None:
+    """As older ones are, and those of a segmenter; text and notebook have no line for what is not there."""
+    change = replace(found.layers[0].permuted, calibrated=Calibrated(0.125, 0.0, 0.25, 1.5, 1.25))
+    new = replace(found, layers=(replace(found.layers[0], permuted=change), found.layers[1]))
+    lines = str(new).splitlines()
+    assert lines[2].startswith("blocks.0.mlp") and lines[3].split() == ["calibrated", *str(change.calibrated).split()]
+    assert lines[3].index("+0.1250") == lines[2].index("+0.5000") and lines[4].startswith("blocks.<b>.mlp")
+    assert "the untouched one has 1.50" in str(new) and new._repr_html_().count("<tr>") == 4
+    values = new.to_dict()
+    assert values["layers"][0]["permuted"]["calibrated"] == {
+        "value": 0.125, "low": 0.0, "high": 0.25, "temperature_before": 1.5, "temperature_after": 1.25,
+    }  # fmt: skip
+    assert Evidence.from_dict(values).layers[0].permuted == change
+    for layer in values["layers"]:
+        for each in (layer["permuted"], layer["frozen"], *layer["dense"].values(), *layer["experts"]):
+            del each["calibrated"]
+    old = Evidence.from_dict(values)
+    assert old.layers[0].permuted == found.layers[0].permuted and str(old) == str(found)
+    assert "alibrated" not in str(old)

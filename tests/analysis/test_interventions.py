@@ -15,8 +15,8 @@ from helpers.tiny import FAMILIES, config, images, layers, perturb_experts, rand
 from torch import Tensor, nn
 
 import vimoe
+from vimoe.analysis.changes import Changes
 from vimoe.analysis.interventions import (
-    Changes,
     Frozen,
     Handed,
     Images,

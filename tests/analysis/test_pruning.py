@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.known import CLASSES, Known, loader
-from helpers.pruned import effect, evidence
+from helpers.pruned import changes, effect, evidence
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import nn
 
 import vimoe
+from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Effect
-from vimoe.analysis.interventions import Changes, Subjects
+from vimoe.analysis.interventions import Subjects
 from vimoe.analysis.pruning import images_per_second, receipts
 from vimoe.errors import VimoeError
 
@@ -48,7 +49,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, losses: Callable[[str, int, int], 
         made = {}
         for name, ways in plan.items():
             loss = np.array([losses(name, column, len(readings)) for column in range(len(ways))], dtype=float).T
-            made[name] = Changes(loss, -np.sign(loss))
+            made[name] = changes(loss, -np.sign(loss))
         return made
 
     monkeypatch.setattr("vimoe.analysis.pruning.measure", measured)

@@ -11,8 +11,12 @@ def change(value: float, half: float) -> dict[str, float]:
     return {"value": value, "low": value - half, "high": value + half}
 
 
-def effect(value: float, half: float = 0.01) -> dict[str, Any]:
-    return {"loss": change(value, half), "right": change(-value / 10, half / 10)}
+def effect(value: float, half: float = 0.01, calibrated: float | None = None) -> dict[str, Any]:
+    """With a calibrated change, what a classifier has; without, what a segmenter has or an older file."""
+    found = {"loss": change(value, half), "right": change(-value / 10, half / 10)}
+    if calibrated is None:
+        return found
+    return {**found, "calibrated": {**change(calibrated, half), "temperature_before": 1.25, "temperature_after": 0.875}}
 
 
 def evidence(layers: int = 6, classes: int = 10, experts: int = 8, overruled: bool = True) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evidence made by hand for pruning."""
+"""Changes and evidence made by hand, for analysis and pruning."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 
+from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.statistics import Dependence, Interval
 from vimoe.metrics.classification import ImageScore
+
+
+def changes(loss: np.ndarray, right: np.ndarray) -> Changes:
+    """By a metric without a temperature."""
+    return Changes(loss, right, np.empty((*loss.shape, 0)), np.empty((len(loss), 0)))
 
 
 def effect(value: float, half: float = 0.0) -> Effect:

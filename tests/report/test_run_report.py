@@ -51,6 +51,18 @@ def test_the_page_of_an_analysis_says_what_is_uncertain(tmp_path: Path) -> None:
     )
 
 
+def test_calibrated_changes_are_on_the_page_where_files_have_them(tmp_path: Path) -> None:
+    run = analysed(tmp_path / "run", layers=2)
+    assert "alibrated" not in Reader(write_run_report(run)).text
+    found = json.loads((run / "routing.json").read_text())
+    found["layers"][1]["dense"]["merge"] = effect(-0.061, 0.02, calibrated=0.0104)
+    (run / "routing.json").write_text(json.dumps(found))
+    read = Reader(write_run_report(run))
+    assert "Calibrated loss, nats: layer" in read.text and "the unchanged model has T = 1.25" in read.text
+    row = "blocks.1.mlp – – – +0.0104 [-0.0096, +0.0304] interval contains 0 T = 0.88 –"
+    assert row in read.text and "blocks.0.mlp – – – – –" in read.text
+
+
 def diagnosed(folder: Path, **changes: object) -> Path:
     run = trained(folder)
     far = {"cosine": 0.5, "weights": 1.0, "outputs": 0.25}
@@ -105,6 +117,17 @@ def test_the_page_of_a_pruning_has_its_removals_in_order(tmp_path: Path) -> None
     assert (tmp_path / "run" / "figures" / "before-heatmaps.png").exists()
     without = Reader(write_run_report(pruned(tmp_path / "other", recovered=False)))
     assert "trained further" not in without.text and "further epochs" not in without.text
+
+
+def test_the_page_of_a_pruning_has_calibrated_totals_where_they_are_known(tmp_path: Path) -> None:
+    path = pruned(tmp_path / "run") / "summary.json"
+    assert "alibrated" not in Reader(write_run_report(tmp_path / "run")).text
+    summary = json.loads(path.read_text())
+    for step in summary["steps"]:
+        step["total"] = effect(0.006, 0.001, calibrated=0.0025)
+    path.write_text(json.dumps(summary))
+    text = Reader(write_run_report(tmp_path / "run")).text
+    assert "total calibrated, nats" in text and "-0.06 [-0.07, -0.05] +0.0025 [+0.0015, +0.0035]" in text
 
 
 @pytest.mark.parametrize(("kept", "left"), [(False, []), (False, ["a.mlp"]), (True, ["blocks.1.mlp", "a.mlp"])])

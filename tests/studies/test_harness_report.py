@@ -61,7 +61,11 @@ def test_tables_pair_by_seed_and_regenerate_without_a_difference(tmp_path: Path)
     assert row(text, "vimoe", "0.003", "2")[3:5] == ["54.50 ± 2.12", contrast[4]]
     assert row(text, "dense", "0.003", "2")[3:5] == ["51.00 ± 1.41", ""]
     assert row(text, "vimoe", "60.00 ± 0.00")[2:] == ["70.00 ± 0.00", "0.003"]
-    assert row(text, "vimoe", "blocks.1.mlp", "2")[5] == "+0.300 [+0.300, +0.300]"
+    assert row(text, "vimoe", "blocks.1.mlp", "2")[3] == "0.900 [0.900, 0.900]"
+    assert row(text, "vimoe", "blocks.1.mlp", "routes permuted", "2")[4:] == [
+        "+0.300 [+0.300, +0.300]", "-3.00 [-3.00, -3.00]",
+    ]  # fmt: skip
+    assert "| overruled | seeds | loss, nats | top-1, points |\n" in text  # files that have no calibrated loss
     figures = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     assert set(figures) == {"digits-cost.svg", "digits-routes.svg"}
     write_report(study)
@@ -82,6 +86,23 @@ def test_calibration_stands_in_the_table_where_evaluate_gives_it(tmp_path: Path)
     text = (tmp_path / "README.md").read_text("utf-8")
     assert "| calibration error | difference | loss at the best temperature | difference |" in text
     assert "+0.1000 [+0.1000, +0.1000]" in row(text, "vimoe", "0.003", "2")
+
+
+def test_the_calibrated_loss_stands_in_the_table_where_an_analysis_has_it(tmp_path: Path) -> None:
+    study = fill(write_study(tmp_path))
+    found = evidence(layers=2)
+    found["layers"][1]["dense"]["merge"] = effect(-0.06, calibrated=0.01)
+    del found["layers"][1]["dense"]["shared"]  # as of experts without a shared one
+    for cell in study.final_cells("digits", "vimoe", 3e-3):
+        put(study, cell, 0.5, analysis=found)
+    write_report(study)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "| overruled | seeds | loss, nats | top-1, points | calibrated loss, nats |" in text
+    assert row(text, "vimoe", "blocks.1.mlp", "merged", "2")[4:] == [
+        "-0.060 [-0.060, -0.060]", "+0.60 [+0.60, +0.60]", "+0.010 [+0.010, +0.010]",
+    ]  # fmt: skip
+    assert row(text, "vimoe", "blocks.1.mlp", "routes permuted", "2")[-1] == ""
+    assert "| blocks.1.mlp | shared expert alone" not in text and "| blocks.0.mlp | shared expert alone" in text
 
 
 def test_without_cells_the_page_says_so(tmp_path: Path) -> None:

@@ -21,17 +21,8 @@ from torch import Tensor, nn
 from vimoe.analysis import statistics
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.expert_similarity import compare_experts
-from vimoe.analysis.interventions import (
-    Changes,
-    Frozen,
-    Handed,
-    Images,
-    Intervention,
-    Subjects,
-    Without,
-    measure,
-)
-from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, pair_interval, tables_of_units
+from vimoe.analysis.interventions import Frozen, Handed, Images, Intervention, Subjects, Without, measure
+from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, tables_of_units
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError
@@ -206,28 +197,25 @@ def _effects(
     others = {name: _interventions(layer, seen, name, gate_mass[name]) for name, layer in layers.items()}
     plan = {name: [*handed(name, slice(first[name])), *sum(groups.values(), [])] for name, groups in others.items()}
     changes = measure(subjects, plan, task)
-    permuted = {name: (each.loss[:, : first[name]], each.right[:, : first[name]]) for name, each in changes.items()}
+    permuted = {name: each.columns(slice(first[name])) for name, each in changes.items()}
     enough = {
         name: first[name]
         if first[name] in (0, draws)
-        else enough_draws(loss, donors[:, : first[name]], draws, seed, sequences)
-        for name, (loss, _) in permuted.items()
+        else enough_draws(each.loss, donors[:, : first[name]], draws, seed, sequences)
+        for name, each in permuted.items()
     }
     more = {name: handed(name, slice(first[name], to)) for name, to in enough.items() if to > first[name]}
     if more:
         for name, also in measure(subjects, more, task and f"{task}, more draws").items():
-            loss, right = permuted[name]
-            permuted[name] = np.hstack([loss, also.loss]), np.hstack([right, also.right])
+            permuted[name] = permuted[name].beside(also)
     fields = {}
     for name, groups in others.items():
         given = donors[:, : enough[name]]
-        pairs = [pair_interval(values, given, seed, sequences) for values in permuted[name] if enough[name]]
-        rest = Changes(changes[name].loss[:, first[name] :], changes[name].right[:, first[name] :])
-        effects = iter(Effect.each(rest, seed, sequences))
+        effects = iter(Effect.each(changes[name].columns(slice(first[name], None)), seed, sequences))
         found = {key: [next(effects) for _ in group] for key, group in groups.items()}
         fields[name] = {
             "draws": enough[name],
-            "permuted": Effect(*pairs) if pairs else None,
+            "permuted": Effect.of_draws(permuted[name], given, seed, sequences) if enough[name] else None,
             "frozen": next(iter(found.pop("frozen", ())), None),
             "experts": tuple(found.pop("experts", ())),
             "dense": {how: effect for how, (effect,) in found.items()},

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from vimoe.analysis import statistics
 from vimoe.analysis.analyze import analyze
+from vimoe.analysis.changes import Changes
 from vimoe.analysis.diagnosis import Diagnosis, Gates, LayerDiagnosis, Oracle
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.expert_similarity import distances
-from vimoe.analysis.interventions import Changes, Only, Subjects, measure
+from vimoe.analysis.interventions import Only, Subjects, measure
 from vimoe.analysis.remedies import findings
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
@@ -252,7 +253,6 @@ def _oracle(
     by_prediction = statistics.best_for_class(changes.loss, predicted, half)
     by_prediction = np.where(by_prediction < 0, for_all, by_prediction)
     chosen = np.stack([by_prediction, for_all, by_class, changes.loss.argmin(axis=1)], axis=1)[rows]
-    picked = Changes(*(np.take_along_axis(each[rows], chosen, axis=1) for each in (changes.loss, changes.right)))
     units = None if sequences is None else np.unique(sequences[rows], return_inverse=True)[1]
-    effects = Effect.each(picked, seed, units)
+    effects = Effect.each(changes.chosen(rows, chosen), seed, units)
     return Oracle(effects[0], effects[1], effects[2], effects[3], len(rows))

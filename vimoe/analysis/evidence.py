@@ -15,11 +15,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vimoe.analysis import figures
-from vimoe.analysis.interventions import Changes
-from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over
+from vimoe.analysis.changes import Changes, Fit
+from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over, pair_interval
 from vimoe.errors import ConfigError, VimoeError, choice
 from vimoe.metrics.base import Score, read_score
 from vimoe.moe import MoE
+
+
+@dataclass(frozen=True)
+class Calibrated(Interval):
+    """Mean change of the loss in nats if both models have the temperature that fits them best (`Changes.fit`).
+
+    The rest of the change of the loss is calibration alone. The interval is for these two temperatures.
+
+    Attributes:
+        temperature_before, temperature_after: temperatures of the untouched and of the overruled model. They are fitted
+            on the images that are measured.
+    """
+
+    temperature_before: float
+    temperature_after: float
+
+    @classmethod
+    def of(cls, interval: Interval, fit: Fit) -> Calibrated:
+        return cls(**vars(interval), temperature_before=fit.before, temperature_after=fit.after)
 
 
 @dataclass(frozen=True)
@@ -27,21 +46,48 @@ class Effect:
     """Mean change over images by an intervention: of the loss in nats, and of the share that is right.
 
     Right is an image (top-1), or the share of its pixels; the metric says which.
+
+    Attributes:
+        loss, right: change of the loss in nats, and of the share.
+        calibrated: change of the loss without what is a mere scale of the logits; None if the metric has no temperature
+            (`Metric.calibrates`), and in files of an older version.
     """
 
     loss: Interval
     right: Interval
+    calibrated: Calibrated | None = None
 
     @classmethod
     def each(cls, changes: Changes, seed: int, sequences: np.ndarray | None = None) -> list[Effect]:
         """Return the effect of every intervention; sequences as in `vimoe.analysis.statistics`."""
         losses, shares = (mean_intervals(columns, seed, sequences) for columns in (changes.loss, changes.right))
-        return [cls(loss, right) for loss, right in zip(losses, shares, strict=True)]
+        if not changes.calibrates or not losses:
+            return list(map(cls, losses, shares))
+        fits = [changes.columns(slice(v, v + 1)).fit() for v in range(len(losses))]
+        intervals = mean_intervals(np.hstack([fit.change for fit in fits]), seed, sequences)
+        return list(map(cls, losses, shares, map(Calibrated.of, intervals, fits)))
+
+    @classmethod
+    def of_draws(cls, changes: Changes, partners: np.ndarray, seed: int, sequences: np.ndarray | None = None) -> Effect:
+        """Return the mean effect of interventions that each give image i the decisions of image partners[i, v].
+
+        Args:
+            changes: changes (I, V) of each image by each intervention; one temperature fits all of these.
+            partners, seed, sequences: arguments of `vimoe.analysis.statistics.pair_interval`.
+        """
+
+        def interval(values: np.ndarray) -> Interval:
+            return pair_interval(values, partners, seed, sequences)
+
+        fit = changes.fit() if changes.calibrates else None
+        calibrated = fit and Calibrated.of(interval(fit.change), fit)
+        return cls(interval(changes.loss), interval(changes.right), calibrated)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Effect:
         """Return the effect of these plain values, the inverse of `dataclasses.asdict`."""
-        return cls(Interval(**values["loss"]), Interval(**values["right"]))
+        calibrated = values.get("calibrated") and Calibrated(**values["calibrated"])
+        return cls(Interval(**values["loss"]), Interval(**values["right"]), calibrated)
 
 
 @dataclass(frozen=True)
@@ -105,6 +151,12 @@ class LayerEvidence:
     def best_dense(self) -> tuple[str, Effect]:
         """`how` of the dense FFN with the lowest loss, and its effect."""
         return min(self.dense.items(), key=lambda item: item[1].loss.value)
+
+    @property
+    def shown(self) -> tuple[Effect | None, Effect | None, str]:
+        """Effects of permuted decisions and of `best_dense`, None where they were not measured, and its `how`."""
+        how, dense = self.best_dense if self.dense else ("", None)
+        return self.permuted, dense, how
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON knows them."""
@@ -251,9 +303,12 @@ class Evidence:
     def _rows(self) -> list[tuple[str, ...]]:
         rows = []
         for e in self.layers:
-            ami, (how, dense) = e.adjusted_mutual_information, e.best_dense if e.dense else ("", None)
-            effects = [str(effect.loss) if effect else "" for effect in (e.permuted, dense)]
-            rows.append((e.name, f"{ami.value:.3f}", f"{ami.p:.3f}", f"{e.effective_experts.value:.1f}", *effects, how))
+            ami, (*effects, how) = e.adjusted_mutual_information, e.shown
+            losses = [str(effect.loss) if effect else "" for effect in effects]
+            rows.append((e.name, f"{ami.value:.3f}", f"{ami.p:.3f}", f"{e.effective_experts.value:.1f}", *losses, how))
+            calibrated = [str(effect.calibrated) if effect and effect.calibrated else "" for effect in effects]
+            if any(calibrated):
+                rows.append(("  calibrated", "", "", "", *calibrated, ""))
         return rows
 
     def _notes(self) -> list[str]:
@@ -266,7 +321,19 @@ class Evidence:
         return [
             f"The untouched model on validation: {self.base}{source}.",
             *([measured] if self.overruled_images else []),
+            *self._about_calibration(),
             *([f"All {other}intervals are {over(self.sequences)}."] if self.sequences is not None else []),
             f"An image activates {mean.value:.1f} experts ({low} to {high}); {used} of {possible} routes are used, "
             f"effectively {effective:.1f}.",
+        ]
+
+    def _about_calibration(self) -> list[str]:
+        """Return what the calibrated changes are, as a list of one; [] if there are none."""
+        effects = (effect for layer in self.layers for effect in layer.shown[:2] if effect)
+        found = next((effect.calibrated for effect in effects if effect.calibrated), None)
+        if not found:
+            return []
+        return [
+            f"Calibrated: the change if each model has the temperature that fits it best (the untouched one has "
+            f"{found.temperature_before:.2f}); the rest is a scale of the logits."
         ]

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vimoe.analysis.changes import Changes
 from vimoe.analysis.partial_forward import LayerRecord, PartialForward
+from vimoe.analysis.temperatures import losses_on_grid
 from vimoe.errors import DataError, VimoeError
-from vimoe.metrics.base import Batches, batches, metric_of, signature
+from vimoe.metrics.base import Batches, Metric, batches, metric_of, signature
 from vimoe.models.frozen_trunk import Entry
 from vimoe.moe import MoE, Routing
 from vimoe.moe.autocast import in_type_of_autocast
@@ -112,14 +114,6 @@ class Images:
 
     places: np.ndarray
     labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Changes of each image by each intervention on a layer, (I, V): of the loss in nats, and of the share right."""
-
-    loss: np.ndarray
-    right: np.ndarray
 
 
 class Subjects:
@@ -246,24 +240,36 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
     """
     layers: dict[str, Any] = {name: subjects.model.get_submodule(name) for name in plan}
     most = max((layer.config.num_experts for layer in layers.values()), default=1)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in plan}
+    before: list[Tensor] = []
+    after: dict[str, list[Tensor]] = {name: [] for name in plan}
     for partial, logits, records, labels, index in subjects.records(list(plan), max(1, _HELD // most), task):
-        base = subjects.metric.of_each_image(logits, labels)
-        if not base[0].isfinite().all():
-            raise VimoeError(f"the model's loss is {float(base[0].sum())}: expected a model whose outputs are finite")
+        base = _scores(subjects.metric, logits, labels)
+        if not (losses := base[:, 0]).isfinite().all():
+            raise VimoeError(f"the model's loss is {float(losses.sum())}: expected a model whose outputs are finite")
+        before.append(base.cpu())
         size = max(1, min(_ROWS, _SCORES // logits[0].numel()))
         for name, interventions in plan.items():
-            loss, right = (each.repeat(len(interventions), 1) for each in base)
+            scores = base.repeat(len(interventions), 1, 1)
             with torch.no_grad():
                 for columns, rows, y in _outputs(layers[name], records[name], interventions, index, size):
-                    others = subjects.metric.of_each_image(partial.rest(name, records[name], rows, y), labels[rows])
-                    loss[columns, rows], right[columns, rows] = others
-            loss = loss.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
-            found[name].append(((loss - base[0]).T.cpu(), (right - base[1]).T.cpu()))
-    return {
-        name: Changes(*(torch.cat(column).double().numpy() for column in zip(*parts, strict=True)))
-        for name, parts in found.items()
-    }
+                    outputs = partial.rest(name, records[name], rows, y)
+                    scores[columns, rows] = _scores(subjects.metric, outputs, labels[rows])
+            scores = scores.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
+            after[name].append(scores.transpose(0, 1).cpu())
+    untouched = torch.cat(before)
+    return {name: _changes(untouched, torch.cat(scores)) for name, scores in after.items()}
+
+
+def _scores(metric: Metric, outputs: Tensor, labels: Tensor) -> Tensor:
+    """(B, 2 + M) loss of each image, share of it that is right, and its losses by temperature."""
+    scores = torch.stack(metric.of_each_image(outputs, labels), dim=1)
+    return torch.cat([scores, losses_on_grid(outputs, labels)], dim=1) if metric.calibrates else scores
+
+
+def _changes(before: Tensor, after: Tensor) -> Changes:
+    """Changes from scores (I, 2 + M) of the untouched model to those (I, V, 2 + M) of the overruled one."""
+    loss, right = (after[..., :2] - before[:, None, :2]).double().numpy().transpose(2, 0, 1)
+    return Changes(loss, right, after[..., 2:].numpy(), before[:, 2:].numpy())
 
 
 def _outputs(

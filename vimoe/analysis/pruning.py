@@ -10,12 +10,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Effect, Evidence
-from vimoe.analysis.interventions import Changes, Intervention, Subjects, Without, measure
+from vimoe.analysis.interventions import Intervention, Subjects, Without, measure
 from vimoe.analysis.statistics import numbered, over
 from vimoe.config.analysis import PRUNE_TOLERANCE
 from vimoe.config.checks import LARGEST_SEED, check_count
@@ -83,7 +83,8 @@ class Pruning:
         ]
         kept += [f"{name}: kept; no method makes it dense" for name in self.without_method]
         total = self.steps[-1].total if self.steps else None
-        ending = [f"in all: loss {total.loss}"] if total else []
+        calibrated = f", calibrated {total.calibrated}" if total and total.calibrated else ""
+        ending = [f"in all: loss {total.loss}{calibrated}"] if total else []
         if self.sequences is not None:
             ending.append(f"intervals are {over(self.sequences)}")
         return "\n".join([*map(str, self.steps), *kept, *ending])
@@ -257,7 +258,7 @@ class _Greedy:
         self.steps: list[Step] = []
         self._units, self.sequences = numbered(sequences)
         self._named = None if sequences is None else len(sequences)
-        self._total = Changes(np.zeros(1), np.zeros(1))  # (I,) change of each image by all steps
+        self._total: Changes | None = None  # by all steps together
 
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
         """Make layers dense as long as one can go. Return the layers that stay, with what removing them would cost."""
@@ -312,9 +313,9 @@ class _Greedy:
         return changes
 
     def _took(self, step: Step, change: Changes, column: int) -> None:
-        self._total = Changes(self._total.loss + change.loss[:, column], self._total.right + change.right[:, column])
-        total_of = Changes(self._total.loss[:, None], self._total.right[:, None])
-        (total,) = Effect.each(total_of, self.seed, self._units)
+        taken = change.columns(slice(column, column + 1))
+        self._total = taken if self._total is None else self._total.then(taken)
+        (total,) = Effect.each(self._total, self.seed, self._units)
         self.steps.append(replace(step, total=total))
 
 

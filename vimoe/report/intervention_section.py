@@ -46,16 +46,28 @@ def add_interventions(page: Page, evidence: dict[str, Any], prefix: str) -> None
     images = _images(evidence)
     caption = f"Change of the loss under each intervention, {images} A hollow dot has an interval that contains 0."
     page.plotly_figure(plotly_figures.effects(evidence), caption, figures.effects(evidence), f"{prefix}effects")
+    note = f"Changes from the unchanged model, {images}"
     for key, name, form, unit in (
         ("loss", "Loss, nats", "+z.4f", 1.0),
         ("right", f"{accuracy.capitalize()}, points", "+z.2f", 0.01),
+        ("calibrated", "Calibrated loss, nats", "+z.4f", 1.0),
     ):
+        found = {layer: {k: e[key] for k, e in effects.items() if e.get(key)} for layer, effects in measured.items()}
+        if not any(found.values()):  # masks have no calibrated loss, nor have older files
+            continue
         rows = [
-            [layer, *(change_cell(effects[kind][key], form, unit) if kind in effects else "–" for kind in kinds)]
-            for layer, effects in measured.items()
+            [layer, *(_change_cell(changes[kind], form, unit) if kind in changes else "–" for kind in kinds)]
+            for layer, changes in found.items()
         ]
         page.table([f"{name}: layer", *(INTERVENTIONS[kind] for kind in kinds)], rows)
-    page.text(f"Changes from the unchanged model, {images}", note=True)
+        if key == "calibrated":
+            before = next(c["temperature_before"] for changes in found.values() for c in changes.values())
+            note += (
+                f" The calibrated loss is that at the temperature T that fits each model best on these images; the "
+                f"unchanged model has T = {before:.2f}. If a change of the loss is none of the calibrated loss, the "
+                f"model only became more sure, or less sure, of the same answers."
+            )
+    page.text(note, note=True)
 
 
 def add_expert_effects(page: Page, evidence: dict[str, Any], prefix: str) -> None:
@@ -79,6 +91,12 @@ def add_expert_effects(page: Page, evidence: dict[str, Any], prefix: str) -> Non
     page.plotly_figure(
         plotly_figures.expert_effects(evidence), caption, figures.expert_effects(evidence), f"{prefix}experts"
     )
+
+
+def _change_cell(change: dict[str, float], form: str, unit: float) -> str:
+    """Return a change as `change_cell` does, with the temperature of the changed model if it has one."""
+    after = change.get("temperature_after")
+    return change_cell(change, form, unit) + (f"\nT = {after:.2f}" if after else "")
 
 
 def _draws(evidence: dict[str, Any]) -> str:

@@ -72,16 +72,20 @@ def _add_removals(page: Page, summary: dict[str, Any], accuracy: str) -> None:
     if not steps:
         page.text("Nothing was removed: no removal was certain to cost at most the tolerance.")
         return
-    page.table(
-        ("removed", "replaced by", "change, nats", "total, nats", f"total {accuracy}, points"),
+    head = ["removed", "replaced by", "change, nats", "total, nats", f"total {accuracy}, points"]
+    rows = [
         [
-            (
-                f"{i}. {removed(step)}", REPLACEMENTS.get(step["how"], step["how"]),
-                change_cell(step["change"]["loss"]), *_total_cells(step["total"]),
-            )
-            for i, step in enumerate(steps, start=1)
-        ],
-    )  # fmt: skip
+            f"{i}. {removed(step)}", REPLACEMENTS.get(step["how"], step["how"]), change_cell(step["change"]["loss"]),
+            *_total_cells(step["total"]),
+        ]
+        for i, step in enumerate(steps, start=1)
+    ]  # fmt: skip
+    if calibrated := [each for step in steps if (each := (step["total"] or {}).get("calibrated"))]:
+        page.text("The calibrated total is that of the loss at the temperature that fits each model best.")
+        head.append("total calibrated, nats")
+        for row, each in zip(rows, calibrated, strict=True):
+            row.append(change_cell(each))
+    page.table(head, rows)
 
 
 def _add_kept_layers(page: Page, kept: list[dict[str, Any]], accuracy: str) -> None:
