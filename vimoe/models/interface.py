@@ -326,13 +326,15 @@ class Backbone:
     def layer_numbers(self) -> dict[str, int]:
         """Depth of each parameter by name, for layer-wise rates as in BEiT (arXiv 2106.08254).
 
-        0 is the stem (all before the blocks), i + 1 block i. The last one is all after the blocks and outside the ViT.
+        0 is the stem (all before the blocks), i + 1 block i and what stands between it and the next one. The last one
+        is all after the blocks and outside the ViT.
         """
         depths = {block: number for number, block in enumerate(self.blocks, 1)}
         last, numbers, now = len(depths) + 1, {}, 0
         for name, _ in self.model.named_parameters():
             if (block := self.block_of(name)) is not None:
-                numbers[name], now = depths[block], last
+                numbers[name] = depths[block]
+                now = last if depths[block] == last - 1 else depths[block]
             else:
                 numbers[name] = now if self._inside(name) else last
         return numbers

@@ -5,7 +5,8 @@ A name is a folder that `save_pretrained` wrote, or a model on the hub. Weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError, FolderError, beside, first_line, nearest
-from vimoe.models import transformers_vit
+from vimoe.models.interface import find_backbone
 
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # types of models that take images of any size
 _INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic", 1: "lanczos", 4: "box", 5: "hamming"}  # Pillow's numbers
@@ -136,10 +137,11 @@ def _create(
 
 def _load(auto: Any, name: str, config: Any) -> Any:
     """Load weights. Raises ConfigError if more than the classifier is missing or of another shape."""
-    model, info = auto.from_pretrained(
-        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **_SAFE
-    )
-    new = transformers_vit.TransformersViT(model).head()
+    with _quiet():
+        model, info = auto.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **_SAFE
+        )
+    new = find_backbone(model).head()
     odd = sorted({str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]} - new)
     odd += sorted(set(info["missing_keys"]) - new)
     if odd:
@@ -148,6 +150,21 @@ def _load(auto: Any, name: str, config: Any) -> Any:
             f"model.args, or use --model.pretrained false"
         )
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers report nothing about weights inside the `with` block: what does not fit is said by an error."""
+    logging = _library().utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _resized(model: Any, size: tuple[int, int]) -> Any:
@@ -206,6 +223,6 @@ def _library() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "models of transformers need transformers, which is not installed: pip install 'transformers>=5'"
+            "models of transformers need transformers, which is not installed: pip install 'vimoe[transformers]'"
         ) from error
     return transformers
