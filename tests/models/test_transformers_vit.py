@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,12 +21,13 @@ import vimoe
 from vimoe.config.model import ModelConfig
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, FolderError, SurgeryError
+from vimoe.models import transformers_files, transformers_vit
 from vimoe.models.create import create, create_without_weights
 from vimoe.models.frozen_trunk import cut_before
 from vimoe.models.interface import find_backbone, logits_of
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import sites
-from vimoe.moe import ffn
+from vimoe.moe import ffn, traced_ffn
 from vimoe.moe.experts import Experts
 from vimoe.training.parameter_groups import parameter_groups
 
@@ -406,14 +407,13 @@ def test_features_of_stages_are_not_cached() -> None:
         cut_before(model, ["swin.encoder.layers.1.blocks.0.mlp"], find_backbone(model).input_size)
 
 
-def test_it_is_not_imported_for_other_models() -> None:
-    code = (
-        "import sys, torch, timm; from vimoe.models.interface import find_backbone;"
-        "assert find_backbone(timm.create_model('test_vit')).family == 'timm';"
-        "assert find_backbone(torch.nn.Linear(2, 2)).family is None;"
-        "sys.exit('transformers' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+def test_it_is_not_imported_for_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import would fail
+    for module in (transformers_files, traced_ffn, transformers_vit):
+        made = runpy.run_path(str(module.__file__))
+    assert not made["TransformersViT"].owns(timm.create_model("test_vit"))
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'vimoe\[transformers\]'"):
+        transformers_files.create("any/name", False, None, None, {})
 
 
 # ----- one ViT in two libraries
