@@ -157,12 +157,17 @@ class MoE(nn.Module):
         return self._begin.needs_images or self.router.needs_images
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D), or any other shape that `by_image` takes, to the same."""
+        """(B, T, D) to the same; a grid (B, H, W, D) too, and (T, D) where tokens are routed.
+
+        Raises:
+            VimoeError: for another shape, such as a grid where some tokens are no patches.
+        """
         if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
             raise VimoeError(
                 "a forward-mode derivative (jvp) of an MoE layer: expected reverse mode, such as backward()"
             )
-        return self._forward(by_image(x)).view(x.shape)
+        alike = self.config.routing == "token" or (x.ndim > 3 and not self.router.layout.num_prefix_tokens)
+        return self._forward(by_image(x) if alike else x).view(x.shape)
 
     def _forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
