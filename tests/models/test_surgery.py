@@ -7,7 +7,8 @@ import copy
 import pytest
 import timm
 import torch
-from helpers.tiny import config, images, layers, upcycle, vit
+from helpers.tiny import config, images, layers, randomise, upcycle, vit
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
 import vimoe
@@ -296,10 +297,14 @@ def test_an_ffn_that_changes_the_number_of_channels_is_refused() -> None:
     assert_refused(model, r"blocks\.0\.mlp \(block 0\): it maps 24 channels to 20")
 
 
-def test_a_model_whose_token_count_is_unknown_is_refused() -> None:
-    with torch.device("meta"):
-        model = timm.create_model("mvitv2_tiny")
-    assert_refused(model, "MultiScaleVit|tokens: expected")
+@torch.no_grad()
+def test_stages_of_fewer_and_fewer_patches_are_converted_where_no_token_is_special() -> None:
+    model = randomise(MultiScaleVit(MultiScaleVitCfg(depths=(1, 1, 1, 1)), img_size=64)).eval()
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    with vimoe.record(upcycle(model, config())) as routing:
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    assert [each.tokens_per_unit for each in routing] == [256, 64, 16, 4]
 
 
 def test_plan_of_a_blind_router_is_silent_and_upcycle_warns() -> None:

@@ -94,7 +94,19 @@ def test_a_non_contiguous_input_gives_the_same_output(layout: str) -> None:
 @pytest.mark.parametrize("shape", [(TOKENS, DIM), (IMAGES, 2, 3, DIM)])
 def test_an_input_that_is_not_images_by_tokens_by_channels_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(vimoe.VimoeError, match=r"expected \(images, tokens, channels\)"):
-        make()(torch.zeros(shape))
+        make(layout="image by class token")(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("layout", ["image by mean", "token"])
+def test_a_grid_without_special_tokens_is_a_row(layout: str) -> None:
+    layer, x = make(layout=layout), tokens()[:, :4]
+    layer.router.layout = TokenLayout(num_prefix_tokens=0, class_token=False)
+    assert torch.equal(layer(x.unflatten(1, (2, 2))), layer(x).unflatten(1, (2, 2)))
+    if layout == "token":
+        assert torch.equal(layer(x[0]), layer(x[:1])[0])
+    else:
+        with pytest.raises(vimoe.VimoeError, match=r"expected \(images, tokens, channels\)"):
+            layer(x[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -96,8 +96,8 @@ class Layers:
             return []
         if not sites:
             raise SurgeryError(
-                "no FFN was found inside the model's blocks: expected a plain ViT of timm (vit_*, deit*), and not one "
-                "that fuses the FFN with the attention, as vit_*_xp and vit_*pwee do"
+                "no FFN was found inside the model's blocks: expected a ViT of timm (vit_*, deit*) or transformers, "
+                "and not one that fuses the FFN with the attention, as vit_*_xp and vit_*pwee do"
             )
         count = 1 + max(site.block for site in sites)
         if self.number > count:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vimoe.errors import DataError, SurgeryError, expect
 from vimoe.models.interface import find_backbone
 from vimoe.models.reading import tokens_read
+from vimoe.moe.layer import by_image
 from vimoe.moe.router import Router
 from vimoe.moe.start import Calibration
 
@@ -53,7 +54,7 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
             routed = read if last and not router.needs_patches else None
 
             def keep(x: Tensor, name: str = name, router: Router = router, routed: int | None = routed) -> None:
-                image, kept = _features(router, x[:, :routed], seen)
+                image, kept = _features(router, by_image(x)[:, :routed], seen)
                 rows[name].append(image + seen)
                 features[name].append(kept)
 
@@ -137,7 +138,7 @@ def _copy(x: Tensor) -> Tensor:
 def _again(model: nn.Module, name: str, images: Batches) -> Iterator[Tensor]:
     """Yield the input (B, T, D) of an FFN for each batch."""
     found: list[Tensor] = []
-    with _inputs_of(model.get_submodule(name), found.append):
+    with _inputs_of(model.get_submodule(name), lambda x: found.append(by_image(x))):
         for batch, _ in pairs(images):
             _run(model, batch)
             yield found.pop()

@@ -15,6 +15,7 @@ from vimoe.errors import VimoeError, expect, first_line
 from vimoe.models.interface import find_backbone
 from vimoe.models.reading import ignoring_hooks, set_reading, tokens_read
 from vimoe.moe import MoE, ffn
+from vimoe.moe.layer import by_image
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _macs(model: nn.Module, layers: Iterable[MoE], input_size: tuple[int, int, i
 
     def count_instead(layer: MoE, args: tuple[Tensor]) -> None:
         nonlocal routed
-        routed += _moe_macs(layer, args[0].shape[1])
+        routed += _moe_macs(layer, by_image(args[0]).shape[1])
 
     images = meta_images(model, 1, input_size)
     with ExitStack() as stack:

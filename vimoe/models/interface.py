@@ -21,6 +21,7 @@ from vimoe.config.model import FAMILIES
 from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError, expect, first_line
 from vimoe.files import read_text, write_json
 from vimoe.moe.router import TokenLayout
+from vimoe.moe.split_ffn import SplitFFN
 
 
 class Backbone:
@@ -30,7 +31,8 @@ class Backbone:
     `model.name` also `create`, and for model folders `arguments` and `build`. All other answers follow from these, and
     a family overrides those that do not fit. `create` and `build` are class methods, `logits` and `features` methods,
     the others properties or plain attributes. A block takes tokens (B, T, D) as its first argument and returns tokens
-    (B, T, D).
+    (B, T, D); a family whose blocks return more has `tokens_of` and `output_with`, and one whose FFNs are spread over
+    two modules `joined`.
 
     An instance of this base class stands for a model of no family. It answers what any module can. Any other question
     raises SurgeryError with one line that says so.
@@ -158,8 +160,28 @@ class Backbone:
         return tuple(self._named(f"{self.holder}.{name}") for name, _ in found.named_children()) if found else ()
 
     def block_of(self, name: str) -> str | None:
-        """Return the name of the block that a module lies in ("blocks.3" for "blocks.3.mlp"), None outside of all."""
-        return next((block for block in self.blocks if name.startswith(f"{block}.")), None)
+        """Return the name of the block that a module lies in ("blocks.3" for "blocks.3.mlp"), None outside of all.
+
+        In a model of no family a module outside of all counts as a block of its own.
+        """
+        own = name if self.family is None else None
+        return next((block for block in self.blocks if name.startswith(f"{block}.")), own)
+
+    def joined(self, name: str) -> SplitFFN | None:
+        """Return the FFN that begins in a module, by its name in the model, and ends in another one of its block.
+
+        By default None: FFNs are whole modules.
+        """
+        return None
+
+    def tokens_of(self, output: Any) -> Tensor:
+        """Return the tokens in what a block returns, if that is no tensor itself."""
+        tokens: Tensor = output
+        return tokens
+
+    def output_with(self, tokens: Tensor) -> Any:
+        """Return what a block that gives these tokens returns: the inverse of `tokens_of`."""
+        return tokens
 
     @property
     def read_blocks(self) -> tuple[int, ...]:
@@ -182,6 +204,11 @@ class Backbone:
         return ()
 
     # ---- tokens and images
+
+    @property
+    def has_images(self) -> bool:
+        """True if the model computes from images of one size, so that `layout` and `input_size` are known."""
+        return self.family is not None
 
     @property
     def layout(self) -> TokenLayout:
@@ -224,7 +251,7 @@ class Backbone:
         with ExitStack() as stack:
             for number in blocks:
                 block = self.model.get_submodule(self.blocks[number])
-                hook = block.register_forward_hook(lambda _b, _x, y, number=number: kept.update({number: y}))
+                hook = block.register_forward_hook(lambda _b, _x, y, n=number: kept.update({n: self.tokens_of(y)}))
                 stack.callback(hook.remove)
             self.vit(images)
         return [kept[number][:, self.layout.num_prefix_tokens :] for number in blocks]
@@ -299,13 +326,15 @@ class Backbone:
     def layer_numbers(self) -> dict[str, int]:
         """Depth of each parameter by name, for layer-wise rates as in BEiT (arXiv 2106.08254).
 
-        0 is the stem (all before the blocks), i + 1 block i. The last one is all after the blocks and outside the ViT.
+        0 is the stem (all before the blocks), i + 1 block i and what stands between it and the next one. The last one
+        is all after the blocks and outside the ViT.
         """
         depths = {block: number for number, block in enumerate(self.blocks, 1)}
         last, numbers, now = len(depths) + 1, {}, 0
         for name, _ in self.model.named_parameters():
             if (block := self.block_of(name)) is not None:
-                numbers[name], now = depths[block], last
+                numbers[name] = depths[block]
+                now = last if depths[block] == last - 1 else depths[block]
             else:
                 numbers[name] = now if self._inside(name) else last
         return numbers
@@ -330,7 +359,8 @@ class Backbone:
         if self.family is None:
             return SurgeryError(
                 f"no family knows {type(self.model).__name__}: expected a ViT of {', '.join(FAMILIES)}, or a family of "
-                f"your own that answers '{question}' (vimoe.models.interface.Backbone)"
+                f"your own that answers '{question}' (vimoe.models.interface.Backbone); with routing='token' also name "
+                f"modules in layers"
             )
         return SurgeryError(
             f"the family {self.family!r} does not answer {question!r}: expected it of {type(self).__name__}; add it"

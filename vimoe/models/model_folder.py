@@ -185,12 +185,12 @@ def _add_layers(model: nn.Module, config_path: Path) -> None:
     segmentation = {"segmentation": model.to_dict()} if isinstance(model, Segmenter) else {}
     with torch.device("meta"):
         parent = _parent(config_path, {**section, **segmentation})
-    layers = {}
+    before, layers = {site.name: site.module for site in sites(parent)}, {}
     for site in sites(model):
         if isinstance(site.module, MoE):
             layers[site.name] = site.module.config
             continue
-        width, was = (ffn.describe(root.get_submodule(site.name)).hidden for root in (model, parent))
+        width, was = (ffn.describe(each).hidden for each in (site.module, before[site.name]))
         if width != was and width % was == 0:
             layers[site.name] = MoEConfig(num_experts=0, num_shared_experts=width // was)
     if layers or segmentation or section:
@@ -248,7 +248,7 @@ def _prove(model: nn.Module, path: Path) -> None:
     noise = torch.randn(2, *find_backbone(model).input_size, generator=torch.Generator().manual_seed(0))
     images = noise.to(tensor.device, tensor.dtype)
     with _evaluating(model), torch.no_grad():
-        expected, got = (logits_of(each, images).float() for each in (model, rebuilt))
+        expected, got = (_logits(each, images) for each in (model, rebuilt))
     if not expected.isfinite().all():
         raise FolderError("the model computes values that are not finite: expected a model whose weights are whole")
     if expected.shape != got.shape or not (expected - got).abs().max() <= 1e-3 * expected.abs().max():
@@ -256,6 +256,13 @@ def _prove(model: nn.Module, path: Path) -> None:
             "a model rebuilt from the folder computes something else: pass model_args={...} with the arguments "
             "that it was built with, and name what was changed since"
         )
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the model's logits; what it draws at random (ViT-MAE masks patches) is the same on every call."""
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        torch.manual_seed(0)
+        return logits_of(model, images).float()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from vimoe.config.model import Read
 from vimoe.errors import ConfigError
 from vimoe.models.interface import Backbone, find_backbone
 from vimoe.moe import MoE
-from vimoe.moe.ffn import KINDS, has_hooks, is_ffn
+from vimoe.moe.ffn import has_hooks, kind_of
 from vimoe.moe.packed import PackedLinear
 from vimoe.moe.routing import recomputing
 
@@ -184,9 +184,8 @@ def tokenwise(module: nn.Module) -> bool:
     """Return True for a module that is known to give a token the same whatever other tokens there are."""
     if type(module) in (nn.Sequential, nn.ModuleList):
         return all(map(tokenwise, module.children()))
-    if is_ffn(module):  # whose activation acts on each number
-        act = KINDS[type(module)].act
-        return all(name == act or tokenwise(child) for name, child in module.named_children())
+    if (kind := kind_of(module)) is not None:  # whose activation acts on each number
+        return all(name == kind.act or tokenwise(child) for name, child in module.named_children())
     return isinstance(module, MoE) or type_before_parametrizations(module) in _TOKENWISE
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from vimoe.errors import SurgeryError
 from vimoe.models.interface import find_backbone
+from vimoe.moe.split_ffn import SplitFFN
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Site:
     Attributes:
         name: module name in the model.
         block: number of its block, from 0 in forward order, among the blocks that hold a site.
-        module: the module itself.
+        module: the module itself; a `SplitFFN` of the modules that an FFN is spread over.
     """
 
     name: str
@@ -52,16 +53,17 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
             if child is None or isinstance(child, backbone.skipped):
                 continue
             child_path = (*path, child_name)
-            if not match(child):
+            name = ".".join(child_path)
+            found = child if match(child) else backbone.joined(name)
+            if found is None:
                 visit(child, child_path)
                 continue
-            name = ".".join(child_path)
             if child in names:
                 raise SurgeryError(f"{name} is the same module as {names[child]}: expected one place for each; untie")
             names[child] = name
             if inside := backbone.block_of(name):
                 block = blocks.setdefault(inside, len(blocks))
-                sites.append(Site(name, block, child))
+                sites.append(Site(name, block, found))
 
     visit(model, ())
     if not sites:
@@ -70,7 +72,20 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
 
 
 def swap(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
-    """Put each module at its place. All were built before, so nothing can fail half-way."""
+    """Put each module at its place. All were built before, so nothing can fail half-way.
+
+    Of an FFN that is spread over two modules, its first module has the name, and its last matrix gives way too.
+    """
+    backbone = find_backbone(model)
     for name, module in replacements.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        block, _, child = name.rpartition(".")
+        if there := backbone.joined(name):
+            model.set_submodule(_inside(block, there.end), nn.Identity())
+        if isinstance(module, SplitFFN):
+            model.set_submodule(_inside(block, module.end), module.last)
+        setattr(model.get_submodule(block), child, module.first if isinstance(module, SplitFFN) else module)
+
+
+def _inside(block: str, name: str) -> str:
+    """Return the name in the model of what has this name in a block; the model itself is the block ""."""
+    return f"{block}.{name}" if block else name

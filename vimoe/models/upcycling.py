@@ -26,6 +26,7 @@ from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.start import Calibration
 
+_ANY = TokenLayout(num_prefix_tokens=0, class_token=False)  # where nothing depends on which token is which
 HOW = ("shared", "merge", "matched", "join", "whole")
 
 
@@ -121,8 +122,9 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None, 
     other starts, at which experts differ; `plan` says how far they take the model.
 
     Args:
-        model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), or a module with one inside such as
-            `vimoe.models.segmenter.Segmenter`, on any device.
+        model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), a model of transformers, or a module with one
+            inside such as `vimoe.models.segmenter.Segmenter`, on any device. With `routing="token"` also any other
+            model, if `config.layers` are patterns of module names.
         config: blocks and kind of layer.
         images: batches of (images, labels) to compute a start or a router from (`MoEConfig.init`,
             `MoEConfig.router`), the same each time they are read: a list or a loader of training images.
@@ -278,10 +280,12 @@ def _new_layers(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
 
 def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     """Return the new module of every chosen site, after all checks but those of its start."""
+    backbone = find_backbone(model)
+    if any(not isinstance(item, str) for item in config.selection.items) or config.selection.word not in ("", "none"):
+        backbone.check_known("blocks")
     chosen = config.selection.select(sites(model))
     if not chosen:
         return {}
-    layout = find_backbone(model).layout
     for site in chosen:
         if isinstance(site.module, MoE):
             raise SurgeryError(f"{site} is an MoE layer already: expected a dense FFN; densify it first")
@@ -290,7 +294,7 @@ def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
                 f"{site} has forward hooks, which experts would not call: expected none; remove them first"
             )
         _describe(site, site.module)
-    _check_tokens(model, chosen, layout)
+    layout = _layout(model, config, chosen)
     return {site.name: _upcycled(site.module, config, layout) for site in chosen}
 
 
@@ -307,8 +311,26 @@ def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Mo
     return MoE(dense, config, layout)
 
 
+def _layout(model: nn.Module, config: MoEConfig, chosen: Sequence[Site]) -> TokenLayout:
+    """Return the model's layout of tokens. Where each token is routed by itself, a model may have none."""
+    backbone = find_backbone(model)
+    if backbone.has_images or config.routing == "image":
+        layout = backbone.layout
+        _check_tokens(model, chosen, layout if config.routing == "image" else _ANY)
+        return layout
+    if ROUTERS.find(config.router).tokens_interact:
+        raise SurgeryError(
+            f"router={config.router!r} compares the tokens of an image, and {type(model).__name__} is not known to get "
+            f"images: expected a router that decides for each token by itself, such as 'softmax'"
+        )
+    return _ANY
+
+
 def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout) -> None:
-    """Run two images through a copy without weights, to see that each FFN gets (images, tokens, channels)."""
+    """Run two images through a copy without weights, to see that each FFN gets them on its first axis.
+
+    Prefix tokens must be there too. Without any, a grid is as good as a row, and a later stage may have fewer patches.
+    """
     copied = meta_copy(model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -326,13 +348,13 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
         raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
     for site in chosen:
         shape = shapes.get(site.name)
-        if shape is None or len(shape) != 3 or shape[0] != 2:
+        if shape is None or len(shape) < 3 or shape[0] != 2 or (layout.num_prefix_tokens and len(shape) != 3):
             raise SurgeryError(
                 f"{site} gets {shape} for 2 images: expected (2, tokens, channels); a block that folds windows "
-                f"into the batch or keeps a grid cannot be converted"
+                f"into the batch cannot be converted"
             )
-        patches = find_backbone(model).num_patches
-        if shape[1] != patches + layout.num_prefix_tokens:
+        patches = find_backbone(model).num_patches if layout.num_prefix_tokens else 0
+        if patches and shape[1] != patches + layout.num_prefix_tokens:
             raise SurgeryError(
                 f"{site} gets {shape[1]} tokens: expected {patches} patches and {layout.num_prefix_tokens} others "
                 f"(num_prefix_tokens), so that the router knows which is which; leave the block out of layers"

@@ -7,7 +7,7 @@ Axes: D channels, F hidden units. The canonical weights of an FFN are
     fc2.weight (D, F)    fc2.bias (D,)
 
 and it computes fc2(norm(act(fc1(x)))), or fc2(norm(act(gate) * value)) where it is gated. A new class of FFN is one
-more entry in `KINDS`.
+more entry in `KINDS`; classes of transformers are read from what they compute (`vimoe.moe.traced_ffn`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from vimoe.errors import SurgeryError
+from vimoe.moe import traced_ffn
 
 Weights = dict[str, Tensor]
 
@@ -121,9 +122,24 @@ KINDS: dict[type[nn.Module], Kind] = {
 }
 
 
+def kind_of(module: nn.Module) -> Kind | None:
+    """Return the kind of an FFN, None for any other module; a class that is met for the first time is noted."""
+    kind = KINDS.get(type(module))
+    if kind is None and (parts := traced_ffn.whole(module)) is not None:
+        kind = KINDS[type(module)] = Kind(**parts)
+    return kind
+
+
 def is_ffn(module: nn.Module) -> bool:
-    """Return True for a module of a class in `KINDS`; `describe` finds out if it can be read."""
-    return type(module) in KINDS
+    """Return True for an FFN of a kind that is known; `describe` finds out if it can be read."""
+    return kind_of(module) is not None
+
+
+def _known(module: nn.Module) -> Kind:
+    """Return the kind of a module that is an FFN."""
+    kind = kind_of(module)
+    assert kind is not None
+    return kind
 
 
 def describe(module: Any) -> FFN:
@@ -132,7 +148,7 @@ def describe(module: Any) -> FFN:
     Raises:
         SurgeryError: if experts could not reproduce a part, such as a quantised or adapted matrix.
     """
-    kind = KINDS[type(module)]
+    kind = _known(module)
     for name in kind.linears:
         linear = module.get_submodule(name)
         if type(linear) is not nn.Linear or hasattr(linear, "parametrizations"):
@@ -175,7 +191,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def read(module: nn.Module) -> Weights:
     """The canonical weights of an FFN; tensors may be the module's own, so copy before changing them."""
-    return KINDS[type(module)].read(module)
+    return _known(module).read(module)
 
 
 def macs(module: Any) -> int:
@@ -208,7 +224,7 @@ def build(like: nn.Module, weights: Weights) -> nn.Module:
     The weights are copied bit for bit and keep device and type; parameters are frozen where those of `like` are.
     """
     module = copy.deepcopy(like)
-    for name, value in KINDS[type(like)].write(like, weights).items():
+    for name, value in _known(like).write(like, weights).items():
         layer_name, kind = name.rsplit(".", 1)
         layer = module.get_submodule(layer_name)
         copied = value.detach().clone(memory_format=torch.contiguous_format)

@@ -156,12 +156,20 @@ class MoE(nn.Module):
         """True if `start` needs what the dense model computes for some images."""
         return self._begin.needs_images or self.router.needs_images
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x_BTD).tangent is not None:
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to the same; a grid (B, H, W, D) too, and (T, D) where tokens are routed.
+
+        Raises:
+            VimoeError: for another shape, such as a grid where some tokens are no patches.
+        """
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
             raise VimoeError(
                 "a forward-mode derivative (jvp) of an MoE layer: expected reverse mode, such as backward()"
             )
+        alike = self.config.routing == "token" or (x.ndim > 3 and not self.router.layout.num_prefix_tokens)
+        return self._forward(by_image(x) if alike else x).view(x.shape)
+
+    def _forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
         if self.router.mixes:
@@ -274,6 +282,13 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"combine={self.config.combine!r}"
+
+
+def by_image(x: Tensor) -> Tensor:
+    """(B, ..., D) to (B, T, D): a grid of tokens (B, H, W, D) becomes a row, tokens (T, D) those of one image."""
+    if x.ndim == 3:
+        return x
+    return x.flatten(1, -2) if x.ndim > 3 else x.unsqueeze(0)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

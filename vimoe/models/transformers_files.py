@@ -1,0 +1,228 @@
+"""A model of transformers built from a name, with its preprocessing and label names, or from its class and config.
+
+A name is a folder that `save_pretrained` wrote, or a model on the hub. Weights are read from safetensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vimoe.errors import ConfigError, FolderError, beside, first_line, nearest
+from vimoe.models.interface import find_backbone
+
+ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # types of models that take images of any size
+_INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic", 1: "lanczos", 4: "box", 5: "hamming"}  # Pillow's numbers
+_SAFE: dict[str, Any] = {"trust_remote_code": False}
+
+
+def create(
+    name: str, pretrained: bool, num_classes: int | None, img_size: int | tuple[int, int] | None,
+    changes: dict[str, Any],
+) -> nn.Module:  # fmt: skip
+    """Build a dense model by name.
+
+    Args:
+        name: folder, or name on the hub.
+        pretrained: load the weights; else the config alone is read.
+        num_classes: size of a new classifier; 0 for none, None for the classifier that is there.
+        img_size: side, or (height, width), of the images; None for the model's own.
+        changes: values of the config that replace those of the folder.
+
+    Raises:
+        ConfigError: if there is no such model, it has no weights that fit, or a value does not belong to its config.
+    """
+    library = _library()
+    if _is_path(name) and not Path(name).is_dir():
+        raise ConfigError(f"model.name='transformers:{name}': no model folder there; {beside(Path(name))}")
+    try:
+        config, unknown = library.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **changes, **_SAFE)
+        if unknown := {key: value for key, value in unknown.items() if key not in _SAFE}:
+            word = next(iter(unknown))
+            raise ConfigError(f"transformers' {name!r} has no setting {word!r}: {nearest(word, vars(config))}")
+        return _create(library, name, pretrained, config, num_classes, img_size)
+    except OSError as error:
+        raise ConfigError(
+            f"transformers has no {name!r}: {first_line(error)}; give a folder that save_pretrained wrote with "
+            f"safetensors, or a name on the hub"
+        ) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"transformers could not build {name!r}: {first_line(error)}; look at model.args") from error
+
+
+def build(class_name: str, config: dict[str, Any]) -> nn.Module:
+    """Build a model, with any weights, from the name of its class in transformers and its config.
+
+    Raises:
+        FolderError: if transformers has no such model, or the config names code.
+    """
+    library = _library()
+    if "auto_map" in config:
+        raise FolderError(f"the config names code ({str(config['auto_map'])[:80]}): expected a model of transformers")
+    found = getattr(library, str(class_name), None)
+    if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
+        raise FolderError(f"class_name={class_name!r}: expected a model of transformers, such as 'ViTModel'")
+    model_class: Any = found
+    model: nn.Module = model_class(model_class.config_class.from_dict(config))
+    return model
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Return (height, width) of a size in a config: one number, or two.
+
+    >>> pair(14), pair([28, 14])
+    ((14, 14), (28, 14))
+    """
+    height, width = size if isinstance(size, Iterable) else (size, size)
+    return int(height), int(width)
+
+
+def preprocessing(processor: Any) -> dict[str, Any]:
+    """Return what an image processor of transformers does, in timm's terms.
+
+    It may resize the shorter side and crop the centre, or bring both sides to a size ("squash").
+    """
+    found: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 1.0}
+    if getattr(processor, "do_normalize", False):
+        found |= {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
+    if (resample := getattr(processor, "resample", None)) is not None:
+        found["interpolation"] = _INTERPOLATIONS.get(int(resample), "bicubic")
+    size = dict(getattr(processor, "size", None) or {})
+    found["crop_mode"] = "center" if size.get("shortest_edge") else "squash"
+    height = size.get("shortest_edge") or size.get("height")
+    if (crop := _crop(processor)) is not None and height and getattr(processor, "do_resize", True):
+        found["crop_pct"] = crop[0] / height
+    return found
+
+
+def _create(
+    library: Any, name: str, pretrained: bool, config: Any, num_classes: int | None,
+    img_size: int | tuple[int, int] | None,
+) -> nn.Module:  # fmt: skip
+    classifies = type(config) in library.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    if num_classes and not classifies:
+        raise ConfigError(f"transformers has no image classifier of type {config.model_type!r}: expected such as 'vit'")
+    auto = library.AutoModelForImageClassification if classifies else library.AutoModel
+    new_head = num_classes is not None and num_classes != config.num_labels
+    if new_head:
+        config.num_labels = num_classes
+    processor = _processor(library, name)
+    seen = getattr(config, "vision_config", None) or config
+    if img_size is None and seen.model_type in ANY_SIZE:  # they are made for more pixels than they are used with
+        img_size = _crop(processor)
+    wanted = None if img_size is None or pair(img_size) == pair(seen.image_size) else pair(img_size)
+    if pretrained:
+        model = _load(auto, name, config)
+        model = model if wanted is None else _resized(model, wanted)
+    else:
+        if wanted is not None:
+            seen.image_size = _side(wanted)
+        model = auto.from_config(config, **_SAFE)
+    model.config._name_or_path = ""  # a model folder is the same wherever it came from
+    names = [str(label) for _, label in sorted(config.id2label.items())]
+    named = not new_head and names != [f"LABEL_{i}" for i in range(len(names))]
+    model.pretrained_cfg = {
+        **({} if processor is None else preprocessing(processor)),
+        "label_names": names if named and classifies else None,
+    }
+    return model
+
+
+def _load(auto: Any, name: str, config: Any) -> Any:
+    """Load weights. Raises ConfigError if more than the classifier is missing or of another shape."""
+    with _quiet():
+        model, info = auto.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **_SAFE
+        )
+    new = find_backbone(model).head()
+    odd = sorted({str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]} - new)
+    odd += sorted(set(info["missing_keys"]) - new)
+    if odd:
+        raise ConfigError(
+            f"the weights of {name!r} do not fit its config in {odd[0]}: expected all but a classifier; look at "
+            f"model.args, or use --model.pretrained false"
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers report nothing about weights inside the `with` block: what does not fit is said by an error."""
+    logging = _library().utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _resized(model: Any, size: tuple[int, int]) -> Any:
+    """Return the model for images of another size, with position embeddings as its own code interpolates them."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    (getattr(config, "vision_config", None) or config).image_size = _side(size)
+    new = type(model)(config)
+    weights, wanted = dict(model.state_dict()), new.state_dict()
+    for key in [key for key, tensor in wanted.items() if weights[key].shape != tensor.shape]:
+        weights[key] = _interpolated(model, key, wanted[key], size)
+    new.load_state_dict(weights)
+    return new.train(model.training)
+
+
+@torch.no_grad()
+def _interpolated(model: Any, key: str, like: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return position embeddings for images of a size. Raises ConfigError for another parameter."""
+    embeddings = model.get_submodule(key.removesuffix(".weight").rpartition(".")[0])
+    if "position_embedding" not in key or not hasattr(embeddings, "interpolate_pos_encoding"):
+        raise ConfigError(
+            f"img_size={size}: {key} is made for images of {pair(model.config.image_size)}: expected these; leave "
+            f"img_size out"
+        )
+    tokens = like.new_empty(1, *like.shape[-2:])
+    found: Tensor = embeddings.interpolate_pos_encoding(tokens, *size)
+    return found.reshape(like.shape)
+
+
+def _side(size: tuple[int, int]) -> Any:
+    """Return a size as configs have it: one number for a square."""
+    return size[0] if size[0] == size[1] else size
+
+
+def _processor(library: Any, name: str) -> Any:
+    """Return the image processor that belongs to a name; None where there is none."""
+    try:
+        return library.AutoImageProcessor.from_pretrained(name, **_SAFE)
+    except (OSError, ValueError):
+        return None
+
+
+def _crop(processor: Any) -> tuple[int, int] | None:
+    """Return (height, width) of the images that a processor hands over; None if it is not fixed."""
+    cropped = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
+    size = dict(cropped or getattr(processor, "size", None) or {})
+    return (size["height"], size["width"]) if size.get("height") and size.get("width") else None
+
+
+def _is_path(name: str) -> bool:
+    """Return True for a name that can be no name on the hub, which is NAME or USER/NAME."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            "models of transformers need transformers, which is not installed: pip install 'vimoe[transformers]'"
+        ) from error
+    return transformers
