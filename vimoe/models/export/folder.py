@@ -1,0 +1,137 @@
+"""Exported folders: a model as a file that runs without vimoe, with all that is needed to use it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vimoe.config.export import FORMATS
+from vimoe.errors import SurgeryError
+from vimoe.files import read_text, write_json, write_text
+from vimoe.models.export.format import Format, Forward
+from vimoe.models.export.probe import Probe, probe
+from vimoe.models.export.program import image_size, program_of, refusal, to_export, traced_images
+from vimoe.models.interface import find_backbone, label_names, logits_of
+from vimoe.moe.layer import moe_layers
+from vimoe.run_folder import made_whole, versions
+
+PREPROCESSING, LABELS, RECEIPT = "preprocessing.json", "labels.json", "export.json"
+TOLERANCE = 1e-4  # of logits, times the largest of them where that is above 1
+BATCHES = (1, 7)
+
+Measure = Callable[[Mapping[str, nn.Module]], dict[str, Any]]
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: str = "onnx",
+    int8: bool = False,
+    images: Tensor | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    measure: Measure | None = None,
+) -> Path:
+    """Write a folder with the model as an ONNX file or a program of torch.export, for any number of images.
+
+    All experts are in it, and a row (an image or a token) is computed by its chosen experts alone. The file is compared
+    with the model on images that reach every expert that can be reached, in batches of 1, 7 and all; the folder gets
+    its name after that. It holds the file, "preprocessing.json" (timm's data config), "labels.json", "export.json" (what
+    was checked), and for ONNX "predict.py", which needs onnxruntime, numpy and Pillow.
+
+    The exported model takes normalised images (B, channels, height, width) in float32, of the model's own size, and
+    gives logits (B, classes). A segmenter takes images of the size of its training crop, and gives (B, classes, height,
+    width).
+
+    Args:
+        model: a ViT of a known family, or a segmenter of one, with or without MoE layers. It is not changed.
+        path: folder to make.
+        format: "onnx", "torch", or a name in `vimoe.config.export.FORMATS`.
+        int8: also write a file with int8 weights, "model-int8.onnx".
+        images: (M, channels, height, width) normalised images to compare on, beside random ones.
+        preprocessing: values of timm's data config that replace the model's own.
+        measure: function of the exported models by file name, which are called as the model is; what it returns is
+            added to "export.json".
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: if the format is unknown, needs a library that is not installed, or has no int8 weights.
+        SurgeryError: if the model cannot be traced, or the file computes something else; nothing is left behind.
+        FolderError: if the folder is there already, or cannot be written.
+
+    >>> import tempfile, timm, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in vimoe.export(model, f"{folder}/torch", format="torch").iterdir())
+    ['export.json', 'labels.json', 'model.pt2', 'preprocessing.json']
+    """
+    writer: Format = FORMATS.find(format)()
+    writer.check(format, int8)
+    with made_whole(path) as folder:
+        exported = to_export(model)
+        file = folder / writer.file
+        try:
+            writer.write(program_of(exported, traced_images(exported)), file)
+        except OSError:
+            raise
+        except Exception as error:  # torch and the formats' libraries have no common class
+            part = folder / f"part-{writer.file}"
+            raise refusal(exported, error, lambda *layer: writer.write(program_of(*layer), part)) from error
+        seen = probe(exported, images)
+        forwards = {writer.file: writer.load(file)}
+        checked = compare(exported, forwards[writer.file], seen, writer.file)
+        if int8 and writer.int8_file:
+            writer.quantize(file, folder / writer.int8_file)
+            forwards[writer.int8_file] = writer.load(folder / writer.int8_file)
+        prepared = find_backbone(exported).data_config(preprocessing or {})
+        write_json(folder / PREPROCESSING, {**prepared, "input_size": image_size(exported)})
+        write_json(folder / LABELS, {"labels": label_names(exported)})
+        if writer.script:
+            write_text(folder / writer.script, read_text(Path(__file__).parent / writer.script))
+        measured = measure({name: callable_model(exported, each) for name, each in forwards.items()}) if measure else {}
+        receipt = {"format": format, "file": writer.file, "checked": checked, **measured, "versions": versions()}
+        write_json(folder / RECEIPT, receipt)
+    return Path(path)
+
+
+@torch.no_grad()
+def compare(model: nn.Module, forward: Forward, seen: Probe, name: str) -> dict[str, Any]:
+    """Compare a file's outputs with the model's, and return the images, largest difference and unreached experts.
+
+    Raises:
+        SurgeryError: if they differ by more than `TOLERANCE`.
+    """
+    worst = 0.0
+    for batch in (*BATCHES, len(seen.images)):
+        images = seen.images[:batch]
+        expected, got = logits_of(model, images), forward(images)
+        scale = max(1.0, float(expected.abs().max()))
+        if got.shape != expected.shape:
+            raise SurgeryError(
+                f"{name} gives {tuple(got.shape)} for {len(images)} images: expected {tuple(expected.shape)}; report it"
+            )
+        worst = max(worst, float((got - expected).abs().max()) / scale)
+        if not worst <= TOLERANCE:
+            raise SurgeryError(
+                f"{name} gives logits that differ from the model's by {worst:.2g} of the largest on {len(images)} "
+                f"images: expected at most {TOLERANCE:g}; nothing was written, report it"
+            )
+    return {
+        "images": len(seen.images), "batches": [*BATCHES, len(seen.images)], "largest_difference": worst,
+        "experts": {layer: each.config.num_experts for layer, each in moe_layers(model).items()},
+        "unreached": seen.unreached,
+    }  # fmt: skip
+
+
+def callable_model(model: nn.Module, forward: Forward) -> nn.Module:
+    """Return a copy of a model whose forward is another function, so that it is scored and timed as the model is."""
+    copied = copy.copy(model)
+    copied.forward = forward  # type: ignore[method-assign, assignment]
+    return copied

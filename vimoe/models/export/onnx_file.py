@@ -1,0 +1,94 @@
+"""The format "onnx": a file for ONNX Runtime, and for all else that reads ONNX."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from vimoe.models.export.format import Format, Forward
+
+OPSET = 18
+LARGEST = 1_900_000_000  # bytes of weights in the file itself; protobuf ends at 2 GB, beyond it they lie beside
+
+
+class OnnxFile(Format):
+    """An ONNX file with the input "images" and the output "logits"."""
+
+    file, int8_file, script = "model.onnx", "model-int8.onnx", "predict.py"
+    needs = ("onnx", "onnxscript", "onnxruntime")
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        weights = sum(tensor.nbytes for tensor in program.state_dict.values())
+        with _quiet("onnxscript", "torch.onnx"):
+            written = torch.onnx.export(
+                program,
+                program.example_inputs[0],
+                input_names=["images"],
+                output_names=["logits"],
+                opset_version=OPSET,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+                dynamo=True,
+                verbose=False,
+            )
+            assert written is not None
+            written.save(path, external_data=weights > LARGEST)
+
+    def load(self, path: Path) -> Forward:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+        def forward(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {"images": images.numpy(force=True)})[0])
+
+        return forward
+
+    def quantize(self, source: Path, path: Path) -> None:
+        """Write matrices in int8, one scale a column; tokens are quantised as they come. Routers stay in float32."""
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic, shape_inference
+
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet("root"):
+            prepared = Path(folder) / source.name  # with weights as constants, which alone can be quantised
+            shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            nodes = onnx.load(prepared, load_external_data=False).graph.node
+            routers = [node.name for node in nodes if _is_of_router(node)]
+            quantize_dynamic(prepared, path, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=routers)
+
+
+def _is_of_router(node: Any) -> bool:
+    return False
+
+
+def _stable_sort() -> Any:
+    """Return the translation of a stable sort: ONNX orders equal numbers by their index."""
+    from onnxscript import opset18 as op
+
+    def sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+        return op.TopK(self, size, axis=dim, largest=descending, sorted=True)
+
+    return sort
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Keep other libraries' remarks on their own work out of the log."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in loggers}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

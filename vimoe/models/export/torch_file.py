@@ -1,0 +1,30 @@
+"""The format "torch": a program of torch.export, which torch.export.load opens without vimoe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from vimoe.models.export.format import Format, Forward
+
+
+class TorchFile(Format):
+    """A .pt2 file. `torch.export.load(path).module()(images)` computes the logits."""
+
+    file = "model.pt2"
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        torch.export.save(program, path)
+
+    def load(self, path: Path) -> Forward:
+        module = torch.export.load(path).module()
+
+        @torch.no_grad()
+        def forward(images: Tensor) -> Tensor:
+            logits: Tensor = module(images)
+            return logits
+
+        return forward
