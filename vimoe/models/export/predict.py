@@ -21,10 +21,12 @@ def pixels(file: str) -> np.ndarray:
     image, mean = image.convert("RGB"), np.array(SETTINGS["mean"], np.float32)
     height, width = SETTINGS["input_size"][1:]
     wide, high = (int(side / SETTINGS["crop_pct"]) for side in (width, height))
-    if SETTINGS["crop_mode"] != "squash":  # the shorter side is made to fit; with "border" the longer one
-        wider = image.width * high > image.height * wide
-        by_height = wider != (SETTINGS["crop_mode"] == "border")
-        wide, high = (image.width * high // image.height, high) if by_height else (wide, image.height * wide // image.width)
+    if (mode := SETTINGS["crop_mode"] or "center") != "squash":  # the shorter side fits; with "border" the longer one
+        half = 0.5 * (mode == "border" or height != width)  # where timm rounds; elsewhere it cuts
+        if (image.width * high > image.height * wide) != (mode == "border"):
+            wide = int(image.width * high / image.height + half)
+        else:
+            high = int(image.height * wide / image.width + half)
     image = image.resize((wide, high), Image.Resampling[SETTINGS["interpolation"].upper()])
     canvas = Image.new("RGB", (width, height), tuple(round(255 * float(value)) for value in mean))
     canvas.paste(image, (-round((wide - width) / 2), -round((high - height) / 2)))

@@ -17,7 +17,6 @@ from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import Routing, record
 
 RANDOM = 8  # random images beside those that are given
-MOST = 24  # images that are given
 STEPS, RATE = 40, 0.1  # of the ascent to an expert that no image has reached, in units of normalised images
 AT_ONCE = 16  # images of an ascent
 ROUNDING = 1e-5  # change of a score by the rounding of another runtime, with room to spare
@@ -53,7 +52,7 @@ def probe(model: nn.Module, images: Tensor | None = None) -> Probe:
     size = image_size(model)
     found = torch.randn(RANDOM, *size, generator=draw)
     if images is not None:
-        found = torch.cat([images[:MOST].cpu().float(), found])
+        found = torch.cat([images.cpu().float(), found])
     found, missing = _sure(model, found)
     for some in [missing[at : at + AT_ONCE] for at in range(0, len(missing), AT_ONCE)]:
         sought = _ascend(model, some, torch.randn(len(some), *size, generator=draw))
