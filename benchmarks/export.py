@@ -68,7 +68,9 @@ def session(file: Path) -> onnxruntime.InferenceSession:
 
 def layer(form: str) -> onnx.ModelProto:
     """Return the experts of a layer in a form: y (B, T, D) of x (B, T, D) and the expert (B,) of each image."""
-    ffn = "{p}1 = MatMul({x}, {a}) {p}2 = Add({p}1, {b}) {p}3 = Gelu({p}2) {p}4 = MatMul({p}3, {c}) {y} = Add({p}4, {d})"
+    ffn = (
+        "{p}1 = MatMul({x}, {a}) {p}2 = Add({p}1, {b}) {p}3 = Gelu({p}2) {p}4 = MatMul({p}3, {c}) {y} = Add({p}4, {d})"
+    )
 
     def expert(e: int, x: str, y: str) -> str:
         return ffn.format(p=f"t{e}_", x=x, y=y, a=f"a{e}", b=f"b{e}", c=f"c{e}", d=f"d{e}")
@@ -99,7 +101,8 @@ def layer(form: str) -> onnx.ModelProto:
             {pick.format(e="ei", axis="zero")} {gathered.format(x="xi", y="yi")} }}>""",
     }
     shape = f"float[B,{TOKENS},{DIM}]"
-    text = f'<ir_version: 9, opset_import: ["": 20]> layer ({shape} x, int64[B] expert) => ({shape} y) {{ {bodies[form]} }}'
+    head = f'<ir_version: 9, opset_import: ["": 20]> layer ({shape} x, int64[B] expert) => ({shape} y)'
+    text = f"{head} {{ {bodies[form]} }}"
     model = onnx.parser.parse_model(text)
     draw, names = np.random.default_rng(0), set(text.replace("(", " ").replace(")", " ").replace(",", " ").split())
     weights = {
@@ -108,7 +111,9 @@ def layer(form: str) -> onnx.ModelProto:
     tensors = {name: draw.normal(0, 0.02, size).astype("float32") for name, size in weights.items()}
     tensors |= {f"{name}{e}": tensor[e] for name, tensor in tensors.items() for e in every}
     tensors |= {"zero": np.array([0]), "depth": np.array(EXPERTS), "flags": np.array([0, 1]), "keep": np.array(True)}
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(t, name) for name, t in tensors.items() if name in names)
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(t, name) for name, t in tensors.items() if name in names
+    )
     return model
 
 

@@ -305,7 +305,9 @@ def export(verb: str, argv: list[str]) -> Result:
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
     values = run.export(options["out"], options["format"], options["int8"])
     checked = values["checked"]
-    lines = [f"compared with the model on {checked['images']} images: logits within {checked['largest_difference']:.1g}"]
+    lines = [
+        f"compared with the model on {checked['images']} images: logits within {checked['largest_difference']:.1g}"
+    ]
     lines += [f"no image was found that reaches {e} of {layer}" for layer, e in checked["unreached"].items()]
     for name, score in values.get("scores", {}).items():
         names, speed = shown(score), values["images_per_second"][name]

@@ -60,7 +60,9 @@ def test_the_script_says_what_vimoe_predict_says(
     run: Path, exported: Path, photographs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = call(capsys, "predict", run, *photographs, "--top=3")["predictions"]
-    code = "import json, predict, sys; print(json.dumps([predict.LABELS, predict.probabilities(sys.argv[1:]).tolist()]))"
+    code = (
+        "import json, predict, sys; print(json.dumps([predict.LABELS, predict.probabilities(sys.argv[1:]).tolist()]))"
+    )
     command = [sys.executable, "-c", code, *map(str, photographs)]
     labels, found = json.loads(subprocess.run(command, cwd=exported, check=True, capture_output=True).stdout)
     for prediction, row in zip(said, found, strict=True):

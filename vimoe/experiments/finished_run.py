@@ -197,7 +197,7 @@ class FinishedRun:
         path = self.run.path / format if out is None else Path(out)
         run_folder.check_new(path)
         check_outside("--out", path, data.path)
-        if int8 and self.task.metric == "segmentation" and data.inference == "whole":
+        if int8 and data.inference == "whole":
             raise ConfigError(
                 "int8=True with data.inference='whole': expected 'slide', since an exported segmenter takes images of "
                 "one size; set it"

@@ -41,8 +41,8 @@ def export(
 
     All experts are in it, and a row (an image or a token) is computed by its chosen experts alone. The file is compared
     with the model on images that reach every expert that can be reached, in batches of 1, 7 and all; the folder gets
-    its name after that. It holds the file, "preprocessing.json" (timm's data config), "labels.json", "export.json" (what
-    was checked), and for ONNX "predict.py", which needs onnxruntime, numpy and Pillow.
+    its name after that. It holds the file, "preprocessing.json" (timm's data config), "labels.json", "export.json"
+    (what was checked), and for ONNX "predict.py", which needs onnxruntime, numpy and Pillow.
 
     The exported model takes normalised images (B, channels, height, width) in float32, of the model's own size, and
     gives logits (B, classes). A segmenter takes images of the size of its training crop, and gives (B, classes, height,
@@ -93,7 +93,7 @@ def export(
         prepared = find_backbone(exported).data_config(preprocessing or {})
         write_json(folder / PREPROCESSING, {**prepared, "input_size": image_size(exported)})
         write_json(folder / LABELS, {"labels": label_names(exported)})
-        if writer.script:
+        if writer.script and checked["axes"] == 2:
             write_text(folder / writer.script, read_text(Path(__file__).parent / writer.script))
         measured = measure({name: callable_model(exported, each) for name, each in forwards.items()}) if measure else {}
         receipt = {"format": format, "file": writer.file, "checked": checked, **measured, "versions": versions()}
@@ -124,6 +124,7 @@ def compare(model: nn.Module, forward: Forward, seen: Probe, name: str) -> dict[
                 f"images: expected at most {TOLERANCE:g}; nothing was written, report it"
             )
     return {
+        "axes": expected.ndim,
         "images": len(seen.images), "batches": [*BATCHES, len(seen.images)], "largest_difference": worst,
         "experts": {layer: each.config.num_experts for layer, each in moe_layers(model).items()},
         "unreached": seen.unreached,
@@ -133,5 +134,5 @@ def compare(model: nn.Module, forward: Forward, seen: Probe, name: str) -> dict[
 def callable_model(model: nn.Module, forward: Forward) -> nn.Module:
     """Return a copy of a model whose forward is another function, so that it is scored and timed as the model is."""
     copied = copy.copy(model)
-    copied.forward = forward  # type: ignore[method-assign, assignment]
+    copied.forward = forward
     return copied

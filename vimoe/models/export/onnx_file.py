@@ -91,7 +91,9 @@ def _is_of_router(node: Any) -> bool:
 
 def _stable_sort() -> Any:
     """Return the translation of a stable sort: ONNX orders equal numbers by their index."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types leave out that a shape is of integers
 
     def sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))

@@ -5,20 +5,19 @@ Axes: M images, N experts, R rows that are routed (images or tokens).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vimoe.models.interface import logits_of
 from vimoe.models.export.program import image_size
+from vimoe.models.interface import logits_of
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import Routing, record
 
 RANDOM = 8  # random images beside those that are given
 STEPS, RATE = 40, 0.1  # of the ascent to an expert that no image has reached, in units of normalised images
-AT_ONCE = 16  # images of an ascent
+AT_ONCE = 4  # images of an ascent
 ROUNDING = 1e-5  # change of a score by the rounding of another runtime, with room to spare
 
 Missing = list[tuple[str, int]]
@@ -71,7 +70,9 @@ def _sure(model: nn.Module, images: Tensor) -> tuple[Tensor, Missing]:
         logits_of(model, images)
         for routing in routings:
             for sign in (-1, 1):
-                noise_RN = sign * ROUNDING * torch.rand(routing.logits.shape, generator=torch.Generator().manual_seed(0))
+                noise_RN = (
+                    sign * ROUNDING * torch.rand(routing.logits.shape, generator=torch.Generator().manual_seed(0))
+                )
                 again = layers[routing.layer].router.route(routing.logits + noise_RN, routing.batch)
                 changed_R = (again.chosen != routing.chosen).any(dim=1)
                 sure[routing.image[changed_R]] = False
