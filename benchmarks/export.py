@@ -151,6 +151,9 @@ def main() -> None:
             exported, file = to_export(model), Path(folder) / "model.onnx"
             OnnxFile().write(program_of(exported, traced_images(exported)), file)
             sessions[name], macs[name] = session(file), vimoe.count(model).computed_macs
+            if "image" in name:
+                OnnxFile().quantize(file, small := file.with_name("small.onnx"))
+                sessions[f"{name}, int8"], macs[f"{name}, int8"] = session(small), macs[name]
     for batch in args.batches:
         feed = {"images": draw.normal(size=(batch, 3, 224, 224)).astype("float32")}
         runs = {name: lambda s=each, feed=feed: s.run(None, feed) for name, each in sessions.items()}

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from helpers.commands import QUICK, TINY, call, refused
 from helpers.pictures import roles
+from helpers.scene_runs import MOE, SCENES
+from helpers.scenery import scenes
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -76,6 +78,19 @@ def test_the_script_needs_onnxruntime_numpy_and_pillow_alone(exported: Path) -> 
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in found} - sys.stdlib_module_names == {"onnxruntime", "numpy", "PIL"}
+
+
+def test_a_segmentation_run_is_scored_by_windows_of_its_crop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", f"--data.path={scenes(tmp_path / 'street')}", *SCENES, *MOE, f"--out={run}"]) == 0
+    said = refused(capsys, "export", run, "--int8=true", "--data.inference=whole")
+    assert "data.inference='whole': expected 'slide'" in said and not (run / "onnx").exists()
+    found = call(capsys, "export", run, "--int8=true")
+    own = call(capsys, "evaluate", run)
+    assert found["scores"]["model.onnx"]["miou"] == pytest.approx(own["miou"], abs=1e-3)
+    assert set(found["scores"]) == {"model.onnx", "model-int8.onnx"} and not (run / "onnx" / "predict.py").exists()
 
 
 def test_mistakes_are_one_line(

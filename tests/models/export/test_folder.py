@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.tiny import images, perturb_experts, randomise, vit
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vimoe
 import vimoe.models.export.folder
@@ -65,6 +66,11 @@ def test_a_file_computes_what_the_model_does(routing: str, format: str, tmp_path
     checked = json.loads((out / "export.json").read_text())["checked"]
     assert checked["unreached"] == {} and checked["largest_difference"] < 1e-5
     assert (out / "predict.py").exists() == (format == "onnx")
+    if format == "torch":
+        with FlopCounterMode(display=False) as counter:
+            torch.export.load(out / "model.pt2").module()(x[:1])
+        # the chosen experts alone, and in the last block the tokens that the head reads
+        assert counter.get_total_flops() / 2 == vimoe.count(model).computed_macs < vimoe.count(model).macs
 
 
 def test_a_segmenter_gives_scores_of_pixels_at_the_size_of_its_crop(tmp_path: Path) -> None:
@@ -88,7 +94,9 @@ def test_the_model_stays_as_it_is(eager: nn.Module, tmp_path: Path) -> None:
 
 def test_a_file_that_computes_something_else_is_refused_and_nothing_is_left(eager: nn.Module, tmp_path: Path) -> None:
     Eager.added = 1e-3
-    with pytest.raises(vimoe.VimoeError, match=r"model.eager gives logits that differ from the model's by 0.000") as error:
+    with pytest.raises(
+        vimoe.VimoeError, match=r"model.eager gives logits that differ from the model's by 0.000"
+    ) as error:
         vimoe.export(eager, tmp_path / "out", format="eager")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
     Eager.model = vit(num_classes=4)
@@ -109,7 +117,9 @@ def test_what_is_measured_is_called_as_the_model_is(eager: nn.Module, tmp_path: 
     assert receipt["same"] and receipt["names"] == ["model.eager"]
 
 
-def test_mistakes_are_one_line_and_leave_nothing(eager: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_mistakes_are_one_line_and_leave_nothing(
+    eager: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     mistakes = [
@@ -129,7 +139,9 @@ def test_a_layer_that_cannot_be_traced_is_named_with_a_remedy(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = sparse(layers=[1], experts="low_rank")
-    with pytest.raises(vimoe.VimoeError, match=r"blocks.1.mlp with moe.router='softmax' and moe.experts='low_rank'") as error:
+    with pytest.raises(
+        vimoe.VimoeError, match=r"blocks.1.mlp with moe.router='softmax' and moe.experts='low_rank'"
+    ) as error:
         vimoe.export(model, tmp_path / "out", format="torch")
     assert "vimoe.densify (how=shared, merge, matched)" in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir()) and capfd.readouterr().err == ""

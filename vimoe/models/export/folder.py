@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def export(
         if writer.script and checked["axes"] == 2:
             write_text(folder / writer.script, read_text(Path(__file__).parent / writer.script))
         measured = measure({name: callable_model(exported, each) for name, each in forwards.items()}) if measure else {}
-        receipt = {"format": format, "file": writer.file, "checked": checked, **measured, "versions": versions()}
-        write_json(folder / RECEIPT, receipt)
+        used = {name: str(getattr(import_module(name), "__version__", "")) for name in writer.needs}
+        receipt = {"format": format, "file": writer.file, "checked": checked, **measured}
+        write_json(folder / RECEIPT, {**receipt, "versions": {**versions(), **used}})
     return Path(path)
 
 

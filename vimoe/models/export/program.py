@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +50,9 @@ def program_of(module: nn.Module, inputs: Tensor) -> ExportedProgram:
     May raise anything: torch's tracing has no class of errors (`refusal`).
     """
     batch = {0: torch.export.Dim("images", min=1)}
-    program = torch.export.export(module, (inputs,), dynamic_shapes=(batch,), strict=False)
-    return program.run_decompositions(dict(PLAIN))
+    with redirect_stderr(StringIO()):  # where torch prints a graph before it raises
+        program = torch.export.export(module, (inputs,), dynamic_shapes=(batch,), strict=False)
+        return program.run_decompositions(dict(PLAIN))
 
 
 def refusal(model: nn.Module, error: Exception, attempt: Callable[[nn.Module, Tensor], object]) -> SurgeryError:
