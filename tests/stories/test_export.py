@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from vimoe.cli import main
+from vimoe.experiments.finished_run import FinishedRun
 from vimoe.models.export.onnx_file import OnnxFile
 
 
@@ -80,6 +81,18 @@ def test_the_script_needs_onnxruntime_numpy_and_pillow_alone(exported: Path) -> 
     assert {name.partition(".")[0] for name in found} - sys.stdlib_module_names == {"onnxruntime", "numpy", "PIL"}
 
 
+def test_a_run_whose_images_are_gone_is_compared_on_random_ones(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    finished = FinishedRun(run)
+    images, data = finished._few_images(), Path(finished.run.settings.data.path)
+    assert images is not None and images.shape == (9, 3, 16, 16)
+    data.rename(data.with_name("elsewhere"))
+    try:
+        assert FinishedRun(run)._few_images() is None
+    finally:
+        data.with_name("elsewhere").rename(data)
+    assert "compared on random images alone" in caplog.text
+
+
 def test_a_segmentation_run_is_scored_by_windows_of_its_crop(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,8 +100,11 @@ def test_a_segmentation_run_is_scored_by_windows_of_its_crop(
     assert main(["train", f"--data.path={scenes(tmp_path / 'street')}", *SCENES, *MOE, f"--out={run}"]) == 0
     said = refused(capsys, "export", run, "--int8=true", "--data.inference=whole")
     assert "data.inference='whole': expected 'slide'" in said and not (run / "onnx").exists()
-    found = call(capsys, "export", run, "--int8=true")
-    own = call(capsys, "evaluate", run)
+    assert main(["export", str(run), "--int8=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("compared with the model on ") and lines[-1] == str(run / "onnx")
+    assert [line for line in lines if line.startswith("model-int8.onnx: ") and line.endswith(" images/s")]
+    found, own = json.loads((run / "onnx" / "export.json").read_text()), call(capsys, "evaluate", run)
     assert found["scores"]["model.onnx"]["miou"] == pytest.approx(own["miou"], abs=1e-3)
     assert set(found["scores"]) == {"model.onnx", "model-int8.onnx"} and not (run / "onnx" / "predict.py").exists()
 

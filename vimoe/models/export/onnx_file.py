@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from vimoe.files import temporary_folder
 from vimoe.models.export.format import Format, Forward
 
 OPSET = 18
@@ -66,8 +66,8 @@ class OnnxFile(Format):
         nodes = onnx.load(source, load_external_data=False).graph.node
         routers = [node.name for node in nodes if _is_of_router(node)]
         beside = source.with_name(f"{source.name}.data").exists()
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet("root"):
-            prepared = Path(folder) / source.name  # with all weights as constants: others would not be quantised
+        with temporary_folder(path.parent) as folder, _quiet("root"):
+            prepared = folder / source.name  # with all weights as constants: others would not be quantised
             shape_inference.quant_pre_process(
                 source, prepared, skip_symbolic_shape=True, save_as_external_data=beside, all_tensors_to_one_file=True
             )

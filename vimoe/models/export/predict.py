@@ -9,8 +9,8 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = json.loads((HERE / "preprocessing.json").read_text("utf-8"))
-LABELS = json.loads((HERE / "labels.json").read_text("utf-8"))["labels"]
+SETTINGS = json.loads((HERE / "preprocessing.json").read_text(encoding="utf-8"))
+LABELS = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"]
 
 
 def pixels(file: str) -> np.ndarray:
