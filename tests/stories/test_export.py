@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,18 @@ def test_a_segmentation_run_is_scored_by_windows_of_its_crop(
     found, own = json.loads((run / "onnx" / "export.json").read_text()), call(capsys, "evaluate", run)
     assert found["scores"]["model.onnx"]["miou"] == pytest.approx(own["miou"], abs=1e-3)
     assert set(found["scores"]) == {"model.onnx", "model-int8.onnx"} and not (run / "onnx" / "predict.py").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert "make room" in refused(capsys, "export", run, "--format=torch", "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_line(

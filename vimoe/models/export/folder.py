@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.config.export import FORMATS
-from vimoe.errors import SurgeryError
+from vimoe.errors import FolderError, SurgeryError
 from vimoe.files import read_text, write_json, write_text
 from vimoe.models.export.format import Format, Forward
 from vimoe.models.export.probe import Probe, probe
@@ -80,7 +80,7 @@ def export(
         file = folder / writer.file
         try:
             writer.write(program_of(exported, traced_images(exported)), file)
-        except OSError:
+        except (OSError, FolderError):  # of a full disk
             raise
         except Exception as error:  # torch and the formats' libraries have no common class
             part = folder / f"part-{writer.file}"

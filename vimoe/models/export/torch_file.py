@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from vimoe.files import write_bytes
 from vimoe.models.export.format import Format, Forward
 
 
@@ -17,7 +19,9 @@ class TorchFile(Format):
     file = "model.pt2"
 
     def write(self, program: ExportedProgram, path: Path) -> None:
-        torch.export.save(program, path)
+        content = BytesIO()  # a full disk is no error of torch's own then
+        torch.export.save(program, content)
+        write_bytes(path, content.getvalue())
 
     def load(self, path: Path) -> Forward:
         module = torch.export.load(path).module()
