@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ def export(
         exported = to_export(model)
         file = folder / writer.file
         try:
-            writer.write(program_of(exported, traced_images(exported)), file)
-        except (OSError, FolderError):  # of a full disk
+            with _disk(path):
+                writer.write(program_of(exported, traced_images(exported)), file)
+        except FolderError:
             raise
         except Exception as error:  # torch and the formats' libraries have no common class
             part = folder / f"part-{writer.file}"
@@ -89,7 +91,8 @@ def export(
         forwards = {writer.file: writer.load(file)}
         checked = compare(exported, forwards[writer.file], seen, writer.file)
         if int8 and writer.int8_file:
-            writer.quantize(file, folder / writer.int8_file)
+            with _disk(path):
+                writer.quantize(file, folder / writer.int8_file)
             forwards[writer.int8_file] = writer.load(folder / writer.int8_file)
         prepared = find_backbone(exported).data_config(preprocessing or {})
         write_json(folder / PREPROCESSING, {**prepared, "input_size": image_size(exported)})
@@ -101,6 +104,17 @@ def export(
         receipt = {"format": format, "file": writer.file, "checked": checked, **measured}
         write_json(folder / RECEIPT, {**receipt, "versions": {**versions(), **used}})
     return Path(path)
+
+
+@contextmanager
+def _disk(path: str | Path) -> Iterator[None]:
+    """Raise FolderError for an error of the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(
+            f"{path} could not be written: {error.strerror}; make room, or name another folder"
+        ) from error
 
 
 @torch.no_grad()
