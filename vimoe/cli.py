@@ -308,7 +308,9 @@ def export(verb: str, argv: list[str]) -> Result:
     lines = [
         f"compared with the model on {checked['images']} images: logits within {checked['largest_difference']:.1g}"
     ]
-    lines += [f"no image was found that reaches {e} of {layer}" for layer, e in checked["unreached"].items()]
+    lines += [
+        f"not compared, as nothing reaches them: experts {e} of {layer}" for layer, e in checked["unreached"].items()
+    ]
     for name, score in values.get("scores", {}).items():
         names, speed = shown(score), values["images_per_second"][name]
         lines.append(f"{name}: {values['split']} {names.judge_name} {score[names.judge]:.2%}, {speed:.1f} images/s")

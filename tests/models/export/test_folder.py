@@ -40,8 +40,11 @@ class Eager(Format):
     def write(self, program: object, path: Path) -> None:
         path.write_text("nothing")
 
-    def load(self, path: Path) -> Forward:
-        return lambda x: self.model(x) + self.added
+    def load(self, path: Path, weights: dict[str, Tensor] | None = None) -> Forward:
+        model = copy.deepcopy(self.model)
+        for name, value in (weights or {}).items():
+            model.get_parameter(name).data = value.clone()
+        return lambda x: model(x) + self.added
 
 
 @pytest.fixture
@@ -51,6 +54,32 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.setitem(FORMATS, "eager", Eager)
     monkeypatch.setattr(vimoe.models.export.folder, "program_of", lambda *_: None)
     return Eager.model
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_experts_that_no_image_reaches_are_compared_by_other_orders_of_the_router_s_rows(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vimoe.models.export.probe, "STEPS", 0)
+    model = sparse(layers=[1])
+    with torch.no_grad():
+        model.blocks[1].mlp.router.weight[1:] = model.blocks[1].mlp.router.weight[0]  # of equal scores the first wins
+        model.blocks[1].mlp.router.weight[1:] *= torch.tensor([0.1, 0.2, 0.3])[:, None]
+    out = vimoe.export(model, tmp_path / "out", format=format)
+    checked = json.loads((out / "export.json").read_text())["checked"]
+    assert checked["router_orders"] > 1 and checked["unreached"] == {}
+    kind = FORMATS.find(format)()
+    with pytest.raises(KeyError):
+        kind.load(out / kind.file, {"nowhere.weight": torch.zeros(1)})
+    monkeypatch.setattr(vimoe.models.export.folder, "program_of", lambda *_: None)
+    monkeypatch.setattr(
+        kind.__class__, "write", lambda self, program, path: path.write_bytes((out / self.file).read_bytes())
+    )
+    with torch.no_grad():
+        idle = vimoe.models.export.folder.probe(vimoe.models.export.folder.to_export(model)).unreached["blocks.1.mlp"]
+        model.blocks[1].mlp.experts.fc2.weight[idle, 0] += 1  # so the file has lost what no image reaches
+    with pytest.raises(vimoe.VimoeError, match="gives logits that differ"):
+        vimoe.export(model, tmp_path / "other", format=format)
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,8 +48,16 @@ class Format:
         """Write a program, of torch's own operators alone, whose input is images (B, channels, height, width)."""
         raise NotImplementedError
 
-    def load(self, path: Path) -> Forward:
-        """Return the function of images (B, channels, height, width) that a file computes, on the CPU."""
+    def load(self, path: Path, weights: Mapping[str, Tensor] | None = None) -> Forward:
+        """Return the function of images (B, channels, height, width) that a file computes, on the CPU.
+
+        Args:
+            path: the file.
+            weights: values to compute with in place of the file's own, by their names in the model.
+
+        Raises:
+            KeyError: if the file has no weight of a name.
+        """
         raise NotImplementedError
 
     def quantize(self, source: Path, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,20 @@ class OnnxFile(Format):
             assert written is not None
             written.save(path, external_data=weights > LARGEST)
 
-    def load(self, path: Path) -> Forward:
+    def load(self, path: Path, weights: Mapping[str, Tensor] | None = None) -> Forward:
+        import onnx
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(w.numpy()) for name, w in (weights or {}).items()}
+        if values.keys() - {each.name for each in onnx.load(path, load_external_data=False).graph.initializer}:
+            raise KeyError(f"{path} has no {', '.join(values)}")
+        for name, value in values.items():
+            options.add_initializer(name, value)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-        def forward(images: Tensor) -> Tensor:
+        def forward(images: Tensor, _held: Any = values) -> Tensor:
             return torch.from_numpy(session.run(None, {"images": images.numpy(force=True)})[0])
 
         return forward

@@ -52,18 +52,18 @@ def probe(model: nn.Module, images: Tensor | None = None) -> Probe:
     found = torch.randn(RANDOM, *size, generator=draw)
     if images is not None:
         found = torch.cat([images.cpu().float(), found])
-    found, missing = _sure(model, found)
+    found, missing = sure_images(model, found)
     for some in [missing[at : at + AT_ONCE] for at in range(0, len(missing), AT_ONCE)]:
         sought = _ascend(model, some, torch.randn(len(some), *size, generator=draw))
         found = torch.cat([found, sought])
-    found, missing = _sure(model, found) if missing else (found, missing)
+    found, missing = sure_images(model, found) if missing else (found, missing)
     unreached: dict[str, list[int]] = {}
     for name, expert in missing:
         unreached.setdefault(name, []).append(expert)
     return Probe(found, unreached)
 
 
-def _sure(model: nn.Module, images: Tensor) -> tuple[Tensor, Missing]:
+def sure_images(model: nn.Module, images: Tensor) -> tuple[Tensor, Missing]:
     """Return the images whose routes rounding does not change (all, if it changes all), and what they do not reach."""
     layers, sure = moe_layers(model), torch.ones(len(images), dtype=torch.bool)
     with torch.no_grad(), record(model) as routings:

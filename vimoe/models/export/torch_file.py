@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -23,8 +24,11 @@ class TorchFile(Format):
         torch.export.save(program, content)
         write_bytes(path, content.getvalue())
 
-    def load(self, path: Path) -> Forward:
+    def load(self, path: Path, weights: Mapping[str, Tensor] | None = None) -> Forward:
         module = torch.export.load(path).module()
+        own = module.state_dict()
+        for name, value in (weights or {}).items():
+            own[name].data.copy_(value)
 
         @torch.no_grad()
         def forward(images: Tensor) -> Tensor:
