@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vimoe.config.moe import MoEConfig as MoEConfig
     from vimoe.errors import VimoeError as VimoeError
     from vimoe.models.cost import count as count
+    from vimoe.models.export.folder import export as export
     from vimoe.models.inference import optimize as optimize
     from vimoe.models.inference import set_backend as set_backend
     from vimoe.models.model_folder import load as load
@@ -64,6 +65,7 @@ _HOME = {
     "set_backend": "models.inference",
     "save": "models.model_folder",
     "load": "models.model_folder",
+    "export": "models.export.folder",
     "analyze": "analysis.analyze",
     "diagnose": "analysis.diagnose",
     "prune": "analysis.pruning",

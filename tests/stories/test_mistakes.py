@@ -68,6 +68,7 @@ WEIGHTS, CONFIG = "model/model.safetensors", "model/config.json"
 DAMAGE = {
     "weights cut off": (truncate(WEIGHTS), "evaluate run", "model.safetensors does not fit config.json"),
     "weights missing": (drop(WEIGHTS), "evaluate run", "has no model.safetensors"),
+    "weights missing, to be exported": (drop(WEIGHTS), "export run", "has no model.safetensors"),
     "weights a pickle": (put(WEIGHTS, PICKLE), "evaluate run", "model.safetensors does not fit config.json"),
     "weights empty": (put(WEIGHTS, b""), "predict run photos", "model.safetensors does not fit config.json"),
     "model config missing": (drop(CONFIG), "evaluate run", "has no config.json"),
@@ -192,5 +193,6 @@ def test_all_verbs_are_among_them() -> None:
         "analyze",
         "diagnose",
         "prune",
+        "export",
         "report",
     }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vimoe import run_folder
 from vimoe.analysis.analyze import analyze
@@ -19,9 +20,10 @@ from vimoe.analysis.diagnose import check_exchangeable, check_overrule, diagnose
 from vimoe.analysis.diagnosis import Diagnosis
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import png
-from vimoe.analysis.pruning import check_experts, check_merge_all, prune, receipts
+from vimoe.analysis.pruning import check_experts, check_merge_all, images_per_second, prune, receipts
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.data import Inference
+from vimoe.config.export import FORMATS
 from vimoe.config.settings import check_reads
 from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import preprocessing
@@ -30,6 +32,8 @@ from vimoe.experiments.train import check_outside
 from vimoe.files import read_text, temporary_folder, write_bytes
 from vimoe.metrics.base import Batches, Score, metric_of
 from vimoe.metrics.calibration import KeptLogits
+from vimoe.models.export.folder import RECEIPT, export
+from vimoe.models.export.program import image_size
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load, save
 from vimoe.moe.layer import moe_layers
@@ -39,6 +43,8 @@ from vimoe.tasks.base import Roles, Scanned, facts_of, task_of
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import trained_modules
+
+COMPARED = 24  # validation images that an exported model is compared on
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +175,65 @@ class FinishedRun:
         with run_folder.made_whole(out) as folder:
             values = self._prune(folder, options, recovery)
         return {**values, "out": str(out), "report": str(write_run_report(Path(out)))}
+
+    def export(self, out: str | Path | None = None, format: str = "onnx", int8: bool = False) -> dict[str, Any]:
+        """Write a folder with the model as a file that runs without vimoe; see `vimoe.export`.
+
+        It is compared on validation images, where these can be read. With int8 weights, both files are scored on the
+        images of `reported`, and timed in turns on one image.
+
+        Args:
+            out: folder to make; by default one beside the run's model folder, named as the format.
+            format, int8: arguments of `vimoe.export`.
+
+        Returns:
+            Content of export.json, and the path of the folder.
+
+        Raises:
+            ConfigError: if int8 weights of a segmenter would have to be scored on whole images.
+        """
+        FORMATS.find(format)().check(format, int8)
+        data = self.run.settings.data
+        path = self.run.path / format if out is None else Path(out)
+        run_folder.check_new(path)
+        check_outside("--out", path, data.path)
+        if int8 and data.inference == "whole":
+            raise ConfigError(
+                "int8=True with data.inference='whole': expected 'slide', since an exported segmenter takes images of "
+                "one size; set it"
+            )
+        export(
+            self.model,
+            path,
+            format=format,
+            int8=int8,
+            images=self._few_images(),
+            measure=self._measure_exported if int8 else None,
+        )
+        return {**json.loads(read_text(path / RECEIPT)), "out": str(path)}
+
+    def _few_images(self) -> Tensor | None:
+        """Return validation images of all classes, normalised; None where none can be read."""
+        try:
+            val = self.data.val
+            spread = val[:: max(1, len(val) // COMPARED)][:COMPARED]
+            images: Tensor = torch.cat([batch for batch, _ in self.task.one_size(self.model, self.data, spread)])
+        except DataError as error:
+            logger.info("compared on random images alone: %s", error)
+            return None
+        return images if images.shape[1:] == image_size(self.model) else None
+
+    def _measure_exported(self, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Return score and speed of exported models by their names."""
+        split, samples = self.reported
+        loader = self.task.loader(self.model, self.data, samples)
+        scores = {name: self.task.evaluate(each, loader, f"scoring {name}") for name, each in models.items()}
+        speeds = images_per_second(list(models.values()), torch.zeros(1, *image_size(self.model)))
+        return {
+            "split": split,
+            "scores": {name: score.to_dict() for name, score in scores.items()},
+            "images_per_second": dict(zip(models, speeds, strict=True)),
+        }
 
     def _prune(self, folder: Path, options: dict[str, Any], recovery: TrainConfig | None) -> dict[str, Any]:
         """Prune, and write the files of the new run into a folder."""

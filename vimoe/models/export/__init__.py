@@ -1,0 +1,1 @@
+"""Models as files that run without vimoe: ONNX, and programs of torch.export."""
