@@ -91,10 +91,9 @@ def test_a_non_contiguous_input_gives_the_same_output(layout: str) -> None:
     assert torch.equal(layer(strided), layer(x))
 
 
-@pytest.mark.parametrize("shape", [(TOKENS, DIM), (IMAGES, 2, 3, DIM)])
-def test_an_input_that_is_not_images_by_tokens_by_channels_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_input_that_is_not_images_by_tokens_by_channels_is_refused() -> None:
     with pytest.raises(vimoe.VimoeError, match=r"expected \(images, tokens, channels\)"):
-        make()(torch.zeros(shape))
+        make()(torch.zeros(TOKENS, DIM))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

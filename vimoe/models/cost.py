@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -78,7 +78,7 @@ def _macs(model: nn.Module, layers: Iterable[MoE], input_size: tuple[int, int, i
 
     def count_instead(layer: MoE, args: tuple[Tensor]) -> None:
         nonlocal routed
-        routed += _moe_macs(layer, args[0].shape[1])
+        routed += _moe_macs(layer, layer.grid.tokens(args[0]).shape[1])
 
     images = meta_images(model, 1, input_size)
     with ExitStack() as stack:
@@ -127,9 +127,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if isinstance(module, MoE):
-            alone = torch.empty_like if module.shared is None else module.shared.forward
-            module.forward = alone  # type: ignore[method-assign, assignment]
+            module.forward = _alone(module)  # type: ignore[method-assign, assignment]
     return copied
+
+
+def _alone(layer: MoE) -> Callable[[Tensor], Tensor]:
+    """Return a forward that computes the layer's shared expert alone, or nothing."""
+    shared, grid = layer.shared, layer.grid
+    return torch.empty_like if shared is None else lambda x: grid.placed(shared(grid.tokens(x)), x.shape)
 
 
 def _moe_macs(layer: MoE, tokens: int) -> float:
