@@ -1,15 +1,19 @@
-"""Models of timm that are no plain ViTs: hierarchical ones, those on grids, mixers, those with late class tokens."""
+"""Models of timm that are no plain ViTs: hierarchical ones, grids, mixers, late class tokens. And what users call."""
 
 from __future__ import annotations
 
 import copy
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers.tiny import config, layers, perturb_experts, randomise
+from helpers.tiny import config, layers, perturb_experts, randomise, upcycle, vit
+from helpers.tiny import images as pixels
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import vimoe
@@ -135,3 +139,81 @@ def test_a_hierarchical_model_gives_no_maps_to_a_decoder() -> None:
     assert find_backbone(model).width is None
     with pytest.raises(ConfigError, match="SwinTransformer gives no feature maps"):
         Segmenter(model, 3)
+
+
+# ---- what timm's users call
+
+
+CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "forward_features": lambda model, x: model.forward_features(x),
+    "forward_intermediates": lambda model, x: model.forward_intermediates(x, indices=1)[1][0],
+    "get_intermediate_layers": lambda model, x: model.get_intermediate_layers(x, n=2)[0],
+    "forward_head": lambda model, x: model.forward_head(model.forward_features(x)),
+    "without a classifier": lambda model, x: (model.reset_classifier(0), model(x))[1],
+    "copy": lambda model, x: copy.deepcopy(model)(x),
+    "compile": lambda model, x: torch.compile(model, backend="eager", fullgraph=True)(x),
+    "half": lambda model, x: model.half()(x.half()).float(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("routing", ["image", "token"])
+@torch.no_grad()
+def test_an_upcycled_vit_answers_timms_calls_as_its_parent_does(call: str, routing: str) -> None:
+    parent = vit(depth=3)
+    model, x = upcycle(copy.deepcopy(parent), config(routing=routing)), pixels(parent)
+    changed = perturb_experts(copy.deepcopy(model))
+    precision = 2e-2 if call == "half" else 1e-4
+    expected, found = (CALLS[call](each, x) for each in (parent, model))
+    torch.testing.assert_close(found, expected, rtol=precision, atol=precision)
+    assert (CALLS[call](changed, x) - expected).abs().max() > 10 * precision
+
+
+@torch.no_grad()
+def test_features_alone_are_those_of_the_parent() -> None:
+    parent = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **PLAIN).eval()
+    model = vimoe.upcycle(copy.deepcopy(parent), config())
+    assert len(layers(model)) == 2
+    x = torch.randn(2, 3, 32, 32)
+    for ours, theirs in zip(model(x), parent(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(perturb_experts(model)(x)[0], parent(x)[0], atol=1e-2)
+
+
+def test_a_changed_classifier_has_its_number_of_classes() -> None:
+    model = upcycle(vit(), config())
+    model.reset_classifier(7)
+    assert model(pixels(model)).shape == (3, 7) and find_backbone(model).num_classes == 7
+    assert len(layers(model)) == 2
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    found, made = [], perturb_experts(upcycle(vit(), config()))
+    for checkpointing in (False, True):
+        model = copy.deepcopy(made)
+        model.set_grad_checkpointing(checkpointing)
+        model(pixels(model)).square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(gradient is not None for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_timms_layer_decay_gives_experts_the_rate_of_their_block() -> None:
+    model = upcycle(vit(depth=3), config())
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert set(scales) == {id(p) for p in model.parameters()}
+    for block in model.blocks:
+        assert {scales[id(p)] for p in block.mlp.parameters()} == {scales[id(block.attn.qkv.weight)]}
+    assert len({scales[id(block.attn.qkv.weight)] for block in model.blocks}) == 3
+
+
+@torch.no_grad()
+def test_a_saved_state_brings_it_back() -> None:
+    model, file = perturb_experts(upcycle(vit(), config())), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    again = upcycle(vit(), config())
+    assert not torch.equal(again(pixels(model)), model(pixels(model)))
+    again.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert torch.equal(again(pixels(model)), model(pixels(model)))
