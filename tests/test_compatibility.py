@@ -74,4 +74,6 @@ def test_a_failure_of_the_dense_model_too_is_no_failure_of_the_mixture() -> None
         raise RuntimeError
 
     with pytest.raises(compatibility.Refused, match="nor can it be done with the dense model .RuntimeError."):
-        compatibility._unless_the_parent_fails(fails, compatibility.Subject(Loose(1.0), Loose(1.0), torch.ones(1), "all"))
+        compatibility._unless_the_parent_fails(
+            fails, compatibility.Subject(Loose(1.0), Loose(1.0), torch.ones(1), "all")
+        )
