@@ -97,6 +97,14 @@ def test_routes_are_combinations_of_sets() -> None:
     assert routes([by_image, by_token])[0] == 3
 
 
+def test_where_tokens_become_fewer_a_route_is_of_the_image() -> None:
+    """And is made of the first choices of most of its tokens."""
+    many = np.array([[[0], [0], [0], [1]], [[1], [0], [0], [0]], [[2], [2], [2], [2]]])
+    few = np.array([[[5], [5]], [[5], [5]], [[5], [6]]])
+    assert routes([many, few])[0] == 2
+    assert routes([many, few[:, :1]])[0] == 3
+
+
 def test_many_deep_routes_are_not_mixed_up() -> None:
     """64 experts in 24 layers have more combinations than an integer has values."""
     layers = [np.arange(100)[:, None, None] % 64 for _ in range(24)]

@@ -210,7 +210,7 @@ def tables() -> Iterator[None]:
 @torch.no_grad()
 def test_the_example_of_the_documentation_works() -> None:
     page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n([^`]*class TorchvisionViT.*?)```", page, re.DOTALL)
+    (example,) = re.findall(r"```python\n([^`]*class OwnViT.*?)```", page, re.DOTALL)
     made: dict[str, Any] = {}
     exec(example, made)
     parent = made["VisionTransformer"](16, 8, 2, 2, 24, 48, num_classes=5).eval()
@@ -224,7 +224,7 @@ def test_the_example_of_the_documentation_works() -> None:
     decays = {id(p) for group in parameter_groups(parent, TRAIN) if group["weight_decay"] for p in group["params"]}
     plain = {name for name, p in parent.named_parameters() if p.ndim > 1 and id(p) not in decays}
     assert plain == {"class_token", "encoder.pos_embedding"}
-    with pytest.raises(SurgeryError, match="the family 'torchvision' does not answer 'arguments'"):
+    with pytest.raises(SurgeryError, match="the family 'own' does not answer 'arguments'"):
         vimoe.save(model, "never")
 
 

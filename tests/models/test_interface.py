@@ -200,7 +200,9 @@ def test_a_question_that_no_family_answers_is_one_line(question: str) -> None:
 
 def test_a_family_that_leaves_a_question_open_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "plain", type("PlainFamily", (Backbone,), {"models": (Plain,)}))
-    with pytest.raises(SurgeryError, match="the family 'plain' does not answer 'layout': expected it of PlainFamily"):
+    with pytest.raises(
+        SurgeryError, match="the family 'plain' does not answer 'input_size': expected it of PlainFamily"
+    ):
         vimoe.upcycle(Plain(), config(layers="all"))
     with pytest.raises(ConfigError, match="PlainFamily builds no models by name"):
         create(ModelConfig(name="plain:x"))

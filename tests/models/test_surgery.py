@@ -219,10 +219,13 @@ def test_one_ffn_at_two_places_of_a_block_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("samvit_base_patch16_224", "VisionTransformerSAM"),
-        ("naflexvit_base_patch16_gap", "NaFlexVit"),
-        ("tnt_s_patch16_224", r"blocks\.0\.mlp_in \(block 0\) gets \(392, 16, 24\) for 2 images"),
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("tnt_s_patch16_224", r"blocks\.0\.mlp_in \(block 0\) gets \(392, 16, 24\) for 2 images.*folds windows"),
+        ("mobilevit_xxs", r"stages\.2\.1\.transformer\.0\.mlp \(block 0\) gets \(8, 256, 64\) for 2 images"),
+        ("coat_tiny", r"parallel_blocks\.0\.mlp3 is the same module as parallel_blocks\.0\.mlp2.*untie"),
+        ("levit_128s", r"stages\.0\.blocks\.0\.mlp is a LevitMlp, whose batch norms see all tokens"),
+        ("pvt_v2_b0", r"stages\.0\.blocks\.0\.mlp is a MlpWithDepthwiseConv, whose convolutions see a token's neigh"),
+        ("convnextv2_atto", r"GlobalResponseNormMlp, whose norm is over all tokens"),
+        ("gmlp_ti16_224", r"blocks\.0\.mlp_channels is a GatedMlp, whose gate sees all tokens"),
         ("resnet18", "no FFN was found inside the model's blocks"),
     ],
 )
@@ -233,12 +236,28 @@ def test_other_models_are_refused_by_class_or_block(name: str, message: str, rou
     assert_refused(model, message, layers="all", routing=routing)
 
 
-@pytest.mark.parametrize("name", ["cait_xxs24_224", "xcit_nano_12_p16_224", "convit_tiny"])
-def test_image_routing_is_refused_where_the_class_token_joins_later(name: str) -> None:
-    """Their first blocks see patches alone, so the first token there is a patch and no class token."""
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("naflexvit_base_patch16_gap", "NaFlexVit pads its tokens"),
+        ("crossvit_tiny_240", "CrossVit does not say which tokens are no patches"),
+        ("tnt_s_patch16_224", "TNT does not say how many patches it makes"),
+    ],
+)
+def test_image_routing_is_refused_by_block_where_no_one_knows_which_token_is_which(name: str, message: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert_refused(model, r"blocks\.0\.mlp|" + type(model).__name__, routing="image")
+    blocks = "blocks.?.mlp" if name.startswith("tnt") else "all"
+    assert_refused(
+        model, rf"\.mlp \(block 0\) with image routing: {message}.*routing='token'", layers=blocks, routing="image"
+    )
+    assert converted(vimoe.upcycle(model, config(layers=blocks, routing="token")))
+
+
+def test_a_model_without_ffns_is_not_refused_where_nothing_is_asked_for() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("levit_128s")
+    assert converted(vimoe.upcycle(model, config(layers="none"))) == []
 
 
 def test_the_ffn_of_an_attention_pool_is_left_alone() -> None:
@@ -305,6 +324,24 @@ def test_stages_of_fewer_and_fewer_patches_are_converted_where_no_token_is_speci
     with vimoe.record(upcycle(model, config())) as routing:
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
     assert [each.tokens_per_unit for each in routing] == [256, 64, 16, 4]
+
+
+class Fewer(nn.Module):
+    """A block whose FFN gets some of the tokens."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return x + self.mlp(x[:, :3]).mean(dim=1, keepdim=True)
+
+
+def test_tokens_of_an_unknown_number_are_refused_to_image_routing() -> None:
+    model = vit()
+    model.blocks[1] = Fewer(model.blocks[1].mlp)
+    message = r"blocks\.1\.mlp \(block 1\) with image routing: 3 tokens: expected 4 patches and 1 others"
+    assert_refused(model, message, routing="image")
 
 
 def test_plan_of_a_blind_router_is_silent_and_upcycle_warns() -> None:

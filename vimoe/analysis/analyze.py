@@ -322,7 +322,9 @@ class _Seen:
 
         with ExitStack() as stack:
             for name, layer in self.layers.items():
-                hook = layer.register_forward_pre_hook(lambda _layer, args, name=name: add_input(name, args[0]))
+                hook = layer.register_forward_pre_hook(
+                    lambda this, args, name=name: add_input(name, this.grid.tokens(args[0]))
+                )
                 stack.callback(hook.remove)
             yield
 

@@ -29,6 +29,7 @@ from vimoe.models.frozen_trunk import Entry
 from vimoe.moe import MoE, Routing
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine
+from vimoe.moe.ffn import as_linear
 from vimoe.terminal import track
 
 KEPT_BYTES = 2**30  # of what the blocks before the first overruled layer give, and of labels, at most
@@ -284,7 +285,11 @@ def _outputs(
     x, others = record.x, _Others(layer, record.x)
     for v, module in enumerate(interventions):
         if isinstance(module, nn.Module):
-            y = others.shared.view(x.shape) if module is layer.shared and others.shared is not None else module(x)
+            y = (
+                others.shared.view(x.shape)
+                if module is layer.shared and others.shared is not None
+                else as_linear(module)(x)
+            )
             for rows in torch.arange(len(x), device=x.device).split(size):
                 yield torch.full_like(rows, v), rows, y[rows]
     own = [others.of_images(each) for each in (others.routing.experts, others.routing.gates)]

@@ -31,7 +31,8 @@ class LayerRecord:
 
     Attributes:
         entry: entry of the layer's block, or that of the batch where the model cannot be cut.
-        x, y: input and output of the layer.
+        x, y: input and output (B, T, D) of the layer.
+        shape: shape of the output as the layer gave it, which may be a grid.
         siblings: outputs of the other modules of the block that ran before the layer; None for a module that has to
             run again.
     """
@@ -39,6 +40,7 @@ class LayerRecord:
     entry: Entry
     x: Tensor | None = None
     y: Tensor | None = None
+    shape: tuple[int, ...] = ()
     siblings: dict[nn.Module, Tensor | None] = field(default_factory=dict)
 
 
@@ -94,7 +96,8 @@ class PartialForward:
             return lambda *_, **__: output
 
         outputs = {module: kept[rows] for module, kept in record.siblings.items() if kept is not None}
-        outputs[self.model.get_submodule(layer)] = y
+        replaced: Any = self.model.get_submodule(layer)
+        outputs[replaced] = replaced.grid.placed(y, record.shape)
         with ExitStack() as stack:
             stack.enter_context(_hooked())
             x = stack.enter_context(record.entry[rows].resumed(self.model))
@@ -165,16 +168,17 @@ class PartialForward:
     @contextmanager
     def _recording(self, name: str, start: Entry) -> Iterator[LayerRecord]:
         """Record a layer in the forward inside the `with` block, which begins at `start`."""
-        layer, record = self.model.get_submodule(name), LayerRecord(start)
+        layer: Any = self.model.get_submodule(name)
+        record = LayerRecord(start)
         entries: list[Entry] = []
 
         def enter(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            record.x = args[0]
+            record.x = layer.grid.tokens(args[0])
             if entries:
                 record.entry = entries[-1]
 
         def leave(_layer: nn.Module, _args: Any, output: Tensor) -> None:
-            record.y = output
+            record.y, record.shape = layer.grid.tokens(output), output.shape
 
         def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             inside = bool(entries)  # False for a module that an earlier block calls too

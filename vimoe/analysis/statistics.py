@@ -301,9 +301,16 @@ def routes(decisions: Sequence[np.ndarray]) -> tuple[int, float]:
 
     Args:
         decisions: chosen experts (I, U, K) of each layer, -1 in empty slots. A layer that routes whole images sends all
-            of their tokens there.
+            of their tokens there. In a hierarchical model, whose tokens become fewer, no token has a route: a layer
+            then counts with the first choice of most tokens of an image.
     """
     units = max(layer.shape[1] for layer in decisions)
+    if not {layer.shape[1] for layer in decisions} <= {1, units}:
+        units = 1
+        decisions = [
+            np.array([np.bincount(image + 1).argmax() - 1 for image in layer[..., 0]])[:, None, None]
+            for layer in decisions
+        ]
     spread = [
         np.broadcast_to(layer, (len(layer), units, layer.shape[2])).reshape(len(layer) * units, -1)
         for layer in decisions

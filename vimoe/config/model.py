@@ -11,7 +11,11 @@ from vimoe.errors import ConfigError
 
 FAMILIES = Registry(
     "family",
-    {"timm": "vimoe.models.timm_vit:TimmViT", "transformers": "vimoe.models.transformers_vit:TransformersViT"},
+    {
+        "timm": "vimoe.models.timm_vit:TimmViT",
+        "torchvision": "vimoe.models.torchvision_vit:TorchvisionViT",
+        "transformers": "vimoe.models.transformers_vit:TransformersViT",
+    },
 )
 Read = Literal["auto", "all"]
 DECODERS = ("linear", "linear4", "upernet")
@@ -24,7 +28,7 @@ class ModelConfig:
     Args:
         name: timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format, or
             "transformers:NAME" for a folder or hub repository in transformers' format, or "FAMILY:NAME" for a model
-            of another family in FAMILIES.
+            of another family in FAMILIES, such as "torchvision:vit_b_16".
         pretrained: load the pretrained weights of this name (`plan` and `count` never do).
         img_size: side of the square input image in pixels; by default the model's own.
         num_classes: number of outputs of the classifier; `train` takes it from the data.

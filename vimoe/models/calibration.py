@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vimoe.errors import DataError, SurgeryError, expect
 from vimoe.models.interface import find_backbone
 from vimoe.models.reading import tokens_read
-from vimoe.moe.layer import by_image
+from vimoe.moe.grid import Grid
 from vimoe.moe.router import Router
 from vimoe.moe.start import Calibration
 
@@ -50,15 +50,15 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
     seen, classed = 0, False
     with ExitStack() as stack:
         for name, router in routers.items():
-            last = backbone.block_of(name) == backbone.blocks[-1]
+            last = (backbone.block_of(name),) == backbone.blocks[-1:]
             routed = read if last and not router.needs_patches else None
 
             def keep(x: Tensor, name: str = name, router: Router = router, routed: int | None = routed) -> None:
-                image, kept = _features(router, by_image(x)[:, :routed], seen)
+                image, kept = _features(router, x[:, :routed], seen)
                 rows[name].append(image + seen)
                 features[name].append(kept)
 
-            stack.enter_context(_inputs_of(model.get_submodule(name), keep))
+            stack.enter_context(_tokens_of(model.get_submodule(name), keep))
         for classifier in backbone.classifiers[:1]:  # a segmenter does not call it
             stack.enter_context(_inputs_of(classifier, lambda x: pooled.append(_copy(x))))
         for batch, targets in pairs(images):
@@ -138,7 +138,7 @@ def _copy(x: Tensor) -> Tensor:
 def _again(model: nn.Module, name: str, images: Batches) -> Iterator[Tensor]:
     """Yield the input (B, T, D) of an FFN for each batch."""
     found: list[Tensor] = []
-    with _inputs_of(model.get_submodule(name), lambda x: found.append(by_image(x))):
+    with _tokens_of(model.get_submodule(name), found.append):
         for batch, _ in pairs(images):
             _run(model, batch)
             yield found.pop()
@@ -161,6 +161,12 @@ def _run(model: nn.Module, images: Tensor) -> None:
     finally:
         for module in training:
             module.training = True
+
+
+def _tokens_of(dense: nn.Module, take: Callable[[Tensor], Any]) -> AbstractContextManager[None]:
+    """Take the input (B, T, D) of an FFN."""
+    grid = Grid.of(dense)
+    return _inputs_of(dense, lambda x: take(grid.tokens(x)))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,7 +15,6 @@ from vimoe.errors import VimoeError, expect, first_line
 from vimoe.models.interface import find_backbone
 from vimoe.models.reading import ignoring_hooks, set_reading, tokens_read
 from vimoe.moe import MoE, ffn
-from vimoe.moe.layer import by_image
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _macs(model: nn.Module, layers: Iterable[MoE], input_size: tuple[int, int, i
 
     def count_instead(layer: MoE, args: tuple[Tensor]) -> None:
         nonlocal routed
-        routed += _moe_macs(layer, by_image(args[0]).shape[1])
+        routed += _moe_macs(layer, layer.grid.tokens(args[0]).shape[1])
 
     images = meta_images(model, 1, input_size)
     with ExitStack() as stack:
@@ -128,9 +127,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         if isinstance(module, MoE):
-            alone = torch.empty_like if module.shared is None else module.shared.forward
-            module.forward = alone  # type: ignore[method-assign, assignment]
+            module.forward = _alone(module)  # type: ignore[method-assign, assignment]
     return copied
+
+
+def _alone(layer: MoE) -> Callable[[Tensor], Tensor]:
+    """Return a forward that computes the layer's shared expert alone, or nothing."""
+    shared, grid = layer.shared, layer.grid
+    return torch.empty_like if shared is None else lambda x: grid.placed(shared(grid.tokens(x)), x.shape)
 
 
 def _moe_macs(layer: MoE, tokens: int) -> float:

@@ -47,6 +47,7 @@ class Backbone:
         models: classes of the family's ViTs.
         holder: name of the module in the ViT whose children are its blocks, in forward order.
         skipped: classes of modules that are no FFN and have none inside, though they look like one.
+        refused: for each class that stands in a block for an FFN and is none, the reason why experts could not be such.
         embeddings: names, in the ViT, of position embeddings and tokens that a module inside of it holds.
         narrowed: for each class of a block or a part of it that can do with less, its subclass that computes the first
             tokens alone (`vimoe.models.reading`).
@@ -55,6 +56,7 @@ class Backbone:
     models: tuple[type[nn.Module], ...] = ()
     holder: str = "blocks"
     skipped: tuple[type[nn.Module], ...] = ()
+    refused: Mapping[type[nn.Module], str] = {}
     embeddings: tuple[str, ...] = ()
     narrowed: Mapping[type[nn.Module], type[nn.Module]] = {}
 
@@ -159,6 +161,10 @@ class Backbone:
             found = getattr(found, step, None)
         return tuple(self._named(f"{self.holder}.{name}") for name, _ in found.named_children()) if found else ()
 
+    def skips(self, name: str, module: nn.Module) -> bool:
+        """Return True for a module that is no FFN and has none inside; by default by its class, not by its name."""
+        return isinstance(module, self.skipped)
+
     def block_of(self, name: str) -> str | None:
         """Return the name of the block that a module lies in ("blocks.3" for "blocks.3.mlp"), None outside of all.
 
@@ -214,6 +220,28 @@ class Backbone:
     def layout(self) -> TokenLayout:
         """Number of tokens before the patches, and if the first of them is a class token."""
         raise self._unanswered("layout")
+
+    def layout_of(self, tokens: int) -> TokenLayout:
+        """Return the layout of what an FFN gets that gets so many tokens of an image.
+
+        By default an FFN gets all tokens, or the patches alone, or the class token alone. In a ViT without prefix
+        tokens it gets patches, or what has become of them, in any number.
+
+        Raises:
+            SurgeryError: if it is not known which token is which.
+        """
+        layout = self.layout
+        if layout.num_prefix_tokens == 0:
+            return layout
+        if tokens == 1 and layout.class_token:
+            return TokenLayout(1, True)
+        others = tokens - self.num_patches
+        if others not in (0, layout.num_prefix_tokens):
+            raise SurgeryError(
+                f"{tokens} tokens: expected {self.num_patches} patches and {layout.num_prefix_tokens} others "
+                f"(num_prefix_tokens), so that the router knows which is which; leave the block out of layers"
+            )
+        return layout if others else TokenLayout(0, False)
 
     @property
     def num_patches(self) -> int:

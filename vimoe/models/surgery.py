@@ -37,11 +37,11 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
     """Return the outermost matching modules that lie inside the blocks of the model's ViT ("blocks.3.mlp").
 
     A match outside of the blocks, such as the MLP of an attention pool, is no site, nor is one inside of a module that
-    the family skips (`Backbone.skipped`).
+    the family skips (`Backbone.skips`).
 
     Raises:
         SurgeryError: if one module stands at two places, since swapping one of them would untie them; or if nothing is
-            found in a model that no family knows.
+            found in a model that no family knows, or whose blocks have something else for FFNs.
     """
     backbone = find_backbone(model)
     names: dict[nn.Module, str] = {}
@@ -50,10 +50,10 @@ def find(model: nn.Module, match: Callable[[nn.Module], bool]) -> list[Site]:
 
     def visit(module: nn.Module, path: tuple[str, ...]) -> None:
         for child_name, child in module._modules.items():  # named_children leaves out what stands there twice
-            if child is None or isinstance(child, backbone.skipped):
-                continue
             child_path = (*path, child_name)
             name = ".".join(child_path)
+            if child is None or backbone.skips(name, child):
+                continue
             found = child if match(child) else backbone.joined(name)
             if found is None:
                 visit(child, child_path)

@@ -11,10 +11,26 @@ from typing import Any
 
 import timm
 from timm.data.model_config import resolve_input_data_config
-from timm.layers import PatchDropout, RelPosMlp
-from timm.models import get_model_input_config
+from timm.layers import GatedMlp, GlobalResponseNormMlp, PatchDropout, RelPosMlp
+from timm.models import (
+    efficientformer,
+    efficientformer_v2,
+    efficientvit_msra,
+    fastvit,
+    gemma4_vit,
+    get_model_input_config,
+    levit,
+    pvt_v2,
+    repvit,
+    swiftformer,
+    swin_transformer_v2_cr,
+    tiny_vit,
+    visformer,
+    vitamin,
+)
 from timm.models._hub import save_config_for_hf  # what timm.models.save_for_hf calls for its config.json
 from timm.models._manipulate import group_with_matcher
+from timm.models.csatv2 import SpatialAttention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
@@ -33,11 +49,46 @@ _FORWARDS = tuple((vit.forward, vit.forward_features) for vit in (VisionTransfor
 _HEADS = tuple((vit.forward_head, vit.pool) for vit in (VisionTransformer, Eva))
 
 
-class TimmViT(Backbone):
-    """A model of timm. Any of its models is known; questions that only a plain ViT can answer raise SurgeryError."""
+_HOLDERS = ("blocks", "layers", "stages", "levels", "transformers", "network", "encoder.blocks")
+_BATCH_NORM = "whose batch norms see all tokens of a batch"
+_NEIGHBOURS = "whose convolutions see a token's neighbours"
+_NORM_FIRST = "which has a norm before its first matrix"
+_REFUSED: dict[type[nn.Module], str] = {
+    GatedMlp: "whose gate sees all tokens of an image",
+    GlobalResponseNormMlp: "whose norm is over all tokens of an image",
+    efficientformer.ConvMlpWithNorm: _BATCH_NORM,
+    efficientformer_v2.ConvMlpWithNorm: _NEIGHBOURS,
+    efficientvit_msra.ConvMlp: _BATCH_NORM,
+    fastvit.ConvMlp: _NEIGHBOURS,
+    gemma4_vit.Gemma4GatedMlp: "whose matrices may clip what they get and give",
+    levit.LevitMlp: _BATCH_NORM,
+    pvt_v2.MlpWithDepthwiseConv: _NEIGHBOURS,
+    repvit.RepVitMlp: _BATCH_NORM,
+    swiftformer.Mlp: _BATCH_NORM,
+    tiny_vit.NormMlp: _NORM_FIRST,
+    visformer.SpatialMlp: _NEIGHBOURS,
+    vitamin.GeGluMlp: _NORM_FIRST,
+}
 
-    skipped = (RelPosMlp,)  # it maps two coordinates to a bias for each head
+
+class TimmViT(Backbone):
+    """A model of timm. Any of its models is known; questions that only a plain ViT can answer raise SurgeryError.
+
+    The blocks of a hierarchical model are its stages. Its FFNs get all tokens of an image, in any number.
+    """
+
+    # they map coordinates to biases of the heads, or a map of one channel
+    skipped = (RelPosMlp, swin_transformer_v2_cr.WindowMultiHeadAttention, SpatialAttention)
+    refused = _REFUSED
     narrowed = NARROWED
+
+    def __init__(self, model: nn.Module, path: str = "") -> None:
+        super().__init__(model, path)
+        self.holder = next((name for name in _HOLDERS if _has(self.vit, name)), "blocks")
+
+    def skips(self, name: str, module: nn.Module) -> bool:
+        """Return True also for the FFN of a mixer that maps the tokens of a channel: its rows are no tokens."""
+        return super().skips(name, module) or name.endswith(".mlp_tokens")
 
     @classmethod
     def owns(cls, module: nn.Module) -> bool:
@@ -129,6 +180,8 @@ class TimmViT(Backbone):
                 "NaFlexVit pads its tokens and hides which: expected a ViT of fixed size; use its vit_* twin"
             )
         if not hasattr(self.vit, "num_prefix_tokens"):
+            if not any("_token" in name for name, _ in self.vit.named_parameters(recurse=False)):
+                return TokenLayout(0, False)
             raise SurgeryError(
                 f"{type(self.vit).__name__} does not say which tokens are no patches (num_prefix_tokens): "
                 f"expected a plain ViT of timm (vit_*, deit*)"
@@ -167,7 +220,9 @@ class TimmViT(Backbone):
 
     @property
     def width(self) -> int | None:
-        return getattr(self.vit, "embed_dim", None)
+        """Width of the tokens; None for a hierarchical model, whose stages have widths of their own."""
+        widths = {getattr(self.vit, name, None) for name in ("embed_dim", "num_features")}
+        return widths.pop() if len(widths) == 1 else None
 
     def features(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         found: list[Tensor] = self.vit.forward_intermediates(
@@ -199,6 +254,13 @@ class TimmViT(Backbone):
         }
         numbers = group_with_matcher(names.items(), self.vit.group_matcher(coarse=False), reverse=True)
         return {names[name]: number for name, number in numbers.items()}
+
+
+def _has(module: Any, name: str) -> bool:
+    """Return True if there is a part of this name."""
+    for step in name.split("."):
+        module = getattr(module, step, None)
+    return module is not None
 
 
 def _function(method: Any) -> Any:

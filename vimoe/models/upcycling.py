@@ -16,17 +16,18 @@ from vimoe.errors import SurgeryError, expect, first_line, nearest
 from vimoe.models import surgery
 from vimoe.models.calibration import Batches, calibrate
 from vimoe.models.cost import Cost, count, meta_copy, meta_images
-from vimoe.models.interface import find_backbone
+from vimoe.models.interface import Backbone, find_backbone
 from vimoe.models.reading import set_reading, tokens_read
 from vimoe.models.start_change import StartChange, measure_start
 from vimoe.models.surgery import Site
 from vimoe.moe import MoE, ffn
+from vimoe.moe.grid import Grid
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.start import Calibration
 
-_ANY = TokenLayout(num_prefix_tokens=0, class_token=False)  # where nothing depends on which token is which
+_NO_LAYOUT = TokenLayout(num_prefix_tokens=0, class_token=False)  # where nothing depends on which token is which
 HOW = ("shared", "merge", "matched", "join", "whole")
 
 
@@ -280,10 +281,12 @@ def _new_layers(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
 
 def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     """Return the new module of every chosen site, after all checks but those of its start."""
-    backbone = find_backbone(model)
+    found, backbone = sites(model), find_backbone(model)
     if any(not isinstance(item, str) for item in config.selection.items) or config.selection.word not in ("", "none"):
         backbone.check_known("blocks")
-    chosen = config.selection.select(sites(model))
+    if not found and config.selection.word != "none":
+        _check_refused(backbone)
+    chosen = config.selection.select(found)
     if not chosen:
         return {}
     for site in chosen:
@@ -294,8 +297,8 @@ def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
                 f"{site} has forward hooks, which experts would not call: expected none; remove them first"
             )
         _describe(site, site.module)
-    layout = _layout(model, config, chosen)
-    return {site.name: _upcycled(site.module, config, layout) for site in chosen}
+    layouts = _layouts(backbone, config, chosen)
+    return {site.name: _upcycled(site, config, layouts[site.name]) for site in chosen}
 
 
 def _describe(site: Site, dense: nn.Module) -> None:
@@ -305,33 +308,40 @@ def _describe(site: Site, dense: nn.Module) -> None:
         raise SurgeryError(f"{site}: {error}") from None
 
 
-def _upcycled(dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> nn.Module:
+def _check_refused(backbone: Backbone) -> None:
+    """Raise SurgeryError for a model whose blocks have something else in the place of FFNs."""
+    for name, module in backbone.model.named_modules():
+        if why := backbone.refused.get(type(module)):
+            raise SurgeryError(
+                f"{name} is a {type(module).__name__}, {why}: expected an FFN, which maps each token by itself; use "
+                f"another model"
+            )
+
+
+def _upcycled(site: Site, config: MoEConfig, layout: TokenLayout) -> nn.Module:
     if config.num_experts == 0:
-        return ffn.widen(dense, config.num_shared_experts)
-    return MoE(dense, config, layout)
+        return ffn.widen(site.module, config.num_shared_experts)
+    return MoE(site.module, config, layout)
 
 
-def _layout(model: nn.Module, config: MoEConfig, chosen: Sequence[Site]) -> TokenLayout:
-    """Return the model's layout of tokens. Where each token is routed by itself, a model may have none."""
-    backbone = find_backbone(model)
-    if backbone.has_images or config.routing == "image":
-        layout = backbone.layout
-        _check_tokens(model, chosen, layout if config.routing == "image" else _ANY)
-        return layout
+def _layouts(backbone: Backbone, config: MoEConfig, chosen: Sequence[Site]) -> dict[str, TokenLayout]:
+    """Return the layout of the tokens of each site. Where each token is routed by itself, a model may have none."""
+    if backbone.has_images:
+        shapes = _shapes(backbone, chosen)
+        return {site.name: _layout(backbone, site, shapes[site.name], config) for site in chosen}
+    if config.routing == "image":
+        return {site.name: backbone.layout for site in chosen}  # or SurgeryError with the reason
     if ROUTERS.find(config.router).tokens_interact:
         raise SurgeryError(
-            f"router={config.router!r} compares the tokens of an image, and {type(model).__name__} is not known to get "
-            f"images: expected a router that decides for each token by itself, such as 'softmax'"
+            f"router={config.router!r} compares the tokens of an image, and {type(backbone.model).__name__} is not "
+            f"known to get images: expected a router that decides for each token by itself, such as 'softmax'"
         )
-    return _ANY
+    return {site.name: _NO_LAYOUT for site in chosen}
 
 
-def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout) -> None:
-    """Run two images through a copy without weights, to see that each FFN gets them on its first axis.
-
-    Prefix tokens must be there too. Without any, a grid is as good as a row, and a later stage may have fewer patches.
-    """
-    copied = meta_copy(model).eval()
+def _shapes(backbone: Backbone, chosen: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+    """Run two images through a copy without weights, and return the shape of what each FFN gets, images first."""
+    copied = meta_copy(backbone.model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
     def see(name: str) -> Callable[..., None]:
@@ -348,17 +358,22 @@ def _check_tokens(model: nn.Module, chosen: Sequence[Site], layout: TokenLayout)
         raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
     for site in chosen:
         shape = shapes.get(site.name)
-        if shape is None or len(shape) < 3 or shape[0] != 2 or (layout.num_prefix_tokens and len(shape) != 3):
+        if shape is None or len(shape) < 3 or shape[0] != 2:
             raise SurgeryError(
-                f"{site} gets {shape} for 2 images: expected (2, tokens, channels); a block that folds windows "
-                f"into the batch cannot be converted"
+                f"{site} gets {shape} for 2 images: expected (2, tokens, channels), or a grid of tokens; a block that "
+                f"folds windows into the batch cannot be converted, because its first axis is not images"
             )
-        patches = find_backbone(model).num_patches if layout.num_prefix_tokens else 0
-        if patches and shape[1] != patches + layout.num_prefix_tokens:
-            raise SurgeryError(
-                f"{site} gets {shape[1]} tokens: expected {patches} patches and {layout.num_prefix_tokens} others "
-                f"(num_prefix_tokens), so that the router knows which is which; leave the block out of layers"
-            )
+    return shapes
+
+
+def _layout(backbone: Backbone, site: Site, shape: Sequence[int], config: MoEConfig) -> TokenLayout:
+    """Return the layout of the tokens of an FFN; only image routing has to know it."""
+    try:
+        return backbone.layout_of(Grid.of(site.module).tokens(torch.empty(*shape, device="meta")).shape[1])
+    except SurgeryError as error:
+        if config.routing == "image" and config.num_experts:
+            raise SurgeryError(f"{site} with image routing: {error}; use routing='token'") from None
+        return _NO_LAYOUT
 
 
 def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import ConvMlp, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import MLPBlock
+from torchvision.ops import MLP
 
 from vimoe.errors import SurgeryError
 from vimoe.moe import traced_ffn
@@ -55,8 +57,9 @@ class Kind:
     """Names of the parts of one class of FFN, by which its weights are read and written in the canonical layout.
 
     Args:
-        fc1: name of the first nn.Linear; for a gated FFN with two of them, the gate's name and the value's.
-        fc2: name of the last nn.Linear.
+        fc1: name of the first nn.Linear or 1x1 nn.Conv2d; for a gated FFN with two of them, the gate's name and the
+            value's.
+        fc2: name of the last one.
         act: name of the activation, a module.
         norm: name of the LayerNorm or nn.Identity between the matrices; None for a class without one.
         drops: names of the dropouts on the hidden units and on the output; None for a class without one.
@@ -85,7 +88,7 @@ class Kind:
 
     def read(self, module: nn.Module) -> Weights:
         """Return the canonical weights of a module of this class."""
-        own: Weights = dict(module.named_parameters())
+        own: Weights = {name: w.flatten(1) if w.ndim == 4 else w for name, w in module.named_parameters()}
         found: Weights = {}
         for part in ("weight", "bias"):
             names = [f"{each}.{part}" for each in self.fc1]
@@ -115,9 +118,13 @@ class Kind:
 
 
 _DROPS = ("drop1", "drop2")
+_TORCHVISION = Kind(fc1=("0",), fc2="3", act="1", drops=("2", "4"))
 KINDS: dict[type[nn.Module], Kind] = {
+    ConvMlp: Kind(drops=("drop", None)),
     Mlp: Kind(norm="norm", drops=_DROPS),
     GluMlp: Kind(norm="norm", drops=_DROPS, gated=True, value_first=lambda module: module.gate_last),
+    MLP: _TORCHVISION,
+    MLPBlock: _TORCHVISION,
     SwiGLU: Kind(fc1=("fc1_g", "fc1_x"), norm="norm", drops=_DROPS, gated=True),
 }
 
@@ -148,13 +155,13 @@ def describe(module: Any) -> FFN:
     Raises:
         SurgeryError: if experts could not reproduce a part, such as a quantised or adapted matrix.
     """
-    kind = _known(module)
+    kind, module = _known(module), as_linear(module)
     for name in kind.linears:
         linear = module.get_submodule(name)
         if type(linear) is not nn.Linear or hasattr(linear, "parametrizations"):
             raise SurgeryError(
-                f"{name} is a {type(linear).__name__}: expected a plain nn.Linear; merge adapters and remove "
-                f"quantisation or parametrisations first"
+                f"{name} is a {type(linear).__name__}: expected a plain nn.Linear, or 1x1 convolutions alone; merge "
+                f"adapters and remove quantisation or parametrisations first"
             )
     first, last = (module.get_submodule(name) for name in (kind.linears[0], kind.fc2))
     if first.in_features != last.out_features:
@@ -177,6 +184,41 @@ def describe(module: Any) -> FFN:
         norm_eps=norm.eps if isinstance(norm, nn.LayerNorm) else None,
         drop=(_rate(module, kind.drops[0]), _rate(module, kind.drops[1])),
     )
+
+
+def of_convolutions(module: nn.Module) -> bool:
+    """Return True for an FFN of 1x1 convolutions, which maps (B, D, H, W) to (B, D, H, W), each position by itself."""
+    kind = kind_of(module)
+    return kind is not None and all(_is_pointwise(module.get_submodule(name)) for name in kind.linears)
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """Return an FFN of 1x1 convolutions with linear maps in their place, for (..., D); any other FFN as it is.
+
+    `build(module, read(as_linear(module)))` brings the convolutions back.
+    """
+    if not of_convolutions(module):
+        return module
+    kind, made = _known(module), copy.deepcopy(module)
+    for name in kind.linears:
+        conv: Any = made.get_submodule(name)
+        linear = nn.Linear(conv.in_channels, conv.out_channels, conv.bias is not None, device="meta")
+        linear.weight.requires_grad_(conv.weight.requires_grad)
+        if conv.bias is not None:
+            linear.bias.requires_grad_(conv.bias.requires_grad)
+        made.set_submodule(name, linear.train(conv.training))
+    norm = made.get_submodule(kind.norm) if kind.norm else None
+    if isinstance(norm, nn.LayerNorm):  # timm's for (B, D, H, W) is a subclass
+        norm.__class__ = nn.LayerNorm
+    if hasattr(made, "chunk_dim"):  # of GluMlp
+        made.chunk_dim = -1  # type: ignore[assignment]
+    return build(made, read(module))
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    if type(module) is not nn.Conv2d:
+        return False
+    return (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _rate(module: nn.Module, drop: str | None) -> float:
@@ -228,6 +270,9 @@ def build(like: nn.Module, weights: Weights) -> nn.Module:
         layer_name, kind = name.rsplit(".", 1)
         layer = module.get_submodule(layer_name)
         copied = value.detach().clone(memory_format=torch.contiguous_format)
+        if isinstance(layer, nn.Conv2d) and kind == "weight":
+            layer.out_channels, layer.in_channels = value.shape
+            copied = copied[..., None, None]
         setattr(layer, kind, nn.Parameter(copied, requires_grad=getattr(layer, kind).requires_grad))
         if isinstance(layer, nn.Linear) and kind == "weight":
             layer.out_features, layer.in_features = value.shape

@@ -22,6 +22,7 @@ from vimoe.moe import ffn, router_gradient
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import dispatch
 from vimoe.moe.experts import Experts
+from vimoe.moe.grid import Grid
 from vimoe.moe.router import Router, TokenLayout
 from vimoe.moe.routing import note
 from vimoe.moe.start import Calibration, Start
@@ -44,6 +45,9 @@ class MoE(nn.Module):
     hidden units (`ffn.divide`). Experts and router are trained even if the FFN is frozen. There are first derivatives
     in reverse mode.
 
+    Tokens may lie on a grid (B, H, W, D), of which a token is a position. In the place of an FFN of 1x1 convolutions
+    the layer takes (B, D, H, W), and has linear maps for them.
+
     Args:
         dense: an FFN for which `vimoe.moe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
         config: settings; `config.layers` plays no part here.
@@ -56,6 +60,7 @@ class MoE(nn.Module):
         router: router of the kind `config.router`.
         experts: experts of the kind `config.experts`.
         shared: the shared expert, or None.
+        grid: the shape of what the FFN got, a `Grid`.
         unchosen: what trains the router by experts that were not chosen (`config.router_gradient`), or None.
 
     >>> import torch, vimoe
@@ -73,6 +78,10 @@ class MoE(nn.Module):
 
     def __init__(self, dense: nn.Module, config: MoEConfig, layout: TokenLayout) -> None:
         super().__init__()
+        # densify rebuilds the FFN from this copy; in a tuple, because it is no part of this model
+        self._template = (copy.deepcopy(dense).to("meta"),)
+        self.grid = Grid.of(dense)
+        dense = ffn.as_linear(dense)
         n = config.num_shared_experts
         kind, weight = ffn.describe(dense), next(dense.parameters())
         self._begin: Start = STARTS.find(config.init)(config)
@@ -91,8 +100,6 @@ class MoE(nn.Module):
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
         unchosen = router_gradient.KINDS.get(config.router_gradient)
         self.unchosen = None if unchosen is None else unchosen(config.num_experts, kind.dim, like=weight)
-        # densify rebuilds the FFN from this copy; in a tuple, because it is no part of this model
-        self._template = (copy.deepcopy(dense).to("meta"),)
         self.train(dense.training)
 
     def start(self, seen: Calibration | None = None) -> None:
@@ -157,19 +164,21 @@ class MoE(nn.Module):
         return self._begin.needs_images or self.router.needs_images
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to the same; a grid (B, H, W, D) too, and (T, D) where tokens are routed.
+        """(B, T, D) to the same; a grid (B, H, W, D) or (B, D, H, W) too, and (T, D) where tokens are routed.
 
         Raises:
             VimoeError: for another shape, such as a grid where some tokens are no patches.
         """
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        if self.config.routing == "image" and x.ndim != 3 and (x.ndim < 3 or self.router.layout.num_prefix_tokens):
+            raise VimoeError(f"MoE input of shape {tuple(x.shape)}: expected (images, tokens, channels)")
+        return self.grid.placed(self._mixed(self.grid.tokens(x)), x.shape)
+
+    def _mixed(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x_BTD).tangent is not None:
             raise VimoeError(
                 "a forward-mode derivative (jvp) of an MoE layer: expected reverse mode, such as backward()"
             )
-        alike = self.config.routing == "token" or (x.ndim > 3 and not self.router.layout.num_prefix_tokens)
-        return self._forward(by_image(x) if alike else x).view(x.shape)
-
-    def _forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = in_type_of_autocast(x_BTD)  # once for all that read it, so that one copy is kept for the backward pass
         routing = self.router(x_BTD)
         if self.router.mixes:
@@ -194,7 +203,8 @@ class MoE(nn.Module):
     def without_experts(self) -> nn.Module:
         """Return the shared expert as an FFN, of the parent's width while the added shared experts are zero."""
         assert self.shared is not None
-        return ffn.narrow(self.shared, self.config.num_shared_experts)
+        dense = ffn.narrow(self.shared, self.config.num_shared_experts)
+        return dense if self.grid.channels == -1 else self._as_dense(ffn.read(dense))
 
     @torch.no_grad()
     def merged(self, gate_mass: Tensor, matched: bool = False) -> nn.Module:
@@ -282,13 +292,6 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"combine={self.config.combine!r}"
-
-
-def by_image(x: Tensor) -> Tensor:
-    """(B, ..., D) to (B, T, D): a grid of tokens (B, H, W, D) becomes a row, tokens (T, D) those of one image."""
-    if x.ndim == 3:
-        return x
-    return x.flatten(1, -2) if x.ndim > 3 else x.unsqueeze(0)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:

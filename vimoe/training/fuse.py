@@ -46,7 +46,7 @@ class Fusing(nn.Module):
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
-        self.config, self.experts = layer.config, layer.experts
+        self.config, self.experts, self.grid = layer.config, layer.experts, layer.grid
         n = self.config.num_experts
         if not self.experts.separate:
             raise SurgeryError(
@@ -67,7 +67,11 @@ class Fusing(nn.Module):
         parts = [self.experts.weights(e) for e in range(self.config.num_experts)]
         return ffn.average(parts, self.shares.unbind())
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D), or from grid to grid, as of `MoE`."""
+        return self.grid.placed(self.compute(self.grid.tokens(x)), x.shape)
+
+    def compute(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         return self.experts.apply_weights(self.weights(), x_BTD)
 
@@ -102,10 +106,10 @@ class AveragedExperts(Fusing):
 
     separates = True
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def compute(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D): in training each row by a random expert."""
         if not self.training:
-            return super().forward(x_BTD)
+            return super().compute(x_BTD)
         x_BTD = in_type_of_autocast(x_BTD)
         x_RUD = x_BTD.flatten(0, 1)[:, None] if self.config.routing == "token" else x_BTD
         rows, n, device = len(x_RUD), self.config.num_experts, x_BTD.device

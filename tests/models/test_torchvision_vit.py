@@ -1,0 +1,224 @@
+"""The family "torchvision": its ViTs and Swins through surgery, model folders, training, and their own weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from helpers.commands import call, refused
+from helpers.tiny import config, layers, perturb_experts, randomise
+from torch import Tensor, nn
+
+import vimoe
+from vimoe.config.data import DataConfig
+from vimoe.config.model import ModelConfig
+from vimoe.config.moe import MoEConfig
+from vimoe.config.settings import Settings
+from vimoe.config.train import TrainConfig
+from vimoe.errors import ConfigError, FolderError
+from vimoe.experiments.train import run_training
+from vimoe.models.create import create
+from vimoe.models.interface import find_backbone
+from vimoe.models.segmenter import Segmenter
+from vimoe.models.torchvision_vit import TorchvisionViT, _preprocessing
+from vimoe.moe.router import TokenLayout
+
+SWIN = {"patch_size": [4, 4], "embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": [4, 4]}
+BUILT: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 8, "patch_size": 4, "num_layers": 3, "num_heads": 2, "hidden_dim": 24, "mlp_dim": 48},
+    "swin": SWIN,
+    "swin_v2": SWIN,
+}
+SIDES = {"vit": 8, "swin": 32, "swin_v2": 32}
+MLPS = {
+    "vit": [f"encoder.layers.encoder_layer_{i}.mlp" for i in range(3)],
+    "swin": ["features.1.0.mlp", "features.3.0.mlp", "features.3.1.mlp"],
+}
+MLPS["swin_v2"] = MLPS["swin"]
+
+
+def dense(kind: str, num_classes: int = 5, **more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(TorchvisionViT.build(kind=kind, num_classes=num_classes, **{**BUILT[kind], **more}), 1, 0.3).eval()
+
+
+def images(kind: str, batch: int = 3) -> Tensor:
+    side = SIDES[kind]
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=BUILT)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_it_is_upcycled_saved_and_brought_back(kind: str, routing: str, tmp_path: Path) -> None:
+    parent, x = dense(kind), images(kind)
+    model = vimoe.upcycle(copy.deepcopy(parent), config(routing=routing))
+    assert [name for name, module in model.named_modules() if isinstance(module, vimoe.MoE)] == MLPS[kind]
+    with vimoe.record(model) as routings:
+        torch.testing.assert_close(model(x), parent(x), rtol=1e-4, atol=1e-5)
+    assert all(routing.batch[0] == 3 for routing in routings)
+    perturb_experts(model)
+    assert (model(x) - parent(x)).abs().max() > 1e-2 * parent(x).abs().max()
+    model(x).square().sum().backward()
+    assert all(layer.router.weight.grad.any() for layer in layers(model))
+    with torch.no_grad():
+        again = vimoe.load(vimoe.save(model, tmp_path / "m"))
+        assert torch.equal(again(x), model(x)) and find_backbone(again).family == "torchvision"
+    state = vimoe.densify(model).state_dict()
+    assert list(state) == list(parent.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in parent.state_dict().items())
+
+
+def test_the_family_answers_what_the_model_is(kind: str) -> None:
+    model, x = dense(kind), images(kind)
+    backbone, seen = find_backbone(model), []
+    assert backbone.family == "torchvision" and backbone.num_classes == model(x).shape[1] == 5
+    assert backbone.head() == {n for n, _ in model.named_parameters() if n.startswith("head")}
+    assert all(isinstance(model.get_submodule(name), nn.Module) for name in backbone.blocks)
+    assert {backbone.block_of(name) for name in MLPS[kind]} <= set(backbone.blocks)
+    model.get_submodule(backbone.blocks[0]).register_forward_pre_hook(lambda _block, args: seen.append(args[0]))
+    model(x)
+    if kind == "vit":
+        assert backbone.layout == TokenLayout(1, True) and backbone.width == 24 and backbone.fixed_size == (8, 8)
+        assert seen[0].shape == (3, 1 + backbone.num_patches, backbone.width)
+        assert backbone.no_weight_decay() == {"class_token", "encoder.pos_embedding"}
+    else:
+        assert backbone.layout == TokenLayout(0, False) and backbone.width is None and backbone.fixed_size is None
+        assert backbone.blocks == ("features.1.0", "features.2", "features.3.0", "features.3.1")
+        assert any(name.endswith("logit_scale") for name in backbone.no_weight_decay()) == (kind == "swin_v2")
+    assert TorchvisionViT.build(**backbone.arguments).state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_swin_of_another_width_of_ffns_says_so_when_it_is_saved(tmp_path: Path) -> None:
+    model = dense("swin", mlp_ratio=2.0)
+    with pytest.raises(FolderError, match="would not rebuild this model.*pass model_args"):
+        vimoe.save(model, tmp_path / "m")
+    vimoe.save(model, tmp_path / "m", model_args={"mlp_ratio": 2.0})
+
+
+@torch.no_grad()
+def test_a_vit_carries_a_decoder_and_a_swin_does_not(tmp_path: Path) -> None:
+    model = Segmenter(dense("vit", num_classes=0), 3).eval()
+    (maps,) = find_backbone(model.backbone).features(images("vit"), [2])
+    tokens: list[Tensor] = []
+    model.backbone.encoder.register_forward_hook(lambda _encoder, _args, output: tokens.append(output))
+    model.backbone(images("vit"))
+    torch.testing.assert_close(maps, tokens[0][:, 1:])
+    again = vimoe.load(vimoe.save(vimoe.upcycle(model, config()), tmp_path / "m"))
+    torch.testing.assert_close(again(images("vit")), model(images("vit")))
+    with pytest.raises(ConfigError, match="SwinTransformer gives no feature maps"):
+        Segmenter(dense("swin", num_classes=0), 3)
+
+
+# ---- names and weights
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "vit_l_16", "swin_t", "swin_v2_b"])
+def test_preprocessing_is_that_of_the_weights(name: str) -> None:
+    for weights in torchvision.models.get_model_weights(name):
+        found, theirs = _preprocessing(weights), weights.transforms()
+        crop = found["input_size"][1]
+        assert [crop] == theirs.crop_size and [math.floor(crop / found["crop_pct"])] == theirs.resize_size
+        assert (list(found["mean"]), list(found["std"])) == (theirs.mean, theirs.std)
+        assert found["interpolation"] == theirs.interpolation.value
+
+
+SMALL_VIT = {"patch_size": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 24, "mlp_dim": 48}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vit_b_32 small, so that a test need not build 88 million parameters."""
+
+    def build(weights: None = None, **args: Any) -> nn.Module:
+        return torchvision.models.VisionTransformer(**{**SMALL_VIT, **args})
+
+    monkeypatch.setattr("vimoe.models.torchvision_vit.get_model_builder", lambda _name: build)
+
+
+@pytest.mark.usefixtures("small")
+def test_weights_of_torchvision_are_loaded_and_brought_to_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = torchvision.models.VisionTransformer(image_size=224, **SMALL_VIT)
+    randomise(trained)
+    weights = torchvision.models.ViT_B_32_Weights.DEFAULT
+    state = trained.state_dict()
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: dict(state))
+    model = create(ModelConfig(name="torchvision:vit_b_32"))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert find_backbone(model).label_names == weights.meta["categories"]
+    other = create(ModelConfig(name="torchvision:vit_b_32", img_size=64, num_classes=7))
+    found = other.state_dict()
+    assert torch.equal(
+        found["encoder.layers.encoder_layer_1.mlp.0.weight"], state["encoder.layers.encoder_layer_1.mlp.0.weight"]
+    )
+    assert found["encoder.pos_embedding"].shape == (1, 5, 24) and found["heads.head.weight"].shape == (7, 24)
+    assert find_backbone(other).input_size == (3, 64, 64) and find_backbone(other).label_names[0] == "0"
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_wrong_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(self: object, **_: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.ViT_B_32_Weights, "get_state_dict", no_network)
+    for settings, message in (
+        ({"name": "torchvision:vit_b_31"}, "no such ViT there; did you mean 'vit_b_32'"),
+        ({"name": "torchvision:vit_b_32.IMAGENET1K_V2"}, "no such weights; did you mean 'IMAGENET1K_V1'"),
+        (
+            {"name": "torchvision:vit_b_32"},
+            "weights of 'torchvision:vit_b_32' cannot be had.*no route to host.*pretrained",
+        ),
+        ({"name": "torchvision:vit_b_32", "drop_path_rate": 0.1}, "drop_path_rate=0.1 .* which has none: expected 0"),
+        ({"name": "torchvision:vit_b_32", "img_size": 33}, "torchvision could not build 'vit_b_32'.*indivisible"),
+        ({"name": "torchvision:vit_b_32", "args": {"depth": 3}}, "torchvision could not build .*'depth'"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            create(ModelConfig(**settings))
+        assert "\n" not in str(error.value)
+
+
+def test_stochastic_depth_rises_to_the_rate() -> None:
+    with torch.device("meta"):
+        model = create(ModelConfig(name="torchvision:swin_t", pretrained=False, drop_path_rate=0.11))
+    rates = [module.stochastic_depth.p for module in model.modules() if hasattr(module, "stochastic_depth")]
+    assert len(rates) == 12 and rates == pytest.approx([0.01 * i for i in range(12)])
+
+
+@pytest.mark.parametrize("cache", ["none", "features"])
+@pytest.mark.usefixtures("small")
+def test_it_is_trained_evaluated_analysed_and_pruned(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = Settings(
+        model=ModelConfig(name="torchvision:vit_b_32", pretrained=False, img_size=64),
+        moe=MoEConfig(layers="last:1", num_experts=4, routing="image"),
+        data=DataConfig(path="digits", images_per_class=6, workers=0, cache=cache),
+        train=TrainConfig(
+            epochs=1, batch_size=20, lr=3e-3, warmup_epochs=0, hflip=0, min_crop=1, tensorboard=False,
+            train_only="moe" if cache == "features" else "all",
+        ),
+    )  # fmt: skip
+    summary = run_training(settings, tmp_path / "run")
+    assert ("features" in summary and summary["features"]["before"] == MLPS["vit"][1].removesuffix(".mlp")) == (
+        cache == "features"
+    )
+    found = call(capsys, "analyze", tmp_path / "run")
+    assert [layer["name"] for layer in found["layers"]] == [MLPS["vit"][1]]
+    call(capsys, "prune", tmp_path / "run", "--tolerance=99", "--out", tmp_path / "dense")
+    assert not layers(vimoe.load(tmp_path / "dense" / "model"))
+
+
+def test_the_command_line_plans_it(capsys: pytest.CaptureFixture[str]) -> None:
+    planned = call(capsys, "plan", "--model.name=torchvision:swin_t", "--moe.layers=last:1", "--moe.routing=token")
+    assert planned["moe"]["layers"] == ["features.7.1.mlp"]
+    assert "did you mean 'swin_t'" in refused(capsys, "plan", "--model.name=torchvision:swint")
