@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vimoe.models.inference import set_backend as set_backend
     from vimoe.models.model_folder import load as load
     from vimoe.models.model_folder import save as save
+    from vimoe.models.push import push_to_hub as push_to_hub
     from vimoe.models.reading import set_reading as set_reading
     from vimoe.models.upcycling import densify as densify
     from vimoe.models.upcycling import plan as plan
@@ -64,6 +65,7 @@ _HOME = {
     "set_backend": "models.inference",
     "save": "models.model_folder",
     "load": "models.model_folder",
+    "push_to_hub": "models.push",
     "analyze": "analysis.analyze",
     "diagnose": "analysis.diagnose",
     "prune": "analysis.pruning",

@@ -22,6 +22,7 @@ from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, VimoeError, first_line, nearest
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
+from vimoe.models.hub import find_folder
 from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.models.reading import set_reading
 from vimoe.models.segmenter import Segmenter
@@ -105,16 +106,22 @@ def save(
     return path
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", read: Read = "auto") -> nn.Module:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", read: Read = "auto", *, revision: str | None = None,
+    token: str | bool | None = None, cache_dir: str | Path | None = None,
+) -> nn.Module:  # fmt: skip
     """Load the model that `save` wrote, in eval mode, with its preprocessing and label names.
 
     Args:
-        path: model folder, or "hf-hub:USER/REPO" for a hub repository that is one.
+        path: model folder; or "USER/REPO", where no folder has this name, for a hub repository that is one.
+            "hf-hub:USER/REPO" means the hub in any case.
         device: device of the loaded model.
         read: argument of `vimoe.set_reading`.
+        revision, token, cache_dir: branch, tag or commit of a hub repository, access token, and folder of the cache, as
+            huggingface_hub takes them.
 
     Raises:
-        FolderError: if the folder is missing, incomplete, damaged, or from a newer version.
+        FolderError: if the folder is missing, incomplete, damaged, or from a newer version, or not on the hub.
 
     >>> import tempfile, timm, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -122,15 +129,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", read: Read = "aut
     ...     type(vimoe.load(vimoe.save(model, f"{folder}/model"))).__name__
     'VisionTransformer'
     """
-    if str(path).startswith("hf-hub:"):
-        from huggingface_hub import snapshot_download
-
-        try:
-            path = snapshot_download(str(path).removeprefix("hf-hub:"), allow_patterns=[CONFIG, WEIGHTS])
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise FolderError(f"{path} cannot be had: {reason}; check the name, or download the folder") from error
-    path = Path(path)
+    path = find_folder(path, (CONFIG, WEIGHTS), revision, token, cache_dir)
     check_inside(path, (CONFIG, WEIGHTS))
     found = read_tensors(path / WEIGHTS)
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw nothing from the user's seed
