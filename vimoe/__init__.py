@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vimoe.models.inference import set_backend as set_backend
     from vimoe.models.model_folder import load as load
     from vimoe.models.model_folder import save as save
+    from vimoe.models.push import push_to_hub as push_to_hub
     from vimoe.models.reading import set_reading as set_reading
     from vimoe.models.upcycling import densify as densify
     from vimoe.models.upcycling import plan as plan
@@ -66,6 +67,7 @@ _HOME = {
     "save": "models.model_folder",
     "load": "models.model_folder",
     "export": "models.export.folder",
+    "push_to_hub": "models.push",
     "analyze": "analysis.analyze",
     "diagnose": "analysis.diagnose",
     "prune": "analysis.pruning",

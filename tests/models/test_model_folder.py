@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,10 +127,18 @@ def test_the_type_of_the_weights_travels(tmp_path: Path) -> None:
     assert {p.dtype for p in vimoe.load(tmp_path / "m").parameters()} == {torch.bfloat16}
 
 
-def break_config(path: Path, **section: object) -> None:
+def edit(path: Path, *steps: str, **entries: object) -> None:
+    """Changes config.json: the object that the steps lead to gets these entries."""
     values = json.loads((path / "config.json").read_text())
-    values["vimoe"].update(section)
+    place = values
+    for step in steps:
+        place = place[step]
+    place.update(entries)
     (path / "config.json").write_text(json.dumps(values))
+
+
+def layer(**settings: object) -> dict:
+    return {"blocks.0.mlp": settings}
 
 
 @pytest.mark.parametrize(
@@ -136,20 +147,65 @@ def break_config(path: Path, **section: object) -> None:
         (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors"),
         (lambda p: (p / "config.json").unlink(), "has no config.json"),
         (lambda p: (p / "config.json").write_text("{"), "is no JSON object"),
-        (lambda p: (p / "model.safetensors").write_bytes(b"x" * 99), "does not fit"),
-        (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-9]), "does not fit"),
-        (lambda p: break_config(p, format=2), "expected format 1; update vimoe"),
-        (lambda p: break_config(p, layers={}), "does not fit config.json"),
-        (lambda p: break_config(p, layers={"blocks.9.mlp": {}}), "blocks.9.mlp"),
-        (lambda p: break_config(p, layers={"blocks.0.mlp": {"num_expert": 4}}), "did you mean 'num_experts'"),
+        (lambda p: (p / "config.json").write_text("[]"), "is no JSON object: it holds a list"),
+        (lambda p: (p / "config.json").write_text("[" * 99_999), "is no JSON object: maximum recursion"),
+        (lambda p: edit(p, "vimoe", format=2), "expected 1; update vimoe"),
+        (lambda p: edit(p, "vimoe", format=True), "expected 1; update vimoe"),
+        (lambda p: edit(p, "vimoe", layers={}), "does not fit config.json"),
+        (lambda p: edit(p, "vimoe", layers=[]), "does not fit the backbone"),
+        (lambda p: edit(p, "vimoe", layers={"blocks.9.mlp": {}}), "blocks.9.mlp"),
+        (lambda p: edit(p, "vimoe", layers=layer(num_expert=4)), "did you mean 'num_experts'"),
+        (lambda p: edit(p, "vimoe", layers=layer(num_experts=10**9)), "does not fit config.json"),
+        (lambda p: edit(p, "vimoe", layerz={}), "unknown entry 'layerz' of 'vimoe': did you mean 'layers'"),
+        (lambda p: edit(p, vimoe=None), "'vimoe' is None: expected a dict"),
+        (lambda p: edit(p, architecture=5), "'architecture' is 5: expected a str"),
+        (lambda p: edit(p, architecture="vit_tinny"), "Unknown model"),
+        (lambda p: edit(p, model_args=[1]), "'model_args' is .*: expected a dict"),
+        (lambda p: edit(p, "model_args", embed_dim=2**18), "does not fit config.json"),
+        (lambda p: edit(p, pretrained_cfg=None), "'pretrained_cfg' is None: expected a dict"),
+        (lambda p: edit(p, label_names=5), "'label_names' is 5: expected a list"),
     ],
 )
-def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: object, message: str) -> None:
+def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Callable, message: str) -> None:
     vimoe.save(trained(), tmp_path / "m")
     damage(tmp_path / "m")
     with pytest.raises(FolderError, match=message) as error:
         vimoe.load(tmp_path / "m")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: edit(p, "vimoe", family="trap:Trap"), "of a family that is not known here"),
+        (lambda p: edit(p, "vimoe", layers=layer(router="trap:Trap")), "moe.router='trap:Trap'"),
+        (lambda p: edit(p, "vimoe", layers=layer(experts="trap.Trap")), "moe.experts='trap.Trap'"),
+        (lambda p: edit(p, "vimoe", layers=layer(init="trap:Trap")), "moe.init='trap:Trap'"),
+        (lambda p: edit(p, "vimoe", layers=layer(gate="trap:Trap")), "moe.gate='trap:Trap'"),
+        (lambda p: edit(p, "vimoe", segmentation={"classes": 5, "decoder": "trap:Trap"}), "'segmentation' entry"),
+        (lambda p: edit(p, architecture="trap.Trap"), "Unknown model"),
+        (lambda p: edit(p, "model_args", norm_layer="trap.Trap"), "timm cannot build"),
+        (lambda p: edit(p, "model_args", block_fn="trap.Trap"), "timm cannot build"),
+        (lambda p: edit(p, auto_map={"AutoModel": "trap.Trap"}), "names code .'auto_map'."),
+        (lambda p: edit(p, "vimoe", arguments=[{"auto_map": {}}]), "names code .'auto_map'."),
+        (lambda p: edit(p, "model_args", trust_remote_code=True), "names code .'trust_remote_code'."),
+    ],
+)
+def test_code_that_a_folder_names_is_refused_and_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable, message: str
+) -> None:
+    folder = vimoe.save(trained(), tmp_path / "m")
+    (folder / "trap.py").write_text("from pathlib import Path\nPath(__file__).with_name('sprung').touch()\nTrap = dict")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    damage(folder)
+    with pytest.raises(FolderError, match=message) as error:
+        vimoe.load(folder)
+    assert "\n" not in str(error.value)
+    assert not (folder / "sprung").exists() and "trap" not in sys.modules
+    importlib.import_module("trap")
+    assert (folder / "sprung").exists()  # the trap works
+    del sys.modules["trap"]
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:

@@ -66,11 +66,11 @@ def nothing(_root: Path) -> None:
 
 WEIGHTS, CONFIG = "model/model.safetensors", "model/config.json"
 DAMAGE = {
-    "weights cut off": (truncate(WEIGHTS), "evaluate run", "model.safetensors does not fit config.json"),
+    "weights cut off": (truncate(WEIGHTS), "evaluate run", "expected a whole safetensors file"),
     "weights missing": (drop(WEIGHTS), "evaluate run", "has no model.safetensors"),
     "weights missing, to be exported": (drop(WEIGHTS), "export run", "has no model.safetensors"),
-    "weights a pickle": (put(WEIGHTS, PICKLE), "evaluate run", "model.safetensors does not fit config.json"),
-    "weights empty": (put(WEIGHTS, b""), "predict run photos", "model.safetensors does not fit config.json"),
+    "weights a pickle": (put(WEIGHTS, PICKLE), "evaluate run", "expected a whole safetensors file"),
+    "weights empty": (put(WEIGHTS, b""), "predict run photos", "expected a whole safetensors file"),
     "model config missing": (drop(CONFIG), "evaluate run", "has no config.json"),
     "model config no JSON": (put(CONFIG, b"{"), "evaluate run", "config.json"),
     "model of a newer version": (

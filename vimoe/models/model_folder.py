@@ -20,17 +20,21 @@ from torch import Tensor, nn
 
 from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
-from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
+from vimoe.errors import ConfigError, FolderError, VimoeError, first_line, nearest
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
+from vimoe.models.hub import find_folder
 from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.models.reading import set_reading
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import build_layers, sites
+from vimoe.models.weights_file import check_fit, check_inside, read_tensors
 from vimoe.moe import MoE, ffn
 from vimoe.moe.packed import check_not_packed
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1  # of the "vimoe" section
+SECTION = ("format", "layers", "segmentation", "family", "arguments")  # its entries
+CODE = ("auto_map", "custom_pipelines", "trust_remote_code")  # entries by which transformers' folders name code
 
 
 def save(
@@ -102,16 +106,22 @@ def save(
     return path
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", read: Read = "auto") -> nn.Module:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", read: Read = "auto", *, revision: str | None = None,
+    token: str | bool | None = None, cache_dir: str | Path | None = None,
+) -> nn.Module:  # fmt: skip
     """Load the model that `save` wrote, in eval mode, with its preprocessing and label names.
 
     Args:
-        path: model folder, or "hf-hub:USER/REPO" for a hub repository that is one.
+        path: model folder; or "USER/REPO", where no folder has this name, for a hub repository that is one.
+            "hf-hub:USER/REPO" means the hub in any case.
         device: device of the loaded model.
         read: argument of `vimoe.set_reading`.
+        revision, token, cache_dir: branch, tag or commit of a hub repository, access token, and folder of the cache, as
+            huggingface_hub takes them.
 
     Raises:
-        FolderError: if the folder is missing, incomplete, damaged, or from a newer version.
+        FolderError: if the folder is missing, incomplete, damaged, or from a newer version, or not on the hub.
 
     >>> import tempfile, timm, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -119,37 +129,38 @@ def load(path: str | Path, device: str | torch.device = "cpu", read: Read = "aut
     ...     type(vimoe.load(vimoe.save(model, f"{folder}/model"))).__name__
     'VisionTransformer'
     """
-    if str(path).startswith("hf-hub:"):
-        from huggingface_hub import snapshot_download
-
-        try:
-            path = snapshot_download(str(path).removeprefix("hf-hub:"), allow_patterns=[CONFIG, WEIGHTS])
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise FolderError(f"{path} cannot be had: {reason}; check the name, or download the folder") from error
-    path = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise FolderError(f"{path} has no {name}: expected a folder that vimoe.save wrote")
+    path = find_folder(path, (CONFIG, WEIGHTS), revision, token, cache_dir)
+    check_inside(path, (CONFIG, WEIGHTS))
+    found = read_tensors(path / WEIGHTS)
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw nothing from the user's seed
+        with torch.device("meta"):  # no memory is taken for what does not fit
+            check_fit(path / WEIGHTS, found, _rebuild(path).state_dict())
         model = _rebuild(path)
-    try:
-        mapped = _tensors(path / WEIGHTS)
-        # copied out of the mapped file, whose offsets are not aligned as matrix products like their operands
-        model.load_state_dict({name: tensor.clone() for name, tensor in mapped.items()}, assign=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FolderError(f"{path / WEIGHTS} does not fit {CONFIG}: {reason}; save the model again") from error
-    return set_reading(model.to(device).eval(), read)
+    # copied out of the mapped file, whose offsets are not aligned as matrix products like their operands
+    model.load_state_dict({name: tensor.clone() for name, tensor in found.items()}, assign=True)
+    model = set_reading(model.to(device).eval(), read)
+    if len({tensor.dtype for tensor in found.values() if tensor.is_floating_point()}) > 1:
+        _check_mixed(model, path / WEIGHTS)
+    return model
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of a file into memory; read them where its name is not UTF-8, which safetensors cannot open."""
+def _check_mixed(model: nn.Module, path: Path) -> None:
+    """Raise FolderError if weights of several floating types do not compute together; in most models they do not."""
     try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return safetensors.torch.load(path.read_bytes())
-    return safetensors.torch.load_file(path)
+        with torch.no_grad():
+            logits_of(model, _noise(model))
+    except RuntimeError as error:
+        raise FolderError(
+            f"{path} has weights of several types, which do not compute together: {first_line(error)}; save the model "
+            f"again"
+        ) from error
+
+
+def _noise(model: nn.Module) -> Tensor:
+    """Return two random images of the model's size and type, on its device."""
+    weight = next(model.parameters())
+    noise = torch.randn(2, *find_backbone(model).input_size, generator=torch.Generator().manual_seed(0))
+    return noise.to(weight.device, weight.dtype)
 
 
 def _check_place(path: Path, overwrite: bool) -> None:
@@ -201,14 +212,7 @@ def _add_layers(model: nn.Module, config_path: Path) -> None:
 
 def _rebuild(path: Path) -> nn.Module:
     """Build the architecture of a folder, with weights still to be loaded."""
-    try:
-        section = json.loads(read_text(path / CONFIG)).get("vimoe", {"format": FORMAT, "layers": {}})
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise FolderError(f"{path / CONFIG} is no JSON object: {error}; save the model again") from error
-    if not isinstance(section, dict) or section.get("format") != FORMAT:
-        raise FolderError(
-            f"{path / CONFIG} has a 'vimoe' section {str(section)[:40]}: expected format {FORMAT}; update vimoe"
-        )
+    section = _section(path / CONFIG)
     model = _parent(path / CONFIG, section)
     try:
         for name, values in section["layers"].items():
@@ -218,6 +222,39 @@ def _rebuild(path: Path) -> nn.Module:
     except (KeyError, TypeError, AttributeError, VimoeError) as error:
         raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {error}") from error
     return model
+
+
+def _section(config: Path) -> dict[str, Any]:
+    """Return the "vimoe" section of a config.json that has the form of one."""
+    try:
+        values = json.loads(read_text(config))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FolderError(f"{config} is no JSON object: {first_line(error)}; save the model again") from error
+    if not isinstance(values, dict):
+        raise FolderError(f"{config} is no JSON object: it holds a {type(values).__name__}; save the model again")
+    forms = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "vimoe": dict, "label_names": list}
+    for name, form in forms.items():
+        if name in values and not isinstance(values[name], form):
+            found = " ".join(str(values[name]).split())[:40]
+            raise FolderError(f"{config}: {name!r} is {found}: expected a {form.__name__}; save the model again")
+    if code := _code_in(values):
+        raise FolderError(f"{config} names code ({code!r}), which vimoe never runs: expected none; take it out")
+    section: dict[str, Any] = values.get("vimoe", {"format": FORMAT, "layers": {}})
+    if type(section.get("format")) is not int or section["format"] != FORMAT:
+        raise FolderError(
+            f"{config} has a 'vimoe' section of format {str(section.get('format'))[:40]}: expected {FORMAT}; update "
+            f"vimoe, or save the model again"
+        )
+    if unknown := [name for name in section if name not in SECTION]:
+        raise FolderError(f"{config}: unknown entry {unknown[0]!r} of 'vimoe': {nearest(unknown[0], SECTION)}")
+    return section
+
+
+def _code_in(values: Any) -> str | None:
+    """Return the first entry of `CODE` at any depth of a JSON value."""
+    if isinstance(values, dict):
+        return next((name for name in values if name in CODE), None) or _code_in(list(values.values()))
+    return next(filter(None, map(_code_in, values)), None) if isinstance(values, list) else None
 
 
 def _parent(config: Path, section: dict[str, Any]) -> nn.Module:
@@ -231,22 +268,20 @@ def _parent(config: Path, section: dict[str, Any]) -> nn.Module:
         return backbone
     try:
         return Segmenter(backbone, **segmentation)
-    except (TypeError, VimoeError) as error:
+    except (TypeError, ValueError) as error:
         raise FolderError(f"{config}: the 'segmentation' entry does not fit: {error}") from error
 
 
 def _prove(model: nn.Module, path: Path) -> None:
     """Load the folder, and compare the outputs of both models on random images."""
-    tensor = next(model.parameters())
     try:
-        rebuilt = load(path, tensor.device)
+        rebuilt = load(path, next(model.parameters()).device)
     except FolderError as error:
         raise FolderError(
             f"the folder would not rebuild this model: {str(error).replace(str(path) + '/', '')}; pass "
             f"model_args={{...}} with the arguments that it was built with"
         ) from error
-    noise = torch.randn(2, *find_backbone(model).input_size, generator=torch.Generator().manual_seed(0))
-    images = noise.to(tensor.device, tensor.dtype)
+    images = _noise(model)
     with _evaluating(model), torch.no_grad():
         expected, got = (_logits(each, images) for each in (model, rebuilt))
     if not expected.isfinite().all():
