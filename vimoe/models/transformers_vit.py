@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,9 +123,9 @@ class TransformersViT(Backbone):
     @property
     def layout(self) -> TokenLayout:
         self._of_images()
-        prefix = self._named("")
-        own = {name.removeprefix(prefix): p for name, p in self.model.named_parameters() if self.block_of(name) is None}
-        held = {name.rpartition(".")[2]: p for name, p in own.items()}
+        named = self.vit.named_parameters()  # before the blocks; after them an attention pool may hold a token too
+        stem = takewhile(lambda item: self.block_of(self._named(item[0])) is None, named)
+        held = {name.rpartition(".")[2]: p for name, p in stem}
         sizes = [held[name].shape[-2] if held[name].ndim > 1 else 1 for name in _PREFIX if name in held]
         return TokenLayout(sum(sizes), "cls_token" in held or "class_embedding" in held)
 
@@ -141,7 +142,8 @@ class TransformersViT(Backbone):
     @property
     def input_size(self) -> tuple[int, int, int]:
         config = self._of_images()
-        return (config.num_channels, *transformers_files.pair(config.image_size))
+        channels = getattr(config, "num_channels", 3)  # models such as BLIP's take no other images
+        return (channels, *transformers_files.pair(config.image_size))
 
     @property
     def patch_size(self) -> tuple[int, int]:
