@@ -481,6 +481,13 @@ def test_the_trunk_can_be_frozen(name: str) -> None:
     assert features.shape[0] == 3
 
 
+@torch.no_grad()
+def test_a_grid_of_features_is_a_row_for_a_decoder() -> None:
+    model = upcycle(vit("sam"), config())
+    assert [each.shape for each in find_backbone(model).features(images(model), [0, 1])] == [(2, 16, 16)] * 2
+    assert Segmenter(model, classes=3)(images(model)).shape == (2, 3, 16, 16)
+
+
 def test_features_of_stages_are_not_cached() -> None:
     model = vit("swin")
     with pytest.raises(ConfigError, match="expected a ViT whose blocks pass on tokens alone"):

@@ -18,6 +18,7 @@ from vimoe.errors import SurgeryError
 from vimoe.models import transformers_files
 from vimoe.models.interface import Backbone
 from vimoe.moe import traced_ffn
+from vimoe.moe.layer import by_image
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.split_ffn import SplitFFN
 
@@ -162,7 +163,7 @@ class TransformersViT(Backbone):
         """Patch tokens that the numbered blocks give, after the encoder's last norm."""
         outside = ((n, m) for n, m in self.vit.named_modules() if self.block_of(self._named(n)) is None)
         norm = next((module for n, module in outside if n.rpartition(".")[2] in _LAST_NORMS), nn.Identity())
-        return [norm(tokens) for tokens in super().features(images, blocks)]
+        return [norm(by_image(tokens)) for tokens in super().features(images, blocks)]
 
     # ---- classes
 
