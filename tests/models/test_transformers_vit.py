@@ -14,7 +14,7 @@ import timm
 import torch
 from helpers.pickles import PICKLE
 from helpers.tiny import config, layers, perturb_experts, randomise, upcycle
-from helpers.tiny_transformers import INPUTS, OTHERS, VITS, tiny, vit
+from helpers.tiny_transformers import ENCODER, INPUTS, OTHERS, VITS, tiny, vit
 from torch import Tensor, nn
 
 import vimoe
@@ -120,6 +120,22 @@ def test_a_split_ffn_is_widened_merged_planned_and_counted() -> None:
         torch.testing.assert_close(output(wide, x), output(parent, x), rtol=1e-4, atol=1e-5)
     merged = vimoe.densify(upcycle(copy.deepcopy(parent), config()), how="merge")
     assert all(torch.equal(merged.state_dict()[key], w) for key, w in parent.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("made", "prefix"),
+    [
+        (("Aimv2VisionModel", "Aimv2VisionConfig"), 0),  # its pool holds a class token, its blocks get none
+        (("BlipVisionModel", "BlipVisionConfig"), 1),  # its config says no number of channels
+        (("IJepaModel", "IJepaConfig"), 0),
+    ],
+)
+@torch.no_grad()
+def test_tokens_before_the_patches_are_those_that_the_blocks_get(made: tuple[str, str], prefix: int) -> None:
+    parent = tiny(*made, ENCODER)
+    x = images(parent)
+    assert find_backbone(parent).layout.num_prefix_tokens == prefix
+    torch.testing.assert_close(output(upcycle(copy.deepcopy(parent), config()), x), output(parent, x))
 
 
 def test_a_split_ffn_with_an_adapter_is_refused() -> None:
@@ -262,7 +278,8 @@ def test_position_embeddings_are_interpolated_as_the_model_does_it(name: str, tm
 
 
 def test_stochastic_depth_belongs_to_a_training(tmp_path: Path) -> None:
-    name = folder(tmp_path / "m", "dinov2")
+    name = folder(tmp_path / "m", "dinov2", drop_path_rate=0.1)
+    assert create(ModelConfig(name=name)).config.drop_path_rate == 0
     model = create(ModelConfig(name=name, drop_path_rate=0.3))
     assert model.config.drop_path_rate == 0.3
     assert vimoe.load(vimoe.save(model, tmp_path / "saved")).config.drop_path_rate == 0
@@ -314,6 +331,11 @@ def test_names_of_classes_come_from_the_config(tmp_path: Path) -> None:
         ({"args": {"num_hiden_layers": 1}}, "no setting 'num_hiden_layers': did you mean 'num_hidden_layers'"),
         ({"args": {"hidden_size": 32}}, "do not fit its config in .*expected all but a classifier"),
         ({"drop_path_rate": 0.1}, "no setting 'drop_path_rate'"),
+        ({"args": {"revision": "main"}}, "no setting 'revision'"),  # it would be that of the config alone
+        ({"args": {"hidden_size": "wide"}}, "expected int, got str.*look at model.args"),
+        ({"args": {"hidden_act": "gelux"}}, "KeyError: 'gelux'; look at model.args"),
+        ({"args": {"num_attention_heads": 0}}, "ZeroDivisionError.*look at model.args"),
+        ({"args": {"attn_implementation": "some/kernel"}}, "names code .some/kernel.: expected attn_impl"),
     ],
 )
 def test_a_mistake_in_a_name_or_setting_is_one_line(settings: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -338,6 +360,63 @@ def test_weights_that_would_have_to_be_unpickled_are_refused(tmp_path: Path) -> 
         create(ModelConfig(name=name))
 
 
+def write(path: Path, **values: object) -> None:
+    """Add values to a file of JSON, or begin one."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **values}))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"short", "SafetensorError: .*look at model.args and the files"),
+        ("model.safetensors", PICKLE, "SafetensorError: "),
+        ("config.json", {"image_size": "16"}, "Validation error for field 'image_size'"),
+        ("config.json", {"_attn_implementation": "some/kernel"}, "names code .some/kernel."),
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "could not build"),
+        ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "a/b"}, "holds an adapter: expected"),
+        ("preprocessor_config.json", b"{", "preprocessing of .* cannot be read .*correct or remove preprocessor_co"),
+        ("preprocessor_config.json", b"[1]", "preprocessing of .* cannot be read"),
+        ("preprocessor_config.json", {"image_processor_type": "Mine"}, "preprocessing of .* cannot be read"),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "ViTImageProcessor", "do_normalize": True, "image_mean": 0.5},
+            "preprocessing of .* cannot be read",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(
+    file: str, content: bytes | dict[str, object], message: str, tmp_path: Path
+) -> None:
+    name = folder(tmp_path, "vit")
+    if isinstance(content, bytes):
+        (tmp_path / file).write_bytes(content)
+    else:
+        write(tmp_path / file, **content)
+    with pytest.raises(ConfigError, match=message) as error:
+        create(ModelConfig(name=name))
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_of_safetensors_that_names_a_pickle_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    name = folder(tmp_path, "vit")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(PICKLE)
+    write(tmp_path / "model.safetensors.index.json", metadata={}, weight_map={"classifier.bias": "pytorch_model.bin"})
+    with pytest.raises(ConfigError, match="are in pytorch_model.bin: expected safetensors alone"):
+        create(ModelConfig(name=name))
+
+
+def test_weights_are_float32_in_whatever_type_they_are_stored(tmp_path: Path) -> None:
+    for name in ("vit", "clip, classifier"):
+        vit(name).half().save_pretrained(tmp_path / name)
+        for settings in ({}, {"img_size": 24}, {"pretrained": False}):
+            model = create(ModelConfig(name=f"transformers:{tmp_path / name}", **settings))
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+    asked = create(ModelConfig(name=f"transformers:{tmp_path / 'vit'}", args={"dtype": "float16"}))
+    assert {p.dtype for p in asked.parameters()} == {torch.float16}
+
+
 def changed(model: Path, **arguments: object) -> None:
     values = json.loads((model / "config.json").read_text())
     values["vimoe"]["arguments"] |= arguments
@@ -352,6 +431,7 @@ def test_a_model_folder_that_names_code_or_no_model_is_refused(tmp_path: Path) -
         ({"class_name": "os.system"}, "class_name='os.system': expected a model"),
         ({"class_name": "ViTModel"}, "does not fit"),
         ({"class_name": "ViTForImageClassification", "config": {**config_of, "auto_map": {"A": "b.C"}}}, "names code"),
+        ({"config": {**config_of, "attn_implementation": "some/kernel"}}, "names code .some/kernel."),
         ({"config": {**config_of, "hidden_size": 24}}, "does not fit"),
         ({"config": None}, "cannot build the backbone"),
     ):
@@ -399,6 +479,13 @@ def test_the_trunk_can_be_frozen(name: str) -> None:
     features = cut.trunk(model, x)
     torch.testing.assert_close(cut.rest(model, features), logits_of(model, x))
     assert features.shape[0] == 3
+
+
+@torch.no_grad()
+def test_a_grid_of_features_is_a_row_for_a_decoder() -> None:
+    model = upcycle(vit("sam"), config())
+    assert [each.shape for each in find_backbone(model).features(images(model), [0, 1])] == [(2, 16, 16)] * 2
+    assert Segmenter(model, classes=3)(images(model)).shape == (2, 3, 16, 16)
 
 
 def test_features_of_stages_are_not_cached() -> None:

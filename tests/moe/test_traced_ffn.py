@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,11 @@ def value_first(self: Any, x: Tensor) -> Tensor:
     return self.b(self.act(gate) * value)
 
 
+def one_half(self: Any, x: Tensor) -> Tensor:
+    gate, _ = self.a(x).chunk(2, dim=-1)
+    return self.b(self.act(gate) * gate)
+
+
 FFNS: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "plain": (lambda self, x: self.b(self.act(self.a(x))), plain()),
     "dropouts": (lambda self, x: self.last(self.b(self.drop(self.act(self.a(x))))), plain(last=nn.Dropout(0.1))),
@@ -69,6 +75,7 @@ OTHERS: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "a gate of tokens": (lambda self, x: self.b(self.act(self.a(x).chunk(2, dim=1)[0])), plain()),
     "two inputs": (lambda self, x, y: self.b(self.act(self.a(x))), plain()),
     "two outputs": (lambda self, x: (self.b(self.act(self.a(x))), x), plain()),
+    "one half for both": (one_half, packed()),
     "a decision by values": (lambda self, x: self.b(self.act(self.a(x))) if x.sum() > 0 else x, plain()),
 }
 
@@ -106,6 +113,33 @@ def test_what_computes_something_else_is_no_ffn(name: str) -> None:
 def test_classes_of_other_packages_are_not_read() -> None:
     forward, parts = FFNS["plain"]
     assert not ffn.is_ffn(module(forward, "mine.models", **copy.deepcopy(parts)))
+
+
+def test_modules_of_one_class_may_compute_different_things() -> None:
+    def sparse_in_some(self: Any, x: Tensor) -> Tensor:
+        gate = self.a(x).relu() if self.sparse else self.a(x)
+        return self.b(self.act(gate) * self.v(x))
+
+    dense = module(sparse_in_some, **gated())
+    dense.sparse, sparse = False, copy.deepcopy(dense)
+    sparse.sparse = True
+    for _ in range(2):
+        assert ffn.is_ffn(dense) and not ffn.is_ffn(sparse)
+
+
+def test_a_copy_is_compiled_without_reading_it_again() -> None:
+    dense = module(value_first, **packed())
+    weights = ffn.read(dense)
+    again = copy.deepcopy(dense)
+    read = torch.compile(ffn.read, backend="eager", fullgraph=True)(again)
+    assert all(torch.equal(read[key], w) for key, w in weights.items())
+    assert pickle.loads(pickle.dumps(ffn.kind_of(dense))) == ffn.kind_of(again)
+
+
+def test_a_bias_in_one_half_alone_is_refused() -> None:
+    dense = module(FFNS["gated"][0], **gated(v=nn.Linear(4, 8, bias=False)))
+    with pytest.raises(SurgeryError, match="one of a and v has a bias: expected one in both, or in none"):
+        ffn.describe(dense)
 
 
 def test_an_adapted_matrix_is_refused_by_name_instead_of_being_passed_over() -> None:

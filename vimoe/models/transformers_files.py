@@ -5,6 +5,7 @@ A name is a folder that `save_pretrained` wrote, or a model on the hub. Weights 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,8 @@ def create(
         pretrained: load the weights; else the config alone is read.
         num_classes: size of a new classifier; 0 for none, None for the classifier that is there.
         img_size: side, or (height, width), of the images; None for the model's own.
-        changes: values of the config that replace those of the folder.
+        changes: values of the config that replace those of the folder. Without "dtype" among them, weights are float32
+            in whatever type they are stored; without "drop_path_rate" there is no stochastic depth.
 
     Raises:
         ConfigError: if there is no such model, it has no weights that fit, or a value does not belong to its config.
@@ -41,20 +43,25 @@ def create(
     if _is_path(name) and not Path(name).is_dir():
         raise ConfigError(f"model.name='transformers:{name}': no model folder there; {beside(Path(name))}")
     try:
-        config, unknown = library.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **changes, **_SAFE)
-        if unknown := {key: value for key, value in unknown.items() if key not in _SAFE}:
-            word = next(iter(unknown))
-            raise ConfigError(f"transformers' {name!r} has no setting {word!r}: {nearest(word, vars(config))}")
+        settings = {"dtype": "float32", "drop_path_rate": 0.0, **changes}
+        config, _ = library.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **settings, **_SAFE)
+        known = {*config.to_dict(), *config.attribute_map, "num_labels", "attn_implementation"}
+        for word in changes:  # transformers would take others, such as "revision", for reading the config alone
+            if word not in known:
+                raise ConfigError(f"transformers' {name!r} has no setting {word!r}: {nearest(word, known)}")
+        if code := _code(config):
+            raise ConfigError(f"transformers' {name!r} names code ({code}): expected attn_implementation='sdpa'")
         return _create(library, name, pretrained, config, num_classes, img_size)
     except OSError as error:
         raise ConfigError(
             f"transformers has no {name!r}: {first_line(error)}; give a folder that save_pretrained wrote with "
             f"safetensors, or a name on the hub"
         ) from error
-    except (ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"transformers could not build {name!r}: {first_line(error)}; look at model.args") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever values and files make transformers, safetensors and huggingface_hub raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"transformers could not build {name!r}: {said}; look at model.args and the files") from error
 
 
 def build(class_name: str, config: dict[str, Any]) -> nn.Module:
@@ -70,7 +77,10 @@ def build(class_name: str, config: dict[str, Any]) -> nn.Module:
     if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
         raise FolderError(f"class_name={class_name!r}: expected a model of transformers, such as 'ViTModel'")
     model_class: Any = found
-    model: nn.Module = model_class(model_class.config_class.from_dict(config))
+    made = model_class.config_class.from_dict(config)
+    if code := _code(made):
+        raise FolderError(f"the config names code ({code}): expected attn_implementation='sdpa'")
+    model: nn.Module = model_class(made)
     return model
 
 
@@ -113,8 +123,8 @@ def _create(
     new_head = num_classes is not None and num_classes != config.num_labels
     if new_head:
         config.num_labels = num_classes
-    processor = _processor(library, name)
     seen = getattr(config, "vision_config", None) or config
+    processor = _processor(library, name) if hasattr(seen, "image_size") else None
     if img_size is None and seen.model_type in ANY_SIZE:  # they are made for more pixels than they are used with
         img_size = _crop(processor)
     wanted = None if img_size is None or pair(img_size) == pair(seen.image_size) else pair(img_size)
@@ -137,6 +147,7 @@ def _create(
 
 def _load(auto: Any, name: str, config: Any) -> Any:
     """Load weights. Raises ConfigError if more than the classifier is missing or of another shape."""
+    _check_files(name)
     with _quiet():
         model, info = auto.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True, **_SAFE
@@ -150,6 +161,31 @@ def _load(auto: Any, name: str, config: Any) -> Any:
             f"model.args, or use --model.pretrained false"
         )
     return model
+
+
+def _check_files(name: str) -> None:
+    """Raise ConfigError for weights that transformers would unpickle though safetensors are asked for."""
+    if _file(name, "adapter_config.json"):
+        raise ConfigError(f"{name!r} holds an adapter: expected a whole model; merge it and save the model")
+    if index := _file(name, "model.safetensors.index.json"):
+        shards = {str(shard) for shard in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()}
+        if odd := sorted(shard for shard in shards if not shard.endswith(".safetensors")):
+            raise ConfigError(f"the weights of {name!r} are in {odd[0]}: expected safetensors alone; save them again")
+
+
+def _file(name: str, file: str) -> str | None:
+    """Return the path of a file of a folder or hub repository; None where there is none."""
+    asked = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found: str | None = _library().utils.cached_file(name, file, **asked)
+    return found
+
+
+def _code(config: Any) -> str | None:
+    """Return the name of a kernel on the hub that a config has for its attention or experts: code to download."""
+    parts = (config, *(getattr(config, part, None) for part in config.sub_configs))
+    names = ("_attn_implementation", "_experts_implementation")
+    used = (str(getattr(part, name, "")) for part in parts for name in names)
+    return next((each for each in used if "/" in each), None)
 
 
 @contextmanager
@@ -199,11 +235,24 @@ def _side(size: tuple[int, int]) -> Any:
 
 
 def _processor(library: Any, name: str) -> Any:
-    """Return the image processor that belongs to a name; None where there is none."""
-    try:
-        return library.AutoImageProcessor.from_pretrained(name, **_SAFE)
-    except (OSError, ValueError):
+    """Return the image processor that belongs to a name; None where there is none.
+
+    Raises:
+        ConfigError: if there is one that cannot be read: other preprocessing than the weights' own is a silent loss.
+    """
+    file = _file(name, "preprocessor_config.json") or _file(name, "processor_config.json")
+    if file is None:
         return None
+    try:
+        processor = library.AutoImageProcessor.from_pretrained(name, **_SAFE)
+        preprocessing(processor)
+    except Exception as error:  # whatever odd values make transformers raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"the preprocessing of {name!r} cannot be read ({said}): expected that of an image processor; correct or "
+            f"remove {Path(file).name}"
+        ) from error
+    return processor
 
 
 def _crop(processor: Any) -> tuple[int, int] | None:

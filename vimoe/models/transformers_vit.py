@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from vimoe.errors import SurgeryError
 from vimoe.models import transformers_files
 from vimoe.models.interface import Backbone
 from vimoe.moe import traced_ffn
+from vimoe.moe.grid import Grid
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.split_ffn import SplitFFN
 
@@ -122,9 +124,9 @@ class TransformersViT(Backbone):
     @property
     def layout(self) -> TokenLayout:
         self._of_images()
-        prefix = self._named("")
-        own = {name.removeprefix(prefix): p for name, p in self.model.named_parameters() if self.block_of(name) is None}
-        held = {name.rpartition(".")[2]: p for name, p in own.items()}
+        named = self.vit.named_parameters()  # before the blocks; after them an attention pool may hold a token too
+        stem = takewhile(lambda item: self.block_of(self._named(item[0])) is None, named)
+        held = {name.rpartition(".")[2]: p for name, p in stem}
         sizes = [held[name].shape[-2] if held[name].ndim > 1 else 1 for name in _PREFIX if name in held]
         return TokenLayout(sum(sizes), "cls_token" in held or "class_embedding" in held)
 
@@ -141,7 +143,8 @@ class TransformersViT(Backbone):
     @property
     def input_size(self) -> tuple[int, int, int]:
         config = self._of_images()
-        return (config.num_channels, *transformers_files.pair(config.image_size))
+        channels = getattr(config, "num_channels", 3)  # models such as BLIP's take no other images
+        return (channels, *transformers_files.pair(config.image_size))
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -160,7 +163,7 @@ class TransformersViT(Backbone):
         """Patch tokens that the numbered blocks give, after the encoder's last norm."""
         outside = ((n, m) for n, m in self.vit.named_modules() if self.block_of(self._named(n)) is None)
         norm = next((module for n, module in outside if n.rpartition(".")[2] in _LAST_NORMS), nn.Identity())
-        return [norm(tokens) for tokens in super().features(images, blocks)]
+        return [norm(Grid(channels=-1).tokens(tokens)) for tokens in super().features(images, blocks)]
 
     # ---- classes
 

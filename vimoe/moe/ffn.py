@@ -29,6 +29,7 @@ from vimoe.errors import SurgeryError
 from vimoe.moe import traced_ffn
 
 Weights = dict[str, Tensor]
+_NOTED = "_vimoe_ffn_kind"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Kind:
     norm: str | None = None
     drops: tuple[str | None, str | None] = (None, None)
     gated: bool = False
-    value_first: Callable[[Any], bool] = lambda module: False
+    value_first: Callable[[Any], bool] = traced_ffn.gate_first
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -130,10 +131,15 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Return the kind of an FFN, None for any other module; a class that is met for the first time is noted."""
-    kind = KINDS.get(type(module))
+    """Return the kind of an FFN, None for any other module.
+
+    What has been read from a forward is noted in the module, so that its copies have it and torch.compile finds it; not
+    by its class, which may compute something else elsewhere: Gemma3nTextMLP is sparse in some blocks alone.
+    """
+    kind: Kind | None = KINDS.get(type(module)) or getattr(module, _NOTED, None)
     if kind is None and (parts := traced_ffn.whole(module)) is not None:
-        kind = KINDS[type(module)] = Kind(**parts)
+        kind = Kind(**parts)
+        setattr(module, _NOTED, kind)
     return kind
 
 
@@ -163,6 +169,9 @@ def describe(module: Any) -> FFN:
                 f"{name} is a {type(linear).__name__}: expected a plain nn.Linear, or 1x1 convolutions alone; merge "
                 f"adapters and remove quantisation or parametrisations first"
             )
+    biases = [module.get_submodule(name).bias is not None for name in kind.fc1]
+    if len({*biases}) > 1:
+        raise SurgeryError(f"one of {' and '.join(kind.fc1)} has a bias: expected one in both, or in none")
     first, last = (module.get_submodule(name) for name in (kind.linears[0], kind.fc2))
     if first.in_features != last.out_features:
         raise SurgeryError(f"it maps {first.in_features} channels to {last.out_features}: expected as many out as in")

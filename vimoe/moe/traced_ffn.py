@@ -23,6 +23,16 @@ _PRODUCTS = (operator.mul, torch.mul)
 _CHUNKS = ("chunk", torch.chunk)
 
 
+def gate_first(_module: Any) -> bool:
+    """Return False: the value's rows do not come first. It has a name, so that it can be pickled."""
+    return False
+
+
+def value_first(_module: Any) -> bool:
+    """Return True: the value's rows come before the gate's."""
+    return True
+
+
 class _Shallow(Tracer):
     """Record the calls of a module's own parts, and none inside of them."""
 
@@ -113,11 +123,12 @@ def _gated(module: nn.Module, node: Any, x: Node) -> dict[str, Any] | None:
         if None not in names and gate.args[0] is x and value.args[0] is x:
             return {**found, "fc1": names}
         if gate.target is value.target is operator.getitem and gate.args[0] is value.args[0]:
+            if {gate.args[1], value.args[1]} != {0, 1}:
+                return None
             halves, packed = gate.args[0], _chunked(gate.args[0])
             name = _linear(module, packed)
             if name is not None and packed is not None and packed.args[0] is x and halves is not None:
-                first = gate.args[1] == 0
-                return {**found, "fc1": (name,), "value_first": lambda _module, first=first: not first}
+                return {**found, "fc1": (name,), "value_first": value_first if gate.args[1] else gate_first}
     return None
 
 
