@@ -60,11 +60,12 @@ class TimmViT(Backbone):
         return cls._create(name, pretrained, given)  # BEiT, whose relative positions are of one size
 
     @staticmethod
-    def _sized(vit: nn.Module) -> nn.Module:
+    def _sized(vit: Any) -> nn.Module:
         """Note the size of the ViT's images as that of its data: of one that takes any size, timm would use another."""
         if hasattr(vit, "pretrained_cfg"):
             vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": get_model_input_config(vit)["input_size"]}
-        return vit
+        model: nn.Module = vit
+        return model
 
     @staticmethod
     def _create(name: str, pretrained: bool, given: dict[str, Any]) -> nn.Module:
