@@ -14,6 +14,7 @@ from helpers.tiny import FAMILIES, vit
 from vimoe.config.model import ModelConfig
 from vimoe.errors import ConfigError
 from vimoe.models.create import FFN_NAME, check_name, create, create_without_weights
+from vimoe.models.interface import find_backbone
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import sites
 
@@ -69,3 +70,8 @@ def test_a_misspelt_name_is_refused_before_torch_is_imported(tmp_path: Path) -> 
     )
     assert json.loads(done.stdout) == [[2] * len(MISSPELT), []]
     assert done.stderr.count("\n") == len(MISSPELT)
+
+
+def test_a_vit_of_any_size_gets_images_of_the_size_that_is_asked_for() -> None:
+    model = create(ModelConfig(name="test_vit", pretrained=False, img_size=32))  # its own size is 160
+    assert find_backbone(model).data_config({})["input_size"] == (3, 32, 32) == find_backbone(model).input_size

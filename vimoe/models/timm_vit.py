@@ -102,13 +102,21 @@ class TimmViT(Backbone):
         wanted = {"img_size": img_size, "num_classes": num_classes, **args}
         given = {"drop_path_rate": drop_path_rate, **{key: value for key, value in wanted.items() if value is not None}}
         if not any_size:
-            return cls._create(name, pretrained, given)
+            return cls._sized(cls._create(name, pretrained, given))
         try:
-            return cls._create(name, pretrained, {**given, "dynamic_img_size": True})
+            return cls._sized(cls._create(name, pretrained, {**given, "dynamic_img_size": True}))
         except ConfigError as error:
             if "unexpected keyword argument 'dynamic_img_size'" not in str(error):
                 raise
         return cls._create(name, pretrained, given)  # BEiT, whose relative positions are of one size
+
+    @staticmethod
+    def _sized(vit: Any) -> nn.Module:
+        """Note the size of the ViT's images as that of its data: of one that takes any size, timm would use another."""
+        if hasattr(vit, "pretrained_cfg"):
+            vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": get_model_input_config(vit)["input_size"]}
+        model: nn.Module = vit
+        return model
 
     @staticmethod
     def _create(name: str, pretrained: bool, given: dict[str, Any]) -> nn.Module:

@@ -112,6 +112,39 @@ def test_a_segmenter_gives_scores_of_pixels_at_the_size_of_its_crop(tmp_path: Pa
     assert not (out / "predict.py").exists()
 
 
+def test_a_vit_of_any_size_is_exported_at_the_size_of_its_data_config(tmp_path: Path) -> None:
+    model = vit(dynamic_img_size=True)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 48, 64)}  # it is built for 32 x 32
+    x = torch.randn(3, 3, 48, 64)
+    out = vimoe.export(model, tmp_path / "out", images=x)
+    assert json.loads((out / "preprocessing.json").read_text())["input_size"] == [3, 48, 64]
+    with torch.no_grad():
+        torch.testing.assert_close(OnnxFile().load(out / "model.onnx")(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_a_model_of_grey_images_has_no_script_for_rgb_ones(tmp_path: Path) -> None:
+    out = vimoe.export(vit(in_chans=1), tmp_path / "out")
+    assert json.loads((out / "preprocessing.json").read_text())["input_size"] == [1, 32, 32]
+    assert not (out / "predict.py").exists()
+
+
+def test_orders_of_a_router_that_the_file_does_not_hold_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: Eager, path: Path, weights: dict[str, Tensor] | None = None) -> Forward:
+        if weights:
+            raise KeyError("folded")
+        return self.model
+
+    Eager.model = sparse("token", layers="last:1", router="hash")  # the class token, which alone is read, has one route
+    monkeypatch.setitem(FORMATS, "eager", Eager)
+    monkeypatch.setattr(vimoe.models.export.folder, "program_of", lambda *_: None)
+    monkeypatch.setattr(Eager, "load", load)
+    out = vimoe.export(Eager.model, tmp_path / "out", format="eager")
+    checked = json.loads((out / "export.json").read_text())["checked"]
+    assert len(checked["unreached"]["blocks.1.mlp"]) == 3 and checked["router_orders"] == 1
+
+
 def test_the_model_stays_as_it_is(eager: nn.Module, tmp_path: Path) -> None:
     Eager.model = copy.deepcopy(eager)
     before = {name: value.clone() for name, value in eager.double().train().state_dict().items()}
@@ -159,6 +192,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     for changes, said in mistakes:
         with pytest.raises(vimoe.VimoeError, match=said):
             vimoe.export(eager, **{"path": tmp_path / "out", **changes})
+    with pytest.raises(vimoe.VimoeError, match=r"images of \(2, 3, 8, 8\): expected \(M, 3, 32, 32\)"):
+        vimoe.export(eager, tmp_path / "out", format="eager", images=torch.zeros(2, 3, 8, 8))
     with pytest.raises(vimoe.VimoeError, match="no family knows Linear"):
         vimoe.export(nn.Linear(2, 2), tmp_path / "out", format="eager")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

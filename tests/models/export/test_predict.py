@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -58,7 +60,7 @@ def test_pixels_are_those_of_evaluation(changes: dict, size: tuple[int, int], tm
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["transparent", "palette", "grey", "rotated"])
+@pytest.mark.parametrize("kind", ["transparent", "palette", "grey", "16 bits", "rotated"])
 def test_odd_files_are_read_as_vimoe_reads_them(kind: str, tmp_path: Path) -> None:
     image, file = photograph((120, 90)), tmp_path / "image.png"
     exif = Image.Exif()
@@ -68,9 +70,17 @@ def test_odd_files_are_read_as_vimoe_reads_them(kind: str, tmp_path: Path) -> No
         image = image.quantize(16)
     elif kind == "grey":
         image = image.convert("L")
+    elif kind == "16 bits":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype("uint16") * 257)
     else:
         exif[0x0112] = 6
     image.save(file, exif=exif)
     expected = _eval_transform(SETTINGS)(open_image(file)).numpy()
     np.testing.assert_allclose(script(tmp_path, SETTINGS).pixels(file), expected, atol=1e-5)
     assert torch.from_numpy(expected).std() > 0.1
+
+
+def test_without_a_file_it_says_how_to_call_it(tmp_path: Path) -> None:
+    script(tmp_path, SETTINGS)
+    done = subprocess.run([sys.executable, tmp_path / "predict.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "python predict.py IMAGE..." in done.stderr and "Traceback" not in done.stderr

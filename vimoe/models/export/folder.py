@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.config.export import FORMATS
-from vimoe.errors import FolderError, SurgeryError
+from vimoe.errors import ConfigError, FolderError, SurgeryError
 from vimoe.files import read_text, write_json, write_text
 from vimoe.models.export.format import Format, Forward
 from vimoe.models.export.probe import Probe, probe, sure_images
@@ -44,7 +44,7 @@ def export(
     All experts are in it, and a row (an image or a token) is computed by its chosen experts alone. The file is compared
     with the model on images that reach every expert that can be reached, in batches of 1, 7 and all; the folder gets
     its name after that. It holds the file, "preprocessing.json" (timm's data config), "labels.json", "export.json"
-    (what was checked), and for ONNX "predict.py", which needs onnxruntime, numpy and Pillow.
+    (what was checked), and for ONNX "predict.py", which needs onnxruntime, numpy and Pillow, if images are RGB.
 
     The exported model takes normalised images (B, channels, height, width) in float32, of the model's own size, and
     gives logits (B, classes). A segmenter takes images of the size of its training crop, and gives (B, classes, height,
@@ -64,7 +64,8 @@ def export(
         The folder.
 
     Raises:
-        ConfigError: if the format is unknown, needs a library that is not installed, or has no int8 weights.
+        ConfigError: if the format is unknown, needs a library that is not installed, or has no int8 weights; or if the
+            images have another size than the model's.
         SurgeryError: if the model cannot be traced, or the file computes something else; nothing is left behind.
         FolderError: if the folder is there already, or cannot be written.
 
@@ -78,6 +79,11 @@ def export(
     writer.check(format, int8)
     with made_whole(path) as folder:
         exported = to_export(model)
+        if images is not None and (images.ndim != 4 or images.shape[1:] != image_size(exported)):
+            raise ConfigError(
+                f"images of {tuple(images.shape)}: expected (M, {', '.join(map(str, image_size(exported)))}), as the "
+                f"model's images are; resize them"
+            )
         file = folder / writer.file
         try:
             with _disk(path):
@@ -97,7 +103,8 @@ def export(
         prepared = find_backbone(exported).data_config(preprocessing or {})
         write_json(folder / PREPROCESSING, {**prepared, "input_size": image_size(exported)})
         write_json(folder / LABELS, {"labels": label_names(exported)})
-        if writer.script and logits_of(exported, seen.images[:1]).ndim == 2:  # it names a class for each image
+        scored = logits_of(exported, seen.images[:1])
+        if writer.script and scored.ndim == 2 and image_size(exported)[0] == 3:  # it names a class for each RGB image
             write_text(folder / writer.script, read_text(Path(__file__).parent / writer.script))
         measured = measure({name: callable_model(exported, each) for name, each in forwards.items()}) if measure else {}
         used = {name: str(getattr(import_module(name), "__version__", "")) for name in writer.needs}
@@ -132,13 +139,13 @@ def compare(model: nn.Module, writer: Format, file: Path, seen: Probe) -> dict[s
     routers = {name: layer.router for name, layer in moe_layers(rolled).items() if name in seen.unreached}
     orders = 0
     while left and orders + 1 < max(router.config.num_experts for router in routers.values()):
-        orders += 1
         for router in routers.values():
             router.weight.data = router.weight.roll(1, dims=0)
         try:
             forward = writer.load(file, {f"{name}.router.weight": router.weight for name, router in routers.items()})
         except KeyError:  # the format has made something else of them
             break
+        orders += 1
         images, missing = sure_images(rolled, seen.images)
         worst = max(worst, _difference(rolled, forward, images, file.name))
         left &= set(missing)

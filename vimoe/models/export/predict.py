@@ -16,6 +16,8 @@ LABELS = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"
 def pixels(file: str) -> np.ndarray:
     """Return an image file as (channels, height, width), resized, cropped and normalised."""
     image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I;16"):  # convert would make white of all values above 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image, mean = image.convert("RGB"), np.array(SETTINGS["mean"], np.float32)
@@ -43,5 +45,6 @@ def probabilities(files: list[str], model: str = "model.onnx") -> np.ndarray:
 
 
 if __name__ == "__main__":
-    for name, row in zip(sys.argv[1:], probabilities(sys.argv[1:]), strict=True):
+    files = sys.argv[1:] or sys.exit(__doc__)
+    for name, row in zip(files, probabilities(files), strict=True):
         print(f"{name}: " + ", ".join(f"{LABELS[i]} {row[i]:.1%}" for i in np.argsort(-row)[:5]))
