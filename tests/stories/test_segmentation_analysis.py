@@ -177,7 +177,8 @@ def test_a_run_is_analysed_pruned_and_reported(tmp_path: Path, capsys: pytest.Ca
     assert main(["train", "--data.path", str(data), *SCENES, *MOE, "--out", str(run)]) == 0
     values = call(capsys, "analyze", run, "--draws", 3)
     (layer,) = values["layers"]
-    assert values["classes"] == list(NAMES) and values["images"] == 6 and set(layer["permuted"]) == {"loss", "right"}
+    assert values["classes"] == list(NAMES) and values["images"] == 6
+    assert set(layer["permuted"]) == {"loss", "right", "calibrated"} and layer["permuted"]["calibrated"] is None
     page = (run / "report.html").read_text()
     assert "pixel accuracy" in page and "Pixel accuracy, points" in page
     diagnosis = call(capsys, "diagnose", run)

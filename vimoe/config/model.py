@@ -27,8 +27,8 @@ class ModelConfig:
 
     Args:
         name: timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format, or
-            "transformers:NAME" for a folder or hub repository in transformers' format, or "FAMILY:NAME" for a model
-            of another family in FAMILIES, such as "torchvision:vit_b_16".
+            "FAMILY:NAME" for a model of another family in FAMILIES. "torchvision:vit_b_16" has a name of torchvision,
+            "transformers:FOLDER" a folder or hub repository in transformers' format.
         pretrained: load the pretrained weights of this name (`plan` and `count` never do).
         img_size: side of the square input image in pixels; by default the model's own.
         num_classes: number of outputs of the classifier; `train` takes it from the data.

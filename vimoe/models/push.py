@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vimoe.errors import FolderError
-from vimoe.files import write_text
+from vimoe.files import temporary_folder, write_text
 from vimoe.models.hub import REPO, told
 from vimoe.models.model_card import CARD, model_card
 from vimoe.models.model_folder import CONFIG, WEIGHTS, save
@@ -41,14 +41,20 @@ def push_to_hub(
 
     Raises:
         FolderError: if the model cannot be saved, the name is none, or the hub refuses or cannot be reached.
+
+    >>> import timm, vimoe
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
+    >>> vimoe.push_to_hub(model, "me")  # needs a user too, such as "me/photos"
+    Traceback (most recent call last):
+    vimoe.errors.FolderError: repo_id='me': expected USER/REPO of letters, digits, '-', '_' and '.'
     """
     from huggingface_hub import HfApi
 
     if not REPO.fullmatch(repo_id):
         raise FolderError(f"repo_id={repo_id!r}: expected USER/REPO of letters, digits, '-', '_' and '.'")
     card = model_card(model, repo_id, pretrained, results)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = save(model, Path(temporary, "model"), label_names=label_names)
+    with temporary_folder(Path(tempfile.gettempdir())) as temporary:
+        folder = save(model, temporary / "model", label_names=label_names)
         write_text(folder / CARD, card)
         api = HfApi(token=token)
         with told(f"{repo_id}: the hub", revision):

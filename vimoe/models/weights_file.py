@@ -70,8 +70,12 @@ def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Te
 
 
 def _odd(found: Tensor, wanted: Tensor) -> str:
-    """Return what keeps a tensor from taking the place of another; "" if it fits."""
-    if found.shape != wanted.shape:
+    """Return what keeps a tensor from taking the place of another; "" if it fits.
+
+    A tensor that is empty in the model gets its length from the file, such as the classes that a router knows.
+    """
+    grows = not wanted.numel() and found.ndim == wanted.ndim
+    if found.shape != wanted.shape and not grows:
         return f"has shape {tuple(found.shape)} where the model has {tuple(wanted.shape)}"
     if found.dtype not in COMPUTED if wanted.is_floating_point() else found.dtype != wanted.dtype:
         return f"is of {found.dtype} where the model has {wanted.dtype}"

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 HERE = Path(__file__).resolve().parent
 SETTINGS = json.loads((HERE / "preprocessing.json").read_text(encoding="utf-8"))
 LABELS = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"]
@@ -15,7 +16,7 @@ LABELS = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"
 
 def pixels(file: str) -> np.ndarray:
     """Return an image file as (channels, height, width), resized, cropped and normalised."""
-    image = ImageOps.exif_transpose(Image.open(file))
+    image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
     if image.mode.startswith("I;16"):  # convert would make white of all values above 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
