@@ -5,9 +5,10 @@ A change of the loss can be calibration alone: outputs that are more sure or les
     L*(z) = min_T mean_i cross-entropy(softmax(z_i / T), label_i)        (temperature T, one for all images)
 
 and logits z of the untouched model and z' of the overruled one, the change that is more than a scale is
-L*(z') - L*(z). It is 0 if z' = c z for any c > 0, where the loss itself changes. So each model has a temperature of its
-own (as Guo et al. fit it, arXiv 1706.04599). L* estimates the refinement loss of Berta et al. (arXiv 2501.19195), and
-the rest of a loss is its calibration.
+L*(z') - L*(z). It is 0 if z' = c z for any c > 0, where the loss itself changes, as long as both temperatures lie
+inside of `vimoe.analysis.temperatures.GRID`. So each model has a temperature of its own (as Guo et al. fit it, arXiv
+1706.04599). L* estimates the refinement loss of Berta et al. (arXiv 2501.19195), and the rest of a loss is its
+calibration.
 
 Axes: I images, V interventions on a layer, M temperatures of `vimoe.analysis.temperatures.GRID`; 0 of them if the
 metric has no temperature (`Metric.calibrates`).
