@@ -22,7 +22,9 @@ def draw(results: Results, data: str) -> Iterator[str]:
     """Write the figures of a data set, and yield a line of Markdown for each."""
     for name, plot, title in (("cost", cost, "cost against score"), ("routes", routes, "routes and what they matter")):
         figure = Figure(figsize=(6, 4), layout="constrained")
-        if plot(results, data, figure.add_subplot()):
+        axis = figure.add_subplot()
+        axis.margins(x=0.2)  # room for the names at the right of the last points
+        if plot(results, data, axis):
             (results.study.folder / FOLDER).mkdir(exist_ok=True)
             path = Path(FOLDER, f"{data}-{name}.svg")
             write_bytes(results.study.folder / path, svg(figure))
