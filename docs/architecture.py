@@ -6,6 +6,7 @@ The parts, their order and their sentences are those of the tree in the README; 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from html import escape
 from pathlib import Path
@@ -23,15 +24,17 @@ def parts() -> dict[str, str]:
     return dict(re.findall(r"^  (\w+)(?:/|\.py) +(.+)$", tree.group(1), re.M))
 
 
+@functools.cache
 def sources() -> dict[str, str]:
     """Return the text of each module by its name within the package, such as "moe.layer" or "moe.__init__"."""
     files = sorted(PACKAGE.rglob("*.py"))
     return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file.read_text("utf-8") for file in files}
 
 
-def imports(source: str) -> set[str]:
+@functools.cache
+def imports(source: str) -> frozenset[str]:
     """Return the modules of this package that a source imports, also inside functions and for types."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name[6:] for alias in node.names if alias.name.startswith("vimoe.")}
@@ -39,7 +42,7 @@ def imports(source: str) -> set[str]:
             base = node.module[6:]
             below = {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
             found |= {name for name in below if name in sources()} or ({base} if base else set())
-    return found
+    return frozenset(found)
 
 
 def imports_of_parts() -> dict[str, set[str]]:
