@@ -1,6 +1,6 @@
 """One set of photographs in four renderings, so that a model trained on three can be tested on the fourth.
 
-    python studies/renderings.py photos/ --out domains/ --held_out inverted
+    python studies/renderings.py photos/ --out domains/ --held_out posterised
 
 `photos/` holds `train/<class>/` and `test/<class>/`, as `vimoe train --data.path` takes it, and so does OUT. There each
 train image of a class is in one of the three other renderings, in turn by name, so no photograph is seen twice: the
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--held_out", choices=list(RENDERINGS), default="inverted", help="rendering of the test images")
+    parser.add_argument("--held_out", choices=list(RENDERINGS), default="posterised", help="rendering of the test images")
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"--out={args.out} exists: name another folder, or remove it")

@@ -40,6 +40,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="write tables and figures, and compute nothing")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", help="value of ${NAME}")
     parser.add_argument("--arms", nargs="+", default=[], help="arms to compute (default: all)")
+    parser.add_argument("--data", nargs="+", default=[], help="data sets to compute (default: all)")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time; with --slurm the number of jobs")
     parser.add_argument("--runs", type=Path, help="folder for run folders and claims (default: runs/STUDY)")
     parser.add_argument("--keep", action="store_true", help="keep the run folders of finished cells")
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     args = arguments(given)
     try:
-        study = Study(args.study)
+        study = Study(args.study, () if args.report else tuple(args.data))
         if args.report:
             from harness.report import write_report
 

@@ -96,7 +96,7 @@ class Contrast:
         of: outcome that may be better. Several arms, as a list, are candidates: the one that is best on validation in
             the search is taken.
         against: outcome that it is compared with.
-        margin: largest difference that counts as none, in points of the metric.
+        margin: largest difference that counts as none, in points of the metric, where the data set names no other.
         routes: cost of permuting the routes, in nats, that a win has to exceed besides; None if it has not to.
         question: question in words.
     """
@@ -119,12 +119,14 @@ class Study:
 
     Args:
         folder: folder of the study.
+        chosen: names of the data sets to look at; all if empty.
 
     Raises:
-        ConfigError: if study.yaml is missing or mistaken.
+        ConfigError: if study.yaml is missing or mistaken, or has no data set of a chosen name.
     """
 
     folder: Path
+    chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self._given:
@@ -133,6 +135,9 @@ class Study:
         for name in PARTS[:-1]:
             if not self._given.get(name):
                 self._refuse(f"no {name}: expected it; see studies/vimoe/study.yaml")
+        for name in self.chosen:
+            if name not in self._given["data"]:
+                raise ConfigError(f"--data {name}: {choice(name, list(self._given['data']))}")
         for name in (*self.data, *self.arms):
             if not NAME.fullmatch(name):
                 self._refuse(f"name {name!r}: expected letters, digits, - and _ alone")
@@ -193,8 +198,12 @@ class Study:
 
     @property
     def data(self) -> dict[str, dict[str, Any]]:
-        """Settings of each data set, by section."""
-        return dict(self._given["data"])
+        """Settings of each data set, by section, and its `margin`."""
+        return {name: of for name, of in self._given["data"].items() if name in self.chosen or not self.chosen}
+
+    def margin(self, data: str, contrast: Contrast) -> float:
+        """Return the margin of a contrast on a data set: the data set's own, if it has one."""
+        return float(self.data[data].get("margin", contrast.margin))
 
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
@@ -241,11 +250,12 @@ class Study:
     def _cell(self, data: str, arm: str, rate: float, seed: int, search: bool) -> Cell:
         own = {"train": {"lr": rate, "seed": seed, "tensorboard": False}}
         of_arm = {name: part for name, part in self.arms[arm].items() if name not in ("about", "after")}
+        of_data = {name: part for name, part in self.data[data].items() if name != "margin"}
         if "lr" in of_arm.get("train", {}) or "seed" in of_arm.get("train", {}):
             raise ConfigError(
                 f"{self.folder / FILE}: {arm}: train.lr or train.seed: expected the search's; leave it out"
             )
-        settings = merged(self._given["base"], self.data[data], of_arm, own)
+        settings = merged(self._given["base"], of_data, of_arm, own)
         after = () if search else tuple(step for step in AFTER if step in self.arms[arm].get("after", ()))
         return Cell(data=data, arm=arm, rate=rate, seed=seed, search=search, settings=settings, after=after)
 

@@ -38,18 +38,18 @@ def contrast_row(results: Results, data: str, name: str, contrast: Contrast) -> 
     if of is None:
         return [name, "the best of " + ", ".join(contrast.candidates), contrast.against, "0", *[""] * 5, "not yet"]
     mine, theirs = results.outcome(data, of), results.outcome(data, contrast.against)
-    margin = f"{contrast.margin:g}"
+    margin = results.study.margin(data, contrast)
     if not mine.keys() & theirs.keys():
-        return [name, of, contrast.against, "0", "", "", "", "", margin, "not yet"]
+        return [name, of, contrast.against, "0", "", "", "", "", f"{margin:g}", "not yet"]
     comparisons = len(results.study.contrasts)
     judge = names_of(mine).judge
     points = differences(mine, theirs, judge, 100)
     found = interval(points, comparisons)
     routes = None if "/" in of else routes_cost(list(results.final(data, of).values()))
-    said = verdict(found, contrast.margin, routes, contrast.routes)
+    said = verdict(found, margin, routes, contrast.routes)
     loss = interval(differences(mine, theirs, "loss"), comparisons)
     return [name, of, contrast.against, str(found.n), shown_mean(found), f"{sign_flip_p(points):.3f}",
-            shown_mean(loss, "+.4f"), shown_mean(routes, "+.3f") if routes else "", margin, said]  # fmt: skip
+            shown_mean(loss, "+.4f"), shown_mean(routes, "+.3f") if routes else "", f"{margin:g}", said]  # fmt: skip
 
 
 def arms_table(results: Results, data: str) -> str:

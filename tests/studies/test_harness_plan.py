@@ -128,9 +128,26 @@ def test_a_missing_path_and_a_contradiction_are_told_before_a_training(tmp_path:
 
 def test_the_registered_study_is_one(tmp_path: Path) -> None:
     study = Study(Path(__file__).parents[2] / "studies/vimoe")
-    study.check({"DINOV2": str(tmp_path), "CUB100": str(tmp_path)})
-    assert len(study.seeds) >= 7 and len(study.rates) == 3
+    study.check(dict.fromkeys(("DINOV2", "CUB100", "DOMAINS"), str(tmp_path)))
+    assert len(study.seeds) >= 7 and len(study.rates) >= 3
     page = (study.folder / "README.md").read_text("utf-8")
     assert all(f"`{arm}`" in page for arm in study.arms) and all(f"\n| {name} |" in page for name in study.contrasts)
     cells = len(study.search_cells("cub100", "dense")) + len(study.seeds)
     assert f"An arm has {cells} cells" in page and f"{len(study.arms)} arms have {cells * len(study.arms)}" in page
+
+
+def test_some_data_sets_alone_need_their_own_paths_alone(tmp_path: Path) -> None:
+    data = {**TINY["data"], "photos": {"data": {"path": "${PHOTOS}"}, "margin": 2}}
+    write_study(tmp_path, data=data)
+    study = Study(tmp_path, ("photos",))
+    assert {cell.data for cell in study.all_cells()} == {"photos"}
+    assert {name for cell in study.all_cells() for name in cell.variables} == {"PHOTOS"}
+    with pytest.raises(ConfigError, match="--data photo: expected one of digits, photos; did you mean .photos."):
+        Study(tmp_path, ("photo",))
+
+
+def test_a_data_set_may_have_its_own_margin(tmp_path: Path) -> None:
+    study = write_study(tmp_path, data={**TINY["data"], "photos": {"data": {"path": "${PHOTOS}"}, "margin": 2}})
+    contrast = study.contrasts["C"]
+    assert (study.margin("digits", contrast), study.margin("photos", contrast)) == (0.5, 2)
+    assert "margin" not in study.final_cells("photos", "dense", 1e-3)[0].settings

@@ -10,9 +10,9 @@ import study
 from harness.plan import Study
 from harness.report import write_report
 from harness.results import Results, best
-from harness.tables import routes_cost
+from harness.tables import contrast_row, routes_cost
 from helpers.found import effect, evidence
-from helpers.studies import put, score, write_study
+from helpers.studies import TINY, put, score, write_study
 
 from vimoe.errors import ConfigError
 
@@ -124,6 +124,13 @@ def test_the_candidate_of_a_contrast_is_chosen_in_the_search_alone(tmp_path: Pat
     for cell in study.search_cells("digits", "dense"):
         put(study, cell, 0.9)  # the best on validation, and the worst on test
     assert Results.read(study).candidate("digits", ("vimoe", "dense")) == "dense"
+
+
+def test_a_contrast_is_judged_by_the_margin_of_the_data_set(tmp_path: Path) -> None:
+    study = fill(write_study(tmp_path, data={"digits": {**TINY["data"]["digits"], "margin": 50}}))
+    assert contrast_row(Results.read(study), "digits", "D", study.contrasts["D"])[-2:] == [
+        "50", "equivalent within the margin",
+    ]  # fmt: skip
 
 
 def test_two_results_of_one_cell_and_other_data_are_refused(tmp_path: Path) -> None:
