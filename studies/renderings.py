@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--held_out", choices=list(RENDERINGS), default="posterised", help="rendering of the test images")
+    parser.add_argument("--held_out", choices=list(RENDERINGS), default="posterised", help="of the test images")
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"--out={args.out} exists: name another folder, or remove it")
