@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vimoe import process
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser
@@ -40,26 +41,43 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode should not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(_answer(argv, as_json), flush=True)
+        answer = _answer(argv, as_json)
+        if process.writes():
+            print(answer, flush=True)
     except BrokenPipeError:  # the reader has closed the pipe, such as head
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115,PTH123  Python flushes it at exit
         return 128 + signal.SIGPIPE
     except Stopped as stopped:
-        print(f"vimoe: {stopped}", file=sys.stderr)
+        _say(str(stopped))
         return stopped.status
     except KeyboardInterrupt as interrupt:
-        print("vimoe: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 128 + next(iter(interrupt.args), signal.SIGINT)
-    except (VimoeError, OSError) as error:
-        if not isinstance(error, VimoeError) and error.errno not in _MACHINE_ERRORS:
-            raise
-        message = _one_line(error if isinstance(error, VimoeError) else _machine_error(error))
-        if as_json:
-            with suppress(OSError):  # standard output itself may be full
-                print(json.dumps({"error": message}), flush=True)
-        print(f"vimoe: {message}", file=sys.stderr)
+    except (VimoeError, OSError, RuntimeError) as error:
+        _say(_reason(error), as_json)
         return 2
     return 0
+
+
+def _say(message: str, as_json: bool = False) -> None:
+    """Print why the command ends; of several processes, one does."""
+    if not process.speaks():
+        return
+    if as_json:
+        with suppress(OSError):  # standard output itself may be full
+            print(json.dumps({"error": message}), flush=True)
+    print(f"vimoe: {message}", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+    """Return the line for a mistake of the user, a machine that is full, or another process; else raise the error."""
+    if isinstance(error, VimoeError):
+        return _one_line(error)
+    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+        return _one_line(_machine_error(error))
+    if process.others_ended(error):
+        return "another process of the job has ended, or is not heard of: expected all; start the job again"
+    raise error
 
 
 def _answer(argv: list[str], as_json: bool) -> str:
@@ -72,6 +90,11 @@ def _answer(argv: list[str], as_json: bool) -> str:
         return __version__
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown verb {argv[0]!r}: {nearest(argv[0], VERBS)}")
+    if argv[0] != "train" and process.launched() > 1:
+        raise ConfigError(
+            f"vimoe {argv[0]} in {process.launched()} processes: expected 1, since only train shares its work; start "
+            f"it without a launcher"
+        )
     _log_to_stderr()
     with _sigterm_as_interrupt():
         text, values = VERBS[argv[0]](argv[0], argv[1:])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vimoe.errors import VimoeError
@@ -14,6 +18,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress
     from torch import Tensor
 
 Result = TypeVar("Result")
+
+PATIENCE = timedelta(days=7)  # for the first process, which may decode a million images while the others wait
+
+logger = logging.getLogger(__name__)
 
 
 def device() -> torch.device:
@@ -31,6 +39,30 @@ def writes() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def launched() -> int:
+    """Return the number of processes that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def speaks() -> bool:
+    """Return True in the process that says why a job ends: the first that fails, since others fail because of it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return writes()  # a mistake that all see before they join
+    try:
+        failed: int = distributed.distributed_c10d._get_default_store().add("vimoe/failed", 1)
+    except RuntimeError:  # the process that kept the store has ended
+        return True
+    return failed == 1
+
+
+def others_ended(error: Exception) -> bool:
+    """Return True for the error of a process that waited for another one in vain."""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 class Process:
     """One of the processes of a job, as `torchrun` or `accelerate launch` starts them, or the only one.
 
@@ -38,6 +70,9 @@ class Process:
     and an error in what it does for all ends all. Each method is called by every process of the job, in one order; in
     a job of one process it changes nothing and waits for nobody. To make one joins the job, which waits for the others:
     only a training does. All else asks `device` and `writes`, which a program with processes of its own may call.
+
+    Tensors are summed on the device, within the time that the backend allows. All else goes over the CPUs, by a group
+    that waits for days: no process is ended because the first one is at long work.
 
     Attributes:
         rank: index of this process, from 0.
@@ -56,33 +91,67 @@ class Process:
         from accelerate.state import PartialState
         from accelerate.utils import parse_flag_from_env
 
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
         # Accelerate takes a process that torchrun started for the only one, where no GPU is there and none is refused
         launched_on_cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
         # the state is one and the same for all of this process
-        self._state = PartialState(cpu=launched_on_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self._state = PartialState(cpu=launched_on_cpu or on_cpu)
         self.rank, self.count = self._state.process_index, self._state.num_processes
         self.first, self.device = self._state.is_main_process, self._state.device
+        self._patient = _patient_group() if self.count > 1 else None
+        if self.count == 1 and on_cpu and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+            _warn_of_one()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes, of the same shape, type and device in each."""
-        from accelerate.utils import reduce
+        """Return the sum of a tensor over all processes, of the same shape, type and device in each, without gradient.
+
+        In a job of one process it is the tensor itself.
+        """
+        import torch
 
         if self.count == 1:
             return tensor
-        summed: Tensor = reduce(tensor.to(self.device), "sum").to(tensor.device)
-        return summed
+        summed = torch.clone(tensor.detach().to(self.device), memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes; its gradient goes to the tensor of this process, undivided.
+
+        So losses over a batch that the processes share are right where gradients are then averaged over them, as
+        DistributedDataParallel does: for a loss L of the means m = 1/n sum_r m_r that each process computes,
+        1/n sum_r L'(m) dm_r is dL. All processes must compute the same L.
+        """
+        if self.count == 1:
+            return tensor
+        return self.sum(tensor) / self.count + (tensor - tensor.detach())
 
     def any(self, flag: bool) -> bool:
         """Return True in all processes where the flag is true in one."""
         import torch
 
-        return bool(self.sum(torch.tensor(int(flag))))
+        if self.count == 1:
+            return flag
+        one = torch.tensor(int(flag), device="cpu")
+        torch.distributed.all_reduce(one, torch.distributed.ReduceOp.MAX, self._patient)
+        return bool(one)
+
+    def gather(self, value: Result) -> list[Result]:
+        """Return the values of all processes, by rank; they are pickled, so they should be small."""
+        import torch
+
+        values = [value] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(values, value, self._patient)
+        return values
 
     def broadcast(self, value: Result) -> Result:
         """Return the first process's value in all; it is pickled, so it should be small."""
-        from accelerate.utils import broadcast_object_list
+        import torch
 
-        values: list[Result] = broadcast_object_list([value])
+        values = [value]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(values, 0, self._patient)
         return values[0]
 
     def once(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -103,7 +172,34 @@ class Process:
             raise VimoeError(failure)
         return result
 
+    def first_then_all(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function in the first process, and then in the others, which find the files that it has written.
+
+        Raises:
+            VimoeError: as `once`.
+        """
+        made: list[Result] = []
+        self.once(lambda: made.append(function(*args)))
+        return made[0] if made else function(*args)
+
     def one_log(self) -> None:
-        """Let the first process alone log."""
+        """Let the first process alone log and warn."""
         if not self.first:
             logging.getLogger("vimoe").setLevel(logging.CRITICAL)
+            warnings.simplefilter("ignore")
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """Return the group of all processes that talks over CPUs, of which a process has one."""
+    import torch
+
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+@functools.cache  # said once
+def _warn_of_one() -> None:
+    logger.warning(
+        "this is a job of one process: accelerate launch --cpu starts no more without MPI; for several on CPUs use "
+        "torchrun --nproc-per-node=N -m vimoe train ..."
+    )

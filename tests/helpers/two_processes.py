@@ -14,7 +14,7 @@ from helpers.trainings import model
 from vimoe import terminal
 from vimoe.config.train import TrainConfig
 from vimoe.errors import VimoeError
-from vimoe.process import Process
+from vimoe.process import Process, speaks
 from vimoe.training.routing_health import Health
 from vimoe.training.settle import settle
 from vimoe.training.state import Totals
@@ -32,6 +32,13 @@ def message(function: Any, *args: Any) -> str:
 def write(path: Path, text: str) -> str:
     path.write_text(path.read_text() + text if path.exists() else text)
     return path.name
+
+
+def find(path: Path, rank: int) -> str:
+    """Return what is in a file, which is made where it is missing."""
+    found = f"{path.read_text()}, found by {rank}" if path.exists() else f"made by {rank}"
+    path.write_text(found)
+    return found
 
 
 def refuse(text: str) -> None:
@@ -78,7 +85,14 @@ def main() -> None:
         "once": process.once(write, folder / "written", "x"),
         "refused": message(process.once, refuse, "the disk of rank 0 is full"),
         "epoch": sums(process),
-        "training": message(settle, TrainConfig(), 100, model()),
+        "mean": process.mean(one).tolist(),
+        "gradient": torch.autograd.functional.jacobian(lambda x: process.mean(x).square().sum(), one).tolist(),
+        "gathered": process.gather(f"rank {process.rank}"),
+        "found": process.first_then_all(find, folder / "found", process.rank),
+        "odd": message(settle, TrainConfig(batch_size=7), 100, model()),
+        "pairs": message(settle, TrainConfig(batch_size=6, mixup=0.1), 100, model()),
+        "lowered": settle(TrainConfig(batch_size=64, mixup=0.1), 15, model()).batch_size,
+        "speaks": [speaks(), speaks()],
         "shown": shown(process),
     }
     (folder / f"{process.rank}.json").write_text(json.dumps(seen))

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-TESTS = Path(__file__).parent.parent
+from helpers.jobs import TESTS, finish, start
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +18,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> list[dict[str, Any]]:
     """What each of two processes saw, started as `torchrun --nproc-per-node 2` does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    launched |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, TESTS / "helpers" / "two_processes.py", folder],
-            env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], errors
+    ended = finish(start(2, TESTS / "helpers" / "two_processes.py", folder))
+    assert [status for status, _, _ in ended] == [0, 0], ended
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -78,9 +56,31 @@ def test_figures_of_an_epoch_are_of_all_images(seen: list[dict[str, Any]]) -> No
     assert [each["epoch"] for each in seen] == [{"images": 6, "loss": 4 / 6, "shares": [0.25, 0.75]}] * 2
 
 
-def test_training_in_two_is_refused(seen: list[dict[str, Any]]) -> None:
-    expected = "ConfigError: 2 processes: expected 1, training in more is not there yet"
-    assert [each["training"] for each in seen] == [expected] * 2
+def test_means_are_of_all_and_gradients_of_each(seen: list[dict[str, Any]]) -> None:
+    assert [each["mean"] for each in seen] == [[1.5, 15.0]] * 2
+    assert [each["gradient"] for each in seen] == [[3.0, 30.0]] * 2  # 2 m of the square of the mean
+
+
+def test_values_are_gathered_by_rank(seen: list[dict[str, Any]]) -> None:
+    assert [each["gathered"] for each in seen] == [["rank 0", "rank 1"]] * 2
+
+
+def test_the_first_makes_what_the_others_find(seen: list[dict[str, Any]]) -> None:
+    assert [each["found"] for each in seen] == ["made by 0", "made by 0, found by 1"]
+
+
+def test_one_says_why_all_end(seen: list[dict[str, Any]]) -> None:
+    assert sorted(each["speaks"] for each in seen) == [[False, False], [True, False]]
+
+
+def test_a_batch_that_does_not_divide_is_refused(seen: list[dict[str, Any]]) -> None:
+    odd = "train.batch_size=7 over 2 processes: expected a multiple of 2; set it to 6, or start another number"
+    pairs = (
+        "train.batch_size=6 over 2 processes: expected a multiple of 4, since images are mixed in pairs; set it to 4"
+    )
+    for each in seen:
+        assert each["odd"].startswith(f"ConfigError: {odd}") and each["pairs"].startswith(f"ConfigError: {pairs}")
+        assert each["lowered"] == 12
 
 
 def test_progress_and_log_are_of_the_first_alone(seen: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ Combine = Literal["mix", "sum"]
 
 
 RouterGradient = Literal["chosen", "default_vectors", "dense"]
+BalanceOver = Literal["global", "process"]
 
 ROUTERS = Registry(
     "moe.router",
@@ -95,6 +96,9 @@ class MoEConfig:
         bias_update_rate: step by which each update of the weights moves a bias on the choice of experts, up for
             experts with less than the mean load and down for those with more; gates stay without it (loss-free
             balancing, arXiv 2408.15664, has 0.001). 0 makes no bias.
+        balance_over: rows that the balance, importance and variance losses are of, where several processes train:
+            "global" takes the whole batch, as one process would; "process" each process's share of it, which asks for
+            an even load in every share and lets experts specialise less (arXiv 2501.11873).
         expert_dropout: dropout rate on the hidden units of the routed experts in training (Switch Transformers,
             arXiv 2101.03961, section 2.4); a larger rate of the FFN itself is kept.
         router: kind of the router: "softmax" sends each to the k experts of largest probability; "sigmoid" and
@@ -140,6 +144,7 @@ class MoEConfig:
     normalize_gates: bool = False
     router_noise: float = bounded(0.0, 0)
     bias_update_rate: float = bounded(0.0, 0, 1)
+    balance_over: BalanceOver = "global"
     expert_dropout: float = bounded(0.0, 0, 0.99)
     router: str = "softmax"
     gate: str = "probability"

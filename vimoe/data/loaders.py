@@ -21,7 +21,7 @@ from vimoe.data.images import THIN, open_image
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.errors import DataError
 from vimoe.models.interface import find_backbone
-from vimoe.process import device
+from vimoe.process import Process, device
 
 
 class Images(Dataset):
@@ -158,9 +158,32 @@ def eval_loader(
     batch_size: int,
     workers: int | None,
     dataset: type[Images] = Images,
+    process: Process | None = None,
 ) -> DataLoader:
-    """Return batches in order, resized and centre-cropped; with dataset=`Readable`, errors stand in place of labels."""
-    return DataLoader(dataset(samples, _eval_transform(prepared)), batch_size, **processes(workers))
+    """Return batches in order, resized and centre-cropped; with dataset=`Readable`, errors stand in place of labels.
+
+    Args:
+        samples: images.
+        prepared: preprocessing of the model (`preprocessing`).
+        batch_size: number of images of a batch of all processes.
+        workers: number of processes that decode (`processes`).
+        dataset: class of the pairs.
+        process: this one of the processes that share the images (`share`); by default they are all for this one.
+    """
+    images = dataset(samples, _eval_transform(prepared))
+    return DataLoader(images, **share(len(samples), batch_size, process), **processes(workers))
+
+
+def share(images: int, batch_size: int, process: Process | None) -> dict[str, Any]:
+    """Return arguments of a DataLoader: of n processes each gets every n-th image, whatever the remainder.
+
+    Args:
+        images: number of images of all processes.
+        batch_size: number of images of a batch of all processes.
+        process: this one of the processes; None for the only one.
+    """
+    rank, count = (process.rank, process.count) if process else (0, 1)
+    return {"sampler": range(rank, images, count), "batch_size": math.ceil(batch_size / count)}
 
 
 def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:

@@ -20,15 +20,34 @@ class Shuffled(Sampler):
 
     def __init__(self, images: int, seed: int) -> None:
         self.images, self.seed = images, seed
+        self.places = torch.tensor([0])
         self.start(epoch=1)
 
     def start(self, epoch: int, skip: int = 0) -> None:
         """Set the epoch of the next iteration, and the number of images to skip at its start."""
         self.epoch, self.skip = epoch, skip
 
+    def divide(self, batch_size: int, processes: int) -> None:
+        """Put the images of each batch in the order in which processes cut their parts of it.
+
+        A batch of any number of processes has the same images. Of n processes the first gets the first and the last
+        images of the batch, the next those beside them. So image i and image B - 1 - i, which mixup and cutmix mix, are
+        in one process, at places that mirror one another there too.
+
+        Args:
+            batch_size: B, number of images of a batch, a multiple of the number of processes.
+            processes: number of processes; with 1 the order stays as it is.
+        """
+        outside_in = torch.arange(batch_size).view(-1, 1).repeat(1, 2)
+        outside_in[:, 1] = outside_in[:, 1].flip(0)
+        parts = outside_in.flatten()[:batch_size].view(processes, -1)
+        self.places = parts.sort(dim=1).values.flatten()
+
     def images_at(self, start: int, count: int) -> list[int]:
         """Return the indices of `count` images of the epoch, from position `start` on."""
         order = torch.randperm(self.images, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
+        whole = self.images - self.images % len(self.places)  # the last batch is dropped if it is incomplete
+        order[:whole] = order[:whole].view(-1, len(self.places))[:, self.places].flatten()
         return order[start : start + count].tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

@@ -19,11 +19,12 @@ from torchvision.transforms.v2 import functional as F
 
 from vimoe.config.masks import IGNORE
 from vimoe.data.images import image_size, open_image, source_path
-from vimoe.data.loaders import processes
+from vimoe.data.loaders import processes, share
 from vimoe.data.masks import Legend
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.data.scenes import Scene
 from vimoe.errors import DataError
+from vimoe.process import Process
 
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask], tuple[Tensor, Tensor]]
 
@@ -179,12 +180,20 @@ def train_loader(
 
 
 def eval_loader(
-    scenes: Sequence[Scene], legend: Legend, transform: Transform, batch_size: int, workers: int | None
+    scenes: Sequence[Scene],
+    legend: Legend,
+    transform: Transform,
+    batch_size: int,
+    workers: int | None,
+    process: Process | None = None,
 ) -> DataLoader:
-    """Return whole images in order: in batches if all have one size (by their headers), else one by one."""
+    """Return whole images in order: in batches if all have one size (by their headers), else one by one.
+
+    Of several processes each gets its share, as in `vimoe.data.loaders.eval_loader`.
+    """
     sizes = {image_size(image) for image, _ in scenes} if batch_size > 1 else set()
     data = JointImages(scenes, legend, transform)
-    return DataLoader(data, batch_size if len(sizes) == 1 else 1, **processes(workers))
+    return DataLoader(data, **share(len(scenes), batch_size if len(sizes) == 1 else 1, process), **processes(workers))
 
 
 def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from matplotlib.figure import Figure
 from torch import nn
 
 from vimoe import run_folder
@@ -38,7 +37,7 @@ from vimoe.tasks.base import Roles, Scanned, Task, task_class
 from vimoe.training import checkpoint, fuse
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import trained_modules
-from vimoe.training.settle import settle
+from vimoe.training.settle import check_shares, settle
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +51,10 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     Raises:
         VimoeError: if the settings, the data or the folder are mistaken, before anything is trained.
     """
+    process = Process()
+    process.one_log()
     check_name(settings.model, segmentation=True)
-    run_folder.check_new(out)
+    process.once(run_folder.check_new, out)  # before another process makes it
     check_outside("--out", out, settings.data.path)
     kind = task_class(settings)
     data = kind.find(settings.data)
@@ -68,8 +69,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     task, prepared = kind(settings), preprocessing(model, settings.data)
     for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):
         kind(stage).check(of_stage, prepared, trained)
-    scanned = scanned or task.scan(data)
-    process = Process()
+    scanned = scanned or process.once(task.scan, data)
     folder = process.once(run_folder.new_run, out)
     with ExitStack() as held:
         process.once(held.enter_context, run_folder.locked(folder))
@@ -87,14 +87,16 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         FolderError: if the folder is no run, its training is finished, going on in another process, or began with
             other settings.
     """
-    run = run_folder.open_unfinished(path)
-    settings = run.settings
     process = Process()
+    process.one_log()
+    run = process.once(run_folder.open_unfinished, path)  # before another process locks it
+    settings = run.settings
     with ExitStack() as held:
         process.once(held.enter_context, run_folder.locked(run.path))
         stored = checkpoint.read(run.path, mapped=True)
         assert stored is not None
         checkpoint.check_settings(run.path, stored["settings"], flat(settings))
+        check_shares(settings.train, process)
         process.once(
             discard_leftovers,
             run.path,
@@ -110,7 +112,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         checkpoint.load_weights(run.path, stored, model)  # cached features are of its trunk
         del stored
         task, prepared = kind(settings), preprocessing(model, settings.data)
-        scanned = task.scan(data)
+        scanned = process.once(task.scan, data)
         return _train(task, model, data, scanned, prepared, converted, run.path, settings, number)
 
 
@@ -184,7 +186,7 @@ class CalibrationImages:
 
     def __iter__(self) -> Iterator[Any]:
         if self.scanned is None:
-            self.scanned = self.task.scan(self.data)
+            self.scanned = Process().once(self.task.scan, self.data)
         return iter(self.batches())
 
 
@@ -272,18 +274,18 @@ def _train(
     summary = {
         **summary,
         **job.facts,
-        **task.limits(model, data),
+        **process.once(task.limits, model, data),
         "classes": list(data.classes),
         "scan": scanned.to_dict(),
         "versions": run_folder.versions(),
     }
-    report = process.once(_finish, folder, summary, task.figures(model, data))
+    report = process.once(_finish, folder, summary, task, model, data)
     return {**summary, "out": str(folder), "report": str(report)}
 
 
-def _finish(folder: Path, summary: dict[str, Any], figures: Mapping[str, Figure]) -> Path:
+def _finish(folder: Path, summary: dict[str, Any], task: Task[Any], model: nn.Module, data: Roles) -> Path:
     """Write the figures, summary and report of a finished run, forget its checkpoint, and return the report's path."""
-    for name, figure in figures.items():
+    for name, figure in task.figures(model, data).items():
         (folder / run_folder.FIGURES).mkdir(exist_ok=True)
         write_bytes(folder / run_folder.FIGURES / name, png(figure))
     run_folder.write_json(folder / run_folder.SUMMARY, {"schema": run_folder.SCHEMA, "command": "train", **summary})

@@ -5,6 +5,7 @@ Axes: B images of a batch, P patches of an image.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from vimoe.errors import DataError
 from vimoe.metrics.registry import METRICS, kind_of
 from vimoe.models.frozen_trunk import Entry
 from vimoe.models.interface import label_names, logits_of, unwrapped
+from vimoe.process import Process
 from vimoe.terminal import track
 
 # of images (B, ...), or an entry behind a trunk that was computed before, and labels (B, ...), on any device
@@ -86,7 +88,22 @@ class MeanScore(Score):
 
 
 class Counts(ABC):
-    """Sums over images that a score follows from."""
+    """Sums over images that a score follows from.
+
+    Attributes:
+        sums: names of the attributes, numbers or tensors, that add up over the shares of several processes.
+    """
+
+    sums: ClassVar[tuple[str, ...]]
+
+    def over(self, process: Process) -> Self:
+        """Return the counts of all processes."""
+        counts = copy.copy(self)
+        for name in self.sums if process.count > 1 else ():
+            own = getattr(self, name)
+            total = process.sum(torch.as_tensor(own, dtype=torch.float64 if isinstance(own, float) else None))
+            setattr(counts, name, total if isinstance(own, Tensor) else total.item())
+        return counts
 
     @abstractmethod
     def add(self, outputs: Tensor, labels: Tensor) -> None:
@@ -153,6 +170,8 @@ class Metric(ABC):
 class MeanCounts(Counts):
     """Sums of what a metric says of each image."""
 
+    sums = ("images", "right", "loss")
+
     def __init__(self, metric: Metric) -> None:
         self.metric, self.images, self.right, self.loss = metric, 0, 0.0, 0.0
 
@@ -194,6 +213,7 @@ def evaluate(
     metric: str | None = None,
     outputs: Callable[[nn.Module, Tensor], Tensor] = logits_of,
     counts: Counts | None = None,
+    process: Process | None = None,
 ) -> Score:
     """Return the score of a model over a loader of (images, labels). Leaves the model in eval mode.
 
@@ -204,6 +224,7 @@ def evaluate(
         metric: name in METRICS; by default the model's own (`metric_of`).
         outputs: function of the model and its argument on its device, such as images; it returns logits.
         counts: counts to add the batches to; by default new ones of the metric.
+        process: this one of the processes that have shares of the images; the score is of all of them.
 
     Raises:
         DataError: if the model does not take the batches.
@@ -213,7 +234,7 @@ def evaluate(
     for start, labels in batches(measure, loader, bar):
         with torch.no_grad(), start.resumed(model) as x:
             counts.add(outputs(model, x), labels)
-    return counts.score()
+    return (counts if process is None else counts.over(process)).score()
 
 
 def batches(metric: Metric, loader: Batches, bar: str = "") -> Iterator[tuple[Entry, Tensor]]:

@@ -50,6 +50,8 @@ class ImageScore(Score):
 class ImageCounts(Counts):
     """Counts of right classes, and sums of the losses and of the gaps of each bin of confidence."""
 
+    sums = ("images", "top1", "top5", "loss", "gaps")
+
     def __init__(self) -> None:
         self.images, self.top1, self.top5, self.loss = 0, 0, 0, 0.0
         self.gaps = torch.zeros(BINS, dtype=torch.float64)

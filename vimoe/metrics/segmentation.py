@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vimoe.config.masks import IGNORE
 from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
+from vimoe.process import Process
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,22 @@ class SceneCounts(Counts):
 
     Attributes:
         classes: number of classes.
-        images: number of images so far.
+        images, scored: number of images so far, and of those whose predictions came with scores.
         confusion: (classes, classes) int64, pixels by truth (row) and prediction (column).
+        loss: sum of the pixels' cross-entropy.
     """
 
+    sums = ("images", "scored", "confusion", "loss")
+
     def __init__(self, classes: int) -> None:
-        self.classes, self.images = classes, 0
+        self.classes, self.images, self.scored = classes, 0, 0
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
-        self._loss: Tensor | None = None
+        self.loss = torch.zeros((), dtype=torch.float64)
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Count a batch: scores (B, classes, H, W), masks (B, H, W) int64."""
         loss = F.cross_entropy(outputs.float(), labels, ignore_index=IGNORE, reduction="none").double().sum()
-        self._loss = loss if self._loss is None else self._loss.to(loss.device) + loss
+        self.loss, self.scored = self.loss.to(loss.device) + loss, self.scored + len(labels)
         self.add_predictions(outputs.argmax(dim=1), labels)
 
     def add_predictions(self, predicted: Tensor, masks: Tensor) -> None:
@@ -102,7 +106,7 @@ class SceneCounts(Counts):
             miou=sum(present) / max(len(present), 1),
             per_class_iou=tuple(ious),
             pixel_accuracy=float(right.sum()) / max(pixels, 1),
-            loss=None if self._loss is None else float(self._loss) / max(pixels, 1),
+            loss=float(self.loss) / max(pixels, 1) if self.scored else None,
             pixels=pixels,
             images=self.images,
         )
@@ -138,20 +142,27 @@ class SegmentationMetric(Metric):
         return classes.where(classes != IGNORE, -1)
 
 
-def pixel_loss(logits: Tensor, masks: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+def pixel_loss(
+    logits: Tensor, masks: Tensor, weights: Tensor | None = None, smoothing: float = 0.0, over: Process | None = None
+) -> Tensor:
     """Return the mean cross-entropy over the pixels that are not void; 0 with a gradient of 0 if all are void.
+
+    Shares of a batch differ in their number of void pixels. So with `over` the sum over this process's pixels is
+    divided by the mean number of pixels of a process: the mean of these losses is that of the whole batch.
 
     Args:
         logits: (B, classes, H, W).
         masks: (B, H, W) int64 with IGNORE.
         weights: (classes,) weight of a pixel by its class; by default all weigh the same.
         smoothing: mass given to the other classes.
+        over: processes that have equal shares of the batch's images; by default this one has all of them.
     """
     total = F.cross_entropy(
         logits.float(), masks, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
     )
     counted = masks[masks != IGNORE]
-    return total / (torch.ones_like(counted) if weights is None else weights[counted]).sum().clamp(min=1e-6)
+    mass = (torch.ones_like(counted) if weights is None else weights[counted]).sum()
+    return total / (mass if over is None else over.mean(mass)).clamp(min=1e-6)
 
 
 def patch_classes(masks: Tensor, patch: tuple[int, int], classes: int) -> Tensor:

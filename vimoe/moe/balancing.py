@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from vimoe.errors import VimoeError
 from vimoe.moe import Routing
 from vimoe.moe.layer import moe_layers
+from vimoe.process import Process
 
 
 @torch.no_grad()
-def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
+def update_bias(model: nn.Module, routings: Iterable[Routing], over: Process | None = None) -> None:
     """Update the choice bias of each layer that has one: b_i += rate * sign(mean load - load_i).
 
     Call it after an update of the weights. Loss-free balancing: Wang et al., arXiv 2408.15664, algorithm 1, here on
@@ -27,6 +28,7 @@ def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
     Args:
         model: the model that was recorded.
         routings: records that `vimoe.record(model)` collected since the last update.
+        over: processes that train the model together, whose loads are summed; by default this one alone.
 
     Raises:
         VimoeError: if the model does not have the layer of a record.
@@ -49,7 +51,7 @@ def update_bias(model: nn.Module, routings: Iterable[Routing]) -> None:
             load_N = routing.load
             loads[routing.layer] = loads[routing.layer] + load_N if routing.layer in loads else load_N
     for name, load_N in loads.items():
-        router = layers[name].router
+        router, load_N = layers[name].router, load_N if over is None else over.sum(load_N)
         assert router.choice_bias is not None
         below_N = (load_N.sum() - len(load_N) * load_N).sign()  # whole numbers, in which an even load is exactly so
         router.choice_bias += router.config.bias_update_rate * below_N

@@ -2,6 +2,10 @@
 
 Axes: R rows, N experts, K slots of a row, U tokens of a row, D channels. Each loss is averaged over the records. Rows
 are images with image routing, and tokens with token routing.
+
+Where several processes share a batch and average their gradients, as DistributedDataParallel does, losses that are
+means over the rows need nothing more. Losses of a mean over the rows are other ones over a part of the rows; with
+`over` they are those of the whole batch, value and gradient (`vimoe.process.Process.mean`).
 """
 
 from __future__ import annotations
@@ -13,14 +17,19 @@ from torch import Tensor
 
 from vimoe.errors import VimoeError
 from vimoe.moe.routing import Routing
+from vimoe.process import Process
 
 
-def balance_loss(routings: Sequence[Routing]) -> Tensor:
+def balance_loss(routings: Sequence[Routing], over: Process | None = None) -> Tensor:
     """N x sum_i f_i P_i: f_i the share of rows sent to expert i, P_i its mean probability over all rows.
 
     Fedus et al., Switch Transformers (arXiv 2101.03961), eq. 4 to 6, in the form for any k: f sums to k, or to the mean
     number of experts of a row where that varies. The loss is that number if all experts are used alike. The gradient
     flows through P alone.
+
+    Args:
+        routings: decisions of a batch.
+        over: processes that have equal shares of the batch; by default this one has all of it.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -29,7 +38,7 @@ def balance_loss(routings: Sequence[Routing]) -> Tensor:
     >>> loss = logits.square().mean() + 0.01 * vimoe.balance_loss(routings)
     >>> loss.backward()
     """
-    return _mean(routings, _balance)
+    return _mean(routings, lambda routing: _balance(routing, over))
 
 
 def router_z_loss(routings: Sequence[Routing]) -> Tensor:
@@ -45,10 +54,10 @@ def router_z_loss(routings: Sequence[Routing]) -> Tensor:
     return _mean(routings, lambda routing: routing.logits.logsumexp(dim=-1).square().mean())
 
 
-def importance_loss(routings: Sequence[Routing]) -> Tensor:
+def importance_loss(routings: Sequence[Routing], over: Process | None = None) -> Tensor:
     """Squared coefficient of variation of the experts' summed probabilities over the batch.
 
-    Riquelme et al., V-MoE (arXiv 2106.05974), appendix A.2, without its noise.
+    Riquelme et al., V-MoE (arXiv 2106.05974), appendix A.2, without its noise. Arguments as of `balance_loss`.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -57,7 +66,7 @@ def importance_loss(routings: Sequence[Routing]) -> Tensor:
     >>> loss = logits.square().mean() + 0.01 * vimoe.importance_loss(routings)
     >>> loss.backward()
     """
-    return _mean(routings, _importance)
+    return _mean(routings, lambda routing: _importance(routing, over))
 
 
 def entropy_loss(routings: Sequence[Routing]) -> Tensor:
@@ -76,11 +85,11 @@ def entropy_loss(routings: Sequence[Routing]) -> Tensor:
     return _mean(routings, _entropy)
 
 
-def variance_loss(routings: Sequence[Routing]) -> Tensor:
+def variance_loss(routings: Sequence[Routing], over: Process | None = None) -> Tensor:
     """-1/(R N) sum_ri (p_ri - mean_r p_ri)^2: minus the variance over the rows of each expert's probability.
 
     The loss L_v of arXiv 2505.22323, there a sum over the rows. It is between -(N - 1)/N^2, where every expert has
-    rows of its own, and 0, where all rows have the same probabilities.
+    rows of its own, and 0, where all rows have the same probabilities. Arguments as of `balance_loss`.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -89,7 +98,7 @@ def variance_loss(routings: Sequence[Routing]) -> Tensor:
     >>> loss = logits.square().mean() + 0.01 * vimoe.variance_loss(routings)
     >>> loss.backward()
     """
-    return _mean(routings, lambda routing: -routing.probabilities.var(dim=0, correction=0).mean())
+    return _mean(routings, lambda routing: _variance(routing, over))
 
 
 def orthogonal_loss(routings: Sequence[Routing]) -> Tensor:
@@ -159,14 +168,27 @@ def _precise(scores: Tensor) -> torch.dtype:
     return torch.promote_types(scores.dtype, torch.float32)
 
 
-def _balance(routing: Routing) -> Tensor:
-    f_N = routing.load.float() / len(routing.logits)
-    return routing.num_experts * (f_N * routing.probabilities.mean(dim=0)).sum()
+def _balance(routing: Routing, over: Process | None) -> Tensor:
+    p_N = routing.probabilities.mean(dim=0)
+    f_N = routing.load.to(p_N.dtype) / len(routing.logits)
+    if over is not None:
+        f_N, p_N = over.mean(torch.stack([f_N, p_N]))
+    return routing.num_experts * (f_N * p_N).sum()
 
 
-def _importance(routing: Routing) -> Tensor:
+def _importance(routing: Routing, over: Process | None) -> Tensor:
     importance_N = routing.probabilities.sum(dim=0)
+    if over is not None:
+        importance_N = over.mean(importance_N)
     return importance_N.var(correction=0) / importance_N.mean().square()
+
+
+def _variance(routing: Routing, over: Process | None) -> Tensor:
+    p_RN = routing.probabilities
+    if over is None:
+        return -p_RN.var(dim=0, correction=0).mean()
+    center_N = over.mean(p_RN.mean(dim=0)).detach()  # the sum of squares is least there, so it has no gradient by it
+    return -over.mean((p_RN - center_N).square().mean())
 
 
 def _mean(routings: Sequence[Routing], loss: Callable[[Routing], Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from vimoe.config.train import Precision, TrainConfig
 from vimoe.data.classification import Data, Sample
 from vimoe.data.images import identity
-from vimoe.data.loaders import eval_loader, processes
+from vimoe.data.loaders import eval_loader, processes, share
 from vimoe.data.order import Shuffled, mix
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
 from vimoe.errors import ConfigError, FolderError
@@ -37,7 +37,7 @@ from vimoe.files import TEMPORARY, discard, in_units, written_whole
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import Cut, Entry, cut_before, digest
 from vimoe.models.precision import resolve
-from vimoe.process import device
+from vimoe.process import Process, device
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.terminal import track
 from vimoe.training.job import Job
@@ -88,20 +88,26 @@ class Entries:
         file: file of the images' features.
         labels: label of each image.
         cut: cut that the features belong to.
-        batch_size: number of images of a batch.
+        batch_size: number of images of a batch of all processes.
+        process: this one of the processes that share the images; by default they are all for this one.
     """
 
-    def __init__(self, file: Path, labels: Sequence[int], cut: Cut, batch_size: int) -> None:
+    def __init__(
+        self, file: Path, labels: Sequence[int], cut: Cut, batch_size: int, process: Process | None = None
+    ) -> None:
         self.features = np.load(file, mmap_mode="r", allow_pickle=False)
-        self.labels, self.cut, self.batch_size = torch.tensor(labels), cut, batch_size
+        self.labels, self.cut = torch.tensor(labels), cut
+        part = share(len(labels), batch_size, process)
+        self.rows, self.batch_size = part["sampler"], part["batch_size"]
         self.facts = {"features": {"before": cut.before}}
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Entry, Tensor]]:
-        for at in range(0, len(self.labels), self.batch_size):
-            rows = slice(at, at + self.batch_size)
+        for at in range(0, len(self.rows), self.batch_size):
+            some = self.rows[at : at + self.batch_size]
+            rows = slice(some.start, some.stop, some.step)
             yield Entry(torch.from_numpy(np.array(self.features[rows])), self.cut), self.labels[rows]
 
 
@@ -294,17 +300,19 @@ class FeatureCache:
 
     def job(self) -> Job:
         """Compute the missing files, and return the job, whose batches and score are of features."""
-        made = self.files.make([*self.train, self.val], self.what)
-        config = self.config
+        config, process = self.config, Process()
+        made = process.first_then_all(self.files.make, [*self.train, self.val], self.what)
         loader = DataLoader(
             Features([file.path for file in self.train], [label for _, label in self.data.train]), config.batch_size,
             sampler=Views(len(self.data.train), config.seed, len(self.train)), drop_last=True,
             **processes(self.workers),
         )  # fmt: skip
-        val = Entries(self.val.path, [label for _, label in self.data.val], self.files.cut, 2 * config.batch_size)
+        labels = [label for _, label in self.data.val]
+        val = Entries(self.val.path, labels, self.files.cut, 2 * config.batch_size, process)
         return replace(
             self.pixels, loader=loader, prepare=lambda features, labels: (features.float(), labels),
-            forward=self.files.cut.rest, evaluate=lambda model: evaluate(model, val, metric=self.metric),
+            forward=self.files.cut.rest,
+            evaluate=lambda model: evaluate(model, val, metric=self.metric, process=process),
             facts={"features": {**made, "views": len(self.train)}},
         )  # fmt: skip
 

@@ -9,14 +9,15 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from PIL.Image import Image
 from timm.data import Mixup
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, Sample
 from vimoe.data.decoded import Where
 from vimoe.data.images import source_path
 from vimoe.data.loaders import decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
-from vimoe.metrics.base import evaluate
+from vimoe.metrics.base import Score, evaluate
+from vimoe.process import Process
 from vimoe.training.job import Job
 
 
@@ -41,11 +42,13 @@ def job_on_images(
     train: Sequence[Sample] = data.train
     val: Sequence[Sample] = data.val
     val_prepared = prepared
+    process = Process()
     if cache != "none":
-        train = decoded_for_training(train, prepared, config, cache)
-        val, val_prepared = decoded_for_evaluation(val, prepared, cache), {**prepared, "crop_pct": 1.0}
+        train = process.first_then_all(decoded_for_training, train, prepared, config, cache)
+        val = process.first_then_all(decoded_for_evaluation, val, prepared, cache)
+        val_prepared = {**prepared, "crop_pct": 1.0}
     loader = train_loader(train, prepared, config, workers)
-    val_loader = eval_loader(val, val_prepared, 2 * config.batch_size, workers)
+    val_loader = eval_loader(val, val_prepared, 2 * config.batch_size, workers, process=process)
     smoothing = 0.1 if config.label_smoothing is None else config.label_smoothing
     classes = len(data.classes)
     mixed = config.mixup or config.cutmix
@@ -60,9 +63,11 @@ def job_on_images(
     names = [
         f"image {i}" if isinstance(image, Image) else str(source_path(image)) for i, (image, _) in enumerate(data.train)
     ]
-    return Job(
-        loader, names, fingerprint(data), prepare, loss, lambda model: evaluate(model, val_loader, metric=metric)
-    )
+
+    def score(model: nn.Module) -> Score:
+        return evaluate(model, val_loader, metric=metric, process=process)
+
+    return Job(loader, names, fingerprint(data), prepare, loss, score)
 
 
 def fingerprint(data: Data) -> int:

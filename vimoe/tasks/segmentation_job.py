@@ -21,6 +21,7 @@ from vimoe.data.scenes import Scene, Scenes
 from vimoe.errors import ConfigError
 from vimoe.metrics.base import Batches, Counts, Score, evaluate
 from vimoe.metrics.segmentation import pixel_loss
+from vimoe.process import Process
 from vimoe.tasks.windows import sliding, whole
 from vimoe.training.job import Job
 
@@ -48,14 +49,15 @@ def job_on_scenes(
     jitter = JITTER if config.color_jitter is None else config.color_jitter
     scale = (config.min_scale, config.max_scale)
     transform = train_transform(crop, prepared["mean"], prepared["std"], scale=scale, hflip=config.hflip, jitter=jitter)
+    process = Process()
     loader = train_loader(scenes.train, scenes.legend, transform, config.batch_size, config.seed, data.workers)
-    val_loader = whole_images(scenes.val, scenes, prepared, config.batch_size, data.workers)
+    val_loader = whole_images(scenes.val, scenes, prepared, config.batch_size, data.workers, process)
     weights = median_frequency(pixels) if config.class_weights == "median_frequency" else None
 
     def loss(logits: Tensor, masks: Tensor) -> Tensor:
         each = None if weights is None else weights.to(logits.device)
-        total = pixel_loss(logits, masks, each, config.label_smoothing or 0.0)
-        return total + config.dice_loss * dice_loss(logits, masks) if config.dice_loss else total
+        total = pixel_loss(logits, masks, each, config.label_smoothing or 0.0, process)
+        return total + config.dice_loss * dice_loss(logits, masks, process) if config.dice_loss else total
 
     return Job(
         loader,
@@ -63,23 +65,33 @@ def job_on_scenes(
         fingerprint(scenes),
         lambda images, masks: (images, masks),
         loss,
-        lambda model: evaluate_scenes(model, val_loader, data),
+        lambda model: evaluate_scenes(model, val_loader, data, process=process),
     )
 
 
 def whole_images(
-    scenes: Sequence[Scene], all_scenes: Scenes, prepared: dict[str, Any], batch_size: int, workers: int | None
+    scenes: Sequence[Scene],
+    all_scenes: Scenes,
+    prepared: dict[str, Any],
+    batch_size: int,
+    workers: int | None,
+    process: Process | None = None,
 ) -> DataLoader:
-    """Return batches of whole images and masks, in order."""
+    """Return batches of whole images and masks, in order; of several processes each gets its share."""
     transform = eval_transform(prepared["mean"], prepared["std"])
-    return eval_loader(scenes, all_scenes.legend, transform, batch_size, workers)
+    return eval_loader(scenes, all_scenes.legend, transform, batch_size, workers, process)
 
 
 def evaluate_scenes(
-    model: nn.Module, loader: Batches, config: DataConfig, bar: str = "", counts: Counts | None = None
+    model: nn.Module,
+    loader: Batches,
+    config: DataConfig,
+    bar: str = "",
+    counts: Counts | None = None,
+    process: Process | None = None,
 ) -> Score:
-    """Return the score of a segmenter over a loader of whole images, under a progress bar of that name."""
-    return evaluate(model, loader, bar, "segmentation", partial(infer, config=config), counts)
+    """Return the score of a segmenter over a loader of whole images; arguments as of `vimoe.metrics.base.evaluate`."""
+    return evaluate(model, loader, bar, "segmentation", partial(infer, config=config), counts, process)
 
 
 def infer(model: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
@@ -90,7 +102,7 @@ def infer(model: nn.Module, images: Tensor, config: DataConfig) -> Tensor:
     return sliding(model, images, window, flip=config.flip_test)
 
 
-def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+def dice_loss(logits: Tensor, masks: Tensor, process: Process | None = None) -> Tensor:
     """Return 1 - the mean soft Dice coefficient of the batch's classes (Milletari et al., arXiv 1606.04797).
 
     The coefficient is 2 sum(p t) / (sum p + sum t), with p the probabilities and t the truth, over all pixels of the
@@ -99,14 +111,16 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     Args:
         logits: (B, classes, H, W).
         masks: (B, H, W) int64 with IGNORE.
+        process: this one of those that have equal shares of the batch, as of `pixel_loss`.
     """
     counted = (masks != IGNORE)[:, None]
     truth = (masks[:, None] == torch.arange(logits.shape[1], device=masks.device)[:, None, None]) & counted
     chances = logits.float().softmax(dim=1) * counted
     over = (0, 2, 3)
-    sums = truth.sum(over)
-    dice = 2 * (chances * truth).sum(over) / (chances.sum(over) + sums).clamp(min=1e-6)
-    present = sums > 0
+    sums = torch.stack([(chances * truth).sum(over), chances.sum(over), truth.sum(over)])
+    common, expected, found = sums if process is None else process.mean(sums)
+    dice = 2 * common / (expected + found).clamp(min=1e-6)
+    present = found > 0
     return (present * (1 - dice)).sum() / present.sum().clamp(min=1)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import convert_outputs_to_fp32
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from torch.utils.data import DataLoader
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.order import Shuffled, mix, seed_everything
-from vimoe.errors import ConfigError, Stopped, VimoeError
-from vimoe.moe import MoE, Routing, record
+from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError
+from vimoe.models.frozen_trunk import replaced_forward
+from vimoe.moe import MoE, Routing
 from vimoe.moe.balancing import set_random_share, update_bias
 from vimoe.moe.ensemble import all_experts
 from vimoe.moe.layer import moe_layers
@@ -39,7 +41,9 @@ from vimoe.moe.losses import (
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
+from vimoe.training.batch_norm import shared_norms
 from vimoe.training.compiled import compiled_blocks
+from vimoe.training.distributed import Recorded, accelerator_for
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
@@ -55,6 +59,7 @@ LOSSES = {  # of records, by the setting that is the weight
     "variance_loss": variance_loss,
     "orthogonal_loss": orthogonal_loss,
 }
+OF_BATCH = (balance_loss, importance_loss, variance_loss)  # of a mean over the rows, so that all of the batch matters
 
 
 def train(
@@ -73,6 +78,10 @@ def train(
     every `config.checkpoint_minutes`. If `out` has a checkpoint, training resumes from it. On the same device, threads
     and versions the result equals an uninterrupted training. `vimoe.training.checkpoint.remove` deletes it. Under
     `precision="bf16"` the scores in metrics.csv are computed in bfloat16, and the returned score is not.
+
+    In a job of several processes each calls it with a model of its own. They train as one process would: each has its
+    share of every batch, and its gradients are averaged with those of the others. What is drawn at random in the model
+    (dropout, stochastic depth, noise and chance of routers) is drawn anew in each process.
 
     Args:
         model: dense model or one with MoE layers.
@@ -94,7 +103,7 @@ def train(
         ConfigError: if settings contradict the data or the machine, before anything is trained.
         FolderError: if the disk has no room for checkpoints, or the checkpoint in `out` is damaged, or of other
             images or settings.
-        VimoeError: if the loss is no longer finite.
+        VimoeError: if the loss is no longer finite, in one process or more.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     _check(config, job)
@@ -108,12 +117,15 @@ def train(
     process.once(checkpoint.check_space, out, model, bool(config.ema_decay))
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
     state.stage, state.part = stage, str(config.train_only)
-    with _prepared(model, job, config, out) as steps, checkpoint.stopping() as stop:
+    with _prepared(model, job, config, out, process) as steps, checkpoint.stopping() as stop:
 
         def save() -> None:
             process.once(checkpoint.write, out, state.stored(steps.stateful()))
 
-        if not state.goes_on(checkpoint.read(out), steps.stateful(), out):
+        resumed = state.goes_on(checkpoint.read(out), steps.stateful(), out)
+        if process.any(resumed) != resumed:
+            raise FolderError(f"{out} has a checkpoint that not all processes see: expected a folder that all share")
+        if not resumed:
             save()  # so that there is one to go on from whenever it is killed
         started, last = time.perf_counter() - state.seconds, state.before + config.epochs
         with progress("training", config.epochs * steps.batches, state.done(steps.batches), stays=True) as show:
@@ -123,8 +135,8 @@ def train(
                     state.seconds = time.perf_counter() - started
                     if steps.synced and process.any(bool(stop.signal) or state.save_due(config.checkpoint_minutes)):
                         save()
-                    if steps.synced and process.any(bool(stop.signal)):
-                        raise Stopped(out, stop.signal or signal.SIGTERM)
+                        if process.any(bool(stop.signal)):
+                            raise Stopped(out, stop.signal or signal.SIGTERM)
                 score = job.evaluate(steps.judged)
                 row = state.finish_epoch(score, steps.rate, moe_layers(model), out)
                 steps.accelerator.log({**row, **state.scalars()}, step=state.number)
@@ -155,7 +167,8 @@ class _Steps:
     """The steps of a training: forward, losses, backward, clip, update."""
 
     accelerator: Accelerator
-    model: nn.Module  # as Accelerate prepared it
+    process: Process
+    model: nn.Module  # as Accelerate prepared it: images to outputs and routings
     plain: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: CosineLRScheduler
@@ -172,6 +185,8 @@ class _Steps:
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         learning = {name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
         biased = {name for name in learning if layers[name].router.choice_bias is not None}
+        whole = all(layer.config.balance_over == "global" for layer in layers.values())
+        over = self.process if whole and self.process.count > 1 else None
         self.order.start(state.epoch, state.step * self.config.batch_size)
         self.model.train()
         for inputs, targets in self.loader:
@@ -182,16 +197,19 @@ class _Steps:
                 p.requires_grad_(state.updates >= self.config.router_frozen * self._updates)
             with self.accelerator.accumulate(self.model):
                 images, targets = self.job.prepare(inputs, targets)
-                with record(self.plain, outputs=self.config.orthogonal_loss > 0) as routings:
-                    outputs = self.job.forward(self.model, images)
+                if self.process.rank:  # all mix images alike, and each draws what it drops
+                    seed_everything(mix(self.config.seed, state.epoch, state.step, self.process.rank))
+                outputs, routings = self.model(images)
                 task_loss = self.job.loss(outputs, targets)
-                extra, parts = auxiliary_losses(routings, self.config, route_loss(routings, layers, targets))
+                extra, parts = auxiliary_losses(routings, self.config, route_loss(routings, layers, targets), over)
                 if self.config.distill_loss:
                     parts["distill_loss"] = distill_loss(outputs, self._taught(images))
                     extra = extra + self.config.distill_loss * parts["distill_loss"]
                 loss = task_loss + extra
-                if not loss.isfinite():
-                    raise VimoeError(self._not_finite(loss.item(), state, len(images)))
+                finite = bool(loss.isfinite())
+                if self.process.any(not finite):
+                    told = self.process.gather("" if finite else self._not_finite(loss.item(), state, len(images)))
+                    raise VimoeError(next(filter(None, told)))
                 self.accelerator.backward(loss * (self.config.accumulation / self._window(state)))
                 if self.synced:
                     state.health.add_gradients({name: layers[name] for name in layers if name in learning})
@@ -213,7 +231,7 @@ class _Steps:
         """Let all that follows the weights follow an update of them."""
         state.updates += 1
         if self.decided:  # the first two look through all modules
-            update_bias(self.plain, self.decided)
+            update_bias(self.plain, self.decided, self.process)
             self.decided.clear()
         if self.config.fuse != "none":
             pull(self.plain, self.config, state.updates / self._updates)
@@ -228,7 +246,8 @@ class _Steps:
             return self.job.forward(self.ema.module, images)
 
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
-        names = [self.job.names[i] for i in self.order.images_at(state.step * batch, batch)]
+        start = state.step * self.config.batch_size + self.process.rank * batch
+        names = [self.job.names[i] for i in self.order.images_at(start, batch)]
         return (
             f"the loss is {loss} in epoch {state.number}, step {state.step + 1}, of {', '.join(names[:8])}"
             f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
@@ -278,34 +297,38 @@ class _Steps:
 
 
 @contextmanager
-def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path) -> Iterator[_Steps]:
+def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, process: Process) -> Iterator[_Steps]:
     """Yield the steps of a training; at the end the model computes as before, without autocast around its forward."""
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulation,
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=out,
-    )
+    recorded = Recorded(model, job.forward, outputs=config.orthogonal_loss > 0)
+    accelerator = accelerator_for(recorded, job.loader, config, out)
     accelerator.init_trackers("tensorboard")
     optimizer = adamw(model, config)
     schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
     routes = [p for layer in moe_layers(model).values() for p in layer.router.routes if p.requires_grad]
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, job.loader)
+    prepared, optimizer, loader = accelerator.prepare(recorded, optimizer, job.loader)
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    steps = _Steps(
+        accelerator, process, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes
+    )
+    steps.order.divide(config.batch_size, process.count)
+    judged = steps.judged
     try:
-        with compiled_blocks(model) if config.compile else nullcontext():  # after the moving average was copied
-            yield _Steps(
-                accelerator, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes
-            )
+        # after the moving average was copied
+        with (
+            shared_norms(model, process),
+            compiled_blocks(model) if config.compile else nullcontext(),
+            replaced_forward([judged], convert_outputs_to_fp32(accelerator.autocast()(judged.forward))),
+        ):
+            yield steps
     finally:
         set_random_share(model, 0)
         for p in routes:
             p.requires_grad_(True)
-        accelerator.end_training()
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _check(config: TrainConfig, job: Job) -> None:
@@ -332,7 +355,7 @@ def random_share(config: TrainConfig, epochs: float) -> float:
 
 
 def auxiliary_losses(
-    routings: list[Routing], config: TrainConfig, taught: Tensor | None = None
+    routings: list[Routing], config: TrainConfig, taught: Tensor | None = None, over: Process | None = None
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """Return the weighted sum of the routers' losses, and each by name; the balance loss is always among them.
 
@@ -340,13 +363,14 @@ def auxiliary_losses(
         routings: decisions of a step.
         config: weights of the losses.
         taught: `route_loss`.
+        over: processes that share the batch, for the losses of `OF_BATCH`; by default this one has all of it.
     """
     if not routings:
         return 0.0, {}
-    parts = {"balance_loss": (balance_loss(routings), config.balance_loss)}
+    parts = {"balance_loss": (balance_loss(routings, over), config.balance_loss)}
     for name, loss in LOSSES.items():
         if weight := getattr(config, name):
-            parts[name] = (loss(routings), weight)
+            parts[name] = (loss(routings, over) if loss in OF_BATCH else loss(routings), weight)
     if taught is not None and config.route_loss:
         parts["route_loss"] = (taught, config.route_loss)
     total = sum(weight * loss for loss, weight in parts.values())

@@ -58,6 +58,10 @@ class Health:
         health.sums = {layer: {k: process.sum(v) for k, v in sums.items()} for layer, sums in self.sums.items()}
         return health
 
+    def clear(self) -> None:
+        """Set all sums to 0."""
+        self.sums = {layer: {name: 0 * value for name, value in sums.items()} for layer, sums in self.sums.items()}
+
     def _add(self, layer: str, **values: Tensor) -> None:
         sums = self.sums.setdefault(layer, {})
         for name, value in values.items():

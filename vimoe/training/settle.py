@@ -35,12 +35,11 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
         ConfigError: if settings contradict one another or the machine.
     """
     process = Process()
-    if process.count > 1:
-        raise ConfigError(f"{process.count} processes: expected 1, training in more is not there yet")
     if config.batch_size > images:
-        even = images - images % 2 if config.mixup or config.cutmix else images
+        even = images - images % _unit(config, process)
         logger.warning("train.batch_size=%d is lowered to %d, of %d training images", config.batch_size, even, images)
         config = replace(config, batch_size=even)
+    check_shares(config, process)
     config = resolve(config, model)
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
@@ -59,6 +58,22 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
     if config.precision == "bf16":
         warn_of_slow_bfloat16("train.precision=bf16", "use train.precision=auto or no")
     return config
+
+
+def check_shares(config: TrainConfig, process: Process) -> None:
+    """Raise ConfigError if the processes of the job cannot have equal shares of a batch."""
+    count, unit = process.count, _unit(config, process)
+    if config.batch_size % unit or not config.batch_size:
+        pairs = ", since images are mixed in pairs" if unit > count else ""
+        raise ConfigError(
+            f"train.batch_size={config.batch_size} over {count} processes: expected a multiple of {unit}{pairs}; set "
+            f"it to {max(unit, config.batch_size - config.batch_size % unit)}, or start another number of processes"
+        )
+
+
+def _unit(config: TrainConfig, process: Process) -> int:
+    """Return the number that a batch is a multiple of, so that all processes get the same share of it."""
+    return process.count * (2 if config.mixup or config.cutmix else 1)
 
 
 def _check_routers(config: TrainConfig, model: nn.Module) -> None:

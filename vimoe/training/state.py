@@ -68,6 +68,10 @@ class Totals:
         totals.sums = {name: process.sum(value) for name, value in self.sums.items()}
         return totals
 
+    def clear(self) -> None:
+        """Set all sums to 0."""
+        self.images, self.sums = 0, {name: 0 * value for name, value in self.sums.items()}
+
     def means(self) -> dict[str, float]:
         """Return the mean of each loss over the images, by name."""
         return {name: float(total) / self.images for name, total in self.sums.items()}
@@ -204,9 +208,11 @@ class State:
             FolderError: if the checkpoint is of other images or settings.
         """
         self._take(stored, out, *_PLAIN)
-        if self.process.first:  # the sums are of all processes
-            vars(self.totals).update(stored["totals"])
-            self.health.sums = stored["health"]["sums"]
+        vars(self.totals).update(stored["totals"])
+        self.health.sums = stored["health"]["sums"]
+        if not self.process.first:  # the sums are of all processes; they are counted once
+            self.totals.clear()
+            self.health.clear()
         vars(self.best).update(stored["best"])
         for name, part in parts.items():
             part.load_state_dict(stored[name])

@@ -1,0 +1,89 @@
+"""Several processes train what one process trains: losses, gradients, weights, scores; whatever they share out."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.jobs import TESTS, finish, start
+from helpers.shared_training import CASES, images_of, trained
+
+SHORT = {"epochs": 1}
+LONG = {"epochs": 17}  # of three steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shared")
+    images_of(path)
+    return path
+
+
+def in_job(folder: Path, out: Path, count: int, changes: dict[str, Any], *cases: str) -> None:
+    """Lets so many processes train the cases; `out` has a file of each."""
+    out.mkdir()
+    job = start(count, TESTS / "helpers" / "shared_training.py", folder, out, changes, *cases)
+    ended = finish(job, 600)
+    assert [status for status, _, _ in ended] == [0] * count, ended
+    assert "find_unused_parameters" not in "".join(errors for _, _, errors in ended) or "frozen" in cases
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Path:
+    in_job(folder, folder / "two", 2, SHORT, *CASES)
+    return folder / "two"
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in row.items() if k not in ("images_per_second", "layer")} for row in found]
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any], ours_in: Path, theirs_in: Path, within: float) -> None:
+    scale = ours["gradient"].abs().max()
+    torch.testing.assert_close(theirs["gradient"] / scale, ours["gradient"] / scale, rtol=0, atol=1e-5)
+    assert list(theirs["weights"]) == list(ours["weights"]) and theirs["alarms"] == ours["alarms"]
+    apart = [(theirs["weights"][name] - each).abs().flatten().double() for name, each in ours["weights"].items()]
+    # a gradient that is 0 but for rounding, such as that of a key's bias, becomes a step of AdamW
+    assert torch.cat(apart).quantile(0.98) < within
+    for bias, other in zip(ours["bias"], theirs["bias"], strict=True):
+        assert (bias is None and other is None) or torch.equal(bias, other)
+    for name in ("metrics.csv", "load.csv", "health.csv"):
+        if (ours_in / name).exists():
+            for row, other in zip(rows(ours_in / name), rows(theirs_in / name), strict=True):
+                assert other == pytest.approx(row, rel=100 * within, abs=10 * within), name
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"share"}))
+def test_two_train_as_one(folder: Path, two: Path, case: str) -> None:
+    ours = trained(folder, folder / case, case, **SHORT)
+    theirs = torch.load(two / f"{case}.pt", weights_only=False)
+    assert_same(ours, theirs, folder / case, two / case, 1e-5)
+
+
+def test_losses_over_each_share_are_others(folder: Path, two: Path) -> None:
+    ours = trained(folder, folder / "share", "share", **SHORT)
+    theirs = torch.load(two / "share.pt", weights_only=False)
+    assert (ours["gradient"] - theirs["gradient"]).abs().max() > 1e-3 * ours["gradient"].abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_fifty_steps_of_several_are_those_of_one(folder: Path, count: int) -> None:
+    """As far as rounding lets them: a route that flips at a tie makes two trainings of the same kind differ."""
+    cases = sorted(set(CASES) - {"share"} - ({"scenes"} if count == 4 else set()))
+    in_job(folder, folder / f"long{count}", count, LONG, *cases)
+    for case in cases:
+        ours = trained(folder, folder / f"{case}{count}", case, **LONG)
+        theirs = torch.load(folder / f"long{count}" / f"{case}.pt", weights_only=False)
+        scale = ours["gradient"].abs().max()
+        torch.testing.assert_close(theirs["gradient"] / scale, ours["gradient"] / scale, rtol=0, atol=1e-5)
+        for mine, other in zip(
+            rows(folder / f"{case}{count}/metrics.csv"), rows(folder / f"long{count}" / case / "metrics.csv"),
+            strict=True,
+        ):  # fmt: skip
+            assert other["train_loss"] == pytest.approx(mine["train_loss"], rel=2e-3), case

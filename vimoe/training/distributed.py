@@ -1,0 +1,77 @@
+"""Data parallel training: a model as Accelerate prepares it for one process or several.
+
+Each process has a whole copy of the model and its share of every batch, and DistributedDataParallel (DDP) averages the
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from vimoe.config.train import TrainConfig
+from vimoe.moe import Routing, record
+from vimoe.process import Process
+
+
+class Recorded(nn.Module):
+    """Forward of a model that returns its routings beside its outputs.
+
+    A loss of routings reaches parameters that the outputs may not, such as a router whose gates are constant. DDP looks
+    for parameters without a gradient behind what a forward returns, so all that losses read has to be there.
+
+    Args:
+        model: dense model or one with MoE layers.
+        outputs_of: function of the model and its inputs that returns its outputs.
+        outputs: record the experts' outputs too, as `vimoe.record`.
+    """
+
+    def __init__(self, model: nn.Module, outputs_of: Callable[[nn.Module, Tensor], Tensor], outputs: bool) -> None:
+        super().__init__()
+        self.model, self.outputs_of, self.outputs = model, outputs_of, outputs
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Return the outputs for inputs, and a `Routing` of each MoE layer."""
+        with record(self.model, self.outputs) as routings:
+            return self.outputs_of(self.model, inputs), routings
+
+
+def accelerator_for(model: Recorded, loader: DataLoader, config: TrainConfig, out: Path) -> Accelerator:
+    """Return the Accelerator of a training, which cuts each batch into the shares of the processes.
+
+    DDP waits for the gradient of each parameter. It looks for those that get none, at each step, only where there are
+    any: routers that are frozen for a while, or parts of the model that its forward does not read.
+
+    Args:
+        model: model to be prepared.
+        loader: training batches.
+        config: settings of the training.
+        out: run folder.
+    """
+    process = Process()
+    unused = process.count > 1 and (config.router_frozen > 0 or _has_unused(model, loader, process.device))
+    return Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=out,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
+
+def _has_unused(model: Recorded, loader: DataLoader, device: torch.device) -> bool:
+    """Return True if a forward of one image leaves trained parameters without a gradient."""
+    inputs, _ = default_collate([loader.dataset[next(iter(loader.sampler))]])
+    model.to(device).train()
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a batch norm's, which would move
+    outputs, routings = torch.func.functional_call(model, kept, inputs.to(device).float())
+    total = outputs.float().sum() + sum(routing.logits.sum() for routing in routings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return any(gradient is None for gradient in torch.autograd.grad(total, trained, allow_unused=True))
