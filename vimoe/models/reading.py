@@ -37,7 +37,7 @@ from vimoe.config.model import Read
 from vimoe.errors import ConfigError
 from vimoe.models.interface import Backbone, find_backbone
 from vimoe.moe import MoE
-from vimoe.moe.ffn import has_hooks, kind_of
+from vimoe.moe.ffn import kind_of
 from vimoe.moe.packed import PackedLinear
 from vimoe.moe.routing import recomputing
 
@@ -207,6 +207,13 @@ def _change_classes(backbone: Backbone, classes: Mapping[type[nn.Module], type[n
             module.__class__ = classes.get(type(module), type(module))
 
 
+def _watched(module: nn.Module, before: bool = True) -> bool:
+    """Return True for a module with forward hooks that may look at tokens; those of FSDP gather weights."""
+    hooks = [*module._forward_hooks.values(), *(module._forward_pre_hooks.values() if before else ())]
+    owners = (type(getattr(hook, "__self__", None)).__module__ for hook in hooks)
+    return any(not owner.startswith("torch.distributed.") for owner in owners)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tokens_now(vit: nn.Module, block: nn.Module) -> int | None:
     """Return the number of tokens of a block that the head reads; None if something needs all of them.
@@ -230,9 +237,9 @@ def _tokens_now(vit: nn.Module, block: nn.Module) -> int | None:
         return None
     after = (holder, *backbone.after_blocks)
     if not _ignoring_hooks.get() and (
-        any(has_hooks(part) for part in block.children())
-        or block._forward_hooks  # pre-hooks get all tokens anyway
-        or any(part._forward_hooks or part._forward_pre_hooks for part in after)
+        any("forward" in vars(part) or _watched(part) for child in block.children() for part in child.modules())
+        or _watched(block, before=False)  # pre-hooks get all tokens anyway
+        or any(map(_watched, after))
         or any(part._backward_hooks or part._backward_pre_hooks for part in (*block.modules(), *after))
     ):
         return None

@@ -50,9 +50,13 @@ class Experts(nn.Module):
       (`moe.init`) makes experts differ. The dense FFN that it gets is a part of the layer's with `moe.expert_width`.
     - With exactly one shared expert, `dense` is the module that becomes it. A kind may read its weights in `forward`;
       it holds the module unregistered, since the layer registers it, and returns it in `reads`.
-    - A kind with buffers for each expert overrides `keep`, and removes their rows as well.
+    - A kind with buffers for each expert names them in `expert_buffers`.
+    - Experts may be spread over processes (`vimoe.parallel`): `forward` then runs with the rows of some experts in
+      place of the stacked tensors, and with as many loads. So it counts experts by these, not by `num_experts`, and
+      every parameter gets a gradient, of zeros where all loads are zero.
 
     Attributes:
+        expert_buffers: names of the buffers whose first axis is that of the N experts.
         are_ffns: True if `weights` is there.
         separate: True if `set_weights` is there.
         keeps_function: True if tests show that experts start as the dense FFN; else `vimoe.plan` measures it.
@@ -70,6 +74,7 @@ class Experts(nn.Module):
         SurgeryError: if experts could not reproduce a part of the FFN.
     """
 
+    expert_buffers: tuple[str, ...] = ()
     are_ffns = True
     separate = False
     keeps_function = False
@@ -123,7 +128,7 @@ class Experts(nn.Module):
         rows = x_RUD if source_S is None else x_RUD.index_select(0, source_S)
         parts = enumerate(rows.split(load_N.tolist()))
         outputs = [self.apply_weights(self.weights(e), part) for e, part in parts if len(part)]
-        return torch.cat(outputs) if outputs else rows
+        return torch.cat(outputs or [self.apply_weights(self.weights(0), rows)])
 
     def apply_weights(self, weights: ffn.Weights, x: Tensor) -> Tensor:
         """(..., D) to (..., D): the output of an FFN with these canonical weights, with the experts' dropout."""
@@ -150,4 +155,7 @@ class Experts(nn.Module):
             stacked = self.get_parameter(name)
             chosen = nn.Parameter(stacked.detach()[list(kept)], requires_grad=stacked.requires_grad)
             setattr(self.get_submodule(layer), part, chosen)
+        for name in self.expert_buffers:
+            layer, _, part = name.rpartition(".")
+            setattr(self.get_submodule(layer), part, self.get_buffer(name)[list(kept)])
         self.num_experts = len(kept)

@@ -43,7 +43,12 @@ class Unchosen(nn.Module):
         num_experts: N.
         dim: D.
         like: a weight of the FFN, for type and device.
+
+    Attributes:
+        moves: True if `forward` moves buffers, so that each process of a job has others.
     """
+
+    moves = False
 
     def __init__(self, num_experts: int, dim: int, like: Tensor) -> None:
         super().__init__()
@@ -79,6 +84,7 @@ class DefaultVectors(Unchosen):
         mean: (N, D) v, float32 at least; a part of the model as weights are.
     """
 
+    moves = True
     mean: Tensor
 
     def __init__(self, num_experts: int, dim: int, like: Tensor) -> None:

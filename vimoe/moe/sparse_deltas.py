@@ -6,8 +6,6 @@ channels, I channels in, O channels out, P places of a matrix that an expert cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +49,8 @@ class DeltaExperts(SharedBase):
     tokens would save that memory, and takes longer. Multiply-adds are those of the dense FFN.
     """
 
+    expert_buffers = ("fc1.places", "fc2.places")
+
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__(dense, config)
         weights = ffn.read(dense)
@@ -78,9 +78,3 @@ class DeltaExperts(SharedBase):
         for layer, deltas in (("fc1.weight", self.fc1), ("fc2.weight", self.fc2)):
             weights[layer] = deltas(weights[layer], slice(expert, expert + 1))[0]
         return weights
-
-    def keep(self, kept: Sequence[int]) -> None:
-        """Remove all other experts, in place, with their places."""
-        super().keep(kept)
-        for deltas in (self.fc1, self.fc2):
-            deltas.places = deltas.places[list(kept)]

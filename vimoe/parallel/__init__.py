@@ -1,0 +1,1 @@
+"""Models spread over many processes: experts, FSDP, checkpoints that any number of processes opens."""
