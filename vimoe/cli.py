@@ -23,6 +23,7 @@ from vimoe.config.command_line import Parser
 from vimoe.config.data import TASKS
 from vimoe.config.export import FORMATS
 from vimoe.config.moe import MoEConfig
+from vimoe.config.parallel import bytes_of
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.files import printable
 from vimoe.run_folder import SCHEMA, open_run
@@ -102,13 +103,20 @@ def _answer(argv: list[str], as_json: bool) -> str:
 
 
 def plan(verb: str, argv: list[str]) -> Result:
-    """Show the layers that would be converted and their cost; change nothing, download nothing.
+    """Show the layers that would be converted and their cost; with --devices, the memory of a training on these too.
 
     Example: vimoe plan --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers last:2
     """
+    over_devices = any(arg.partition("=")[0] == "--devices" for arg in argv)
     parser = _parser(verb)
-    parser.add_sections("model", "moe")
-    settings = parser.settings(parser.parse_args(argv))
+    if verb == "plan":
+        many = "number of devices to train on; takes the options data and train as well, shown by --devices 8 --help"
+        parser.add_argument("--devices", type=int | None, default=None, help=many)
+        parser.add_argument("--memory", type=str | None, default=None, help="memory of each device, such as 80GB")
+    parser.add_sections("model", "moe", *(("data", "train") if over_devices else ()))
+    options = parser.parse_args(argv)
+    settings = parser.settings(options)
+    devices, limit = _devices(options) if verb == "plan" else (None, 0)
     from vimoe.models.create import check_layer_names, check_name, create, create_without_weights
 
     check_name(settings.model)
@@ -123,10 +131,19 @@ def plan(verb: str, argv: list[str]) -> Result:
     change = conversion.start and conversion.start.change
     dense = {name: getattr(conversion.dense, name) for name in ("params", "macs", "computed_macs")}
     moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs", "computed_macs")}
-    return str(conversion), {
-        "dense": dense,
-        "moe": {**moe, "layers": [site.name for site in conversion.sites], "change": change},
-    }
+    text, values = (
+        str(conversion),
+        {
+            "dense": dense,
+            "moe": {**moe, "layers": [site.name for site in conversion.sites], "change": change},
+        },
+    )
+    if devices is None:
+        return text, values
+    from vimoe.experiments.size import size_of
+
+    size = size_of(settings, devices, limit)
+    return f"{text}\n\n{size}", {**values, "size": size.to_dict()}
 
 
 def count(verb: str, argv: list[str]) -> Result:
@@ -477,6 +494,21 @@ def _add_sampling(parser: Parser, note: str = "") -> None:
     what = f"number of images for interventions, drawn at random{note}"
     parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=what)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
+
+
+def _devices(options: Any) -> tuple[int | None, float]:
+    """Return the number of devices of `plan`, None without one, and the memory of each in bytes."""
+    devices, memory = options["devices"], options["memory"]
+    if devices is None and memory is None:
+        return None, 0
+    if devices is None or memory is None:
+        missing, example = ("--devices", 8) if devices is None else ("--memory", "80GB")
+        raise ConfigError(
+            f"{missing} is required for the memory of a training: add it, for example {missing} {example}"
+        )
+    if devices < 1:
+        raise ConfigError(f"--devices {devices}: expected at least 1")
+    return devices, bytes_of(memory)
 
 
 def _required_out(options: Any, example: str = "runs/first", kind: str = "folder") -> str:

@@ -130,7 +130,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "min_scale": [*RATES, 0, 3.0], "max_scale": [*RATES, 0, 0.1], "dice_loss": RATES,
         "class_weights": ["inverse"], "ema_decay": [*SHARES, 1], "clip_grad": RATES, "early_stopping": COUNTS,
         "precision": ["float32", "bfloat16", None], "compile": FLAGS, "seed": SEEDS, "checkpoint_minutes": RATES,
-        "tensorboard": FLAGS,
+        "tensorboard": FLAGS, "parallel": [{"data": 2}, 2, None],
     },
     LayerBench: {
         "images": COUNTS, "dtype": ["float16"], "precision": ["fp16"], "rounds": [*COUNTS, 1], "tokens": COUNTS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import field, fields, is_dataclass
 from functools import cache, partial
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -27,7 +27,8 @@ def one_of(default: str | None, allowed: tuple[str, ...]) -> Any:
 def check_fields(config: Any) -> None:
     """Raise ConfigError if a field of a dataclass has a value outside of its type or bounds.
 
-    Flags, literals, and numbers and texts with bounds are checked; None is taken where the type has it.
+    Flags, literals, settings of settings, and numbers and texts with bounds are checked; None is taken where the type
+    has it.
     """
     for name, check in _checks(config.__class__).items():
         check(name, getattr(config, name))
@@ -54,6 +55,8 @@ def _check(kind: Any, bounds: dict[str, Any]) -> Callable[[str, object], None] |
     by_kind: dict[Any, Callable[..., None]] = {int: check_count, float: check_range, str: check_choice}
     if bounds and kind in by_kind:
         return partial(by_kind[kind], **bounds)
+    if is_dataclass(kind):
+        return partial(check_section, kind=kind)
     return check_flag if kind is bool else None
 
 
@@ -72,6 +75,12 @@ def check_flag(name: str, value: object) -> None:
     """Raise ConfigError unless the value is a bool."""
     if not isinstance(value, bool):  # the text "false" would count as true
         raise ConfigError(f"{name}={value!r}: expected True or False")
+
+
+def check_section(name: str, value: object, kind: Any) -> None:
+    """Raise ConfigError unless the value is an instance of the dataclass."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}={value!r}: expected a {kind.__name__}, such as {kind()!r}")
 
 
 def check_count(name: str, value: object, low: float, high: float = math.inf) -> None:

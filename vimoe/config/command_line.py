@@ -29,7 +29,7 @@ _WRONG_TYPE = re.compile(
     r'key "(?P<name>[\w.]+)": (?:Expected an? (?P<kind>.+)\. Got value: (?P<value>.*)'
     r"|Does not validate .* Subtypes: \[(?P<kinds>.+)\] Errors: .* Given value: (?P<given>.*))"
 )
-_NO_SECTION = re.compile(r"key \"(\w+)\": Unable to load config ['\"](.*?)['\"](?: - |$)")
+_NO_SECTION = re.compile(r"key \"([\w.]+)\": Unable to load config ['\"](.*?)['\"](?: - |$)")
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "values by name",
     "tuple[float, ...]": "a list of numbers in brackets", "NoneType": "none",
@@ -68,7 +68,7 @@ class Parser(ArgumentParser):
 
     def settings(self, values: Namespace) -> Settings:
         """Return parsed settings; sections that this parser does not have keep their defaults."""
-        for name in SECTIONS:
+        for name in (*SECTIONS, "train.parallel"):
             if not isinstance(values.get(name, Namespace()), Namespace):
                 raise ConfigError(f"section {name!r} is {values[name]!r}: expected its settings by name")
         made = self.instantiate(values)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vimoe.config.checks import LARGEST_SEED, bounded, check_fields
 from vimoe.config.layers import Layers
+from vimoe.config.parallel import ParallelConfig
 from vimoe.errors import ConfigError
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
@@ -87,6 +88,7 @@ class TrainConfig:
         seed: seed of initialisation, order and augmentation.
         checkpoint_minutes: minutes between checkpoints within an epoch; each epoch ends with one anyway.
         tensorboard: write TensorBoard event files beside metrics.csv.
+        parallel: sizes of the mesh of processes (data, fsdp, expert); by default all processes are data parallel.
     """
 
     epochs: int = bounded(10, 1)
@@ -135,6 +137,7 @@ class TrainConfig:
     seed: int = bounded(0, 0, LARGEST_SEED)
     checkpoint_minutes: float = bounded(10.0, 0)
     tensorboard: bool = True
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train_only", self.trained.written)  # a list becomes a tuple

@@ -1,0 +1,54 @@
+"""The memory of a training over devices, from its settings: nothing is trained and no weight has memory."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+from vimoe.config.settings import Settings
+from vimoe.errors import ConfigError
+from vimoe.models.create import create_without_weights
+from vimoe.models.upcycling import build_layers
+from vimoe.training import fuse
+from vimoe.training.footprint import footprint
+from vimoe.training.layouts import SizePlan, plan_size
+from vimoe.training.parameter_groups import freeze_all_but, trained_modules
+
+
+def size_of(settings: Settings, devices: int, limit: float) -> SizePlan:
+    """Return what `vimoe train` with these settings would take on each of so many devices.
+
+    Args:
+        settings: settings of one training of image classification; `train.precision` "auto" counts as "bf16".
+        devices: number of devices, one to a process.
+        limit: memory of each in bytes.
+
+    Raises:
+        VimoeError: if the settings contradict one another, the batch cannot be divided, or it is another task.
+    """
+    train = settings.train
+    if settings.data.task != "classification":
+        raise ConfigError(
+            f"data.task={settings.data.task!r} with --devices: expected 'classification', whose step the plan takes; "
+            f"leave it out"
+        )
+    if train.stages is not None:
+        raise ConfigError(
+            f"train.stages={list(train.stages)} with --devices: expected one training; plan each stage by "
+            f"train.train_only"
+        )
+    mixture = settings.moe.layers != "none" and train.fuse != "exfusion"
+    train.parallel.over(devices).check(train.batch_size, settings.moe.num_experts if mixture else 0)
+    if train.precision == "auto":
+        train = replace(train, precision="bf16")
+    model = create_without_weights(settings.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the training warns
+        converted = build_layers(model, settings.moe)
+    fuse.begin(model, train)
+    trained = trained_modules(model, train.trained, converted)
+    if trained is not None:
+        freeze_all_but(model, trained)
+    cached = trained if settings.data.cache == "features" else None
+    found = footprint(model, train.batch_size // devices, train, cached)
+    return plan_size(found, train.parallel, devices, limit, train.precision)
