@@ -88,8 +88,9 @@ class Footprint:
         optimizer: state of AdamW for the dense weights and for the experts'.
         ema: True if there is a moving average, a second copy of weights and buffers.
         activations: tensors that are there between forward and backward pass, with the images.
-        moments: (M, 3) bytes at each moment of the step, of gradients of dense weights and of experts (columns 1, 2),
-            and of all other tensors that the step has made (column 0).
+        moments: (M, 3) bytes at moments of the step, of gradients of dense weights and of experts (columns 1, 2), and
+            of all other tensors that the step has made (column 0). Gradients only grow, so a moment at which a later
+            one has as much of all others is left out.
         experts: number of experts of each MoE layer that sends tokens to experts; 1 for one that mixes them.
         exchanges: tokens that experts on other devices would get.
     """
@@ -164,7 +165,7 @@ def footprint(model: nn.Module, images: int, config: TrainConfig, trained: Seque
         optimizer=state,
         ema=bool(config.ema_decay),
         activations=activations,
-        moments=np.array(ledger.moments),
+        moments=_largest(np.array(ledger.moments)),
         experts=tuple(1 if each.router.mixes else each.experts.num_experts for each in moe_layers(model).values()),
         exchanges=tuple(exchanges),
     )
@@ -289,6 +290,12 @@ def _noted(model: nn.Module, exchanges: list[Exchange]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _largest(moments: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the moments (M, 3) at which more tensors other than gradients are there than at any later one."""
+    later = np.maximum.accumulate(moments[::-1, OTHER])[::-1]
+    return moments[np.append(moments[:-1, OTHER] > later[1:], True)]
 
 
 def _expert_weights(model: nn.Module) -> set[int]:
