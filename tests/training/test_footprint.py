@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,3 +175,12 @@ def test_a_model_whose_sizes_depend_on_values_is_refused() -> None:
     network.norm = Peeks()
     with pytest.raises(ConfigError, match="the memory of VisionTransformer cannot be counted, since sizes depend on"):
         footprint(network, 2, PLAIN)
+
+
+def test_the_runs_that_were_measured_are_within_a_tenth() -> None:
+    """What torch allocates; of the process there is one exception, which the benchmark's table tells."""
+    measured = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "memory.json").read_text("utf-8"))
+    assert len(measured["rows"]) >= 8
+    for row in measured["rows"].values():
+        for name in ("weights", "gradients", "optimizer", "activations", "peak"):
+            assert row["predicted"][name] == pytest.approx(row["measured"][name], rel=0.1)
