@@ -38,9 +38,10 @@ MOE: dict[str, Any] = {"layers": "every:2", "routing": "token"}
 HEAD = f"""# Scaling
 
 **All of this is arithmetic; nothing here was trained or measured.** `python docs/scaling.py` writes this page, by the
-same functions as `vimoe plan --devices 8 --memory 80GB`; a test compares it with them. What one device allocates is that
-of a real step to a percent where it was measured, with a small ViT on a CPU ([benchmarks](../benchmarks/README.md#memory));
-the shares of several devices and the bytes that they send follow from the formulas in `vimoe/training/layouts.py`.
+same functions as `vimoe plan --devices 8 --memory 80GB`; a test compares it with them. What one device allocates is
+that of a real step to a percent where it was measured, with a small ViT on a CPU
+([benchmarks](../benchmarks/README.md#memory)); the shares of several devices and the bytes that they send follow from
+the formulas in `vimoe/training/layouts.py`.
 
 DINOv2's ViTs (patches of 14 pixels, images of 224) with MoE layers in every second block, token routing, one expert and
 the shared one for each token, 1000 classes; AdamW in float32, products in bfloat16, all weights trained, no activation
