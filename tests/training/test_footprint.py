@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.frozen_trunk import Cut, check_cut
 from vimoe.moe.layer import moe_layers
-from vimoe.training.footprint import Footprint, footprint
+from vimoe.training.footprint import Footprint, _largest, footprint
 from vimoe.training.loop import auxiliary_losses
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
 
@@ -175,6 +176,16 @@ def test_a_model_whose_sizes_depend_on_values_is_refused() -> None:
     network.norm = Peeks()
     with pytest.raises(ConfigError, match="the memory of VisionTransformer cannot be counted, since sizes depend on"):
         footprint(network, 2, PLAIN)
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (2, 2), (1, 8), (4, 32)])
+def test_the_moments_that_are_left_out_are_never_the_largest(shares: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    gradients = np.sort(random.integers(0, 900, (50, 2)), axis=0)
+    moments = np.column_stack([random.integers(0, 1000, 50), gradients])
+    left = _largest(moments)
+    assert len(left) < len(moments)
+    assert (left / (1, *shares)).sum(axis=1).max() == (moments / (1, *shares)).sum(axis=1).max()
 
 
 def test_the_runs_that_were_measured_are_within_a_tenth() -> None:
