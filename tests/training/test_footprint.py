@@ -181,11 +181,17 @@ def test_a_model_whose_sizes_depend_on_values_is_refused() -> None:
 @pytest.mark.parametrize("shares", [(1, 1), (2, 2), (1, 8), (4, 32)])
 def test_the_moments_that_are_left_out_are_never_the_largest(shares: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
-    gradients = np.sort(random.integers(0, 900, (50, 2)), axis=0)
-    moments = np.column_stack([random.integers(0, 1000, 50), gradients])
-    left = _largest(moments)
+    moments = random.integers(0, 1000, (200, 3))
+    left = _largest([tuple(moment) for moment in moments])
     assert len(left) < len(moments)
     assert (left / (1, *shares)).sum(axis=1).max() == (moments / (1, *shares)).sum(axis=1).max()
+
+
+def test_a_gradient_of_experts_is_divided_before_it_is_complete() -> None:
+    """So twice the experts on twice the devices have the same peak."""
+    few, many = (footprint(model(layers="last:1", routing="token", num_experts=n), 2, PLAIN) for n in (64, 128))
+    alike = few.peak() - few.sum("trained_expert")
+    assert many.peak(expert=2) - many.sum("trained_expert") / 2 == pytest.approx(alike, rel=0.1)
 
 
 def test_the_runs_that_were_measured_are_within_a_tenth() -> None:
