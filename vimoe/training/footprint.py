@@ -42,7 +42,7 @@ from vimoe.training.loop import auxiliary_losses
 from vimoe.training.parameter_groups import adamw
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = OTHER, DENSE, EXPERT = range(3)  # of tensors; the last two are gradients of weights
+KINDS = OTHER, DENSE, EXPERT = range(3)  # of tensors; the last two are gradients of weights, which devices divide
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ class Footprint:
         optimizer: state of AdamW for the dense weights and for the experts'.
         ema: True if there is a moving average, a second copy of weights and buffers.
         activations: tensors that are there between forward and backward pass, with the images.
-        moments: (M, 3) bytes at each moment of the step, of gradients of dense weights and of experts (columns 1, 2),
-            and of all other tensors that the step has made (column 0).
+        moments: (M, 3) bytes at moments of the step, of gradients of dense weights and of experts (columns 1, 2), and
+            of all other tensors that the step has made (column 0). Moments than which another one has as much or more
+            of each are left out.
         experts: number of experts of each MoE layer that sends tokens to experts; 1 for one that mixes them.
         exchanges: tokens that experts on other devices would get.
     """
@@ -164,7 +165,7 @@ def footprint(model: nn.Module, images: int, config: TrainConfig, trained: Seque
         optimizer=state,
         ema=bool(config.ema_decay),
         activations=activations,
-        moments=np.array(ledger.moments),
+        moments=_largest(ledger.moments),
         experts=tuple(1 if each.router.mixes else each.experts.num_experts for each in moe_layers(model).values()),
         exchanges=tuple(exchanges),
     )
@@ -183,6 +184,7 @@ class _Ledger(TorchDispatchMode):
         self.live, self.moments = [0, 0, 0], list[tuple[int, ...]]()
         self._entries = WeakIdKeyDictionary()  # of storages: their bytes, and their kind, which may change
         self._experts = _expert_weights(model)
+        self._of_experts = {p.shape for p in model.parameters() if id(p) in self._experts and p.ndim > 2}
         layers = moe_layers(model).values()
         # routers that leave slots empty fill this share of them
         self._filled = min((layer.router.experts_per_token / layer.router.slots for layer in layers), default=1.0)
@@ -197,16 +199,18 @@ class _Ledger(TorchDispatchMode):
             result = torch.empty(round(mask.numel() * self._filled), mask.ndim, dtype=torch.long)
         else:
             result = func(*args, **(kwargs or {}))
-        made = [self._note(each.untyped_storage()) for each in tree_iter(result) if isinstance(each, Tensor)]
+        made = [self._note(each) for each in tree_iter(result) if isinstance(each, Tensor)]
         if any(made):
             self.moments.append(tuple(self.live))
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> bool:
+    def _note(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
         if storage in self._entries:
             return False
-        entry = self._entries[storage] = [storage.nbytes(), OTHER]
-        self.live[OTHER] += entry[0]
+        kind = EXPERT if tensor.shape in self._of_experts else OTHER  # a gradient before it is complete
+        entry = self._entries[storage] = [storage.nbytes(), kind]
+        self.live[kind] += entry[0]
         weakref.finalize(storage, self._freed, entry).atexit = False
         return True
 
@@ -289,6 +293,15 @@ def _noted(model: nn.Module, exchanges: list[Exchange]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _largest(moments: list[tuple[int, ...]]) -> np.ndarray[Any, Any]:
+    """Return (M, 3) the moments than which no other one has as much or more of every kind."""
+    kept: list[tuple[int, ...]] = []
+    for moment in sorted(set(moments), reverse=True):
+        if not (np.array([moment, *kept])[1:] >= moment).all(axis=1).any():
+            kept.append(moment)
+    return np.array(kept)
 
 
 def _expert_weights(model: nn.Module) -> set[int]:
