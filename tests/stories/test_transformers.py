@@ -76,7 +76,7 @@ def test_a_folder_is_trained_evaluated_analysed_pruned_exported_predicts_and_is_
         again, own = vimoe.load("me/digits"), vimoe.load(run / "model")
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(again(x).logits, own(x).logits)
-    assert label_names(again)[3] == "digit 3" and list(moe_layers(again)) == BLOCKS
+    assert label_names(again)[3] == again.config.id2label[3] == "digit 3" and list(moe_layers(again)) == BLOCKS
 
 
 def test_features_of_its_frozen_trunk_are_cached(
