@@ -198,12 +198,14 @@ def test_a_run_goes_on_from_a_vimoe_through_the_verbs(
     start = ["--model.name", folder(tmp_path, layers="last:1", top_k=2).name]
     counted = call(capsys, "count", *start)
     assert counted["moe"]["layers"] == ["blocks.1.mlp"] and counted["moe"]["params"] > counted["dense"]["params"]
+    assert call(capsys, "plan", *start, "--devices=2", "--memory=8GB", "--train.batch_size=8")["size"]
     said = refused(capsys, "plan", *start, "--moe.num_experts=8")
     assert "moe.num_experts=8 with" in said and "expected num_experts=4" in said
     train = ["train", f"--data.path={photos}", *QUICK, *start, "--train.stages=[head, experts]"]
+    train += ["--train.epochs=1", "--train.warmup_epochs=0"]
     assert "moe.top_k=1 with" in refused(capsys, *train, "--moe.top_k=1", f"--out={tmp_path / 'never'}")
     call(capsys, *train, f"--out={tmp_path / 'whole'}")
-    kill_after(5)
+    kill_after(4)
     with pytest.raises(Killed):
         call(capsys, *train, f"--out={tmp_path / 'killed'}")
     kill_after(1000)
