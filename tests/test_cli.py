@@ -266,7 +266,8 @@ def test_mistakes_with_files(run: Path, photos: Path, tmp_path: Path, capsys: py
     assert "already exists" in refused(capsys, *train, "--out", run)
     assert "auto_augment='rnd-m9'" in refused(capsys, *train, "--train.auto_augment=rnd-m9", "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    assert "holds MoE layers" in refused(capsys, "count", f"--model.name=local-dir:{run / 'model'}")
+    start = f"--model.name=local-dir:{run / 'model'}"
+    assert "which has MoE layers already" in refused(capsys, "count", start, "--moe.num_experts=99")
     assert "did you mean" in refused(capsys, "predict", run, photos / "test" / "red" / "00.png")
     (tmp_path / "no.png").write_bytes(b"no image")
     assert "no.png cannot be read as an image" in refused(capsys, "predict", run, tmp_path / "no.png")

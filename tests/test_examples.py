@@ -124,3 +124,17 @@ def test_the_page_on_python_runs(tiny: None, own_entries: None) -> None:
         exec(block, {"__name__": "page"})
         if "runs/" in block:
             vimoe.load(f"runs/{index}/model")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft asks
+def test_the_page_on_any_vit_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for library in ("transformers", "peft"):
+        pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks("docs/any_vit.md"):
+        exec(block, names)
+    x = names["images"]
+    torch.testing.assert_close(names["model"](x).logits, names["dense"].eval()(x).logits, rtol=1e-4, atol=1e-5)
+    assert names["output"].loss > 0 and vimoe.load("my-vimoe").config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    torch.testing.assert_close(names["again"].eval()(x).logits, vimoe.load("my-vimoe")(x).logits)

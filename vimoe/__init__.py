@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vimoe.models.inference import set_backend as set_backend
     from vimoe.models.model_folder import load as load
     from vimoe.models.model_folder import save as save
+    from vimoe.models.parent_weights import load_parent_weights as load_parent_weights
     from vimoe.models.push import push_to_hub as push_to_hub
     from vimoe.models.reading import set_reading as set_reading
     from vimoe.models.upcycling import densify as densify
@@ -67,6 +68,7 @@ _HOME = {
     "save": "models.model_folder",
     "load": "models.model_folder",
     "export": "models.export.folder",
+    "load_parent_weights": "models.parent_weights",
     "push_to_hub": "models.push",
     "analyze": "analysis.analyze",
     "diagnose": "analysis.diagnose",

@@ -117,14 +117,19 @@ def plan(verb: str, argv: list[str]) -> Result:
     options = parser.parse_args(argv)
     settings = parser.settings(options)
     devices, limit = _devices(options) if verb == "plan" else (None, 0)
-    from vimoe.models.create import check_layer_names, check_name, create, create_without_weights
+    from vimoe.models.names import check_layer_names, check_name
 
     check_name(settings.model)
     check_layer_names(settings.model, settings.moe.selection)
+    from vimoe.models.continued import plan_of_own, with_own_layers
+    from vimoe.models.create import create, create_without_weights
     from vimoe.models.upcycling import needs_images
     from vimoe.models.upcycling import plan as make_plan
 
-    conversion = make_plan(create_without_weights(settings.model), settings.moe, read=settings.model.read)
+    settings = with_own_layers(settings, parser.given(argv, "moe"))
+    conversion = plan_of_own(settings.model) or make_plan(
+        create_without_weights(settings.model), settings.moe, read=settings.model.read
+    )
     at_hand = settings.model.pretrained and settings.model.name.startswith("local-dir:")
     if verb == "plan" and conversion.start and at_hand and not needs_images(settings.moe):
         conversion = make_plan(create(settings.model), settings.moe, read=settings.model.read)
@@ -169,14 +174,18 @@ def train(verb: str, argv: list[str]) -> Result:
     elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
         raise ConfigError(f"{others[0]} with --resume: expected none, since the run has its own settings; leave it out")
     settings = parser.settings(options)
-    from vimoe.models.create import check_layer_names, check_name
+    from vimoe.models.names import check_layer_names, check_name
 
     check_name(settings.model, segmentation=True)  # the task judges the folder of a segmenter
     check_layer_names(settings.model, settings.moe.selection, *settings.train.parts)
     from vimoe.experiments.train import resume_training, run_training
+    from vimoe.models.continued import with_own_layers
 
     resumed = options["resume"]
-    summary = run_training(settings, options["out"]) if resumed is None else resume_training(resumed)
+    if resumed is None:
+        summary = run_training(with_own_layers(settings, parser.given(argv, "moe")), options["out"])
+    else:
+        summary = resume_training(resumed)
     from vimoe.metrics.registry import shown
 
     val = summary["val"]
@@ -438,7 +447,7 @@ def bench(verb: str, argv: list[str]) -> Result:
             f"moe.layers={settings.moe.layers!r} with bench layer: expected none for a single layer; leave it out"
         )
     if what == "model":
-        from vimoe.models.create import check_layer_names, check_name
+        from vimoe.models.names import check_layer_names, check_name
 
         check_name(settings.model)
         check_layer_names(settings.model, settings.moe.selection)

@@ -225,7 +225,7 @@ def test_a_model_that_the_caller_has_registered_with_timm_is_known() -> None:
     from timm.models import register_model
 
     from vimoe.config.model import ModelConfig
-    from vimoe.models.create import check_name
+    from vimoe.models.names import check_name
 
     def vit_of_the_caller(pretrained: bool = False, **kwargs: object) -> object:
         return timm.create_model("vit_tiny_patch16_224", pretrained=pretrained, **kwargs)

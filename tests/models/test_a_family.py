@@ -29,9 +29,8 @@ from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError, FolderError, SurgeryError
 from vimoe.experiments.train import run_training
 from vimoe.metrics.base import evaluate
-from vimoe.models.create import create_without_weights
+from vimoe.models.create import create, create_segmenter, create_without_weights
 from vimoe.models.interface import find_backbone, logits_of
-from vimoe.models.segmenter import create_segmenter
 from vimoe.moe.ffn import KINDS
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
 
@@ -167,19 +166,21 @@ def test_what_no_family_knows_is_one_line(tmp_path: Path) -> None:
         run_training(Settings(model=ModelConfig(name="mein:tiny"), data=DataConfig(path="digits")), tmp_path / "run")
 
 
-def test_a_folder_of_a_family_that_is_not_there_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vimoe.save(dense(), tmp_path / "m")
-    with pytest.raises(ConfigError, match="a ViT of another family: expected a dense ViT in timm's format"):
-        run_training(
-            Settings(model=ModelConfig(name=f"local-dir:{tmp_path / 'm'}"), data=DataConfig(path="digits")),
-            tmp_path / "run",
-        )
+def test_a_folder_is_a_start_and_one_of_a_family_that_is_not_there_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = dense()
+    named = ModelConfig(name=f"local-dir:{vimoe.save(parent, tmp_path / 'm')}")
+    same, other = create(named).eval(), create(named, num_classes=7)
+    assert all(torch.equal(w, parent.state_dict()[name]) for name, w in same.state_dict().items())
+    assert find_backbone(other).num_classes == 7 and find_backbone(other).label_names == [str(i) for i in range(7)]
     monkeypatch.delitem(FAMILIES, "mine")
-    with pytest.raises(
-        FolderError, match="family='mine': expected one of timm.*, or import what registers it"
-    ) as error:
-        vimoe.load(tmp_path / "m")
-    assert "\n" not in str(error.value)
+    for start in (lambda: vimoe.load(tmp_path / "m"), lambda: create(named)):
+        with pytest.raises(
+            FolderError, match="family='mine': expected one of timm.*, or import what registers it"
+        ) as error:
+            start()
+        assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_the_family_cannot_rebuild_says_so(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from helpers.tiny import FAMILIES, vit
 
 from vimoe.config.model import ModelConfig
 from vimoe.errors import ConfigError
-from vimoe.models.create import FFN_NAME, check_name, create, create_without_weights
+from vimoe.models.create import create, create_without_weights
 from vimoe.models.interface import find_backbone
+from vimoe.models.names import FFN_NAME, check_name
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import sites
 

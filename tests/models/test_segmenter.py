@@ -21,9 +21,10 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, FolderError
 from vimoe.metrics.segmentation import pixel_loss
+from vimoe.models.create import create_segmenter
 from vimoe.models.decoders import DECODERS
 from vimoe.models.interface import find_backbone, label_names
-from vimoe.models.segmenter import Segmenter, create_segmenter
+from vimoe.models.segmenter import Segmenter
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
 
 # how tokens are laid out: class token; registers; neither class token nor prefix; rotary embeddings

@@ -324,6 +324,52 @@ def test_names_of_classes_come_from_the_config(tmp_path: Path) -> None:
     assert find_backbone(create(ModelConfig(name=name, num_classes=2))).label_names == ["0", "1"]
 
 
+NAMES = {0: "cat", 1: "dog", 2: "eel"}
+
+
+def named(name: str) -> nn.Module:
+    """A model that a user built, whose config names its classes."""
+    return vit(name, id2label=NAMES, label2id={word: i for i, word in NAMES.items()})
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "clip, classifier", "deit, two classifiers"])
+def test_names_of_a_users_model_are_those_of_its_folder_and_of_what_is_loaded(tmp_path: Path, name: str) -> None:
+    model = upcycle(named(name), config(layers="last:1"))
+    assert find_backbone(model).label_names == ["cat", "dog", "eel"]
+    path = vimoe.save(model, tmp_path / "m")
+    assert json.loads((path / "config.json").read_text())["label_names"] == ["cat", "dog", "eel"]
+    again = vimoe.load(path)
+    assert again.config.id2label == NAMES and again.config.label2id["eel"] == 2
+    renamed = vimoe.load(vimoe.save(again, tmp_path / "other", label_names=["a", "b", "c"]))
+    assert renamed.config.id2label == {0: "a", 1: "b", 2: "c"} and find_backbone(renamed).label_names == list("abc")
+    vimoe.densify(renamed).save_pretrained(tmp_path / "theirs")  # a dense folder, for who has transformers alone
+    theirs = type(model).from_pretrained(tmp_path / "theirs")
+    assert theirs.config.label2id == {"a": 0, "b": 1, "c": 2}
+    torch.testing.assert_close(logits_of(theirs, images(theirs)), logits_of(renamed, images(renamed)))
+
+
+def test_names_that_are_none_are_numbers(tmp_path: Path) -> None:
+    assert find_backbone(vit("vit")).label_names == ["0", "1", "2"]
+    bare = vit("vit, bare", id2label=NAMES, label2id={word: i for i, word in NAMES.items()})
+    assert find_backbone(bare).label_names == []  # of a ViT without a classifier
+    again = vimoe.load(vimoe.save(upcycle(vit("vit"), config()), tmp_path / "m"))
+    assert again.config.id2label == {i: f"LABEL_{i}" for i in range(3)}
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "clip, classifier"])
+def test_outputs_are_those_of_an_image_classifier(tmp_path: Path, name: str) -> None:
+    """By keywords, with logits, the loss where labels are given, and hidden states where they are asked for."""
+    parent, labels = vit(name), torch.tensor([1, 0])
+    model = vimoe.load(vimoe.save(upcycle(vit(name), config(routing="token")), tmp_path / "m"))
+    given = {"pixel_values": images(parent), "labels": labels, "output_hidden_states": True}
+    got, expected = model(**given), parent(**given)
+    assert type(got) is type(expected) and type(model) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.values()
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.loss, nn.functional.cross_entropy(got.logits, labels))
+    assert len(got.keys()) == len(expected.keys()) and len(got.hidden_states) == len(expected.hidden_states)
+    assert model(images(parent)).loss is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -335,7 +381,10 @@ def test_names_of_classes_come_from_the_config(tmp_path: Path) -> None:
         ({"args": {"hidden_size": "wide"}}, "expected int, got str.*look at model.args"),
         ({"args": {"hidden_act": "gelux"}}, "KeyError: 'gelux'; look at model.args"),
         ({"args": {"num_attention_heads": 0}}, "ZeroDivisionError.*look at model.args"),
-        ({"args": {"attn_implementation": "some/kernel"}}, "names code .some/kernel.: expected attn_impl"),
+        (
+            {"args": {"attn_implementation": "some/kernel"}},
+            "names code .some/kernel., which vimoe never runs: expected a model",
+        ),
     ],
 )
 def test_a_mistake_in_a_name_or_setting_is_one_line(settings: dict[str, object], message: str, tmp_path: Path) -> None:

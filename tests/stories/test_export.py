@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import resource
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from helpers.commands import QUICK, TINY, call, refused
+from helpers.pickles import PICKLE
 from helpers.pictures import roles
 from helpers.scene_runs import MOE, SCENES
 from helpers.scenery import scenes
@@ -80,6 +84,40 @@ def test_the_script_needs_onnxruntime_numpy_and_pillow_alone(exported: Path) -> 
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in found} - sys.stdlib_module_names == {"onnxruntime", "numpy", "PIL"}
+
+
+EDITED = {
+    "a pickle renamed": "ONNXRuntimeError",
+    "truncated": "ONNXRuntimeError",
+    "weights elsewhere": "escapes model directory",
+    "code in its settings": "Expecting value",
+}
+
+
+@pytest.mark.parametrize("what", EDITED)
+def test_a_folder_edited_by_hand_is_refused_and_nothing_in_it_runs(
+    exported: Path, photographs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    folder = shutil.copytree(exported, tmp_path / "onnx")
+    file = folder / "model.onnx"
+    if what == "a pickle renamed":
+        file.write_bytes(PICKLE)
+    elif what == "truncated":
+        file.write_bytes(file.read_bytes()[:-99])
+    elif what == "weights elsewhere":
+        model = onnx.load(file)
+        weight = model.graph.initializer[0]
+        (tmp_path / "elsewhere").write_bytes(weight.raw_data)
+        weight.ClearField("raw_data")
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        weight.external_data.add(key="location", value="../elsewhere")
+        file.write_bytes(model.SerializeToString())
+    else:
+        (folder / "preprocessing.json").write_text('{"mean": __import__("os").system("touch executed")}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=EDITED[what]):
+        runpy.run_path(str(folder / "predict.py"))["probabilities"]([str(photographs[0])])
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_run_whose_images_are_gone_is_compared_on_random_ones(run: Path, caplog: pytest.LogCaptureFixture) -> None:

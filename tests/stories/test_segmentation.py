@@ -15,6 +15,7 @@ from helpers.pictures import roles
 from helpers.scene_runs import MOE, SCENES
 from helpers.scenery import NAMES, PALETTE, YAML, scene, scenes
 from helpers.scenery import mask as scene_mask
+from helpers.tiny import config, upcycle, vit
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -269,22 +270,30 @@ def test_a_run_goes_on_from_a_dense_segmenter_decoder_and_all(
         assert any("decoder" in name for name in kept)
         assert all(torch.allclose(now[name].float(), was[name].float(), atol=1e-4) for name in kept)
     assert len(vimoe.moe.layer.moe_layers(model)) == 1
+    start[-1] = f"--model.name=local-dir:{tmp_path / 'moe' / 'model'}"  # which has its layer already
+    call(capsys, *start, "--train.epochs=1", "--out", tmp_path / "on")
+    now, was = (vimoe.load(tmp_path / out / "model").state_dict() for out in ("on", "moe"))
+    kept = [name for name in was if "norm." not in name]
+    assert now.keys() == was.keys() and any("experts" in name for name in kept)
+    assert all(torch.allclose(now[name].float(), was[name].float(), atol=1e-4) for name in kept)
 
 
 def test_what_a_run_cannot_go_on_from_is_one_line(
-    run: Path, dense: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "never"
     train = ["train", "--data.path", data, *GO_ON, "--out", out]
     start = f"--model.name=local-dir:{dense / 'model'}"
-    assert "expected a dense ViT" in refused(capsys, *train, f"--model.name=local-dir:{run / 'model'}")
+    vimoe.save(upcycle(vit(), config()), tmp_path / "classifier")
+    classifier = f"--model.name=local-dir:{tmp_path / 'classifier'}"
+    assert "is a model folder that classifies images" in refused(capsys, *train, classifier)
     assert "expected no other setting of model" in refused(capsys, *train, start, "--model.decoder=linear")
     other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
     message = refused(capsys, "train", "--data.path", other, *GO_ON, start, "--out", out)
     assert "knows the classes sky, road, car" in message
     photos = roles(tmp_path / "photos")
     classify = ["train", "--data.path", photos, *QUICK, "--train.batch_size=3", start, "--out", out]
-    assert "expected a dense ViT" in refused(capsys, *classify)
+    assert "holds a segmenter, ViT and decoder" in refused(capsys, *classify)
     assert not out.exists()
 
 

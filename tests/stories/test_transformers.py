@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.commands import QUICK, call, refused
 from helpers.scenery import scenes
+from helpers.stand_in_hub import TOKEN, stand_in_hub
 from helpers.tiny_transformers import vit
 from PIL import Image
 
 import vimoe
+from vimoe.models.interface import label_names
+from vimoe.moe.layer import moe_layers
 
 transformers = pytest.importorskip("transformers")
 BLOCKS = [f"dinov2.encoder.layer.{i}.mlp" for i in range(2)]
@@ -39,27 +43,40 @@ def digits(tmp_path: Path) -> str:
     return f"--data.path={tmp_path / 'digits'}"
 
 
-def test_it_is_trained_evaluated_analysed_pruned_and_predicts(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # of huggingface_hub's upload by LFS
+def test_a_folder_is_trained_evaluated_analysed_pruned_exported_predicts_and_is_shared(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = call(capsys, "plan", name, "--moe.layers=last:2")
     assert planned["moe"]["layers"] == BLOCKS
-    run, epochs = tmp_path / "run", "--train.epochs=2"
-    call(capsys, "train", digits(tmp_path), *QUICK, epochs, name, "--moe.layers=last:2", "--out", run)
+    run, epochs, data = tmp_path / "run", "--train.epochs=2", digits(tmp_path)
+    call(capsys, "train", data, *QUICK, epochs, name, "--moe.layers=last:2", "--moe.num_experts=3", "--out", run)
     noted = json.loads((run / "model" / "config.json").read_text())
     assert noted["vimoe"]["family"] == "transformers" and list(noted["vimoe"]["layers"]) == BLOCKS
     assert noted["label_names"][3] == "digit 3" and noted["pretrained_cfg"]["mean"] == [0.5, 0.4, 0.3]
     assert noted["pretrained_cfg"]["input_size"] == [3, 16, 16] and noted["pretrained_cfg"]["crop_pct"] == 0.8
-    model = vimoe.load(run / "model")
-    assert model(torch.randn(2, 3, 16, 16)).logits.shape == (2, 10)
-    assert 0 <= call(capsys, "evaluate", run, digits(tmp_path))["top1"] <= 1
+    assert 0 <= call(capsys, "evaluate", run, data)["top1"] <= 1
     assert [layer["name"] for layer in call(capsys, "analyze", run)["layers"]] == BLOCKS
     call(capsys, "prune", run, "--tolerance=9", "--out", tmp_path / "dense")
     pruned = vimoe.load(tmp_path / "dense" / "model")
     assert not any(isinstance(module, vimoe.MoE) for module in pruned.modules())
     image = next((tmp_path / "digits").rglob("*.png"))
-    (predicted,) = call(capsys, "predict", run, image)["predictions"]
-    assert predicted["classes"][0]["name"].startswith("digit ")
+    (predicted,) = call(capsys, "predict", run, image, "--top=10")["predictions"]
+    ours = {each["name"]: each["probability"] for each in predicted["classes"]}
+    assert sorted(ours) == [f"digit {i}" for i in range(10)]
+
+    assert call(capsys, "export", run)["checked"]["experts"] == dict.fromkeys(BLOCKS, 3)
+    script = runpy.run_path(str(run / "onnx" / "predict.py"))
+    (theirs,) = script["probabilities"]([str(image)])
+    assert dict(zip(script["LABELS"], theirs, strict=True)) == pytest.approx(ours, abs=1e-5)
+
+    with stand_in_hub(monkeypatch, tmp_path / "cache"):
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        call(capsys, "push", run, "me/digits")
+        again, own = vimoe.load("me/digits"), vimoe.load(run / "model")
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again(x).logits, own(x).logits)
+    assert label_names(again)[3] == again.config.id2label[3] == "digit 3" and list(moe_layers(again)) == BLOCKS
 
 
 def test_features_of_its_frozen_trunk_are_cached(

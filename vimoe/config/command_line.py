@@ -74,6 +74,11 @@ class Parser(ArgumentParser):
         made = self.instantiate(values)
         return Settings(**{name: made[name] for name in SECTIONS if name in made})
 
+    def given(self, args: list[str], section: str) -> list[str]:
+        """Return the names of the settings of a section that flags or --config set, be it to their defaults."""
+        values = self.parse_args(args, defaults=False).get(section, Namespace())
+        return list(vars(values))
+
     def _one_line(self, message: str) -> str:
         """Return a message of jsonargparse in our form: value, what was expected, remedy."""
         text = " ".join(re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", message).split())

@@ -26,9 +26,9 @@ class ModelConfig:
     """The dense ViT to start from.
 
     Args:
-        name: timm model name, or "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format, or
-            "FAMILY:NAME" for a model of another family in FAMILIES. "torchvision:vit_b_16" has a name of torchvision,
-            "transformers:FOLDER" a folder or hub repository in transformers' format.
+        name: timm model name; "local-dir:FOLDER" or "hf-hub:USER/REPO" for weights in timm's format, or a model folder
+            of vimoe; or "FAMILY:NAME" for a model of another family in FAMILIES. "torchvision:vit_b_16" has a name of
+            torchvision, "transformers:FOLDER" a folder or hub repository in transformers' format.
         pretrained: load the pretrained weights of this name (`plan` and `count` never do).
         img_size: side of the square input image in pixels; by default the model's own.
         num_classes: number of outputs of the classifier; `train` takes it from the data.

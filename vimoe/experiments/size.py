@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError
+from vimoe.models.continued import own_layers
 from vimoe.models.create import create_without_weights
 from vimoe.models.upcycling import build_layers
 from vimoe.training import fuse
@@ -44,7 +45,7 @@ def size_of(settings: Settings, devices: int, limit: float) -> SizePlan:
     model = create_without_weights(settings.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the training warns
-        converted = build_layers(model, settings.moe)
+        converted = list(own_layers(settings.model)) or build_layers(model, settings.moe)
     fuse.begin(model, train)
     trained = trained_modules(model, train.trained, converted)
     if trained is not None:

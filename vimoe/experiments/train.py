@@ -17,7 +17,7 @@ from torch import nn
 
 from vimoe import run_folder
 from vimoe.analysis.figures import png
-from vimoe.config.moe import ROUTERS, MoEConfig
+from vimoe.config.moe import ROUTERS
 from vimoe.config.settings import Settings, flat
 from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
@@ -27,9 +27,10 @@ from vimoe.errors import ConfigError
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.metrics.registry import METRICS
 from vimoe.models.calibration import check_count, no_classes
+from vimoe.models.continued import own_layers, with_own_layers
 from vimoe.models.cost import meta_copy
-from vimoe.models.create import check_name
 from vimoe.models.model_folder import save
+from vimoe.models.names import check_name
 from vimoe.models.upcycling import build_layers, convert, needs_images
 from vimoe.process import Process
 from vimoe.report.run_report import write_run_report
@@ -56,9 +57,10 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_name(settings.model, segmentation=True)
     process.once(run_folder.check_new, out)  # before another process makes it
     check_outside("--out", out, settings.data.path)
+    settings = with_own_layers(settings)
     kind = task_class(settings)
     data = kind.find(settings.data)
-    _check_start(kind, data, settings.moe)
+    _check_start(kind, data, settings)
     settings = _check_architecture(kind, data, settings)
     set_seed(settings.train.seed)
     model = kind.dense_model(settings.model, data)
@@ -130,12 +132,13 @@ def check_outside(option: str, out: str | Path, data: str | Path) -> None:
         )
 
 
-def _check_start(kind: type[Task[Any]], data: Roles, moe: MoEConfig) -> None:
+def _check_start(kind: type[Task[Any]], data: Roles, settings: Settings) -> None:
     """Raise VimoeError if these images can start no such experts or router, before any is opened.
 
     Stages before MoE layers come in would be trained for nothing.
     """
-    if moe.layers == "none" or not moe.num_experts or not needs_images(moe):
+    moe = settings.moe
+    if moe.layers == "none" or not moe.num_experts or not _starts_from_images(settings):
         return
     check_count(min(moe.calibration_images, len(data.train)), moe.num_experts)
     router = ROUTERS.find(moe.router)
@@ -212,18 +215,26 @@ def _convert(
     kind: type[Task[Any]], model: nn.Module, data: Roles, settings: Settings, scanned: Scanned | None = None
 ) -> tuple[list[str], Scanned | None]:
     """Upcycle a dense model; return the names of the converted FFNs, and what was found if images have been opened."""
-    if not needs_images(settings.moe):
+    if not _starts_from_images(settings):
         return _made(model, settings, convert), scanned
     images = CalibrationImages(kind(settings), model.to(Process().device), data, scanned)
     return _made(model, settings, convert, images), images.scanned
 
 
+def _starts_from_images(settings: Settings) -> bool:
+    """Return True if new experts or routers are computed from images."""
+    return needs_images(settings.moe) and not own_layers(settings.model)
+
+
 def _made(model: nn.Module, settings: Settings, make: Callable[..., list[str]], *images: Any) -> list[str]:
-    """Make the layers that the settings ask for, by `convert` or `build_layers`, and return their names."""
+    """Make the layers that the settings ask for, by `convert` or `build_layers`, and return their names.
+
+    A model that is the content of a model folder with MoE layers keeps these.
+    """
     with warnings.catch_warnings():
         if settings.train.fuse != "none":  # routers stay behind, so it matters to nobody that nothing trains them
             warnings.filterwarnings("ignore", "the only gate is always 1")
-        names = make(model, settings.moe, *images)
+        names = list(own_layers(settings.model)) or make(model, settings.moe, *images)
     fuse.begin(model, settings.train)
     return names
 

@@ -151,6 +151,10 @@ class Backbone:
             raise FolderError(f"{config}: {cls.__name__} cannot build the backbone: {first_line(error)}") from error
         return model
 
+    def by_own_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint file by the names of the model's state; by default as they are."""
+        return tensors
+
     # ---- blocks
 
     @property
@@ -319,6 +323,26 @@ class Backbone:
         if None in widths:
             raise self._unanswered("num_classes")
         return int(widths[0] or 0) if widths else 0
+
+    def new_classifier(self, num_classes: int) -> None:
+        """Give the ViT another number of classes, in place: a new, random last matrix in each of its classifiers.
+
+        Raises:
+            SurgeryError: if it has no classifier with a matrix.
+        """
+        names = {module: name for name, module in self.vit.named_modules()}
+        last = [[m for m in head.modules() if isinstance(m, nn.Linear)][-1:] for head in self.classifiers]
+        if not last or not all(last):
+            raise SurgeryError(f"{type(self.vit).__name__} has no classifier: expected one; save a model that has")
+        for (old,) in last:
+            new = nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
+            nn.init.trunc_normal_(new.weight, std=0.02)
+            if new.bias is not None:
+                nn.init.zeros_(new.bias)
+            self.vit.set_submodule(names[old], new)
+        if hasattr(self.vit, "num_classes"):
+            self.vit.num_classes = num_classes
+        self.vit.pretrained_cfg = {**self.vit_config, "label_names": None}
 
     @property
     def label_names(self) -> list[str]:

@@ -7,9 +7,11 @@ folder, which timm builds from the name "local-dir:FOLDER" too. Nothing is ever 
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 
 from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
-from vimoe.errors import ConfigError, FolderError, VimoeError, first_line, nearest
+from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
+from vimoe.models.folder_config import CONFIG, FORMAT, WEIGHTS, layers_of, read_section
 from vimoe.models.hub import find_folder
 from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.models.reading import set_reading
@@ -30,11 +33,6 @@ from vimoe.models.upcycling import build_layers, sites
 from vimoe.models.weights_file import check_fit, check_inside, read_tensors
 from vimoe.moe import MoE, ffn
 from vimoe.moe.packed import check_not_packed
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FORMAT = 1  # of the "vimoe" section
-SECTION = ("format", "layers", "segmentation", "family", "arguments")  # its entries
-CODE = ("auto_map", "custom_pipelines", "trust_remote_code")  # entries by which transformers' folders name code
 
 
 def save(
@@ -134,8 +132,8 @@ def load(
     found = read_tensors(path / WEIGHTS)
     with torch.random.fork_rng(devices=[]):  # initial weights are overwritten: draw nothing from the user's seed
         with torch.device("meta"):  # no memory is taken for what does not fit
-            check_fit(path / WEIGHTS, found, _rebuild(path).state_dict())
-        model = _rebuild(path)
+            check_fit(path / WEIGHTS, found, rebuild(path).state_dict(), "config.json", "save the model again")
+        model = rebuild(path)
     # copied out of the mapped file, whose offsets are not aligned as matrix products like their operands
     model.load_state_dict({name: tensor.clone() for name, tensor in found.items()}, assign=True)
     model = set_reading(model.to(device).eval(), read)
@@ -195,66 +193,55 @@ def _add_layers(model: nn.Module, config_path: Path) -> None:
     section = config.get("vimoe", {})
     segmentation = {"segmentation": model.to_dict()} if isinstance(model, Segmenter) else {}
     with torch.device("meta"):
-        parent = _parent(config_path, {**section, **segmentation})
-    before, layers = {site.name: site.module for site in sites(parent)}, {}
-    for site in sites(model):
-        if isinstance(site.module, MoE):
-            layers[site.name] = site.module.config
-            continue
-        width, was = (ffn.describe(each).hidden for each in (site.module, before[site.name]))
-        if width != was and width % was == 0:
-            layers[site.name] = MoEConfig(num_experts=0, num_shared_experts=width // was)
+        layers = layers_made(model, _parent(config_path, {**section, **segmentation}))
     if layers or segmentation or section:
         rows = {name: {k: v for k, v in c.to_dict().items() if k != "layers"} for name, c in layers.items()}
         config["vimoe"] = {"format": FORMAT, "layers": rows, **segmentation, **section}
         write_json(config_path, config)
 
 
-def _rebuild(path: Path) -> nn.Module:
-    """Build the architecture of a folder, with weights still to be loaded."""
-    section = _section(path / CONFIG)
+def layers_made(model: nn.Module, parent: nn.Module) -> dict[str, MoEConfig]:
+    """Return the settings that make, of its dense parent, each MoE layer and each widened FFN of a model, by name."""
+    before, layers = {site.name: site.module for site in sites(parent)}, {}
+    for site in sites(model):
+        if isinstance(site.module, MoE):
+            layers[site.name] = replace(site.module.config, layers=(site.name,))
+            continue
+        width, was = (ffn.describe(each).hidden for each in (site.module, before[site.name]))
+        if width != was and width % was == 0:
+            layers[site.name] = MoEConfig(layers=(site.name,), num_experts=0, num_shared_experts=width // was)
+    return layers
+
+
+def dense_parent(model: nn.Module) -> nn.Module:
+    """Return the architecture of a ViT before any surgery, with random weights.
+
+    Raises:
+        FolderError: if the model does not say how to build it, as for `save`.
+    """
+    with temporary_folder(Path(tempfile.gettempdir())) as folder:
+        find_backbone(model).write_config(folder / CONFIG, None, None, None)
+        return _parent(folder / CONFIG, json.loads(read_text(folder / CONFIG)).get("vimoe", {}))
+
+
+def rebuild(path: Path) -> nn.Module:
+    """Build the architecture of a model folder, with weights still to be loaded. Raises FolderError as `load`."""
+    section = read_section(path / CONFIG)
     model = _parent(path / CONFIG, section)
-    try:
-        for name, values in section["layers"].items():
+    for config in layers_of(path / CONFIG, section).values():
+        try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what this configuration lacks was said when it was made
-                build_layers(model, MoEConfig.from_dict({**values, "layers": [name]}), new=False)
-    except (KeyError, TypeError, AttributeError, VimoeError) as error:
-        raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {error}") from error
+                build_layers(model, config, new=False)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch, of sizes beyond its integers
+            said = first_line(error)
+            raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {said}") from error
     return model
 
 
-def _section(config: Path) -> dict[str, Any]:
-    """Return the "vimoe" section of a config.json that has the form of one."""
-    try:
-        values = json.loads(read_text(config))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FolderError(f"{config} is no JSON object: {first_line(error)}; save the model again") from error
-    if not isinstance(values, dict):
-        raise FolderError(f"{config} is no JSON object: it holds a {type(values).__name__}; save the model again")
-    forms = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "vimoe": dict, "label_names": list}
-    for name, form in forms.items():
-        if name in values and not isinstance(values[name], form):
-            found = " ".join(str(values[name]).split())[:40]
-            raise FolderError(f"{config}: {name!r} is {found}: expected a {form.__name__}; save the model again")
-    if code := _code_in(values):
-        raise FolderError(f"{config} names code ({code!r}), which vimoe never runs: expected none; take it out")
-    section: dict[str, Any] = values.get("vimoe", {"format": FORMAT, "layers": {}})
-    if type(section.get("format")) is not int or section["format"] != FORMAT:
-        raise FolderError(
-            f"{config} has a 'vimoe' section of format {str(section.get('format'))[:40]}: expected {FORMAT}; update "
-            f"vimoe, or save the model again"
-        )
-    if unknown := [name for name in section if name not in SECTION]:
-        raise FolderError(f"{config}: unknown entry {unknown[0]!r} of 'vimoe': {nearest(unknown[0], SECTION)}")
-    return section
-
-
-def _code_in(values: Any) -> str | None:
-    """Return the first entry of `CODE` at any depth of a JSON value."""
-    if isinstance(values, dict):
-        return next((name for name in values if name in CODE), None) or _code_in(list(values.values()))
-    return next(filter(None, map(_code_in, values)), None) if isinstance(values, list) else None
+def rebuild_parent(path: Path) -> nn.Module:
+    """Build the architecture of a model folder as it is without MoE layers and widened FFNs."""
+    return _parent(path / CONFIG, read_section(path / CONFIG))
 
 
 def _parent(config: Path, section: dict[str, Any]) -> nn.Module:

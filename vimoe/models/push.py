@@ -11,9 +11,10 @@ from torch import nn
 
 from vimoe.errors import FolderError
 from vimoe.files import temporary_folder, write_text
+from vimoe.models.folder_config import CONFIG, WEIGHTS
 from vimoe.models.hub import REPO, told
 from vimoe.models.model_card import CARD, model_card
-from vimoe.models.model_folder import CONFIG, WEIGHTS, save
+from vimoe.models.model_folder import save
 
 
 def push_to_hub(

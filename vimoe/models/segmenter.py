@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimoe.config.masks import IGNORE, Colour
-from vimoe.config.model import ModelConfig
 from vimoe.errors import ConfigError, VimoeError, nearest
-from vimoe.models.create import create
 from vimoe.models.decoders import DECODERS
 from vimoe.models.interface import find_backbone
 
@@ -117,26 +115,6 @@ class Segmenter(nn.Module):
         """Arguments that `Segmenter(backbone, **arguments)` needs to be built again, as JSON knows them."""
         palette = self.palette and [list(colour) for colour in self.palette]
         return {"classes": self.num_classes, "decoder": self.decoder_name, "crop": list(self.crop), "palette": palette}
-
-
-def create_segmenter(
-    config: ModelConfig,
-    classes: int,
-    decoder: str = "linear",
-    crop: tuple[int, int] | None = None,
-    palette: Sequence[Colour] | None = None,
-) -> Segmenter:
-    """Create a Segmenter on a ViT from its settings; position embeddings are brought to the size of the crop once.
-
-    Args:
-        config: settings of the ViT; `config.num_classes` plays no part.
-        classes, decoder, crop, palette: arguments of `Segmenter`; crop by default `config.img_size`.
-
-    Raises:
-        ConfigError: if `vimoe.models.create.create` or `Segmenter` raises it.
-    """
-    backbone = create(config, num_classes=0, img_size=crop, any_size=True)
-    return Segmenter(backbone, classes, decoder, crop, palette)
 
 
 def _whole_patches(crop: Sequence[int], patch: Sequence[int]) -> tuple[int, int]:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.layers import GatedMlp, GlobalResponseNormMlp, PatchDropout, RelPosMlp
 from timm.models import (
@@ -127,7 +129,7 @@ class TimmViT(Backbone):
                 f"the weights of {name!r} cannot be had: {first_line(error)}; use --model.pretrained false, "
                 f"or --model.name local-dir:FOLDER"
             ) from error
-        except _BUILT as error:
+        except (*_BUILT, SafetensorError, UnpicklingError) as error:
             raise ConfigError(
                 f"timm could not build {name!r}: {first_line(error)}; look at the arguments {sorted(given)}"
             ) from error
@@ -245,6 +247,10 @@ class TimmViT(Backbone):
     def classifiers(self) -> tuple[nn.Module, ...]:
         head = self.vit.get_classifier()
         return head if isinstance(head, tuple) else (head,)
+
+    def new_classifier(self, num_classes: int) -> None:
+        self.vit.reset_classifier(num_classes)  # also of a ViT that has none yet
+        super().new_classifier(num_classes)
 
     def no_weight_decay(self) -> set[str]:
         patterns = self.vit.no_weight_decay() if hasattr(self.vit, "no_weight_decay") else ()

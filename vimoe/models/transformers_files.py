@@ -6,7 +6,7 @@ A name is a folder that `save_pretrained` wrote, or a model on the hub. Weights 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vimoe.models.interface import find_backbone
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # types of models that take images of any size
 _INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic", 1: "lanczos", 4: "box", 5: "hamming"}  # Pillow's numbers
 _SAFE: dict[str, Any] = {"trust_remote_code": False}
+_NO_CODE = "expected a model of transformers itself, with attn_implementation='sdpa'; take it out"
 
 
 def create(
@@ -42,6 +43,11 @@ def create(
     library = _library()
     if _is_path(name) and not Path(name).is_dir():
         raise ConfigError(f"model.name='transformers:{name}': no model folder there; {beside(Path(name))}")
+    if "architecture" in _values(Path(name) / "config.json"):
+        raise ConfigError(
+            f"model.name='transformers:{name}': expected a folder of transformers, and it is one of vimoe or timm; use "
+            f"local-dir:{name}"
+        )
     try:
         settings = {"dtype": "float32", "drop_path_rate": 0.0, **changes}
         config, _ = library.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **settings, **_SAFE)
@@ -50,7 +56,7 @@ def create(
             if word not in known:
                 raise ConfigError(f"transformers' {name!r} has no setting {word!r}: {nearest(word, known)}")
         if code := _code(config):
-            raise ConfigError(f"transformers' {name!r} names code ({code}): expected attn_implementation='sdpa'")
+            raise ConfigError(f"transformers' {name!r} names code ({code}), which vimoe never runs: {_NO_CODE}")
         return _create(library, name, pretrained, config, num_classes, img_size)
     except OSError as error:
         raise ConfigError(
@@ -71,17 +77,24 @@ def build(class_name: str, config: dict[str, Any]) -> nn.Module:
         FolderError: if transformers has no such model, or the config names code.
     """
     library = _library()
-    if "auto_map" in config:
-        raise FolderError(f"the config names code ({str(config['auto_map'])[:80]}): expected a model of transformers")
     found = getattr(library, str(class_name), None)
     if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
         raise FolderError(f"class_name={class_name!r}: expected a model of transformers, such as 'ViTModel'")
     model_class: Any = found
     made = model_class.config_class.from_dict(config)
     if code := _code(made):
-        raise FolderError(f"the config names code ({code}): expected attn_implementation='sdpa'")
+        raise FolderError(f"the config names code ({code}), which vimoe never runs: {_NO_CODE}")
     model: nn.Module = model_class(made)
     return model
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """Return the values of a file of JSON; nothing for a file that is missing or no object, which others report."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def pair(size: Any) -> tuple[int, int]:
@@ -112,6 +125,34 @@ def preprocessing(processor: Any) -> dict[str, Any]:
     return found
 
 
+def label_names(config: Any) -> list[str] | None:
+    """Return the names of the classes in a config; None for those that transformers gives where there are none."""
+    names = [str(label) for _, label in sorted(config.id2label.items())]
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def set_label_names(config: Any, names: Sequence[str] | None) -> None:
+    """Write the names of the classes into a config, where there are as many."""
+    if names and len(names) == config.num_labels:
+        config.id2label = {i: str(name) for i, name in enumerate(names)}
+        config.label2id = {str(name): i for i, name in enumerate(names)}
+
+
+def by_own_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by the names of a model's state, as transformers finds them.
+
+    Tensors without a place keep their names, and of one with another shape the shape alone is left.
+    """
+    with _quiet():
+        loaded, info = type(model).from_pretrained(
+            None, config=model.config, state_dict=tensors, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    unfit = {name: torch.empty(shape, device="meta") for name, shape, _ in info["mismatched_keys"]}
+    unknown = {name: tensors.get(name, torch.empty(0)) for name in info["unexpected_keys"]}
+    found = {name: w for name, w in loaded.state_dict().items() if name not in info["missing_keys"]}
+    return {**found, **unfit, **unknown}
+
+
 def _create(
     library: Any, name: str, pretrained: bool, config: Any, num_classes: int | None,
     img_size: int | tuple[int, int] | None,
@@ -136,12 +177,7 @@ def _create(
             seen.image_size = _side(wanted)
         model = auto.from_config(config, **_SAFE)
     model.config._name_or_path = ""  # a model folder is the same wherever it came from
-    names = [str(label) for _, label in sorted(config.id2label.items())]
-    named = not new_head and names != [f"LABEL_{i}" for i in range(len(names))]
-    model.pretrained_cfg = {
-        **({} if processor is None else preprocessing(processor)),
-        "label_names": names if named and classifies else None,
-    }
+    model.pretrained_cfg = {} if processor is None else preprocessing(processor)
     return model
 
 
@@ -169,8 +205,11 @@ def _check_files(name: str) -> None:
         raise ConfigError(f"{name!r} holds an adapter: expected a whole model; merge it and save the model")
     if index := _file(name, "model.safetensors.index.json"):
         shards = {str(shard) for shard in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()}
-        if odd := sorted(shard for shard in shards if not shard.endswith(".safetensors")):
-            raise ConfigError(f"the weights of {name!r} are in {odd[0]}: expected safetensors alone; save them again")
+        if odd := sorted(each for each in shards if not each.endswith(".safetensors") or Path(each).name != each):
+            raise ConfigError(
+                f"the weights of {name!r} are in {odd[0]}: expected safetensors alone, beside their index; save them "
+                f"again"
+            )
 
 
 def _file(name: str, file: str) -> str | None:
@@ -181,11 +220,12 @@ def _file(name: str, file: str) -> str | None:
 
 
 def _code(config: Any) -> str | None:
-    """Return the name of a kernel on the hub that a config has for its attention or experts: code to download."""
+    """Return the code that a config names: classes beside it, or a kernel on the hub for its attention or experts."""
     parts = (config, *(getattr(config, part, None) for part in config.sub_configs))
     names = ("_attn_implementation", "_experts_implementation")
     used = (str(getattr(part, name, "")) for part in parts for name in names)
-    return next((each for each in used if "/" in each), None)
+    classes = (f"auto_map {str(part.auto_map)[:80]}" for part in parts if getattr(part, "auto_map", None))
+    return next(classes, None) or next((each for each in used if "/" in each), None)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,6 +66,25 @@ class TransformersViT(Backbone):
             FolderError: if transformers has no such model, or the config names code.
         """
         return transformers_files.build(arguments["class_name"], arguments["config"])
+
+    @classmethod
+    def rebuild(cls, config: Path) -> nn.Module:
+        """Build the model from its config.json; its own config has the names of the classes, as transformers does."""
+        model: Any = super().rebuild(config)
+        transformers_files.set_label_names(model.config, model.pretrained_cfg["label_names"])
+        return model
+
+    def by_own_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file of `save_pretrained`, which may have names of an older version."""
+        return transformers_files.by_own_names(self.vit, tensors)
+
+    @property
+    def vit_config(self) -> dict[str, Any]:
+        """Preprocessing and "label_names" in timm's format; names that are noted nowhere else are the config's."""
+        found = super().vit_config
+        if found.get("label_names") or not self.classifiers:
+            return found
+        return {**found, "label_names": transformers_files.label_names(self.vit.config)}
 
     # ---- blocks
 
@@ -175,6 +195,10 @@ class TransformersViT(Backbone):
     def num_classes(self) -> int:
         around: int | None = getattr(self.model, "num_classes", None)
         return around if around is not None else self.vit.config.num_labels if self.classifiers else 0
+
+    def new_classifier(self, num_classes: int) -> None:
+        super().new_classifier(num_classes)
+        self.vit.config.num_labels = self.vit.num_labels = num_classes
 
     def logits(self, output: Any) -> Tensor:
         """Return the logits of an output; of a model without a classifier its last hidden state."""

@@ -37,31 +37,35 @@ class Plan:
 
     Attributes:
         sites: FFNs that would be replaced.
-        config: settings of the layers.
+        configs: settings of the layer at each site.
         dense: cost of the model as it is.
         moe: cost of the model with MoE layers.
         start: change of the last block's output before any training; None where nothing changes by construction.
     """
 
     sites: tuple[Site, ...]
-    config: MoEConfig
+    configs: tuple[MoEConfig, ...]
     dense: Cost
     moe: Cost
     start: StartChange | None = None
 
     def __str__(self) -> str:
-        c = self.config
-        named = ("gate", "init", "expert_width", "router_gradient")  # settings that are told where they are set
-        more = "".join(f", {name}={getattr(c, name)}" for name in named if getattr(c, name) != getattr(MoEConfig, name))
-        kind = (
-            f"{c.num_experts} experts ({c.experts}), {c.router} router, top_k={c.top_k}, {c.routing} routing, "
-            f"{c.num_shared_experts} shared, {c.combine}{more}"
-            if c.num_experts
-            else f"dense FFN of {c.num_shared_experts} times the width"
-        )
-        lines = [f"  {site.name}: {type(site.module).__name__} -> {kind}" for site in self.sites]
+        made = zip(self.sites, map(_described, self.configs), strict=True)
+        lines = [f"  {site.name}: {type(site.module).__name__} -> {kind}" for site, kind in made]
         start = [] if self.start is None else [f"start:  {self.start}"]
         return "\n".join([f"before: {self.dense}", f"after:  {self.moe}", *start, *lines])
+
+
+def _described(c: MoEConfig) -> str:
+    """Return a layer's settings in words."""
+    named = ("gate", "init", "expert_width", "router_gradient")  # settings that are told where they are set
+    more = "".join(f", {name}={getattr(c, name)}" for name in named if getattr(c, name) != getattr(MoEConfig, name))
+    return (
+        f"{c.num_experts} experts ({c.experts}), {c.router} router, top_k={c.top_k}, {c.routing} routing, "
+        f"{c.num_shared_experts} shared, {c.combine}{more}"
+        if c.num_experts
+        else f"dense FFN of {c.num_shared_experts} times the width"
+    )
 
 
 def plan(
@@ -100,7 +104,7 @@ def plan(
     layers = [module for module in replaced.values() if isinstance(module, MoE)]
     start = None if all(layer.keeps_function for layer in layers) else _start_change(model, layers, config, images)
     surgery.swap(copied, replaced)
-    return Plan(changed, config, dense, count(set_reading(copied, read), input_size), start)
+    return Plan(changed, (config,) * len(changed), dense, count(set_reading(copied, read), input_size), start)
 
 
 def _start_change(model: nn.Module, layers: Sequence[MoE], config: MoEConfig, images: Batches | None) -> StartChange:

@@ -52,10 +52,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_fit(
+    source: object, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, remedy: str
+) -> None:
     """Raise FolderError, naming them, for tensors that are missing, unexpected, or of another shape or type.
 
     A floating type may be another than the model's, since that of the weights travels.
+
+    Args:
+        source: place of the tensors, for the message.
+        found: tensors by name.
+        expected: tensors of the model by name; their values do not matter.
+        what: thing that says what is expected, for the message.
+        remedy: end of the message.
     """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -66,7 +75,7 @@ def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Te
         *odd[:1],
     ]
     if wrong:
-        raise FolderError(f"{path} does not fit config.json: {'; '.join(wrong)}; save the model again")
+        raise FolderError(f"{source} does not fit {what}: {'; '.join(wrong)}; {remedy}")
 
 
 def _odd(found: Tensor, wanted: Tensor) -> str:

@@ -22,10 +22,10 @@ from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
 from vimoe.metrics.base import Batches, Counts, Score
 from vimoe.metrics.segmentation import ceiling
-from vimoe.models.create import dense_segmenter
+from vimoe.models.create import create_segmenter
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load
-from vimoe.models.segmenter import create_segmenter
+from vimoe.models.names import segmenter_folder
 from vimoe.moe.layer import moe_layers
 from vimoe.tasks.base import Task, check_classes
 from vimoe.tasks.expert_maps import expert_maps
@@ -49,7 +49,7 @@ class Segmentation(Task[Scenes]):
     @classmethod
     def dense_model(cls, config: ModelConfig, data: Scenes) -> nn.Module:
         check_classes(config.num_classes, len(data.classes))
-        if folder := dense_segmenter(config):
+        if folder := segmenter_folder(config):
             return _continued(config, folder, data)
         return create_segmenter(config, len(data.classes), config.decoder or "linear", palette=data.palette)
 
