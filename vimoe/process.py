@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vimoe.errors import VimoeError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress
 
 Result = TypeVar("Result")
 
+LINGER = 2.0  # seconds that the first process waits for others to notice that the job has failed
 # the longest waits for another process: in a step, and while the first decodes a million images for all
 IMPATIENT, PATIENT = timedelta(minutes=30), timedelta(days=1)
 
@@ -46,15 +48,21 @@ def launched() -> int:
 
 
 def speaks() -> bool:
-    """Return True in the process that says why a job ends: the first that fails, since others fail because of it."""
+    """Return True in the process that says why a job ends: the first that fails, since others fail because of it.
+
+    They are counted in the job's store. Where no launcher keeps it, the first process does, and so lingers a moment.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return writes()  # a mistake that all see before they join
     try:
-        failed: int = distributed.distributed_c10d._get_default_store().add("vimoe/failed", 1)
-    except RuntimeError:  # the process that kept the store has ended
+        store = distributed.distributed_c10d._get_default_store()
+        failed, until = store.add("vimoe/failed", 1), monotonic() + LINGER
+        while writes() and monotonic() < until and store.add("vimoe/failed", 0) < distributed.get_world_size():
+            sleep(0.05)
+    except RuntimeError:  # the first process was killed
         return True
-    return failed == 1
+    return bool(failed == 1)
 
 
 def others_ended(error: Exception) -> bool:
