@@ -7,6 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from architecture import PACKAGE, PICTURE, draw, implied, imports, parts, sources
 
+APART = {"__init__", "__main__"}  # the names of the package, and its start as a module
 MOST = 20  # entries of the package: more is a list, not a structure
 
 
@@ -18,12 +19,12 @@ def violations(part: str, source: str, order: list[str]) -> list[str]:
 
 def test_the_tree_names_every_part() -> None:
     there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert there - {"__init__"} == set(parts())
-    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert there - APART == set(parts())
+    entries = [path for path in PACKAGE.iterdir() if path.stem not in {"__pycache__", *APART}]
     assert len(entries) <= MOST
 
 
-@pytest.mark.parametrize("module", sorted(set(sources()) - {"__init__"}))
+@pytest.mark.parametrize("module", sorted(set(sources()) - APART))
 def test_a_part_imports_only_from_above(module: str) -> None:
     assert not violations(module.partition(".")[0], sources()[module], list(parts()))
 

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vimoe.errors import VimoeError
@@ -19,7 +20,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress
 
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(days=7)  # for the first process, which may decode a million images while the others wait
+LINGER = 2.0  # seconds that the first process waits for others to notice that the job has failed
+# the longest waits for another process: in a step, and while the first decodes a million images for all
+IMPATIENT, PATIENT = timedelta(minutes=30), timedelta(days=1)
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +48,21 @@ def launched() -> int:
 
 
 def speaks() -> bool:
-    """Return True in the process that says why a job ends: the first that fails, since others fail because of it."""
+    """Return True in the process that says why a job ends: the first that fails, since others fail because of it.
+
+    They are counted in the job's store. Where no launcher keeps it, the first process does, and so lingers a moment.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return writes()  # a mistake that all see before they join
     try:
-        failed: int = distributed.distributed_c10d._get_default_store().add("vimoe/failed", 1)
-    except RuntimeError:  # the process that kept the store has ended
+        store = distributed.distributed_c10d._get_default_store()
+        failed, until = store.add("vimoe/failed", 1), monotonic() + LINGER
+        while writes() and monotonic() < until and store.add("vimoe/failed", 0) < distributed.get_world_size():
+            sleep(0.05)
+    except RuntimeError:  # the first process was killed
         return True
-    return failed == 1
+    return bool(failed == 1)
 
 
 def others_ended(error: Exception) -> bool:
@@ -71,8 +80,8 @@ class Process:
     a job of one process it changes nothing and waits for nobody. To make one joins the job, which waits for the others:
     only a training does. All else asks `device` and `writes`, which a program with processes of its own may call.
 
-    Tensors are summed on the device, within the time that the backend allows. All else goes over the CPUs, by a group
-    that waits for days: no process is ended because the first one is at long work.
+    Tensors are summed on the device, and all else goes over the CPUs. Nothing waits for ever: a process that has ended
+    is noticed at once, and one that is not heard of after half an hour, or a day where the first is at long work.
 
     Attributes:
         rank: index of this process, from 0.
@@ -98,7 +107,8 @@ class Process:
         self._state = PartialState(cpu=launched_on_cpu or on_cpu)
         self.rank, self.count = self._state.process_index, self._state.num_processes
         self.first, self.device = self._state.is_main_process, self._state.device
-        self._patient = _patient_group() if self.count > 1 else None
+        if self.count > 1:
+            self._quick, self._patient = _group(IMPATIENT), _group(PATIENT)
         if self.count == 1 and on_cpu and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
             _warn_of_one()
 
@@ -133,7 +143,7 @@ class Process:
         if self.count == 1:
             return flag
         one = torch.tensor(int(flag), device="cpu")
-        torch.distributed.all_reduce(one, torch.distributed.ReduceOp.MAX, self._patient)
+        torch.distributed.all_reduce(one, torch.distributed.ReduceOp.MAX, self._quick)
         return bool(one)
 
     def gather(self, value: Result) -> list[Result]:
@@ -142,7 +152,7 @@ class Process:
 
         values = [value] * self.count
         if self.count > 1:
-            torch.distributed.all_gather_object(values, value, self._patient)
+            torch.distributed.all_gather_object(values, value, self._quick)
         return values
 
     def broadcast(self, value: Result) -> Result:
@@ -190,11 +200,11 @@ class Process:
 
 
 @functools.cache
-def _patient_group() -> Any:
-    """Return the group of all processes that talks over CPUs, of which a process has one."""
+def _group(timeout: timedelta) -> Any:
+    """Return the group of all processes that talks over CPUs and waits so long, of which a process has one."""
     import torch
 
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 @functools.cache  # said once

@@ -95,7 +95,8 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
     MoEConfig: {
         "layers": ["", [], "last:0", 3], "num_experts": COUNTS[1:], "top_k": COUNTS, "routing": ["imgae"],
         "num_shared_experts": COUNTS[1:], "combine": ["mux"], "normalize_gates": FLAGS, "router_noise": RATES,
-        "bias_update_rate": SHARES, "expert_dropout": [*SHARES, 1.0], "router": ["sofmax", ["softmax"], None],
+        "bias_update_rate": SHARES, "balance_over": ["local", None], "expert_dropout": [*SHARES, 1.0],
+        "router": ["sofmax", ["softmax"], None],
         "experts": ["fnn", {}], "gate": ["chioce", 1], "gate_weight": [*RATES, 0], "router_gradient": ["all", None],
         "init": ["cpoy", None], "drop_ratio": SHARES, "noise_std": RATES, "cluster_energy": [*SHARES, 0],
         "calibration_images": [*COUNTS, 1], "rank": COUNTS, "delta_density": SHARES, "expert_width": COUNTS,

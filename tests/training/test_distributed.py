@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.jobs import TESTS, finish, start
+from helpers.shared_losses import everything, of_routers
 from helpers.shared_training import CASES, images_of, trained
+
+from vimoe.process import Process
 
 SHORT = {"epochs": 1}
 LONG = {"epochs": 17}  # of three steps
@@ -87,3 +90,31 @@ def test_fifty_steps_of_several_are_those_of_one(folder: Path, count: int) -> No
             strict=True,
         ):  # fmt: skip
             assert other["train_loss"] == pytest.approx(mine["train_loss"], rel=2e-3), case
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_losses_of_shares_have_the_value_and_the_gradient_of_the_batch(tmp_path: Path, count: int) -> None:
+    ended = finish(start(count, TESTS / "helpers" / "shared_losses.py", tmp_path))
+    assert [status for status, _, _ in ended] == [0] * count, ended
+    expected = everything(Process())
+    for rank in range(count):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for part, values in expected.items():
+            rounding = 1e-5 if part == "scenes" else 1e-10  # pixels have losses in float32
+            for name, value in values.items():
+                torch.testing.assert_close(found[part][name], value, rtol=rounding, atol=rounding / 10, msg=name)
+
+
+def test_losses_of_shares_alone_are_others() -> None:
+    """So that the test above can fail: without the other processes, the first share has losses of its own."""
+
+    class Half(Process):
+        def __init__(self) -> None:
+            self.rank, self.count = 0, 2
+
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return 2 * tensor
+
+    alone, whole = of_routers("image", Half()), of_routers("image", Process())
+    for name in ("balance_loss", "importance_loss", "variance_loss"):
+        assert not torch.allclose(alone[name], whole[name], rtol=1e-3)

@@ -24,8 +24,8 @@ class TrainConfig:
 
     Args:
         epochs: number of passes over the training images.
-        batch_size: number of images a step (on each device); lowered, with a warning, if there are fewer training
-            images.
+        batch_size: number of images a step, of all processes together, which get equal shares; lowered, with a warning,
+            if there are fewer training images.
         accumulation: number of steps whose gradients are added up for one update of the weights.
         lr: peak learning rate of AdamW, reached after the warm-up and then decayed by a cosine to min_lr.
         min_lr: learning rate at the end, or lr where that is lower.

@@ -63,7 +63,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     _check_start(kind, data, settings)
     settings = _check_architecture(kind, data, settings)
     set_seed(settings.train.seed)
-    model = kind.dense_model(settings.model, data)
+    model = process.first_then_all(kind.dense_model, settings.model, data)  # which may download weights
     converted, scanned = _convert(kind, model, data, settings.trainings[0])
     fuse.warn_of_copies(model)
     stages = list(_stages(model, converted, settings))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from vimoe.config.train import TrainConfig
@@ -61,7 +62,13 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
 
 
 def check_shares(config: TrainConfig, process: Process) -> None:
-    """Raise ConfigError if the processes of the job cannot have equal shares of a batch."""
+    """Raise ConfigError if the processes of the job cannot have equal shares of a batch, or are to share more."""
+    for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            raise ConfigError(
+                f"accelerate launch with {name}: expected processes that each have the whole model; start it with "
+                f"--multi_gpu, or by torchrun"
+            )
     count, unit = process.count, _unit(config, process)
     if config.batch_size % unit or not config.batch_size:
         pairs = ", since images are mixed in pairs" if unit > count else ""

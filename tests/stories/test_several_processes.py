@@ -1,0 +1,185 @@
+"""`torchrun -m vimoe train`: one run folder, one log, one line for a failure; nothing hangs, and it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.commands import QUICK, TINY
+from helpers.jobs import TESTS, environment, finish, start
+from helpers.pictures import roles
+from helpers.trainings import rows
+from safetensors.torch import load_file
+
+FAILING = TESTS / "helpers" / "failing_job.py"
+OPTIONS = [*TINY, *QUICK, "--moe.layers=last:1", "--moe.num_experts=4", "--train.ema_decay=0.5", "--train.mixup=0.2"]
+OPTIONS += ["--train.checkpoint_minutes=0", "--moe.bias_update_rate=0.01"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return roles(tmp_path_factory.mktemp("photos"), train=14)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def train(photos: Path, out: Path, *more: str) -> list[str]:
+    return ["train", f"--data.path={photos}", *OPTIONS, *more, "--out", str(out)]
+
+
+def lines(ended: list[tuple[int | None, str, str]]) -> list[str]:
+    """What the processes said of their end."""
+    return [line for _, _, said in ended for line in said.splitlines() if line.startswith("vimoe: ")]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_equal(ours: Path, theirs: Path) -> None:
+    one, other = weights(ours), weights(theirs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int | None, str, str]]]:
+    """A run of two processes, and how they ended."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        return out, finish(start(2, "-m", "vimoe", *train(photos, out, "--data.cache=disk")))
+
+
+def test_one_speaks_and_writes(whole: tuple[Path, Any]) -> None:
+    out, ((first, printed, said), second) = whole
+    assert first == 0, said
+    assert "validation top-1" in printed and "epoch 3 of 3" in said and second == (0, "", "")
+    assert {"config.yaml", "metrics.csv", "load.csv", "report.html", "summary.json", "model"} <= {
+        each.name for each in out.iterdir()
+    }
+    assert json.loads((out / "summary.json").read_text())["val"]["images"] == 9
+    assert len(rows(out / "metrics.csv")) == 3
+
+
+def test_a_killed_job_ends_and_goes_on_to_the_same_bits(photos: Path, whole: tuple[Path, Any], tmp_path: Path) -> None:
+    for rank, step, how in ((1, 3, "kill"), (0, 4, "kill")):
+        out = tmp_path / f"killed{rank}"
+        ended = finish(start(2, FAILING, how, rank, step, *train(photos, out, "--data.cache=disk")), 200)
+        assert ended[rank][0] == -signal.SIGKILL and ended[1 - rank][0] == 2, ended
+        assert len(lines(ended)) == 1 and "another process of the job has ended" in lines(ended)[0]
+        again = finish(start(2, "-m", "vimoe", "train", "--resume", out))
+        assert [status for status, _, _ in again] == [0, 0], again
+        assert_equal(whole[0], out)
+
+
+def test_a_signal_to_one_stops_all_with_a_checkpoint(photos: Path, whole: tuple[Path, Any], tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    ended = finish(start(2, FAILING, "term", 1, 7, *train(photos, out, "--data.cache=disk")), 200)
+    assert [status for status, _, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert lines(ended) == [f"vimoe: stopped, with a checkpoint; go on with: vimoe train --resume {out}"]
+    assert [status for status, _, _ in finish(start(1, "-m", "vimoe", "train", "--resume", out))] == [0]
+    ours, theirs = rows(whole[0] / "metrics.csv"), rows(out / "metrics.csv")  # by one process from the second epoch on
+    for row, other in zip(ours, theirs, strict=True):
+        assert float(other["train_loss"]) == pytest.approx(float(row["train_loss"]), rel=1e-4)
+        assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "said"),
+    [
+        ("nan", 1, "the loss is nan in epoch 1, step 3, of "),
+        ("error", 1, "the image is gone: expected it to be there; restore it"),
+        ("full", 0, "No space left on device"),
+    ],
+)
+def test_a_failure_of_one_ends_all_with_its_line(photos: Path, tmp_path: Path, how: str, rank: int, said: str) -> None:
+    out = tmp_path / "failed"
+    ended = finish(start(2, FAILING, how, rank, 2, *train(photos, out)), 200)
+    assert [status for status, _, _ in ended] == [2, 2], ended
+    assert len(lines(ended)) == 1 and said in lines(ended)[0], ended
+    assert (out / "checkpoints" / "last.pt").exists() and not (out / "summary.json").exists()
+    if how == "nan":
+        assert [status for status, _, _ in finish(start(1, "-m", "vimoe", "train", "--resume", out))] == [0]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "--data.path=digits", *OPTIONS, "--train.batch_size=10"], "train.batch_size=10 over 2 processes"),
+        (["train", "--data.path=nowhere", *OPTIONS], "nowhere"),
+        (["train", "--train.lr=high"], "train.lr"),
+        (["evaluate", "runs/first"], "vimoe evaluate in 2 processes: expected 1, since only train shares its work"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, command: list[str], said: str) -> None:
+    more = ["--out", str(tmp_path / "run")] if command[0] == "train" else []
+    ended = finish(start(2, "-m", "vimoe", *command, *more))
+    assert [status for status, _, _ in ended] == [2, 2]
+    assert len(lines(ended)) == 1 and said in lines(ended)[0], ended
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_features_are_computed_once(photos: Path, tmp_path: Path) -> None:
+    options = ["--data.cache=features", "--train.train_only=moe", "--train.mixup=0"]
+    for count in (2, 1):
+        ended = finish(start(count, "-m", "vimoe", *train(photos, tmp_path / str(count), *options)))
+        assert [status for status, _, _ in ended] == [0] * count, ended
+        made = [line for _, _, said in ended for line in said.splitlines() if "features before" in line]
+        assert len(made) == 1 and made[0].endswith("found" if count == 1 else "s")
+    ours, theirs = (rows(tmp_path / name / "metrics.csv") for name in ("1", "2"))
+    for row, other in zip(ours, theirs, strict=True):
+        assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_launchers(photos: Path, tmp_path: Path, launcher: str) -> None:
+    """Accelerate starts one process where it is to use CPUs, and the user is told so."""
+    modules = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
+    options = ["--nproc-per-node=2"] if launcher == "torchrun" else ["--num_processes=2", "--cpu"]
+    command = [sys.executable, "-m", modules[launcher], *options, "-m", "vimoe", *train(photos, tmp_path / "run")]
+    plain = {k: v for k, v in environment(0, 1, 0).items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    plain = {k: v for k, v in plain.items() if not k.startswith("MASTER")}
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("this is a job of one process" in done.stderr) == (launcher == "accelerate")
+    assert done.stdout.count("validation top-1") == 1
+
+
+@pytest.mark.slow
+def test_twenty_kills(photos: Path, whole: tuple[Path, Any], tmp_path: Path) -> None:
+    """One of two processes is killed at a random moment, also while a checkpoint is written, until the run ends."""
+    draw, kills, number = random.Random(0), 0, 0
+    while kills < 20:
+        number += 1
+        out = tmp_path / f"run{number}"
+        arguments = train(photos, out, "--data.cache=disk")
+        for attempt in range(5):
+            job = start(2, "-m", "vimoe", *arguments)
+            begun = time.perf_counter()
+            while not (out / "checkpoints" / "last.pt").exists() and job[0].process.exitcode is None:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 3))
+            victim = job[draw.randrange(2)].process
+            if attempt < 4 and victim.exitcode is None:
+                victim.kill()
+                kills += 1
+            ended = finish(job, 200)
+            assert time.perf_counter() - begun < 400
+            if (out / "summary.json").exists():
+                break
+            assert len(lines(ended)) == 1, ended
+            arguments = ["train", "--resume", str(out)] if (out / "checkpoints" / "last.pt").exists() else arguments
+        assert_equal(whole[0], out)
