@@ -54,7 +54,8 @@ def groups(made: nn.Module) -> list[dict[str, Any]]:
 
 
 def adamw(made: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(by_mesh(groups(made)), lr=0.01, fused=True)
+    # biases of keys have no gradient but for rounding, which AdamW's own eps (1e-8) would make a step of
+    return torch.optim.AdamW(by_mesh(groups(made)), lr=0.01, eps=1e-5, fused=True)
 
 
 def full(tensor: Tensor | None) -> Tensor:
