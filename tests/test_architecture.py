@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from architecture import PACKAGE, PICTURE, draw, implied, imports, parts, sources
 
-MOST = 20  # entries of the package: more is a list, not a structure
+MOST = 21  # entries of the package: more is a list, not a structure
 
 
 def violations(part: str, source: str, order: list[str]) -> list[str]:
