@@ -25,9 +25,9 @@ def exchanged_bytes(model: nn.Module, step: Callable[[], object]) -> dict[str, i
         all-reduce                    2 b (g - 1) / g
         all-to-all                    the rows for other processes
 
-    Dimensions are "fsdp" (weights and gradients), "replicas" (gradients of all but spread experts), "data" (gradients
-    of spread experts), "expert" (tokens and their gradients, and loads), and "other" for groups that are not of the
-    model, such as that of all processes.
+    Weights and gradients are sent along "fsdp", gradients of all but spread experts along "replicas", and those of
+    spread experts along "data". Tokens, their gradients and loads are sent along "expert". Groups that are not of the
+    model, such as that of all processes, are "other".
 
     Args:
         model: model of `parallelize`.
