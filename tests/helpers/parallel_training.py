@@ -26,8 +26,10 @@ def step(checkpointing: bool) -> dict[str, Any]:
     images, labels = (each.chunk(2)[dist.get_rank()] for each in batch())
     with vimoe.record(made) as routings:
         logits = made(images)
-    (torch.nn.functional.cross_entropy(logits, labels) + vimoe.balance_loss(routings)).backward()
+    loss = torch.nn.functional.cross_entropy(logits, labels) + vimoe.balance_loss(routings)
+    sent = exchanged_bytes(made, loss.backward)
     return {
+        "sent": sent,
         "gradients": {name: full(p.grad) for name, p in made.named_parameters()},
         "records": [(routing.layer, *routing.logits.shape) for routing in routings],
         "read": tokens_read(made),

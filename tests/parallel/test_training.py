@@ -13,6 +13,8 @@ def test_checkpointing_records_once_and_changes_no_gradient() -> None:
         assert [record[0] for record in plain["records"]] == ["blocks.0.mlp", "blocks.1.mlp"]
         assert plain["read"] == checkpointed["read"] == 1, "FSDP's hooks were taken for the user's"
         assert [record[1] for record in plain["records"]] == [4 * 5, 4], "of the last block, the class token alone"
+        dense = sum(g.numel() for name, g in plain["gradients"].items() if ".experts." not in name)
+        assert plain["sent"]["replicas"] == 8 * dense and plain["sent"]["expert"] > 0 == plain["sent"]["fsdp"]
         for name, gradient in plain["gradients"].items():
             torch.testing.assert_close(checkpointed["gradients"][name], gradient, rtol=0, atol=1e-12, msg=name)
 

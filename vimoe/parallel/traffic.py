@@ -33,31 +33,34 @@ def exchanged_bytes(model: nn.Module, step: Callable[[], object]) -> dict[str, i
         model: model of `parallelize`.
         step: a training step, or a part of it; all processes take it.
     """
-    names: dict[Any, str] = {
-        mesh.get_group(i).group_name: name
+    groups = [
+        (name, mesh.get_group(i).group_name)
         for mesh in {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
         for i, name in enumerate(mesh.mesh_dim_names or ())
-    }
+    ]
+    # torch has one group for dimensions that are all processes: the exchange of tokens is known by its collective
+    names: dict[Any, str] = {group: name for name, group in sorted(groups, key=lambda each: each[0] != "expert")}
     counter = _Counter()
     with counter:
         step()
-    sent = dict.fromkeys((*names.values(), "other"), 0.0)
-    for group, size in counter.sent.items():
-        sent[names.get(group, "other")] += size
+    sent = dict.fromkeys((*(name for name, _ in groups), "other"), 0.0)
+    for (group, collective), size in counter.sent.items():
+        sent["expert" if collective is c10d.alltoall_base_ else names.get(group, "other")] += size
     return {name: round(size) for name, size in sent.items()}
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the bytes that are sent, by the name of the group of processes."""
+    """Adds up the bytes that are sent, by the name of the group of processes and the collective."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: dict[str, float] = defaultdict(float)
+        self.sent: dict[tuple[Any, Any], float] = defaultdict(float)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
             group = next(ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-            self.sent[group.group_name] += _sent(function.overloadpacket, args, group)
+            collective = function.overloadpacket
+            self.sent[group.group_name, collective] += _sent(collective, args, group)
         return function(*args, **(kwargs or {}))
 
 
