@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import vimoe
 from vimoe.bench.result import machine
+from vimoe.config.parallel import ParallelConfig
 from vimoe.parallel.gradients import by_mesh, clip_grad_norm_
 from vimoe.parallel.mesh import make_mesh
 from vimoe.parallel.parallelize import parallelize
@@ -57,7 +58,7 @@ def measure(rank: int, count: int, parallel: dict[str, int], folder: str) -> Non
     if count > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-        parallelize(made, make_mesh(parallel))
+        parallelize(made, make_mesh(ParallelConfig(**parallel)))
     optimizer = torch.optim.AdamW(by_mesh([{"params": list(made.parameters())}]), lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(IMAGES, 3, SIZE, SIZE, generator=generator).chunk(count)[rank]

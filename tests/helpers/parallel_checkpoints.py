@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers.parallel_work import adamw, batch, full, losses, model
 from torch import Tensor, nn
 
+from vimoe.config.parallel import ParallelConfig
 from vimoe.errors import FolderError
 from vimoe.parallel import checkpoint
 from vimoe.parallel.checkpoint import load_checkpoint, save_checkpoint
@@ -25,7 +26,7 @@ def start(parallel: dict[str, int] | None) -> tuple[nn.Module, torch.optim.AdamW
     """A model and an optimiser of one process (None) or of a mesh."""
     made = model(SETTINGS)
     if parallel is not None:
-        parallelize(made, make_mesh(parallel))
+        parallelize(made, make_mesh(ParallelConfig(**parallel)))
     return made, adamw(made)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.config.moe import EXPERTS
+from vimoe.config.parallel import ParallelConfig
 from vimoe.moe.experts import Experts
 from vimoe.moe.stacked_ffns import StackedFFNs
 from vimoe.parallel.mesh import make_mesh
@@ -101,7 +102,7 @@ def together(case: str) -> dict[str, Tensor]:
     """The same by two processes, each of which returns its own output and gradient of its input."""
     rank = dist.get_rank()
     made, x = model(case), inputs(CASES[case][0])[rank]
-    parallelize(made, make_mesh({"expert": 2}))
+    parallelize(made, make_mesh(ParallelConfig(expert=2)))
     y = made(x)
     loss(y).backward()
     seen = {f"output {rank}": y.detach(), f"input {rank}": x.grad / 2}  # of its own loss

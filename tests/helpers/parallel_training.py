@@ -9,6 +9,7 @@ import torch.distributed as dist
 from helpers.parallel_work import batch, full, model
 
 import vimoe
+from vimoe.config.parallel import ParallelConfig
 from vimoe.models.reading import tokens_read
 from vimoe.moe.layer import moe_layers
 from vimoe.parallel.mesh import make_mesh
@@ -22,7 +23,7 @@ def step(checkpointing: bool) -> dict[str, Any]:
     """A step with or without gradient checkpointing: gradients, and what was recorded."""
     made = model(SETTINGS)
     made.set_grad_checkpointing(checkpointing)
-    parallelize(made, make_mesh({"expert": 2}))
+    parallelize(made, make_mesh(ParallelConfig(expert=2)))
     images, labels = (each.chunk(2)[dist.get_rank()] for each in batch())
     with vimoe.record(made) as routings:
         logits = made(images)
@@ -47,7 +48,7 @@ def figures() -> dict[str, Any]:
     of_experts = sum(p.numel() for layer in layers.values() for p in layer.experts.parameters())
     root = sum(p.numel() for name, p in made.named_parameters() if not name.startswith("blocks."))
     everything = sum(p.numel() for p in made.parameters())
-    parallelize(made, make_mesh({"fsdp": 2, "expert": 2}))
+    parallelize(made, make_mesh(ParallelConfig(fsdp=2, expert=2)))
     images, recorded = batch()[0].chunk(4)[dist.get_rank()].float(), list[vimoe.Routing]()
 
     def training_step() -> None:

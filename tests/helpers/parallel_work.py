@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import vimoe
 from vimoe.config.moe import MoEConfig
+from vimoe.config.parallel import ParallelConfig
 from vimoe.parallel.gradients import by_mesh, clip_grad_norm_
 from vimoe.parallel.mesh import make_mesh
 from vimoe.parallel.parallelize import parallelize, whole
@@ -113,7 +114,7 @@ def together(settings: dict[str, Any], parallel: dict[str, int]) -> dict[str, An
     rank, count = dist.get_rank(), dist.get_world_size()
     if rank:  # the first process's weights hold
         randomise(made, seed=rank)
-    made = parallelize(made, make_mesh(parallel))
+    made = parallelize(made, make_mesh(ParallelConfig(**parallel)))
     seen = trained(made, count, rank)
     with torch.no_grad():
         logits = [torch.empty(IMAGES // count, 5, dtype=torch.float64) for _ in range(count)]
