@@ -2,7 +2,8 @@
 
 The global batch is the same for all meshes. Processes that share cores show what the exchange costs, and no speed-up:
 CPU time is that of all processes together. Each round runs every mesh, each in a job of its own, and ratios are within
-a round. Bytes are `exchanged_bytes`, the least that the collectives send.
+a round. Bytes are the mean over processes of `exchanged_bytes`, the least that the collectives send, beside those that
+`vimoe plan --devices` computes, which takes loads as even.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from torch.distributed.tensor import DTensor
 import vimoe
 from vimoe.bench.result import machine
 from vimoe.config.parallel import ParallelConfig
+from vimoe.config.train import TrainConfig
 from vimoe.parallel.gradients import by_mesh, clip_grad_norm_
-from vimoe.parallel.mesh import make_mesh
+from vimoe.parallel.mesh import DIMENSIONS, make_mesh
 from vimoe.parallel.parallelize import parallelize
 from vimoe.parallel.traffic import exchanged_bytes
+from vimoe.training.footprint import footprint
+from vimoe.training.layouts import layout
 
 MESHES: list[tuple[int, dict[str, int]]] = [
     (1, {}),
@@ -41,7 +45,6 @@ MESHES: list[tuple[int, dict[str, int]]] = [
     (4, {"expert": 4}),
 ]
 IMAGES, SIZE, STEPS, WARMUP = 16, 96, 5, 2
-DIMENSIONS = ("replicas", "data", "fsdp", "expert")
 
 
 def model() -> nn.Module:
@@ -81,12 +84,21 @@ def measure(rank: int, count: int, parallel: dict[str, int], folder: str) -> Non
     if count > 1:
         dist.all_reduce(times)
     wall, cpu = (times / torch.tensor([count, 1])).tolist()  # CPU time is the sum over processes
-    sent = exchanged_bytes(made, step) if count > 1 else {}
+    sent = torch.zeros(len(DIMENSIONS))
+    if count > 1:
+        seen = exchanged_bytes(made, step)
+        sent = torch.tensor([float(seen[name]) for name in DIMENSIONS])
+        dist.all_reduce(sent)
     held = sum(_own(p).numel() * p.element_size() for p in made.parameters())
     if rank == 0:
-        torch.save({"wall": wall, "cpu": cpu, "sent": sent, "held": held}, f"{folder}/seen")
+        torch.save({"wall": wall, "cpu": cpu, "sent": (sent / count).tolist(), "held": held}, f"{folder}/seen")
     if count > 1:
         dist.destroy_process_group()
+
+
+def mesh(parallel: dict[str, int], count: int) -> ParallelConfig:
+    """Return the sizes of a mesh of so many processes."""
+    return ParallelConfig(**parallel).over(count)
 
 
 def _own(p: Tensor) -> Tensor:
@@ -110,14 +122,16 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} core(s) for all processes; mean of {STEPS} steps, medians over {rounds} rounds [least, largest]\n")
     columns = ["mesh", "processes", "step, ms", "CPU, ms", "CPU, ratio", "weights held, MB"]
-    columns += [f"sent by {name}, MB" for name in DIMENSIONS]
+    columns += [f"sent along {name}, MB: measured / plan" for name in DIMENSIONS]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for i, (count, parallel) in enumerate(MESHES):
         wall, cpu = (statistics.median(each[i][kind] for each in seen) for kind in ("wall", "cpu"))
         ratios = sorted(each[i]["cpu"] / each[0]["cpu"] for each in seen)
         name = " x ".join(f"{key} {size}" for key, size in parallel.items()) or "one process"
         ratio = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
-        sent = [f"{seen[0][i]['sent'].get(dimension, 0) / 1e6:.3f}" for dimension in DIMENSIONS]
+        planned = layout(footprint(model(), IMAGES // count, TrainConfig(precision="fp32")), mesh(parallel, count)).sent
+        each = zip(seen[0][i]["sent"], DIMENSIONS, strict=True)
+        sent = [f"{size / 1e6:.3f} / {planned[dimension] / 1e6:.3f}" for size, dimension in each]
         cells = [name, count, f"{1e3 * wall:.0f}", f"{1e3 * cpu:.0f}", ratio, f"{seen[0][i]['held'] / 1e6:.2f}", *sent]
         print(f"| {' | '.join(map(str, cells))} |")
 

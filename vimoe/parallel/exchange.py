@@ -16,9 +16,9 @@ of an exchange of tokens. A training minimises the mean of the L_p: the loss of 
 an equal share of it. Its gradient is the sum of these derivatives over the processes that hold copies, divided by P. A
 parameter that FSDP gathers from shards is a copy for the time of the pass.
 
-    of no expert    copies on all P processes                   FSDP's mean over the P processes is that
-    of an expert    copies on P / E processes, one of each      FSDP's mean over the P / E processes, divided by E
-                    E that are neighbours along `expert`        (`_own`), is that
+- A parameter of no expert has copies on all P processes: FSDP's mean over them is the gradient.
+- A parameter of an expert has copies on P / E processes, one of each E that are neighbours along `expert`: FSDP's mean
+  over these, divided by E (`_own`), is the gradient.
 
 The derivative by an expert's copy sums over the losses of the E processes that sent it tokens.
 """

@@ -12,6 +12,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vimoe.parallel.mesh import DIMENSIONS
+
 c10d = torch.ops.c10d
 
 
@@ -25,26 +27,25 @@ def exchanged_bytes(model: nn.Module, step: Callable[[], object]) -> dict[str, i
         all-reduce                    2 b (g - 1) / g
         all-to-all                    the rows for other processes
 
-    Weights and gradients are sent along "fsdp", gradients of all but spread experts along "replicas", and those of
-    spread experts along "data". Tokens, their gradients and loads are sent along "expert". Groups that are not of the
-    model, such as that of all processes, are "other".
+    Weights and gradients are sent along "fsdp". "data" has the sums of gradients over copies, along the dimension
+    `expert` too where a parameter is of no expert. "expert" has tokens, their gradients and loads. Groups that are not
+    of the model, such as that of all processes, are "other".
 
     Args:
         model: model of `parallelize`.
         step: a training step, or a part of it; all processes take it.
     """
-    groups = [
-        (name, mesh.get_group(i).group_name)
+    names: dict[Any, str] = {
+        mesh.get_group(i).group_name: "fsdp" if name == "fsdp" else "data"
         for mesh in {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
         for i, name in enumerate(mesh.mesh_dim_names or ())
-    ]
-    # torch has one group for dimensions that are all processes: the exchange of tokens is known by its collective
-    names: dict[Any, str] = {group: name for name, group in sorted(groups, key=lambda each: each[0] != "expert")}
+    }
     counter = _Counter()
     with counter:
         step()
-    sent = dict.fromkeys((*(name for name, _ in groups), "other"), 0.0)
+    sent = dict.fromkeys((*DIMENSIONS, "other"), 0.0)
     for (group, collective), size in counter.sent.items():
+        # torch has one group for all dimensions that are all processes, so tokens are known by their collective
         sent["expert" if collective is c10d.alltoall_base_ else names.get(group, "other")] += size
     return {name: round(size) for name, size in sent.items()}
 
