@@ -129,7 +129,7 @@ def main() -> None:
         ratios = sorted(each[i]["cpu"] / each[0]["cpu"] for each in seen)
         name = " x ".join(f"{key} {size}" for key, size in parallel.items()) or "one process"
         ratio = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
-        planned = layout(footprint(model(), IMAGES // count, TrainConfig(precision="fp32")), mesh(parallel, count)).sent
+        planned = layout(footprint(model(), IMAGES // count, TrainConfig(precision="no")), mesh(parallel, count)).sent
         each = zip(seen[0][i]["sent"], DIMENSIONS, strict=True)
         sent = [f"{size / 1e6:.3f} / {planned[dimension] / 1e6:.3f}" for size, dimension in each]
         cells = [name, count, f"{1e3 * wall:.0f}", f"{1e3 * cpu:.0f}", ratio, f"{seen[0][i]['held'] / 1e6:.2f}", *sent]
