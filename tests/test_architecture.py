@@ -8,7 +8,7 @@ import pytest
 from architecture import PACKAGE, PICTURE, draw, implied, imports, parts, sources
 
 APART = {"__init__", "__main__"}  # the names of the package, and its start as a module
-MOST = 20  # entries of the package: more is a list, not a structure
+MOST = 22  # entries of the package: more is a list, not a structure
 
 
 def violations(part: str, source: str, order: list[str]) -> list[str]:

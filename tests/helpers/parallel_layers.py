@@ -1,4 +1,4 @@
-"""MoE layers whose experts are with two processes, beside the same layers in one process: work of a process of a job."""
+"""MoE layers whose experts are with two processes, beside the same layers in one: work of a process of a job."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.config.moe import EXPERTS
+from vimoe.config.parallel import ParallelConfig
 from vimoe.moe.experts import Experts
 from vimoe.moe.stacked_ffns import StackedFFNs
 from vimoe.parallel.mesh import make_mesh
 from vimoe.parallel.parallelize import parallelize
-from vimoe.parallel.traffic import exchanged_bytes
 
 
 class Looped(StackedFFNs):
@@ -102,7 +102,7 @@ def together(case: str) -> dict[str, Tensor]:
     """The same by two processes, each of which returns its own output and gradient of its input."""
     rank = dist.get_rank()
     made, x = model(case), inputs(CASES[case][0])[rank]
-    parallelize(made, make_mesh({"expert": 2}))
+    parallelize(made, make_mesh(ParallelConfig(expert=2)))
     y = made(x)
     loss(y).backward()
     seen = {f"output {rank}": y.detach(), f"input {rank}": x.grad / 2}  # of its own loss
@@ -111,15 +111,3 @@ def together(case: str) -> dict[str, Tensor]:
 
 def all_cases() -> dict[str, dict[str, Tensor]]:
     return {case: together(case) for case in CASES}
-
-
-def sent() -> dict[str, Any]:
-    """Bytes that a process sends for a forward pass, and for one with the backward pass."""
-    made, x = model("tokens, two of four"), inputs((2, 2))[dist.get_rank()]
-    parallelize(made, make_mesh({"expert": 2}))
-    forward = exchanged_bytes(made, lambda: made(x))
-    both = exchanged_bytes(made, lambda: loss(made(x)).backward())
-    with vimoe.record(made) as routings:
-        made(x)
-    size = {part: sum(p.numel() for p in getattr(made.layer, part).parameters()) for part in ("router", "shared")}
-    return {"forward": forward, "both": both, "load": routings[0].load.tolist(), "dense": sum(size.values())}

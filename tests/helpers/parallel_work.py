@@ -5,6 +5,8 @@ Functions that processes run return plain tensors in the first process and None 
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import vimoe
 from vimoe.config.moe import MoEConfig
+from vimoe.config.parallel import ParallelConfig
 from vimoe.parallel.gradients import by_mesh, clip_grad_norm_
 from vimoe.parallel.mesh import make_mesh
 from vimoe.parallel.parallelize import parallelize, whole
@@ -54,7 +57,8 @@ def groups(made: nn.Module) -> list[dict[str, Any]]:
 
 
 def adamw(made: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(by_mesh(groups(made)), lr=0.01, fused=True)
+    # biases of keys have no gradient but for rounding, which AdamW's own eps (1e-8) would make a step of
+    return torch.optim.AdamW(by_mesh(groups(made)), lr=0.01, eps=1e-5, fused=True)
 
 
 def full(tensor: Tensor | None) -> Tensor:
@@ -110,7 +114,7 @@ def together(settings: dict[str, Any], parallel: dict[str, int]) -> dict[str, An
     rank, count = dist.get_rank(), dist.get_world_size()
     if rank:  # the first process's weights hold
         randomise(made, seed=rank)
-    made = parallelize(made, make_mesh(parallel))
+    made = parallelize(made, make_mesh(ParallelConfig(**parallel)))
     seen = trained(made, count, rank)
     with torch.no_grad():
         logits = [torch.empty(IMAGES // count, 5, dtype=torch.float64) for _ in range(count)]
@@ -118,5 +122,6 @@ def together(settings: dict[str, Any], parallel: dict[str, int]) -> dict[str, An
     plain = whole(made)
     if plain is None:
         return None
-    again = plain.eval()(batch()[0]).detach()
-    return {**seen, "logits": torch.cat(logits), "logits of the whole model": again}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        again = vimoe.load(vimoe.save(plain.eval(), Path(folder) / "model"))(batch()[0])
+    return {**seen, "logits": torch.cat(logits), "logits of the model folder": again}

@@ -74,7 +74,8 @@ def _collected(ends: list[Connection], deadline: float) -> list[Any]:
 def _work(
     end: Connection, store: Path, rank: int, count: int, timeout: float, function: Callable[..., Any], args: Any
 ) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # Accelerate asks; the job is there already
     torch.set_num_threads(1)
     warnings.simplefilter("error")  # as in the suite
     try:

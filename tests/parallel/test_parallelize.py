@@ -42,7 +42,7 @@ MERGED: dict[str, Any] = {"routing": "image", "router": "smear"}
 )
 def test_processes_agree_with_one(parallel: dict[str, int], count: int, settings: dict[str, Any]) -> None:
     seen = run(parallel_work.together, count, settings, parallel, timeout=300)[0]
-    again = seen.pop("logits of the whole model")
+    again = seen.pop("logits of the model folder")
     torch.testing.assert_close(again, seen["logits"], rtol=0, atol=1e-12)
     expected = parallel_work.alone(settings, count)
     assert expected["norms"].max() > 0.5, "nothing was clipped"

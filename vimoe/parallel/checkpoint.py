@@ -10,8 +10,9 @@ Nothing is unpickled but tensors, plain values, and torch's own description of t
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def save_checkpoint(
     with ExitStack() as stack:  # of the first process alone, whose folder it is
         temporary: Path = process.once(lambda: stack.enter_context(temporary_folder(path.parent)))
         try:
-            save(tensors, storage_writer=FileSystemWriter(temporary))
+            with _one_process_is_meant():
+                save(tensors, storage_writer=FileSystemWriter(temporary))
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             raise FolderError(
@@ -103,7 +105,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     tensors, _ = _state(model, optimizer)
     try:
         stored: dict[str, Any] = torch.load(path / VALUES, map_location="cpu", weights_only=True)
-        load(tensors, storage_reader=_Reader(path))
+        with _one_process_is_meant():
+            load(tensors, storage_reader=_Reader(path))
     except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
         failures = error.failures if isinstance(error, CheckpointException) else {}
         cause = next(iter(failures.values()))[0] if failures else error
@@ -125,6 +128,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[d
     named: dict[str, Any] = {"model": weights, "optimizer": {k: v for k, v in state.items() if isinstance(v, Tensor)}}
     tensors: dict[str, Any] = {f"{part}.{name}": t for part, each in named.items() for name, t in each.items()}
     return tensors, {name: value for name, value in state.items() if name not in named["optimizer"]}
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Keep torch from a warning where there is no job."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _part(tensors: dict[str, Any], part: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Expert parallelism: each process holds some experts of a layer, and computes them for the tokens of all.
 
-Axes: N experts of the layer, E processes along `expert`, n = N / E experts of one of them, R rows that are routed
-(images or tokens), U tokens of a row, S slots of this process in the order of their experts, G slots that this process
-gets from all, D channels.
+Axes: N experts of the layer, E processes along `expert`, n = N / E experts of one of them. R rows that are routed
+(images or tokens), U tokens of a row, D channels, S slots of this process in the order of their experts, G slots that
+this process gets from all.
 
 The exchange stands around `Experts.forward(x, source, load)` and keeps its contract: the router, the dispatch and the
 combination see the S slots of this process alone, and a kind of experts sees G slots for n experts. Experts i n to
@@ -13,11 +13,12 @@ each exchange and every parameter gets a gradient.
 Gradients. Let L_p be the loss of process p, of P. The backward passes of all processes together compute, on each
 process, the derivative of sum_p L_p by what it holds of a parameter, because an exchange of gradients is the derivative
 of an exchange of tokens. A training minimises the mean of the L_p: the loss of the global batch where each process has
-an equal share of it. Its gradient is the sum of these derivatives over the processes that hold copies, divided by P:
+an equal share of it. Its gradient is the sum of these derivatives over the processes that hold copies, divided by P. A
+parameter that FSDP gathers from shards is a copy for the time of the pass.
 
-    no expert's   copies on all P processes, or P / fsdp of each shard     FSDP's mean over its P processes is that
-    an expert's   copies on P / E of them: on the others of its data and fsdp dimensions
-                  FSDP's mean over these P / E, divided by E, is that      (`_own` divides)
+- A parameter of no expert has copies on all P processes: FSDP's mean over them is the gradient.
+- A parameter of an expert has copies on P / E processes, one of each E that are neighbours along `expert`: FSDP's mean
+  over these, divided by E (`_own`), is the gradient.
 
 The derivative by an expert's copy sums over the losses of the E processes that sent it tokens.
 """

@@ -1,10 +1,11 @@
 """A model over the processes of a mesh: FSDP by block, and experts spread along `expert`.
 
-Parameters become DTensors, but for scalars, which each process keeps. Those of no expert are sharded along `fsdp` and replicated along `data` and `expert`; those
-of experts are sharded by expert along `expert`, by another axis along `fsdp`, and replicated along `data`. FSDP2
-(`torch.distributed.fsdp.fully_shard`) gathers what a block needs for the time of its forward and backward pass, and
-takes the mean of gradients over the processes; see `vimoe.parallel.exchange` for why each gradient is that of the mean
-loss. It does so with one shard too (fsdp=1), so there is one way for all meshes.
+Parameters become DTensors, but for scalars, which each process keeps. Those of no expert are sharded along `fsdp` and
+replicated along `data` and `expert`; those of experts are sharded by expert along `expert`, by another axis along
+`fsdp`, and replicated along `data`. FSDP2 (`torch.distributed.fsdp.fully_shard`) gathers what a block needs for the
+time of its forward and backward pass, and takes the mean of gradients over the processes; see
+`vimoe.parallel.exchange` for why each gradient is that of the mean loss. It does so with one shard too (fsdp=1), so
+there is one way for all meshes.
 
 The model that each process begins with is whole, so it has to fit into the memory of one.
 """

@@ -12,6 +12,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vimoe.parallel.mesh import DIMENSIONS
+
 c10d = torch.ops.c10d
 
 
@@ -25,39 +27,41 @@ def exchanged_bytes(model: nn.Module, step: Callable[[], object]) -> dict[str, i
         all-reduce                    2 b (g - 1) / g
         all-to-all                    the rows for other processes
 
-    Dimensions are "fsdp" (weights and gradients), "replicas" (gradients of all but spread experts), "data" (gradients
-    of spread experts), "expert" (tokens and their gradients, and loads), and "other" for groups that are not of the
-    model, such as that of all processes.
+    Weights and gradients are sent along "fsdp". "data" has the sums of gradients over copies, along the dimension
+    `expert` too where a parameter is of no expert. "expert" has tokens, their gradients and loads. Groups that are not
+    of the model, such as that of all processes, are "other".
 
     Args:
         model: model of `parallelize`.
         step: a training step, or a part of it; all processes take it.
     """
     names: dict[Any, str] = {
-        mesh.get_group(i).group_name: name
+        mesh.get_group(i).group_name: "fsdp" if name == "fsdp" else "data"
         for mesh in {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
         for i, name in enumerate(mesh.mesh_dim_names or ())
     }
     counter = _Counter()
     with counter:
         step()
-    sent = dict.fromkeys((*names.values(), "other"), 0.0)
-    for group, size in counter.sent.items():
-        sent[names.get(group, "other")] += size
+    sent = dict.fromkeys((*DIMENSIONS, "other"), 0.0)
+    for (group, collective), size in counter.sent.items():
+        # torch has one group for all dimensions that are all processes, so tokens are known by their collective
+        sent["expert" if collective is c10d.alltoall_base_ else names.get(group, "other")] += size
     return {name: round(size) for name, size in sent.items()}
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the bytes that are sent, by the name of the group of processes."""
+    """Adds up the bytes that are sent, by the name of the group of processes and the collective."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: dict[str, float] = defaultdict(float)
+        self.sent: dict[tuple[Any, Any], float] = defaultdict(float)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
             group = next(ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-            self.sent[group.group_name] += _sent(function.overloadpacket, args, group)
+            collective = function.overloadpacket
+            self.sent[group.group_name, collective] += _sent(collective, args, group)
         return function(*args, **(kwargs or {}))
 
 
