@@ -26,7 +26,7 @@ from vimoe.models.hub import find_folder
 from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.models.reading import set_reading
 from vimoe.models.segmenter import Segmenter
-from vimoe.models.upcycling import build_layers, sites
+from vimoe.models.upcycling import build_layers, input_shapes, sites
 from vimoe.models.weights_file import check_fit, check_inside, read_tensors
 from vimoe.moe import MoE, ffn
 from vimoe.moe.packed import check_not_packed
@@ -215,10 +215,11 @@ def _rebuild(path: Path) -> nn.Module:
     section = _section(path / CONFIG)
     model = _parent(path / CONFIG, section)
     try:
+        shapes = input_shapes(model) if section["layers"] else {}  # one run for all layers
         for name, values in section["layers"].items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what this configuration lacks was said when it was made
-                build_layers(model, MoEConfig.from_dict({**values, "layers": [name]}), new=False)
+                build_layers(model, MoEConfig.from_dict({**values, "layers": [name]}), new=False, shapes=shapes)
     except (KeyError, TypeError, AttributeError, VimoeError) as error:
         raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {error}") from error
     return model
