@@ -155,6 +155,27 @@ def test_an_upcycled_vit_answers_timms_calls_as_its_parent_does(call: str, routi
     assert (CALLS[call](changed, x) - expected).abs().max() > 10 * precision
 
 
+@pytest.mark.parametrize("call", [call for call in CALLS if call not in ("get_intermediate_layers", "compile")])
+@torch.no_grad()
+def test_other_models_of_timm_answer_its_calls_as_their_parents_do(name: str, call: str) -> None:
+    parent, x = dense(name), images(name)
+    model = vimoe.upcycle(copy.deepcopy(parent), config())
+    precision = 2e-2 if call == "half" else 1e-4
+    expected, found = (CALLS[call](copy.deepcopy(each), x) for each in (parent, model))
+    torch.testing.assert_close(found, expected, rtol=precision, atol=precision)
+
+
+@torch.no_grad()
+def test_features_of_a_list_of_modules_are_those_of_the_parent() -> None:
+    """timm takes some models apart for features alone; what is left is of no family, and its FFNs have names."""
+    parent = randomise(timm.create_model("convnext_tiny", features_only=True, **SMALL), scale=0.3).eval()
+    model = vimoe.upcycle(copy.deepcopy(parent), config(layers="stages_*.mlp", routing="token"))
+    assert len(layers(model)) == 4
+    x = torch.randn(2, 3, 32, 32)
+    for ours, theirs in zip(model(x), parent(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_features_alone_are_those_of_the_parent() -> None:
     parent = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **PLAIN).eval()
