@@ -58,12 +58,12 @@ def holding(found: Found, columns: tuple[str, ...] = TOGETHER) -> list[Architect
 def page(found: Found) -> str:
     """Return the page as Markdown."""
     known = {each.key: found.get(each.key, {}) for each in ARCHITECTURES}
+    five, full, upcycled = (len(holding(found, columns)) for columns in (TOGETHER, COLUMNS, TOGETHER[:1]))
     parts = [
         HEAD,
-        f"\n{len(ARCHITECTURES)} architectures of {len(families())} families. {', '.join(TOGETHER[:-1])} and ",
+        f"\n{len(ARCHITECTURES)} architectures of {len(families())} families, of which {upcycled} can be upcycled. "
+        f"{full} have all columns. These five hold together for {five}: {'; '.join(TOGETHER)}.\n",
     ]
-    parts.append(f"{TOGETHER[-1]} hold together for {len(holding(found))}, all columns for ")
-    parts.append(f"{len(holding(found, COLUMNS))}; {len(holding(found, TOGETHER[:1]))} can be upcycled.\n")
     for library in dict.fromkeys(each.library for each in ARCHITECTURES):
         rows = [each for each in ARCHITECTURES if each.library == library]
         columns = ("family", *COLUMNS)
