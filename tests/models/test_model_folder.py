@@ -17,6 +17,7 @@ from torch import nn
 
 import vimoe
 from vimoe.errors import FolderError
+from vimoe.models.cost import meta_images
 from vimoe.models.interface import label_names
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -65,6 +66,19 @@ def test_a_mixed_model_is_rebuilt_layer_by_layer(tmp_path: Path) -> None:
     assert model.blocks[1].mlp.fc1.out_features == 2 * model.blocks[2].mlp.fc1.out_features
     vimoe.save(model, tmp_path / "m")
     assert_same(vimoe.load(tmp_path / "m"), model)
+
+
+def test_a_model_is_rebuilt_with_one_run_for_all_of_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runs = upcycle(vit(depth=5), config()), []
+    path = vimoe.save(model, tmp_path / "m")
+
+    def counted(copied: nn.Module, batch: int) -> torch.Tensor:
+        runs.append(copied)
+        return meta_images(copied, batch)
+
+    monkeypatch.setattr("vimoe.models.upcycling.meta_images", counted)
+    assert_same(vimoe.load(path), model)
+    assert len(layers(model)) == 5 and len(runs) == 2  # once without memory, to see if the weights fit
 
 
 def test_a_dense_folder_is_timms(tmp_path: Path) -> None:

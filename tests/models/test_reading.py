@@ -11,14 +11,13 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+from helpers.reading import IN_FLOAT64, assert_same, descend, inputs, macs, pair
 from helpers.segmenters import segmenter
 from helpers.tiny import FAMILIES, config, images, perturb_experts, randomise, upcycle, vit
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 import vimoe
 from vimoe.errors import ConfigError
@@ -46,7 +45,6 @@ VARIANTS = {  # further blocks and attentions of timm
     "grouped queries": ("vit_base_patch16_sapiens2", {"num_kv_heads": (2, 1)}),
     "registers and rotary positions": ("vit_small_patch16_lingbot", {}),
 }
-IN_FLOAT64 = {"rtol": 0, "atol": 1e-12}
 
 
 def variant(name: str) -> nn.Module:
@@ -62,46 +60,8 @@ def variant(name: str) -> nn.Module:
     return randomise(model).eval()
 
 
-def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The model in float64 that computes everything, and a copy that computes what is read."""
-    whole = vimoe.set_reading(model.double(), "all")
-    return whole, vimoe.set_reading(copy.deepcopy(whole))
-
-
 def vimoes(name: str, routing: str = "image", **settings: object) -> tuple[nn.Module, nn.Module]:
     return pair(perturb_experts(upcycle(variant(name), config(routing=routing, **settings))))
-
-
-def inputs(model: nn.Module, batch: int = 3) -> Tensor:
-    return images(model, batch).double()
-
-
-def descend(model: nn.Module, x: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and the gradients of the cross-entropy."""
-    torch.manual_seed(seed)
-    model.zero_grad()
-    logits = model(x)
-    F.cross_entropy(logits, torch.arange(len(x)) % logits.shape[-1]).backward()
-    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same(whole: nn.Module, narrow: nn.Module, x: Tensor) -> None:
-    """Outputs and all gradients are equal, and so is which parameters have one."""
-    (logits, gradients), (ours, found) = descend(whole, x), descend(narrow, x)
-    torch.testing.assert_close(ours, logits, **IN_FLOAT64)
-    assert gradients.keys() == found.keys()
-    for name, gradient in gradients.items():
-        assert (gradient is None) == (found[name] is None), name
-        if gradient is not None:
-            torch.testing.assert_close(
-                found[name], gradient, **IN_FLOAT64, msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-def macs(model: nn.Module, x: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    return counter.get_total_flops() // 2
 
 
 # ---- the same, with less

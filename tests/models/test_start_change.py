@@ -7,9 +7,10 @@ from pathlib import Path
 
 import helpers.kinds  # noqa: F401  it registers kinds of routers and experts
 import pytest
+import timm
 import torch
 from helpers.commands import TINY, call
-from helpers.tiny import config, images, vit
+from helpers.tiny import config, images, randomise, vit
 from torch import Tensor, nn
 
 import vimoe
@@ -121,3 +122,23 @@ def test_a_plan_names_gate_and_start_where_they_are_set() -> None:
     line = str(vimoe.plan(vit(), vimoe.MoEConfig(layers="last:1", gate="choice", init="noise"))).splitlines()[-1]
     assert line.endswith("1 shared, mix, gate=choice, init=noise")
     assert str(vimoe.plan(vit(), vimoe.MoEConfig(layers="last:1"))).endswith("1 shared, mix")
+
+
+def test_the_last_block_of_a_model_of_stages_is_the_last_that_is_called() -> None:
+    arguments = {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}
+    model = randomise(timm.create_model("twins_svt_small", **arguments), scale=0.3).eval()
+    assert vimoe.plan(model, config(init="noise", layers="last:1")).start.change > 1e-3
+
+
+def test_where_the_last_block_is_not_known_the_change_is_not_measured() -> None:
+    model = timm.create_model("coat_lite_tiny", img_size=64)
+    found = vimoe.plan(model, config(init="noise", layers="serial_blocks4.1.mlp", routing="token"))
+    assert found.start.change is None and "not known which block comes last" in str(found)
+
+
+def test_the_last_block_of_a_model_of_transformers_may_return_more_than_tokens() -> None:
+    pytest.importorskip("transformers")
+    from helpers.tiny_transformers import vit as of_transformers
+
+    planned = vimoe.plan(of_transformers("data2vec, split"), config(init="noise", layers="last:1"))
+    assert planned.start.change > 1e-3

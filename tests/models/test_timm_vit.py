@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers.round_trip import round_trip
 from helpers.tiny import config, layers, perturb_experts, randomise, upcycle, vit
 from helpers.tiny import images as pixels
 from timm.optim import param_groups_layer_decay
@@ -56,24 +57,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("routing", ["image", "token"])
 def test_it_is_upcycled_saved_and_brought_back(name: str, routing: str, tmp_path: Path) -> None:
-    parent, x = dense(name), images(name)
-    model = vimoe.upcycle(copy.deepcopy(parent), config(routing=routing))
-    assert len(layers(model)) == len(sites(parent)) >= 2
-    with vimoe.record(model) as routings:
-        torch.testing.assert_close(model(x), parent(x), rtol=1e-4, atol=1e-4)
-    assert all(routing.batch[0] == 3 for routing in routings)
-    changed = perturb_experts(copy.deepcopy(model))
-    assert (changed(x) - parent(x)).abs().max() > 1e-2 * parent(x).abs().max()
-    changed(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in (each.router.weight for each in layers(changed)))
-    with torch.no_grad():
-        again = vimoe.load(vimoe.save(changed, tmp_path / "m", model_args=MODELS[name][1]))
-        torch.testing.assert_close(again(x), changed(x), rtol=1e-5, atol=1e-6)
-    vimoe.densify(changed)
-    state = changed.state_dict()
-    assert list(state) == list(parent.state_dict())
-    assert all(torch.equal(state[key], value) for key, value in parent.state_dict().items())
-    assert vimoe.count(model).moe_layers == tuple(site.name for site in sites(parent))
+    parent = dense(name)
+    _, names = round_trip(parent, images(name), routing, tmp_path / "m", model_args=MODELS[name][1])
+    assert names == [site.name for site in sites(parent)] and len(names) >= 2
 
 
 @pytest.mark.parametrize("routing", ["image", "token"])
@@ -167,6 +153,27 @@ def test_an_upcycled_vit_answers_timms_calls_as_its_parent_does(call: str, routi
     expected, found = (CALLS[call](each, x) for each in (parent, model))
     torch.testing.assert_close(found, expected, rtol=precision, atol=precision)
     assert (CALLS[call](changed, x) - expected).abs().max() > 10 * precision
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call not in ("get_intermediate_layers", "compile")])
+@torch.no_grad()
+def test_other_models_of_timm_answer_its_calls_as_their_parents_do(name: str, call: str) -> None:
+    parent, x = dense(name), images(name)
+    model = vimoe.upcycle(copy.deepcopy(parent), config())
+    precision = 2e-2 if call == "half" else 1e-4
+    expected, found = (CALLS[call](copy.deepcopy(each), x) for each in (parent, model))
+    torch.testing.assert_close(found, expected, rtol=precision, atol=precision)
+
+
+@torch.no_grad()
+def test_features_of_a_list_of_modules_are_those_of_the_parent() -> None:
+    """timm takes some models apart for features alone; what is left is of no family, and its FFNs have names."""
+    parent = randomise(timm.create_model("convnext_tiny", features_only=True, **SMALL), scale=0.3).eval()
+    model = vimoe.upcycle(copy.deepcopy(parent), config(layers="stages_*.mlp", routing="token"))
+    assert len(layers(model)) == 4
+    x = torch.randn(2, 3, 32, 32)
+    for ours, theirs in zip(model(x), parent(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

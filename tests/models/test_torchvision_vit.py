@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import pytest
 import torch
 import torchvision
 from helpers.commands import call, refused
+from helpers.reading import IN_FLOAT64, assert_same, inputs, macs, pair
+from helpers.round_trip import round_trip
 from helpers.tiny import config, layers, perturb_experts, randomise
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from vimoe.errors import ConfigError, FolderError
 from vimoe.experiments.train import run_training
 from vimoe.models.create import create
 from vimoe.models.interface import find_backbone
+from vimoe.models.reading import tokens_read
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.torchvision_vit import TorchvisionViT, _preprocessing
 from vimoe.moe.router import TokenLayout
@@ -60,22 +62,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("routing", ["image", "token"])
 def test_it_is_upcycled_saved_and_brought_back(kind: str, routing: str, tmp_path: Path) -> None:
-    parent, x = dense(kind), images(kind)
-    model = vimoe.upcycle(copy.deepcopy(parent), config(routing=routing))
-    assert [name for name, module in model.named_modules() if isinstance(module, vimoe.MoE)] == MLPS[kind]
-    with vimoe.record(model) as routings:
-        torch.testing.assert_close(model(x), parent(x), rtol=1e-4, atol=1e-5)
-    assert all(routing.batch[0] == 3 for routing in routings)
-    perturb_experts(model)
-    assert (model(x) - parent(x)).abs().max() > 1e-2 * parent(x).abs().max()
-    model(x).square().sum().backward()
-    assert all(layer.router.weight.grad.any() for layer in layers(model))
-    with torch.no_grad():
-        again = vimoe.load(vimoe.save(model, tmp_path / "m"))
-        assert torch.equal(again(x), model(x)) and find_backbone(again).family == "torchvision"
-    state = vimoe.densify(model).state_dict()
-    assert list(state) == list(parent.state_dict())
-    assert all(torch.equal(state[key], value) for key, value in parent.state_dict().items())
+    again, names = round_trip(dense(kind), images(kind), routing, tmp_path / "m")
+    assert names == MLPS[kind] and find_backbone(again).family == "torchvision"
 
 
 def test_the_family_answers_what_the_model_is(kind: str) -> None:
@@ -117,6 +105,85 @@ def test_a_vit_carries_a_decoder_and_a_swin_does_not(tmp_path: Path) -> None:
     torch.testing.assert_close(again(images("vit")), model(images("vit")))
     with pytest.raises(ConfigError, match="SwinTransformer gives no feature maps"):
         Segmenter(dense("swin", num_classes=0), 3)
+
+
+# ---- the last block, for the class token alone
+
+
+def vimoes(routing: str) -> tuple[nn.Module, nn.Module]:
+    """A ViMoE in float64 that computes everything, and one that computes what the head reads."""
+    return pair(perturb_experts(vimoe.upcycle(dense("vit"), config(routing=routing, top_k=2))))
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+def test_the_last_block_computes_the_class_token_alone(routing: str) -> None:
+    for whole, narrow in (pair(dense("vit", dropout=0.0)), vimoes(routing)):
+        x = inputs(whole)
+        assert tokens_read(whole) is None and tokens_read(narrow) == 1
+        assert_same(whole, narrow, x)
+        assert_same(whole.train(), narrow.train(), x)
+    assert [*narrow.state_dict()] == [*whole.state_dict()]
+    dense_pair = pair(dense("vit"))
+    assert macs(dense_pair[1].train(), x) < 0.9 * macs(dense_pair[0].train(), x)  # in eval torch has a path uncounted
+
+
+@pytest.mark.parametrize(
+    "place", ["encoder", "encoder.layers", "encoder.ln", f"encoder.layers.{MLPS['vit'][2].split('.')[2]}"]
+)
+def test_who_asks_for_patch_tokens_gets_them(place: str) -> None:
+    whole, narrow = vimoes("image")
+    x, seen = inputs(whole), []
+    for model in (whole, narrow):
+        with model.get_submodule(place).register_forward_hook(lambda _module, _args, y: seen.append(y.detach())):
+            model(x)
+    torch.testing.assert_close(*seen, **IN_FLOAT64)
+    assert seen[1].shape == (3, 5, 24) and tokens_read(narrow) == 1
+    features = [find_backbone(model).features(x, [2])[0] for model in (whole, narrow)]
+    torch.testing.assert_close(*features, **IN_FLOAT64)
+    torch.testing.assert_close(
+        narrow.encoder(torch.ones(1, 5, 24).double()), whole.encoder(torch.ones(1, 5, 24).double())
+    )
+
+
+class Mean(torchvision.models.VisionTransformer):
+    """A ViT of a user's own, whose head reads all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._process_input(x)
+        return self.heads(self.encoder(torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)).mean(dim=1))
+
+
+class Attention(nn.MultiheadAttention):
+    """An attention of a user's own."""
+
+    def forward(self, query: Tensor, *_: Tensor, **__: object) -> tuple[Tensor, None]:
+        return query.cumsum(dim=1), None
+
+
+@pytest.mark.parametrize("part", ["ViT", "attention", "norm"])
+def test_what_is_not_known_gets_all_tokens(part: str) -> None:
+    model = dense("vit")
+    if part == "ViT":
+        model.__class__ = Mean
+    elif part == "attention":
+        model.encoder.layers[-1].self_attention.__class__ = Attention
+    else:
+        model.encoder.ln = nn.Sequential(nn.Flatten(), nn.LayerNorm(5 * 24), nn.Unflatten(1, (5, 24)))
+    whole, narrow = pair(model)
+    assert tokens_read(narrow) is None
+    assert_same(whole, narrow, inputs(whole))
+
+
+@torch.no_grad()
+def test_compiled_and_exported_it_gives_the_same() -> None:
+    torch._dynamo.reset()
+    whole, narrow = vimoes("token")
+    x = inputs(whole)
+    compiled = torch.compile(narrow, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), whole(x), **IN_FLOAT64)
+    exported = torch.export.export(narrow, (x,)).module()
+    torch.testing.assert_close(exported(x), whole(x), **IN_FLOAT64)
+    assert macs(exported, x) < macs(whole.train(), x)
 
 
 # ---- names and weights

@@ -175,12 +175,16 @@ def check_cut(model: nn.Module, trained: Sequence[str]) -> int:
     A cut is where a block gets its input, so there is none after the last block.
 
     Raises:
-        ConfigError: if no block comes before, or patches are dropped.
+        ConfigError: if no block comes before, a trained module is in none of them, or patches are dropped.
     """
     backbone = find_backbone(model)
-    start = min(
-        (backbone.blocks.index(backbone.block_of(name) or name) for name in trained), default=len(backbone.blocks) - 1
-    )
+    numbers = {block: number for number, block in enumerate(backbone.blocks)}
+    if beside := next((name for name in trained if backbone.block_of(name) not in numbers), None):
+        raise ConfigError(
+            f"data.cache='features': {beside} is in none of the {len(numbers)} blocks that follow one another in "
+            f"{type(backbone.vit).__name__}: expected trained modules in these alone; use data.cache=disk"
+        )
+    start = min((numbers[str(backbone.block_of(name))] for name in trained), default=len(numbers) - 1)
     if start <= 0:
         what = f"{trained[0]} is in the first block and trained" if trained else "the model has no second block"
         raise ConfigError(

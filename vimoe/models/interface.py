@@ -8,6 +8,7 @@ Axes: B images, P patches, T tokens (patches and prefix tokens), D channels.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -51,6 +52,8 @@ class Backbone:
         embeddings: names, in the ViT, of position embeddings and tokens that a module inside of it holds.
         narrowed: for each class of a block or a part of it that can do with less, its subclass that computes the first
             tokens alone (`vimoe.models.reading`).
+        tokenwise: classes of the library's modules, beside torch's own, which give a token the same whatever other
+            tokens there are.
     """
 
     models: tuple[type[nn.Module], ...] = ()
@@ -59,6 +62,7 @@ class Backbone:
     refused: Mapping[type[nn.Module], str] = {}
     embeddings: tuple[str, ...] = ()
     narrowed: Mapping[type[nn.Module], type[nn.Module]] = {}
+    tokenwise: frozenset[type[nn.Module]] = frozenset()
 
     def __init__(self, model: nn.Module, path: str = "") -> None:
         self.model, self.path = model, path
@@ -210,7 +214,7 @@ class Backbone:
 
     @property
     def after_blocks(self) -> tuple[nn.Module, ...]:
-        """Modules that get all tokens after the last block and its holder, so that their hooks see them."""
+        """Modules that get all tokens after the last block and what is around it, so that their hooks see them."""
         return ()
 
     # ---- tokens and images
@@ -441,6 +445,16 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Return the logits for images; the family extracts them if the output is no tensor."""
     output = model(images)
     return output if isinstance(output, Tensor) else find_backbone(model).logits(output)
+
+
+def function_of(module: nn.Module, name: str = "forward") -> Any:
+    """Return the function of a module's method, to know it by; None without one.
+
+    Of a forward around which Accelerate has wrapped an autocast it is the function inside.
+    """
+    method = getattr(module, name, None)
+    function: Any = getattr(method, "__func__", method)
+    return inspect.unwrap(function) if name == "forward" and "_original_forward" in vars(module) else function
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ from vimoe.models.hub import find_folder
 from vimoe.models.interface import find_backbone, logits_of, unwrapped
 from vimoe.models.reading import set_reading
 from vimoe.models.segmenter import Segmenter
-from vimoe.models.upcycling import build_layers, sites
+from vimoe.models.upcycling import build_layers, input_shapes, sites
 from vimoe.models.weights_file import check_fit, check_inside, read_tensors
 from vimoe.moe import MoE, ffn
 from vimoe.moe.packed import check_not_packed
@@ -228,14 +228,16 @@ def rebuild(path: Path) -> nn.Module:
     """Build the architecture of a model folder, with weights still to be loaded. Raises FolderError as `load`."""
     section = read_section(path / CONFIG)
     model = _parent(path / CONFIG, section)
-    for config in layers_of(path / CONFIG, section).values():
-        try:
+    layers = layers_of(path / CONFIG, section).values()
+    try:
+        shapes = input_shapes(model) if layers else {}  # one run for all layers
+        for config in layers:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what this configuration lacks was said when it was made
-                build_layers(model, config, new=False)
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch, of sizes beyond its integers
-            said = first_line(error)
-            raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {said}") from error
+                build_layers(model, config, new=False, shapes=shapes)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch, of sizes beyond its integers
+        said = first_line(error)
+        raise FolderError(f"{path / CONFIG}: the 'vimoe' section does not fit the backbone: {said}") from error
     return model
 
 

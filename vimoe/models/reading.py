@@ -6,29 +6,21 @@ ViT's own forward runs, its last block leaves that work out. Other ways to call 
 and `forward_intermediates`, get all tokens, and so does a hook on the last block or on what gets its tokens.
 
 A family says which tokens its head reads (`Backbone.read_tokens`), and which classes of its blocks can compute the
-first tokens alone (`Backbone.narrowed`). What gets fewer tokens than before must be known to be `tokenwise`.
+first tokens alone (`Backbone.narrowed`). What gets fewer tokens than before must be known to be token-wise: torch's own
+layers are, and those of its library that the family names (`Backbone.tokenwise`).
 
 Axes: B images, T tokens, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import accumulate
 from typing import Any, TypeVar, get_args
 
 import torch
-from timm.layers import (
-    DropPath,
-    LayerNorm,
-    LayerNormFp32,
-    LayerScale,
-    RmsNorm,
-    RmsNormFp32,
-    SimpleNorm,
-    SimpleNormFp32,
-)
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -44,10 +36,7 @@ from vimoe.moe.routing import recomputing
 Model = TypeVar("Model", bound=nn.Module)
 _running: ContextVar[tuple[tuple[nn.Module, nn.Module, int], ...]] = ContextVar("vimoe_reading", default=())
 _ignoring_hooks: ContextVar[bool] = ContextVar("vimoe_reading_ignores_hooks", default=False)
-_TOKENWISE = {
-    nn.Identity, nn.Linear, PackedLinear, nn.Dropout, DropPath, LayerScale,
-    nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm, SimpleNormFp32,
-}  # fmt: skip
+_TOKENWISE = (nn.Identity, nn.Linear, PackedLinear, nn.Dropout, nn.LayerNorm, nn.RMSNorm)
 
 
 class NarrowBlock(nn.Module):
@@ -72,7 +61,7 @@ class NarrowBlock(nn.Module):
 
     @property
     def narrows(self) -> bool:
-        """True if all that gets the first tokens alone is known to compute each by itself (`tokenwise`)."""
+        """True if all that gets the first tokens alone is known to be token-wise (`tokenwise`)."""
         raise NotImplementedError
 
     def _read(self) -> int | None:
@@ -180,13 +169,18 @@ def ignoring_hooks() -> Iterator[None]:
         _ignoring_hooks.reset(token)
 
 
-def tokenwise(module: nn.Module) -> bool:
-    """Return True for a module that is known to give a token the same whatever other tokens there are."""
+def tokenwise(module: nn.Module, known: Collection[type[nn.Module]]) -> bool:
+    """Return True for a module that is known to give a token the same whatever other tokens there are.
+
+    Args:
+        module: module.
+        known: classes of such modules, beside torch's and vimoe's own.
+    """
     if type(module) in (nn.Sequential, nn.ModuleList):
-        return all(map(tokenwise, module.children()))
+        return all(tokenwise(child, known) for child in module.children())
     if (kind := kind_of(module)) is not None:  # whose activation acts on each number
-        return all(name == kind.act or tokenwise(child) for name, child in module.named_children())
-    return isinstance(module, MoE) or type_before_parametrizations(module) in _TOKENWISE
+        return all(name == kind.act or tokenwise(child, known) for name, child in module.named_children())
+    return isinstance(module, MoE) or type_before_parametrizations(module) in (*_TOKENWISE, *known)
 
 
 def _narrow(backbone: Backbone) -> bool:
@@ -228,14 +222,16 @@ def _tokens_now(vit: nn.Module, block: nn.Module) -> int | None:
     called = list(holder._modules.values())  # a block that is there twice is called twice
     if type(holder) not in (nn.Sequential, nn.ModuleList) or called.index(block) + 1 < len(called):
         return None
-    if not (isinstance(block, NarrowBlock) and block.narrows and all(map(tokenwise, backbone.after_blocks))):
+    known = all(tokenwise(part, backbone.tokenwise) for part in backbone.after_blocks)
+    if not (known and isinstance(block, NarrowBlock) and block.narrows):
         return None
     compiled = block._compiled_call_impl is not None or "forward" in vars(block)
     if compiled and getattr(vit, "grad_checkpointing", False):
         return None  # it cannot tell that checkpointing computes it again
     if any(isinstance(m, MoE) and m.router.needs_patches for m in block.modules()):
         return None
-    after = (holder, *backbone.after_blocks)
+    steps = accumulate(backbone.holder.split("."), lambda outer, inner: f"{outer}.{inner}")
+    after = (*map(vit.get_submodule, steps), *backbone.after_blocks)  # all around the blocks, and what follows
     if not _ignoring_hooks.get() and (
         any("forward" in vars(part) or _watched(part) for child in block.children() for part in child.modules())
         or _watched(block, before=False)  # pre-hooks get all tokens anyway

@@ -47,6 +47,9 @@ def measure_start(model: nn.Module, convert: Callable[[nn.Module], Any], images:
     Raises:
         DataError: if there are none.
     """
+    backbone = find_backbone(model)
+    if not backbone.blocks:
+        return StartChange(None, "it is not known which block comes last")
     weight = next(model.parameters())
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
@@ -56,7 +59,7 @@ def measure_start(model: nn.Module, convert: Callable[[nn.Module], Any], images:
             torch.cuda.default_generators[device.index].manual_seed(0)
         kind = " of standard normal values" if images is None else ""
         if images is None:
-            images = [(torch.randn(IMAGES, *find_backbone(model).input_size), None)]
+            images = [(torch.randn(IMAGES, *backbone.input_size), None)]
         first = next(pairs(images), None)
         if first is None:
             raise DataError("no images to measure a start on: expected some; leave images out")
@@ -72,8 +75,9 @@ def measure_start(model: nn.Module, convert: Callable[[nn.Module], Any], images:
 def _last_output(model: nn.Module, images: Tensor) -> Tensor:
     """Return the output of the last block, float32 at least."""
     found: list[Tensor] = []
-    block = model.get_submodule(find_backbone(model).blocks[-1])
-    handle = block.register_forward_hook(lambda _module, _args, output: found.append(output))
+    backbone = find_backbone(model)
+    block = model.get_submodule(backbone.blocks[-1])
+    handle = block.register_forward_hook(lambda _module, _args, output: found.append(backbone.tokens_of(output)))
     try:
         model(images)
     finally:

@@ -12,7 +12,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import (
+    Attention,
+    AttentionRope,
+    DropPath,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    RmsNorm,
+    RmsNormFp32,
+    SimpleNorm,
+    SimpleNormFp32,
+    apply_rot_embed_cat,
+)
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
@@ -20,6 +32,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vimoe.models.reading import NarrowBlock, tokenwise
 
+TOKENWISE: frozenset[type[nn.Module]] = frozenset(
+    (DropPath, LayerScale, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm, SimpleNormFp32)
+)
 _NO_MASK: dict[str, Any] = {"attn_mask": None, "is_causal": False}
 
 
@@ -39,7 +54,7 @@ class _NarrowAttention(nn.Module):
     def narrows(self: Any) -> bool:
         """True if the parts are known to compute each token by itself, and no one asks for the unfused attention."""
         parts = (self.q_proj if self.qkv is None else None, self.q_norm, self.norm, self.gate, self.proj)
-        return self.fused_attn and all(part is None or tokenwise(part) for part in parts)
+        return self.fused_attn and all(part is None or tokenwise(part, TOKENWISE) for part in parts)
 
     def _first(self: Any, x_BTD: Tensor, read: int, rope: Tensor | None) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self._projected(x_BTD, read))
@@ -123,7 +138,8 @@ class _TimmBlock(NarrowBlock):
 
     @property
     def narrows(self) -> bool:
-        return all(map(tokenwise, self._parts)) and all(c.forward is known for c, known in _FORWARDS.items())
+        known = all(tokenwise(part, TOKENWISE) for part in self._parts)
+        return known and all(c.forward is known for c, known in _FORWARDS.items())
 
     @property
     def _parts(self: Any) -> list[nn.Module]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -40,16 +39,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError, FolderError, SurgeryError, first_line
-from vimoe.models.interface import Backbone
-from vimoe.models.timm_narrow import NARROWED
+from vimoe.models.interface import Backbone, function_of
+from vimoe.models.timm_narrow import NARROWED, TOKENWISE
 from vimoe.moe.router import TokenLayout
 
 _BUILT = (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError)  # what timm raises for odd arguments
 
-
 _FORWARDS = tuple((vit.forward, vit.forward_features) for vit in (VisionTransformer, Eva))  # known what they read
 _HEADS = tuple((vit.forward_head, vit.pool) for vit in (VisionTransformer, Eva))
-
 
 _HOLDERS = ("blocks", "layers", "stages", "levels", "transformers", "network", "encoder.blocks")
 _BATCH_NORM = "whose batch norms see all tokens of a batch"
@@ -76,13 +73,15 @@ _REFUSED: dict[type[nn.Module], str] = {
 class TimmViT(Backbone):
     """A model of timm. Any of its models is known; questions that only a plain ViT can answer raise SurgeryError.
 
-    The blocks of a hierarchical model are its stages. Its FFNs get all tokens of an image, in any number.
+    The blocks of a hierarchical model are its stages, or those in a list of blocks that stands for a stage and is never
+    called itself (twins). Its FFNs get all tokens of an image, in any number.
     """
 
     # they map coordinates to biases of the heads, or a map of one channel
     skipped = (RelPosMlp, swin_transformer_v2_cr.WindowMultiHeadAttention, SpatialAttention)
     refused = _REFUSED
     narrowed = NARROWED
+    tokenwise = TOKENWISE
 
     def __init__(self, model: nn.Module, path: str = "") -> None:
         super().__init__(model, path)
@@ -156,18 +155,31 @@ class TimmViT(Backbone):
             ) from error
 
     def block_of(self, name: str) -> str | None:
-        """Return the first numbered module on the way to one, since hierarchical models have stages of blocks."""
+        """Return the first numbered module on the way to one that is no list of modules."""
         prefix = self._named("")
-        numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name.removeprefix(prefix)) if name.startswith(prefix) else None
-        return prefix + numbered.group() if numbered else None
+        steps = accumulate(name.removeprefix(prefix).split(".")[:-1], lambda outer, inner: f"{outer}.{inner}")
+        numbered = (step for step in steps if name.startswith(prefix) and step.rpartition(".")[2].isdecimal())
+        return next((prefix + step for step in numbered if not self._is_list(step)), None)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        inside = (
+            [f"{name}.{child}" for child, _ in self.model.get_submodule(name).named_children()]
+            if self._is_list(name.removeprefix(self._named("")))
+            else [name]
+            for name in super().blocks
+        )
+        return tuple(name for names in inside for name in names)
+
+    def _is_list(self, name: str) -> bool:
+        """True for a module of the ViT that holds others and is never called itself."""
+        return isinstance(self.vit.get_submodule(name), nn.ModuleList)
 
     @property
     def read_tokens(self) -> int | None:
         vit = self.vit
         names = ("forward", "forward_features", "forward_head", "pool")
-        forward, features, head, pool = (_function(getattr(vit, name, None)) for name in names)
-        if "_original_forward" in vars(vit):  # Accelerate has wrapped an autocast around it
-            forward = inspect.unwrap(forward)
+        forward, features, head, pool = (function_of(vit, name) for name in names)
         if (forward, features) not in _FORWARDS:
             return None
         if head is VisionTransformerDistilled.forward_head:
@@ -275,8 +287,3 @@ def _has(module: Any, name: str) -> bool:
     for step in name.split("."):
         module = getattr(module, step, None)
     return module is not None
-
-
-def _function(method: Any) -> Any:
-    """Return the function of a method."""
-    return getattr(method, "__func__", method)

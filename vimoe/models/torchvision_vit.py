@@ -19,12 +19,14 @@ from torchvision.models import (
     list_models,
 )
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
-from torchvision.models.vision_transformer import interpolate_embeddings
+from torchvision.models.vision_transformer import Encoder, interpolate_embeddings
 
 from vimoe.errors import ConfigError, first_line, nearest
-from vimoe.models.interface import Backbone
+from vimoe.models.interface import Backbone, function_of
+from vimoe.models.torchvision_narrow import NARROWED
 from vimoe.moe.router import TokenLayout
 
+_FORWARDS = VisionTransformer.forward, Encoder.forward  # of which it is known what they read
 _BUILT = (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError)  # raised for odd arguments
 
 
@@ -36,6 +38,7 @@ class TorchvisionViT(Backbone):
     """
 
     models = (VisionTransformer, SwinTransformer)
+    narrowed = NARROWED
 
     @property
     def _is_swin(self) -> bool:
@@ -130,6 +133,16 @@ class TorchvisionViT(Backbone):
             for name, part in parts
         )
         return tuple(self._named(f"features.{name}") for names in inside for name in names)
+
+    @property
+    def read_tokens(self) -> int | None:
+        """1, the class token; None for a Swin."""
+        known = not self._is_swin and (function_of(self.vit), function_of(self.vit.encoder)) == _FORWARDS
+        return 1 if known else None
+
+    @property
+    def after_blocks(self) -> tuple[nn.Module, ...]:
+        return () if self._is_swin else (self.vit.encoder.ln,)
 
     # ---- tokens and images
 

@@ -174,16 +174,19 @@ def needs_images(config: MoEConfig) -> bool:
     return bool(STARTS.find(config.init).needs_images or ROUTERS.find(config.router).needs_images)
 
 
-def build_layers(model: nn.Module, config: MoEConfig, new: bool = True) -> list[str]:
+def build_layers(
+    model: nn.Module, config: MoEConfig, new: bool = True, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> list[str]:
     """Do what `convert` does, for a model whose weights are still to be loaded: nothing is started.
 
     Args:
         model: model.
         config: blocks and kind of layer.
         new: False for layers from which experts may have been removed since they were made.
+        shapes: `input_shapes` of the dense model, for several calls on one model; by default the model is run for them.
     """
     _check(model, config)
-    return _swap(model, config, _new_layers(model, config) if new else _replacements(model, config))
+    return _swap(model, config, _new_layers(model, config) if new else _replacements(model, config, shapes))
 
 
 def _swap(model: nn.Module, config: MoEConfig, replaced: dict[str, nn.Module]) -> list[str]:
@@ -283,7 +286,9 @@ def _new_layers(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     return replaced
 
 
-def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
+def _replacements(
+    model: nn.Module, config: MoEConfig, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, nn.Module]:
     """Return the new module of every chosen site, after all checks but those of its start."""
     found, backbone = sites(model), find_backbone(model)
     if any(not isinstance(item, str) for item in config.selection.items) or config.selection.word not in ("", "none"):
@@ -301,7 +306,7 @@ def _replacements(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
                 f"{site} has forward hooks, which experts would not call: expected none; remove them first"
             )
         _describe(site, site.module)
-    layouts = _layouts(backbone, config, chosen)
+    layouts = _layouts(backbone, config, chosen, shapes)
     return {site.name: _upcycled(site, config, layouts[site.name]) for site in chosen}
 
 
@@ -328,11 +333,13 @@ def _upcycled(site: Site, config: MoEConfig, layout: TokenLayout) -> nn.Module:
     return MoE(site.module, config, layout)
 
 
-def _layouts(backbone: Backbone, config: MoEConfig, chosen: Sequence[Site]) -> dict[str, TokenLayout]:
+def _layouts(
+    backbone: Backbone, config: MoEConfig, chosen: Sequence[Site], shapes: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, TokenLayout]:
     """Return the layout of the tokens of each site. Where each token is routed by itself, a model may have none."""
     if backbone.has_images:
-        shapes = _shapes(backbone, chosen)
-        return {site.name: _layout(backbone, site, shapes[site.name], config) for site in chosen}
+        shapes = _shapes(backbone, chosen) if shapes is None else shapes
+        return {site.name: _layout(backbone, site, shapes.get(site.name), config) for site in chosen}
     if config.routing == "image":
         return {site.name: backbone.layout for site in chosen}  # or SurgeryError with the reason
     if ROUTERS.find(config.router).tokens_interact:
@@ -343,8 +350,18 @@ def _layouts(backbone: Backbone, config: MoEConfig, chosen: Sequence[Site]) -> d
     return {site.name: _NO_LAYOUT for site in chosen}
 
 
+def input_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of what each FFN of a model gets for two images, images first; empty for a model without images.
+
+    Raises:
+        SurgeryError: if the model does not run on images of its size.
+    """
+    backbone = find_backbone(model)
+    return _shapes(backbone, sites(model)) if backbone.has_images else {}
+
+
 def _shapes(backbone: Backbone, chosen: Sequence[Site]) -> dict[str, tuple[int, ...]]:
-    """Run two images through a copy without weights, and return the shape of what each FFN gets, images first."""
+    """Run two images through a copy without weights, and return the shape of what each FFN gets that gets anything."""
     copied = meta_copy(backbone.model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -360,18 +377,16 @@ def _shapes(backbone: Backbone, chosen: Sequence[Site]) -> dict[str, tuple[int, 
     except (RuntimeError, ValueError, AssertionError) as error:
         size = tuple(images.shape[1:])
         raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
-    for site in chosen:
-        shape = shapes.get(site.name)
-        if shape is None or len(shape) < 3 or shape[0] != 2:
-            raise SurgeryError(
-                f"{site} gets {shape} for 2 images: expected (2, tokens, channels), or a grid of tokens; a block that "
-                f"folds windows into the batch cannot be converted, because its first axis is not images"
-            )
     return shapes
 
 
-def _layout(backbone: Backbone, site: Site, shape: Sequence[int], config: MoEConfig) -> TokenLayout:
-    """Return the layout of the tokens of an FFN; only image routing has to know it."""
+def _layout(backbone: Backbone, site: Site, shape: tuple[int, ...] | None, config: MoEConfig) -> TokenLayout:
+    """Return the layout of the tokens of an FFN that gets this shape; only image routing has to know it."""
+    if shape is None or len(shape) < 3 or shape[0] != 2:
+        raise SurgeryError(
+            f"{site} gets {shape} for 2 images: expected (2, tokens, channels), or a grid of tokens; a block that "
+            f"folds windows into the batch cannot be converted, because its first axis is not images"
+        )
     try:
         return backbone.layout_of(Grid.of(site.module).tokens(torch.empty(*shape, device="meta")).shape[1])
     except SurgeryError as error:
