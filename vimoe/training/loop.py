@@ -314,13 +314,15 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
         accelerator, process, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes
     )
     steps.order.divide(config.batch_size, process.count)
-    judged = steps.judged
+    judged, plain = steps.judged, config.precision == "no"
     try:
         # after the moving average was copied
         with (
             shared_norms(model, process),
             compiled_blocks(model) if config.compile else nullcontext(),
-            replaced_forward([judged], convert_outputs_to_fp32(accelerator.autocast()(judged.forward))),
+            replaced_forward(
+                [] if plain else [judged], convert_outputs_to_fp32(accelerator.autocast()(judged.forward))
+            ),
         ):
             yield steps
     finally:
