@@ -38,7 +38,7 @@ class Recorded(nn.Module):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, list[Routing]]:
         """Return the outputs for inputs, and a `Routing` of each MoE layer."""
-        with record(self.model, self.outputs) as routings:
+        with record(self.model, outputs=self.outputs) as routings:
             return self.outputs_of(self.model, inputs), routings
 
 
