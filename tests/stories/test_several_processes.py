@@ -133,6 +133,20 @@ def test_a_mistake_is_one_line(tmp_path: Path, command: list[str], said: str) ->
 
 
 @pytest.mark.slow
+def test_four_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
+    """Sums of more than two depend on their order, and so on the buckets that DDP puts gradients in."""
+    ended = finish(start(4, "-m", "vimoe", *train(photos, tmp_path / "whole")))
+    assert [status for status, _, _ in ended] == [0] * 4, ended
+    for rank, step in ((1, 3), (3, 6)):
+        out = tmp_path / f"killed{rank}"
+        ended = finish(start(4, FAILING, "kill", rank, step, *train(photos, out)), 200)
+        assert [status for status, _, _ in ended] == [-signal.SIGKILL if r == rank else 2 for r in range(4)], ended
+        again = finish(start(4, "-m", "vimoe", "train", "--resume", out))
+        assert [status for status, _, _ in again] == [0] * 4, again
+        assert_equal(tmp_path / "whole", out)
+
+
+@pytest.mark.slow
 def test_features_are_computed_once(photos: Path, tmp_path: Path) -> None:
     options = ["--data.cache=features", "--train.train_only=moe", "--train.mixup=0"]
     for count in (2, 1):
