@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress
 
 Result = TypeVar("Result")
 
-LINGER = 2.0  # seconds that the first process waits for others to notice that the job has failed
+LINGER = 5.0  # seconds that the first process waits for others to notice that the job has failed
 # the longest waits for another process: in a step, and while the first decodes a million images for all
 IMPATIENT, PATIENT = timedelta(minutes=30), timedelta(days=1)
 

@@ -19,6 +19,8 @@ from helpers.pictures import roles
 from helpers.trainings import rows
 from safetensors.torch import load_file
 
+from vimoe.run_folder import LOCK
+
 FAILING = TESTS / "helpers" / "failing_job.py"
 OPTIONS = [*TINY, *QUICK, "--moe.layers=last:1", "--moe.num_experts=4", "--train.ema_decay=0.5", "--train.mixup=0.2"]
 OPTIONS += ["--train.checkpoint_minutes=0", "--moe.bias_update_rate=0.01"]
@@ -131,6 +133,20 @@ def test_a_mistake_is_one_line(tmp_path: Path, command: list[str], said: str) ->
 
 
 @pytest.mark.slow
+def test_four_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
+    """Sums of more than two depend on their order, and so on the buckets that DDP puts gradients in."""
+    ended = finish(start(4, "-m", "vimoe", *train(photos, tmp_path / "whole")))
+    assert [status for status, _, _ in ended] == [0] * 4, ended
+    for rank, step in ((1, 3), (3, 6)):
+        out = tmp_path / f"killed{rank}"
+        ended = finish(start(4, FAILING, "kill", rank, step, *train(photos, out)), 200)
+        assert [status for status, _, _ in ended] == [-signal.SIGKILL if r == rank else 2 for r in range(4)], ended
+        again = finish(start(4, "-m", "vimoe", "train", "--resume", out))
+        assert [status for status, _, _ in again] == [0] * 4, again
+        assert_equal(tmp_path / "whole", out)
+
+
+@pytest.mark.slow
 def test_features_are_computed_once(photos: Path, tmp_path: Path) -> None:
     options = ["--data.cache=features", "--train.train_only=moe", "--train.mixup=0"]
     for count in (2, 1):
@@ -167,9 +183,11 @@ def test_twenty_kills(photos: Path, whole: tuple[Path, Any], tmp_path: Path) -> 
         out = tmp_path / f"run{number}"
         arguments = train(photos, out, "--data.cache=disk")
         for attempt in range(5):
+            (out / LOCK).unlink(missing_ok=True)
             job = start(2, "-m", "vimoe", *arguments)
             begun = time.perf_counter()
-            while not (out / "checkpoints" / "last.pt").exists() and job[0].process.exitcode is None:
+            held = [out / LOCK, out / "checkpoints" / "last.pt"]  # before they have met, a launcher ends the others
+            while not all(each.exists() for each in held) and job[0].process.exitcode is None:
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 3))
             victim = job[draw.randrange(2)].process

@@ -7,6 +7,7 @@ gradients.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ class Recorded(nn.Module):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, list[Routing]]:
         """Return the outputs for inputs, and a `Routing` of each MoE layer."""
-        with record(self.model, self.outputs) as routings:
+        with record(self.model, outputs=self.outputs) as routings:
             return self.outputs_of(self.model, inputs), routings
 
 
@@ -66,12 +67,41 @@ def accelerator_for(model: Recorded, loader: DataLoader, config: TrainConfig, ou
     )
 
 
+def settle_buckets(prepared: nn.Module, loader: DataLoader, device: torch.device) -> None:
+    """Pass two images forward and backward through DDP, and forget them.
+
+    DDP orders its buckets of gradients anew after the first pass, and the sums of more than two processes are rounded
+    by the place in a bucket. So a resumed training would differ from an uninterrupted one until then.
+
+    Args:
+        prepared: model as Accelerate prepared it; for one process nothing is done.
+        loader: training batches.
+        device: device of the model.
+    """
+    if not isinstance(prepared, nn.parallel.DistributedDataParallel) or prepared.find_unused_parameters:
+        return  # with unused parameters the buckets stay
+    kept = {name: buffer.clone() for name, buffer in prepared.named_buffers()}
+    _total(*prepared.train()(_two_images(loader, device))).backward()
+    prepared.zero_grad()
+    for name, buffer in prepared.named_buffers():
+        buffer.copy_(kept[name])
+
+
 def _has_unused(model: Recorded, loader: DataLoader, device: torch.device) -> bool:
-    """Return True if a forward of one image leaves trained parameters without a gradient."""
-    inputs, _ = default_collate([loader.dataset[next(iter(loader.sampler))]])
+    """Return True if a forward leaves trained parameters without a gradient."""
     model.to(device).train()
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a batch norm's, which would move
-    outputs, routings = torch.func.functional_call(model, kept, inputs.to(device).float())
-    total = outputs.float().sum() + sum(routing.logits.sum() for routing in routings)
+    total = _total(*torch.func.functional_call(model, kept, _two_images(loader, device)))
     trained = [p for p in model.parameters() if p.requires_grad]
     return any(gradient is None for gradient in torch.autograd.grad(total, trained, allow_unused=True))
+
+
+def _two_images(loader: DataLoader, device: torch.device) -> Tensor:
+    """Return inputs of two training images, of which a batch norm can take a variance."""
+    inputs: Tensor = default_collate([loader.dataset[key] for key in islice(loader.sampler, 2)])[0]
+    return inputs.to(device).float()
+
+
+def _total(outputs: Tensor, routings: list[Routing]) -> Tensor:
+    """Return a scalar that all outputs of a `Recorded` have a part in."""
+    return outputs.float().sum() + sum(routing.logits.sum() for routing in routings)

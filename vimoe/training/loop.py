@@ -43,7 +43,7 @@ from vimoe.terminal import progress
 from vimoe.training import checkpoint
 from vimoe.training.batch_norm import shared_norms
 from vimoe.training.compiled import compiled_blocks
-from vimoe.training.distributed import Recorded, accelerator_for
+from vimoe.training.distributed import Recorded, accelerator_for, settle_buckets
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
@@ -309,18 +309,21 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
     routes = [p for layer in moe_layers(model).values() for p in layer.router.routes if p.requires_grad]
     prepared, optimizer, loader = accelerator.prepare(recorded, optimizer, job.loader)
+    settle_buckets(prepared, job.loader, process.device)
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     steps = _Steps(
         accelerator, process, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes
     )
     steps.order.divide(config.batch_size, process.count)
-    judged = steps.judged
+    judged, plain = steps.judged, config.precision == "no"
     try:
         # after the moving average was copied
         with (
             shared_norms(model, process),
             compiled_blocks(model) if config.compile else nullcontext(),
-            replaced_forward([judged], convert_outputs_to_fp32(accelerator.autocast()(judged.forward))),
+            replaced_forward(
+                [] if plain else [judged], convert_outputs_to_fp32(accelerator.autocast()(judged.forward))
+            ),
         ):
             yield steps
     finally:
