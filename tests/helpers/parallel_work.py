@@ -114,6 +114,8 @@ def together(settings: dict[str, Any], parallel: dict[str, int]) -> dict[str, An
     rank, count = dist.get_rank(), dist.get_world_size()
     if rank:  # the first process's weights hold
         randomise(made, seed=rank)
+    with torch.no_grad():
+        made.head.weight.data = made.head.weight.T.contiguous().T  # a layout that no collective takes
     made = parallelize(made, make_mesh(ParallelConfig(**parallel)))
     seen = trained(made, count, rank)
     with torch.no_grad():

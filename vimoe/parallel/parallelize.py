@@ -57,6 +57,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     object.__setattr__(model, _PLAIN, (_without_weights(model),))
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.contiguous()  # neither a broadcast nor FSDP takes others
             dist.broadcast(tensor, 0)
     shards, scalars = mesh["fsdp"].size(), {p for p in model.parameters() if not p.ndim}
     for p in scalars:  # FSDP refuses them
