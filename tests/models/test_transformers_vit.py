@@ -357,6 +357,12 @@ def test_names_that_a_user_writes_into_a_config_later_are_those_of_the_model(tmp
     assert find_backbone(many).label_names == [f"class {i}" for i in range(12)]
 
 
+def test_what_save_pretrained_writes_of_a_vimoe_is_refused_by_name(tmp_path: Path) -> None:
+    upcycle(vit("dinov2"), config()).save_pretrained(tmp_path / "m")
+    with pytest.raises(ConfigError, match="do not fit its config in dinov2.encoder.layer.0.mlp.fc1.bias"):
+        create(ModelConfig(name=f"transformers:{tmp_path / 'm'}"))
+
+
 def test_names_that_are_none_are_numbers(tmp_path: Path) -> None:
     assert find_backbone(vit("vit")).label_names == ["0", "1", "2"]
     bare = vit("vit, bare", id2label=NAMES, label2id={word: i for i, word in NAMES.items()})
