@@ -26,6 +26,7 @@ from vimoe.experiments.train import resume_training
 from vimoe.models.continued import own_layers, plan_of_own, with_own_layers
 from vimoe.models.create import create, create_without_weights
 from vimoe.models.interface import find_backbone, label_names, logits_of
+from vimoe.models.reading import tokens_read
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.torchvision_vit import TorchvisionViT
 from vimoe.moe.layer import moe_layers
@@ -79,6 +80,13 @@ def test_a_dense_folder_of_another_library_gets_the_layers_that_are_asked_for(tm
     assert with_own_layers(settings) is settings
     model = upcycle(create(named).eval(), config())
     torch.testing.assert_close(logits_of(model, pictures(model)), logits_of(parent, pictures(parent)))
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_the_last_block_computes_what_model_read_says(tmp_path: Path, pretrained: bool) -> None:
+    name = folder(tmp_path, routing="token").name
+    read = [tokens_read(create(ModelConfig(name=name, pretrained=pretrained, read=each))) for each in ("auto", "all")]
+    assert read == [1, None]
 
 
 def test_weights_of_half_precision_are_trained_in_float32(tmp_path: Path) -> None:
@@ -135,6 +143,9 @@ def test_a_contradiction_is_one_line(tmp_path: Path, moe: MoEConfig, given: list
 def test_the_architecture_is_the_folders(tmp_path: Path, changes: dict) -> None:
     named = folder(tmp_path)
     assert create(ModelConfig(name=named.name, img_size=32)).num_classes == 5
+    assert create(named, img_size=(32, 32)).num_classes == 5
+    with pytest.raises(ConfigError, match="for images of 32x32: expected no img_size"):
+        create(named, img_size=(32, 16))
     with pytest.raises(ConfigError, match="an architecture of its own, for images of 32x32: expected no img_size"):
         create(ModelConfig(name=named.name, **changes))
 

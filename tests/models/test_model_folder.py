@@ -163,6 +163,7 @@ def layer(**settings: object) -> dict:
         (lambda p: (p / "config.json").write_text("{"), "is no JSON object"),
         (lambda p: (p / "config.json").write_text("[]"), "is no JSON object: it holds a list"),
         (lambda p: (p / "config.json").write_text("[" * 99_999), "is no JSON object: maximum recursion"),
+        (lambda p: edit(p, "pretrained_cfg", crop_pct=float("nan")), "is no JSON object: it has NaN"),
         (lambda p: edit(p, "vimoe", format=2), "expected 1; update vimoe"),
         (lambda p: edit(p, "vimoe", format=True), "expected 1; update vimoe"),
         (lambda p: edit(p, "vimoe", layers={}), "does not fit config.json"),
@@ -178,6 +179,11 @@ def layer(**settings: object) -> dict:
         (lambda p: edit(p, "model_args", embed_dim=2**18), "does not fit config.json"),
         (lambda p: edit(p, pretrained_cfg=None), "'pretrained_cfg' is None: expected a dict"),
         (lambda p: edit(p, label_names=5), "'label_names' is 5: expected a list"),
+        (lambda p: edit(p, "pretrained_cfg", label_names=5), "'label_names' is 5: expected a list"),
+        (lambda p: edit(p, "pretrained_cfg", mean="x"), "'mean' is x: expected a list"),
+        (lambda p: edit(p, "pretrained_cfg", std=0.5), "'std' is 0.5: expected a list"),
+        (lambda p: edit(p, "pretrained_cfg", crop_pct="most"), "'crop_pct' is most: expected a float"),
+        (lambda p: edit(p, "pretrained_cfg", interpolation=3), "'interpolation' is 3: expected a str"),
     ],
 )
 def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Callable, message: str) -> None:

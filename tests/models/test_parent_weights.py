@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.errors import ConfigError, FolderError, SurgeryError
-from vimoe.models.interface import find_backbone, logits_of
+from vimoe.models.interface import find_backbone, label_names, logits_of
 from vimoe.models.segmenter import Segmenter
 
 
@@ -49,6 +49,13 @@ def test_a_file_of_timm(tmp_path: Path) -> None:
     model.eval()
     torch.testing.assert_close(model(images(dense)), dense(images(dense)), rtol=1e-4, atol=1e-5)
     assert_is_what_upcycling_makes(model, dense, {"routing": "token"})
+
+
+def test_a_wrapped_model_is_the_model_inside(tmp_path: Path) -> None:
+    dense = vit()
+    path, wrapped = vimoe.save(dense, tmp_path / "dense"), nn.DataParallel(vimoe_of(vit()))
+    assert vimoe.load_parent_weights(wrapped, path / "model.safetensors") is wrapped
+    torch.testing.assert_close(wrapped.module(images(dense)), dense(images(dense)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "data2vec, split", "dinov2, gated"])
@@ -97,6 +104,19 @@ def test_a_name_is_brought_to_the_models_size_and_classes(tmp_path: Path, monkey
     assert torch.equal(from_hub.pos_embed, theirs.pos_embed)
 
 
+@pytest.mark.parametrize("family", ["timm", "transformers"])
+def test_names_of_the_classes_come_with_the_classifier(tmp_path: Path, family: str) -> None:
+    def dense() -> nn.Module:
+        return vit() if family == "timm" else of_transformers("dinov2", num_labels=5)
+
+    model = upcycle(vimoe.load(vimoe.save(dense(), tmp_path / "abcde", label_names="abcde")), config())
+    for source in (vimoe.save(dense(), tmp_path / "none"), tmp_path / "none" / "model.safetensors"):
+        assert label_names(vimoe.load_parent_weights(model, source)) == list("abcde")
+    vimoe.save(dense(), tmp_path / "edcba", label_names="edcba")
+    assert label_names(vimoe.load_parent_weights(model, tmp_path / "edcba")) == list("edcba")
+    assert label_names(vimoe.load(vimoe.save(model, tmp_path / "again"))) == list("edcba")
+
+
 def edited(path: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
     tensors = safetensors.torch.load(path.read_bytes())
     change(tensors)
@@ -133,7 +153,13 @@ def test_what_is_no_dense_checkpoint_or_no_vit_is_one_line(tmp_path: Path) -> No
     (tmp_path / "text").write_text("weights")
     with pytest.raises(FolderError, match="expected a whole safetensors file"):
         vimoe.load_parent_weights(model, tmp_path / "text")
-    with pytest.raises(ConfigError, match="timm has no such model"):
+    with pytest.raises(FolderError, match="nowhere.safetensors cannot be read"):
+        vimoe.load_parent_weights(model, str(tmp_path / "nowhere.safetensors"))
+    with pytest.raises(ConfigError, match="no model folder there"):
         vimoe.load_parent_weights(model, tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="timm has no such model"):
+        vimoe.load_parent_weights(model, "nowhere")
+    with pytest.raises(SurgeryError, match="no family knows Sequential"):
+        vimoe.load_parent_weights(nn.Sequential(nn.Linear(2, 2)), path / "model.safetensors")
     with pytest.raises(SurgeryError, match="pass its part 'backbone'"):
         vimoe.load_parent_weights(Segmenter(upcycle(vit(num_classes=0), config()), 3), path)

@@ -364,3 +364,8 @@ def test_a_model_in_another_type_is_converted_and_counted_in_it(dtype: torch.dty
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert vimoe.count(model) == vimoe.count(upcycle(vit(), config()))
     assert {p.dtype for p in vimoe.densify(model, how="merge").parameters()} == {dtype}
+
+
+def test_a_vit_that_drops_patches_in_training_is_upcycled_while_it_trains() -> None:
+    model = vit(patch_drop_rate=0.5).train()
+    assert len(layers(upcycle(model, config()))) == 2 and model.training

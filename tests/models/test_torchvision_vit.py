@@ -15,6 +15,7 @@ from helpers.reading import IN_FLOAT64, assert_same, inputs, macs, pair
 from helpers.round_trip import round_trip
 from helpers.tiny import config, layers, perturb_experts, randomise
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import EncoderBlock
 
 import vimoe
 from vimoe.config.data import DataConfig
@@ -84,6 +85,23 @@ def test_the_family_answers_what_the_model_is(kind: str) -> None:
         assert backbone.blocks == ("features.1.0", "features.2", "features.3.0", "features.3.1")
         assert any(name.endswith("logit_scale") for name in backbone.no_weight_decay()) == (kind == "swin_v2")
     assert TorchvisionViT.build(**backbone.arguments).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_a_classifier_that_the_user_replaced_counts_and_is_saved(tmp_path: Path, kind: str) -> None:
+    model = dense(kind)
+    part = model.heads if kind == "vit" else model
+    part.head = nn.Linear(part.head.in_features, 3)
+    vimoe.upcycle(model, config(routing="token"))
+    assert find_backbone(model).num_classes == 3
+    again = vimoe.load(vimoe.save(model, tmp_path / "m", label_names=["a", "b", "c"]))
+    torch.testing.assert_close(again(images(kind)), model(images(kind)))
+    if kind == "vit":  # the other way that people write it; its names are not those of a class of torchvision
+        model.heads = nn.Linear(24, 2)
+        assert find_backbone(model).num_classes == 2
+        assert find_backbone(model).head() == {"heads.weight", "heads.bias"}
+        with pytest.raises(FolderError, match="would not rebuild this model"):
+            vimoe.save(model, tmp_path / "other")
 
 
 def test_a_swin_of_another_width_of_ffns_says_so_when_it_is_saved(tmp_path: Path) -> None:
@@ -160,18 +178,37 @@ class Attention(nn.MultiheadAttention):
         return query.cumsum(dim=1), None
 
 
-@pytest.mark.parametrize("part", ["ViT", "attention", "norm"])
+@pytest.mark.parametrize("part", ["ViT", "attention", "norm", "norm of the block"])
 def test_what_is_not_known_gets_all_tokens(part: str) -> None:
-    model = dense("vit")
+    model, mixing = dense("vit"), nn.Sequential(nn.Flatten(), nn.LayerNorm(5 * 24), nn.Unflatten(1, (5, 24)))
     if part == "ViT":
         model.__class__ = Mean
     elif part == "attention":
         model.encoder.layers[-1].self_attention.__class__ = Attention
+    elif part == "norm":
+        model.encoder.ln = mixing
     else:
-        model.encoder.ln = nn.Sequential(nn.Flatten(), nn.LayerNorm(5 * 24), nn.Unflatten(1, (5, 24)))
+        model.encoder.layers[-1].ln_2 = mixing
     whole, narrow = pair(model)
     assert tokens_read(narrow) is None
     assert_same(whole, narrow, inputs(whole))
+
+
+@pytest.mark.parametrize("patched", [EncoderBlock, nn.MultiheadAttention])
+def test_a_class_with_a_forward_of_other_code_gets_all_tokens(
+    patched: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, narrow = pair(dense("vit"))
+    assert tokens_read(narrow) == 1
+    monkeypatch.setattr(patched, "forward", lambda self, *args, **more: args[0])
+    assert tokens_read(narrow) is None
+
+
+def test_the_tokens_that_are_read_are_dropped_out_too() -> None:
+    model = dense("vit")
+    model.encoder.layers[-1].dropout.p = 1.0  # of all numbers, so that nothing is random
+    whole, narrow = pair(model)
+    assert_same(whole.train(), narrow.train(), inputs(whole))
 
 
 @torch.no_grad()
@@ -218,7 +255,12 @@ def test_weights_of_torchvision_are_loaded_and_brought_to_the_size(monkeypatch: 
     randomise(trained)
     weights = torchvision.models.ViT_B_32_Weights.DEFAULT
     state = trained.state_dict()
-    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: dict(state))
+
+    def read(self: object, *, weights_only: bool, **_: object) -> dict[str, Tensor]:
+        assert weights_only  # these files are pickles
+        return dict(state)
+
+    monkeypatch.setattr(type(weights), "get_state_dict", read)
     model = create(ModelConfig(name="torchvision:vit_b_32"))
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert find_backbone(model).label_names == weights.meta["categories"]

@@ -348,6 +348,21 @@ def test_names_of_a_users_model_are_those_of_its_folder_and_of_what_is_loaded(tm
     torch.testing.assert_close(logits_of(theirs, images(theirs)), logits_of(renamed, images(renamed)))
 
 
+def test_names_that_a_user_writes_into_a_config_later_are_those_of_the_model(tmp_path: Path) -> None:
+    model = vimoe.load(vimoe.save(named("dinov2"), tmp_path / "m"))
+    model.config.id2label = {0: "x", 1: "y", 2: "z"}
+    assert find_backbone(vimoe.load(vimoe.save(model, tmp_path / "again"))).label_names == ["x", "y", "z"]
+    many = vit("vit", num_labels=12)
+    many.config.id2label = {str(i): f"class {i}" for i in range(12)}  # as a JSON file has them
+    assert find_backbone(many).label_names == [f"class {i}" for i in range(12)]
+
+
+def test_what_save_pretrained_writes_of_a_vimoe_is_refused_by_name(tmp_path: Path) -> None:
+    upcycle(vit("dinov2"), config()).save_pretrained(tmp_path / "m")
+    with pytest.raises(ConfigError, match="do not fit its config in dinov2.encoder.layer.0.mlp.fc1.bias"):
+        create(ModelConfig(name=f"transformers:{tmp_path / 'm'}"))
+
+
 def test_names_that_are_none_are_numbers(tmp_path: Path) -> None:
     assert find_backbone(vit("vit")).label_names == ["0", "1", "2"]
     bare = vit("vit, bare", id2label=NAMES, label2id={word: i for i, word in NAMES.items()})
@@ -482,11 +497,36 @@ def test_a_model_folder_that_names_code_or_no_model_is_refused(tmp_path: Path) -
         ({"class_name": "ViTForImageClassification", "config": {**config_of, "auto_map": {"A": "b.C"}}}, "names code"),
         ({"config": {**config_of, "attn_implementation": "some/kernel"}}, "names code .some/kernel."),
         ({"config": {**config_of, "hidden_size": 24}}, "does not fit"),
+        ({"config": {**config_of, "num_hidden_layers": "x"}}, "'num_hidden_layers' expected int, got str"),
+        ({"config": {**config_of, "num_attention_heads": 0}}, "cannot build the backbone: .* by zero"),
+        ({"config": {**config_of, "id2label": 5}}, "cannot build the backbone"),
+        ({"config": {**config_of, "dtype": "float7"}}, "cannot build the backbone: .*float7"),
         ({"config": None}, "cannot build the backbone"),
+        ({"config": config_of, "more": 1}, "unexpected keyword argument 'more'"),
     ):
         changed(path, **arguments)
-        with pytest.raises(FolderError, match=message):
+        with pytest.raises(FolderError, match=message) as error:
             vimoe.load(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_config_that_names_a_model_elsewhere_is_refused_and_nobody_looks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_args: object, **_more: object) -> None:
+        raise AssertionError("it looks on the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ask)
+    monkeypatch.setattr(transformers.utils.hub, "cached_files", ask)
+    path = vimoe.save(upcycle(vit("vit"), config()), tmp_path / "m")
+    for inside in ({"backbone": "user/repo"}, {"depth_config": {"backbone": "user/repo"}}):
+        changed(path, class_name="UperNetForSemanticSegmentation", config=inside)
+        with pytest.raises(FolderError, match="the config names another model .'user/repo', 'backbone'"):
+            vimoe.load(path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "upernet", "backbone": "user/repo"}')
+    with pytest.raises(ConfigError, match="the config names another model .'user/repo', 'backbone'"):
+        create(ModelConfig(name=f"transformers:{tmp_path / 'theirs'}"))
 
 
 # ----- what training, segmentation and cached features ask
@@ -584,7 +624,9 @@ def test_it_computes_what_timm_does_before_and_after_upcycling(weights: str) -> 
     else:
         if "VIMOE_DINOV2" not in os.environ:
             pytest.skip("VIMOE_DINOV2 names no folder")
-        theirs = timm.create_model(f"local-dir:{os.environ['VIMOE_DINOV2']}", img_size=224, num_classes=5).eval()
+        folder = os.environ["VIMOE_DINOV2"]
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=224, num_classes=5).eval()
+        assert theirs.norm.weight.std() > 0.01  # it is 1 everywhere before any training
     depth, width, heads = len(theirs.blocks), theirs.embed_dim, theirs.blocks[0].attn.num_heads
     ours = transformers.Dinov2ForImageClassification(
         transformers.Dinov2Config(

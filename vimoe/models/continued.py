@@ -24,7 +24,10 @@ from vimoe.models.upcycling import Plan, sites
 logger = logging.getLogger(__name__)
 
 
-def continued(config: ModelConfig, num_classes: int | None = None, any_size: bool = False) -> nn.Module:
+def continued(
+    config: ModelConfig, num_classes: int | None = None, any_size: bool = False,
+    img_size: tuple[int, int] | None = None,
+) -> nn.Module:  # fmt: skip
     """Return the model of the model folder that `model.name` means, in float32, with its MoE layers.
 
     Args:
@@ -32,6 +35,7 @@ def continued(config: ModelConfig, num_classes: int | None = None, any_size: boo
             folder's.
         num_classes: size of a new classifier of random weights, if it is another than the folder's.
         any_size: refused, as the ViT takes images of the size that it was trained with.
+        img_size: (height, width) in place of `config.img_size`, refused likewise if it is another than the folder's.
 
     Raises:
         ConfigError: if other settings are given, or a segmentation is to start from a model that classifies images.
@@ -47,7 +51,8 @@ def continued(config: ModelConfig, num_classes: int | None = None, any_size: boo
     model = load(folder) if config.pretrained else rebuild(folder)
     backbone = find_backbone(model)
     height, width = backbone.input_size[1:]
-    if config.img_size not in (None, height) or config.drop_path_rate or config.args:
+    asked = img_size or (config.img_size and (config.img_size, config.img_size))
+    if asked not in (None, (height, width)) or config.drop_path_rate or config.args:
         raise ConfigError(
             f"model.name={config.name!r} is a model folder with an architecture of its own, for images of "
             f"{height}x{width}: expected no img_size, drop_path_rate and args of model; leave them out"

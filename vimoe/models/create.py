@@ -36,7 +36,7 @@ def create(
     check_name(config)
     classes = config.num_classes if num_classes is None else num_classes
     if vimoe_folder(config):
-        return continued(config, classes, any_size)
+        return continued(config, classes, any_size, img_size)
     family, name = config.family
     try:
         model: nn.Module = FAMILIES.find(family).create(

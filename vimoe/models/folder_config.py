@@ -13,6 +13,16 @@ from vimoe.files import read_text
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1  # of the "vimoe" section
 SECTION = ("format", "layers", "segmentation", "family", "arguments")  # its entries
+FORMS: dict[str, type] = {
+    "architecture": str,
+    "model_args": dict,
+    "pretrained_cfg": dict,
+    "vimoe": dict,
+    "label_names": list,
+}
+PREPARED_FORMS: dict[str, type] = {  # of the entries of "pretrained_cfg" that are read, each of which may be null
+    "mean": list, "std": list, "crop_pct": float, "crop_mode": str, "interpolation": str, "label_names": list,
+}  # fmt: skip
 CODE = ("auto_map", "custom_pipelines", "trust_remote_code")  # entries by which transformers' folders name code
 
 
@@ -28,11 +38,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FolderError(f"{path} is no JSON object: {first_line(error)}; save the model again") from error
     if not isinstance(values, dict):
         raise FolderError(f"{path} is no JSON object: it holds a {type(values).__name__}; save the model again")
-    forms = {"architecture": str, "model_args": dict, "pretrained_cfg": dict, "vimoe": dict, "label_names": list}
-    for name, form in forms.items():
-        if name in values and not isinstance(values[name], form):
-            found = " ".join(str(values[name]).split())[:40]
-            raise FolderError(f"{path}: {name!r} is {found}: expected a {form.__name__}; save the model again")
+    _check_forms(path, values, FORMS)
+    prepared = values.get("pretrained_cfg", {})
+    _check_forms(path, {name: value for name, value in prepared.items() if value is not None}, PREPARED_FORMS)
     if code := _code_in(values):
         raise FolderError(f"{path} names code ({code!r}), which vimoe never runs: expected none; take it out")
     section: dict[str, Any] = values.get("vimoe", {"format": FORMAT})
@@ -62,6 +70,14 @@ def layers_of(path: Path, section: dict[str, Any]) -> dict[str, MoEConfig]:
         return {name: MoEConfig.from_dict({**values, "layers": [name]}) for name, values in section["layers"].items()}
     except (KeyError, TypeError, AttributeError, VimoeError) as error:
         raise FolderError(f"{path}: the 'vimoe' section does not fit the backbone: {error}") from error
+
+
+def _check_forms(path: Path, values: dict[str, Any], forms: dict[str, type]) -> None:
+    """Raise FolderError for a value of another type than its entry has."""
+    for name, form in forms.items():
+        if name in values and not isinstance(values[name], (int, float) if form is float else form):
+            found = " ".join(str(values[name]).split())[:40]
+            raise FolderError(f"{path}: {name!r} is {found}: expected a {form.__name__}; save the model again")
 
 
 def _refuse(constant: str) -> None:

@@ -19,7 +19,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from vimoe.config.model import FAMILIES
-from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError, expect, first_line
+from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError, expect
 from vimoe.files import read_text, write_json
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.split_ffn import SplitFFN
@@ -151,8 +151,9 @@ class Backbone:
         try:
             model: Any = cls.build(**values["vimoe"]["arguments"])
             model.pretrained_cfg = {**values["pretrained_cfg"], "label_names": values.get("label_names")}
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise FolderError(f"{config}: {cls.__name__} cannot build the backbone: {first_line(error)}") from error
+        except Exception as error:  # whatever odd values make a library raise
+            said = " ".join((str(error) or type(error).__name__).split())[:300]
+            raise FolderError(f"{config}: {cls.__name__} cannot build the backbone: {said}") from error
         return model
 
     def by_own_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -347,6 +348,10 @@ class Backbone:
         if hasattr(self.vit, "num_classes"):
             self.vit.num_classes = num_classes
         self.vit.pretrained_cfg = {**self.vit_config, "label_names": None}
+
+    def set_label_names(self, names: Sequence[str] | None) -> None:
+        """Name the classes; None for numbers."""
+        self.vit.pretrained_cfg = {**self.vit_config, "label_names": list(names) if names else None}
 
     @property
     def label_names(self) -> list[str]:

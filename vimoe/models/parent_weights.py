@@ -28,7 +28,8 @@ def load_parent_weights(model: nn.Module, source: str | Path, images: Batches | 
         model: a ViT of a known family with MoE layers or widened FFNs.
         source: a safetensors file with the dense model's weights by their names in its library; or a model folder; or
             a name as `model.name` has it, such as "hf-hub:USER/REPO", "transformers:FOLDER" or a timm name. By name,
-            weights are brought to the model's size of images, and a classifier for other classes is a new one.
+            weights are brought to the model's size of images, a classifier for other classes is a new one, and names of
+            the classes come along.
         images: as for `vimoe.upcycle`, for starts and routers that are computed from images.
 
     Returns:
@@ -55,13 +56,13 @@ def load_parent_weights(model: nn.Module, source: str | Path, images: Batches | 
         raise SurgeryError(
             f"{type(whole).__name__} is a module around a ViT: expected the ViT alone; pass its part {backbone.path!r}"
         )
-    parent = dense_parent(whole).train(whole.training)
-    if Path(source).is_file():
+    parent, names = dense_parent(whole), None
+    if Path(source).is_file() or Path(source).suffix == ".safetensors":
         found = backbone.by_own_names(read_tensors(Path(source)))
     else:
-        name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
+        name = f"local-dir:{source}" if isinstance(source, Path) or Path(source).is_dir() else source
         named = create(ModelConfig(name=name), backbone.num_classes, img_size=backbone.input_size[1:])
-        found = dict(named.state_dict())
+        found, names = dict(named.state_dict()), find_backbone(named).vit_config.get("label_names")
     check_fit(
         source, found, parent.state_dict(), f"the dense parent of this {type(backbone.vit).__name__}", "name another"
     )
@@ -71,4 +72,6 @@ def load_parent_weights(model: nn.Module, source: str | Path, images: Batches | 
         convert(parent, config, images)
     with torch.no_grad():
         whole.load_state_dict(parent.state_dict())
+    if names:
+        backbone.set_label_names(names)
     return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,9 +86,10 @@ class TorchvisionViT(Backbone):
         vit = self.vit
         if not self._is_swin:
             block = vit.encoder.layers[0]
-            names = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "dropout", "attention_dropout", "num_classes")
+            names = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "dropout", "attention_dropout")
             own = {name: getattr(vit, name) for name in (*names, "representation_size")}
-            return {"kind": "vit", "num_layers": len(vit.encoder.layers), "num_heads": block.num_heads, **own}
+            sizes = {"num_layers": len(vit.encoder.layers), "num_heads": block.num_heads}
+            return {"kind": "vit", **sizes, **own, "num_classes": self._outputs}
         stem, stages = vit.features[0][0], vit.features[1::2]
         attention, depth = stages[0][0].attn, stages[-1][-1].stochastic_depth.p
         return {
@@ -100,7 +102,7 @@ class TorchvisionViT(Backbone):
             "dropout": attention.dropout,
             "attention_dropout": attention.attention_dropout,
             "stochastic_depth_prob": depth,
-            "num_classes": self.num_classes,
+            "num_classes": self._outputs,
         }
 
     @classmethod
@@ -186,7 +188,18 @@ class TorchvisionViT(Backbone):
 
     @property
     def classifiers(self) -> tuple[nn.Module, ...]:
-        return (self.vit.head if self._is_swin else self.vit.heads.head,)
+        return (self.vit.head if self._is_swin else getattr(self.vit.heads, "head", self.vit.heads),)
+
+    @property
+    def num_classes(self) -> int:
+        around: int | None = getattr(self.model, "num_classes", None) if self.path else None
+        return self._outputs if around is None else around
+
+    @property
+    def _outputs(self) -> int:
+        """Number of logits of the classifier, which users replace: torchvision's own `num_classes` stays as it was."""
+        linear = [module for module in self.classifiers[0].modules() if isinstance(module, nn.Linear)][-1:]
+        return linear[0].out_features if linear else getattr(self.vit, "num_classes", 0)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the class token, of positions and biases of positions, and of Swin v2's temperatures."""
@@ -221,8 +234,8 @@ def _preprocessing(weights: WeightsEnum) -> dict[str, Any]:
 def _load(model: nn.Module, weights: WeightsEnum, name: str) -> None:
     """Load pretrained weights, but for a classifier of another size; positions are brought to the size of the image."""
     try:
-        state: dict[str, Any] = dict(weights.get_state_dict(progress=False, check_hash=True))
-    except (OSError, RuntimeError) as error:
+        state: dict[str, Any] = dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise ConfigError(
             f"the weights of 'torchvision:{name}' cannot be had: {first_line(error)}; use --model.pretrained false"
         ) from error

@@ -43,7 +43,13 @@ def create(
     library = _library()
     if _is_path(name) and not Path(name).is_dir():
         raise ConfigError(f"model.name='transformers:{name}': no model folder there; {beside(Path(name))}")
-    if "architecture" in _values(Path(name) / "config.json"):
+    values = _values(Path(name) / "config.json")
+    if place := _elsewhere(values):
+        raise ConfigError(
+            f"model.name='transformers:{name}': the config names another model ({place[:80]!r}, 'backbone'): expected "
+            f"none; take it out"
+        )
+    if "architecture" in values:
         raise ConfigError(
             f"model.name='transformers:{name}': expected a folder of transformers, and it is one of vimoe or timm; use "
             f"local-dir:{name}"
@@ -74,9 +80,11 @@ def build(class_name: str, config: dict[str, Any]) -> nn.Module:
     """Build a model, with any weights, from the name of its class in transformers and its config.
 
     Raises:
-        FolderError: if transformers has no such model, or the config names code.
+        FolderError: if transformers has no such model, or the config names code or a model elsewhere.
     """
     library = _library()
+    if place := _elsewhere(config):
+        raise FolderError(f"the config names another model ({place[:80]!r}, 'backbone'): expected none; take it out")
     found = getattr(library, str(class_name), None)
     if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
         raise FolderError(f"class_name={class_name!r}: expected a model of transformers, such as 'ViTModel'")
@@ -127,15 +135,17 @@ def preprocessing(processor: Any) -> dict[str, Any]:
 
 def label_names(config: Any) -> list[str] | None:
     """Return the names of the classes in a config; None for those that transformers gives where there are none."""
-    names = [str(label) for _, label in sorted(config.id2label.items())]
+    names = [str(label) for _, label in sorted(config.id2label.items(), key=lambda item: int(item[0]))]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
-def set_label_names(config: Any, names: Sequence[str] | None) -> None:
-    """Write the names of the classes into a config, where there are as many."""
-    if names and len(names) == config.num_labels:
-        config.id2label = {i: str(name) for i, name in enumerate(names)}
-        config.label2id = {str(name): i for i, name in enumerate(names)}
+def set_label_names(config: Any, names: Sequence[str] | None) -> bool:
+    """Write the names of the classes into a config, where there are as many; return True if it has them now."""
+    if not names or len(names) != config.num_labels:
+        return False
+    config.id2label = {i: str(name) for i, name in enumerate(names)}
+    config.label2id = {str(name): i for i, name in enumerate(names)}
+    return True
 
 
 def by_own_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,6 +227,14 @@ def _file(name: str, file: str) -> str | None:
     asked = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     found: str | None = _library().utils.cached_file(name, file, **asked)
     return found
+
+
+def _elsewhere(values: Any) -> str | None:
+    """Return the name of a backbone at any depth of a config, which transformers would look up on the hub."""
+    if not isinstance(values, dict):
+        return None
+    named = values.get("backbone")
+    return str(named) if named else next(filter(None, map(_elsewhere, values.values())), None)
 
 
 def _code(config: Any) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vimoe.errors import SurgeryError
 from vimoe.models import transformers_files
-from vimoe.models.interface import Backbone
+from vimoe.models.interface import Backbone, find_backbone
 from vimoe.moe import traced_ffn
 from vimoe.moe.grid import Grid
 from vimoe.moe.router import TokenLayout
@@ -63,15 +63,15 @@ class TransformersViT(Backbone):
         """Build a model from `class_name` and `config`.
 
         Raises:
-            FolderError: if transformers has no such model, or the config names code.
+            FolderError: if transformers has no such model, or the config names code or a model elsewhere.
         """
-        return transformers_files.build(arguments["class_name"], arguments["config"])
+        return transformers_files.build(**arguments)
 
     @classmethod
     def rebuild(cls, config: Path) -> nn.Module:
         """Build the model from its config.json; its own config has the names of the classes, as transformers does."""
         model: Any = super().rebuild(config)
-        transformers_files.set_label_names(model.config, model.pretrained_cfg["label_names"])
+        find_backbone(model).set_label_names(model.pretrained_cfg["label_names"])
         return model
 
     def by_own_names(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -195,6 +195,10 @@ class TransformersViT(Backbone):
     def num_classes(self) -> int:
         around: int | None = getattr(self.model, "num_classes", None)
         return around if around is not None else self.vit.config.num_labels if self.classifiers else 0
+
+    def set_label_names(self, names: Sequence[str] | None) -> None:
+        """Name the classes in the model's config, which the user may change, and nowhere else where they fit it."""
+        super().set_label_names(None if transformers_files.set_label_names(self.vit.config, names) else names)
 
     def new_classifier(self, num_classes: int) -> None:
         super().new_classifier(num_classes)
