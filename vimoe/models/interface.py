@@ -336,10 +336,7 @@ class Backbone:
             SurgeryError: if it has no classifier with a matrix.
         """
         names = {module: name for name, module in self.vit.named_modules()}
-        last = [[m for m in head.modules() if isinstance(m, nn.Linear)][-1:] for head in self.classifiers]
-        if not last or not all(last):
-            raise SurgeryError(f"{type(self.vit).__name__} has no classifier: expected one; save a model that has")
-        for (old,) in last:
+        for old in self.last_matrices():
             new = nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
             nn.init.trunc_normal_(new.weight, std=0.02)
             if new.bias is not None:
@@ -348,6 +345,17 @@ class Backbone:
         if hasattr(self.vit, "num_classes"):
             self.vit.num_classes = num_classes
         self.vit.pretrained_cfg = {**self.vit_config, "label_names": None}
+
+    def last_matrices(self) -> list[nn.Linear]:
+        """Return the last matrix of each classifier, which has a row for each class.
+
+        Raises:
+            SurgeryError: if the ViT has no classifier with a matrix.
+        """
+        last = [[m for m in head.modules() if isinstance(m, nn.Linear)][-1:] for head in self.classifiers]
+        if not last or not all(last):
+            raise SurgeryError(f"{type(self.vit).__name__} has no classifier: expected one; save a model that has")
+        return [matrix for (matrix,) in last]
 
     def set_label_names(self, names: Sequence[str] | None) -> None:
         """Name the classes; None for numbers."""

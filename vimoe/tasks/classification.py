@@ -23,6 +23,7 @@ from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan
 from vimoe.errors import ConfigError, FolderError
 from vimoe.metrics.base import Batches, metric_of
+from vimoe.models.class_order import order_classes
 from vimoe.models.create import create
 from vimoe.models.frozen_trunk import check_cut
 from vimoe.models.interface import label_names
@@ -51,7 +52,9 @@ class Classification(Task[Data]):
     @classmethod
     def dense_model(cls, config: ModelConfig, data: Data) -> nn.Module:
         check_classes(config.num_classes, len(data.classes))
-        return create(config, len(data.classes))
+        model = create(config, len(data.classes))
+        order_classes(model, data.classes)
+        return model
 
     def scan(self, data: Data) -> Scan:
         return scan(data)
