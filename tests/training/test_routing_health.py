@@ -145,17 +145,17 @@ def test_a_saturated_router_is_told(data: Data, tmp_path: Path) -> None:
 
 def test_a_router_without_gradient_is_told(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a loss is computed from what was detached."""
-    real = vimoe.training.loop.record
+    real = vimoe.training.distributed.record
 
-    def detached(network: nn.Module, **options: bool) -> object:
+    def detached(network: nn.Module, *options: bool) -> object:
         for layer in layers(network):
             layer.router.register_forward_hook(
                 lambda _r, _a, out: replace(out, logits=out.logits.detach(), gates=out.gates.detach())
             )
-        monkeypatch.setattr(vimoe.training.loop, "record", real)
-        return real(network, **options)
+        monkeypatch.setattr(vimoe.training.distributed, "record", real)
+        return real(network, *options)
 
-    monkeypatch.setattr(vimoe.training.loop, "record", detached)
+    monkeypatch.setattr(vimoe.training.distributed, "record", detached)
     network = model()
     monkeypatch.setattr(vimoe.training.loop, "auxiliary_losses", lambda *_: (0.0, {}))
     found = alarms(data, tmp_path, network)
