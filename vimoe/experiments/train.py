@@ -108,6 +108,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         )
         kind = task_class(settings)
         data = kind.find(settings.data, validation=run.validation())
+        check_evaluated(len(data.val), settings.train, process)
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         set_seed(settings.train.seed)
         model = kind.dense_model(random, data)

@@ -75,8 +75,8 @@ def check_shares(config: TrainConfig, process: Process) -> None:
     for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
             raise ConfigError(
-                f"accelerate launch with {name}: expected processes that each have the whole model; start it with "
-                f"--multi_gpu, or by torchrun"
+                f"accelerate launch with {name}: expected processes that begin with the whole model; start it with "
+                f"--multi_gpu, or by torchrun, and set train.parallel to divide the model"
             )
     check_parallel(config, process)
     count, unit = process.count, _unit(config, process)
