@@ -189,8 +189,10 @@ TAXONOMY: dict[str, tuple[Row, ...]] = {
     "System": (
         Row("computation", "MegaBlocks, ScatterMoE", verb="bench",
             why="it times grouped products without dropped tokens (`vimoe.set_backend`)"),
-        Row("communication", "–", why="refused: a training has one process"),
-        Row("storage", "–", why="refused: all experts stay in memory"),
+        Row("communication", "–", ("train.parallel",),
+            why="`expert` processes share the experts of each layer, and exchange tokens by all-to-all"),
+        Row("storage", "–", ("train.parallel",),
+            why="`fsdp` processes divide weights and optimiser state; nothing is moved to the CPU or a disk"),
     ),
     "Not in the survey but needed today": (
         Row("gate: probability", "Switch, ViMoE", ("moe.gate=probability",)),

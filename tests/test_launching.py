@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from argparse import ArgumentParser
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from vimoe.cli import VERBS
+from vimoe.config.parallel import ParallelConfig
 from vimoe.config.settings import SECTIONS, Settings, flat
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -33,7 +35,7 @@ def commands(launcher: str) -> list[list[str]]:
 
 
 def test_all_commands_are_found() -> None:
-    assert len(commands("torchrun")) == 4 and len(commands("accelerate launch")) == 2
+    assert len(commands("torchrun")) == 5 and len(commands("accelerate launch")) == 2
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -41,11 +43,13 @@ def test_a_launcher_knows_its_flags_and_the_rest_is_vimoe_s(launcher: str) -> No
     parser: ArgumentParser = LAUNCHERS[launcher]()
     for command in commands(launcher):
         parsed = parser.parse_args(command)
-        assert parsed.module and parsed.training_script == "vimoe.cli"
+        assert parsed.module and parsed.training_script == "vimoe"
         verb, *rest = parsed.training_script_args
         assert verb in VERBS
         flags = {word.removeprefix("--") for word in rest if word.startswith("--")}
-        assert flags <= {*flat(Settings()), "out", "resume"}
+        assert flags <= {*flat(Settings()), *(f"train.parallel.{each.name}" for each in fields(ParallelConfig))} | {
+            "out", "resume",
+        }  # fmt: skip
 
 
 def test_the_flags_of_plan_and_the_mesh_are_settings() -> None:
@@ -58,7 +62,7 @@ def test_the_flags_of_plan_and_the_mesh_are_settings() -> None:
 
 def test_a_wrong_flag_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        get_args_parser().parse_args(["--nodes=4", "-m", "vimoe.cli", "train"])
+        get_args_parser().parse_args(["--nodes=4", "-m", "vimoe", "train"])
     assert "--nodes" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.parallel_work import full
 from helpers.pictures import roles
 from helpers.scenery import scenes
 from helpers.segmenters import segmenter
@@ -16,6 +17,7 @@ from helpers.trainings import QUICK
 from torch import nn
 
 from vimoe.config.data import DataConfig
+from vimoe.config.parallel import ParallelConfig
 from vimoe.data.classification import load_data
 from vimoe.data.loaders import preprocessing
 from vimoe.data.scenes import load_scenes
@@ -49,6 +51,8 @@ def images_of(folder: Path) -> None:
 def made(folder: Path, case: str, **changes: Any) -> tuple[nn.Module, Job, Any]:
     torch.manual_seed(0)
     layers, settings = CASES[case]
+    if "parallel" in changes:
+        changes["parallel"] = ParallelConfig(**changes["parallel"])
     settings = replace(QUICK, precision="no", **{**settings, **changes})
     if layers is None:
         found = load_scenes(DataConfig(path=str(folder / "scenes"), task="segmentation"))
@@ -69,9 +73,10 @@ def trained(folder: Path, out: Path, case: str, **changes: Any) -> dict[str, Any
     step = torch.optim.AdamW.step
 
     def see(self: Any, *args: Any, **kwargs: Any) -> Any:
-        held = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        held = [full(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
-            gradients.append(torch.cat([each.flatten() for each in held]).clone())
+            gradients.append(torch.cat([each.flatten() for each in held]))
+            gradients.append(torch.stack([each.norm() for each in held]).sort().values)  # in no order of groups
         return step(self, *args, **kwargs)
 
     torch.optim.AdamW.step = see
@@ -81,8 +86,8 @@ def trained(folder: Path, out: Path, case: str, **changes: Any) -> dict[str, Any
         torch.optim.AdamW.step = step
     load = [layer.router.choice_bias for layer in moe_layers(network).values()]
     return {
-        "weights": network.state_dict(), "gradient": gradients[0], "val": summary["val"], "bias": load,
-        "alarms": summary["alarms"],
+        "weights": network.state_dict(), "gradient": gradients[0], "norms": gradients[1], "val": summary["val"],
+        "bias": load, "alarms": summary["alarms"],
     }  # fmt: skip
 
 
@@ -91,7 +96,8 @@ def main() -> None:
     process = Process()
     for case in cases:
         found = trained(Path(folder), Path(out) / case, case, **eval(count))
-        if process.rank == process.count - 1:  # the first writes the logs
+        writer = 0 if "parallel" in eval(count) else process.count - 1  # the first writes the logs, and has the whole
+        if process.rank == writer:
             torch.save(found, Path(out) / f"{case}.pt")
 
 

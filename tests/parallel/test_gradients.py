@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vimoe.parallel.gradients import by_mesh, clip_grad_norm_
+from vimoe.parallel.gradients import begin, by_mesh, clip_grad_norm_
 
 
 def parameters() -> list[nn.Parameter]:
@@ -31,3 +31,17 @@ def test_groups_of_one_mesh_stay() -> None:
     made = parameters()
     groups = [{"params": made[:2], "lr": 0.1}, {"params": made[2:], "lr": 0.2}]
     assert by_mesh(groups) == groups
+
+
+def test_an_optimiser_that_has_begun_takes_the_steps_of_one_that_has_not() -> None:
+    weights = []
+    for early in (False, True):
+        (p, *_) = made = parameters()
+        optimizer = torch.optim.AdamW(made, lr=0.1, fused=True)
+        if early:
+            begin(optimizer)
+            assert all(state["step"] == 0 for state in optimizer.state.values()) and len(optimizer.state) == 3
+        for _ in range(3):
+            optimizer.step()
+        weights.append(p.detach().clone())
+    assert torch.equal(*weights)

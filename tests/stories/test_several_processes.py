@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.commands import QUICK, TINY
 from helpers.jobs import TESTS, environment, finish, start
 from helpers.pictures import roles
 from helpers.trainings import rows
 from safetensors.torch import load_file
 
+import vimoe
 from vimoe.run_folder import LOCK
 
 FAILING = TESTS / "helpers" / "failing_job.py"
@@ -97,6 +100,43 @@ def test_a_signal_to_one_stops_all_with_a_checkpoint(photos: Path, whole: tuple[
         assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-3)
 
 
+EXPERTS = ["--moe.layers=all", "--moe.routing=token", "--train.ema_decay=0", "--train.parallel.expert=2"]
+
+
+def spread_as(out: Path, **sizes: int) -> None:
+    """Changes the mesh in the settings of a run."""
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    settings["train"]["parallel"] = sizes
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_spread_experts_go_on_after_a_kill_and_over_any_mesh(photos: Path, tmp_path: Path) -> None:
+    """Two processes go on to the same bits; one process, and shards after that, to rounding."""
+    whole, killed, other = (tmp_path / name for name in ("whole", "killed", "other"))
+    ended = finish(start(2, "-m", "vimoe", *train(photos, whole, *EXPERTS)))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    ended = finish(start(2, FAILING, "kill", 1, 3, *train(photos, killed, *EXPERTS)), 200)
+    assert [status for status, _, _ in ended] == [2, -signal.SIGKILL] and len(lines(ended)) == 1, ended
+    assert len(list((killed / "checkpoints").glob("shards-*"))) == 1
+    shutil.copytree(killed, other)
+    again = finish(start(2, "-m", "vimoe", "train", "--resume", killed))
+    assert [status for status, _, _ in again] == [0, 0] and not (killed / "checkpoints").exists(), again
+    assert_equal(whole, killed)
+    refused = finish(start(1, "-m", "vimoe", "train", "--resume", other))
+    assert "with 1 processes: expected sizes whose product is 1" in lines(refused)[0]
+    spread_as(other)
+    stopped = finish(start(1, FAILING, "term", 0, 3, "train", "--resume", other))
+    assert [status for status, _, _ in stopped] == [128 + signal.SIGTERM], stopped
+    assert [path.name for path in (other / "checkpoints").iterdir()] == ["last.pt"]
+    spread_as(other, fsdp=2)
+    again = finish(start(2, "-m", "vimoe", "train", "--resume", other))
+    assert [status for status, _, _ in again] == [0, 0], again
+    for row, there in zip(rows(whole / "metrics.csv"), rows(other / "metrics.csv"), strict=True):
+        assert float(there["train_loss"]) == pytest.approx(float(row["train_loss"]), rel=1e-4)
+        assert float(there["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-3)
+    assert vimoe.load(whole / "model")(torch.zeros(1, 3, 16, 16)).isfinite().all()  # in one process
+
+
 @pytest.mark.parametrize(
     ("how", "rank", "said"),
     [
@@ -121,6 +161,22 @@ def test_a_failure_of_one_ends_all_with_its_line(photos: Path, tmp_path: Path, h
         (["train", "--data.path=digits", *OPTIONS, "--train.batch_size=10"], "train.batch_size=10 over 2 processes"),
         (["train", "--data.path=nowhere", *OPTIONS], "nowhere"),
         (["train", "--train.lr=high"], "train.lr"),
+        (
+            ["train", "--data.path=digits", *OPTIONS, "--train.parallel.fsdp=2"],
+            "train.ema_decay=0.5 with train.parallel",
+        ),
+        (["train", "--data.path=digits", *OPTIONS, "--train.parallel.expert=3"], "expected sizes whose product is 2"),
+        (
+            [
+                "train",
+                "--data.path=digits",
+                *OPTIONS,
+                "--moe.num_experts=3",
+                "--train.ema_decay=0",
+                "--train.parallel.expert=2",
+            ],
+            "train.parallel.expert=2 with moe.num_experts=3",
+        ),
         (["evaluate", "runs/first"], "vimoe evaluate in 2 processes: expected 1, since only train shares its work"),
     ],
 )

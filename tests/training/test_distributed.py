@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,36 @@ def test_two_train_as_one(folder: Path, two: Path, case: str) -> None:
     ours = trained(folder, folder / case, case, **SHORT)
     theirs = torch.load(two / f"{case}.pt", weights_only=False)
     assert_same(ours, theirs, folder / case, two / case, 1e-5)
+
+
+SPREAD = {**SHORT, "ema_decay": 0.0}
+
+
+def assert_spread_is_one(folder: Path, parallel: dict[str, int], *cases: str, **changes: Any) -> None:
+    """The processes of a mesh train what one process trains: gradients, weights, logs, scores."""
+    name = "-".join(f"{dimension}{size}" for dimension, size in {**parallel, **changes}.items())
+    changes = {**SPREAD, **changes}
+    in_job(folder, folder / name, math.prod(parallel.values()), {**changes, "parallel": parallel}, *cases)
+    for case in cases:
+        ours = trained(folder, folder / f"{name}-one-{case}", case, **changes)
+        theirs = torch.load(folder / name / f"{case}.pt", weights_only=False)
+        largest = ours["norms"].max()
+        torch.testing.assert_close(theirs["norms"] / largest, ours["norms"] / largest, rtol=0, atol=1e-5)
+        theirs["gradient"] = ours["gradient"]  # which is in another order of groups
+        assert_same(ours, theirs, folder / f"{name}-one-{case}", folder / name / case, 1e-5)
+        assert theirs["val"]["loss"] == pytest.approx(ours["val"]["loss"], rel=1e-3), case
+
+
+def test_two_that_share_the_experts_train_as_one(folder: Path) -> None:
+    """Of the nine images of validation the first process has two batches, the other one."""
+    assert_spread_is_one(folder, {"expert": 2}, "image", "bias", batch_size=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"expert": 2}, {"fsdp": 2}, {"fsdp": 2, "expert": 2}])
+def test_any_mesh_trains_as_one(folder: Path, parallel: dict[str, int]) -> None:
+    for_scenes = ["scenes"] if math.prod(parallel.values()) == 2 else []  # three images of validation
+    assert_spread_is_one(folder, parallel, "token", "image", "bias", "mixed", "frozen", *for_scenes)
 
 
 def test_losses_over_each_share_are_others(folder: Path, two: Path) -> None:

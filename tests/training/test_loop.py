@@ -84,6 +84,7 @@ def test_every_setting_is_tried_below() -> None:
         "min_scale", "max_scale", "dice_loss", "class_weights",  # of segmentation
         "fuse", "fuse_rate",  # of layers that are fused
         "compile",  # test_compiled.py
+        "parallel",  # test_distributed.py
         "route_loss",  # of a router that classes train: test_given_routes.py
     }  # fmt: skip
 

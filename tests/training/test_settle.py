@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
 import pytest
 from helpers.trainings import model
 
+from vimoe.config.parallel import ParallelConfig
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
-from vimoe.training.settle import settle
+from vimoe.training.settle import check_evaluated, check_parallel, settle
+
+if TYPE_CHECKING:
+    from vimoe.process import Process
 
 HASH, RANDOM = {"router": "hash", "routing": "token"}, {"router": "random"}
 CHOICE = {"router": "expert_choice", "routing": "token"}
@@ -43,3 +50,32 @@ def test_what_could_train_something_is_not_refused() -> None:
     settle(TrainConfig(router_lr_scale=2.0), 100, model(**HASH, gate="sigmoid"))
     settle(TrainConfig(entropy_loss=0.1), 100, model(**CHOICE))
     settle(TrainConfig(balance_loss=0.0), 100, model(**HASH))
+
+
+MESH = ParallelConfig(fsdp=2)
+TWO = cast("Process", SimpleNamespace(count=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ema_decay", 0.5), ("fuse", "ewa"), ("compile", True), ("stages", ("head", "all")), ("precision", "fp16")],
+)
+def test_what_goes_with_whole_models_alone_is_refused_over_shards(name: str, value: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^train\.{name}=.* with train\.parallel={{data: open, fsdp: 2, expert: 1}}: "
+    ):
+        check_parallel(TrainConfig(**{name: value}, parallel=MESH), TWO)
+    check_parallel(TrainConfig(**{name: value}, parallel=ParallelConfig(data=2)), TWO)  # copies
+
+
+def test_a_mesh_is_of_as_many_processes_as_there_are() -> None:
+    with pytest.raises(ConfigError, match="with 1 processes: expected sizes whose product is 1"):
+        settle(TrainConfig(parallel=MESH), 100, model())
+    check_parallel(TrainConfig(parallel=MESH, precision="bf16"), TWO)
+
+
+def test_each_process_of_shards_has_an_image_to_evaluate() -> None:
+    with pytest.raises(ConfigError, match=r"^1 images for validation over 2 processes"):
+        check_evaluated(1, TrainConfig(parallel=MESH), TWO)
+    check_evaluated(2, TrainConfig(parallel=MESH), TWO)
+    check_evaluated(1, TrainConfig(), TWO)

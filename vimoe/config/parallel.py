@@ -38,6 +38,11 @@ class ParallelConfig:
         """Number of processes, with one group where `data` is open."""
         return (self.data or 1) * self.fsdp * self.expert
 
+    @property
+    def spreads(self) -> bool:
+        """True if a process holds less than the whole model."""
+        return self.fsdp * self.expert > 1
+
     def over(self, processes: int) -> ParallelConfig:
         """Return the mesh of so many processes, with `data` filled in.
 

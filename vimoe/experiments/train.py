@@ -38,7 +38,7 @@ from vimoe.tasks.base import Roles, Scanned, Task, task_class
 from vimoe.training import checkpoint, fuse
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import trained_modules
-from vimoe.training.settle import check_shares, settle
+from vimoe.training.settle import check_evaluated, check_parallel, check_shares, settle
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     """
     process = Process()
     process.one_log()
+    check_parallel(settings.train, process)
     check_name(settings.model, segmentation=True)
     process.once(run_folder.check_new, out)  # before another process makes it
     check_outside("--out", out, settings.data.path)
     settings = with_own_layers(settings)
     kind = task_class(settings)
     data = kind.find(settings.data)
+    check_evaluated(len(data.val), settings.train, process)
     _check_start(kind, data, settings)
     settings = _check_architecture(kind, data, settings)
     set_seed(settings.train.seed)
@@ -106,6 +108,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         )
         kind = task_class(settings)
         data = kind.find(settings.data, validation=run.validation())
+        check_evaluated(len(data.val), settings.train, process)
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         set_seed(settings.train.seed)
         model = kind.dense_model(random, data)

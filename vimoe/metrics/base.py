@@ -18,6 +18,7 @@ from vimoe.errors import DataError
 from vimoe.metrics.registry import METRICS, kind_of
 from vimoe.models.frozen_trunk import Entry
 from vimoe.models.interface import label_names, logits_of, unwrapped
+from vimoe.parallel.abreast import abreast
 from vimoe.process import Process
 from vimoe.terminal import track
 
@@ -231,9 +232,13 @@ def evaluate(
     """
     measure = metric_of(model, metric)
     counts = measure.counts() if counts is None else counts
-    for start, labels in batches(measure, loader, bar):
-        with torch.no_grad(), start.resumed(model) as x:
-            counts.add(outputs(model, x), labels)
+    start = Entry(torch.empty(0))
+    with abreast(model, process) as wait:
+        for start, labels in batches(measure, loader, bar):
+            with torch.no_grad(), start.resumed(model) as x:
+                counts.add(outputs(model, x), labels)
+        with start.resumed(model):
+            wait()
     return (counts if process is None else counts.over(process)).score()
 
 

@@ -27,10 +27,9 @@ from vimoe.errors import SurgeryError, VimoeError, expect
 from vimoe.models.interface import find_backbone
 from vimoe.moe.layer import MoE, moe_layers
 from vimoe.moe.packed import check_not_packed
+from vimoe.parallel.abreast import PLAIN, is_parallel
 from vimoe.parallel.exchange import spread
 from vimoe.parallel.mesh import replicated
-
-_PLAIN = "_plain_of_vimoe"  # attribute of a parallel model, in a tuple: the model as it was, without weights
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -54,7 +53,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         VimoeError: if it is no model, or an optimised one.
     """
     check(model, mesh["expert"].size(), mesh.size())
-    object.__setattr__(model, _PLAIN, (_without_weights(model),))
+    object.__setattr__(model, PLAIN, (_without_weights(model),))
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.contiguous()  # neither a broadcast nor FSDP takes others
@@ -144,12 +143,12 @@ def whole(model: nn.Module) -> nn.Module | None:
     Raises:
         VimoeError: if the model is not parallel.
     """
-    if not hasattr(model, _PLAIN):
+    if not is_parallel(model):
         raise VimoeError("the model is not spread over processes: expected one that parallelize returned; use it as is")
     state = full_state_dict(model)
     if dist.get_rank():
         return None
-    plain: nn.Module = copy.deepcopy(getattr(model, _PLAIN)[0])
+    plain: nn.Module = copy.deepcopy(getattr(model, PLAIN)[0])
     plain.load_state_dict(state, assign=True)
     return plain.cpu().train(model.training)
 

@@ -20,11 +20,13 @@ from torch import nn
 
 from vimoe.config.settings import Settings, flat
 from vimoe.errors import FolderError, first_line
-from vimoe.files import discard_file, in_units, written_whole
+from vimoe.files import TEMPORARY, discard, discard_file, in_units, written_whole
+from vimoe.parallel.checkpoint import load_checkpoint
 from vimoe.run_folder import CHECKPOINT
 
 FORMAT = 3
-MAY_DIFFER = frozenset({"data.path", "data.workers", "train.checkpoint_minutes", "train.tensorboard"})
+MAY_DIFFER = frozenset({"data.path", "data.workers", "train.checkpoint_minutes", "train.tensorboard", "train.parallel"})
+SHARDS = "shards"  # entry of a checkpoint, and start of the name, of the folder with a parallel model and its optimiser
 
 
 def write(run: Path, state: dict[str, Any]) -> None:
@@ -44,6 +46,7 @@ def write(run: Path, state: dict[str, Any]) -> None:
             torch.save({"format": FORMAT, **state}, file)
     except RuntimeError as error:  # torch's zip writer, where the disk is full
         raise FolderError(f"{path} could not be written; make room, and resume the run") from error
+    _forget_shards(run, but=state.get(SHARDS))
 
 
 def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
@@ -75,7 +78,20 @@ def exists(run: Path) -> bool:
 
 def remove(run: Path) -> None:
     """Forget a finished training."""
+    _forget_shards(run)
     discard_file(run / CHECKPOINT)
+
+
+def shards(run: Path, name: str) -> Path:
+    """Return the folder of a parallel model and its optimiser that a checkpoint names."""
+    return run / CHECKPOINT.parent / name
+
+
+def _forget_shards(run: Path, but: str | None = None) -> None:
+    """Delete the folders of shards that no checkpoint names any more."""
+    for folder in (run / CHECKPOINT.parent).glob(f"{SHARDS}-*"):
+        if folder.name != but:
+            discard(folder.rename(folder.with_name(f"{TEMPORARY}{folder.name}")))
 
 
 def check_settings(run: Path, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -101,7 +117,13 @@ def check_settings(run: Path, began: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def load_weights(run: Path, stored: Mapping[str, Any], model: nn.Module) -> None:
-    """Load the weights of a checkpoint whose settings were checked. Raises FolderError if the classes are others."""
+    """Load the weights of a checkpoint whose settings were checked. Raises FolderError if the classes are others.
+
+    All processes call it.
+    """
+    if SHARDS in stored:
+        load_checkpoint(shards(run, stored[SHARDS]), model)
+        return
     try:
         model.load_state_dict(stored["model"])
     except RuntimeError as error:

@@ -43,7 +43,7 @@ from vimoe.terminal import progress
 from vimoe.training import checkpoint
 from vimoe.training.batch_norm import shared_norms
 from vimoe.training.compiled import compiled_blocks
-from vimoe.training.distributed import Recorded, accelerator_for, settle_buckets
+from vimoe.training.distributed import Copies, Recorded, held
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
@@ -81,7 +81,8 @@ def train(
 
     In a job of several processes each calls it with a model of its own. They train as one process would: each has its
     share of every batch, and its gradients are averaged with those of the others. What is drawn at random in the model
-    (dropout, stochastic depth, noise and chance of routers) is drawn anew in each process.
+    (dropout, stochastic depth, noise and chance of routers) is drawn anew in each process. With fsdp or expert above 1
+    in `config.parallel` they spread a copy of the first process's model; of the models, its own alone gets the weights.
 
     Args:
         model: dense model or one with MoE layers.
@@ -118,15 +119,11 @@ def train(
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
     state.stage, state.part = stage, str(config.train_only)
     with _prepared(model, job, config, out, process) as steps, checkpoint.stopping() as stop:
-
-        def save() -> None:
-            process.once(checkpoint.write, out, state.stored(steps.stateful()))
-
-        resumed = state.goes_on(checkpoint.read(out), steps.stateful(), out)
+        resumed = state.goes_on(checkpoint.read(out), steps.load, out)
         if process.any(resumed) != resumed:
             raise FolderError(f"{out} has a checkpoint that not all processes see: expected a folder that all share")
         if not resumed:
-            save()  # so that there is one to go on from whenever it is killed
+            steps.save(state)  # so that there is one to go on from whenever it is killed
         started, last = time.perf_counter() - state.seconds, state.before + config.epochs
         with progress("training", config.epochs * steps.batches, state.done(steps.batches), stays=True) as show:
             while state.epoch <= config.epochs and not state.stalled(config.early_stopping):
@@ -134,27 +131,26 @@ def train(
                     show(f"epoch {state.number}/{last}", 1)
                     state.seconds = time.perf_counter() - started
                     if steps.synced and process.any(bool(stop.signal) or state.save_due(config.checkpoint_minutes)):
-                        save()
+                        steps.save(state)
                         if process.any(bool(stop.signal)):
                             raise Stopped(out, stop.signal or signal.SIGTERM)
                 score = job.evaluate(steps.judged)
-                row = state.finish_epoch(score, steps.rate, moe_layers(model), out)
+                row = state.finish_epoch(score, steps.rate, moe_layers(steps.plain), out)
                 steps.accelerator.log({**row, **state.scalars()}, step=state.number)
-                state.best.offer(state.epoch, score, steps.judged)
+                state.best.offer(state.epoch, score, lambda: steps.held.weights(steps.judged))
                 logger.info("epoch %d of %d: %s", state.number, last, score)
                 state.next_epoch()
-                save()
+                steps.save(state)
             if stopped_early := state.epoch <= config.epochs:
                 why = f"stopped after epoch {state.number - 1}, the best is {state.before + state.best.epoch}"
                 show(why, 0)
                 logger.info("%s: none of the last %d was better", why, config.early_stopping)
-    model.load_state_dict(state.best.state)
-    model.eval()
+    ended = steps.held.end(state.best.state)
     return {
         "epochs": state.number - 1,
         "stopped_early": stopped_early,
         "best_epoch": state.before + state.best.epoch,
-        "val": state.best.score if config.precision == "no" else job.evaluate(model).to_dict(),
+        "val": state.best.score if config.precision == "no" else job.evaluate(ended).to_dict(),
         "seconds": time.perf_counter() - started,
         "train_images": len(job.names),
         "alarms": state.alarms,
@@ -168,14 +164,15 @@ class _Steps:
 
     accelerator: Accelerator
     process: Process
-    model: nn.Module  # as Accelerate prepared it: images to outputs and routings
-    plain: nn.Module
+    held: Copies
+    model: nn.Module  # as it was prepared: images to outputs and routings
     optimizer: torch.optim.Optimizer
     schedule: CosineLRScheduler
     ema: ModelEmaV3 | None
     loader: DataLoader
     job: Job
     config: TrainConfig
+    out: Path
     batches: int  # of an epoch
     routes: list[nn.Parameter]  # those of all routers that are trained, except while they are frozen
     decided: list[Routing] = field(default_factory=list)  # of layers with a bias, since the last update of the weights
@@ -214,7 +211,7 @@ class _Steps:
                 if self.synced:
                     state.health.add_gradients({name: layers[name] for name in layers if name in learning})
                     if self.config.clip_grad:
-                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+                        self.held.clip(self.accelerator, self.config.clip_grad)
                     self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -277,6 +274,11 @@ class _Steps:
         return bool(self.accelerator.sync_gradients)
 
     @property
+    def plain(self) -> nn.Module:
+        """The model itself."""
+        return self.held.model
+
+    @property
     def judged(self) -> nn.Module:
         """The model that is evaluated: the moving average, where there is one."""
         return self.ema.module if self.ema else self.plain
@@ -286,8 +288,17 @@ class _Steps:
         """The largest learning rate of the parameter groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
-    def stateful(self) -> dict[str, Any]:
-        """Return all parts that have a state, by their name in a checkpoint."""
+    def save(self, state: State) -> None:
+        """Write a checkpoint."""
+        self.held.save(self.out, state.stored(), self._stateful)
+
+    def load(self, stored: dict[str, Any]) -> None:
+        """Load the states of model and optimizer from a checkpoint."""
+        self.held.load(self.out, stored, self._stateful)
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """All parts that have a state, by their name in a checkpoint."""
         parts = {"model": self.plain, "optimizer": self.optimizer}
         return (
             parts
@@ -302,17 +313,17 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
         AcceleratorState._reset_state()
+    holding = held(model, config, process)
+    model = holding.model
     recorded = Recorded(model, job.forward, outputs=config.orthogonal_loss > 0)
-    accelerator = accelerator_for(recorded, job.loader, config, out)
-    accelerator.init_trackers("tensorboard")
     optimizer = adamw(model, config)
     schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
     routes = [p for layer in moe_layers(model).values() for p in layer.router.routes if p.requires_grad]
-    prepared, optimizer, loader = accelerator.prepare(recorded, optimizer, job.loader)
-    settle_buckets(prepared, job.loader, process.device)
+    accelerator, prepared, optimizer, loader = holding.prepare(recorded, optimizer, job.loader, out)
+    accelerator.init_trackers("tensorboard")
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     steps = _Steps(
-        accelerator, process, prepared, model, optimizer, schedule, ema, loader, job, config, len(loader), routes
+        accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader), routes
     )
     steps.order.divide(config.batch_size, process.count)
     judged, plain = steps.judged, config.precision == "no"

@@ -21,6 +21,7 @@ from vimoe.models.interface import find_backbone
 from vimoe.models.upcycling import sites
 from vimoe.moe.experts import Experts
 from vimoe.moe.layer import MoE, moe_layers
+from vimoe.parallel.gradients import by_mesh
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -28,9 +29,10 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     It is torch's fused kernel, which reads and writes each weight once a step. On a CPU it takes every tensor for
     contiguous and does not look, so a model with a weight that is not, such as a slice, gets the other one. The groups
-    of a checkpoint say whether theirs is fused, so a training that began without goes on without.
+    of a checkpoint say whether theirs is fused, so a training that began without goes on without. Groups of a parallel
+    model are divided by the meshes of their parameters.
     """
-    groups = parameter_groups(model, config)
+    groups = by_mesh(parameter_groups(model, config))
     fused = all(p.is_contiguous() for group in groups for p in group["params"])
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     optimizer.register_load_state_dict_post_hook(_tell_scaler)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vimoe.moe import MoE, Routing
+from vimoe.parallel.gradients import total_norm
 from vimoe.process import Process
 
 CONFIDENT = 0.99  # mean probability of a router's first choice; above it, its gradient nearly vanishes
@@ -48,8 +49,8 @@ class Health:
                 name,
                 steps=torch.tensor(1),
                 router_steps=torch.tensor(int(any(p.requires_grad for p in layer.router.parameters()))),
-                router_gradient=_norm(layer.router.parameters()),
-                expert_gradient=_norm(layer.experts.parameters()),
+                router_gradient=total_norm(layer.router.parameters()),
+                expert_gradient=total_norm(layer.experts.parameters()),
             )
 
     def over(self, process: Process) -> Health:
@@ -135,8 +136,3 @@ class Health:
 def _either(*remedies: str) -> str:
     """Return remedies as "a", "a, or b" or "a, b, or c"."""
     return ", ".join([*remedies[:-1], f"or {remedies[-1]}" if len(remedies) > 1 else remedies[-1]])
-
-
-def _norm(parameters: Any) -> Tensor:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.tensor(0.0)

@@ -14,10 +14,18 @@ from vimoe.errors import ConfigError
 from vimoe.models.precision import resolve, warn_of_slow_bfloat16
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.router import Router
+from vimoe.parallel.parallelize import check as check_model
 from vimoe.process import Process
 from vimoe.training.compiled import check_compiler
 
 _OF_SCORES = ("z_loss", "importance_loss", "entropy_loss", "variance_loss")  # losses of a router's scores
+_OF_WHOLE_MODELS = {  # settings that go with whole models alone, and why
+    "ema_decay": "a moving average is of whole weights",
+    "fuse": "experts become one FFN where a process has them all",
+    "compile": "compiled blocks do not gather their weights",
+    "stages": "each stage begins with a whole model",
+    "precision": "gradients are not scaled over shards, and bf16 needs no scaling",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +49,7 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
         logger.warning("train.batch_size=%d is lowered to %d, of %d training images", config.batch_size, even, images)
         config = replace(config, batch_size=even)
     check_shares(config, process)
+    _check_layers(config, model, process)
     config = resolve(config, model)
     if config.warmup_epochs >= config.epochs:
         raise ConfigError(
@@ -66,9 +75,10 @@ def check_shares(config: TrainConfig, process: Process) -> None:
     for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
             raise ConfigError(
-                f"accelerate launch with {name}: expected processes that each have the whole model; start it with "
-                f"--multi_gpu, or by torchrun"
+                f"accelerate launch with {name}: expected processes that begin with the whole model; start it with "
+                f"--multi_gpu, or by torchrun, and set train.parallel to divide the model"
             )
+    check_parallel(config, process)
     count, unit = process.count, _unit(config, process)
     if config.batch_size % unit or not config.batch_size:
         pairs = ", since images are mixed in pairs" if unit > count else ""
@@ -76,6 +86,35 @@ def check_shares(config: TrainConfig, process: Process) -> None:
             f"train.batch_size={config.batch_size} over {count} processes: expected a multiple of {unit}{pairs}; set "
             f"it to {max(unit, config.batch_size - config.batch_size % unit)}, or start another number of processes"
         )
+
+
+def check_parallel(config: TrainConfig, process: Process) -> None:
+    """Raise ConfigError if the sizes of the mesh are not those of the job, or the settings need whole models."""
+    mesh = config.parallel.over(process.count)
+    for name, why in _OF_WHOLE_MODELS.items() if mesh.spreads else ():
+        value, default = getattr(config, name), getattr(TrainConfig, name)
+        if value != default and (name != "precision" or value == "fp16"):
+            raise ConfigError(
+                f"train.{name}={value} with train.parallel={config.parallel}: {why}; leave one of them out"
+            )
+
+
+def check_evaluated(images: int, config: TrainConfig, process: Process) -> None:
+    """Raise ConfigError if a process of a spread model would have none of the images of validation."""
+    if config.parallel.spreads and images < process.count:
+        raise ConfigError(
+            f"{images} images for validation over {process.count} processes with train.parallel={config.parallel}: "
+            f"expected at least {process.count}; raise data.val_fraction, or use fewer processes"
+        )
+
+
+def _check_layers(config: TrainConfig, model: nn.Module, process: Process) -> None:
+    """Raise VimoeError if the model cannot be spread over the mesh."""
+    mesh = config.parallel.over(process.count)
+    if mesh.spreads:
+        for number in {layer.config.num_experts for layer in moe_layers(model).values()} or {0}:
+            mesh.check(config.batch_size, number)
+        check_model(model, mesh.expert, process.count)
 
 
 def _unit(config: TrainConfig, process: Process) -> int:

@@ -6,13 +6,13 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vimoe.errors import VimoeError
 from vimoe.files import write_text
@@ -32,8 +32,13 @@ class Best:
         self.epoch, self.rank = 0, tuple[float, ...]()
         self.score, self.state = dict[str, Any](), dict[str, Tensor]()
 
-    def offer(self, epoch: int, score: Score, model: nn.Module) -> None:
+    def offer(self, epoch: int, score: Score, weights: Callable[[], dict[str, Tensor]]) -> None:
         """Keep the weights of an epoch whose score is better than all before.
+
+        Args:
+            epoch: number of the epoch.
+            score: its score on validation, the same in all processes.
+            weights: function that returns a copy of the weights on the CPU.
 
         Raises:
             VimoeError: if the loss is not finite.
@@ -45,7 +50,7 @@ class Best:
             )
         if score.rank > self.rank:
             self.epoch, self.rank, self.score = epoch, score.rank, score.to_dict()
-            self.state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            self.state = weights()
 
 
 class Totals:
@@ -173,8 +178,8 @@ class State:
         """Begin to count the next epoch."""
         self.epoch, self.step, self.totals, self.health = self.epoch + 1, 0, Totals(), Health()
 
-    def stored(self, parts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of a checkpoint, with the states of the parts: model, optimizer, ..."""
+    def stored(self) -> dict[str, Any]:
+        """Return the content of a checkpoint, but for the states of model and optimizer."""
         self.saved = self.seconds
         return {
             "images": self.images,
@@ -182,26 +187,25 @@ class State:
             **{name: getattr(self, name) for name in _PLAIN},
             **{name: vars(getattr(self, name).over(self.process)) for name in ("totals", "health")},
             "best": vars(self.best),
-            **{name: part.state_dict() for name, part in parts.items()},
         }
 
-    def goes_on(self, stored: dict[str, Any] | None, parts: Mapping[str, Any], out: Path) -> bool:
+    def goes_on(self, stored: dict[str, Any] | None, load: Callable[[dict[str, Any]], None], out: Path) -> bool:
         """Go back to the last checkpoint of this stage and return True, or go on after that of the stage before.
 
         Args:
             stored: the last checkpoint; None if there is none.
-            parts: as of `stored`.
+            load: function that loads the states of model and optimizer from it.
             out: the run folder.
         """
         if stored and stored.get("stage") == self.stage:
-            self.restore(stored, parts, out)
+            self.restore(stored, load, out)
             logger.info("going on in epoch %d, after %d steps", self.number, self.step)
             return True
         if stored:
             self.follow(stored, out)
         return False
 
-    def restore(self, stored: dict[str, Any], parts: Mapping[str, Any], out: Path) -> None:
+    def restore(self, stored: dict[str, Any], load: Callable[[dict[str, Any]], None], out: Path) -> None:
         """Go back to a checkpoint, in the logs too.
 
         Raises:
@@ -214,8 +218,7 @@ class State:
             self.totals.clear()
             self.health.clear()
         vars(self.best).update(stored["best"])
-        for name, part in parts.items():
-            part.load_state_dict(stored[name])
+        load(stored)
         self.write_logs(out)
 
     def follow(self, stored: dict[str, Any], out: Path) -> None:
