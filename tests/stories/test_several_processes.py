@@ -218,7 +218,7 @@ def test_features_are_computed_once(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_the_launchers(photos: Path, tmp_path: Path, launcher: str) -> None:
-    """Accelerate starts one process where it is to use CPUs, and the user is told so."""
+    """Accelerate starts one process where it is to use CPUs, and vimoe the job; one speaks."""
     modules = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
     options = ["--nproc-per-node=2"] if launcher == "torchrun" else ["--num_processes=2", "--cpu"]
     command = [sys.executable, "-m", modules[launcher], *options, "-m", "vimoe", *train(photos, tmp_path / "run")]
@@ -226,7 +226,6 @@ def test_the_launchers(photos: Path, tmp_path: Path, launcher: str) -> None:
     plain = {k: v for k, v in plain.items() if not k.startswith("MASTER")}
     done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert ("this is a job of one process" in done.stderr) == (launcher == "accelerate")
     assert done.stdout.count("validation top-1") == 1
 
 
