@@ -176,14 +176,15 @@ class Process:
         """Call a function in the first process alone, such as one that writes, and return its result in all.
 
         Raises:
-            VimoeError: if the function raised in the first process; the others get its message.
+            VimoeError: if the function raised in the first process; the others get its message, and of a bug its kind.
         """
         outcome: tuple[Any, str | None] = (None, None)
         if self.first:
             try:
                 outcome = (function(*args, **kwargs), None)
             except Exception as error:
-                self.broadcast((None, str(error)))
+                mistake = isinstance(error, VimoeError)
+                self.broadcast((None, str(error) if mistake else f"the first process ended by {error!r}"))
                 raise
         result, failure = self.broadcast(outcome)
         if failure is not None:

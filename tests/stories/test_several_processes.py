@@ -57,6 +57,13 @@ def assert_equal(ours: Path, theirs: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def assert_same_logs(ours: Path, theirs: Path) -> None:
+    for name in ("metrics.csv", "load.csv", "health.csv"):
+        for row, other in zip(rows(ours / name), rows(theirs / name), strict=True):
+            for column in row.keys() - {"images_per_second", "layer"}:
+                assert float(other[column]) == pytest.approx(float(row[column]), rel=1e-5), (name, column)
+
+
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int | None, str, str]]]:
     """A run of two processes, and how they ended."""
@@ -86,6 +93,7 @@ def test_a_killed_job_ends_and_goes_on_to_the_same_bits(photos: Path, whole: tup
         again = finish(start(2, "-m", "vimoe", "train", "--resume", out))
         assert [status for status, _, _ in again] == [0, 0], again
         assert_equal(whole[0], out)
+        assert_same_logs(whole[0], out)  # the sums until the kill are counted once
 
 
 def test_a_signal_to_one_stops_all_with_a_checkpoint(photos: Path, whole: tuple[Path, Any], tmp_path: Path) -> None:
