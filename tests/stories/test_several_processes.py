@@ -218,6 +218,7 @@ def test_features_are_computed_once(photos: Path, tmp_path: Path) -> None:
         assert [status for status, _, _ in ended] == [0] * count, ended
         made = [line for _, _, said in ended for line in said.splitlines() if "features before" in line]
         assert len(made) == 1 and made[0].endswith("found" if count == 1 else "s")
+        assert json.loads((tmp_path / str(count) / "summary.json").read_text())["val"]["images"] == 9
     ours, theirs = (rows(tmp_path / name / "metrics.csv") for name in ("1", "2"))
     for row, other in zip(ours, theirs, strict=True):
         assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-4)
