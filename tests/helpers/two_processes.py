@@ -110,6 +110,7 @@ def main() -> None:
         "shown": shown(process),
     }
     (folder / f"{process.rank}.json").write_text(json.dumps(seen))
+    process.any(False)  # the store of the job ends with the first process, and `speaks` asks it
 
 
 if __name__ == "__main__":
