@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from vimoe.errors import VimoeError
-from vimoe.process import Process
+from vimoe.errors import ConfigError, VimoeError
+from vimoe.process import Process, launched
 
 
 def test_alone_nothing_changes() -> None:
@@ -34,3 +34,24 @@ def test_a_program_with_processes_of_its_own_is_not_made_to_wait() -> None:
         "vimoe.optimize(model, torch.bfloat16); assert not torch.distributed.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **launched}, check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [({}, 1), ({"WORLD_SIZE": "2"}, 1), ({"WORLD_SIZE": "2", "RANK": "1"}, 2), ({"WORLD_SIZE": "all", "RANK": "0"}, 1)],
+)
+def test_a_launcher_says_the_rank_too(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], count: int) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == count
+
+
+@pytest.mark.parametrize("rank", [{}, {"RANK": "1"}])
+def test_several_that_cannot_meet_do_not_train_alone(monkeypatch: pytest.MonkeyPatch, rank: dict[str, str]) -> None:
+    """As in a job of a cluster whose script sets a part of what torchrun would."""
+    for name, value in {"WORLD_SIZE": "4", **rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4 .* start it by torchrun"):
+        Process()

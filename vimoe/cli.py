@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vimoe import process
+from vimoe import launcher, process
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode should not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if argv[:1] == ["train"] and (status := launcher.starts(argv)) is not None:
+            return status
         answer = _answer(argv, as_json)
         if process.writes():
             print(answer, flush=True)

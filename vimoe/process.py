@@ -12,7 +12,7 @@ from datetime import timedelta
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vimoe.errors import VimoeError
+from vimoe.errors import ConfigError, VimoeError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which the module of progress bars should not
     import torch
@@ -43,8 +43,9 @@ def writes() -> bool:
 
 
 def launched() -> int:
-    """Return the number of processes that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that a launcher started; a number without a rank is not a launcher's."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if "RANK" in os.environ and count.isdecimal() else 1
 
 
 def speaks() -> bool:
@@ -83,6 +84,9 @@ class Process:
     Tensors are summed on the device, and all else goes over the CPUs. Nothing waits for ever: a process that has ended
     is noticed at once, and one that is not heard of after half an hour, or a day where the first is at long work.
 
+    Raises:
+        ConfigError: if the environment speaks of several processes, and does not say enough to join them.
+
     Attributes:
         rank: index of this process, from 0.
         count: number of processes.
@@ -107,10 +111,14 @@ class Process:
         self._state = PartialState(cpu=launched_on_cpu or on_cpu)
         self.rank, self.count = self._state.process_index, self._state.num_processes
         self.first, self.device = self._state.is_main_process, self._state.device
+        several = os.environ.get("WORLD_SIZE", "1")
+        if self.count == 1 and several != "1":  # else each would train alone, into the same folder
+            raise ConfigError(
+                f"WORLD_SIZE={several} in the environment of the only process: expected RANK, LOCAL_RANK, MASTER_ADDR "
+                f"and MASTER_PORT too; start it by torchrun, or unset WORLD_SIZE"
+            )
         if self.count > 1:
             self._quick, self._patient = _group(IMPATIENT), _group(PATIENT)
-        if self.count == 1 and on_cpu and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
-            _warn_of_one()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes, of the same shape, type and device in each, without gradient.
@@ -168,14 +176,15 @@ class Process:
         """Call a function in the first process alone, such as one that writes, and return its result in all.
 
         Raises:
-            VimoeError: if the function raised in the first process; the others get its message.
+            VimoeError: if the function raised in the first process; the others get its message, and of a bug its kind.
         """
         outcome: tuple[Any, str | None] = (None, None)
         if self.first:
             try:
                 outcome = (function(*args, **kwargs), None)
             except Exception as error:
-                self.broadcast((None, str(error)))
+                mistake = isinstance(error, VimoeError)
+                self.broadcast((None, str(error) if mistake else f"the first process ended by {error!r}"))
                 raise
         result, failure = self.broadcast(outcome)
         if failure is not None:
@@ -205,11 +214,3 @@ def _group(timeout: timedelta) -> Any:
     import torch
 
     return torch.distributed.new_group(backend="gloo", timeout=timeout)
-
-
-@functools.cache  # said once
-def _warn_of_one() -> None:
-    logger.warning(
-        "this is a job of one process: accelerate launch --cpu starts no more without MPI; for several on CPUs use "
-        "torchrun --nproc-per-node=N -m vimoe train ..."
-    )

@@ -97,6 +97,11 @@ def test_text_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown option --devices" in refused(capsys, "count", *MODEL, "--devices=8")
 
 
+def test_a_batch_that_a_training_refuses_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", *MODEL, "--devices=8", "--memory=1GB", "--train.batch_size=8", "--train.mixup=0.5"]
+    assert "over 8 processes: expected a multiple of 16, since images are mixed in pairs" in refused(capsys, *command)
+
+
 def test_a_giant_with_128_experts_has_no_memory_until_it_is_planned() -> None:
     name = "vit_giant_patch14_dinov2"
     model = create_without_weights(ModelConfig(name=name, num_classes=1000, args={"depth": 2}))

@@ -45,6 +45,19 @@ def refuse(text: str) -> None:
     raise VimoeError(text)
 
 
+def bug() -> None:
+    raise KeyError("scan")
+
+
+def broken(process: Process) -> str:
+    """Return the kind of the error that a bug is in the first process."""
+    try:
+        process.once(bug)
+    except Exception as error:
+        return type(error).__name__
+    return "no error"
+
+
 def sums(process: Process) -> dict[str, Any]:
     """Return figures of an epoch in which the processes saw 2 and 4 images, and sent them to experts of their own."""
     totals, health = Totals(), Health()
@@ -84,6 +97,7 @@ def main() -> None:
         "broadcast": process.broadcast({"rank": process.rank}),
         "once": process.once(write, folder / "written", "x"),
         "refused": message(process.once, refuse, "the disk of rank 0 is full"),
+        "broken": message(process.once, bug) if not process.first else broken(process),
         "epoch": sums(process),
         "mean": process.mean(one).tolist(),
         "gradient": torch.autograd.functional.jacobian(lambda x: process.mean(x).square().sum(), one).tolist(),
@@ -96,6 +110,7 @@ def main() -> None:
         "shown": shown(process),
     }
     (folder / f"{process.rank}.json").write_text(json.dumps(seen))
+    process.any(False)  # the store of the job ends with the first process, and `speaks` asks it
 
 
 if __name__ == "__main__":

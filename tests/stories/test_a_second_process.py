@@ -52,6 +52,10 @@ def test_an_error_of_the_writer_ends_all_with_its_message(seen: list[dict[str, A
     assert [each["refused"] for each in seen] == ["VimoeError: the disk of rank 0 is full"] * 2
 
 
+def test_a_bug_in_the_first_stays_one_and_the_others_name_it(seen: list[dict[str, Any]]) -> None:
+    assert [each["broken"] for each in seen] == ["KeyError", "VimoeError: the first process ended by KeyError('scan')"]
+
+
 def test_figures_of_an_epoch_are_of_all_images(seen: list[dict[str, Any]]) -> None:
     assert [each["epoch"] for each in seen] == [{"images": 6, "loss": 4 / 6, "shares": [0.25, 0.75]}] * 2
 

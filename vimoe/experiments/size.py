@@ -14,6 +14,7 @@ from vimoe.training import fuse
 from vimoe.training.footprint import footprint
 from vimoe.training.layouts import SizePlan, plan_size
 from vimoe.training.parameter_groups import freeze_all_but, trained_modules
+from vimoe.training.settle import check_batch
 
 
 def size_of(settings: Settings, devices: int, limit: float) -> SizePlan:
@@ -40,6 +41,7 @@ def size_of(settings: Settings, devices: int, limit: float) -> SizePlan:
         )
     mixture = settings.moe.layers != "none" and train.fuse != "exfusion"
     train.parallel.over(devices).check(train.batch_size, settings.moe.num_experts if mixture else 0)
+    check_batch(train, devices)
     if train.precision == "auto":
         train = replace(train, precision="bf16")
     model = create_without_weights(settings.model)

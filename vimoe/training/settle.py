@@ -45,7 +45,7 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
     """
     process = Process()
     if config.batch_size > images:
-        even = images - images % _unit(config, process)
+        even = images - images % _unit(config, process.count)
         logger.warning("train.batch_size=%d is lowered to %d, of %d training images", config.batch_size, even, images)
         config = replace(config, batch_size=even)
     check_shares(config, process)
@@ -79,7 +79,12 @@ def check_shares(config: TrainConfig, process: Process) -> None:
                 f"--multi_gpu, or by torchrun, and set train.parallel to divide the model"
             )
     check_parallel(config, process)
-    count, unit = process.count, _unit(config, process)
+    check_batch(config, process.count)
+
+
+def check_batch(config: TrainConfig, count: int) -> None:
+    """Raise ConfigError if so many processes cannot have equal shares of a batch."""
+    unit = _unit(config, count)
     if config.batch_size % unit or not config.batch_size:
         pairs = ", since images are mixed in pairs" if unit > count else ""
         raise ConfigError(
@@ -117,9 +122,9 @@ def _check_layers(config: TrainConfig, model: nn.Module, process: Process) -> No
         check_model(model, mesh.expert, process.count)
 
 
-def _unit(config: TrainConfig, process: Process) -> int:
+def _unit(config: TrainConfig, count: int) -> int:
     """Return the number that a batch is a multiple of, so that all processes get the same share of it."""
-    return process.count * (2 if config.mixup or config.cutmix else 1)
+    return count * (2 if config.mixup or config.cutmix else 1)
 
 
 def _check_routers(config: TrainConfig, model: nn.Module) -> None:
