@@ -106,7 +106,7 @@ def largest(prof: profile) -> int:
 
 def resident(what: str) -> int:
     """Return a figure of this process's resident memory in bytes: "RSS" now, or "HWM" at the most."""
-    status = Path("/proc/self/status").read_text("utf-8")
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = re.search(rf"Vm{what}:\s+(\d+) kB", status)
     assert found
     return 1024 * int(found[1])
@@ -131,7 +131,7 @@ def measure(name: str) -> dict[str, Any]:
     loss_of(warm, torch.randn(1, 3, 224, 224), config).backward()
     del warm
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident memory is that from here on
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the largest resident memory is that from here on
     before = resident("RSS")
     model, _ = case(row)
     model.train()
@@ -201,7 +201,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         rows[name] = json.loads(done.stdout.splitlines()[-1])
     values = {"model": NAME, "images": IMAGES, "layers": "last:4", "rows": rows, "machine": machine()}
-    RESULT.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+    RESULT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
 
 

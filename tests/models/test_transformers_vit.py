@@ -114,7 +114,9 @@ def test_a_split_ffn_is_widened_merged_planned_and_counted() -> None:
     x = images(parent)
     plan = vimoe.plan(parent, config(layers="last:1"))
     assert [site.name for site in plan.sites] == ["data2vec_vision.encoder.layer.1.intermediate"]
-    assert plan.dense == vimoe.count(parent) and plan.moe == vimoe.count(upcycle(copy.deepcopy(parent), plan.config))
+    assert plan.dense == vimoe.count(parent) and plan.moe == vimoe.count(
+        upcycle(copy.deepcopy(parent), config(layers="last:1"))
+    )
     for settings in ({"num_experts": 0, "num_shared_experts": 2}, {"num_shared_experts": 2}):
         wide = upcycle(copy.deepcopy(parent), config(**settings))
         torch.testing.assert_close(output(wide, x), output(parent, x), rtol=1e-4, atol=1e-5)

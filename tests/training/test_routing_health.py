@@ -147,7 +147,7 @@ def test_a_router_without_gradient_is_told(data: Data, tmp_path: Path, monkeypat
     """As when a loss is computed from what was detached."""
     real = vimoe.training.distributed.record
 
-    def detached(network: nn.Module, *options: bool) -> object:
+    def detached(network: nn.Module, **options: bool) -> object:
         for layer in layers(network):
             layer.router.register_forward_hook(
                 lambda _r, _a, out: replace(out, logits=out.logits.detach(), gates=out.gates.detach())
