@@ -20,6 +20,7 @@ def test_a_mixture_beats_a_dense_ffn_of_equal_activated_width(parents: list[styl
         assert mixture["follows_style"] > 0.4 > 0.2 > mixture["follows_label"]
 
 
+@pytest.mark.slow
 def test_at_a_low_rate_the_gate_decides_what_routes_are_worth(parents: list[styles.nn.Module]) -> None:
     """A router of copies leaves its probability where it started, and with it the weight of what experts learn."""
     rare = {"seed": 0, "epochs": 3, "lr": 1e-4, "dense": parents[0]}
