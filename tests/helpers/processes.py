@@ -76,6 +76,7 @@ def _work(
 ) -> None:
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # Accelerate asks; the job is there already
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun does; Accelerate warns where it has to
     torch.set_num_threads(1)
     warnings.simplefilter("error")  # as in the suite
     try:

@@ -118,6 +118,7 @@ def spread_as(out: Path, **sizes: int) -> None:
     (out / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
+@pytest.mark.slow
 def test_spread_experts_go_on_after_a_kill_and_over_any_mesh(photos: Path, tmp_path: Path) -> None:
     """Two processes go on to the same bits; one process, and shards after that, to rounding."""
     whole, killed, other = (tmp_path / name for name in ("whole", "killed", "other"))

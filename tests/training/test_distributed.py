@@ -47,6 +47,9 @@ def rows(path: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items() if k not in ("images_per_second", "layer")} for row in found]
 
 
+PIXELS = ("val_miou", "val_pixel_accuracy")  # scores by steps: of a pixel whose two best classes are all but equal
+
+
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any], ours_in: Path, theirs_in: Path, within: float) -> None:
     scale = ours["gradient"].abs().max()
     torch.testing.assert_close(theirs["gradient"] / scale, ours["gradient"] / scale, rtol=0, atol=1e-5)
@@ -59,7 +62,8 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], ours_in: Path, the
     for name, rel in (("metrics.csv", 100), ("load.csv", 100), ("health.csv", 1000)):  # logits of such weights too
         if (ours_in / name).exists():
             for row, other in zip(rows(ours_in / name), rows(theirs_in / name), strict=True):
-                assert other == pytest.approx(row, rel=rel * within, abs=10 * within), name
+                wide = {key: 1000 if key in PIXELS else rel for key in row}
+                assert other == {key: pytest.approx(row[key], rel=wide[key] * within, abs=10 * within) for key in row}
 
 
 @pytest.mark.parametrize("case", sorted(set(CASES) - {"share"}))
@@ -123,7 +127,7 @@ def test_fifty_steps_of_several_are_those_of_one(folder: Path, count: int) -> No
             assert other["train_loss"] == pytest.approx(mine["train_loss"], rel=2e-3), case
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_losses_of_shares_have_the_value_and_the_gradient_of_the_batch(tmp_path: Path, count: int) -> None:
     ended = finish(start(count, TESTS / "helpers" / "shared_losses.py", tmp_path))
     assert [status for status, _, _ in ended] == [0] * count, ended
