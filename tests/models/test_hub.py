@@ -9,11 +9,14 @@ import pytest
 import torch
 from helpers.stand_in_hub import TOKEN, Hub, stand_in_hub
 from helpers.tiny import config, images, perturb_experts, randomise, upcycle, vit
+from helpers.tiny_transformers import ENCODER, tiny
 from huggingface_hub import ModelCard, constants
 from torch import nn
 
 import vimoe
+from vimoe.config.model import ModelConfig
 from vimoe.errors import FolderError
+from vimoe.models.create import create
 from vimoe.models.model_card import model_card
 from vimoe.models.segmenter import Segmenter
 
@@ -133,6 +136,24 @@ def test_the_card_has_the_header_and_the_figures_of_the_model() -> None:
     assert "weights: unknown" in scratch.text and "MoE" not in scratch.text
     segmenter = ModelCard(model_card(Segmenter(vit(num_classes=0), 3), "me/seg"))
     assert segmenter.data.pipeline_tag == "image-segmentation" and "into 3 classes" in segmenter.text
+
+
+@pytest.mark.parametrize("from_hub", [True, False])
+def test_the_card_names_a_parent_of_transformers_and_its_licence(hub: Hub, tmp_path: Path, from_hub: bool) -> None:
+    """A folder may have the model card that its maker wrote; the name of a folder is nobody's."""
+    made = tiny("ViTForImageClassification", "ViTConfig", {**ENCODER, "num_labels": 3})
+    made.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\ntags: [x]\n---\nlicense: mit\n")
+    hub.repos["them/vit"] = {}
+    hub.commit("them/vit", "main", {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()})
+    name = "them/vit" if from_hub else str(tmp_path / "theirs")
+    model = upcycle(create(ModelConfig(name=f"transformers:{name}")), config(layers="last:1"))
+    for each in (model, vimoe.load(vimoe.save(model, tmp_path / "m"))):
+        card = ModelCard(model_card(each, "me/vit"))
+        assert card.data.license == "cc-by-nc-4.0"
+        assert card.data.to_dict().get("base_model") == ("them/vit" if from_hub else None)
+    scratch = create(ModelConfig(name=f"transformers:{name}", pretrained=False))
+    assert "license" not in ModelCard(model_card(scratch, "me/vit")).data.to_dict()
 
 
 def test_the_lines_on_the_card_load_the_model(hub: Hub) -> None:

@@ -127,11 +127,12 @@ class Backbone:
             VimoeError: if JSON cannot hold the arguments.
         """
         names = list(label_names) if label_names else self.vit_config.get("label_names")
+        origin = {key: self.vit_config[key] for key in ("hf_hub_id", "license") if self.vit_config.get(key)}
         values = {
             "architecture": type(self.vit).__name__,
             "num_classes": self.num_classes,
             **({"label_names": names} if names else {}),
-            "pretrained_cfg": self.data_config(preprocessing or {}),
+            "pretrained_cfg": {**self.data_config(preprocessing or {}), **origin},
             "vimoe": {"family": self.family, "arguments": {**self.arguments, **(model_args or {})}},
         }
         try:

@@ -6,6 +6,7 @@ A name is a folder that `save_pretrained` wrote, or a model on the hub. Weights 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,8 +188,20 @@ def _create(
             seen.image_size = _side(wanted)
         model = auto.from_config(config, **_SAFE)
     model.config._name_or_path = ""  # a model folder is the same wherever it came from
-    model.pretrained_cfg = {} if processor is None else preprocessing(processor)
+    model.pretrained_cfg = {
+        **({} if processor is None else preprocessing(processor)),
+        **(_origin(name) if pretrained else {}),
+    }
     return model
+
+
+def _origin(name: str) -> dict[str, str]:
+    """Return where weights come from in timm's words: "hf_hub_id", and "license" as the model card's header has it."""
+    found = {} if _is_path(name) else {"hf_hub_id": name}
+    card = _file(name, "README.md")
+    header = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8"), re.S) if card else None
+    licence = re.search(r"^license: *([\w.-]+) *$", header[1], re.M) if header else None
+    return found | ({"license": licence[1]} if licence else {})
 
 
 def _load(auto: Any, name: str, config: Any) -> Any:
