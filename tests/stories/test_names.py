@@ -64,7 +64,7 @@ def test_a_data_path_may_have_such_a_name(tmp_path: Path, capsys: pytest.Capture
         assert call(capsys, "evaluate", out)["images"] == 2
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", *(pytest.param(e, marks=pytest.mark.slow) for e in ("cp1252", "utf-8"))])
 def test_what_a_terminal_cannot_write_ends_nothing(odd: Path, encoding: str) -> None:
     command = [sys.executable, "-m", "vimoe.cli", "predict", str(odd / "run"), str(odd / "photos" / "кот")]
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
@@ -80,6 +80,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(odd: Path) -> None:
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
 
 
+@pytest.mark.slow  # tests/test_files.py sees every text without an encoding
 def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path: Path) -> None:
     """Python's text is then ASCII: a run is trained, and everything in it read again."""
     for name in ("blau", "grün"):
