@@ -218,8 +218,11 @@ def _settings(path: Path) -> Settings:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that results depend on."""
-    names = ("vimoe", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    from vimoe import __version__  # that of a checkout which is not installed, too
+
+    names = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn")
+    others = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "vimoe": __version__, **others}
 
 
 def write_settings(path: Path, settings: Settings) -> None:
