@@ -32,6 +32,7 @@ PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts")  # t
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 NAME = re.compile(r"[\w-]+")  # no dot: it separates the parts of a cell's name
 AFTER = ("analyze", "prune", "merge_all")  # in this order; harness.one_cell computes them
+OF_DATA = ("margin", "more_seeds")  # of a data set, beside its settings
 STAGES = ("prune", "merge_all")  # steps that leave another model, whose score "ARM/STEP" is
 SHOWS_NOTHING = ("report", "demo", "bench")  # parts of vimoe on which no figure of a cell depends
 AFTER_ALONE = ("analysis",)  # nor one of a cell that is trained and scored alone
@@ -141,8 +142,14 @@ class Study:
         for name in (*self.data, *self.arms):
             if not NAME.fullmatch(name):
                 self._refuse(f"name {name!r}: expected letters, digits, - and _ alone")
-        if both := set(self.seeds) & set(self.search_seeds):
-            self._refuse(f"search.seeds {sorted(both)} are in seeds: expected others")
+        for name, of in self.data.items():
+            more = of.get("more_seeds", {"seeds": (), "arms": ()})
+            if set(more) != {"seeds", "arms"}:
+                self._refuse(f"{name}: more_seeds: expected seeds and arms")
+            for arm in more["arms"]:
+                self._check_outcome(arm)
+            if both := {*self.seeds, *more["seeds"]} & set(self.search_seeds):
+                self._refuse(f"search.seeds {sorted(both)} are in seeds: expected others")
         self._check_arms()
 
     def _refuse(self, what: str) -> NoReturn:
@@ -186,6 +193,11 @@ class Study:
         """Seeds of every arm at its chosen rate."""
         return list(self._given["seeds"])
 
+    def seeds_of(self, data: str, arm: str) -> list[int]:
+        """Return the seeds of an arm on a data set: those of every arm, and more for some (`more_seeds`)."""
+        more = self._given["data"][data].get("more_seeds", {})
+        return self.seeds + (list(more["seeds"]) if arm in more.get("arms", ()) else [])
+
     @property
     def rates(self) -> list[float]:
         """Learning rates that every arm is searched over."""
@@ -198,7 +210,7 @@ class Study:
 
     @property
     def data(self) -> dict[str, dict[str, Any]]:
-        """Settings of each data set, by section, and its `margin`."""
+        """Settings of each data set, by section, its `margin`, and its `more_seeds`."""
         return {name: of for name, of in self._given["data"].items() if name in self.chosen or not self.chosen}
 
     def margin(self, data: str, contrast: Contrast) -> float:
@@ -230,7 +242,7 @@ class Study:
 
     def final_cells(self, data: str, arm: str, rate: float) -> list[Cell]:
         """Return the cells of an arm at the rate that was chosen."""
-        return [self._cell(data, arm, rate, seed, False) for seed in self.seeds]
+        return [self._cell(data, arm, rate, seed, False) for seed in self.seeds_of(data, arm)]
 
     def all_cells(self) -> list[Cell]:
         """Return every cell that the study can have, whatever rates are chosen."""
@@ -250,7 +262,7 @@ class Study:
     def _cell(self, data: str, arm: str, rate: float, seed: int, search: bool) -> Cell:
         own = {"train": {"lr": rate, "seed": seed, "tensorboard": False}}
         of_arm = {name: part for name, part in self.arms[arm].items() if name not in ("about", "after")}
-        of_data = {name: part for name, part in self.data[data].items() if name != "margin"}
+        of_data = {name: part for name, part in self.data[data].items() if name not in OF_DATA}
         if "lr" in of_arm.get("train", {}) or "seed" in of_arm.get("train", {}):
             raise ConfigError(
                 f"{self.folder / FILE}: {arm}: train.lr or train.seed: expected the search's; leave it out"

@@ -36,7 +36,7 @@ def section(results: Results, data: str) -> str:
     if not there:
         return f"### {data}\n\nNo result yet."
     search = sum(cell["search"] for cell in there)
-    wanted = len(results.study.seeds) * len(results.study.arms)
+    wanted = sum(len(results.study.seeds_of(data, arm)) for arm in results.study.arms)
     head = f"### {data}\n\n{search} cells of the search, {len(there) - search} of {wanted} cells at the chosen rates."
     tables = [contrasts_table, arms_table, layers_table, effects_table, search_table]
     parts = [head, *(table(results, data) for table in tables), *draw(results, data), notes(results, data)]

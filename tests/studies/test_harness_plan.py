@@ -99,6 +99,8 @@ def test_values_come_from_the_command_line_before_the_environment(monkeypatch: p
     [
         ({"arm": {}}, "unknown part 'arm': did you mean"), ({"seeds": []}, "no seeds: expected it"),
         ({"search": {"rates": [1], "seeds": [0]}}, r"search.seeds \[0\] are in seeds"),
+        ({"data": {"digits": {"more_seeds": {"seeds": [5]}}}}, "digits: more_seeds: expected seeds and arms"),
+        ({"data": {"digits": {"more_seeds": {"seeds": [5], "arms": ["dens"]}}}}, "arm 'dens'"),
         ({"control": "dens"}, "arm 'dens'"), ({"arms": {"a.b": {}}}, "name 'a.b': expected letters"),
         ({"arms": {"dense": {"after": ["analyse"]}}}, "after: 'analyse'"),
         ({"contrasts": {"C": {"of": "dense/prune", "against": "dense", "margin": 1}}}, "expected 'prune' in `after`"),
@@ -109,6 +111,14 @@ def test_a_mistaken_study_is_refused_in_one_line(tmp_path: Path, change: dict, m
     with pytest.raises(ConfigError, match=message) as raised:
         write_study(tmp_path, **change)
     assert "\n" not in str(raised.value)
+
+
+def test_some_arms_have_more_seeds_on_a_data_set(tmp_path: Path) -> None:
+    study = write_study(tmp_path, data={**TINY["data"], "other": {"more_seeds": {"seeds": [7, 8], "arms": ["vimoe"]}}})
+    both = [*study.seeds, 7, 8]
+    assert [cell.seed for cell in study.final_cells("other", "vimoe", 1.0)] == both
+    assert study.seeds_of("other", "dense") == study.seeds_of("digits", "vimoe") == study.seeds
+    assert "more_seeds" not in study.final_cells("other", "vimoe", 1.0)[0].settings
 
 
 def test_an_arm_has_no_rate_of_its_own(tmp_path: Path) -> None:
