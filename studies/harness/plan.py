@@ -142,18 +142,21 @@ class Study:
         for name in (*self.data, *self.arms):
             if not NAME.fullmatch(name):
                 self._refuse(f"name {name!r}: expected letters, digits, - and _ alone")
-        for name, of in self.data.items():
-            more = of.get("more_seeds", {"seeds": (), "arms": ()})
-            if set(more) != {"seeds", "arms"}:
-                self._refuse(f"{name}: more_seeds: expected seeds and arms")
-            for arm in more["arms"]:
-                self._check_outcome(arm)
-            if both := {*self.seeds, *more["seeds"]} & set(self.search_seeds):
-                self._refuse(f"search.seeds {sorted(both)} are in seeds: expected others")
+        for name in self.data:
+            self._check_more_seeds(name)
         self._check_arms()
 
     def _refuse(self, what: str) -> NoReturn:
         raise ConfigError(f"{self.folder / FILE}: {what}")
+
+    def _check_more_seeds(self, data: str) -> None:
+        more = self.data[data].get("more_seeds", {"seeds": (), "arms": ()})
+        if set(more) != {"seeds", "arms"}:
+            self._refuse(f"{data}: more_seeds: expected seeds and arms")
+        for arm in more["arms"]:
+            self._check_outcome(arm)
+        if both := {*self.seeds, *more["seeds"]} & set(self.search_seeds):
+            self._refuse(f"search.seeds {sorted(both)} are in seeds: expected others")
 
     def _check_arms(self) -> None:
         for name, arm in self.arms.items():

@@ -21,7 +21,9 @@ def table() -> str:
 
 def test_the_tables_regenerate_without_a_difference(tmp_path: Path) -> None:
     copied = shutil.copytree(STUDY, tmp_path / "study")
-    (copied / "README.md").write_text((STUDY / "README.md").read_text("utf-8").replace(table(), "\n<!-- the table ends -->\n"))
+    (copied / "README.md").write_text(
+        (STUDY / "README.md").read_text("utf-8").replace(table(), "\n<!-- the table ends -->\n")
+    )
     write_report(Study(copied))
     assert (copied / "README.md").read_text("utf-8") == (STUDY / "README.md").read_text("utf-8")
 

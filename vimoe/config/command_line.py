@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,16 +43,18 @@ class Parser(ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "parser_mode": "strict", **kwargs})
+        self._sections: tuple[str, ...] = ()
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
-        """Parse flags; --config takes a file or the name of a preset."""
+        """Parse flags; --config takes a file or the name of a preset, and leaves out the sections of other verbs."""
+        others = SECTIONS.keys() - set(self._sections)
         given = list(sys.argv[1:] if args is None else args)
         for index, arg in enumerate(given):
             flag, equals, name = arg.partition("=")
             if arg == "--config" and index + 1 < len(given):
-                given[index + 1] = _content(given[index + 1])
+                given[index + 1] = _content(given[index + 1], others)
             elif flag == "--config" and equals:
-                given[index] = f"--config={_content(name)}"
+                given[index] = f"--config={_content(name, others)}"
         return super().parse_args(given, *more, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -60,6 +63,7 @@ class Parser(ArgumentParser):
 
     def add_sections(self, *names: str) -> None:
         """Add a flag --SECTION.OPTION for every setting of the named sections, and --config for a YAML file."""
+        self._sections += names
         presets = ", ".join(PRESETS)
         text = f"YAML file with the same sections and names as the flags, or a preset: {presets}; flags after it win"
         self.add_argument("--config", action="config", help=text)
@@ -108,8 +112,12 @@ class Parser(ArgumentParser):
         return f"unknown option {name}: see {self.prog} --help"
 
 
-def _content(name: str) -> str:
+def _content(name: str, without: Collection[str]) -> str:
     """Return a YAML file or preset as YAML text, so that jsonargparse reads no file in the locale's encoding.
+
+    Args:
+        name: path of the file, or name of the preset.
+        without: names of sections to leave out.
 
     Raises:
         ConfigError: if it is missing or cannot be read.
@@ -126,7 +134,8 @@ def _content(name: str) -> str:
         raise ConfigError(
             f"--config {name}: expected a YAML file of sections and settings, such as 'train: {{epochs: 3}}'"
         )
-    return yaml.safe_dump({name: part for name, part in values.items() if part is not None}, sort_keys=False)
+    kept = {name: part for name, part in values.items() if part is not None and name not in without}
+    return yaml.safe_dump(kept, sort_keys=False)
 
 
 def _load_value(text: str) -> Any:
