@@ -224,7 +224,7 @@ MISTAKES = {
     "count --model.img_sise 32": "did you mean '--model.img_size'?",
     "count --config nowhere.yaml": "nowhere.yaml",
     "train --config frozen-trunc --out never": "did you mean 'frozen-trunk'?",
-    "train --config nonsense --out never": "a YAML file or a preset; known: ade20k, frozen-trunk, imagenet-1k, small-data",
+    "train --config nonsense --out never": "or a preset; known: ade20k, frozen-trunk, imagenet-1k, small-data",
     "count more": "unknown option more",
     "trian": "did you mean 'train'?",
     "train --train.stages [head,nonsense,experts] --out never": "stages='nonsense' names no FFN: known: all, moe",
