@@ -1,10 +1,11 @@
 # make demo   a tour in a few minutes            make test   the test suite
 # make check  format, lint, types and tests      make slow   the tests that take minutes
+# make site   the documentation, into build/site
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test slow check lint clean
+.PHONY: demo test slow check lint site clean
 
 demo: .venv/installed
 	$(BIN)/vimoe demo
@@ -26,6 +27,9 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+site: .venv/installed
+	$(BIN)/python -m sphinx --fail-on-warning -q -c docs . build/site
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from helpers.scenery import scenes
-from helpers.tiny import randomise
+from helpers.tiny import randomise, shrink_timm
 from timm.layers import Mlp
 from torch import nn
 
@@ -77,13 +77,7 @@ def blocks(file: str) -> list[str]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """In a folder with scenes, each model of timm is built tiny and with random weights."""
-    build, size = timm.create_model, {"img_size": 28, "depth": 2, "embed_dim": 24, "num_heads": 2}
-
-    def create(name: str, pretrained: bool = False, **settings: object) -> nn.Module:
-        return build(name, pretrained=False, **(settings if ":" in name else {**settings, **size}))
-
-    for owner in (timm, timm.models):
-        monkeypatch.setattr(owner, "create_model", create)
+    shrink_timm(monkeypatch)
     monkeypatch.chdir(tmp_path)
     scenes(tmp_path / "street")
 

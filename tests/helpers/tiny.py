@@ -77,3 +77,14 @@ def perturb_experts(model: nn.Module) -> nn.Module:
     for seed, layer in enumerate(layers(model)):
         randomise(layer.experts, seed)
     return model
+
+
+def shrink_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build each model of timm by name tiny and with random weights; one from a folder stays what it is."""
+    build, size = timm.create_model, {"img_size": 28, "depth": 2, "embed_dim": 24, "num_heads": 2}
+
+    def create(name: str, pretrained: bool = False, **settings: object) -> nn.Module:
+        return build(name, pretrained=False, **(settings if ":" in name else {**settings, **size}))
+
+    for owner in (timm, timm.models):
+        monkeypatch.setattr(owner, "create_model", create)
