@@ -13,7 +13,7 @@ DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text("utf-8")
     for path in (
         *ROOT.glob("*.md"),
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("benchmarks/*.md"),
         *ROOT.glob("studies/*/*.md"),
     )

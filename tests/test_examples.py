@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from helpers.scenery import scenes
 from helpers.tiny import randomise, shrink_timm

@@ -25,7 +25,7 @@ BLOCK = re.compile(r"^```(yaml|bash|python)\n(.*?)^```", re.MULTILINE | re.DOTAL
 def run(page: str) -> dict[str, Any]:
     """Run a page's blocks one after the other in the working directory, and return the names of its Python.
 
-    A YAML block is the file that its first line names. Trainings take one epoch, or two where a preset warms up for one.
+    A YAML block is the file that its first line names. Trainings take one epoch, or two with a warm-up of one.
     """
     names: dict[str, Any] = {}
     for kind, code in BLOCK.findall((ROOT / "docs" / page).read_text("utf-8")):

@@ -102,7 +102,7 @@ def variance_loss(routings: Sequence[Routing], over: Process | None = None) -> T
 
 
 def orthogonal_loss(routings: Sequence[Routing]) -> Tensor:
-    """Mean over the tokens of sum_{j != k} <y_j, y_k>^2 / (<y_k, y_k> + 1e-6), with y_k the outputs of a token's experts.
+    """Mean over the tokens of sum_{j != k} <y_j, y_k>^2 / (<y_k, y_k> + 1e-6), y_k the outputs of a token's experts.
 
     The loss L_o of arXiv 2505.22323, there a sum over the tokens: the squared length of the projection of each output
     on each other one. Experts that begin as copies overlap entirely, so it is large at the start. It trains the experts
