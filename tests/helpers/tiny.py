@@ -36,7 +36,7 @@ FAMILIES = {
 def vit(family: str = "vit", **changes: object) -> nn.Module:
     """A tiny dense model in eval mode, the same on every call; all of its weights matter."""
     name, patch, arguments = FAMILIES[family]
-    settings = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5, "img_size": 2 * patch}
+    settings = {"depth": depth, "embed_dim": 24, "num_heads": 2, "num_classes": 5, "img_size": 2 * patch}
     model = timm.create_model(name, pretrained=False, **{**settings, **arguments, **changes})
     return randomise(model).eval()
 
@@ -79,9 +79,9 @@ def perturb_experts(model: nn.Module) -> nn.Module:
     return model
 
 
-def shrink_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def shrink_timm(monkeypatch: pytest.MonkeyPatch, depth: int = 2) -> None:
     """Build each model of timm by name tiny and with random weights; one from a folder stays what it is."""
-    build, size = timm.create_model, {"img_size": 28, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    build, size = timm.create_model, {"img_size": 28, "depth": depth, "embed_dim": 24, "num_heads": 2}
 
     def create(name: str, pretrained: bool = False, **settings: object) -> nn.Module:
         return build(name, pretrained=False, **(settings if ":" in name else {**settings, **size}))
