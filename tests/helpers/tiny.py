@@ -36,7 +36,7 @@ FAMILIES = {
 def vit(family: str = "vit", **changes: object) -> nn.Module:
     """A tiny dense model in eval mode, the same on every call; all of its weights matter."""
     name, patch, arguments = FAMILIES[family]
-    settings = {"depth": depth, "embed_dim": 24, "num_heads": 2, "num_classes": 5, "img_size": 2 * patch}
+    settings = {"depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5, "img_size": 2 * patch}
     model = timm.create_model(name, pretrained=False, **{**settings, **arguments, **changes})
     return randomise(model).eval()
 
