@@ -12,7 +12,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,37 @@ def analyze(verb: str, argv: list[str]) -> Result:
     return f"{evidence}\n{paths['report']}", {**values, **paths}
 
 
+def explore(verb: str, argv: list[str]) -> Result:
+    """Show on a page what each MoE layer chose for an image, and what changes if layers are overruled.
+
+    Example: vimoe explore runs/photos
+    """
+    parser = _parser(verb, static="folder for a page that needs no server, with some images; then nothing is served")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; others than this machine may look")
+    parser.add_argument("--port", type=int, default=7860, help="port to serve at; 0 for any that is free")
+    parser.add_argument("--images", type=int, default=200, help="largest number of validation images to show")
+    options = parser.parse_args(argv)
+    if options["images"] < 1:
+        raise ConfigError(f"--images {options['images']}: expected at least 1")
+    open_run(options["run"])  # reports a wrong folder before the slow import of torch
+    static = options["static"]
+    if static is None and not find_spec("starlette"):
+        raise ConfigError(
+            "vimoe explore needs starlette and uvicorn: pip install 'vimoe[explore]'; or use --static DIR"
+        )
+    from vimoe.explore.server import serve
+    from vimoe.explore.session import Session
+    from vimoe.explore.static_page import write_page
+
+    with closing(Session(options["run"], options["images"])) as session:
+        if static is None:
+            serve(session, options["host"], options["port"], _say)
+            return "stopped", {}
+        page = write_page(session, Path(static))
+    return str(page), {"page": str(page)}
+
+
 def diagnose(verb: str, argv: list[str]) -> Result:
     """Say whether experts differ, weigh enough and are routed to some use, and what to try next; write diagnosis.json.
 
@@ -469,6 +501,7 @@ VERBS: dict[str, Callable[[str, list[str]], Result]] = {
     "predict": predict,
     "analyze": analyze,
     "diagnose": diagnose,
+    "explore": explore,
     "prune": prune,
     "export": export,
     "report": report,

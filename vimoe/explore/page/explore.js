@@ -1,0 +1,217 @@
+"use strict";
+// One page for a server and for a file: in a file, all that can be looked at is in #data.
+
+const data = document.getElementById("data");
+const file = data && JSON.parse(data.textContent);
+// the palette of Okabe and Ito, which people with colour blindness can distinguish; more experts get hues
+const COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#777777"];
+const ROUTED = "as routed";
+const $ = (id) => document.getElementById(id);
+let state, image, asked = {}, turn = 0;
+
+const colour = (expert, count) => expert < 0 ? "transparent"
+  : count <= COLOURS.length ? COLOURS[expert] : `hsl(${360 * expert / count} 70% 50%)`;
+
+function element(tag, text, className) {  // text is never read as markup
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function say(text, error = false) {
+  $("message").textContent = text;
+  $("message").classList.toggle("error", error);
+}
+
+const thumbnailOf = (id) => file ? file.thumbnails[id] : `thumbnail/${id}`;
+
+function thumbnails(into, ids, empty) {
+  into.replaceChildren();
+  if (!ids.length) into.append(element("p", empty));
+  for (const id of ids) {
+    const { label, predicted } = state.images[id];
+    const button = element("button");
+    button.type = "button";
+    button.dataset.image = id;
+    const picture = element("img");
+    picture.src = thumbnailOf(id);
+    picture.alt = `image ${id}`;
+    picture.loading = "lazy";
+    const words = label === null ? predicted ?? "" : label === predicted ? label : `${label}, taken for ${predicted}`;
+    button.append(picture, element("span", words));
+    button.disabled = Boolean(file) && !(id in file.looks);
+    button.addEventListener("click", () => choose(id));
+    into.append(button);
+  }
+}
+
+async function ask() {
+  const over = Object.fromEntries(Object.entries(asked).filter(([, what]) => what !== ROUTED));
+  if (file) {
+    const plain = file.looks[image], [layer] = Object.keys(over);
+    return { ...plain, overruled: layer ? file.looks[`${image}|${layer}|${over[layer]}`] : null };
+  }
+  const query = new URLSearchParams({ overrule: JSON.stringify(over) });
+  if (typeof image === "number") query.set("image", image);
+  const response = await fetch(`look?${query}`, { method: "POST", body: typeof image === "number" ? undefined : image });
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error);
+  return answer;
+}
+
+async function look() {
+  const mine = ++turn;
+  say("Looking ...");
+  try {
+    const found = await ask();
+    if (mine !== turn) return;  // another image was chosen meanwhile
+    say("");
+    prediction($("plain"), found.plain);
+    if (found.overruled) prediction($("overruled"), found.overruled);
+    else $("overruled").replaceChildren(element("p", "Overrule a layer below.", "none"));
+    routes(found.overruled ?? found.plain);
+    thumbnails($("nearest"), found.nearest, "There is no other image.");
+  } catch (error) {
+    if (mine === turn) say(error instanceof TypeError ? "The server does not answer: start vimoe explore again." : error.message, true);
+  }
+}
+
+function prediction(into, found) {
+  into.replaceChildren();
+  const { classes, areas, picture } = found.prediction;
+  if (picture) {
+    const drawn = element("img");
+    drawn.src = picture;
+    drawn.alt = "predicted mask over the image";
+    into.append(drawn);
+  }
+  const rows = classes ? classes.map((each) => [each.name, each.probability]) : Object.entries(areas).slice(0, 8);
+  for (const [name, share] of rows) {
+    const row = element("div", undefined, "row"), bar = element("div", undefined, "bar"), part = element("i");
+    part.style.width = `${100 * share}%`;
+    bar.append(part);
+    row.append(element("span", name, "name"), element("span", `${(100 * share).toFixed(1)}%`, "number"), bar);
+    into.append(row);
+  }
+}
+
+function routes(found) {
+  for (const layer of state.layers) {
+    const into = $("layers").querySelector(`[data-layer="${CSS.escape(layer.name)}"] .chosen`);
+    into.replaceChildren();
+    const { chosen, map } = found.layers[layer.name] ?? {};
+    for (const [expert, gate] of chosen ?? []) {
+      const chip = element("span", `expert ${expert}, gate ${gate.toFixed(2)}`, "chip");
+      chip.style.borderColor = colour(expert, layer.experts);
+      into.append(chip);
+    }
+    if (map && map.length) drawMap(into, map, layer.experts);
+    else if (map) into.append(element("span", "Of the tokens that the head reads there is no patch.", "none"));
+  }
+}
+
+function drawMap(into, map, experts) {
+  const canvas = element("canvas"), rows = map.length, columns = map[0].length;
+  canvas.width = columns;
+  canvas.height = rows;
+  canvas.setAttribute("role", "img");
+  const context = canvas.getContext("2d"), counts = {};
+  map.forEach((row, y) => row.forEach((expert, x) => {
+    counts[expert] = (counts[expert] ?? 0) + 1;
+    context.fillStyle = colour(expert, experts);
+    context.fillRect(x, y, 1, 1);
+  }));
+  canvas.setAttribute("aria-label", "expert of each patch");
+  const legend = element("div", undefined, "legend");
+  for (const [expert, count] of Object.entries(counts).sort((a, b) => b[1] - a[1])) {
+    const chip = element("span", `expert ${expert}: ${(100 * count / rows / columns).toFixed(0)}%`, "chip");
+    chip.style.borderColor = colour(Number(expert), experts);
+    legend.append(chip);
+  }
+  into.append(canvas, legend);
+}
+
+function choose(id) {
+  image = id;
+  const { label } = state.images[id];
+  $("shown").src = thumbnailOf(id);
+  $("shown").alt = `validation image ${id}`;
+  $("label").textContent = label === null ? "" : `Class: ${label}`;
+  look();
+}
+
+function chooseFile(given) {
+  if (!given) return;
+  image = given;
+  URL.revokeObjectURL($("shown").src);
+  $("shown").src = URL.createObjectURL(given);
+  $("shown").alt = "your image";
+  $("label").textContent = given.name;
+  look();
+}
+
+function layerRows() {
+  for (const layer of state.layers) {
+    const row = element("div", undefined, "layer"), label = element("label", "Let it do ");
+    row.dataset.layer = layer.name;
+    const select = element("select");
+    select.setAttribute("aria-label", `${layer.name}: let it do`);
+    layer.switches.forEach((what) => select.append(new Option(what, what)));
+    select.addEventListener("change", () => {
+      if (file) document.querySelectorAll("#layers select").forEach((each) => {
+        if (each !== select) each.value = ROUTED;  // a file has one layer overruled at a time
+      });
+      asked = file ? { [layer.name]: select.value } : { ...asked, [layer.name]: select.value };
+      look();
+    });
+    label.append(select);
+    const by = layer.routing === "image" ? "one choice for an image" : "one choice for a patch";
+    row.append(element("span", `${layer.name} (${by})`, "title"), element("div", undefined, "chosen"), label);
+    $("layers").append(row);
+  }
+}
+
+function gallery() {
+  const layer = $("gallery-layer").value, expert = Number($("gallery-expert").value);
+  thumbnails($("gallery"), state.seen_most[layer][expert] ?? [], "No image of validation goes there.");
+}
+
+function galleryOf() {
+  const layer = state.layers.find((each) => each.name === $("gallery-layer").value);
+  $("gallery-expert").replaceChildren();
+  for (let e = 0; e < layer.experts; e++) $("gallery-expert").append(new Option(e, e));
+  gallery();
+}
+
+async function begin() {
+  try {
+    state = file ?? await (await fetch("state")).json();
+  } catch {
+    say("The server does not answer: start vimoe explore again.", true);
+    return;
+  }
+  document.body.classList.toggle("static", Boolean(file));
+  $("run").textContent = state.run;
+  layerRows();
+  state.layers.forEach((layer) => $("gallery-layer").append(new Option(layer.name, layer.name)));
+  $("gallery-layer").addEventListener("change", galleryOf);
+  $("gallery-expert").addEventListener("change", gallery);
+  $("file").addEventListener("change", (event) => chooseFile(event.target.files[0]));
+  $("reset").addEventListener("click", () => {
+    asked = {};
+    document.querySelectorAll("#layers select").forEach((each) => { each.value = ROUTED; });
+    look();
+  });
+  const drop = $("drop");
+  for (const kind of ["dragover", "drop", "dragleave"]) drop.addEventListener(kind, (event) => {
+    event.preventDefault();
+    drop.classList.toggle("over", kind === "dragover");
+    if (kind === "drop") chooseFile(event.dataTransfer.files[0]);
+  });
+  galleryOf();
+  thumbnails($("all"), state.images.map(({ id }) => id), "Validation has no image.");
+  if (state.images.length) choose(0);
+}
+
+begin();

@@ -1,0 +1,236 @@
+"""What the explorer shows of a run, as plain values: one image's prediction and routes, and what experts see most.
+
+Axes: I validation images, N experts of a layer, K chosen ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vimoe.data.images import image_size, open_image
+from vimoe.data.loaders import preprocessing
+from vimoe.errors import ConfigError, VimoeError
+from vimoe.experiments.finished_run import FinishedRun
+from vimoe.explore.overrule import ROUTED, overruled, switches
+from vimoe.models.interface import label_names
+from vimoe.moe import Routing, record
+from vimoe.moe.layer import moe_layers
+from vimoe.run_folder import open_run
+from vimoe.tasks.base import task_class
+
+THUMBNAIL = 144  # pixels of its longer side
+TOP = 5  # classes that are named
+NEAREST = 8  # images beside the one that is looked at
+SEEN_MOST = 12  # images of an expert
+
+
+class Session:
+    """A finished run that is looked at, with some of its validation images. One thread at a time computes.
+
+    Args:
+        path: run folder, with MoE layers.
+        images: largest number of validation images, evenly spread over all.
+
+    Raises:
+        ConfigError: if the model has no MoE layer.
+    """
+
+    def __init__(self, path: str | Path, images: int = 200) -> None:
+        whole = task_class(open_run(path).settings).writes_predictions  # masks of an image in one piece, as are routes
+        self.run = FinishedRun(path, "whole" if whole else None)
+        self.model = self.run.model.eval()
+        self.layers = moe_layers(self.model)
+        if not self.layers:
+            raise ConfigError(f"{path} has no MoE layer: expected one to explore; name a run with some")
+        self._size = None if whole else tuple(preprocessing(self.model)["input_size"][1:])  # None: that of each image
+        self._lock, self._closing = threading.Lock(), ExitStack()
+        self._folder = Path(self._closing.enter_context(tempfile.TemporaryDirectory()))
+        self._draw = torch.Generator().manual_seed(0)
+        found = self.run.data.val
+        chosen = [found[i * len(found) // min(images, len(found))] for i in range(min(images, len(found)))]
+        self.files = [self._kept(index, sample[0]) for index, sample in enumerate(chosen)]
+        names = label_names(self.model)
+        self.labels = [names[label] if isinstance(label, int) else None for _, label in chosen]
+        self.predicted, self.routes = self._look(self.files, {})
+
+    def close(self) -> None:
+        """Delete the copies of the images."""
+        self._closing.close()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a page needs to begin: layers with their switches, images, and what each expert sees most."""
+        layers = [{"name": name, "experts": layer.config.num_experts, "routing": layer.config.routing,
+                   "switches": switches(layer)} for name, layer in self.layers.items()]  # fmt: skip
+        images = [
+            {"id": index, "label": label, "predicted": _first(predicted)}
+            for index, (label, predicted) in enumerate(zip(self.labels, self.predicted, strict=True))
+        ]
+        return {"run": self.run.run.path.name, "layers": layers, "images": images, "seen_most": self._seen_most()}
+
+    def thumbnail(self, index: int) -> bytes:
+        """Return a validation image as a small JPEG."""
+        small = open_image(self.files[index])
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        return _encoded(small, "JPEG")
+
+    def look(self, image: int | bytes, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the model sees in an image, as it is and with layers overruled.
+
+        Args:
+            image: index of a validation image, or the content of an image file.
+            asked: switch by layer name (`vimoe.explore.overrule.switches`).
+
+        Returns:
+            {"plain", "overruled": None if nothing is asked, "nearest": indices of validation images}. Both have
+            "prediction" (see `Task.predict`; a mask as a data URI, "picture") and "layers": by name "chosen", pairs
+            [expert, gate] of an image, or "map", rows of the first expert of each patch.
+
+        Raises:
+            VimoeError: if the image cannot be read, or a switch is none.
+        """
+        asked = {name: what for name, what in asked.items() if what != ROUTED}
+        with self._lock, tempfile.TemporaryDirectory() as folder:
+            file = self._file(image, Path(folder))
+            plain, routes = self._look([file], {}, Path(folder))
+            found: dict[str, Any] = {"plain": self._shown(plain[0], routes, file), "overruled": None}
+            found["nearest"] = self._nearest(routes, image)
+            if asked:
+                other, routes = self._look([file], asked, Path(folder))
+                found["overruled"] = self._shown(other[0], routes, file)
+        return found
+
+    def _file(self, image: int | bytes, folder: Path) -> Path:
+        if isinstance(image, int):
+            if not 0 <= image < len(self.files):
+                raise VimoeError(f"image {image}: expected 0 to {len(self.files) - 1}")
+            return self.files[image]
+        file = folder / "image"
+        file.write_bytes(image)
+        try:
+            open_image(file)
+        except VimoeError as error:
+            raise VimoeError(str(error).replace(str(file), "this file")) from error
+        return file
+
+    def _kept(self, index: int, source: Any) -> Path:
+        """Write a validation image to a file of its own, whatever it is read from, and return its path."""
+        path = self._folder / f"{index}.png"
+        open_image(source).save(path)
+        return path
+
+    def _look(
+        self, files: Sequence[Path], asked: Mapping[str, str], out: Path | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, list[Routing]]]:
+        """Return predictions of files, and by layer the decisions for each."""
+        task = self.run.task
+        folder = (out or self._folder) / "masks" if task.writes_predictions else None
+        with torch.no_grad(), overruled(self.model, asked, self._of_others), record(self.model) as routings:
+            predictions = task.predict(self.model, files, folder, TOP)
+        routes: dict[str, list[Routing]] = {name: [] for name in self.layers}
+        for routing in routings:
+            routes[routing.layer] += _by_image(routing)
+        return predictions, routes
+
+    def _of_others(self, name: str, routing: Routing) -> Routing:
+        """Return the decisions of another validation image, drawn at random; those of tokens change places."""
+        if routing.unit == "token":
+            order = torch.randperm(len(routing.experts), generator=self._draw).to(routing.experts.device)
+            return replace(routing, experts=routing.experts[order], gates=routing.gates[order])
+        drawn = int(torch.randint(len(self.files), (1,), generator=self._draw))
+        other = self.routes[name][drawn]
+        device, count = routing.experts.device, len(routing.experts)
+        return replace(
+            routing, experts=other.experts.to(device).expand(count, -1), gates=other.gates.to(device).expand(count, -1)
+        )
+
+    def _shown(self, prediction: dict[str, Any], routes: Mapping[str, list[Routing]], file: Path) -> dict[str, Any]:
+        shown = {name: value for name, value in prediction.items() if name not in ("file", "mask", "overlay")}
+        if "overlay" in prediction:
+            shown["picture"] = data_uri(Path(prediction["overlay"]).read_bytes(), "png")
+        return {
+            "prediction": shown,
+            "layers": {name: self._chosen(name, own, file) for name, (own, *_) in routes.items()},
+        }
+
+    def _chosen(self, name: str, routing: Routing, file: Path) -> dict[str, Any]:
+        """Return the experts of an image with their gates, or the first expert of each of its patches in rows."""
+        if routing.unit == "image":
+            pairs = zip(routing.experts[0].tolist(), routing.gates[0].tolist(), strict=True)
+            return {"chosen": [[expert, gate] for expert, gate in pairs if expert >= 0]}
+        first = routing.experts[self.layers[name].router.layout.num_prefix_tokens :, 0]
+        if not len(first):  # the last block of a classifier computes the tokens that its head reads alone
+            return {"map": []}
+        height, width = self._size or image_size(file)
+        rows = max(1, round(math.sqrt(len(first) * height / width)))
+        while len(first) % rows:
+            rows -= 1
+        return {"map": first.view(rows, -1).tolist()}
+
+    def _seen_most(self) -> dict[str, list[list[int]]]:
+        """Return for each layer and expert the images with the largest share of it, the largest first."""
+        found = {}
+        for name, layer in self.layers.items():
+            shares_IN = torch.stack([_share(each) for each in self.routes[name]])
+            best = shares_IN.sort(dim=0, descending=True, stable=True)
+            found[name] = [
+                [int(i) for i, share in zip(best.indices[:, e], best.values[:, e], strict=True) if share > 0][
+                    :SEEN_MOST
+                ]
+                for e in range(layer.config.num_experts)
+            ]
+        return found
+
+    def _nearest(self, routes: Mapping[str, list[Routing]], image: int | bytes) -> list[int]:
+        """Return the validation images whose routes are nearest, by the shares of the experts of all layers."""
+        far = torch.zeros(len(self.files))
+        for name, (own, *_) in routes.items():
+            far += (torch.stack([_share(each) for each in self.routes[name]]) - _share(own)).abs().sum(dim=1)
+        order = far.argsort(stable=True).tolist()
+        return [index for index in order if index != image][:NEAREST]
+
+
+def _by_image(routing: Routing) -> list[Routing]:
+    """Divide the decisions for a batch into those for each image, on the CPU."""
+    count, tokens = routing.batch
+    rows = len(routing.experts) // count
+    parts = (part.detach().cpu().split(rows) for part in (routing.logits, routing.gates, routing.experts))
+    return [
+        replace(routing, logits=logits, gates=gates, experts=experts, batch=(1, tokens), outputs=None)
+        for logits, gates, experts in zip(*parts, strict=True)
+    ]
+
+
+def _share(routing: Routing) -> Tensor:
+    """(N,) share of each expert in an image: the mean over its units of the gates of those that were chosen."""
+    return routing.expert_gates.float().mean(dim=0)
+
+
+def _first(prediction: dict[str, Any]) -> str | None:
+    """Return the best class of a prediction: the most likely, or that of most pixels."""
+    if classes := prediction.get("classes"):
+        return str(classes[0]["name"])
+    return next(iter(prediction.get("areas", {})), None)
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, quality=85)
+    return out.getvalue()
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Return a picture as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

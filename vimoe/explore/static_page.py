@@ -1,0 +1,45 @@
+"""The explorer as one file that needs no server: some images, with each layer overruled in each way, one at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vimoe.explore.server import PAGE
+from vimoe.explore.session import Session, data_uri
+from vimoe.files import write_text
+
+NAME = "index.html"
+IMAGES = 24  # that can be looked at
+
+
+def write_page(session: Session, folder: Path, images: int = IMAGES) -> Path:
+    """Write index.html into a folder, which is made if it is missing, and return its path.
+
+    Args:
+        session: the run that is looked at.
+        folder: folder to write into.
+        images: number of validation images that can be looked at, from the first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state, looks = session.state(), dict[str, Any]()
+    for index in range(min(images, len(session.files))):
+        looks[f"{index}"] = session.look(index, {})
+        for layer in state["layers"]:
+            for switch in layer["switches"][1:]:
+                looks[f"{index}|{layer['name']}|{switch}"] = session.look(index, {layer["name"]: switch})["overruled"]
+    thumbnails = [data_uri(session.thumbnail(index), "jpeg") for index in range(len(session.files))]
+    content = json.dumps({**state, "looks": looks, "thumbnails": thumbnails})
+    page = (PAGE / "index.html").read_text("utf-8")
+    style, script = ((PAGE / f"explore.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    page = page.replace('<link rel="stylesheet" href="explore.css">', f"<style>\n{style}</style>")
+    # as JSON in a script, "<" could end it
+    data = content.replace("<", "\\u003c")
+    page = page.replace(
+        '<script src="explore.js"></script>',
+        f'<script type="application/json" id="data">{data}</script>\n<script>\n{script}</script>',
+    )
+    path = folder / NAME
+    write_text(path, page)
+    return path
