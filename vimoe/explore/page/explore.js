@@ -39,9 +39,12 @@ function thumbnails(into, ids, empty) {
     picture.alt = `image ${id}`;
     picture.loading = "lazy";
     const words = label === null ? predicted ?? "" : label === predicted ? label : `${label}, taken for ${predicted}`;
-    button.append(picture, element("span", words));
+    button.append(picture, element("span", words.replaceAll("_", "_\u200b")));  // where a long name may break
     button.disabled = Boolean(file) && !(id in file.looks);
-    button.addEventListener("click", () => choose(id));
+    button.addEventListener("click", () => {
+      choose(id);
+      $("image-title").scrollIntoView();
+    });
     into.append(button);
   }
 }
