@@ -13,7 +13,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.analysis import expert_similarity
+from vimoe.analysis import expert_similarity, expert_weights
 from vimoe.analysis.expert_similarity import ExpertComparison, compare_experts, distances
 from vimoe.moe import ffn
 from vimoe.moe.router import TokenLayout
@@ -66,7 +66,10 @@ def test_copies_are_alike_and_what_needs_a_difference_is_undefined(dense: str, r
 def test_one_expert_is_compared_with_nothing() -> None:
     found = compare_experts(moe(num_experts=1), tokens()).to_dict()
     defined = {name for name, value in found.items() if value is not None}
-    assert defined == {"num_experts", "chance", "active_neurons"}
+    assert defined == {"num_experts", "chance", "active_neurons", "weights", "parent"}
+    assert [found["weights"][name] for name in ("tau", "rho", "rho_parent", "matched")] == [None, None, 1, 1]
+    each = {name for part in found["weights"]["matrices"].values() for name, value in part.items() if value is not None}
+    assert each == {"parent"}
 
 
 @pytest.mark.parametrize("broken", ["weights", "tokens"])
@@ -280,7 +283,18 @@ def test_it_does_not_depend_on_the_chunks(routing: str, monkeypatch: pytest.Monk
     whole = compare_experts(layer, tokens())
     monkeypatch.setattr(expert_similarity, "CHUNK", 4)  # five tokens are an image
     monkeypatch.setattr(expert_similarity, "SPAN", 7)
-    assert compare_experts(layer, tokens()).to_dict() == pytest.approx(whole.to_dict(), rel=1e-4, abs=1e-5)
+    monkeypatch.setattr(expert_weights, "SPAN", 7)
+    assert figures(compare_experts(layer, tokens())) == pytest.approx(figures(whole), rel=1e-4, abs=1e-5)
+
+
+def figures(found: object, name: str = "") -> dict[str, float]:
+    """All numbers of a comparison, by their place in it."""
+    if isinstance(found, ExpertComparison):
+        found = found.to_dict()
+    if not isinstance(found, dict | list | tuple):
+        return {} if isinstance(found, str) else {name: found}
+    inner = found.items() if isinstance(found, dict) else enumerate(found)
+    return {key: value for part, each in inner for key, value in figures(each, f"{name}.{part}").items()}
 
 
 def test_it_looks_only() -> None:
@@ -300,15 +314,15 @@ def test_it_looks_only() -> None:
 def test_it_is_json() -> None:
     found = compare_experts(randomise(moe()), tokens())
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert None not in values.values()
-    assert ExpertComparison(**values) == found
+    assert None not in figures(values).values()
+    assert figures(values) == figures(found)
 
 
 @pytest.mark.parametrize("kind", FFNS)
 @pytest.mark.parametrize("shared", [0, 1])
 def test_copies_have_no_distance(kind: str, shared: int) -> None:
     layer = moe(FFNS[kind](), num_shared_experts=shared, top_k=2).eval()
-    from_shared, from_mean = distances(layer, tokens())
+    from_shared, from_mean = distances(layer, tokens(), layer.shared)
     assert (from_shared is None) == (shared == 0)
     for distance in (from_mean, *([from_shared] if from_shared else [])):
         assert distance.cosine == pytest.approx(1) and distance.weights == pytest.approx(0, abs=1e-6)
@@ -327,7 +341,7 @@ def test_distances_are_those_of_loops_in_float64(shared: int, monkeypatch: pytes
         references = [(sum(weights) / EXPERTS, sum(one) / EXPERTS)]
         if shared:
             references.append((torch.cat([p.flatten() for p in layer.shared.parameters()]), layer.shared(x)))
-    found = [distance for distance in reversed(distances(layer, x)) if distance]
+    found = [distance for distance in reversed(distances(layer, x, layer.shared)) if distance]
     assert len(found) == len(references)
     for distance, (w, y) in zip(found, references, strict=True):
         assert distance.cosine == pytest.approx(mean(v @ w / (v.norm() * w.norm()) for v in weights))
@@ -344,7 +358,8 @@ def mean(values: Iterable[Tensor]) -> float:
 
 
 def test_a_shared_expert_of_another_width_is_compared_by_outputs_alone() -> None:
-    from_shared, from_mean = distances(moe(num_shared_experts=2).eval(), tokens())
+    layer = moe(num_shared_experts=2).eval()
+    from_shared, from_mean = distances(layer, tokens(), layer.shared)
     assert from_shared.cosine is None and from_shared.weights is None and from_mean.cosine == pytest.approx(1)
     assert from_shared.outputs == pytest.approx(0, abs=1e-6)
 
@@ -353,7 +368,7 @@ def test_zero_is_at_no_distance_from_zero_and_far_from_all_else() -> None:
     layer = set_experts(moe().eval())
     for p in layer.shared.parameters():
         p.data.zero_()
-    from_shared, _ = distances(layer, tokens())
+    from_shared, _ = distances(layer, tokens(), layer.shared)
     assert from_shared.outputs == from_shared.weights == 0
     set_experts(layer, fc2_bias=torch.ones(EXPERTS, DIM))
-    assert distances(layer, tokens())[0].outputs == pytest.approx(2**0.5)
+    assert distances(layer, tokens(), layer.shared)[0].outputs == pytest.approx(2**0.5)

@@ -361,7 +361,7 @@ def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
 
 @torch.no_grad()
 def order(weights: Weights, reference: Weights, gated: bool) -> tuple[Tensor, bool]:
-    """Return the order (F,), int64, of an FFN's hidden units that is nearest to those of `reference`, and if it was easy.
+    """Return the order (F,) of an FFN's hidden units that is nearest to those of `reference`, and True if it was easy.
 
     Hidden units may change places without any change of what the FFN computes. Of all orders this one has the least
     sum of squared distances between the two FFNs' `hidden_units`: weight matching (Ainsworth et al., Git Re-Basin,
