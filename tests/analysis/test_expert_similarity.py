@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Iterable
@@ -195,6 +196,93 @@ def test_the_router_against_the_outputs_norms(
     assert found.score_norm_correlation == pytest.approx(correlation)
     assert share is None or found.top1_has_largest_norm == pytest.approx(share)
     assert found.output_similarity == pytest.approx(1, abs=ABOUT)
+
+
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ranks_of_experts_scaled_by_1_to_n_are_exact(routing: str, sign: int) -> None:
+    """A router that follows norms has all counts on the diagonal, one that flees them on the other; never by chance."""
+    x = tokens(4, 1 if routing == "token" else 3)
+    x[:, 0, 0] = sign
+    found = compare_experts(by_size(routing=routing), x).outputs
+    expected = 4 * torch.eye(EXPERTS, dtype=torch.int64)
+    assert found.ranks == tuple(map(tuple, (expected if sign > 0 else expected.flip(0)).tolist()))
+    assert found.diagonal.value == (1 if sign > 0 else 0)
+    assert found.diagonal.low == 0 and 0.5 <= found.diagonal.high < 1  # of 24 labels one keeps all of the ranks
+
+
+def test_a_rank_that_an_expert_always_has_is_no_more_than_a_label() -> None:
+    """Scores and norms agree in every row, and so would two experts that never change: chance reaches as far."""
+    layer = by_size(num_experts=2, num_shared_experts=0)
+    found = compare_experts(layer, tokens().index_fill(2, torch.tensor([0]), 1.0)).outputs
+    assert (found.diagonal.value, found.diagonal.low) == (1, pytest.approx(0.025))
+
+
+def test_angles_of_outputs_and_of_outputs_for_other_tokens() -> None:
+    layer = randomise(moe(num_experts=3), scale=0.5)
+    x = tokens()
+    flat = x.flatten(0, 1)
+    with torch.no_grad():
+        y = torch.stack([layer.experts.apply_weights(layer.experts.weights(e), flat) for e in range(3)])
+    unit = nn.functional.normalize(y, dim=2)
+    angle = {(i, j): 1 - (unit[i] @ unit[j].T).arccos() / torch.pi for i, j in itertools.combinations(range(3), 2)}
+    found = compare_experts(layer, x).outputs.angular
+    assert found.value == pytest.approx(torch.stack([a.diagonal().mean() for a in angle.values()]).mean().item())
+    middle = torch.stack([a.mean() for a in angle.values()]).mean().item()
+    assert (found.low + found.high) / 2 == pytest.approx(middle, abs=1e-5)
+    random = [
+        torch.stack([a[torch.arange(len(flat)), torch.randperm(len(flat))].mean() for a in angle.values()]).mean()
+        for _ in range(2000)
+    ]
+    assert found.high - found.low == pytest.approx(2 * 1.959964 * torch.stack(random).std().item(), rel=0.06)
+
+
+def test_a_chance_level_needs_few_tokens_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomise(moe(num_experts=6))
+    whole = compare_experts(layer, tokens()).outputs.angular
+    monkeypatch.setattr(expert_similarity, "EXCHANGED", 8)
+    monkeypatch.setattr(expert_similarity, "EXCHANGING", 3)
+    some = compare_experts(layer, tokens()).outputs.angular
+    assert some.value == whole.value and some.low != whole.low and abs(some.low - whole.low) < 0.1
+
+
+KINDS = ["ffn", "lora", "delta", "adapter"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_each_kind_of_experts_has_what_is_defined_for_it(kind: str, shared: int) -> None:
+    """Changes of one FFN are compared with it; an adapter adds hidden units, so its matrices have another shape."""
+    layer = moe(experts=kind, num_shared_experts=shared, top_k=2)
+    randomise(layer.experts, scale=0.5)
+    found = compare_experts(layer.eval(), tokens())
+    what = "shared" if shared else None if kind == "ffn" else "base"
+    assert (found.parent.what if found.parent else None) == what
+    known = what is not None and kind != "adapter"
+    assert all((part.parent is not None) == known for part in found.weights.matrices.values())
+    assert (found.weights.rho_parent is not None) == known
+    assert found.parent is None or (found.parent.cosine is not None) == known
+    assert found.weights.tau and found.outputs.angular and found.outputs.diagonal
+
+
+def test_experts_that_are_no_ffns_are_compared_by_their_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomise(moe()).eval()
+    whole = compare_experts(layer, tokens())
+    monkeypatch.setattr(type(layer.experts), "are_ffns", False)
+    found = compare_experts(layer, tokens())
+    assert found.weights is None and found.weight_similarity is None
+    assert figures(found.to_dict()["outputs"]) == pytest.approx(figures(whole.to_dict()["outputs"]), abs=1e-5)
+    assert found.parent.cosine is None and found.parent.outputs == pytest.approx(whole.parent.outputs, rel=1e-4)
+
+
+def test_a_parent_that_is_given_comes_before_the_shared_expert() -> None:
+    layer = moe()
+    dense = copy.deepcopy(layer.shared)
+    randomise(layer.shared)
+    found = compare_experts(layer, tokens(), dense)
+    assert found.parent.what == "given" and found.weights.rho_parent == 1
+    assert (found.parent.cosine, found.parent.outputs) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+    assert compare_experts(layer, tokens()).parent.outputs > 0.1
 
 
 def test_scores_that_saturate_the_softmax_still_have_an_order() -> None:

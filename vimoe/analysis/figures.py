@@ -151,10 +151,14 @@ def _axes_of(layer: dict[str, Any], name: str) -> Any:
 
 
 def _curves(axis: Axes, title: str, series: dict[str, list[Any]], names: list[str]) -> None:
-    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
+    of = list(dict.fromkeys(name.partition(", ")[0] for name in series))  # a colour for each matrix
+    kinds = list(dict.fromkeys(name.partition(", ")[2] for name in series))
+    for name, values in series.items():
+        what, _, kind = name.partition(", ")
+        colour, style = COLOURS[of.index(what)], ("-", "--", ":")[kinds.index(kind)]
         known = [(x, value) for x, value in enumerate(values) if value is not None]
         numbers = [value["value"] if isinstance(value, dict) else value for _, value in known]
-        axis.plot([x for x, _ in known], numbers, lw=1, color=colour, label=name)
+        axis.plot([x for x, _ in known], numbers, style, lw=1.2, color=colour, label=name)
         for (x, value), number in zip(known, numbers, strict=True):
             chance = isinstance(value, dict)
             if chance:

@@ -125,7 +125,7 @@ def by_depth(evidence: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
     of_matrices = {
         "two experts": {"": "cosine", ", means of units": "neuron_mean", ", matched": "reordered"},
         "experts and parent": {"": "parent"},
-        "router rows explained": {"": "router"},
+        "router rows, R squared": {"": "router"},
     }
     places: dict[str, dict[str, tuple[str, ...]]] = {
         title: {f"{m}{words}": ("weights", "matrices", m, key) for words, key in keys.items() for m in names}
@@ -135,7 +135,7 @@ def by_depth(evidence: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
     places |= {
         "order of hidden units": {"Kendall's tau": ("weights", "tau"), "equal value rows": ("weights", "rho")},
         "outputs of two experts": {"angular similarity": ("outputs", "angular")},
-        "score rank is norm rank": {"share": ("outputs", "diagonal")},
+        "score rank = norm rank": {"share of experts": ("outputs", "diagonal")},
     }
     panels = {
         title: {name: [compared(layer, *place) for layer in evidence["layers"]] for name, place in series.items()}
