@@ -228,9 +228,9 @@ def _principal(gram_CC: Tensor) -> tuple[tuple[tuple[float, float], ...], tuple[
 def _against_exchanged(value: float | None, parts: Sequence[Tensor]) -> Permuted | None:
     """Return the mean cosine of all pairs of matrices beside that for permuted rows, pair by pair.
 
-    With a matrix A of norm 1, its mean row m and its centred rows C, the inner product of A with B, of which the rows
-    are permuted, has the mean F m_A m_B and the variance tr(C_A^T C_A C_B^T C_B) / (F - 1) (`exchange_moments`). Sums
-    over all pairs follow from the sums over all matrices, so that no two of them have to be multiplied.
+    Be m_A the mean row of a matrix A of norm 1, and C_A its rows without it. The inner product of A with B, whose rows
+    are permuted, has the mean F m_A m_B and the variance tr(C_A^T C_A C_B^T C_B) / (F - 1): `exchange_moments`, written
+    with channels. Sums over all pairs follow from sums over all matrices, so that no two of them have to be multiplied.
     """
     if value is None:
         return None
