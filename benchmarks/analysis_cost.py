@@ -1,13 +1,12 @@
-"""Cost of analysis and pruning: their time over that of a plain evaluation of the same images, one validation epoch.
+"""Cost of analysis and pruning: their time over that of a plain evaluation of the same images.
 
     python benchmarks/analysis_cost.py
 
 The model is a ViT-S/14 at 112 pixels of random weights with two MoE layers (last:2, 8 experts, top 1, image routing),
 whose experts differ and whose routers use them all; all in float32, with default settings, and images in memory.
 Pruning removes both layers, so that it measures as often as it can, and writes a receipt on as many other images: it is
-compared with evaluations of both. The comparison of the experts, a part of the analysis, is timed alone too: for these
-experts, whose hidden units know their partners, and for unrelated ones, of which fewer are matched. Each round
-evaluates before and after what it times. Writes results/analysis float32.json and the tables of README.md.
+compared with evaluations of both. Each round evaluates before and after what it times. Writes
+results/analysis float32.json and the tables of README.md.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vimoe
-from vimoe.analysis.expert_similarity import compare_experts
 from vimoe.analysis.pruning import receipts
 from vimoe.bench.result import machine
 from vimoe.files import write_json
@@ -35,9 +33,7 @@ from vimoe.metrics.base import evaluate
 from vimoe.moe.layer import moe_layers
 
 RESULT = Path(__file__).parent / "results" / "analysis float32.json"
-GOALS = {  # times the evaluation
-    "analysis": 4.0, "pruning": 6.0, "comparison of experts": 1.0, "comparison of unrelated experts": 1.0,
-}  # fmt: skip
+GOALS = {"analysis": 4.0, "pruning": 6.0}  # times the evaluation
 SIZE, CLASSES = 112, 10
 
 
@@ -55,21 +51,6 @@ def random_model(name: str) -> nn.Module:
             for weight in layer.experts.parameters():
                 weight.add_(torch.randn_like(weight) * (weight.std() if weight.ndim > 2 else 0.01))
     return model.eval()
-
-
-def compared(model: nn.Module, unrelated: bool) -> Callable[[], Any]:
-    """Return a function that compares the experts of all layers, on 16 images of 65 tokens as in the analysis.
-
-    Args:
-        model: the model, which is not changed.
-        unrelated: True to draw all weights of the experts anew.
-    """
-    layers = copy.deepcopy(list(moe_layers(model).values()))
-    tokens = torch.randn(16, (SIZE // 14) ** 2 + 1, layers[0].experts.kind.dim)
-    for layer in layers if unrelated else ():
-        for weight in layer.experts.parameters():
-            nn.init.normal_(weight, std=0.02)
-    return lambda: [compare_experts(layer, tokens) for layer in layers]
 
 
 def loader(images: int, seed: int) -> DataLoader:
@@ -101,10 +82,7 @@ def one_round(model: nn.Module, val: DataLoader, test: DataLoader) -> dict[str, 
     between = seconds(lambda: evaluate(model, val))
     pruning = seconds(prune)
     after = seconds(lambda: evaluate(model, test))
-    comparison, unrelated = (seconds(compared(model, each)) for each in (False, True))
     return {
-        "comparison of experts": comparison,
-        "comparison of unrelated experts": unrelated,
         "evaluation": (before + between) / 2,
         "analysis": analysis,
         "evaluation of both": between + after,
@@ -118,10 +96,6 @@ def ratios(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
     return {
         "analysis": [each["analysis"] / each["evaluation"] for each in rounds],
         "pruning": [each["pruning"] / each["evaluation of both"] for each in rounds],
-        "comparison of experts": [each["comparison of experts"] / each["evaluation"] for each in rounds],
-        "comparison of unrelated experts": [
-            each["comparison of unrelated experts"] / each["evaluation"] for each in rounds
-        ],
         "pruning after an analysis of its own": [
             (each["analysis"] + each["pruning"]) / each["evaluation of both"] for each in rounds
         ],
