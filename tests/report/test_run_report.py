@@ -56,6 +56,7 @@ def test_the_page_has_experts_by_depth_with_their_ranges_by_chance(tmp_path: Pat
     run = analysed(tmp_path / "run", layers=2)
     text = Reader(write_run_report(run)).text
     assert "Experts beside the shared expert: blocks.0.mlp (cosine 0.9375, outputs 50.0% apart), blocks.1.mlp" in text
+    assert "matrix cosine of mean units" in text
     assert "blocks.1.mlp, fc1 0.375 [0.125, 0.438] 0.500 0.750 0.875 0.375 [0.125, 0.438]" in text
     assert "blocks.0.mlp 0.250 [0.125, 0.438] 0.062 0.188 0.250 [0.125, 0.438]" in text
     assert (run / "figures" / "experts-by-depth.png").exists()
@@ -78,7 +79,7 @@ def test_experts_that_are_no_ffns_have_outputs_by_depth(tmp_path: Path) -> None:
     (run / "routing.json").write_text(json.dumps(found))
     text = Reader(write_run_report(run)).text
     assert "blocks.0.mlp (other shapes, outputs 50.0% apart)" in text and "blocks.0.mlp – – – 0.250 [0.125" in text
-    assert "of mean units" not in text
+    assert "matrix cosine of mean units" not in text
 
 
 def test_calibrated_changes_are_on_the_page_where_files_have_them(tmp_path: Path) -> None:

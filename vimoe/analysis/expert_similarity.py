@@ -49,7 +49,7 @@ class OutputComparison:
     """
 
     angular: Permuted | None
-    ranks: tuple[tuple[int, ...], ...]
+    ranks: list[list[int]]
     diagonal: Permuted | None
 
 
@@ -354,7 +354,7 @@ def _rank_table(scores_RN: Tensor, norms_RN: Tensor) -> dict[str, Any]:
     diagonal = (
         Permuted.relabelled(n, lambda labels: float(met_NN[all_experts, labels].sum() / total)) if total else None
     )
-    return {"ranks": tuple(map(tuple, rows.tolist())), "diagonal": diagonal}
+    return {"ranks": rows.tolist(), "diagonal": diagonal}
 
 
 def _follows_norms(scores_RN: Tensor, best_R: Tensor, norms_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:

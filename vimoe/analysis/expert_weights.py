@@ -52,8 +52,8 @@ class MatrixComparison:
     reordered: float | None
     parent: float | None
     router: Permuted | None
-    pca: tuple[tuple[float, float], ...] | None
-    explained: tuple[float, float] | None
+    pca: list[list[float]] | None
+    explained: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _spans(parts: Sequence[Tensor]) -> Iterator[Tensor]:
         yield torch.stack(spans)
 
 
-def _principal(gram_CC: Tensor) -> tuple[tuple[tuple[float, float], ...], tuple[float, float]] | None:
+def _principal(gram_CC: Tensor) -> tuple[list[list[float]], list[float]] | None:
     """Return two principal coordinates of each point, and the shares of these axes; None where all points are one.
 
     The sign of an axis is such that its largest coordinate is above 0.
@@ -220,9 +220,7 @@ def _principal(gram_CC: Tensor) -> tuple[tuple[tuple[float, float], ...], tuple[
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:2].clamp(min=0), vectors.flip(1)[:, :2]
     signs = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
-    points = (vectors * signs * values.sqrt()).tolist()
-    first, second = (values / total).tolist()
-    return tuple((x, y) for x, y in points), (first, second)
+    return (vectors * signs * values.sqrt()).tolist(), (values / total).tolist()
 
 
 def _against_exchanged(value: float | None, parts: Sequence[Tensor]) -> Permuted | None:

@@ -95,8 +95,8 @@ def _add_by_depth(page: Page, evidence: dict[str, Any], prefix: str) -> None:
         "cosine: of the same matrix of two experts, mean over pairs, beside that for permuted hidden units. Of mean "
         "units: of its mean over hidden units. Matched: after the hidden units were put in the order that is nearest. "
         "With the parent: of an expert's matrix and the parent's",
-        "router, R squared: how much of the similarity of experts the similarity of their router rows explains, over "
-        "pairs; for a router that scores experts by what they read, the matrix that reads (fc1, or gate) comes first",
+        "router, R squared: how much of the similarity of router rows that of mean units explains, over pairs of "
+        "experts; fc1 (or gate) is the matrix that reads tokens, as router rows do",
         "Kendall's tau of the order of matched hidden units with their own: 1 if none has moved. Equal value rows: "
         "share of the hidden units whose columns of fc2 have a cosine of at least 0.98 in two experts",
         "angular similarity: 1 - arccos(cosine) / pi of outputs for the same token; above 1/2 by chance if outputs "
