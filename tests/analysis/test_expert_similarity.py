@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from helpers.numbers import numbers
 from helpers.tiny import config, randomise
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
@@ -271,7 +272,7 @@ def test_experts_that_are_no_ffns_are_compared_by_their_outputs_alone(monkeypatc
     monkeypatch.setattr(type(layer.experts), "are_ffns", False)
     found = compare_experts(layer, tokens())
     assert found.weights is None and found.weight_similarity is None
-    assert figures(found.to_dict()["outputs"]) == pytest.approx(figures(whole.to_dict()["outputs"]), abs=1e-5)
+    assert numbers(found.to_dict()["outputs"]) == pytest.approx(numbers(whole.to_dict()["outputs"]), abs=1e-5)
     assert found.parent.cosine is None and found.parent.outputs == pytest.approx(whole.parent.outputs, rel=1e-4)
 
 
@@ -372,17 +373,9 @@ def test_it_does_not_depend_on_the_chunks(routing: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(expert_similarity, "CHUNK", 4)  # five tokens are an image
     monkeypatch.setattr(expert_similarity, "SPAN", 7)
     monkeypatch.setattr(expert_weights, "SPAN", 7)
-    assert figures(compare_experts(layer, tokens())) == pytest.approx(figures(whole), rel=1e-4, abs=1e-5)
-
-
-def figures(found: object, name: str = "") -> dict[str, float]:
-    """All numbers of a comparison, by their place in it."""
-    if isinstance(found, ExpertComparison):
-        found = found.to_dict()
-    if not isinstance(found, dict | list):
-        return {} if isinstance(found, str) else {name: found}
-    inner = found.items() if isinstance(found, dict) else enumerate(found)
-    return {key: value for part, each in inner for key, value in figures(each, f"{name}.{part}").items()}
+    assert numbers(compare_experts(layer, tokens()).to_dict()) == pytest.approx(
+        numbers(whole.to_dict()), rel=1e-4, abs=1e-5
+    )
 
 
 def test_it_looks_only() -> None:
@@ -402,7 +395,7 @@ def test_it_looks_only() -> None:
 def test_it_is_json() -> None:
     found = compare_experts(randomise(moe()), tokens())
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert None not in figures(values).values()
+    assert None not in numbers(values).values()
     assert values == found.to_dict()
 
 
