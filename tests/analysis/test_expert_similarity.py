@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis import expert_similarity, expert_weights
-from vimoe.analysis.expert_similarity import ExpertComparison, compare_experts, distances
+from vimoe.analysis.expert_similarity import compare_experts, distances
 from vimoe.moe import ffn
 from vimoe.moe.router import TokenLayout
 
