@@ -119,6 +119,13 @@ def test_the_page_on_python_runs(tiny: None, own_entries: None) -> None:
             vimoe.load(f"runs/{index}/model")
 
 
+def test_the_closer_look_of_the_page_on_methods_finds_copies() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("docs/methods.md"):
+        exec(block, names)
+    assert names["look"]["parent"]["what"] == "given" and names["look"]["weights"]["rho"] == 1
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft asks
 def test_the_page_on_any_vit_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for library in ("transformers", "peft"):

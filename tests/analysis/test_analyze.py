@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -511,3 +512,27 @@ def test_what_cannot_be_analysed_is_refused() -> None:
     for few in (-1, 1):
         with pytest.raises(ConfigError, match=f"overrule={few}: expected 0 for none, at least 2"):
             vimoe.analyze(Known(), loader(), overrule=few)
+
+
+def test_experts_are_compared_with_the_dense_model_that_is_given() -> None:
+    dense = vit()
+    model = perturb_experts(upcycle(copy.deepcopy(dense), config(layers="last:1")))
+    data = [(images(dense, 4), torch.tensor([0, 1] * 2))]
+    found, known = (vimoe.analyze(model, data, overrule=0, parent=each).layers[0] for each in (dense, None))
+    assert found.comparison["parent"]["what"] == "given" and known.comparison["parent"]["what"] == "shared"
+    assert found.comparison["parent"] == {**known.comparison["parent"], "what": "given"}  # S has not been trained
+    with torch.no_grad():
+        for p in model.blocks[1].mlp.shared.parameters():
+            p.zero_()
+    again = vimoe.analyze(model, data, overrule=0, parent=dense).layers[0].comparison["parent"]
+    assert again == found.comparison["parent"]
+
+
+@pytest.mark.parametrize("wrong", [{"embed_dim": 48}, {"depth": 1}])
+def test_a_parent_without_the_layers_ffns_is_refused(wrong: dict[str, int]) -> None:
+    model = upcycle(vit(), config(layers="last:1"))
+    data = [(images(model, 4), torch.tensor([0, 1] * 2))]
+    with pytest.raises(ConfigError, match="no FFN of 24 channels at blocks.1.mlp: expected the dense model"):
+        vimoe.analyze(model, data, overrule=0, parent=vit(**wrong))
+    with pytest.raises(ConfigError, match="no FFN of 24 channels at blocks.1.mlp: expected the dense model"):
+        vimoe.analyze(model, data, overrule=0, parent=copy.deepcopy(model))

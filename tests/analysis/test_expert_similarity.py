@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Iterable
 
 import pytest
 import torch
+from helpers.numbers import numbers
 from helpers.tiny import config, randomise
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 import vimoe
-from vimoe.analysis import expert_similarity
-from vimoe.analysis.expert_similarity import ExpertComparison, compare_experts, distances
+from vimoe.analysis import expert_similarity, expert_weights
+from vimoe.analysis.expert_similarity import compare_experts, distances
 from vimoe.moe import ffn
 from vimoe.moe.router import TokenLayout
 
@@ -66,7 +68,10 @@ def test_copies_are_alike_and_what_needs_a_difference_is_undefined(dense: str, r
 def test_one_expert_is_compared_with_nothing() -> None:
     found = compare_experts(moe(num_experts=1), tokens()).to_dict()
     defined = {name for name, value in found.items() if value is not None}
-    assert defined == {"num_experts", "chance", "active_neurons"}
+    assert defined == {"num_experts", "chance", "active_neurons", "weights", "parent"}
+    assert [found["weights"][name] for name in ("tau", "rho", "rho_parent", "matched")] == [None, None, 1, 1]
+    each = {name for part in found["weights"]["matrices"].values() for name, value in part.items() if value is not None}
+    assert each == {"parent"}
 
 
 @pytest.mark.parametrize("broken", ["weights", "tokens"])
@@ -194,6 +199,93 @@ def test_the_router_against_the_outputs_norms(
     assert found.output_similarity == pytest.approx(1, abs=ABOUT)
 
 
+@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ranks_of_experts_scaled_by_1_to_n_are_exact(routing: str, sign: int) -> None:
+    """A router that follows norms has all counts on the diagonal, one that flees them on the other; never by chance."""
+    x = tokens(4, 1 if routing == "token" else 3)
+    x[:, 0, 0] = sign
+    found = compare_experts(by_size(routing=routing), x).outputs
+    expected = 4 * torch.eye(EXPERTS, dtype=torch.int64)
+    assert found.ranks == (expected if sign > 0 else expected.flip(0)).tolist()
+    assert found.diagonal.value == (1 if sign > 0 else 0)
+    assert found.diagonal.low == 0 and 0.5 <= found.diagonal.high < 1  # of 24 labels one keeps all of the ranks
+
+
+def test_a_rank_that_an_expert_always_has_is_no_more_than_a_label() -> None:
+    """Scores and norms agree in every row, and so would two experts that never change: chance reaches as far."""
+    layer = by_size(num_experts=2, num_shared_experts=0)
+    found = compare_experts(layer, tokens().index_fill(2, torch.tensor([0]), 1.0)).outputs
+    assert (found.diagonal.value, found.diagonal.low) == (1, pytest.approx(0.025))
+
+
+def test_angles_of_outputs_and_of_outputs_for_other_tokens() -> None:
+    layer = randomise(moe(num_experts=3), scale=0.5)
+    x = tokens()
+    flat = x.flatten(0, 1)
+    with torch.no_grad():
+        y = torch.stack([layer.experts.apply_weights(layer.experts.weights(e), flat) for e in range(3)])
+    unit = nn.functional.normalize(y, dim=2)
+    angle = {(i, j): 1 - (unit[i] @ unit[j].T).arccos() / torch.pi for i, j in itertools.combinations(range(3), 2)}
+    found = compare_experts(layer, x).outputs.angular
+    assert found.value == pytest.approx(torch.stack([a.diagonal().mean() for a in angle.values()]).mean().item())
+    middle = torch.stack([a.mean() for a in angle.values()]).mean().item()
+    assert (found.low + found.high) / 2 == pytest.approx(middle, abs=1e-5)
+    random = [
+        torch.stack([a[torch.arange(len(flat)), torch.randperm(len(flat))].mean() for a in angle.values()]).mean()
+        for _ in range(2000)
+    ]
+    assert found.high - found.low == pytest.approx(2 * 1.959964 * torch.stack(random).std().item(), rel=0.06)
+
+
+def test_a_chance_level_needs_few_tokens_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomise(moe(num_experts=6))
+    whole = compare_experts(layer, tokens()).outputs.angular
+    monkeypatch.setattr(expert_similarity, "EXCHANGED", 8)
+    monkeypatch.setattr(expert_similarity, "EXCHANGING", 3)
+    some = compare_experts(layer, tokens()).outputs.angular
+    assert some.value == whole.value and some.low != whole.low and abs(some.low - whole.low) < 0.1
+
+
+KINDS = ["ffn", "lora", "delta", "adapter"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_each_kind_of_experts_has_what_is_defined_for_it(kind: str, shared: int) -> None:
+    """Changes of one FFN are compared with it; an adapter adds hidden units, so its matrices have another shape."""
+    layer = moe(experts=kind, num_shared_experts=shared, top_k=2)
+    randomise(layer.experts, scale=0.5)
+    found = compare_experts(layer.eval(), tokens())
+    what = "shared" if shared else None if kind == "ffn" else "base"
+    assert (found.parent.what if found.parent else None) == what
+    known = what is not None and kind != "adapter"
+    assert all((part.parent is not None) == known for part in found.weights.matrices.values())
+    assert (found.weights.rho_parent is not None) == known
+    assert found.parent is None or (found.parent.cosine is not None) == known
+    assert found.weights.tau and found.outputs.angular and found.outputs.diagonal
+
+
+def test_experts_that_are_no_ffns_are_compared_by_their_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = randomise(moe()).eval()
+    whole = compare_experts(layer, tokens())
+    monkeypatch.setattr(type(layer.experts), "are_ffns", False)
+    found = compare_experts(layer, tokens())
+    assert found.weights is None and found.weight_similarity is None
+    assert numbers(found.to_dict()["outputs"]) == pytest.approx(numbers(whole.to_dict()["outputs"]), abs=1e-5)
+    assert found.parent.cosine is None and found.parent.outputs == pytest.approx(whole.parent.outputs, rel=1e-4)
+
+
+def test_a_parent_that_is_given_comes_before_the_shared_expert() -> None:
+    layer = moe()
+    dense = copy.deepcopy(layer.shared)
+    randomise(layer.shared)
+    found = compare_experts(layer, tokens(), dense)
+    assert found.parent.what == "given" and found.weights.rho_parent == 1
+    assert (found.parent.cosine, found.parent.outputs) == (pytest.approx(1), pytest.approx(0, abs=1e-6))
+    assert compare_experts(layer, tokens()).parent.outputs > 0.1
+
+
 def test_scores_that_saturate_the_softmax_still_have_an_order() -> None:
     x = tokens(2, 3)
     x[:, 0, 0] = 1000
@@ -280,7 +372,10 @@ def test_it_does_not_depend_on_the_chunks(routing: str, monkeypatch: pytest.Monk
     whole = compare_experts(layer, tokens())
     monkeypatch.setattr(expert_similarity, "CHUNK", 4)  # five tokens are an image
     monkeypatch.setattr(expert_similarity, "SPAN", 7)
-    assert compare_experts(layer, tokens()).to_dict() == pytest.approx(whole.to_dict(), rel=1e-4, abs=1e-5)
+    monkeypatch.setattr(expert_weights, "SPAN", 7)
+    assert numbers(compare_experts(layer, tokens()).to_dict()) == pytest.approx(
+        numbers(whole.to_dict()), rel=1e-4, abs=1e-5
+    )
 
 
 def test_it_looks_only() -> None:
@@ -300,15 +395,15 @@ def test_it_looks_only() -> None:
 def test_it_is_json() -> None:
     found = compare_experts(randomise(moe()), tokens())
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert None not in values.values()
-    assert ExpertComparison(**values) == found
+    assert None not in numbers(values).values()
+    assert values == found.to_dict()
 
 
 @pytest.mark.parametrize("kind", FFNS)
 @pytest.mark.parametrize("shared", [0, 1])
 def test_copies_have_no_distance(kind: str, shared: int) -> None:
     layer = moe(FFNS[kind](), num_shared_experts=shared, top_k=2).eval()
-    from_shared, from_mean = distances(layer, tokens())
+    from_shared, from_mean = distances(layer, tokens(), layer.shared)
     assert (from_shared is None) == (shared == 0)
     for distance in (from_mean, *([from_shared] if from_shared else [])):
         assert distance.cosine == pytest.approx(1) and distance.weights == pytest.approx(0, abs=1e-6)
@@ -327,7 +422,7 @@ def test_distances_are_those_of_loops_in_float64(shared: int, monkeypatch: pytes
         references = [(sum(weights) / EXPERTS, sum(one) / EXPERTS)]
         if shared:
             references.append((torch.cat([p.flatten() for p in layer.shared.parameters()]), layer.shared(x)))
-    found = [distance for distance in reversed(distances(layer, x)) if distance]
+    found = [distance for distance in reversed(distances(layer, x, layer.shared)) if distance]
     assert len(found) == len(references)
     for distance, (w, y) in zip(found, references, strict=True):
         assert distance.cosine == pytest.approx(mean(v @ w / (v.norm() * w.norm()) for v in weights))
@@ -344,7 +439,8 @@ def mean(values: Iterable[Tensor]) -> float:
 
 
 def test_a_shared_expert_of_another_width_is_compared_by_outputs_alone() -> None:
-    from_shared, from_mean = distances(moe(num_shared_experts=2).eval(), tokens())
+    layer = moe(num_shared_experts=2).eval()
+    from_shared, from_mean = distances(layer, tokens(), layer.shared)
     assert from_shared.cosine is None and from_shared.weights is None and from_mean.cosine == pytest.approx(1)
     assert from_shared.outputs == pytest.approx(0, abs=1e-6)
 
@@ -353,7 +449,7 @@ def test_zero_is_at_no_distance_from_zero_and_far_from_all_else() -> None:
     layer = set_experts(moe().eval())
     for p in layer.shared.parameters():
         p.data.zero_()
-    from_shared, _ = distances(layer, tokens())
+    from_shared, _ = distances(layer, tokens(), layer.shared)
     assert from_shared.outputs == from_shared.weights == 0
     set_experts(layer, fc2_bias=torch.ones(EXPERTS, DIM))
-    assert distances(layer, tokens())[0].outputs == pytest.approx(2**0.5)
+    assert distances(layer, tokens(), layer.shared)[0].outputs == pytest.approx(2**0.5)

@@ -75,12 +75,40 @@ def test_single_experts_are_named_with_their_load() -> None:
     assert dots[6].estimate == found["layers"][1]["experts"][2]["loss"]
 
 
-@pytest.mark.parametrize("name", ["ami", "effects", "expert_effects", "agreement", "heatmaps"])
+@pytest.mark.parametrize("name", ["ami", "effects", "expert_effects", "agreement", "heatmaps", "experts_by_depth"])
 def test_every_figure_can_be_drawn_of_one_layer_and_of_twelve(name: str) -> None:
     for layers in (1, 12):
         figure = getattr(figures, name)(evidence(layers=layers, classes=3, experts=2))
         figure.draw_without_rendering()
-        assert len(figure.axes) >= (layers if name == "heatmaps" else 1)
+        assert len(figure.axes) >= (layers if name in ("heatmaps", "experts_by_depth") else 1)
+
+
+def test_experts_by_depth_draws_each_figure_with_its_range_by_chance() -> None:
+    found = evidence(layers=3, experts=4)
+    assert list(plot_data.by_depth(found)) == [
+        "two experts", "experts and parent", "router rows, R squared", "order of hidden units",
+        "outputs of two experts", "score rank = norm rank",
+    ]  # fmt: skip
+    figure = figures.experts_by_depth(found)
+    panel = next(axis for axis in figure.axes if axis.get_title() == "score rank = norm rank")
+    drawn = {tuple(line.get_xydata().flatten().tolist()): line for line in panel.lines}
+    assert drawn[0, 0.25, 1, 0.375, 2, 0.5] and drawn[1, 0.125, 1, 0.4375]  # values, and a range
+    faces = [drawn[x, 0.25 + 0.125 * x].get_markerfacecolor() for x in range(3)]
+    assert faces == ["w", "w", plot_data.COLOURS[0]]
+    planes = [axis for axis in figure.axes if axis.texts]
+    assert [[text.get_text() for text in axis.texts] for axis in planes] == [["0", "1", "2", "3"]] * 6
+    assert all(any(line.get_marker() == "^" for line in axis.lines) for axis in planes)
+
+
+def test_layers_without_a_comparison_leave_gaps() -> None:
+    found = evidence(layers=3)
+    found["layers"][1]["comparison"] = {"num_experts": 8, "weights": None, "outputs": None, "parent": None}
+    series = plot_data.by_depth(found)["order of hidden units"]["Kendall's tau"]
+    assert [value is None for value in series] == [False, True, False]
+    figures.experts_by_depth(found).draw_without_rendering()
+    for layer in found["layers"]:
+        layer["comparison"] = None
+    assert plot_data.by_depth(found) == {} and plot_data.matrix_names(found) == []
 
 
 HOSTILE = ["$0_$50", "$50_$100", "$5-$10", r"a_$\frac", "$$", "_x$y$"]
@@ -115,6 +143,7 @@ DRAWN = {
     "effects": lambda path: figures.effects(named_so(6)),
     "expert_effects": lambda path: figures.expert_effects(named_so(6)),
     "agreement": lambda path: figures.agreement(named_so(6)),
+    "experts_by_depth": lambda path: figures.experts_by_depth(named_so(6)),
     "captions": lambda path: figures.contact_sheet({"row": [(np.ones((2, 2, 3)), name) for name in HOSTILE]}),
     "rows": lambda path: figures.contact_sheet({name: [(np.ones((2, 2, 3)), "x")] for name in HOSTILE}),
     "curves": lambda path: curves(dict.fromkeys(HOSTILE, hostile_run(path / "metrics.csv"))),

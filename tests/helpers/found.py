@@ -19,6 +19,23 @@ def effect(value: float, half: float = 0.01, calibrated: float | None = None) ->
     return {**found, "calibrated": {**change(calibrated, half), "temperature_before": 1.25, "temperature_after": 0.875}}
 
 
+def closer_look(depth: int, experts: int) -> dict[str, Any]:
+    """What a comparison has of matrices, outputs and the parent; the first layers are not told from chance."""
+    against = {"value": 0.25 + 0.125 * depth, "low": 0.125, "high": 0.4375}
+    matrix = {
+        "cosine": against, "neuron_mean": 0.5, "reordered": 0.75, "parent": 0.875, "router": against,
+        "pca": [[float(np.cos(i)), float(np.sin(i))] for i in range(experts + 1)], "explained": [0.5, 0.25],
+    }  # fmt: skip
+    return {
+        "weights": {
+            "matrices": {"fc1": matrix, "fc2": matrix}, "tau": against, "rho": 0.0625, "rho_parent": 0.1875,
+            "matched": min(experts, 8),
+        },
+        "outputs": {"angular": against, "ranks": np.eye(experts, dtype=int).tolist(), "diagonal": against},
+        "parent": {"what": "shared", "cosine": 0.9375, "weights": 0.25, "outputs": 0.5},
+    }  # fmt: skip
+
+
 def evidence(layers: int = 6, classes: int = 10, experts: int = 8, overruled: bool = True) -> dict[str, Any]:
     """What routing.json holds: the deepest layer specialises and matters most, the first does neither."""
     rng = np.random.default_rng(0)
@@ -43,8 +60,10 @@ def evidence(layers: int = 6, classes: int = 10, experts: int = 8, overruled: bo
             "frozen": effect(0.2 * strength, 0.02) if overruled else None,
             "dense": {k: effect(0.1 * strength) for k in ("shared", "merge", "matched")} if overruled else {},
             "experts": [effect(0.02 * strength * e, 0.015) for e in range(experts)] if overruled else [],
-            "comparison": {"num_experts": experts, "weight_similarity": 1 - strength / 9, "deviation_similarity": None}
-            if overruled else None,
+            "comparison": {
+                "num_experts": experts, "weight_similarity": 1 - strength / 9, "deviation_similarity": None,
+                **closer_look(depth, experts),
+            } if overruled else None,
         }  # fmt: skip
 
     images = classes * per_class

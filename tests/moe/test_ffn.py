@@ -194,6 +194,27 @@ def test_matching_another_ffn_keeps_its_function_and_comes_nearest(dense: nn.Mod
         assert distance(ffn.take(matched, order, gated), reference) >= nearest - 1e-9
 
 
+@pytest.mark.parametrize("moved", [0.01, 10.0])
+def test_the_order_of_nearest_units_is_that_of_the_solver(
+    dense: nn.Module, moved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that have moved a little know their partners, and no assignment is solved for them."""
+    solved: list[Tensor] = []
+    solve = ffn.linear_sum_assignment
+
+    def noted(*args: object, **kwargs: object) -> object:
+        solved.append(solve(*args, **kwargs)[1])
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(ffn, "linear_sum_assignment", noted)
+    gated, other = ffn.describe(dense).gated, permuted(randomise(copy.deepcopy(dense), seed=1, scale=moved))
+    order, easy = ffn.order(ffn.read(other), ffn.read(dense), gated)
+    assert easy == (moved < 1) == (not solved)
+    units, target = (ffn.hidden_units(ffn.read(each), gated) for each in (other, dense))
+    assert order.tolist() == solve(torch.cdist(target, units).square().numpy())[1].tolist()
+    assert order.tolist() != sorted(order.tolist())
+
+
 def test_matching_takes_all_weights_of_a_unit_for_evidence(dense: nn.Module) -> None:
     """Units that are twins but for one kind of weight (of one half), which tells them apart by little."""
     gated = ffn.describe(dense).gated

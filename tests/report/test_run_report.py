@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,36 @@ def test_the_page_of_an_analysis_says_what_is_uncertain(tmp_path: Path) -> None:
     assert (
         "blocks.2.mlp: validation images by expert" in read.text and "data:image/png;base64,YSBwaWN0dXJl" in read.loaded
     )
+
+
+def test_the_page_has_experts_by_depth_with_their_ranges_by_chance(tmp_path: Path) -> None:
+    run = analysed(tmp_path / "run", layers=2)
+    text = Reader(write_run_report(run)).text
+    assert "Experts beside the shared expert: blocks.0.mlp (cosine 0.9375, outputs 50.0% apart), blocks.1.mlp" in text
+    assert "matrix cosine of mean units" in text
+    assert "blocks.1.mlp, fc1 0.375 [0.125, 0.438] 0.500 0.750 0.875 0.375 [0.125, 0.438]" in text
+    assert "blocks.0.mlp 0.250 [0.125, 0.438] 0.062 0.188 0.250 [0.125, 0.438]" in text
+    assert (run / "figures" / "experts-by-depth.png").exists()
+
+
+def test_a_file_of_an_older_version_has_no_experts_by_depth(tmp_path: Path) -> None:
+    run = analysed(tmp_path / "run", layers=2)
+    shutil.copy(Path(__file__).parents[1] / "old" / "digits" / "routing.json", run / "routing.json")
+    text = Reader(write_run_report(run)).text
+    assert "Similarity of experts" in text and "by depth" not in text
+    assert not (run / "figures" / "experts-by-depth.png").exists()
+
+
+def test_experts_that_are_no_ffns_have_outputs_by_depth(tmp_path: Path) -> None:
+    run = analysed(tmp_path / "run", layers=2)
+    found = json.loads((run / "routing.json").read_text())
+    for layer in found["layers"]:
+        layer["comparison"]["weights"] = None
+        layer["comparison"]["parent"].update(cosine=None)
+    (run / "routing.json").write_text(json.dumps(found))
+    text = Reader(write_run_report(run)).text
+    assert "blocks.0.mlp (other shapes, outputs 50.0% apart)" in text and "blocks.0.mlp – – – 0.250 [0.125" in text
+    assert "matrix cosine of mean units" not in text
 
 
 def test_calibrated_changes_are_on_the_page_where_files_have_them(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.metrics.base import Batches, Metric, Score, batches, signature
 from vimoe.models.interface import unwrapped
-from vimoe.moe import MoE, Routing, record
+from vimoe.models.upcycling import sites
+from vimoe.moe import MoE, Routing, ffn, record
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
 
@@ -48,6 +49,7 @@ def analyze(
     progress: bool = False,
     sequences: Sequence[Hashable] | None = None,
     metric: str | None = None,
+    parent: nn.Module | None = None,
 ) -> Evidence:
     """Measure every MoE layer of a model on validation images.
 
@@ -81,9 +83,12 @@ def analyze(
             counts by itself.
         metric: name in `vimoe.metrics.registry.METRICS`; by default the model's attribute `metric`, and
             "classification" for a model without it.
+        parent: dense model that was upcycled, with the weights that it had then and on the model's device, to compare
+            experts with its FFNs; by default with the shared expert, or with the FFN that they have in common.
 
     Raises:
-        ConfigError: if there are not as many sequences as images, or no such metric is registered.
+        ConfigError: if there are not as many sequences as images, no such metric is registered, or the parent has no
+            FFN in the place of a layer.
         VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite.
         DataError: if the loader is empty, gives no pairs of tensors that the model takes, or gives other images when it
             is read again; or if the metric gives classes of another shape or range than it says.
@@ -106,6 +111,7 @@ def analyze(
     layers = moe_layers(model)
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
+    parents = {} if parent is None else _parents(unwrapped(parent), layers)
     subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule, metric)
     base, seen = _observe(model, subjects, layers, seed, "observing the routing" if progress else "")
     classes = subjects.metric.classes
@@ -147,7 +153,7 @@ def analyze(
                 gate_mass=gate_mass[name],
                 adjusted_mutual_information=by_class[name].dependence(seed, units),
                 effective_experts=statistics.effective_number(by_class[name].per_image(), seed, units),
-                comparison=compare_experts(layer, seen.inputs[name]).to_dict(),
+                comparison=compare_experts(layer, seen.inputs[name], parents.get(name)).to_dict(),
                 examples=() if seen.by_patch else seen.examples(gates[name]),
                 **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
@@ -168,6 +174,21 @@ def analyze(
         overruled_sequences=overruled_sequences,
         features=subjects.features,
     )
+
+
+def _parents(parent: nn.Module, layers: Mapping[str, MoE]) -> dict[str, nn.Module]:
+    """Return the FFN of a dense model in the place of each MoE layer. Raises ConfigError if there is none."""
+    dense = {site.name: site.module for site in sites(parent) if ffn.is_ffn(site.module)}
+    found = {}
+    for name, layer in layers.items():
+        dim = layer.experts.kind.dim
+        if name not in dense or ffn.describe(dense[name]).dim != dim:
+            raise ConfigError(
+                f"parent={type(parent).__name__}: it has no FFN of {dim} channels at {name}: expected the dense model "
+                f"that was upcycled"
+            )
+        found[name] = ffn.as_linear(dense[name])
+    return found
 
 
 def _half(seen: _Seen, sequences: np.ndarray | None, seed: int) -> np.ndarray:

@@ -191,7 +191,7 @@ class _Seen:
         """Return the figures of the layer."""
         assert evidence.permuted
         gates, usage = torch.cat(self.gates).double().numpy(), torch.cat(self.usage).numpy()
-        shared, mean = distances(layer, torch.cat(self.inputs))
+        shared, mean = distances(layer, torch.cat(self.inputs), layer.shared)
         return LayerDiagnosis(
             name=evidence.name,
             num_experts=layer.config.num_experts,

@@ -1,31 +1,56 @@
 """Similarity of the experts of a layer in weights, neurons and outputs, and how far the router follows it.
 
 The analyses of "A Closer Look into Mixture-of-Experts in Large Language Models" (Lo et al., arXiv 2406.18219) for one
-layer, with two additions. Upcycled experts are copies of one parent. So the changes of their weights are compared too,
-and neurons after matching.
+layer, those of single matrices in `vimoe.analysis.expert_weights`. Upcycled experts are copies of one parent. So the
+changes of their weights are compared too, and the experts with the parent where it is known.
 
 Axes: B images, T tokens of an image, M tokens, R rows that are routed (images or tokens), N experts, F hidden units
-(neurons), D channels, P pairs of experts, Q references (the shared expert, and the mean of the experts).
+(neurons), D channels, P pairs of experts, Q references (the parent, and the mean of the experts).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
+from vimoe.analysis.cosines import ROUNDING, cosines, mean, pearson, precise
+from vimoe.analysis.expert_weights import WeightComparison, compare_pairs, compare_weights
+from vimoe.analysis.permutations import Permuted, exchange_moments
 from vimoe.moe import MoE, ffn
 
 CHUNK = 1024  # tokens that an expert computes at a time
 SPAN = 2**16  # weights of an expert that are compared at a time
-MATCHED = 8  # experts whose neurons are matched with one another, at most: pairs are many
-ROUNDING = 1e-6  # what differs by less, relative to its size, is taken as equal
+EXCHANGED = 256  # tokens that are exchanged for a chance level, at most
+EXCHANGING = 8  # experts whose outputs are exchanged, at most
 _TINY = 1e-30  # size of what is zero
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """Comparison of the outputs of all experts for the same tokens, routed there or not.
+
+    Attributes:
+        angular: 1 - arccos(c) / pi, 0..1, with c the cosine of two experts' outputs; mean over tokens and pairs.
+            Permuted are the tokens of each expert, among at most 256 tokens and 8 experts. It lies above 1/2 if outputs
+            have a direction in common, whatever the token. None if no output has a direction.
+        ranks: (N, N) number of times that an expert had rank i in the router's scores (row) and rank j in the norms of
+            the outputs (column), 0 the smallest; over the rows of `score_norm_correlation`, which are N times their
+            number in all. Ties are broken by index.
+        diagonal: share of these on the diagonal, 1/N for a router that knows nothing. Relabelled are the experts on
+            one side, which keeps how often an expert has each rank. None without rows.
+    """
+
+    angular: Permuted | None
+    ranks: list[list[int]]
+    diagonal: Permuted | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,9 @@ class ExpertComparison:
         router_expert_correlation: Pearson correlation, -1..1, over pairs of experts of the cosine of their rows in the
             router with the cosine of their deviations: 1 if the router scores similar experts similarly.
             None below 3 experts, or if all pairs are equally similar.
+        weights: comparison of the weights, matrix by matrix; None for experts that are no FFNs.
+        outputs: comparison of the outputs; None for a single expert.
+        parent: distance from the parent; None where none is known.
     """
 
     num_experts: int
@@ -75,6 +103,9 @@ class ExpertComparison:
     top1_has_largest_norm: float | None
     chance: float
     router_expert_correlation: float | None
+    weights: WeightComparison | None
+    outputs: OutputComparison | None
+    parent: ParentDistance | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as JSON knows them."""
@@ -99,69 +130,108 @@ class Distance:
     outputs: float
 
 
+@dataclass(frozen=True)
+class ParentDistance(Distance):
+    """Distance of a layer's experts from their parent.
+
+    Attributes:
+        what: "given" (the dense model's FFN), "shared" (the shared expert, which began as the same FFN and has been
+            trained since) or "base" (the FFN that the experts have in common, and change).
+    """
+
+    what: str
+
+
+def parent_of(layer: MoE, given: nn.Module | None = None) -> tuple[str, nn.Module] | None:
+    """Return a layer's parent and its name in `ParentDistance.what`; None where none is known."""
+    known = {"given": given, "shared": layer.shared, "base": next(iter(layer.experts.reads), None)}
+    return next(((what, module) for what, module in known.items() if module is not None), None)
+
+
 @torch.no_grad()
-def distances(layer: MoE, x_BTD: Tensor) -> tuple[Distance | None, Distance]:
-    """Return the distances of a layer's experts from its shared expert (None without one), and from their mean.
+def distances(layer: MoE, x_BTD: Tensor, reference: nn.Module | None) -> tuple[Distance | None, Distance]:
+    """Return the distances of a layer's experts from another FFN (None without one), and from their mean.
 
     Args:
         layer: the layer, in eval mode.
         x_BTD: (B, T, D) inputs of that layer, on its device; a few images are enough.
+        reference: the other FFN, such as the shared expert, in eval mode and on the same device.
     """
     n = layer.config.num_experts
     with torch.autocast(x_BTD.device.type, enabled=False):
         experts = [layer.experts.weights(e) for e in range(n)] if layer.experts.are_ffns else []
-        if experts and layer.shared is not None:
-            shared = ffn.read(layer.shared)
-            same = all(shared[name].shape == w.shape for name, w in experts[0].items())
-            experts += [shared] if same else []
-        cosines, weights = _apart(_spans(experts), n) if experts else ([], [])
-        _, outputs = _apart((_outputs_beside(layer, tokens) for tokens in x_BTD.flatten(0, 1).split(CHUNK)), n)
+        other = experts and _of_their_shape(experts, reference)
+        similar, weights = _apart(_spans([*experts, other] if other else experts), n) if experts else ([], [])
+        chunks = x_BTD.flatten(0, 1).split(CHUNK)
+        _, outputs = _apart((_outputs_beside(layer, experts, tokens, reference) for tokens in chunks), n)
 
     def distance(last: int) -> Distance:
-        known = len(cosines) >= last
-        return Distance(cosines[-last] if known else None, weights[-last] if known else None, outputs[-last])
+        known = len(similar) >= last
+        return Distance(similar[-last] if known else None, weights[-last] if known else None, outputs[-last])
 
-    return None if layer.shared is None else distance(2), distance(1)
+    return None if reference is None else distance(2), distance(1)
+
+
+def _of_their_shape(experts: Sequence[ffn.Weights], module: nn.Module | None) -> ffn.Weights | None:
+    """Return the canonical weights of an FFN if they have the shapes of the experts'."""
+    weights = None if module is None else ffn.read(module)
+    same = weights and all(w.shape == weights[name].shape for name, w in experts[0].items())
+    return weights if same else None
 
 
 @torch.no_grad()
-def compare_experts(layer: MoE, x_BTD: Tensor) -> ExpertComparison:
+def compare_experts(layer: MoE, x_BTD: Tensor, parent: nn.Module | None = None) -> ExpertComparison:
     """Compare the experts of a layer on some of its inputs, as if in eval mode, and change nothing.
 
     All experts compute all tokens, at most `CHUNK` tokens at a time. The neurons of the first 8 experts are matched,
-    pair by pair.
+    pair by pair (`vimoe.analysis.expert_weights`).
 
     Args:
         layer: the layer, in eval mode if its experts are no FFNs.
         x_BTD: (B, T, D) inputs of that layer, on its device; a few images are enough.
+        parent: FFN that the experts were copied from, in eval mode and on their device; by default what `parent_of`
+            finds in the layer.
     """
-    n = layer.config.num_experts
+    n, known = layer.config.num_experts, parent_of(layer, parent)
     with torch.autocast(x_BTD.device.type, enabled=False):
         weights = [layer.experts.weights(e) for e in range(n)] if layer.experts.are_ffns else []
         weights_NN, deviations_NN = _weight_grams(weights, n)
-        deviations_P = _cosines(deviations_NN.to(x_BTD.device))
-        observed = [_observe(layer, weights, tokens) for tokens in x_BTD.flatten(0, 1).split(CHUNK)]
+        deviations_P = cosines(deviations_NN.to(x_BTD.device))
+        x_MD = x_BTD.flatten(0, 1)
+        observed = [_observe(*_all_outputs(layer, weights, tokens)) for tokens in x_MD.split(CHUNK)]
         norms_MN, cosines_MP, active_MN = (torch.cat(each) for each in zip(*observed, strict=True))
-        neurons_PF, matched_PF = _neuron_cosines(weights[:MATCHED], layer.experts.kind.gated)
+        pairs = compare_pairs(weights, layer.experts.kind.gated)
         routing = layer.router(x_BTD)
         norms_RN = norms_MN.unflatten(0, (len(routing.logits), routing.tokens_per_unit)).mean(dim=1)
-        correlation_R, hit_R = _follows_norms(routing.logits, routing.experts[:, 0], norms_RN)
-        router_ND = _precise(layer.router.weight)
-        router_P = _cosines(router_ND @ router_ND.T)
-    return ExpertComparison(
-        num_experts=n,
-        weight_similarity=_mean(_cosines(weights_NN)),
-        deviation_similarity=_mean(deviations_P),
-        deviation_directions=_mean(deviations_NN.trace() ** 2 / deviations_NN.square().sum()),
-        output_similarity=_mean(cosines_MP),
-        neuron_similarity=_mean(neurons_PF),
-        matched_neuron_similarity=_mean(matched_PF),
-        active_neurons=_mean(active_MN),
-        score_norm_correlation=_mean(correlation_R),
-        top1_has_largest_norm=_mean(hit_R),
-        chance=1 / n,
-        router_expert_correlation=_mean(_pearson(router_P, deviations_P)) if n > 2 else None,
-    )
+        correlation_R, hit_R, differ_R = _follows_norms(routing.logits, routing.experts[:, 0], norms_RN)
+        router_ND = precise(layer.router.weight)
+        router_P = cosines(router_ND @ router_ND.T)
+        sample_MND, _ = _all_outputs(layer, weights, x_MD[:: -(-len(x_MD) // EXCHANGED)])
+        apart = distances(layer, x_BTD, known[1])[0] if known else None
+        finite = apart is not None and math.isfinite(apart.outputs)
+        return ExpertComparison(
+            num_experts=n,
+            weight_similarity=mean(cosines(weights_NN)),
+            deviation_similarity=mean(deviations_P),
+            deviation_directions=mean(deviations_NN.trace() ** 2 / deviations_NN.square().sum()),
+            output_similarity=mean(cosines_MP),
+            neuron_similarity=mean(pairs.own),
+            matched_neuron_similarity=mean(pairs.found),
+            active_neurons=mean(active_MN),
+            score_norm_correlation=mean(correlation_R),
+            top1_has_largest_norm=mean(hit_R),
+            chance=1 / n,
+            router_expert_correlation=mean(pearson(router_P, deviations_P)) if n > 2 else None,
+            weights=compare_weights(
+                weights, layer.experts.kind.gated, pairs, router_ND @ router_ND.T,
+                _of_their_shape(weights, known[1] if known else None),
+            ) if weights else None,
+            outputs=None if n < 2 else OutputComparison(
+                angular=_angular(cosines_MP, sample_MND),
+                **_rank_table(routing.logits[differ_R], norms_RN[differ_R]),
+            ),
+            parent=ParentDistance(**vars(apart), what=known[0]) if known and finite else None,
+        )  # fmt: skip
 
 
 def _weight_grams(experts: Sequence[ffn.Weights], n: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +252,7 @@ def _spans(experts: Sequence[ffn.Weights]) -> Iterator[Tensor]:
     for name in experts[0] if experts else ():
         flat = [expert[name].flatten() for expert in experts]
         for spans in zip(*(each.split(SPAN) for each in flat), strict=True):
-            yield _precise(torch.stack(spans))
+            yield precise(torch.stack(spans))
 
 
 def _outputs(layer: MoE, x_MD: Tensor) -> Tensor:
@@ -190,13 +260,14 @@ def _outputs(layer: MoE, x_MD: Tensor) -> Tensor:
     m, n = len(x_MD), layer.config.num_experts
     load_N, source = torch.full((n,), m), torch.arange(m).repeat(n)
     y = layer.experts(x_MD[:, None], source.to(x_MD.device), load_N.to(x_MD.device))
-    return _precise(y[:, 0]).unflatten(0, (n, m))
+    return precise(y[:, 0]).unflatten(0, (n, m))
 
 
-def _outputs_beside(layer: MoE, x_MD: Tensor) -> Tensor:
-    """(N, M * D) the outputs of the experts; in one more row that of the shared expert, if there is one."""
-    y_NMD = _outputs(layer, x_MD)
-    rows = [y_NMD] if layer.shared is None else [y_NMD, _precise(layer.shared(x_MD[None]))]
+def _outputs_beside(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor, reference: nn.Module | None) -> Tensor:
+    """(N, M * D) the outputs of the experts; in one more row that of the reference, if there is one."""
+    rows = [_all_outputs(layer, experts, x_MD)[0].transpose(0, 1)]
+    if reference is not None:
+        rows.append(_run(ffn.describe(reference), ffn.read(reference), x_MD)[1][None])
     return torch.cat(rows).flatten(1)
 
 
@@ -214,78 +285,87 @@ def _apart(pieces: Iterable[Tensor], n: int) -> tuple[list[float], list[float]]:
         sizes = own.square().sum(dim=1, keepdim=True), others.square().sum(dim=1)[None]
         total = total + torch.stack(torch.broadcast_tensors(*sizes, own @ others.T, apart_NQ)).double().cpu()
     own_NQ, others_NQ, both_NQ, apart_NQ = total
-    cosines_NQ = both_NQ / (own_NQ * others_NQ).sqrt().clamp(min=_TINY)
+    similar_NQ = both_NQ / (own_NQ * others_NQ).sqrt().clamp(min=_TINY)
     distances_NQ = (apart_NQ / ((own_NQ + others_NQ) / 2).clamp(min=_TINY)).sqrt()
-    return cosines_NQ.mean(dim=0).tolist(), distances_NQ.mean(dim=0).tolist()
+    return similar_NQ.mean(dim=0).tolist(), distances_NQ.mean(dim=0).tolist()
 
 
-def _neuron_cosines(experts: Sequence[ffn.Weights], gated: bool) -> tuple[Tensor, Tensor]:
-    """(P, F) cosines of the neurons of two experts, in their own order and matched."""
-
-    def cosines(one: ffn.Weights, other: ffn.Weights) -> Tensor:
-        a, b = (ffn.hidden_units({k: w[k] for k in ("fc1.weight", "fc2.weight")}, gated) for w in (one, other))
-        return ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))).clamp(-1, 1)
-
-    own, matched = [torch.empty(0)], [torch.empty(0)]
-    for i, one in enumerate(experts):
-        for other in experts[:i]:
-            own.append(cosines(one, other).cpu())
-            matched.append(cosines(one, ffn.match(other, one, gated)).cpu())
-    return torch.cat(own), torch.cat(matched)
-
-
-def _observe(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the experts' outputs for some tokens: norms (M, N), cosines (M, P), active share (M, N).
+def _all_outputs(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the experts' outputs (M, N, D) for some tokens, and the share of their neurons that make them (M, N).
 
     Experts without weights compute by their own forward; their active share is NaN.
     """
     outputs, active = [], []
-    for weights in ({name: _precise(w) for name, w in each.items()} for each in experts):
-        hidden_MF = ffn.hidden(layer.experts.kind, weights, x_MD.to(weights["fc1.weight"].dtype))
-        part_MF = hidden_MF.abs() * weights["fc2.weight"].norm(dim=0)
+    for weights in experts:
+        hidden_MF, output_MD = _run(layer.experts.kind, weights, x_MD)
+        part_MF = hidden_MF.abs() * precise(weights["fc2.weight"]).norm(dim=0)
         active.append(part_MF.mean(dim=1).square() / part_MF.square().mean(dim=1))
-        outputs.append(F.linear(hidden_MF, weights["fc2.weight"], weights.get("fc2.bias")))
+        outputs.append(output_MD)
     if not experts:
         outputs = list(_outputs(layer, x_MD))
         active = [torch.full((len(x_MD),), torch.nan)] * layer.config.num_experts
-    y_MND = torch.stack(outputs, dim=1)
-    return y_MND.norm(dim=2), _cosines(y_MND @ y_MND.mT), torch.stack(active, dim=1)
+    return torch.stack(outputs, dim=1), torch.stack(active, dim=1)
 
 
-def _follows_norms(scores_RN: Tensor, best_R: Tensor, norms_RN: Tensor) -> tuple[Tensor, Tensor]:
+def _run(kind: ffn.FFN, weights: ffn.Weights, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the last matrix of an FFN gets (M, F), and its output (M, D), in float32 at least."""
+    weights = {name: precise(w) for name, w in weights.items()}
+    hidden_MF = ffn.hidden(kind, weights, x_MD.to(weights["fc1.weight"].dtype))
+    return hidden_MF, F.linear(hidden_MF, weights["fc2.weight"], weights.get("fc2.bias"))
+
+
+def _observe(y_MND: Tensor, active_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is kept of outputs: norms (M, N), cosines (M, P), active share (M, N)."""
+    return y_MND.norm(dim=2), cosines(y_MND @ y_MND.mT), active_MN
+
+
+def _angular(cosines_MP: Tensor, sample_MND: Tensor) -> Permuted | None:
+    """Return the mean angular similarity, beside that of outputs for exchanged tokens of a sample."""
+    value = mean(_similar(cosines_MP))
+    y_NMD = F.normalize(sample_MND[:, :EXCHANGING], dim=2).transpose(0, 1)
+    found = [
+        exchange_moments(_similar((y_NMD[i] @ y_NMD[j].T).clamp(-1, 1)).nan_to_num())
+        for i in range(len(y_NMD)) for j in range(i)
+        if y_NMD.shape[1] > 1
+    ]  # fmt: skip
+    if value is None or not found:
+        return None
+    means, variances = np.array(found).T
+    return Permuted.normal(value, float(means.mean()), float(variances.sum()) / len(found) ** 2)
+
+
+def _similar(cosine: Tensor) -> Tensor:
+    """Return angular similarities in 0..1."""
+    return 1 - cosine.arccos() / math.pi
+
+
+def _rank_table(scores_RN: Tensor, norms_RN: Tensor) -> dict[str, Any]:
+    """Return `ranks` and `diagonal` of an OutputComparison."""
+    n = scores_RN.shape[1]
+    by_score, by_norm = (values.cpu().argsort(dim=1, stable=True).argsort(dim=1) for values in (scores_RN, norms_RN))
+
+    def counted(one_RN: Tensor, other_RN: Tensor) -> np.ndarray:
+        counts = torch.bincount((one_RN * n + other_RN).flatten(), minlength=n * n)
+        return counts.view(n, n).numpy()
+
+    # how often the score of one expert had the rank that the norm of another had
+    met_NN = counted(by_score.argsort(dim=1), by_norm.argsort(dim=1))
+    rows, total, all_experts = counted(by_score, by_norm), by_score.numel(), np.arange(n)
+    diagonal = (
+        Permuted.relabelled(n, lambda labels: float(met_NN[all_experts, labels].sum() / total)) if total else None
+    )
+    return {"ranks": rows.tolist(), "diagonal": diagonal}
+
+
+def _follows_norms(scores_RN: Tensor, best_R: Tensor, norms_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return for rows whose norms differ the rank correlation of scores and norms, and 1 if the best has the largest.
 
-    The scores are logits, which have the order of the probabilities and do not underflow. Rows without an expert (-1)
-    have no best one.
+    The third tensor (R,) says which rows these are. The scores are logits, which have the order of the probabilities
+    and do not underflow. Rows without an expert (-1) have no best one.
     """
     largest_R1 = norms_RN.amax(dim=1, keepdim=True)
     differ_R = (largest_R1 - norms_RN).amax(dim=1) > ROUNDING * largest_R1[:, 0]
     ranks = (torch.from_numpy(stats.rankdata(v.cpu().numpy(), axis=1)) for v in (scores_RN, norms_RN))
     is_largest_RN = norms_RN >= (1 - ROUNDING) * largest_R1
     hit_R = is_largest_RN.gather(1, best_R.clamp(min=0)[:, None])[:, 0] / is_largest_RN.sum(dim=1)
-    return _pearson(*ranks)[differ_R.cpu()], hit_R[differ_R & (best_R >= 0)]
-
-
-def _cosines(gram: Tensor) -> Tensor:
-    """(..., N, N) inner products to (..., P) cosines of all pairs; NaN where a vector is zero."""
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    i, j = torch.triu_indices(gram.shape[-1], gram.shape[-1], offset=1, device=gram.device)
-    return (gram[..., i, j] / (norms[..., i] * norms[..., j])).clamp(-1, 1)
-
-
-def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """(...,) correlations over the last axis of cosines or ranks; NaN where one is constant to rounding."""
-    a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
-    spread = torch.minimum(a.abs().amax(dim=-1), b.abs().amax(dim=-1))
-    correlation = (a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1))
-    return torch.where(spread > ROUNDING, correlation.clamp(-1, 1), torch.nan)
-
-
-def _mean(values: Tensor) -> float | None:
-    """Return the mean of the defined values, None without any."""
-    defined = values[values.isfinite()]
-    return defined.mean().item() if defined.numel() else None
-
-
-def _precise(w: Tensor) -> Tensor:
-    return w.detach().to(torch.promote_types(w.dtype, torch.float32))
+    return pearson(*ranks)[differ_R.cpu()], hit_R[differ_R & (best_R >= 0)], differ_R

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,9 +16,21 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vimoe.analysis.plot_data import COLOURS, Dot, ami_dots, effect_dots, expert_dots, heatmap_shares, short
+from vimoe.analysis.plot_data import (
+    COLOURS,
+    Dot,
+    ami_dots,
+    by_depth,
+    compared,
+    effect_dots,
+    expert_dots,
+    heatmap_shares,
+    matrix_names,
+    short,
+)
 
 LABELLED = 30  # most classes whose names fit beside a heatmap
+DRAWN = 12  # most layers that get a column of their own
 
 
 def heatmap(evidence: dict[str, Any], layer: str, axis: Axes | None = None) -> Axes:
@@ -98,6 +110,100 @@ def agreement(evidence: dict[str, Any]) -> Figure:
         axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < 0.6 else "k")
     figure.colorbar(image, ax=axis, shrink=0.8, label="AMI")
     return figure
+
+
+def experts_by_depth(evidence: dict[str, Any]) -> Figure:
+    """Draw similarities of experts by layer; below them, a column a layer, principal axes and ranks.
+
+    A bar is the range of a figure by chance. A hollow dot lies inside of it.
+    """
+    curves, layers = by_depth(evidence), evidence["layers"]
+    columns = [layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, DRAWN).round().astype(int))]
+    matrices = [name for name in matrix_names(evidence) if any(_axes_of(layer, name) for layer in columns)]
+    ranks = any(compared(layer, "outputs", "ranks") for layer in columns)
+    rows = -(-len(curves) // 3)
+    side = 9.0 / max(len(columns), 6)
+    heights = [2.1 * rows + 0.5, *([side * len(matrices) + 0.3] if matrices else []), *([side + 0.4] if ranks else [])]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    top, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights).flat
+    axes = list(top.subplots(rows, 3, squeeze=False).flat)
+    for axis, (title, series) in zip(axes, curves.items(), strict=False):
+        _curves(axis, title, series, [layer["name"] for layer in layers])
+    for axis in axes[len(curves) :]:
+        axis.axis("off")
+    if matrices:
+        grid = below[0].subplots(len(matrices), max(len(columns), 6), squeeze=False)
+        _columns(
+            grid, columns, lambda axis, layer, row: _plane(axis, _axes_of(layer, matrices[row]), layer["num_experts"])
+        )
+        for axis, name in zip(grid[:, 0], matrices, strict=True):
+            axis.set_ylabel(f"{name}, PCA", fontsize=7)
+    if ranks:
+        grid = below[-1].subplots(1, max(len(columns), 6), squeeze=False)
+        _columns(grid, columns, lambda axis, layer, _: _ranks(axis, compared(layer, "outputs", "ranks")))
+        grid[0, 0].set_ylabel("score rank", fontsize=7)
+        grid[0, 0].set_xlabel("norm rank", fontsize=7)
+    return figure
+
+
+def _axes_of(layer: dict[str, Any], name: str) -> Any:
+    return compared(layer, "weights", "matrices", name, "pca")
+
+
+def _curves(axis: Axes, title: str, series: dict[str, list[Any]], names: list[str]) -> None:
+    of = list(dict.fromkeys(name.partition(", ")[0] for name in series))  # a colour for each matrix
+    kinds = list(dict.fromkeys(name.partition(", ")[2] for name in series))
+    for name, values in series.items():
+        what, _, kind = name.partition(", ")
+        colour, style = COLOURS[of.index(what)], ("-", "--", ":")[kinds.index(kind)]
+        known = [(x, value) for x, value in enumerate(values) if value is not None]
+        numbers = [value["value"] if isinstance(value, dict) else value for _, value in known]
+        axis.plot([x for x, _ in known], numbers, style, lw=1.2, color=colour, label=name)
+        for (x, value), number in zip(known, numbers, strict=True):
+            chance = isinstance(value, dict)
+            if chance:
+                axis.plot([x, x], [value["low"], value["high"]], lw=5, alpha=0.3, color=colour, solid_capstyle="butt")
+            inside = chance and value["low"] <= number <= value["high"]
+            axis.plot(x, number, "o", ms=4, mfc="w" if inside else colour, color=colour)
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=7)
+    thinned = range(0, len(names), -(-len(names) // DRAWN))
+    axis.set_xticks(
+        thinned, [short(names[i], 14) for i in thinned], rotation=0 if len(names) < 4 else 90, parse_math=False
+    )
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.margins(y=0.12)
+    axis.legend(fontsize=6, frameon=False)
+
+
+def _columns(grid: Any, layers: list[dict[str, Any]], draw: Callable[[Axes, dict[str, Any], int], None]) -> None:
+    """Draw a row of panels with a column for each layer, without ticks; panels without a layer are left out."""
+    for (row, column), axis in np.ndenumerate(grid):
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if column >= len(layers):
+            axis.axis("off")
+            continue
+        draw(axis, layers[column], row)
+        if row == 0:
+            axis.set_title(short(layers[column]["name"], 14), fontsize=7, parse_math=False)
+
+
+def _plane(axis: Axes, points: Any, experts: int) -> None:
+    """Draw experts by their number, and the parent, where there is one more point, as a triangle."""
+    for number, (x, y) in enumerate(points or ()):
+        if number < experts:
+            axis.text(x, y, str(number), fontsize=6, ha="center", va="center_baseline", color=COLOURS[0])
+        else:
+            axis.plot(x, y, "^", ms=5, color=COLOURS[1])
+    if points:
+        axis.plot(*zip(*points, strict=True), ",", alpha=0)  # texts do not count where limits are found
+        axis.margins(0.15)
+
+
+def _ranks(axis: Axes, counts: Any) -> None:
+    if counts:
+        axis.imshow(counts, cmap="viridis", vmin=0, origin="lower")
 
 
 def contact_sheet(rows: Mapping[str, Sequence[tuple[Any, str]]]) -> Figure:

@@ -10,6 +10,7 @@ from vimoe.files import printable
 
 CHANCE = 0.05  # with a p-value above it, dependence is not distinguishable from chance
 COLOURS = ("#1f77b4", "#d95f02", "#2a8a3e", "#c2242c", "#6f4fa8", "#7a5230", "#008b8b")
+PARENTS = {"given": "the dense model's FFN", "shared": "the shared expert", "base": "the FFN that they share"}
 INTERVENTIONS = {
     "permuted": "permuted between images",
     "frozen": "the same for every image",
@@ -99,6 +100,52 @@ def expert_dots(evidence: dict[str, Any]) -> list[Dot]:
         for i, layer in enumerate(evidence["layers"])
         for expert, effect in enumerate(layer["experts"])
     ]
+
+
+def compared(layer: dict[str, Any], *place: str) -> Any:
+    """Return a part of a layer's comparison of experts by its keys; None where it, or a part on the way, is missing."""
+    found: Any = layer["comparison"]
+    for key in place:
+        found = (found or {}).get(key)
+    return found
+
+
+def matrix_names(evidence: dict[str, Any]) -> list[str]:
+    """Return the names of the matrices of all layers' experts; none in files of an older version."""
+    return list(dict.fromkeys(n for layer in evidence["layers"] for n in compared(layer, "weights", "matrices") or ()))
+
+
+def by_depth(evidence: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """Return what is compared of experts by title of a panel, and by name: a value for each layer, None for none.
+
+    A value is a number, or "value", "low" and "high", the last two its range by chance. Files of an older version have
+    no panels.
+    """
+    names = matrix_names(evidence)
+    of_matrices = {
+        "two experts": {"": "cosine", ", means of units": "neuron_mean", ", matched": "reordered"},
+        "experts and parent": {"": "parent"},
+        "router rows, R squared": {"": "router"},
+    }
+    places: dict[str, dict[str, tuple[str, ...]]] = {
+        title: {f"{m}{words}": ("weights", "matrices", m, key) for words, key in keys.items() for m in names}
+        for title, keys in of_matrices.items()
+    }
+    places["experts and parent"]["equal value rows"] = ("weights", "rho_parent")
+    places |= {
+        "order of hidden units": {"Kendall's tau": ("weights", "tau"), "equal value rows": ("weights", "rho")},
+        "outputs of two experts": {"angular similarity": ("outputs", "angular")},
+        "score rank = norm rank": {"share of experts": ("outputs", "diagonal")},
+    }
+    panels = {
+        title: {name: [compared(layer, *place) for layer in evidence["layers"]] for name, place in series.items()}
+        for title, series in places.items()
+    }
+    known = {
+        title: {name: values for name, values in series.items() if any(value is not None for value in values)}
+        for title, series in panels.items()
+    }
+    return {title: series for title, series in known.items() if series}
 
 
 def short(name: str, length: int = 18) -> str:

@@ -354,13 +354,19 @@ def hidden_units(weights: Weights, gated: bool) -> Tensor:
     return units.to(torch.promote_types(units.dtype, torch.float32))
 
 
-@torch.no_grad()
 def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
-    """The same FFN with its hidden units in the order that is nearest to those of `reference`.
+    """The same FFN with its hidden units in the `order` that is nearest to those of `reference`; arguments as there."""
+    return take(weights, order(weights, reference, gated)[0], gated)
+
+
+@torch.no_grad()
+def order(weights: Weights, reference: Weights, gated: bool) -> tuple[Tensor, bool]:
+    """Return the order (F,) of an FFN's hidden units that is nearest to those of `reference`, and True if it was easy.
 
     Hidden units may change places without any change of what the FFN computes. Of all orders this one has the least
     sum of squared distances between the two FFNs' `hidden_units`: weight matching (Ainsworth et al., Git Re-Basin,
-    arXiv 2209.04836, section 3.2), for one hidden layer a linear assignment and so solved exactly.
+    arXiv 2209.04836, section 3.2), for one hidden layer a linear assignment and so solved exactly. It is easy where no
+    two units of the reference have the same nearest unit, as in trained copies: then that is the best order.
 
     Args:
         weights: canonical weights; they are not changed.
@@ -374,11 +380,15 @@ def match(weights: Weights, reference: Weights, gated: bool) -> Weights:
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab, of which the order changes ab alone
     with torch.autocast(units_FP.device.type, enabled=False):
         similarity_FF = (target_FP @ units_FP.T).nan_to_num()
-    order = torch.from_numpy(linear_sum_assignment(similarity_FF.cpu().numpy(), maximize=True)[1]).to(units_FP.device)
+    found = (units_FP.square().sum(dim=1) / 2 - similarity_FF).argmin(dim=1)
+    easy = len(found.unique()) == len(found)
+    if not easy:  # the solver is several times faster on the products than on the distances
+        solved = linear_sum_assignment(similarity_FF.cpu().numpy(), maximize=True)[1]
+        found = torch.from_numpy(solved).to(found.device)
     # units move for a gain only: rounding shall not swap twins, and what has diverged (NaN) has no order
-    if not (target_FP - units_FP[order]).square().sum() < (target_FP - units_FP).square().sum():
-        return weights
-    return take(weights, order, gated)
+    if not (target_FP - units_FP[found]).square().sum() < (target_FP - units_FP).square().sum():
+        found = torch.arange(len(found), device=found.device)
+    return found, easy
 
 
 def take(weights: Weights, units: Tensor, gated: bool) -> Weights:

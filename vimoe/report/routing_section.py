@@ -13,24 +13,8 @@ from vimoe.metrics.registry import shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
 from vimoe.report.intervention_section import add_expert_effects, add_interventions
+from vimoe.report.similarity_section import add_similarities
 from vimoe.report.table_cells import ami_cell, interval_cell
-
-SIMILARITIES = {
-    "weight_similarity": "mean cosine between the weights of two experts; 1 means equal",
-    "deviation_similarity": "mean cosine between the deviations of two experts from the mean expert: -1/(N-1) if all N "
-    "experts moved equally far, more if only a few moved",
-    "deviation_directions": "effective number of directions of these deviations, 1 to N-1",
-    "output_similarity": "mean cosine between the outputs of two experts for the same token; 1 means equal",
-    "neuron_similarity": "mean cosine between hidden unit f of one expert and hidden unit f of another",
-    "matched_neuron_similarity": "the same after each unit was matched to its best partner; a much larger value means "
-    "that experts are partly permutations of each other",
-    "active_neurons": "effective share of the hidden units that contribute to an expert's output",
-    "score_norm_correlation": "rank correlation, over experts, of router score and output norm",
-    "top1_has_largest_norm": "share of decisions in which the chosen expert has the largest output norm",
-    "chance": "chance level of the previous number",
-    "router_expert_correlation": "correlation, over pairs of experts, between the cosine of their router rows and the "
-    "cosine of their deviations; 1 means that the router scores alike the experts that moved alike",
-}
 
 
 def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, prefix: str = "") -> None:
@@ -64,7 +48,7 @@ def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, pref
     add_interventions(page, evidence, prefix)
     add_expert_effects(page, evidence, prefix)
     _add_routes(page, evidence, prefix)
-    _add_similarities(page, evidence)
+    add_similarities(page, evidence, prefix)
 
 
 def routing_summary(evidence: dict[str, Any]) -> list[str]:
@@ -173,25 +157,3 @@ def _add_routes(page: Page, evidence: dict[str, Any], prefix: str) -> None:
             f"is the same division under other numbers, 0 is chance level. From {evidence['images']} validation "
             f"images; intervals are in routing.json.",
         )  # fmt: skip
-
-
-def _add_similarities(page: Page, evidence: dict[str, Any]) -> None:
-    compared = {
-        layer["name"]: {k: v for k, v in (layer["comparison"] or {}).items() if isinstance(v, int | float)}
-        for layer in evidence["layers"]
-    }
-    names = [name for name in dict.fromkeys(k for n in compared.values() for k in n) if name != "num_experts"]
-    page.subheading("Similarity of experts")
-    if not names:
-        page.text("The experts were not compared with one another in this analysis.")
-        return
-    page.text(
-        "Experts start as copies of one FFN. The table shows how far they have moved apart in each layer. Numbers on "
-        "outputs and on the router are from a sample of validation images; numbers on weights need none. There are no "
-        "intervals."
-    )
-    page.table(
-        ["layer", *(name.replace("_", " ") for name in names)],
-        [[layer, *(f"{n[name]:.3f}" if name in n else "–" for name in names)] for layer, n in compared.items()],
-    )
-    page.items(f"{name.replace('_', ' ')}: {SIMILARITIES[name]}." for name in names if name in SIMILARITIES)
