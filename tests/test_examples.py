@@ -126,6 +126,20 @@ def test_the_page_on_python_runs(tiny: None, own_entries: None) -> None:
             vimoe.load(f"runs/{index}/model")
 
 
+def test_the_page_on_methods_runs() -> None:
+    code, names = blocks("docs/methods.md"), dict[str, Any]()
+    assert len(code) == 3
+    torch.manual_seed(0)
+    for block in code:
+        exec(block, names)
+        if "evidence" in block:
+            chosen = names["evidence"].layers[0].diversity["chosen"]
+            assert chosen["cosine"] == pytest.approx(0, abs=1e-3) and chosen["effective_rank"] == pytest.approx(
+                2, abs=0.01
+            )
+    assert names["dense"](names["images"]).shape == (8, 10) and len(names["probe"]["right"]) == 2
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft asks
 def test_the_page_on_any_vit_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for library in ("transformers", "peft"):
