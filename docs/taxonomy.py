@@ -216,6 +216,8 @@ TAXONOMY: dict[str, tuple[Row, ...]] = {
         Row("loss: confident routers", "TGR-MoE, expert specialisation",
             ("train.entropy_loss", "train.variance_loss"),
             evidence="an entropy loss of weight .005 is part of TGR-MoE (2604.21330, **N**)"),
+        Row("experts: orthogonal outputs", "OMoE, MOORE", ("moe.orthogonal=outputs moe.experts=lora moe.top_k=2",)),
+        Row("loss: mutual distillation of experts", "MoDE", ("train.mutual_loss",)),
         Row("loss: orthogonal outputs", "expert specialisation", ("train.orthogonal_loss",)),
         Row("loss: distillation from all experts", "Cluster-aware Upcycling", ("train.distill_loss",),
             evidence="part of what beats sparse upcycling (2604.13508, **N**)"),

@@ -572,8 +572,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "outputs are in the slots of others",
         "moe/routing.py",
-        ".argsort(stable=True)[: len(y_SUD)]",
-        ".argsort(stable=True, descending=True)[: len(y_SUD)]",
+        ".argsort(stable=True)[:filled]",
+        ".argsort(stable=True, descending=True)[:filled]",
         ("moe/test_losses.py",),
     ),
     Mutant(
@@ -898,6 +898,48 @@ MUTANTS: tuple[Mutant, ...] = (
         "return _tokens_now(*self.within, self)",
         "return 1",
         ("models/test_reading.py",),
+    ),
+    Mutant(
+        "changes are orthogonal to the first expert's alone",
+        "moe/orthogonal.py",
+        "        for other_RUD in found:\n",
+        "        for other_RUD in found[:1]:\n",
+        ("moe/test_orthogonal.py",),
+    ),
+    Mutant(
+        "the expert with the smallest gate comes first",
+        "moe/routing.py",
+        "(-self.gates.detach()).argsort",
+        "self.gates.detach().argsort",
+        ("moe/test_orthogonal.py",),
+    ),
+    Mutant(
+        "experts learn from empty slots",
+        "moe/losses.py",
+        "((y_RUKD - mean_RU1D).square() * filled_R1K1 / number_R111)",
+        "((y_RUKD - mean_RU1D).square() / number_R111)",
+        ("moe/test_losses.py",),
+    ),
+    Mutant(
+        "an expert that adds nothing counts as a direction",
+        "analysis/diversity.py",
+        "    u_MnD = u_MnD.where(adds_Mn[..., None], 0)\n",
+        "",
+        ("analysis/test_diversity.py",),
+    ),
+    Mutant(
+        "the probe takes the first expert for each class's own",
+        "analysis/probe.py",
+        "    own = alone[:, rows, group]\n",
+        "    own = alone[:, rows, 0]\n",
+        ("analysis/test_probe.py",),
+    ),
+    Mutant(
+        "interventions leave out the projection",
+        "analysis/interventions.py",
+        '        if shared is not None and config.orthogonal != "none":\n',
+        "        if False:\n",
+        ("analysis/test_interventions.py",),
     ),
 )
 

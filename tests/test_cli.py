@@ -48,8 +48,10 @@ def test_from_images_to_a_pruned_model(
     predictions = call(capsys, "predict", run, photos / "test" / "red", "--top=2")["predictions"]
     assert len(predictions) == 3 and {len(p["classes"]) for p in predictions} == {2}
 
-    found = call(capsys, "analyze", run, "--draws=3")
-    assert found["draws"] == 3 and (run / "figures" / "examples-blocks.1.mlp.png").exists()
+    found = call(capsys, "analyze", run, "--draws=3", "--probe=true")
+    assert found["draws"] == 3 and "Each expert alone" in (run / "report.html").read_text("utf-8")
+    assert all(len(layer["probe"]["right"]) == layer["num_experts"] for layer in found["layers"])
+    assert (run / "figures" / "examples-blocks.1.mlp.png").exists()
     assert [layer["name"] for layer in found["layers"]] == ["blocks.0.mlp", "blocks.1.mlp"]
     assert json.loads((run / "routing.json").read_text())["base"]["images"] == 9
 

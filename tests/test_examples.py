@@ -119,11 +119,20 @@ def test_the_page_on_python_runs(tiny: None, own_entries: None) -> None:
             vimoe.load(f"runs/{index}/model")
 
 
-def test_the_closer_look_of_the_page_on_methods_finds_copies() -> None:
-    names: dict[str, Any] = {}
-    for block in blocks("docs/methods.md"):
+def test_the_page_on_methods_runs() -> None:
+    code, names = blocks("docs/methods.md"), dict[str, Any]()
+    torch.manual_seed(0)
+    for block in code:
         exec(block, names)
-    assert names["look"]["parent"]["what"] == "given" and names["look"]["weights"]["rho"] == 1
+        if "look" in block:
+            assert names["look"]["parent"]["what"] == "given" and names["look"]["weights"]["rho"] == 1
+        elif "orthogonal=" in block:
+            chosen = names["evidence"].layers[0].diversity["chosen"]
+            assert chosen["cosine"] == pytest.approx(0, abs=1e-3)
+            assert chosen["effective_rank"] == pytest.approx(2, abs=0.01)
+        elif "densify" in block:
+            assert names["dense"](names["images"]).shape == (8, 10)
+    assert len(names["probe"]["right"]) == 2 and "look" in names
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft asks

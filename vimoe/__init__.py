@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vimoe.moe.losses import distill_loss as distill_loss
     from vimoe.moe.losses import entropy_loss as entropy_loss
     from vimoe.moe.losses import importance_loss as importance_loss
+    from vimoe.moe.losses import mutual_loss as mutual_loss
     from vimoe.moe.losses import orthogonal_loss as orthogonal_loss
     from vimoe.moe.losses import router_z_loss as router_z_loss
     from vimoe.moe.losses import variance_loss as variance_loss
@@ -53,6 +54,7 @@ _HOME = {
     "importance_loss": "moe.losses",
     "entropy_loss": "moe.losses",
     "variance_loss": "moe.losses",
+    "mutual_loss": "moe.losses",
     "orthogonal_loss": "moe.losses",
     "distill_loss": "moe.losses",
     "all_experts": "moe.ensemble",

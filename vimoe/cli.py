@@ -266,13 +266,15 @@ def analyze(verb: str, argv: list[str]) -> Result:
     parser.add_argument(
         "--draws", type=int, default=DRAWS, help="maximum number of permutations of the images' decisions"
     )
+    parser.add_argument("--probe", type=bool, default=False, help="also measure each expert alone, class by class")
     _add_sampling(parser, "; 0 for no interventions")
     options = parser.parse_args(argv)
     open_run(options["run"])  # reports a wrong folder before the slow import of torch
     from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"])
-    evidence, folder = run.analyze(options["draws"], options["overrule"], options["seed"]), run.run.path
+    evidence = run.analyze(**{key: options[key] for key in ("draws", "overrule", "seed", "probe")})
+    folder = run.run.path
     values = evidence.to_dict()
     for layer in values["layers"]:
         del layer["counts"], layer["drawn"]  # large; routing.json has them

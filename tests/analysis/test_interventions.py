@@ -498,6 +498,24 @@ def test_donors_are_found_by_the_number_of_the_image_in_every_batch() -> None:
     assert abs(measure_on(model, batches, shifted)[name].loss).max() > 1e-3
 
 
+@pytest.mark.parametrize("form", ["outputs", "normalized"])
+@pytest.mark.parametrize(("router", "routing"), [("softmax", "image"), ("softmax", "token"), ("threshold", "token")])
+def test_it_computes_what_a_naive_loop_does_with_orthogonal_outputs(router: str, routing: str, form: str) -> None:
+    """One expert alone is orthogonal to none, and of frozen experts the one with the largest gate comes first."""
+    model = perturb_experts(upcycle(vit(depth=4), config(
+        layers=[1, 3], router=router, routing=routing, top_k=3, experts="lora", orthogonal=form)))  # fmt: skip
+    x, index = images(model, batch=5), torch.arange(5)
+    assert_as_naive(model, x)
+    for name, layer in moe_layers(model).items():
+        slots = layer.router.slots
+        gates = torch.linspace(0.1, 0.4, slots)
+        others = [Only(2), Frozen(torch.arange(slots), gates), Frozen(torch.arange(slots).flip(0), gates.flip(0))]
+        found = overruled(model, name, others, x)
+        for intervention, ours in zip(others, found, strict=True):
+            torch.testing.assert_close(ours, naive(model, name, intervention, x, index), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], found[2], rtol=1e-4, atol=1e-5)
+
+
 def test_few_images_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many interventions there are: memory is bounded."""
     monkeypatch.setattr("vimoe.analysis.interventions._ROWS", 12)

@@ -100,7 +100,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "experts": ["fnn", {}], "gate": ["chioce", 1], "gate_weight": [*RATES, 0], "router_gradient": ["all", None],
         "init": ["cpoy", None], "drop_ratio": SHARES, "noise_std": RATES, "cluster_energy": [*SHARES, 0],
         "calibration_images": [*COUNTS, 1], "rank": COUNTS, "delta_density": SHARES, "expert_width": COUNTS,
-        "slots_per_expert": COUNTS,
+        "slots_per_expert": COUNTS, "orthogonal": ["normalised", True],
     },
     ModelConfig: {
         "name": None, "pretrained": FLAGS, "img_size": COUNTS, "num_classes": COUNTS, "drop_path_rate": [*SHARES, 1.0],
@@ -120,6 +120,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "epochs": COUNTS, "batch_size": COUNTS, "accumulation": COUNTS, "lr": RATES, "min_lr": RATES,
         "warmup_epochs": RATES, "weight_decay": RATES, "layer_decay": [*SHARES, 0], "router_lr_scale": RATES,
         "expert_lr_scale": RATES, "entropy_loss": RATES, "variance_loss": RATES, "orthogonal_loss": RATES,
+        "mutual_loss": RATES,
         "distill_loss": [*RATES, 1.0],
         "router_weight_decay": RATES, "router_warmup_epochs": RATES, "expert_weight_decay": RATES,
         "train_only": ["", [], "last:0", 3, None, "first:2"], "stages": ["head", [], 3, [3], ["head", "last:0"]],

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # settings o
     "dense": ({"layers": "none"}, {}),
     "image": (IMAGE, {"balance_loss": 1.0, "ema_decay": 0.5}),
     "token": (TOKEN, {"balance_loss": 1.0, "importance_loss": 1.0, "variance_loss": 1.0, "orthogonal_loss": 0.1}),
-    "rows": (TOKEN, {"z_loss": 0.1, "entropy_loss": 0.1, "ema_decay": 0.5, "distill_loss": 1.0}),
+    "rows": (TOKEN, {"z_loss": 0.1, "entropy_loss": 0.1, "mutual_loss": 0.1, "ema_decay": 0.5, "distill_loss": 1.0}),
     "bias": ({**IMAGE, "bias_update_rate": 0.1}, {"accumulation": 2, "balance_loss": 0.0}),
     "mixed": (IMAGE, {"mixup": 0.8, "cutmix": 1.0, "accumulation": 3, "clip_grad": 0.1, "min_crop": 0.5}),
     "frozen": ({**IMAGE, "layers": [1]}, {"train_only": "moe", "router_frozen": 0.4, "layer_decay": 0.5}),

@@ -130,9 +130,39 @@ def orthogonal_reference(x: Tensor, weights: list[list[Tensor]], experts: Tensor
     return total / (x.shape[0] * x.shape[1])
 
 
+def test_outputs_that_are_orthogonal_lose_nothing_and_copies_the_most() -> None:
+    record = routing([[0.6, 0.4]], k=2)
+    for outputs, expected in (([[3.0, 0.0], [0.0, 2.0]], 0.0), ([[3.0, 0.0], [3.0, 0.0]], 18.0)):
+        y = torch.tensor(outputs).view(1, 2, 1, 2)
+        assert vimoe.orthogonal_loss([replace(record, outputs=y)]).item() == pytest.approx(expected)
+
+
+def mutual_reference(x: Tensor, weights: list[list[Tensor]], experts: Tensor) -> Tensor:
+    """Arguments as of `orthogonal_reference`."""
+    total = 0.0
+    for image, chosen in zip(x, experts, strict=True):
+        for token, own in zip(image, chosen, strict=True):
+            outputs = []
+            for e in own.tolist():
+                if e >= 0:
+                    fc1, b1, fc2, b2 = (w[e] for w in weights)
+                    outputs.append(fc2 @ F.gelu(fc1 @ token + b1) + b2)
+            if outputs:
+                mean = sum(outputs) / len(outputs)
+                total = total + sum(((y - mean) ** 2).mean() for y in outputs) / len(outputs)
+    return total / (x.shape[0] * x.shape[1])
+
+
+OF_OUTPUTS = {
+    "orthogonal": (vimoe.orthogonal_loss, orthogonal_reference),
+    "mutual": (vimoe.mutual_loss, mutual_reference),
+}
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "mutual"])
 @pytest.mark.parametrize("router", ["softmax", "threshold"])
 @pytest.mark.parametrize("unit_", ["image", "token"])
-def test_the_orthogonal_loss_and_its_gradients_are_those_of_the_reference(unit_: str, router: str) -> None:
+def test_losses_of_outputs_and_their_gradients_are_those_of_the_reference(unit_: str, router: str, name: str) -> None:
     """Of a router with empty slots too."""
     settings = vimoe.MoEConfig(num_experts=4, top_k=3, routing=unit_, router=router)
     torch.manual_seed(0)
@@ -144,24 +174,31 @@ def test_the_orthogonal_loss_and_its_gradients_are_those_of_the_reference(unit_:
         layer(x)
     (record,) = routings
     assert router == "softmax" or (record.experts < 0).any()
-    loss = vimoe.orthogonal_loss(routings)
+    compute, reference = OF_OUTPUTS[name]
+    loss = compute(routings)
     e = layer.experts
     maps = [e.fc1.weight, e.fc1.bias, e.fc2.weight, e.fc2.bias]
     by_token = record.experts.view(3, -1, record.experts.shape[1]).expand(3, 5, -1)
-    expected = orthogonal_reference(x, maps, by_token)
+    expected = reference(x, maps, by_token)
     torch.testing.assert_close(loss, expected)
     ours, theirs = (torch.autograd.grad(value, inputs) for value in (loss, expected))
     torch.testing.assert_close(ours, theirs)
 
 
-def test_outputs_that_are_orthogonal_lose_nothing_and_copies_the_most() -> None:
+def test_outputs_that_are_alike_lose_nothing_and_an_empty_slot_does_not_count() -> None:
     record = routing([[0.6, 0.4]], k=2)
-    for outputs, expected in (([[3.0, 0.0], [0.0, 2.0]], 0.0), ([[3.0, 0.0], [3.0, 0.0]], 18.0)):
+    for outputs, expected in (([[3.0, 1.0], [3.0, 1.0]], 0.0), ([[3.0, 0.0], [1.0, 0.0]], 0.5)):
         y = torch.tensor(outputs).view(1, 2, 1, 2)
-        assert vimoe.orthogonal_loss([replace(record, outputs=y)]).item() == pytest.approx(expected)
+        assert vimoe.mutual_loss([replace(record, outputs=y)]).item() == pytest.approx(expected)
+    alone = replace(
+        record, outputs=torch.tensor([[3.0, 1.0], [0, 0]]).view(1, 2, 1, 2), experts=torch.tensor([[0, -1]])
+    )
+    assert vimoe.mutual_loss([alone]).item() == 0
 
 
-def test_the_orthogonal_loss_says_what_it_needs() -> None:
+def test_losses_of_outputs_say_what_they_need() -> None:
+    with pytest.raises(vimoe.VimoeError, match="mutual_loss of 1 expert of each token: expected at least 2"):
+        vimoe.mutual_loss([routing([[0.6, 0.4]])])
     with pytest.raises(vimoe.VimoeError, match="the outputs of the experts were not recorded.*sends tokens to"):
         vimoe.orthogonal_loss([routing([[0.6, 0.4]], k=2)])
     with pytest.raises(vimoe.VimoeError, match="of 1 expert of each token: expected at least 2; set moe.top_k=2"):
@@ -262,7 +299,7 @@ def test_a_step_down_the_gradient_lowers_the_loss(loss) -> None:
     assert after < before - 1e-7
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, vimoe.orthogonal_loss])
+@pytest.mark.parametrize("loss", [*LOSSES, vimoe.orthogonal_loss, vimoe.mutual_loss])
 def test_nothing_recorded_is_an_error(loss) -> None:
     with pytest.raises(vimoe.VimoeError, match="no routing was recorded"):
         loss([])
@@ -333,3 +370,30 @@ def test_exactly_the_experts_that_received_something_get_a_gradient(unit: str) -
         for p in layer.experts.parameters():
             assert torch.equal(p.grad.flatten(1).any(dim=1), received)
     assert idle
+
+
+def taught(weight: float) -> tuple[float, float]:
+    """Distance of all experts' outputs from their mean, and of the merged model's logits from the mixture's."""
+    torch.manual_seed(0)
+    model = perturb_experts(upcycle(vit(), config(top_k=2))).train()
+    x, labels = images(model, batch=10), torch.arange(10) % 5
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(50):
+        with vimoe.record(model, outputs=True) as routings:
+            loss = F.cross_entropy(model(x), labels) + weight * vimoe.mutual_loss(routings)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        with vimoe.all_experts(model.eval()), vimoe.record(model, outputs=True) as routings:
+            model(x)
+        mixture = model(x)
+        gap = (vimoe.densify(model, how="merge")(x) - mixture).norm() / mixture.norm()
+    return vimoe.mutual_loss(routings).item() ** 0.5, gap.item()
+
+
+def test_the_more_experts_learn_from_one_another_the_nearer_they_end() -> None:
+    """And the mean of their weights is nearer to the mixture than without."""
+    distances, gaps = zip(*map(taught, (0.0, 0.1, 0.3, 1.0)), strict=True)
+    assert distances == tuple(sorted(distances, reverse=True)) and distances[-1] < distances[0] / 3
+    assert max(gaps[1:]) < 0.8 * gaps[0]

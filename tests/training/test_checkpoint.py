@@ -94,7 +94,7 @@ def test_with_all_options_of_routing_too(
     assert not torch.equal(weights(whole), weights(run(data, tmp_path / "broken", model(**OPTIONS), **settings)[0]))
 
 
-LOSSES = {"entropy_loss": 0.1, "variance_loss": 1.0, "orthogonal_loss": 0.01, "distill_loss": 1.0}
+LOSSES = {"entropy_loss": 0.1, "variance_loss": 1.0, "orthogonal_loss": 0.01, "mutual_loss": 0.1, "distill_loss": 1.0}
 
 
 @pytest.mark.parametrize(("killed_after", "accumulation", "only"), [(2, 1, "all"), (7, 2, "experts")])

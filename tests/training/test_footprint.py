@@ -40,7 +40,7 @@ def model(checkpointed: bool = False, depth: int = 3, **moe: object) -> nn.Modul
 
 def loss_of(network: nn.Module, x: Tensor, settings: TrainConfig, forward: Callable[[Tensor], Tensor]) -> Tensor:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
-    with vimoe.record(network, outputs=settings.orthogonal_loss > 0) as routings, autocast:
+    with vimoe.record(network, outputs=settings.reads_outputs) as routings, autocast:
         logits = forward(x)
     return F.cross_entropy(logits.float(), torch.arange(len(x)) % 7) + auxiliary_losses(routings, settings)[0]
 
@@ -87,6 +87,8 @@ CASES = {
     "experts choose": ({"routing": "token", "router": "expert_choice"}, {}),
     "soft": ({"routing": "token", "router": "soft"}, {}),
     "merged experts": ({"router": "smear"}, {}),
+    "a loss of outputs to their mean": ({"routing": "image", "top_k": 3}, {"mutual_loss": 0.1}),
+    "orthogonal": ({"routing": "token", "experts": "lora", "rank": 2, "top_k": 2, "orthogonal": "outputs"}, {}),
     "low rank": ({"routing": "token", "experts": "lora", "rank": 2}, {}),
     "all read": ({"routing": "token", "layers": "last:1"}, {}),
 }

@@ -70,7 +70,7 @@ SETTINGS = {
     "epochs": 3, "batch_size": 6, "accumulation": 2, "lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 1.5,
     "weight_decay": 0.5, "layer_decay": 0.5, "router_lr_scale": 5.0, "router_weight_decay": 9.0, "train_only": "moe",
     "router_warmup_epochs": 1.0, "router_frozen": 0.5, "expert_weight_decay": 5.0, "expert_lr_scale": 3.0,
-    "entropy_loss": 1.0, "variance_loss": 9.0, "orthogonal_loss": 1.0, "distill_loss": 5.0,
+    "entropy_loss": 1.0, "variance_loss": 9.0, "orthogonal_loss": 1.0, "mutual_loss": 9.0, "distill_loss": 5.0,
     "balance_loss": 1.0, "z_loss": 0.1, "importance_loss": 0.5, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0,
     "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9, "min_crop": 0.35, "hflip": 0.0, "ema_decay": 0.9,
     "color_jitter": 0.5,
@@ -94,7 +94,7 @@ NEEDED = {"distill_loss": {"ema_decay": 0.5}}
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_changes_the_training(data: Data, tmp_path: Path, name: str) -> None:
-    needed, k = NEEDED.get(name, {}), 2 if name == "orthogonal_loss" else 1
+    needed, k = NEEDED.get(name, {}), 2 if name in ("orthogonal_loss", "mutual_loss") else 1
     plain, _ = run(data, tmp_path / "plain", model(top_k=k), **needed)
     changed, summary = run(data, tmp_path / "changed", model(top_k=k), **needed, **{name: SETTINGS[name]})
     assert torch.isfinite(weights(changed)).all() and 0 <= summary["val"]["top1"] <= 1
@@ -404,12 +404,14 @@ def test_auxiliary_losses_are_weighted_and_none_without_moe() -> None:
 
 
 def test_the_losses_of_records_are_in_the_log_by_name(data: Data, tmp_path: Path) -> None:
-    weights_ = {"entropy_loss": 0.1, "variance_loss": 0.1, "orthogonal_loss": 0.01, "distill_loss": 0.1}
+    weights_ = {"entropy_loss": 0.1, "variance_loss": 0.1, "orthogonal_loss": 0.01, "mutual_loss": 0.1,
+                "distill_loss": 0.1}  # fmt: skip
     run(data, tmp_path, model(top_k=2), ema_decay=0.5, **weights_)
     for row in rows(tmp_path / "metrics.csv"):
         assert 0 < float(row["train_entropy_loss"]) <= math.log(4) + 1e-6
         assert -3 / 16 <= float(row["train_variance_loss"]) < 0
         assert float(row["train_orthogonal_loss"]) > 0 and float(row["train_distill_loss"]) > 0
+        assert 0 < float(row["train_mutual_loss"]) < float(row["train_orthogonal_loss"])
     run(data, tmp_path / "off")
     assert not {f"train_{name}" for name in weights_} & set(rows(tmp_path / "off" / "metrics.csv")[0])
 
@@ -439,10 +441,31 @@ def test_a_dense_control_can_have_the_same_teacher(data: Data, tmp_path: Path) -
     assert all(float(row["train_distill_loss"]) >= 0 for row in rows(tmp_path / "metrics.csv"))
 
 
-def test_outputs_of_one_expert_have_none_to_be_orthogonal_to() -> None:
-    with pytest.raises(ConfigError, match="orthogonal_loss=0.1 with moe.top_k=1: expected at least 2.*set moe.top_k=2"):
-        settle(TrainConfig(orthogonal_loss=0.1), 100, model())
-    settle(TrainConfig(orthogonal_loss=0.1), 100, model(top_k=2))
+@pytest.mark.parametrize("name", ["orthogonal_loss", "mutual_loss"])
+def test_losses_of_outputs_need_two_experts_of_a_token(name: str) -> None:
+    assert TrainConfig(**{name: 0.1}).reads_outputs and not TrainConfig().reads_outputs
+    with pytest.raises(ConfigError, match=f"{name}=0.1 with moe.top_k=1: expected at least 2.*set moe.top_k=2"):
+        settle(TrainConfig(**{name: 0.1}), 100, model())
+    with pytest.raises(ConfigError, match=f"{name}=0.1 with moe.router='smear': expected 0, since no token has"):
+        settle(TrainConfig(**{name: 0.1}), 100, model(router="smear", top_k=2))
+    settle(TrainConfig(**{name: 0.1}), 100, model(top_k=2))
+
+
+def test_without_the_loss_no_output_is_recorded_and_it_is_not_computed(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a training is the one that it was before there was such a loss, to the bit."""
+    plain, _ = run(data, tmp_path / "plain", model(top_k=2))
+    seen, real = list[bool](), vimoe.balance_loss
+
+    def see(routings: list[vimoe.Routing], over: object = None) -> torch.Tensor:
+        seen.extend(routing.outputs is not None for routing in routings)
+        return real(routings, over)
+
+    monkeypatch.setitem(vimoe.training.loop.LOSSES, "mutual_loss", None)
+    monkeypatch.setattr(vimoe.training.loop, "balance_loss", see)
+    off, _ = run(data, tmp_path / "off", model(top_k=2), mutual_loss=0.0)
+    assert seen and not any(seen) and torch.equal(weights(plain), weights(off))
 
 
 def rows_but_speed(path: Path) -> list[dict[str, str]]:

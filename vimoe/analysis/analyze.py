@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.analysis import statistics
+from vimoe.analysis.diversity import measure_diversity
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.expert_similarity import compare_experts
 from vimoe.analysis.interventions import Frozen, Handed, Images, Intervention, Subjects, Without, measure
+from vimoe.analysis.probe import check_probed
+from vimoe.analysis.probe import probe as probe_experts
 from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, tables_of_units
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
@@ -50,6 +53,7 @@ def analyze(
     sequences: Sequence[Hashable] | None = None,
     metric: str | None = None,
     parent: nn.Module | None = None,
+    probe: bool = False,
 ) -> Evidence:
     """Measure every MoE layer of a model on validation images.
 
@@ -85,11 +89,13 @@ def analyze(
             "classification" for a model without it.
         parent: dense model that was upcycled, with the weights that it had then and on the model's device, to compare
             experts with its FFNs; by default with the shared expert, or with the FFN that they have in common.
+        probe: measure each expert alone too (`vimoe.analysis.probe`), by as many further interventions as experts.
 
     Raises:
         ConfigError: if there are not as many sequences as images, no such metric is registered, or the parent has no
             FFN in the place of a layer.
-        VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite.
+        VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite; or if experts are to
+            be probed where images have no class, or cannot be sent to one expert.
         DataError: if the loader is empty, gives no pairs of tensors that the model takes, or gives other images when it
             is read again; or if the metric gives classes of another shape or range than it says.
 
@@ -113,6 +119,8 @@ def analyze(
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
     parents = {} if parent is None else _parents(unwrapped(parent), layers)
     subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule, metric)
+    if probe:
+        check_probed(layers, subjects.metric.by_patch, overrule)
     base, seen = _observe(model, subjects, layers, seed, "observing the routing" if progress else "")
     classes = subjects.metric.classes
     by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
@@ -137,6 +145,8 @@ def analyze(
     subjects.choose(Images(seen.places[rows], seen.signatures[rows]))
     measured = (rows, donors, overruled_units)
     effects = _effects(subjects, layers, seen, gate_mass, *measured, seed, task) if overruled else {}
+    task = "probing the experts" if progress else ""
+    probes = probe_experts(subjects, layers, tables, seen.labels[rows], seed, overruled_units, task) if probe else {}
 
     evidence = []
     for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
@@ -154,6 +164,8 @@ def analyze(
                 adjusted_mutual_information=by_class[name].dependence(seed, units),
                 effective_experts=statistics.effective_number(by_class[name].per_image(), seed, units),
                 comparison=compare_experts(layer, seen.inputs[name], parents.get(name)).to_dict(),
+                diversity=measure_diversity(layer, seen.inputs[name]),
+                probe=probes[name].to_dict() if probe else None,
                 examples=() if seen.by_patch else seen.examples(gates[name]),
                 **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )

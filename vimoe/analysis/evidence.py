@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from vimoe.analysis import figures
 from vimoe.analysis.changes import Changes, Fit
+from vimoe.analysis.plot_data import advantage_line
 from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over, pair_interval
 from vimoe.errors import ConfigError, VimoeError, choice
 from vimoe.metrics.base import Score, read_score
@@ -114,6 +115,9 @@ class LayerEvidence:
         comparison: similarity of the experts (vimoe.analysis.expert_similarity).
         examples: indices, in the loader, of the images that gave each expert the largest gates.
         draws: number of permutations in `permuted`; 0 without interventions.
+        diversity: figures of `vimoe.analysis.diversity`, of "all" experts and of "chosen" ones; None in files of an
+            older version.
+        probe: figures of `vimoe.analysis.probe`; None if experts were not probed.
 
     `permuted` and `frozen` are None, and `experts` empty, if the router's decisions cannot be overruled
     (`Router.overrulable`).
@@ -136,6 +140,8 @@ class LayerEvidence:
     comparison: dict[str, Any] | None
     examples: tuple[tuple[int, ...], ...]
     draws: int = 0
+    diversity: dict[str, dict[str, float] | None] | None = None
+    probe: dict[str, Any] | None = None
 
     @property
     def heatmap(self) -> np.ndarray:
@@ -325,6 +331,7 @@ class Evidence:
             *([f"All {other}intervals are {over(self.sequences)}."] if self.sequences is not None else []),
             f"An image activates {mean.value:.1f} experts ({low} to {high}); {used} of {possible} routes are used, "
             f"effectively {effective:.1f}.",
+            *(advantage_line(e.name, e.probe) for e in self.layers if e.probe),
         ]
 
     def _about_calibration(self) -> list[str]:

@@ -30,6 +30,7 @@ from vimoe.moe import MoE, Routing
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine
 from vimoe.moe.ffn import as_linear
+from vimoe.moe.orthogonal import orthogonal_slots
 from vimoe.terminal import track
 
 KEPT_BYTES = 2**30  # of what the blocks before the first overruled layer give, and of labels, at most
@@ -330,14 +331,16 @@ class _Others:
 
     def __call__(self, images: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Return outputs (M, T, D) for (M,) images of the batch by decisions (M, U, K)."""
+        config = self.layer.config
+        experts, gates, batch = experts.flatten(0, 1), gates.flatten(0, 1), (len(images), self.shape[1])
+        other = replace(self.routing, experts=experts, gates=gates, batch=batch)
         if self.layer.router.mixes:
-            batch = (len(images), self.shape[1])
-            other = replace(self.routing, experts=experts.flatten(0, 1), gates=gates.flatten(0, 1), batch=batch)
             return self.layer.router.compute(self.x[images], other, self.layer.experts, self.layer.shared)
+        if config.orthogonal != "none":
+            other = other.by_gate
         units = (images[:, None] * self.units + torch.arange(self.units, device=images.device)).flatten()
-        number = self.layer.config.num_experts
-        chosen = experts.flatten(0, 1)
-        row = (units[:, None] * number + chosen).masked_fill(chosen < 0, self.none)
+        number = config.num_experts
+        row = (units[:, None] * number + other.experts).masked_fill(other.experts < 0, self.none)
         wanted = row.unique()
         new = wanted[~self.known[wanted]]
         if len(new):
@@ -346,5 +349,9 @@ class _Others:
             self.table[new] = self.layer.experts(self.x_RTD[new // number], torch.arange(len(new)).to(new), load)
             self.known[new] = True
         shared = None if self.shared is None else self.shared[units]
-        mix = shared is not None and self.layer.config.combine == "mix"
-        return combine(self.table, gates.flatten(0, 1), row, shared, mix).view(len(images), *self.shape[1:])
+        table = self.table
+        if shared is not None and config.orthogonal != "none":
+            table = orthogonal_slots(table[row], shared, other, config).flatten(0, 1)
+            row = torch.arange(len(table), device=row.device).view(row.shape)
+        mix = shared is not None and config.combine == "mix"
+        return combine(table, other.gates, row, shared, mix).view(len(images), *self.shape[1:])

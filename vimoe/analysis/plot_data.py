@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vimoe.analysis.statistics import Interval
 from vimoe.files import printable
 
 CHANCE = 0.05  # with a p-value above it, dependence is not distinguishable from chance
@@ -152,3 +153,13 @@ def short(name: str, length: int = 18) -> str:
     """Return a name cut to a length that fits beside an axis."""
     name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def advantage_line(layer: str, probe: dict[str, Any]) -> str:
+    """Return a sentence on what the expert that serves a class has before others, given `LayerEvidence.probe`."""
+    right, loss = (Interval(**probe[name]) for name in ("advantage", "advantage_loss"))
+    return (
+        f"{layer}: alone, the expert that serves a class has {100 * right.value:+.2f} "
+        f"[{100 * right.low:+.2f}, {100 * right.high:+.2f}] points more right than the others alone, and a loss that "
+        f"is {loss} nats lower."
+    )

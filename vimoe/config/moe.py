@@ -17,6 +17,7 @@ Combine = Literal["mix", "sum"]
 
 RouterGradient = Literal["chosen", "default_vectors", "dense"]
 BalanceOver = Literal["global", "process"]
+Orthogonal = Literal["none", "outputs", "normalized"]
 
 ROUTERS = Registry(
     "moe.router",
@@ -69,6 +70,7 @@ _READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "cluster_energy": ("init", ("cluster",)),
     "rank": ("experts", ("lora", "adapter")),
     "delta_density": ("experts", ("delta",)),
+    "orthogonal": ("experts", ("lora", "delta", "adapter")),
     "slots_per_expert": ("router", ("soft",)),
 }
 _KINDS = {"gate": GATES, "init": STARTS, "experts": EXPERTS, "router": ROUTERS}
@@ -126,6 +128,9 @@ class MoEConfig:
         expert_width: number of hidden units of an expert; by default that of the FFN. Each expert gets a part of the
             FFN's hidden units (fine-grained experts: DeepSeekMoE, arXiv 2401.06066).
         slots_per_expert: number of mixtures of tokens that each expert of a "soft" router gets from an image.
+        orthogonal: "outputs" makes the changes E_i(x) - S(x) of a token's experts orthogonal to one another, by
+            Gram-Schmidt in the order of their gates (after OMoE, arXiv 2501.10062); "normalized" gives them unit length
+            too (after MOORE, arXiv 2311.11385). For experts that change one shared expert, and top_k of at least 2.
 
     Raises:
         ConfigError: if a value is none of these, or values contradict one another.
@@ -160,6 +165,7 @@ class MoEConfig:
     delta_density: float = bounded(0.001, 0, 1)
     expert_width: int | None = bounded(None, 1)
     slots_per_expert: int = bounded(1, 1)
+    orthogonal: Orthogonal = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.selection.written)  # a list becomes a tuple
@@ -184,6 +190,25 @@ class MoEConfig:
                 "normalize_gates=True with combine='mix': normalised gates would leave nothing of the shared "
                 "expert (without one they are normalised already); drop it, or use combine='sum'"
             )
+        if self.orthogonal != "none":
+            self._check_orthogonal()
+
+    def _check_orthogonal(self) -> None:
+        """Raise ConfigError for settings by which a token has no changes to make orthogonal."""
+        needed = {
+            "top_k": (self.top_k > 1, "at least 2, since a single output has none to be orthogonal to"),
+            "num_shared_experts": (self.num_shared_experts == 1, "1, the one that all experts change"),
+            "router_gradient": (
+                self.router_gradient == "chosen",
+                "'chosen', since an output is orthogonal to chosen ones",
+            ),
+        }
+        for name, (right, expected) in needed.items():
+            if not right:
+                raise ConfigError(
+                    f"orthogonal={self.orthogonal!r} with {name}={getattr(self, name)!r}: expected {expected}; set it, "
+                    f"or leave orthogonal out"
+                )
 
     def _check_readers(self) -> None:
         """Raise ConfigError for a setting that the chosen kind does not read. Kinds of others may read any."""

@@ -39,7 +39,7 @@ _FUSE_READS_TOO = {"ewa": ("routing",), "exfusion": ()}
 _OF_MOE = (
     "router_lr_scale", "expert_lr_scale", "router_weight_decay", "router_frozen", "router_warmup_epochs",
     "expert_weight_decay", "balance_loss", "z_loss", "importance_loss", "entropy_loss", "variance_loss",
-    "orthogonal_loss", "route_loss",
+    "orthogonal_loss", "mutual_loss", "route_loss",
 )  # fmt: skip
 
 

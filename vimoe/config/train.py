@@ -60,6 +60,8 @@ class TrainConfig:
         variance_loss: weight of the loss that lets each expert's probability vary from one image (or token) to another.
         orthogonal_loss: weight of the loss that makes the outputs of the experts of one token orthogonal; needs top_k
             of at least 2.
+        mutual_loss: weight of the mean squared difference of the outputs of the experts of one token to their mean, by
+            which they learn from one another (after MoDE, arXiv 2402.00893); needs top_k of at least 2.
         distill_loss: weight of the loss by which the moving average (`ema_decay`), with all its experts at work,
             teaches the model.
         route_loss: weight of the cross-entropy that teaches a "superclass" router the expert of each class; no other
@@ -115,6 +117,7 @@ class TrainConfig:
     entropy_loss: float = bounded(0.0, 0)
     variance_loss: float = bounded(0.0, 0)
     orthogonal_loss: float = bounded(0.0, 0)
+    mutual_loss: float = bounded(0.0, 0)
     distill_loss: float = bounded(0.0, 0)
     route_loss: float = bounded(0.3, 0)
     label_smoothing: float | None = bounded(None, 0, 0.99999)
@@ -187,6 +190,11 @@ class TrainConfig:
     def parts(self) -> list[Layers]:
         """Parts that are trained one after the other, parsed; an error about one names the setting that has it."""
         return [Layers.parse(part, "stages", TRAINED) for part in self.stages or ()] or [self.trained]
+
+    @property
+    def reads_outputs(self) -> bool:
+        """True if a loss reads the outputs of the experts, which are recorded then."""
+        return self.orthogonal_loss > 0 or self.mutual_loss > 0
 
     @property
     def trained(self) -> Layers:

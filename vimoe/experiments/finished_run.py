@@ -116,12 +116,14 @@ class FinishedRun:
         """Return the predictions for image files, as `vimoe.tasks.base.Task.predict`."""
         return self.task.predict(self.model, files, None if out is None else Path(out), top)
 
-    def analyze(self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Evidence:
+    def analyze(
+        self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0, probe: bool = False
+    ) -> Evidence:
         """Measure the routing on validation, and write routing.json, example images and the report."""
         with temporary_folder(self.run.path):  # before all the work
             pass
         loader, sequences = self.task.validation(self.model, self.data), self.task.sequences(self.data)
-        evidence = analyze(self.model, loader, draws, overrule, seed, True, sequences, self.task.metric)
+        evidence = analyze(self.model, loader, draws, overrule, seed, True, sequences, self.task.metric, probe)
         run_folder.write_json(self.run.path / run_folder.ROUTING, evidence.to_dict())
         self._write_examples(evidence)
         write_run_report(self.run.path)

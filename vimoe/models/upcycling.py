@@ -58,7 +58,13 @@ class Plan:
 
 def _described(c: MoEConfig) -> str:
     """Return a layer's settings in words."""
-    named = ("gate", "init", "expert_width", "router_gradient")  # settings that are told where they are set
+    named = (
+        "gate",
+        "init",
+        "expert_width",
+        "router_gradient",
+        "orthogonal",
+    )  # settings that are told where they are set
     more = "".join(f", {name}={getattr(c, name)}" for name in named if getattr(c, name) != getattr(MoEConfig, name))
     return (
         f"{c.num_experts} experts ({c.experts}), {c.router} router, top_k={c.top_k}, {c.routing} routing, "

@@ -23,6 +23,7 @@ from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import dispatch
 from vimoe.moe.experts import Experts
 from vimoe.moe.grid import Grid
+from vimoe.moe.orthogonal import check, orthogonal_outputs
 from vimoe.moe.router import Router, TokenLayout
 from vimoe.moe.routing import note
 from vimoe.moe.start import Calibration, Start
@@ -38,7 +39,8 @@ class MoE(nn.Module):
 
     and without a shared expert sum_i g_i E_i(x), where "mix" makes the softmax router's gates of the chosen experts sum
     to 1. A token without an expert gives S(x), or 0 without a shared expert. A router that mixes tokens or experts has
-    a formula of its own (`Router.compute`).
+    a formula of its own (`Router.compute`). With `config.orthogonal` the outputs of a token's experts are first made
+    orthogonal (`vimoe.moe.orthogonal`).
 
     Every expert starts as a copy of the dense FFN, on its device and in its type, until `start` is called, which
     `vimoe.upcycle` does. Where experts are narrower (`expert_width` w < F), expert e is part e mod F / w of the FFN's
@@ -98,6 +100,7 @@ class MoE(nn.Module):
                 f"expected a Role for each parameter and no other; correct `roles`"
             )
         self.shared = None if n == 0 else dense if n == 1 else ffn.widen(dense, n)
+        check(config, self.experts, self.shared)
         unchosen = router_gradient.KINDS.get(config.router_gradient)
         self.unchosen = None if unchosen is None else unchosen(config.num_experts, kind.dim, like=weight)
         self.train(dense.training)
@@ -147,6 +150,7 @@ class MoE(nn.Module):
         """True if a new layer computes what the dense FFN did by construction, to rounding."""
         one_each = not self.router.ragged and not self.router.mixes  # gates of equal experts then sum to 1
         mixed = self.config.combine == "mix" and (self.shared is not None or one_each)
+        mixed = mixed and self.config.orthogonal != "normalized"  # it gives the rounding of no change unit length
         return mixed and not self.narrow and self.experts.keeps_function and self._begin.keeps_function
 
     @property
@@ -191,8 +195,10 @@ class MoE(nn.Module):
         sent = dispatch(routing)
         x_RUD = x_BTD.reshape(routing.experts.shape[0], routing.tokens_per_unit, x_BTD.shape[-1])
         y_SUD = self.experts(x_RUD, sent.source, sent.load)
-        note(self, routing, y_SUD)
         shared_RUD = None if self.shared is None else self.shared(x_BTD).view(x_RUD.shape)
+        if shared_RUD is not None and self.config.orthogonal != "none":
+            y_SUD = orthogonal_outputs(y_SUD, shared_RUD, routing, self.config)
+        note(self, routing, y_SUD)
         mix = self.shared is not None and self.config.combine == "mix"
         y_RUD = sent.combine(y_SUD, shared_RUD, mix)
         if self.unchosen is not None and all_RN is not None:
@@ -264,13 +270,14 @@ class MoE(nn.Module):
         """Methods of making this layer dense, as `vimoe.densify` names them in `how`.
 
         Means are taken of FFNs of the width of the dense one: not with several shared experts, nor of experts that are
-        no FFNs, wider ones, or narrower ones, which are joined.
+        no FFNs, wider ones, or narrower ones, which are joined; nor of changes whose length was normalized away.
         """
         shared = ("shared",) if self.shared is not None else ()
         if self.narrow and self.experts.are_ffns:
             return (*shared, "join", *(("whole",) if self._begin.pieces else ()))
         of_one_width = self.experts.are_ffns and self.experts.width == self._parent_hidden
-        means = ("merge", "matched") if of_one_width and self.config.num_shared_experts <= 1 else ()
+        meaningful = self.config.num_shared_experts <= 1 and self.config.orthogonal != "normalized"
+        means = ("merge", "matched") if of_one_width and meaningful else ()
         return (*shared, *means)
 
     def dense(self, how: str, gate_mass: Tensor) -> nn.Module:

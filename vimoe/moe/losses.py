@@ -122,6 +122,26 @@ def orthogonal_loss(routings: Sequence[Routing]) -> Tensor:
     return _mean(routings, _orthogonal)
 
 
+def mutual_loss(routings: Sequence[Routing]) -> Tensor:
+    """Mean over the tokens of 1/(K D) sum_k |y_k - m|^2, with y_k the outputs of a token's K experts and m their mean.
+
+    Mutual distillation after MoDE (arXiv 2402.00893): each expert learns from the others that got the same token. The
+    paper's formula could not be checked. The gradient goes through the mean too. A token with one expert counts 0.
+
+    Raises:
+        VimoeError: if outputs were not recorded, or no token has more than one expert, so that there is no other.
+
+    >>> import timm, torch, vimoe
+    >>> config = vimoe.MoEConfig(layers="last:1", num_experts=4, top_k=2)
+    >>> model = vimoe.upcycle(timm.create_model("test_vit"), config)
+    >>> with vimoe.record(model, outputs=True) as routings:
+    ...     logits = model(torch.randn(2, 3, 160, 160))
+    >>> loss = logits.square().mean() + 0.1 * vimoe.mutual_loss(routings)
+    >>> loss.backward()
+    """
+    return _mean(routings, _mutual)
+
+
 def distill_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     """Mean of sum_c t_c (log t_c - log s_c): Kullback-Leibler divergence of a model's classes from its teacher's.
 
@@ -148,19 +168,32 @@ def _entropy(routing: Routing) -> Tensor:
     return -(log_p_RN.exp() * log_p_RN).sum(dim=-1).mean()
 
 
-def _orthogonal(routing: Routing) -> Tensor:
+def _outputs(routing: Routing, loss: str) -> Tensor:
+    """Return (R, U, K, D) the recorded outputs, float32 at least. Raises VimoeError if a loss lacks them."""
     slots, outputs = routing.experts.shape[1], routing.outputs
     if slots < 2:
-        raise VimoeError(f"orthogonal_loss of {slots} expert of each token: expected at least 2; set moe.top_k=2")
+        raise VimoeError(f"{loss} of {slots} expert of each token: expected at least 2; set moe.top_k=2")
     if outputs is None:
         raise VimoeError(
             "the outputs of the experts were not recorded: expected vimoe.record(model, outputs=True), and a router "
             "that sends tokens to experts"
         )
-    y_RUKD = outputs.to(_precise(outputs)).transpose(1, 2)
+    return outputs.to(_precise(outputs)).transpose(1, 2)
+
+
+def _mutual(routing: Routing) -> Tensor:
+    y_RUKD = _outputs(routing, "mutual_loss")
+    filled_R1K1 = (routing.experts >= 0).to(y_RUKD.dtype)[:, None, :, None]
+    number_R111 = filled_R1K1.sum(dim=2, keepdim=True).clamp(min=1)
+    mean_RU1D = y_RUKD.sum(dim=2, keepdim=True) / number_R111  # an empty slot has the output 0
+    return ((y_RUKD - mean_RU1D).square() * filled_R1K1 / number_R111).sum(dim=2).mean()
+
+
+def _orthogonal(routing: Routing) -> Tensor:
+    y_RUKD = _outputs(routing, "orthogonal_loss")
     products_RUKK = y_RUKD @ y_RUKD.mT
     lengths_RUK = products_RUKK.diagonal(dim1=-2, dim2=-1)
-    others = ~torch.eye(slots, dtype=torch.bool, device=outputs.device)
+    others = ~torch.eye(y_RUKD.shape[2], dtype=torch.bool, device=y_RUKD.device)
     return (others * products_RUKK.square() / (lengths_RUK[..., None, :] + 1e-6)).sum(dim=(-2, -1)).mean()
 
 

@@ -335,6 +335,7 @@ class Router(nn.Module):
             "bias_update_rate": (config.bias_update_rate and not self.adjustable, 0),
             "gate": (config.gate != "probability" and not self.gated, "probability"),
             "router_gradient": (config.router_gradient != "chosen" and not self.gated, "chosen"),
+            "orthogonal": (config.orthogonal != "none" and self.mixes, "none"),
         }
         for name, (wrong, expected) in refused.items():
             if wrong:

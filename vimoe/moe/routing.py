@@ -45,8 +45,9 @@ class Routing:
         batch: (B, T), number of images and of tokens of an image.
         layer: module name of the layer; a recorder sets it.
         ragged: True if slots can be empty. The router says so without a look at the data.
-        outputs: (R, K, U, D) output of the expert in each slot before it is weighted, 0 where the slot is empty; None
-            unless they are recorded, and always for a router that mixes tokens or experts.
+        outputs: (R, K, U, D) output of the expert in each slot before it is weighted, 0 where the slot is empty; with
+            `moe.orthogonal` the orthogonal one. None unless they are recorded, and always for a router that mixes
+            tokens or experts.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -121,12 +122,21 @@ class Routing:
         counts = experts.new_zeros(*experts.shape[:-1], self.num_experts + 1)
         return counts.scatter_add_(-1, shifted, torch.ones_like(shifted))[..., 1:]
 
+    @property
+    def by_gate(self) -> Routing:
+        """The same decisions, with the slots of a row by falling gate; slots with equal gates stay in their order."""
+        order_RK = (-self.gates.detach()).argsort(dim=-1, stable=True)
+        return replace(self, gates=self.gates.gather(-1, order_RK), experts=self.experts.gather(-1, order_RK))
+
+    def places(self, filled: int) -> Tensor:
+        """Return (S,) where each filled slot is among all R * K; they are sorted by expert, and `filled` is S."""
+        chosen = self.experts.flatten()
+        return chosen.where(chosen >= 0, self.num_experts).argsort(stable=True)[:filled]
+
     def by_slot(self, y_SUD: Tensor) -> Tensor:
         """Return (R, K, U, D) the rows of y (S, U, D), sorted by expert, in the slots that they are of; else 0."""
-        chosen = self.experts.flatten()
-        home_S = chosen.where(chosen >= 0, self.num_experts).argsort(stable=True)[: len(y_SUD)]
-        slots = y_SUD.new_zeros(len(chosen), *y_SUD.shape[1:]).index_copy(0, home_S, y_SUD)
-        return slots.unflatten(0, self.experts.shape)
+        slots = y_SUD.new_zeros(self.experts.numel(), *y_SUD.shape[1:])
+        return slots.index_copy(0, self.places(y_SUD.shape[0]), y_SUD).unflatten(0, self.experts.shape)
 
     def detach(self) -> Routing:
         """Return the same decisions without gradient and outputs, to be kept beyond their training step."""

@@ -13,6 +13,7 @@ from vimoe.metrics.registry import shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
 from vimoe.report.intervention_section import add_expert_effects, add_interventions
+from vimoe.report.probe_section import add_diversity, add_probe
 from vimoe.report.similarity_section import add_similarities
 from vimoe.report.table_cells import ami_cell, interval_cell
 
@@ -47,8 +48,10 @@ def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, pref
     _add_dependence(page, evidence, prefix)
     add_interventions(page, evidence, prefix)
     add_expert_effects(page, evidence, prefix)
+    add_probe(page, evidence)
     _add_routes(page, evidence, prefix)
     add_similarities(page, evidence, prefix)
+    add_diversity(page, evidence)
 
 
 def routing_summary(evidence: dict[str, Any]) -> list[str]:

@@ -262,7 +262,7 @@ def _loss(model: nn.Module, forward: Callable[[], Tensor], labels: Tensor, confi
     """Return the loss of a step, as `vimoe.training.loop` computes it."""
     dtype = AUTOCAST.get("bf16" if config.precision == "auto" else config.precision)
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
-    with record(model, outputs=config.orthogonal_loss > 0) as routings, autocast:
+    with record(model, outputs=config.reads_outputs) as routings, autocast:
         logits = forward()
     return F.cross_entropy(logits.float(), labels) + auxiliary_losses(routings, config)[0]
 

@@ -34,6 +34,7 @@ from vimoe.moe.losses import (
     distill_loss,
     entropy_loss,
     importance_loss,
+    mutual_loss,
     orthogonal_loss,
     router_z_loss,
     variance_loss,
@@ -58,6 +59,7 @@ LOSSES = {  # of records, by the setting that is the weight
     "entropy_loss": entropy_loss,
     "variance_loss": variance_loss,
     "orthogonal_loss": orthogonal_loss,
+    "mutual_loss": mutual_loss,
 }
 OF_BATCH = (balance_loss, importance_loss, variance_loss)  # of a mean over the rows, so that all of the batch matters
 
@@ -315,7 +317,7 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
         AcceleratorState._reset_state()
     holding = held(model, config, process)
     model = holding.model
-    recorded = Recorded(model, job.forward, outputs=config.orthogonal_loss > 0)
+    recorded = Recorded(model, job.forward, outputs=config.reads_outputs)
     optimizer = adamw(model, config)
     schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
     routes = [p for layer in moe_layers(model).values() for p in layer.router.routes if p.requires_grad]

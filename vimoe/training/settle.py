@@ -19,6 +19,10 @@ from vimoe.process import Process
 from vimoe.training.compiled import check_compiler
 
 _OF_SCORES = ("z_loss", "importance_loss", "entropy_loss", "variance_loss")  # losses of a router's scores
+_OF_OUTPUTS = {  # losses of the outputs of a token's experts, and what one output lacks
+    "orthogonal_loss": "none to be orthogonal to",
+    "mutual_loss": "no other to learn from",
+}
 _OF_WHOLE_MODELS = {  # settings that go with whole models alone, and why
     "ema_decay": "a moving average is of whole weights",
     "fuse": "experts become one FFN where a process has them all",
@@ -143,17 +147,18 @@ def _check_routers(config: TrainConfig, model: nn.Module) -> None:
             f"train.route_loss={config.route_loss:g} with moe.router={min(untaught)!r}: expected it with 'superclass' "
             f"only; leave it out"
         )
-    mixing = {router.config.router for router in routers if router.mixes}
-    if config.orthogonal_loss and mixing:
-        raise ConfigError(
-            f"train.orthogonal_loss={config.orthogonal_loss:g} with moe.router={min(mixing)!r}: expected 0, since no "
-            f"token has outputs of chosen experts; leave it out"
-        )
-    if config.orthogonal_loss and any(router.slots < 2 for router in routers):
-        raise ConfigError(
-            f"train.orthogonal_loss={config.orthogonal_loss:g} with moe.top_k=1: expected at least 2, since a single "
-            f"output has none to be orthogonal to; set moe.top_k=2, or leave the loss out"
-        )
+    for name, why in _OF_OUTPUTS.items():
+        value = getattr(config, name)
+        if value and (mixing := {router.config.router for router in routers if router.mixes}):
+            raise ConfigError(
+                f"train.{name}={value:g} with moe.router={min(mixing)!r}: expected 0, since no token has outputs of "
+                f"chosen experts; leave it out"
+            )
+        if value and any(router.slots < 2 for router in routers):
+            raise ConfigError(
+                f"train.{name}={value:g} with moe.top_k=1: expected at least 2, since a single output has {why}; set "
+                f"moe.top_k=2, or leave the loss out"
+            )
 
 
 def _check_read(config: TrainConfig, routers: Sequence[Router]) -> None:

@@ -69,3 +69,9 @@ def test_every_kind_of_experts_makes_a_program(experts: str) -> None:
 @pytest.mark.parametrize("settings", [{"ffn": "swiglu, norm", "shared": 0}, {"gate": "sigmoid", "shared": 2}])
 def test_other_layers_make_programs(settings: dict) -> None:
     check_program(make(**settings))
+
+
+@pytest.mark.parametrize("orthogonal", ["outputs", "normalized"])
+@pytest.mark.parametrize("layout", ["image by class token", "token"])
+def test_layers_with_orthogonal_outputs_make_programs(layout: str, orthogonal: str) -> None:
+    check_program(make(layout=layout, experts="lora", k=3, orthogonal=orthogonal))
