@@ -16,6 +16,6 @@ def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object
 
 
 def macs(compute: Callable[..., object], *args: Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={_ON_CPU: _attention}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={_ON_CPU: _attention}) as counter:
         compute(*args)
     return counter.get_total_flops() // 2
