@@ -197,10 +197,10 @@ def test_the_oracle_is_that_of_loops_over_images_and_experts(routing: str, setti
             by_prediction.append(alone[i, alone[alike].mean(axis=0).argmin()])
             changes.append(alone[i, alone[[j for j in others if labels[j] == labels[i]]].mean(axis=0).argmin()])
         assert figures.name == name and figures.oracle.images == 20
-        assert figures.oracle.by_class.loss.value == pytest.approx(np.mean(changes), abs=1e-9)
-        assert figures.oracle.by_prediction.loss.value == pytest.approx(np.mean(by_prediction), abs=1e-9)
-        assert figures.oracle.for_all.loss.value == pytest.approx(np.mean(for_all), abs=1e-9)
-        assert figures.oracle.by_image.loss.value == pytest.approx(alone.min(axis=1).mean(), abs=1e-9)
+        assert figures.oracle.by_class.loss.value == pytest.approx(np.mean(changes), abs=1e-7)
+        assert figures.oracle.by_prediction.loss.value == pytest.approx(np.mean(by_prediction), abs=1e-7)
+        assert figures.oracle.for_all.loss.value == pytest.approx(np.mean(for_all), abs=1e-7)
+        assert figures.oracle.by_image.loss.value == pytest.approx(alone.min(axis=1).mean(), abs=1e-7)
         assert np.std(changes) > 1e-3  # the comparison would be of zeros
 
 

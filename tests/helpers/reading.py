@@ -7,7 +7,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import vimoe
 from vimoe.models.interface import find_backbone, logits_of
@@ -46,9 +45,3 @@ def assert_same(whole: nn.Module, narrow: nn.Module, x: Tensor) -> None:
             torch.testing.assert_close(
                 found[name], gradient, **IN_FLOAT64, msg=lambda text, name=name: f"{name}: {text}"
             )
-
-
-def macs(model: nn.Module, x: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    return counter.get_total_flops() // 2

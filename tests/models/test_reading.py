@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
 import timm
 import torch
-from helpers.reading import IN_FLOAT64, assert_same, descend, inputs, macs, pair
+from helpers.flops import macs
+from helpers.reading import IN_FLOAT64, assert_same, descend, inputs, pair
 from helpers.segmenters import segmenter
 from helpers.tiny import FAMILIES, config, images, perturb_experts, randomise, upcycle, vit
 from timm.layers import Attention
@@ -465,6 +468,42 @@ def test_a_compiled_model_notices_that_its_head_has_changed() -> None:
     for pool in ("token", "avg", "token"):
         whole.global_pool = narrow.global_pool = pool
         torch.testing.assert_close(compiled(x), whole(x), **IN_FLOAT64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_compiled_copy_reads_what_its_own_head_does(copied: Callable[[nn.Module], nn.Module]) -> None:
+    torch._dynamo.reset()
+    whole, narrow = pair(vit())
+    x, other = inputs(whole), copied(narrow)
+    torch.testing.assert_close(torch.compile(narrow, backend="eager")(x), whole(x), **IN_FLOAT64)
+    whole.global_pool = other.global_pool = "avg"
+    torch.testing.assert_close(torch.compile(other, backend="eager")(x), whole(x), **IN_FLOAT64)
+
+
+@torch.no_grad()
+def test_what_is_compiled_for_one_model_is_not_for_another() -> None:
+    """Their weights differ, and here a hook, which torch.compile does not look at."""
+    torch._dynamo.reset()
+    whole, narrow = pair(vit())
+    x, seen = inputs(whole), []
+    watched = copy.deepcopy(narrow)
+    watched.blocks[1].norm2.register_forward_hook(lambda _norm, _args, y: seen.append(y.shape[1]))
+    torch.compile(narrow, backend="eager")(x)
+    torch.compile(watched, backend="eager")(x)
+    assert seen == [5]
+
+
+def test_a_model_that_is_dropped_leaves_memory_at_once() -> None:
+    """No cycle of references keeps its weights."""
+    narrow = pair(vit())[1]
+    weight = weakref.ref(narrow.head.weight)
+    gc.disable()
+    try:
+        del narrow
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 BLOCKS: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torchvision
 from helpers.commands import call, refused
-from helpers.reading import IN_FLOAT64, assert_same, inputs, macs, pair
+from helpers.flops import macs
+from helpers.reading import IN_FLOAT64, assert_same, inputs, pair
 from helpers.round_trip import round_trip
 from helpers.tiny import config, layers, perturb_experts, randomise
 from torch import Tensor, nn

@@ -30,7 +30,7 @@ MOVING = {"router_weight_decay": 9.0, "router_lr_scale": 5.0, "warmup_epochs": 0
 
 
 def routes(network: nn.Module) -> torch.Tensor:
-    return torch.cat([layer.router.weight.detach().flatten() for layer in layers(network)])
+    return torch.cat([layer.router.weight.detach().cpu().flatten() for layer in layers(network)])
 
 
 def frozen_until(monkeypatch: pytest.MonkeyPatch, data: Data, out: Path, network: nn.Module, **changes: object) -> list:

@@ -195,6 +195,7 @@ def test_training_them_alone_is_the_same_budget_for_the_dense_control(data: Data
     tmp_path.mkdir(exist_ok=True)
     settings = replace(QUICK, train_only="moe")
     train(control, job_on_images(data, preprocessing(control), settings), settings, tmp_path, ["blocks.1.mlp"])
+    control.cpu()
     moved = {name for name, p in control.named_parameters() if not torch.equal(p, frozen[name])}
     assert {name.split(".mlp.")[0] for name in moved} == {"blocks.1", "head.weight", "head.bias"}
     with pytest.raises(ConfigError, match="no MoE layer"):
@@ -247,7 +248,7 @@ def test_the_bias_moves_once_an_update_by_the_load_of_all_its_steps(
     for name, layer in moe_layers(network).items():
         expected = torch.zeros(4)
         for step in seen:
-            load = sum(routing.load for routing in step if routing.layer == name)
+            load = sum(routing.load.cpu() for routing in step if routing.layer == name)
             assert load.sum() == 8 * len(step) / 2
             expected += 0.125 * (load.float().mean() - load).sign()
         assert expected.any() and torch.equal(layer.router.choice_bias, expected)

@@ -123,7 +123,7 @@ class FinishedRun:
         with temporary_folder(self.run.path):  # before all the work
             pass
         loader, sequences = self.task.validation(self.model, self.data), self.task.sequences(self.data)
-        evidence = analyze(self.model, loader, draws, overrule, seed, True, sequences, self.task.metric, probe)
+        evidence = analyze(self.model, loader, draws, overrule, seed, True, sequences, self.task.metric, probe=probe)
         run_folder.write_json(self.run.path / run_folder.ROUTING, evidence.to_dict())
         self._write_examples(evidence)
         write_run_report(self.run.path)

@@ -14,9 +14,10 @@ Axes: B images, T tokens, D channels.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any, TypeVar, get_args
 
@@ -34,19 +35,28 @@ from vimoe.moe.packed import PackedLinear
 from vimoe.moe.routing import recomputing
 
 Model = TypeVar("Model", bound=nn.Module)
-_running: ContextVar[tuple[tuple[nn.Module, nn.Module, int], ...]] = ContextVar("vimoe_reading", default=())
-_ignoring_hooks: ContextVar[bool] = ContextVar("vimoe_reading_ignores_hooks", default=False)
 _TOKENWISE = (nn.Identity, nn.Linear, PackedLinear, nn.Dropout, nn.LayerNorm, nn.RMSNorm)
+
+
+class _Own(threading.local):
+    """ViTs whose forward runs in this thread, with the last block and the tokens that it computes, the latest first."""
+
+    def __init__(self) -> None:  # an attribute of the class would be a constant to torch.compile
+        self.running: tuple[tuple[nn.Module, nn.Module, int], ...] = ()
+        self.ignoring_hooks = False
+
+
+_own = _Own()
 
 
 class NarrowBlock(nn.Module):
     """A block that can compute its first tokens alone: a base class, before the class of the family's block.
 
     Attributes:
-        within: the ViT while its forward runs, for torch.compile, which follows the ViT's hooks too; else empty.
+        within: the ViT while its forward runs, and its hook, for torch.compile, which follows hooks too; else empty.
     """
 
-    within: tuple[nn.Module, ...] = ()
+    within: tuple[Any, ...] = ()
     _latest: int | None = None
 
     def narrow(self, x_BTD: Tensor, read: int, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -66,8 +76,10 @@ class NarrowBlock(nn.Module):
 
     def _read(self) -> int | None:
         if torch.compiler.is_compiling() and self.within:
-            return _tokens_now(*self.within, self)
-        read = next((read for _, block, read in _running.get() if block is self), None)
+            vit, begin = self.within
+            tokens: int | None = begin.constant(id(vit), id(self))
+            return tokens
+        read = next((read for _, block, read in _own.running if block is self), None)
         if recomputing() and read is None:  # checkpointing calls the block again, outside of the ViT's forward
             return self._latest
         if not torch.compiler.is_compiling():
@@ -85,8 +97,8 @@ class _End:
         if torch.compiler.is_compiling():
             for block in self._last(vit):
                 block.within = ()
-        elif _running.get():
-            _running.set(tuple(each for each in _running.get() if each[0] is not vit))
+        elif _own.running:
+            _own.running = tuple(each for each in _own.running if each[0] is not vit)
 
     def _last(self, vit: nn.Module) -> list[Any]:
         """Return the last block, if there is one."""
@@ -96,13 +108,31 @@ class _End:
 class _Begin(_End):
     """Forward pre-hook of a ViT: its last block may be narrow from here on."""
 
+    def __init__(self, holder: str, vit: nn.Module) -> None:
+        super().__init__(holder)
+        self.vit = weakref.ref(vit)  # with a cycle, weights would stay in memory until it is found
+
+    def __getstate__(self) -> tuple[str, nn.Module | None]:
+        return self.holder, self.vit()
+
+    def __setstate__(self, state: tuple[str, nn.Module]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
     def __call__(self, vit: nn.Module, args: Any, _output: Any = None) -> None:
         super().__call__(vit, args)  # what an interrupted forward began has not ended
         for block in self._last(vit):
-            if torch.compiler.is_compiling():  # it cannot set the variable, of which each thread has one
-                block.within = (vit,)  # the block asks, as it is compiled with the head, and this perhaps without
+            if torch.compiler.is_compiling():
+                block.within = (vit, self)  # the block asks, as it is compiled with the head, and this perhaps without
             elif (read := _tokens_now(vit, block)) is not None:
-                _running.set(((vit, block, read), *_running.get()))
+                _own.running = ((vit, block, read), *_own.running)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def constant(self, vit: int, block: int) -> int | None:
+        """Return `_tokens_now` of modules by their ids, to stay in compiled code; torch 2.11 gives it no modules."""
+        own = self.vit()
+        if own is None or id(own) != vit:  # a shallow copy shares the hooks
+            return None
+        return next((_tokens_now(own, last) for last in self._last(own) if id(last) == block), None)
 
 
 def set_reading(model: Model, read: Read = "auto") -> Model:
@@ -144,7 +174,7 @@ def set_reading(model: Model, read: Read = "auto") -> Model:
         for number in [number for number, hook in hooks.items() if isinstance(hook, _End)]:
             del hooks[number]
     if read == "auto" and _narrow(backbone):
-        backbone.vit.register_forward_pre_hook(_Begin(backbone.holder))
+        backbone.vit.register_forward_pre_hook(_Begin(backbone.holder, backbone.vit))
         backbone.vit.register_forward_hook(_End(backbone.holder), always_call=True)
     return model
 
@@ -162,11 +192,11 @@ def tokens_read(model: nn.Module) -> int | None:
 @contextmanager
 def ignoring_hooks() -> Iterator[None]:
     """Compute only what is read inside the `with` block, also for hooks, which then see fewer tokens."""
-    token = _ignoring_hooks.set(True)
+    before, _own.ignoring_hooks = _own.ignoring_hooks, True
     try:
         yield
     finally:
-        _ignoring_hooks.reset(token)
+        _own.ignoring_hooks = before
 
 
 def tokenwise(module: nn.Module, known: Collection[type[nn.Module]]) -> bool:
@@ -208,7 +238,6 @@ def _watched(module: nn.Module, before: bool = True) -> bool:
     return any(not owner.startswith("torch.distributed.") for owner in owners)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _tokens_now(vit: nn.Module, block: nn.Module) -> int | None:
     """Return the number of tokens of a block that the head reads; None if something needs all of them.
 
@@ -232,7 +261,7 @@ def _tokens_now(vit: nn.Module, block: nn.Module) -> int | None:
         return None
     steps = accumulate(backbone.holder.split("."), lambda outer, inner: f"{outer}.{inner}")
     after = (*map(vit.get_submodule, steps), *backbone.after_blocks)  # all around the blocks, and what follows
-    if not _ignoring_hooks.get() and (
+    if not _own.ignoring_hooks and (
         any("forward" in vars(part) or _watched(part) for child in block.children() for part in child.modules())
         or _watched(block, before=False)  # pre-hooks get all tokens anyway
         or any(map(_watched, after))

@@ -7,9 +7,9 @@ experts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -157,7 +157,14 @@ class _Recorder:
         self.routings: list[Routing] = []
 
 
-_recorders: ContextVar[tuple[_Recorder, ...]] = ContextVar("vimoe_recorders", default=())
+class _Own(threading.local):
+    """Recorders of this thread, the innermost last."""
+
+    def __init__(self) -> None:  # an attribute of the class would be a constant to torch.compile
+        self.recorders: tuple[_Recorder, ...] = ()
+
+
+_own = _Own()
 
 
 @contextmanager
@@ -186,11 +193,11 @@ def record(model: nn.Module, outputs: bool = False) -> Iterator[list[Routing]]:
     expect("model", model, nn.Module, "give the one that is to be recorded")
     names = {id(module): name for name, module in model.named_modules()}
     recorder = _Recorder(names, outputs)
-    token = _recorders.set((*_recorders.get(), recorder))
+    _own.recorders = (*_own.recorders, recorder)
     try:
         yield recorder.routings
     finally:
-        _recorders.reset(token)
+        _own.recorders = tuple(each for each in _own.recorders if each is not recorder)
 
 
 def recomputing() -> bool:
@@ -200,7 +207,7 @@ def recomputing() -> bool:
 
 def note(layer: nn.Module, routing: Routing, y_SUD: Tensor | None = None) -> None:
     """Hand a layer's routing, and the outputs of its experts, to the innermost recorder that covers the layer."""
-    for recorder in reversed(_recorders.get()):
+    for recorder in reversed(_own.recorders):
         if id(layer) not in recorder.names:
             continue
         if recomputing():

@@ -72,8 +72,10 @@ class SoftRouter(Router):
         with own_type(x_BTD):
             scores_RS = self.score(self.feature(x_BTD))
             noisy_RS = self.noisy(scores_RS)
-            routing = replace(self.decide(self._of_experts(noisy_RS), batch), logits=self._of_experts(scores_RS))
-        return SlotRouting(**vars(routing), slots=noisy_RS.view(*batch, noisy_RS.shape[1]))
+            routing = self.decide(self._of_experts(noisy_RS), batch)
+            logits_RN = self._of_experts(scores_RS)
+        slots = noisy_RS.view(*batch, noisy_RS.shape[1])
+        return SlotRouting(logits_RN, routing.gates, routing.experts, routing.unit, batch, slots=slots)
 
     def score(self, feature_RD: Tensor) -> Tensor:
         """Return (R, S), the scaled cosine of each token with each slot's vector."""
