@@ -38,8 +38,8 @@ _FUSE_READS_TOO = {"ewa": ("routing",), "exfusion": ()}
 # settings of a training that are about MoE layers
 _OF_MOE = (
     "router_lr_scale", "expert_lr_scale", "router_weight_decay", "router_frozen", "router_freeze_epochs",
-    "router_freeze_margin", "router_warmup_epochs", "locality_loss", "expert_weight_decay", "balance_loss", "z_loss", "importance_loss", "entropy_loss", "variance_loss",
-    "orthogonal_loss", "route_loss",
+    "router_freeze_margin", "router_warmup_epochs", "expert_weight_decay", "balance_loss", "z_loss", "importance_loss",
+    "entropy_loss", "variance_loss", "orthogonal_loss", "locality_loss", "route_loss",
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ class Settings:
 
     @property
     def trainings(self) -> list[Settings]:
-        """Settings of each stage, in order, of a dense model until the MoE layers come in; else these, for each task."""
+        """Settings of each stage, in order, of a dense model until MoE layers come in; else these, for each task."""
         stages = self.train.trainings
         if self.train.stages is None:
             return [self] * (self.data.tasks or 1)

@@ -38,10 +38,10 @@ class TrainConfig:
         router_weight_decay: weight decay of the routers.
         router_frozen: share of the training, from its beginning, in which no router is trained; 1 is all of it. Biases
             and gates (`moe.bias_update_rate`, `moe.gate`) still learn.
-        router_freeze_epochs: number of epochs, counted over all stages or tasks, after which no router changes any more,
-            its bias and gate included, to the end; 0 is never. `router_frozen` is about the beginning of a training.
-        router_freeze_margin: gap between the scores of the last chosen expert and the next one. A layer's router changes
-            no more, to the end, once its mean over an epoch's images (or tokens) is larger; 0 is never.
+        router_freeze_epochs: number of epochs, counted over all stages or tasks, after which no router changes any
+            more, its bias and gate included; 0 is never. `router_frozen` is about the beginning of a training.
+        router_freeze_margin: gap between the scores of the last chosen expert and the next one. A layer's router
+            changes no more once the mean gap over an epoch's images (or tokens) is larger; 0 is never.
         router_warmup_epochs: number of epochs in which a share of the routers' decisions is random; it falls linearly
             from 1 to 0, so that every expert is trained before a router has an opinion.
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.

@@ -149,8 +149,8 @@ def _check_start(kind: type[Task[Any]], data: Roles, settings: Settings) -> None
     router = ROUTERS.find(moe.router)
     if router.supervised and settings.data.tasks:
         raise ConfigError(
-            f"data.tasks={settings.data.tasks} with moe.router={moe.router!r}: expected a router that needs no classes, "
-            f"since the first task does not have them all; use another, such as 'centroids'"
+            f"data.tasks={settings.data.tasks} with moe.router={moe.router!r}: expected a router that no classes "
+            f"train, since the first task does not have them all; use another, such as 'centroids'"
         )
     if router.supervised:
         if METRICS.find(kind.metric).by_patch:

@@ -94,9 +94,9 @@ def train(
         trained: names of the modules to train beside the head; by default those of `config.train_only`.
         settings: settings by name ("model.name") that a checkpoint notes, so that a training does not go on with
             others; by default those of `config`.
-        stage: number of the stage of `TrainConfig.stages` that `config` is the settings of, or of the task of a sequence
-            that `job` is. A checkpoint of the stage before is gone on from with its logs; the model has its weights
-            already.
+        stage: number of the stage of `TrainConfig.stages` that `config` is the settings of, or of the task of a
+            sequence that `job` is. A checkpoint of the stage before is gone on from with its logs; the model has its
+            weights already.
         part: name of the stage in the logs; by default `config.train_only`.
 
     Returns:
@@ -198,10 +198,7 @@ class _Steps:
             seed_everything(mix(self.config.seed, state.epoch, state.step))
             if self.config.router_warmup_epochs:
                 set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
-            for p in self.routes:
-                p.requires_grad_(state.updates >= self.config.router_frozen * self._updates)
-            for p in (p for name in state.frozen for p in self.routers[name]):
-                p.requires_grad_(False)
+            self._freeze_routers(state)
             with self.accelerator.accumulate(self.model):
                 images, targets = self.job.prepare(inputs, targets)
                 if self.process.rank:  # all mix images alike, and each draws what it drops
@@ -236,6 +233,14 @@ class _Steps:
             state.health.add(routings)
             state.totals.seconds = before + time.perf_counter() - start
             yield
+
+    def _freeze_routers(self, state: State) -> None:
+        """Let those routers learn in the next step that are not frozen at the beginning, nor to the end."""
+        for p in self.routes:
+            p.requires_grad_(state.updates >= self.config.router_frozen * self._updates)
+        for name in state.frozen:
+            for p in self.routers[name]:
+                p.requires_grad_(False)
 
     def _updated(self, state: State) -> None:
         """Let all that follows the weights follow an update of them."""
@@ -340,8 +345,8 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     locality = Locality(layers) if config.locality_loss and layers else None  # on the device by now
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     steps = _Steps(
-        accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader), routes,
-        routers, locality,
+        accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader),
+        routes, routers, locality,
     )  # fmt: skip
     steps.order.divide(config.batch_size, process.count)
     judged, plain = steps.judged, config.precision == "no"

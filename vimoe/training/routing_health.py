@@ -78,7 +78,8 @@ class Health:
 
         effective_experts is exp(entropy of the load), and busiest the largest share. router_entropy is in nats: 0 is
         certain, log N undecided. router_confidence is the probability of the first choice, and logit_rms the size of
-        the router's scores. router_margin is the gap between the scores of the last chosen expert and the next one. router_gradient and expert_gradient are norms, as means over steps.
+        the router's scores. router_margin is the gap between the scores of the last chosen expert and the next one.
+        router_gradient and expert_gradient are norms, as means over steps.
         """
         rows = []
         for (layer, sums), shares in zip(self.sums.items(), self.shares().values(), strict=True):
