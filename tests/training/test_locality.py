@@ -43,7 +43,7 @@ def test_the_loss_is_the_formula(settings: dict) -> None:
         torch.testing.assert_close(locality.distances(layer), torch.arange(4.0))
     routings = recorded(network)
     by_hand = [sum(e * r.probabilities[:, e].mean().item() for e in range(4)) for r in routings]
-    assert float(locality.loss(routings)) == pytest.approx(sum(by_hand) / 2)
+    assert locality.loss(routings).item() == pytest.approx(sum(by_hand) / 2)
 
 
 def test_what_experts_share_is_no_distance() -> None:

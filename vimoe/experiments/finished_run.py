@@ -325,6 +325,10 @@ class FinishedRun:
     def _recovery(self, epochs: int, lr: float | None) -> TrainConfig | None:
         if epochs < 0:
             raise ConfigError(f"recover={epochs}: expected a number of epochs, 0 for none")
+        if epochs and (tasks := self.run.settings.data.tasks):
+            raise ConfigError(
+                f"recover={epochs} of a run with data.tasks={tasks}: expected 0, since it would learn all tasks at once"
+            )
         config = self.run.settings.train.trainings[-1]
         lr = config.lr / 10 if lr is None else lr
         if not epochs:
