@@ -19,9 +19,9 @@ def forgetting(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
 
     With A[t, i] the accuracy on task i after task t:
 
-        mean                1/T sum_i A[T, i]
-        forgetting          1/(T-1) sum_{i<T} (max_{i<=t<T} A[t, i] - A[T, i])   (Chaudhry et al., arXiv 1801.10112)
-        backward_transfer   1/(T-1) sum_{i<T} (A[T, i] - A[i, i])   (Lopez-Paz and Ranzato, arXiv 1706.08840)
+    - mean: 1/T sum_i A[T, i].
+    - forgetting: 1/(T-1) sum_{i<T} (max_{i<=t<T} A[t, i] - A[T, i]). Chaudhry et al., arXiv 1801.10112.
+    - backward_transfer: 1/(T-1) sum_{i<T} (A[T, i] - A[i, i]). Lopez-Paz and Ranzato, arXiv 1706.08840.
 
     Forgetting as in arXiv 2406.16437, of errors at the end over those right after a task, is minus backward transfer.
 
