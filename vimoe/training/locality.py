@@ -19,10 +19,10 @@ class Locality:
 
         L_loc = 1/L sum over layers of  sum_m P_m |w^m - w_0^m|
 
-    P_m is the mean probability of expert m over the rows of the batch, w^m are its weights, w_0^m those at the beginning
-    of the task (without tasks, of the training). The Euclidean norm |.| has no gradient here. So the loss trains
-    routers, and the blocks before them, as every loss of scores does, and no expert by its distance. An expert that
-    knows similar images already has to move less for them.
+    P_m is the mean probability of expert m over the rows of the batch, w^m are its weights, w_0^m those at the
+    beginning of the task (without tasks, of the training). The Euclidean norm |.| has no gradient here. So the loss
+    trains routers, and the blocks before them, as every loss of scores does, and no expert by its distance. An expert
+    that knows similar images already has to move less for them.
 
     Source: Li et al., arXiv 2406.16437, sum_m pi_m |w_t^m - w_(t-1)^m| with a round t for each task; the formula is
     from memory. There one expert is moved in a round, by a closed form; here all that get images, step by step.
