@@ -85,7 +85,7 @@ class TaskSequence:
                     right[name] += _right(logits, labels, among)
                 for each in routings:
                     routing[each.layer] = routing.get(each.layer, 0) + each.load
-            shares = {name: number / len(part.val) for name, number in right.items()}
+            shares = {name: images / len(part.val) for name, images in right.items()}
             row.append({**shares, "routing": {layer: load.tolist() for layer, load in routing.items()}})
         return row, counts.score().to_dict()
 
