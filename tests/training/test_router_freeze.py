@@ -123,6 +123,18 @@ def sure() -> nn.Module:
     return network
 
 
+def test_the_remedy_for_a_frozen_router_that_collapsed_is_to_let_it_learn(data: Data, tmp_path: Path) -> None:
+    network = model()
+    with torch.no_grad():
+        for layer in layers(network):
+            layer.router.weight.copy_(layer.router.weight[0] * torch.tensor([[100.0], [1.0], [1.0], [1.0]]))
+    _, summary = run(data, tmp_path, network, epochs=2, router_freeze_epochs=1, lr=0.0, min_lr=0.0)
+    before, after = ([alarm for alarm in summary["alarms"] if alarm.startswith(f"epoch {e}: {SECOND}")] for e in (1, 2))
+    learning, longer = "raise train.balance_loss or moe.bias_update_rate", "let its router learn longer"
+    assert learning in " ".join(before) and longer not in " ".join(before)
+    assert longer in " ".join(after) and "bias_update_rate" not in " ".join(after)
+
+
 def test_the_margin_is_between_the_last_chosen_score_and_the_next() -> None:
     logits = torch.tensor([[3.0, 1.0, 0.5, 0.0], [0.0, 4.0, 4.0, 1.0]])
     for k, expected in ((1, [2.0, 0.0]), (2, [0.5, 3.0]), (4, [0.0, 0.0])):

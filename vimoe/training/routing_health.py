@@ -7,7 +7,7 @@ reaches the router. Sums stay on the device until the end of an epoch, so that n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -99,8 +99,13 @@ class Health:
             })  # fmt: skip
         return rows
 
-    def alarms(self, layers: Mapping[str, MoE]) -> list[str]:
-        """Return a message with a remedy for each fault; none for a healthy layer, and none for one that is frozen."""
+    def alarms(self, layers: Mapping[str, MoE], stopped: Collection[str] = ()) -> list[str]:
+        """Return a message with a remedy for each fault; none for a healthy layer, and none for one that is frozen.
+
+        Args:
+            layers: MoE layers by name.
+            stopped: names of those whose routers learnt until now, and change no more (`train.router_freeze_epochs`).
+        """
         found = []
         for row, shares in zip(self.rows(), self.shares().values(), strict=True):
             name, config = row["layer"], layers[row["layer"]].config
@@ -109,8 +114,9 @@ class Health:
                 continue
             learns = any(p.requires_grad for p in router.routes)
             balance = ["train.balance_loss"] * (learns and not router.even)
-            balance += ["moe.bias_update_rate"] * router.adjustable
+            balance += ["moe.bias_update_rate"] * (router.adjustable and name not in stopped)
             more = [f"raise {' or '.join(balance)}"] if balance else []
+            more += ["let its router learn longer (train.router_freeze_epochs or _margin)"] * (name in stopped)
             k = max(1.0, float(sums["load"].sum() / sums["units"]))  # experts of a row, in the mean if that varies
             warmup = ["set train.router_warmup_epochs=1"] * (learns and router.adjustable)
             idle = [str(expert) for expert, share in enumerate(shares) if share == 0]

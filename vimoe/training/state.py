@@ -150,7 +150,7 @@ class State:
             for expert, share in enumerate(shares)
         ]
         self.health_rows += [{"epoch": self.number, **row} for row in self.health.rows()]
-        for alarm in self.health.alarms(layers):
+        for alarm in self.health.alarms(layers, self.frozen):
             self.alarms.append(f"epoch {self.number}: {alarm}")
             logger.warning(self.alarms[-1])
         self.write_logs(out)
