@@ -184,7 +184,8 @@ TAXONOMY: dict[str, tuple[Row, ...]] = {
         Row("experts shared between layers", "WideNet, SUT",
             why="refused: layers of a pretrained parent have weights of their own"),
         Row("prompts", "SMoP", why="not for vision: its experts are prompts of a language model"),
-        Row("growing experts", "Lifelong-MoE", why="refused: there are no sequences of tasks yet"),
+        Row("growing experts", "Lifelong-MoE",
+            why="refused: the number of experts is fixed over a sequence of tasks (data.tasks)"),
     ),
     "System": (
         Row("computation", "MegaBlocks, ScatterMoE", verb="bench",
@@ -205,7 +206,8 @@ TAXONOMY: dict[str, tuple[Row, ...]] = {
         Row("router: centroids of clusters", "Cluster-aware Upcycling, TGR-MoE", ("moe.router=centroids",),
             evidence="routes taught by a frozen DeiT-III, from scratch: ViT-S 82.63 dense, 83.34; ViT-B 83.97 dense, "
             "85.46 (2604.21330, **N**)"),
-        Row("router: held still for a part of the training", "Mobile V-MoE, TGR-MoE", ("train.router_frozen",),
+        Row("router: held still for a part of the training", "Mobile V-MoE, TGR-MoE",
+            ("train.router_frozen", "train.router_freeze_epochs"),
             evidence="V-MoE changes 40% of its decisions in the middle of the training (2604.21330, **N**)"),
         Row("router: random decisions at first", "THOR", ("train.router_warmup_epochs",)),
         Row("balance: a bias on the choice", "loss-free balancing", ("moe.bias_update_rate=0.001",)),

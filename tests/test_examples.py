@@ -123,6 +123,8 @@ def test_the_page_on_methods_runs() -> None:
     code, names = blocks("docs/methods.md"), dict[str, Any]()
     torch.manual_seed(0)
     for block in code:
+        if "run_training" in block:  # a test of its own
+            continue
         exec(block, names)
         if "look" in block:
             assert names["look"]["parent"]["what"] == "given" and names["look"]["weights"]["rho"] == 1
@@ -133,6 +135,15 @@ def test_the_page_on_methods_runs() -> None:
         elif "densify" in block:
             assert names["dense"](names["images"]).shape == (8, 10)
     assert len(names["probe"]["right"]) == 2 and "look" in names
+
+
+def test_the_example_of_a_sequence_of_tasks_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks("docs/methods.md") if "tasks=5" in block]
+    exec(block, {"__name__": "page"})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft asks

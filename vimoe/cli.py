@@ -195,9 +195,20 @@ def train(verb: str, argv: list[str]) -> Result:
     names = shown(val)
     text = (
         f"validation {names.judge_name} {val[names.judge]:.2%}, loss {val['loss']:.4f} ({val['images']} images) "
-        f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{summary['report']}"
+        f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{_tasks_line(summary)}{summary['report']}"
     )
     return text, summary
+
+
+def _tasks_line(summary: dict[str, Any]) -> str:
+    """Return a line on the tasks that were learnt one after the other; nothing for other trainings."""
+    if "tasks" not in summary:
+        return ""
+    seen, own = summary["tasks"]["seen"], summary["tasks"]["own"]
+    return (
+        f"{len(summary['tasks']['trained'])} tasks: mean accuracy {seen['mean']:.2%} among all classes, "
+        f"{own['mean']:.2%} within a task; forgetting {seen['forgetting']:.2%} and {own['forgetting']:.2%}\n"
+    )
 
 
 def evaluate(verb: str, argv: list[str]) -> Result:

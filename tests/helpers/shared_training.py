@@ -37,6 +37,10 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # settings o
     "bias": ({**IMAGE, "bias_update_rate": 0.1}, {"accumulation": 2, "balance_loss": 0.0}),
     "mixed": (IMAGE, {"mixup": 0.8, "cutmix": 1.0, "accumulation": 3, "clip_grad": 0.1, "min_crop": 0.5}),
     "frozen": ({**IMAGE, "layers": [1]}, {"train_only": "moe", "router_frozen": 0.4, "layer_decay": 0.5}),
+    "stopped": (
+        {**IMAGE, "layers": [1], "bias_update_rate": 0.1},
+        {"router_freeze_epochs": 1, "locality_loss": 0.01},
+    ),
     "scenes": (None, {"dice_loss": 1.0, "class_weights": "median_frequency", "label_smoothing": 0.1}),
     "share": ({**IMAGE, "balance_over": "process"}, {"balance_loss": 1.0}),  # which is another loss
 }

@@ -221,7 +221,8 @@ CHANGES = {"min_crop": 0.7, "hflip": 0.1, "color_jitter": 0.2, "auto_augment": "
            "seed": 5}  # fmt: skip
 NO_MATTER = {
     "epochs", "batch_size", "accumulation", "lr", "min_lr", "warmup_epochs", "weight_decay", "layer_decay",
-    "router_lr_scale", "router_weight_decay", "router_frozen", "router_warmup_epochs", "expert_weight_decay",
+    "router_lr_scale", "router_weight_decay", "router_frozen", "router_freeze_epochs", "router_freeze_margin",
+    "router_warmup_epochs", "locality_loss", "expert_weight_decay",
     "expert_lr_scale", "train_only", "stages", "balance_loss", "z_loss", "importance_loss", "entropy_loss",
     "variance_loss", "orthogonal_loss", "mutual_loss", "distill_loss", "route_loss", "label_smoothing", "ema_decay",
     "clip_grad", "early_stopping", "checkpoint_minutes", "tensorboard", "fuse", "fuse_rate", "compile", "parallel",

@@ -69,7 +69,8 @@ def test_the_model_that_comes_back_computes_in_its_own_precision(data: Data, tmp
 SETTINGS = {
     "epochs": 3, "batch_size": 6, "accumulation": 2, "lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 1.5,
     "weight_decay": 0.5, "layer_decay": 0.5, "router_lr_scale": 5.0, "router_weight_decay": 9.0, "train_only": "moe",
-    "router_warmup_epochs": 1.0, "router_frozen": 0.5, "expert_weight_decay": 5.0, "expert_lr_scale": 3.0,
+    "router_warmup_epochs": 1.0, "router_frozen": 0.5, "router_freeze_epochs": 1, "router_freeze_margin": 1e-9,
+    "locality_loss": 9.0, "expert_weight_decay": 5.0, "expert_lr_scale": 3.0,
     "entropy_loss": 1.0, "variance_loss": 9.0, "orthogonal_loss": 1.0, "mutual_loss": 9.0, "distill_loss": 5.0,
     "balance_loss": 1.0, "z_loss": 0.1, "importance_loss": 0.5, "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0,
     "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9, "min_crop": 0.35, "hflip": 0.0, "ema_decay": 0.9,

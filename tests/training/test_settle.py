@@ -58,7 +58,14 @@ TWO = cast("Process", SimpleNamespace(count=2))
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ema_decay", 0.5), ("fuse", "ewa"), ("compile", True), ("stages", ("head", "all")), ("precision", "fp16")],
+    [
+        ("ema_decay", 0.5),
+        ("fuse", "ewa"),
+        ("compile", True),
+        ("stages", ("head", "all")),
+        ("precision", "fp16"),
+        ("locality_loss", 0.5),
+    ],  # fmt: skip
 )
 def test_what_goes_with_whole_models_alone_is_refused_over_shards(name: str, value: Any) -> None:
     with pytest.raises(

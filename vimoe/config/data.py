@@ -41,7 +41,9 @@ class DataConfig:
             Hugging Face table (segmentation: the one that is named like masks).
         val_fraction: share of each class that is split off train if there is no validation split.
         images_per_class: largest number of train images of each class, drawn by `seed`.
-        seed: seed of the validation split and of the subset.
+        tasks: number of tasks that are learnt one after the other, each of its own classes, drawn by `seed`; by default
+            all classes are learnt at once.
+        seed: seed of the validation split, of the subset and of the classes of each task.
         skip_unreadable: leave out images that cannot be read, instead of stopping before training.
         cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache). With
             a train.train_only other than "all", keep the "features" of the frozen blocks on disk instead of images;
@@ -69,6 +71,7 @@ class DataConfig:
     label_column: str | None = None
     val_fraction: float = bounded(0.1, 0.001, 0.9)
     images_per_class: int | None = bounded(None, 2)
+    tasks: int | None = bounded(None, 2)
     seed: int = bounded(0, 0, LARGEST_SEED)
     skip_unreadable: bool = False
     cache: Cache = "none"

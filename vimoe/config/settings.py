@@ -20,7 +20,7 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "moe": MoEConfig, "data": Dat
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "classification": (
         "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
-        "data.images_per_class", "data.cache", "data.views", "data.crop_pct", "data.interpolation",
+        "data.images_per_class", "data.tasks", "data.cache", "data.views", "data.crop_pct", "data.interpolation",
         "data.skip_unreadable",
     ),
     "segmentation": (
@@ -37,9 +37,9 @@ _FUSE_READS = (
 _FUSE_READS_TOO = {"ewa": ("routing",), "exfusion": ()}
 # settings of a training that are about MoE layers
 _OF_MOE = (
-    "router_lr_scale", "expert_lr_scale", "router_weight_decay", "router_frozen", "router_warmup_epochs",
-    "expert_weight_decay", "balance_loss", "z_loss", "importance_loss", "entropy_loss", "variance_loss",
-    "orthogonal_loss", "mutual_loss", "route_loss",
+    "router_lr_scale", "expert_lr_scale", "router_weight_decay", "router_frozen", "router_freeze_epochs",
+    "router_freeze_margin", "router_warmup_epochs", "expert_weight_decay", "balance_loss", "z_loss", "importance_loss",
+    "entropy_loss", "variance_loss", "orthogonal_loss", "mutual_loss", "locality_loss", "route_loss",
 )  # fmt: skip
 
 
@@ -63,6 +63,7 @@ class Settings:
             if value != default:
                 check_reads(self.data.task, full, value)
         self._check_features()
+        self._check_tasks()
         if self.train.fuse != "none":
             self._check_fuse()
         if self.moe.layers != "none" and self.trainings[-1].moe.layers == "none":
@@ -73,10 +74,10 @@ class Settings:
 
     @property
     def trainings(self) -> list[Settings]:
-        """Settings of each stage, in order, of a dense model until the MoE layers come in; else these alone."""
+        """Settings of each stage, in order, of a dense model until MoE layers come in; else these, for each task."""
         stages = self.train.trainings
         if self.train.stages is None:
-            return [self]
+            return [self] * (self.data.tasks or 1)
         mixed = [any(s.trained.word in ("moe", "experts") for s in stages[: i + 1]) for i in range(len(stages))]
         dense = replace(self.moe, layers="none")
         return [replace(self, train=s, moe=self.moe if mix else dense) for s, mix in zip(stages, mixed, strict=True)]
@@ -107,6 +108,22 @@ class Settings:
                     f"train.{name}={value:g} with data.cache='features': expected 0, since it mixes pixels; leave it "
                     f"out, or use data.cache=disk"
                 )
+
+    def _check_tasks(self) -> None:
+        """Raise ConfigError for settings that a sequence of tasks does not go with, or a freeze that comes too late."""
+        train, tasks = self.train, self.data.tasks
+        for name, value in (("stages", train.stages), ("fuse", train.fuse), ("parallel", train.parallel.spreads)):
+            if tasks and value not in (None, "none", False):
+                raise ConfigError(
+                    f"data.tasks={tasks} with train.{name}={getattr(train, name)}: expected one of them, since each "
+                    f"task goes on with the whole model of the task before; leave one out"
+                )
+        epochs = train.epochs * len(self.trainings)
+        if train.router_freeze_epochs >= epochs:
+            raise ConfigError(
+                f"train.router_freeze_epochs={train.router_freeze_epochs} of {epochs} epochs in all: expected less; "
+                f"lower it"
+            )
 
     def _check_fuse(self) -> None:
         """Raise ConfigError for settings of MoE layers that make no layers to fuse, or are not read."""

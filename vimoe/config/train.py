@@ -38,6 +38,10 @@ class TrainConfig:
         router_weight_decay: weight decay of the routers.
         router_frozen: share of the training, from its beginning, in which no router is trained; 1 is all of it. Biases
             and gates (`moe.bias_update_rate`, `moe.gate`) still learn.
+        router_freeze_epochs: number of epochs, counted over all stages or tasks, after which no router changes any
+            more, its bias and gate included; 0 is never. `router_frozen` is about the beginning of a training.
+        router_freeze_margin: gap between the scores of the last chosen expert and the next one. A layer's router
+            changes no more once the mean gap over an epoch's images (or tokens) is larger; 0 is never.
         router_warmup_epochs: number of epochs in which a share of the routers' decisions is random; it falls linearly
             from 1 to 0, so that every expert is trained before a router has an opinion.
         expert_weight_decay: weight decay of the routed experts' matrices; by default that of other matrices.
@@ -66,6 +70,8 @@ class TrainConfig:
             teaches the model.
         route_loss: weight of the cross-entropy that teaches a "superclass" router the expert of each class; no other
             router reads it.
+        locality_loss: weight of the loss that sends images to experts that have moved little since the task (or the
+            training) began.
         label_smoothing: mass given to the other classes; by default 0.1 in classification and 0 in segmentation.
         mixup: alpha of mixup; 0 is off.
         cutmix: alpha of cutmix; 0 is off.
@@ -105,6 +111,8 @@ class TrainConfig:
     expert_lr_scale: float = bounded(1.0, 0)
     router_weight_decay: float = bounded(0.0, 0)
     router_frozen: float = bounded(0.0, 0, 1)
+    router_freeze_epochs: int = bounded(0, 0)
+    router_freeze_margin: float = bounded(0.0, 0)
     router_warmup_epochs: float = bounded(0.0, 0)
     expert_weight_decay: float | None = bounded(None, 0)
     train_only: str | tuple[int | str, ...] = "all"
@@ -120,6 +128,7 @@ class TrainConfig:
     mutual_loss: float = bounded(0.0, 0)
     distill_loss: float = bounded(0.0, 0)
     route_loss: float = bounded(0.3, 0)
+    locality_loss: float = bounded(0.0, 0)
     label_smoothing: float | None = bounded(None, 0, 0.99999)
     mixup: float = bounded(0.0, 0)
     cutmix: float = bounded(0.0, 0)
@@ -180,6 +189,11 @@ class TrainConfig:
                 f"train_only={self.train_only!r} with stages={list(self.stages)}: expected one of them, since each "
                 f"stage has its own part; leave train_only out, or set it to 'all' if a preset or file sets it"
             )
+
+    @property
+    def freezes_routers(self) -> bool:
+        """True if routers are trained in a part of the training alone, or never."""
+        return bool(self.router_frozen or self.router_freeze_epochs or self.router_freeze_margin)
 
     @property
     def trainings(self) -> list[TrainConfig]:

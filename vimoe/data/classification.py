@@ -37,6 +37,7 @@ class Data:
         split_off: True if validation was split off train.
         junk: number of other files by kind, as `find_images` counts them.
         checked: outcome of opening all images, if unreadable ones were left out.
+        whole: train images of all tasks, where these are the images of one (`vimoe.data.class_tasks`).
     """
 
     classes: tuple[str, ...]
@@ -47,6 +48,7 @@ class Data:
     split_off: bool = False
     junk: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     checked: CheckedImages | None = field(default=None, compare=False, repr=False)
+    whole: tuple[Sample, ...] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"

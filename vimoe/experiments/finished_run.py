@@ -327,12 +327,18 @@ class FinishedRun:
     def _recovery(self, epochs: int, lr: float | None) -> TrainConfig | None:
         if epochs < 0:
             raise ConfigError(f"recover={epochs}: expected a number of epochs, 0 for none")
+        if epochs and (tasks := self.run.settings.data.tasks):
+            raise ConfigError(
+                f"recover={epochs} of a run with data.tasks={tasks}: expected 0, since it would learn all tasks at once"
+            )
         config = self.run.settings.train.trainings[-1]
         lr = config.lr / 10 if lr is None else lr
         if not epochs:
             return None
-        frozen = float(config.router_frozen == 1)  # for good, or no more: what it starts from is trained
+        stopped = config.router_freeze_epochs or config.router_freeze_margin
+        frozen = float(config.router_frozen == 1 or stopped)  # for good, or no more: what it starts from is trained
         config = replace(config, warmup_epochs=0, router_warmup_epochs=0, router_frozen=frozen)
+        config = replace(config, router_freeze_epochs=0, router_freeze_margin=0.0)
         return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr))
 
     def _fresh_model(self) -> nn.Module:

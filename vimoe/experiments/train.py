@@ -24,6 +24,7 @@ from vimoe.data.loaders import preprocessing
 from vimoe.data.order import mix
 from vimoe.data.splits import is_split
 from vimoe.errors import ConfigError
+from vimoe.experiments.task_sequence import TaskSequence
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.metrics.registry import METRICS
 from vimoe.models.calibration import check_count, no_classes
@@ -69,7 +70,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     converted, scanned = _convert(kind, model, data, settings.trainings[0])
     fuse.warn_of_copies(model)
     stages = list(_stages(model, converted, settings))
-    settings = replace(settings, train=settle(settings.train, len(data.train), stages[-1][0]))
+    settings = replace(settings, train=settle(settings.train, _images(kind, data, settings), stages[-1][0]))
     task, prepared = kind(settings), preprocessing(model, settings.data)
     for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):
         kind(stage).check(of_stage, prepared, trained)
@@ -143,8 +144,14 @@ def _check_start(kind: type[Task[Any]], data: Roles, settings: Settings) -> None
     moe = settings.moe
     if moe.layers == "none" or not moe.num_experts or not _starts_from_images(settings):
         return
-    check_count(min(moe.calibration_images, len(data.train)), moe.num_experts)
+    first = kind(settings).divided(data)[0]
+    check_count(min(moe.calibration_images, len(first.train)), moe.num_experts)
     router = ROUTERS.find(moe.router)
+    if router.supervised and settings.data.tasks:
+        raise ConfigError(
+            f"data.tasks={settings.data.tasks} with moe.router={moe.router!r}: expected a router that no classes "
+            f"train, since the first task does not have them all; use another, such as 'centroids'"
+        )
     if router.supervised:
         if METRICS.find(kind.metric).by_patch:
             raise no_classes(moe.router)
@@ -165,7 +172,12 @@ def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) 
             warnings.simplefilter("ignore")  # the model with weights warns
             converted = _made(architecture, settings.trainings[0], build_layers)
     *_, (last, _) = _stages(architecture, converted, settings)
-    return replace(settings, train=settle(settings.train, len(data.train), last))
+    return replace(settings, train=settle(settings.train, _images(kind, data, settings), last))
+
+
+def _images(kind: type[Task[Any]], data: Roles, settings: Settings) -> int:
+    """Return the number of training images, of the smallest task where there are several."""
+    return min(len(part.train) for part in kind(settings).divided(data))
 
 
 class CalibrationImages:
@@ -179,16 +191,18 @@ class CalibrationImages:
     Args:
         task: task, of which `one_size` gives the batches.
         model: dense model, on its device.
-        data: images, of which those of train are taken: `moe.calibration_images` of them, drawn by `train.seed`.
+        data: images, of which those of train (of the first task) are taken: `moe.calibration_images` of them, drawn by
+            `train.seed`.
         scanned: what was found, if they have been opened.
     """
 
     def __init__(self, task: Task[Any], model: nn.Module, data: Roles, scanned: Scanned | None = None) -> None:
-        count = min(task.settings.moe.calibration_images, len(data.train))
+        train = task.divided(data)[0].train
+        count = min(task.settings.moe.calibration_images, len(train))
         random = np.random.default_rng(task.settings.train.seed)
-        chosen = np.sort(random.choice(len(data.train), count, replace=False))
+        chosen = np.sort(random.choice(len(train), count, replace=False))
         self.task, self.data, self.scanned = task, data, scanned
-        self.batches = lambda: task.one_size(model, data, [data.train[i] for i in chosen])
+        self.batches = lambda: task.one_size(model, data, [train[i] for i in chosen])
 
     def __iter__(self) -> Iterator[Any]:
         if self.scanned is None:
@@ -263,7 +277,8 @@ def _train(
     """
     logger.info("%s", scanned)
     process, kind, settings = Process(), type(task), task.settings
-    stages = settings.trainings
+    stages, parts = settings.trainings, task.divided(data)
+    sequence = TaskSequence(task, parts, folder) if settings.data.tasks else None
     frozen = [p for p in model.parameters() if not p.requires_grad]  # whatever is trained
     for number in range(first, len(stages)):
         stage = stages[number]
@@ -277,11 +292,14 @@ def _train(
             logger.info("stage %d of %d: %s", number + 1, len(stages), stage.train.train_only)
         trained = trained_modules(model, stage.train.trained, converted)
         # may compute features for minutes: the folder is ours
-        job = kind(stage).job(model, data, scanned, prepared, trained)
+        job = kind(stage).job(model, parts[number] if sequence else data, scanned, prepared, trained)
         process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
         process.once(run_folder.write_settings, folder, noted)
-        staged = number if settings.train.stages else None
-        summary = train(model, job, stage.train, folder, trained, flat(noted), staged)
+        staged = number if settings.train.stages or sequence else None
+        named = f"task {number + 1}" if sequence else None
+        summary = train(model, job, stage.train, folder, trained, flat(noted), staged, named)
+        if sequence:
+            summary = process.once(sequence.measured, model, number, summary)
     process.once(_save, model, data, prepared, folder / run_folder.MODEL)
     summary |= fuse.facts(model)
     model = fuse.fused(model)

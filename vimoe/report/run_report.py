@@ -10,6 +10,7 @@ from vimoe.report.html_page import Page
 from vimoe.report.pruning_section import add_pruning
 from vimoe.report.routing_section import add_routing_section
 from vimoe.report.run_files import LOAD, METRICS, read_config, read_json, reading
+from vimoe.report.tasks_section import add_tasks
 from vimoe.report.training_section import add_curves, add_loads, add_overview
 from vimoe.run_folder import CONFIG, DIAGNOSIS, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
 
@@ -33,6 +34,8 @@ def write_run_report(run: Path) -> Path:
         add_overview(page, model, settings["data.path"], summary)
         if "before" in summary:
             add_pruning(page, summary)
+        if "tasks" in summary:
+            add_tasks(page, summary["tasks"])
     if (run / METRICS).exists():
         with reading(run / METRICS):
             add_curves(page, run / METRICS, summary)

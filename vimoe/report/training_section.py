@@ -71,8 +71,7 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
     early = ", and stopped early because the score no longer improved" if summary.get("stopped_early") else ""
     page.text(
         f"The model is {model}. It was trained on {summary['train_images']} images of {data} for "
-        f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. Epoch {summary['best_epoch']} had the best "
-        f"score on the {val['images']} validation images; its weights were kept."
+        f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. {_kept(summary)}"
     )
     if stages := summary.get("stages"):
         parts = ", ".join(f"{stage['train_only']} ({epochs(stage['epochs'])})" for stage in stages)
@@ -111,9 +110,21 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
             page.text(sentence.format(f"{100 * summary[key]:.2f}"), note=True)
     if names.by_class and "classes" in summary:
         _add_class_scores(page, names.by_class[1], val[names.by_class[0]], summary["classes"])
+    if frozen := summary.get("router_freeze"):
+        layers = ", ".join(f"{layer} (after epoch {epoch})" for layer, epoch in frozen.items())
+        page.text(f"Routers that did not change any more to the end: {layers}.", note=True)
     if alarms := summary.get("alarms"):
         page.text(f"Training raised {len(alarms)} alarms. The last ones are:")
         page.items(alarms[-ALARMS:])
+
+
+def _kept(summary: dict[str, Any]) -> str:
+    """Return a sentence on the epochs whose weights were kept."""
+    if "tasks" in summary:
+        best = ", ".join(str(task["best_epoch"]) for task in summary["tasks"]["trained"])
+        return f"Each task kept its epoch with the best score on its own validation images: {best}."
+    images = summary["val"]["images"]
+    return f"Epoch {summary['best_epoch']} had the best score on the {images} validation images; its weights were kept."
 
 
 def _add_class_scores(page: Page, name: str, shares: list[float | None], classes: list[str]) -> None:

@@ -111,6 +111,14 @@ class Task(ABC, Generic[D]):
     def scan(self, data: D) -> Scanned:
         """Open all images that have a role. Raises DataError where some cannot be used."""
 
+    def divided(self, data: D) -> Sequence[D]:
+        """Return the images of each task of a sequence (`data.tasks`), in their order; by default all in one.
+
+        Raises:
+            VimoeError: if they cannot be divided so.
+        """
+        return [data]
+
     def check(self, model: nn.Module, prepared: dict[str, Any], trained: Sequence[str] | None) -> None:
         """Raise VimoeError for settings that contradict the model. It costs little, and opens no image.
 

@@ -17,6 +17,7 @@ from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import contact_sheet
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
+from vimoe.data.class_tasks import class_tasks
 from vimoe.data.classification import Data, load_data, load_folder
 from vimoe.data.images import open_image
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
@@ -58,6 +59,10 @@ class Classification(Task[Data]):
 
     def scan(self, data: Data) -> Scan:
         return scan(data)
+
+    def divided(self, data: Data) -> Sequence[Data]:
+        read = self.settings.data
+        return [data] if read.tasks is None else class_tasks(data, read.tasks, read.seed)
 
     def check(self, model: nn.Module, prepared: dict[str, Any], trained: Sequence[str] | None) -> None:
         """Raise VimoeError for an augmentation that timm does not know, or features that cannot be cached."""

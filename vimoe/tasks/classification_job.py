@@ -71,7 +71,8 @@ def job_on_images(
 
 
 def fingerprint(data: Data) -> int:
-    """Return a hash of the names and labels of the training images; it stays when the data move."""
-    names = ("" if isinstance(source, Image) else "/".join(source_path(source).parts[-2:]) for source, _ in data.train)
-    names = (f"{name}:{label}" for name, (_, label) in zip(names, data.train, strict=True))
+    """Return a hash of the names and labels of the training images, of all tasks; it stays when the data move."""
+    train = data.train if data.whole is None else data.whole
+    names = ("" if isinstance(source, Image) else "/".join(source_path(source).parts[-2:]) for source, _ in train)
+    names = (f"{name}:{label}" for name, (_, label) in zip(names, train, strict=True))
     return zlib.crc32("\n".join(names).encode(errors="surrogateescape"))

@@ -82,7 +82,7 @@ class Copies:
         are any: routers that are frozen for a while, or parts of the model that its forward does not read.
         """
         wrapped = dist.is_initialized()  # by DDP, be it in a job of one process
-        unused = wrapped and (self.config.router_frozen > 0 or _has_unused(recorded, loader, self.process.device))
+        unused = wrapped and (self.config.freezes_routers or _has_unused(recorded, loader, self.process.device))
         accelerator = _accelerator(self.config, out, DistributedDataParallelKwargs(find_unused_parameters=unused))
         prepared, optimizer, loader_of_all = accelerator.prepare(recorded, optimizer, loader)
         settle_buckets(prepared, loader, self.process.device)

@@ -47,6 +47,7 @@ from vimoe.training.compiled import compiled_blocks
 from vimoe.training.distributed import Copies, Recorded, held
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
+from vimoe.training.locality import Locality
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
 from vimoe.training.settle import settle
 from vimoe.training.state import State
@@ -72,6 +73,7 @@ def train(
     trained: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     stage: int | None = None,
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Train a model in place; it ends with the weights of the best epoch on validation, in eval mode.
 
@@ -94,13 +96,15 @@ def train(
         trained: names of the modules to train beside the head; by default those of `config.train_only`.
         settings: settings by name ("model.name") that a checkpoint notes, so that a training does not go on with
             others; by default those of `config`.
-        stage: number of the stage of `TrainConfig.stages` that `config` is the settings of. A checkpoint of the stage
-            before is gone on from with its logs; the model has its weights already.
+        stage: number of the stage of `TrainConfig.stages` that `config` is the settings of, or of the task of a
+            sequence that `job` is. A checkpoint of the stage before is gone on from with its logs; the model has its
+            weights already.
+        part: name of the stage in the logs; by default `config.train_only`.
 
     Returns:
         {"epochs": number of trained epochs, "stopped_early": True where they are fewer than asked for, "best_epoch",
-        "val": score of the returned model as a dict, "seconds", "train_images", "alarms"}, and "stages" with a
-        dict for each stage until now.
+        "val": score of the returned model as a dict, "seconds", "train_images", "alarms"}, "stages" with a
+        dict for each stage until now, and "router_freeze" with the last epoch of each router that changes no more.
 
     Raises:
         ConfigError: if settings contradict the data or the machine, before anything is trained.
@@ -119,7 +123,7 @@ def train(
         freeze_all_but(model, trained)
     process.once(checkpoint.check_space, out, model, bool(config.ema_decay))
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
-    state.stage, state.part = stage, str(config.train_only)
+    state.stage, state.part = stage, str(config.train_only) if part is None else part
     with _prepared(model, job, config, out, process) as steps, checkpoint.stopping() as stop:
         resumed = state.goes_on(checkpoint.read(out), steps.load, out)
         if process.any(resumed) != resumed:
@@ -139,6 +143,7 @@ def train(
                 score = job.evaluate(steps.judged)
                 row = state.finish_epoch(score, steps.rate, moe_layers(steps.plain), out)
                 steps.accelerator.log({**row, **state.scalars()}, step=state.number)
+                state.freeze_routers(config, [name for name, params in steps.routers.items() if params])
                 state.best.offer(state.epoch, score, lambda: steps.held.weights(steps.judged))
                 logger.info("epoch %d of %d: %s", state.number, last, score)
                 state.next_epoch()
@@ -157,6 +162,7 @@ def train(
         "train_images": len(job.names),
         "alarms": state.alarms,
         **state.stages,
+        **({"router_freeze": state.frozen} if state.frozen else {}),
     }
 
 
@@ -177,13 +183,15 @@ class _Steps:
     out: Path
     batches: int  # of an epoch
     routes: list[nn.Parameter]  # those of all routers that are trained, except while they are frozen
+    routers: dict[str, list[nn.Parameter]]  # all trained parameters of each layer's router
+    locality: Locality | None
     decided: list[Routing] = field(default_factory=list)  # of layers with a bias, since the last update of the weights
 
     def epoch(self, state: State) -> Iterator[None]:
         """Train the rest of an epoch, and yield after each step."""
         start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
         learning = {name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
-        biased = {name for name in learning if layers[name].router.choice_bias is not None}
+        biased = {n for n in learning if layers[n].router.choice_bias is not None and n not in state.frozen}
         whole = all(layer.config.balance_over == "global" for layer in layers.values())
         over = self.process if whole and self.process.count > 1 else None
         self.order.start(state.epoch, state.step * self.config.batch_size)
@@ -192,8 +200,7 @@ class _Steps:
             seed_everything(mix(self.config.seed, state.epoch, state.step))
             if self.config.router_warmup_epochs:
                 set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
-            for p in self.routes:
-                p.requires_grad_(state.updates >= self.config.router_frozen * self._updates)
+            self._freeze_routers(state)
             with self.accelerator.accumulate(self.model):
                 images, targets = self.job.prepare(inputs, targets)
                 if self.process.rank:  # all mix images alike, and each draws what it drops
@@ -204,6 +211,9 @@ class _Steps:
                 if self.config.distill_loss:
                     parts["distill_loss"] = distill_loss(outputs, self._taught(images))
                     extra = extra + self.config.distill_loss * parts["distill_loss"]
+                if self.locality:
+                    parts["locality_loss"] = self.locality.loss(routings)
+                    extra = extra + self.config.locality_loss * parts["locality_loss"]
                 loss = task_loss + extra
                 finite = bool(loss.isfinite())
                 if self.process.any(not finite):
@@ -225,6 +235,14 @@ class _Steps:
             state.health.add(routings)
             state.totals.seconds = before + time.perf_counter() - start
             yield
+
+    def _freeze_routers(self, state: State) -> None:
+        """Let those routers learn in the next step that are not frozen at the beginning, nor to the end."""
+        for p in self.routes:
+            p.requires_grad_(state.updates >= self.config.router_frozen * self._updates)
+        for name in state.frozen:
+            for p in self.routers[name]:
+                p.requires_grad_(False)
 
     def _updated(self, state: State) -> None:
         """Let all that follows the weights follow an update of them."""
@@ -305,6 +323,7 @@ class _Steps:
         return (
             parts
             | ({"ema": self.ema.module} if self.ema else {})
+            | ({"locality": self.locality} if self.locality else {})
             | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
         )
 
@@ -320,13 +339,17 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     recorded = Recorded(model, job.forward, outputs=config.reads_outputs)
     optimizer = adamw(model, config)
     schedule = _schedule(optimizer, config, math.ceil(len(job.loader) / config.accumulation))
-    routes = [p for layer in moe_layers(model).values() for p in layer.router.routes if p.requires_grad]
+    layers = moe_layers(model)
+    routes = [p for layer in layers.values() for p in layer.router.routes if p.requires_grad]
+    routers = {name: [p for p in layer.router.parameters() if p.requires_grad] for name, layer in layers.items()}
     accelerator, prepared, optimizer, loader = holding.prepare(recorded, optimizer, job.loader, out)
     accelerator.init_trackers("tensorboard")
+    locality = Locality(layers) if config.locality_loss and layers else None  # on the device by now
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     steps = _Steps(
-        accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader), routes
-    )
+        accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader),
+        routes, routers, locality,
+    )  # fmt: skip
     steps.order.divide(config.batch_size, process.count)
     judged, plain = steps.judged, config.precision == "no"
     try:
@@ -341,7 +364,7 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
             yield steps
     finally:
         set_random_share(model, 0)
-        for p in routes:
+        for p in (p for params in routers.values() for p in params):
             p.requires_grad_(True)
         for tracker in accelerator.trackers:
             tracker.finish()

@@ -7,7 +7,7 @@ reaches the router. Sums stay on the device until the end of an epoch, so that n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Health:
                 entropy=-torch.xlogy(probabilities, probabilities).sum(),
                 confidence=probabilities.amax(dim=-1).sum(),
                 squares=logits.square().mean(dim=-1).sum(),
+                margins=margins(routing).sum(),
             )
 
     @torch.no_grad()
@@ -77,7 +78,8 @@ class Health:
 
         effective_experts is exp(entropy of the load), and busiest the largest share. router_entropy is in nats: 0 is
         certain, log N undecided. router_confidence is the probability of the first choice, and logit_rms the size of
-        the router's scores. router_gradient and expert_gradient are norms, as means over steps.
+        the router's scores. router_margin is the gap between the scores of the last chosen expert and the next one.
+        router_gradient and expert_gradient are norms, as means over steps.
         """
         rows = []
         for (layer, sums), shares in zip(self.sums.items(), self.shares().values(), strict=True):
@@ -91,13 +93,19 @@ class Health:
                 "router_entropy": float(sums["entropy"]) / units,
                 "router_confidence": float(sums["confidence"]) / units,
                 "logit_rms": math.sqrt(float(sums["squares"]) / units),
+                "router_margin": float(sums.get("margins", zero)) / units,
                 "router_gradient": float(sums.get("router_gradient", zero)) / steps,
                 "expert_gradient": float(sums.get("expert_gradient", zero)) / steps,
             })  # fmt: skip
         return rows
 
-    def alarms(self, layers: Mapping[str, MoE]) -> list[str]:
-        """Return a message with a remedy for each fault; none for a healthy layer, and none for one that is frozen."""
+    def alarms(self, layers: Mapping[str, MoE], stopped: Collection[str] = ()) -> list[str]:
+        """Return a message with a remedy for each fault; none for a healthy layer, and none for one that is frozen.
+
+        Args:
+            layers: MoE layers by name.
+            stopped: names of those whose routers learnt until now, and change no more (`train.router_freeze_epochs`).
+        """
         found = []
         for row, shares in zip(self.rows(), self.shares().values(), strict=True):
             name, config = row["layer"], layers[row["layer"]].config
@@ -106,8 +114,9 @@ class Health:
                 continue
             learns = any(p.requires_grad for p in router.routes)
             balance = ["train.balance_loss"] * (learns and not router.even)
-            balance += ["moe.bias_update_rate"] * router.adjustable
+            balance += ["moe.bias_update_rate"] * (router.adjustable and name not in stopped)
             more = [f"raise {' or '.join(balance)}"] if balance else []
+            more += ["let its router learn longer (train.router_freeze_epochs or _margin)"] * (name in stopped)
             k = max(1.0, float(sums["load"].sum() / sums["units"]))  # experts of a row, in the mean if that varies
             warmup = ["set train.router_warmup_epochs=1"] * (learns and router.adjustable)
             idle = [str(expert) for expert, share in enumerate(shares) if share == 0]
@@ -131,6 +140,15 @@ class Health:
             if sums.get("router_steps") and row["router_gradient"] == 0 and not router.blind:
                 found.append(f"{name}: the router got no gradient; check that the losses reach it")
         return found
+
+
+def margins(routing: Routing) -> Tensor:
+    """Return (R,) the gap between the k-th and the next largest score of each row; 0 where all experts are chosen."""
+    k = routing.experts.shape[1]
+    if k >= routing.num_experts:
+        return routing.logits.new_zeros(len(routing.logits))
+    best = routing.logits.topk(k + 1, dim=-1).values
+    return best[:, k - 1] - best[:, k]
 
 
 def _either(*remedies: str) -> str:

@@ -18,7 +18,9 @@ from vimoe.parallel.parallelize import check as check_model
 from vimoe.process import Process
 from vimoe.training.compiled import check_compiler
 
-_OF_SCORES = ("z_loss", "importance_loss", "entropy_loss", "variance_loss")  # losses of a router's scores
+_OF_SCORES = (  # losses of a router's scores
+    "z_loss", "importance_loss", "entropy_loss", "variance_loss", "locality_loss",
+)  # fmt: skip
 _OF_OUTPUTS = {  # losses of the outputs of a token's experts, and what one output lacks
     "orthogonal_loss": "none to be orthogonal to",
     "mutual_loss": "no other to learn from",
@@ -28,6 +30,7 @@ _OF_WHOLE_MODELS = {  # settings that go with whole models alone, and why
     "fuse": "experts become one FFN where a process has them all",
     "compile": "compiled blocks do not gather their weights",
     "stages": "each stage begins with a whole model",
+    "locality_loss": "distances are of whole experts",
     "precision": "gradients are not scaled over shards, and bf16 needs no scaling",
 }
 
@@ -159,6 +162,12 @@ def _check_routers(config: TrainConfig, model: nn.Module) -> None:
                 f"train.{name}={value:g} with moe.top_k=1: expected at least 2, since a single output has {why}; set "
                 f"moe.top_k=2, or leave the loss out"
             )
+    of_all = {router.config.router for router in routers if router.slots >= router.config.num_experts}
+    if config.router_freeze_margin and of_all:
+        raise ConfigError(
+            f"train.router_freeze_margin={config.router_freeze_margin:g} with moe.router={min(of_all)!r} and all "
+            f"experts chosen: expected 0, since no score is behind the last chosen one; use train.router_freeze_epochs"
+        )
 
 
 def _check_read(config: TrainConfig, routers: Sequence[Router]) -> None:
@@ -168,6 +177,8 @@ def _check_read(config: TrainConfig, routers: Sequence[Router]) -> None:
     """
     unread: dict[str, Callable[[Router], bool]] = {
         "router_frozen": lambda router: not router.routes,
+        "router_freeze_epochs": lambda router: not router.routes,
+        "router_freeze_margin": lambda router: not router.routes,
         "router_lr_scale": lambda router: not list(router.parameters()),
         "router_weight_decay": lambda router: not list(router.parameters()),
         "balance_loss": lambda router: router.even or router.constant,

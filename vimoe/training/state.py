@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vimoe.config.train import TrainConfig
 from vimoe.errors import VimoeError
 from vimoe.files import write_text
 from vimoe.metrics.base import Score
@@ -105,6 +106,7 @@ class State:
     part: str = ""  # that is trained in this stage
     before: int = 0  # epochs of the stages before
     ended: list[dict[str, Any]] = field(default_factory=list)  # the stages before, for summary.json
+    frozen: dict[str, int] = field(default_factory=dict)  # layers whose routers change no more, and their last epochs
 
     @property
     def number(self) -> int:
@@ -148,11 +150,27 @@ class State:
             for expert, share in enumerate(shares)
         ]
         self.health_rows += [{"epoch": self.number, **row} for row in self.health.rows()]
-        for alarm in self.health.alarms(layers):
+        for alarm in self.health.alarms(layers, self.frozen):
             self.alarms.append(f"epoch {self.number}: {alarm}")
             logger.warning(self.alarms[-1])
         self.write_logs(out)
         return row
+
+    def freeze_routers(self, config: TrainConfig, trained: Collection[str]) -> None:
+        """Note the layers whose routers change no more after this epoch.
+
+        Early termination of the router's updates: Li et al., arXiv 2406.16437, there for a linear router of tasks.
+
+        Args:
+            config: settings, of which `router_freeze_epochs` and `router_freeze_margin` are read.
+            trained: names of the layers whose routers are trained in this stage.
+        """
+        late = 0 < config.router_freeze_epochs <= self.number
+        for row in self.health.rows() if config.router_freeze_margin or late else ():
+            name, sure = row["layer"], 0 < config.router_freeze_margin < row["router_margin"]
+            if name in trained and name not in self.frozen and (late or sure):
+                self.frozen[name] = self.number
+                logger.info("epoch %d: the router of %s is frozen from now on", self.number, name)
 
     def write_logs(self, out: Path) -> None:
         """Write metrics.csv, load.csv and health.csv."""
@@ -226,7 +244,7 @@ class State:
         earlier = State(self.images, self.settings, self.process)
         earlier._take(stored, out, *_PLAIN)
         vars(earlier.best).update(stored["best"])
-        self._take(stored, out, *_LOGS)
+        self._take(stored, out, *_LOGS, "frozen")
         self.before, self.ended = earlier.number - 1, earlier.stages["stages"]
 
     def _take(self, stored: dict[str, Any], out: Path, *names: str) -> None:
@@ -240,4 +258,4 @@ class State:
 
 
 _LOGS = ("seconds", "metrics", "shares", "health_rows", "alarms")
-_PLAIN = (*_LOGS, "epoch", "step", "updates", "stage", "part", "before", "ended")
+_PLAIN = (*_LOGS, "epoch", "step", "updates", "stage", "part", "before", "ended", "frozen")
