@@ -85,7 +85,7 @@ class Copies:
         unused = wrapped and (self.config.router_frozen > 0 or _has_unused(recorded, loader, self.process.device))
         accelerator = _accelerator(self.config, out, DistributedDataParallelKwargs(find_unused_parameters=unused))
         prepared, optimizer, loader_of_all = accelerator.prepare(recorded, optimizer, loader)
-        settle_buckets(prepared, loader, self.process.device)
+        settle_buckets(prepared, loader)
         return accelerator, prepared, optimizer, loader_of_all
 
     def clip(self, accelerator: Accelerator, limit: float) -> None:
@@ -198,7 +198,7 @@ def _accelerator(config: TrainConfig, out: Path, *handlers: KwargsHandler) -> Ac
     )
 
 
-def settle_buckets(prepared: nn.Module, loader: DataLoader, device: torch.device) -> None:
+def settle_buckets(prepared: nn.Module, loader: DataLoader) -> None:
     """Pass two images forward and backward through DDP, and forget them.
 
     DDP orders its buckets of gradients anew after the first pass, and the sums of more than two processes are rounded
@@ -207,12 +207,11 @@ def settle_buckets(prepared: nn.Module, loader: DataLoader, device: torch.device
     Args:
         prepared: model as Accelerate prepared it; for one process nothing is done.
         loader: training batches.
-        device: device of the model.
     """
     if not isinstance(prepared, nn.parallel.DistributedDataParallel) or prepared.find_unused_parameters:
         return  # with unused parameters the buckets stay
     kept = {name: buffer.clone() for name, buffer in prepared.named_buffers()}
-    _total(*prepared.train()(_two_images(loader, device))).backward()
+    _total(*prepared.train()(_two_images(loader, next(prepared.parameters())))).backward()
     prepared.zero_grad()
     for name, buffer in prepared.named_buffers():
         buffer.copy_(kept[name])
@@ -227,15 +226,15 @@ def _has_unused(model: Recorded, loader: DataLoader, device: torch.device) -> bo
     """Return True if a forward leaves trained parameters without a gradient."""
     model.to(device).train()
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a batch norm's, which would move
-    total = _total(*torch.func.functional_call(model, kept, _two_images(loader, device)))
     trained = [p for p in model.parameters() if p.requires_grad]
+    total = _total(*torch.func.functional_call(model, kept, _two_images(loader, trained[0])))
     return any(gradient is None for gradient in torch.autograd.grad(total, trained, allow_unused=True))
 
 
-def _two_images(loader: DataLoader, device: torch.device) -> Tensor:
-    """Return inputs of two training images, of which a batch norm can take a variance."""
+def _two_images(loader: DataLoader, like: Tensor) -> Tensor:
+    """Return inputs of two training images, of which a batch norm can take a variance, as a weight is."""
     inputs: Tensor = default_collate([loader.dataset[key] for key in islice(loader.sampler, 2)])[0]
-    return inputs.to(device).float()
+    return inputs.to(like)
 
 
 def _total(outputs: Tensor, routings: list[Routing]) -> Tensor:
