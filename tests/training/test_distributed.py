@@ -79,7 +79,7 @@ def test_two_train_as_one(folder: Path, two: Path, case: str) -> None:
 def assert_spread_is_one(folder: Path, parallel: dict[str, int], *cases: str, **changes: Any) -> None:
     """The processes of a mesh train what one process trains: gradients, weights, logs, scores."""
     name = "-".join(f"{dimension}{size}" for dimension, size in {**parallel, **changes}.items())
-    changes = {**SHORT, "ema_decay": 0.0, **changes}
+    changes = {**SHORT, **changes}
     in_job(folder, folder / name, math.prod(parallel.values()), {**changes, "parallel": parallel}, *cases)
     for case in cases:
         ours = trained(folder, folder / f"{name}-one-{case}", case, **changes)
@@ -100,7 +100,7 @@ def test_two_that_share_the_experts_train_as_one(folder: Path) -> None:
 @pytest.mark.parametrize("parallel", [{"expert": 2}, {"fsdp": 2}, {"fsdp": 2, "expert": 2}])
 def test_any_mesh_trains_as_one(folder: Path, parallel: dict[str, int]) -> None:
     for_scenes = ["scenes"] if math.prod(parallel.values()) == 2 else []  # three images of validation
-    assert_spread_is_one(folder, parallel, "token", "image", "bias", "mixed", "frozen", *for_scenes)
+    assert_spread_is_one(folder, parallel, "token", "image", "rows", "bias", "mixed", "frozen", *for_scenes)
 
 
 def test_losses_over_each_share_are_others(folder: Path, two: Path) -> None:

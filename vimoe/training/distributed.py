@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, KwargsHandler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -34,6 +35,8 @@ from vimoe.parallel.parallelize import full_state_dict, parallelize
 from vimoe.process import Process
 from vimoe.training import checkpoint
 from vimoe.training.parameter_groups import parameter_groups
+
+_AVERAGE = "ema"  # folder of the moving average's shards, in that of the model's
 
 
 class Recorded(nn.Module):
@@ -88,6 +91,11 @@ class Copies:
         settle_buckets(prepared, loader)
         return accelerator, prepared, optimizer, loader_of_all
 
+    def average(self) -> ModelEmaV3 | None:
+        """Return a moving average that begins with the model's weights; None where none is asked for."""
+        decay = self.config.ema_decay
+        return ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
+
     def clip(self, accelerator: Accelerator, limit: float) -> None:
         """Scale the gradients so that the norm over all of them is at most `limit`."""
         accelerator.clip_grad_norm_(self.model.parameters(), limit)
@@ -111,6 +119,8 @@ class Copies:
         if checkpoint.SHARDS in stored:
             folder = checkpoint.shards(out, stored[checkpoint.SHARDS])
             load_checkpoint(folder, parts["model"], parts["optimizer"].optimizer)
+            if "ema" in parts:
+                load_checkpoint(folder / _AVERAGE, parts["ema"])
         else:
             self._load_whole(stored, parts)
 
@@ -128,8 +138,8 @@ class Shards(Copies):
     """A model that is spread over the processes; the one that was to be trained waits on the CPU."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, process: Process) -> None:
-        spread = copy.deepcopy(model).to(process.device)
-        super().__init__(parallelize(spread, make_mesh(config.parallel, process.device.type)), config, process)
+        self.mesh = make_mesh(config.parallel, process.device.type)
+        super().__init__(parallelize(copy.deepcopy(model).to(process.device), self.mesh), config, process)
         self.plain = model.cpu()
 
     def prepare(
@@ -140,6 +150,13 @@ class Shards(Copies):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         accelerator = _accelerator(self.config, out)
         return accelerator, recorded, *accelerator.prepare(optimizer, loader)
+
+    def average(self) -> ModelEmaV3 | None:
+        if not (decay := self.config.ema_decay):
+            return None
+        average = ModelEmaV3(self.plain, decay=decay, use_warmup=True, foreach=False)  # shards of one mesh at a time
+        average.module = parallelize(average.module.to(self.process.device), self.mesh).requires_grad_(False)
+        return average
 
     def clip(self, accelerator: Accelerator, limit: float) -> None:
         clip_grad_norm_(self.model.parameters(), limit)
@@ -154,12 +171,15 @@ class Shards(Copies):
         folder = checkpoint.shards(out, name)
         self.process.once(folder.parent.mkdir, exist_ok=True)
         save_checkpoint(folder, parts["model"], parts["optimizer"].optimizer)
+        if "ema" in parts:
+            save_checkpoint(folder / _AVERAGE, parts["ema"])
         self.process.once(checkpoint.write, out, {**state, checkpoint.SHARDS: name})
 
     def _load_whole(self, stored: dict[str, Any], parts: Mapping[str, Any]) -> None:
         """Load what whole models had; the state of their optimiser is by the number of a parameter in the groups."""
         options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, dict(stored["model"]), options=options)
+        for name in parts.keys() & {"model", "ema"}:
+            set_model_state_dict(parts[name], dict(stored[name]), options=options)
         optimizer, whole = parts["optimizer"].optimizer, stored["optimizer"]
         order = [p for group in parameter_groups(self.model, self.config) for p in group["params"]]
         for i, state in whole["state"].items():

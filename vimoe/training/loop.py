@@ -321,7 +321,7 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     routes = [p for layer in moe_layers(model).values() for p in layer.router.routes if p.requires_grad]
     accelerator, prepared, optimizer, loader = holding.prepare(recorded, optimizer, job.loader, out)
     accelerator.init_trackers("tensorboard")
-    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    ema = holding.average()
     steps = _Steps(
         accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader), routes
     )

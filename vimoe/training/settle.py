@@ -20,7 +20,6 @@ from vimoe.training.compiled import check_compiler
 
 _OF_SCORES = ("z_loss", "importance_loss", "entropy_loss", "variance_loss")  # losses of a router's scores
 _OF_WHOLE_MODELS = {  # settings that go with whole models alone, and why
-    "ema_decay": "a moving average is of whole weights",
     "fuse": "experts become one FFN where a process has them all",
     "compile": "compiled blocks do not gather their weights",
     "stages": "each stage begins with a whole model",
