@@ -493,10 +493,17 @@ MUTANTS: tuple[Mutant, ...] = (
         ("metrics/test_calibration.py",),
     ),
     Mutant(
+        "all processes have the images of the first",
+        "data/loaders.py",
+        "[range(at + rank, min(",
+        "[range(at, min(",
+        ("data/test_loaders.py",),
+    ),
+    Mutant(
         "the temperature is that of the images it is reported on",
         "experiments/finished_run.py",
-        "temperature = decides.temperature()",
-        "temperature = scored.temperature()",
+        "scored.at(decides.temperature())",
+        "scored.at(scored.temperature())",
         ("experiments/test_finished_run.py",),
     ),
     Mutant(

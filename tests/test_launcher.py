@@ -15,7 +15,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from vimoe.cli import main
+from vimoe.cli import SHARED, main
 from vimoe.launcher import starts
 
 COMMANDS = {
@@ -43,11 +43,12 @@ def by(monkeypatch: pytest.MonkeyPatch, *command: str) -> None:
     monkeypatch.setattr(psutil.Process, "parents", lambda _: [shell, launch])
 
 
+@pytest.mark.parametrize("verb", SHARED)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_all_processes_are_started(
-    launched: list[list[str]], monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    launched: list[list[str]], monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], verb: str
 ) -> None:
-    argv = ["train", "--data.path=launch", "--out=x"]
+    argv = [verb, "--data.path=launch", "--out=x"]
     by(monkeypatch, *command, "-m", "vimoe", *argv)
     assert main(argv) == 0
     assert launched == [[*COMMANDS[command], "-m", "vimoe", *argv]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vimoe.errors import ConfigError, VimoeError
-from vimoe.process import Process, launched
+from vimoe.process import Alone, Process, joined, launched
 
 
 def test_alone_nothing_changes() -> None:
@@ -20,6 +20,18 @@ def test_alone_nothing_changes() -> None:
     assert process.once(lambda: 3) == process.broadcast(3) == 3
     with pytest.raises(VimoeError, match="its own"):
         process.once(_refuse)
+
+
+def test_who_shares_with_nobody_joins_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    alone = Alone()
+    assert (alone.rank, alone.count, alone.first) == (0, 1, True) and not torch.distributed.is_initialized()
+    assert alone.merge({2: "c", 0: "a", 1: "b"}) == ["a", "b", "c"] and alone.gather(4) == [4]
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):  # it would join, and nobody says where
+        joined()
+    monkeypatch.delenv("RANK")
+    assert isinstance(joined(), Alone)
 
 
 def _refuse() -> None:

@@ -29,6 +29,8 @@ from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.files import printable
 from vimoe.run_folder import SCHEMA, open_run
 
+SHARED = ("train", "evaluate", "predict", "analyze")  # verbs whose work several processes may share
+
 _MACHINE_ERRORS = {  # errors of disks, permissions and file names, which are no bugs: reported in one line
     getattr(errno, name, 0)
     for name in ("EACCES", "EPERM", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "ENAMETOOLONG", "ESTALE", "EMFILE")
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode should not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if argv[:1] == ["train"] and (status := launcher.starts(argv)) is not None:
+        if argv[:1] and argv[0] in SHARED and (status := launcher.starts(argv)) is not None:
             return status
         answer = _answer(argv, as_json)
         if process.writes():
@@ -94,10 +96,10 @@ def _answer(argv: list[str], as_json: bool) -> str:
         return __version__
     if argv[0] not in VERBS:
         raise ConfigError(f"unknown verb {argv[0]!r}: {nearest(argv[0], VERBS)}")
-    if argv[0] != "train" and process.launched() > 1:
+    if argv[0] not in SHARED and process.launched() > 1:
         raise ConfigError(
-            f"vimoe {argv[0]} in {process.launched()} processes: expected 1, since only train shares its work; start "
-            f"it without a launcher"
+            f"vimoe {argv[0]} in {process.launched()} processes: expected 1, since only {', '.join(SHARED)} share "
+            f"their work; start it without a launcher"
         )
     _log_to_stderr()
     with _sigterm_as_interrupt():
@@ -224,7 +226,7 @@ def evaluate(verb: str, argv: list[str]) -> Result:
     open_run(options["run"])  # reports a wrong folder before the slow import of torch
     from vimoe.experiments.finished_run import FinishedRun
 
-    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
+    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"], process.joined())
     split, score, facts = run.score(options["data.path"])
     source = f", from features before {facts['features']['before']}" if "features" in facts else ""
     calibrated = (
@@ -254,7 +256,7 @@ def predict(verb: str, argv: list[str]) -> Result:
     from vimoe.experiments.finished_run import FinishedRun
     from vimoe.experiments.train import check_outside
 
-    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
+    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"], process.joined())
     files = list_images(options["images"])
     out = options["out"]
     if run.task.writes_predictions:
@@ -283,7 +285,7 @@ def analyze(verb: str, argv: list[str]) -> Result:
     open_run(options["run"])  # reports a wrong folder before the slow import of torch
     from vimoe.experiments.finished_run import FinishedRun
 
-    run = FinishedRun(options["run"])
+    run = FinishedRun(options["run"], process=process.joined())
     evidence = run.analyze(**{key: options[key] for key in ("draws", "overrule", "seed", "probe")})
     folder = run.run.path
     values = evidence.to_dict()

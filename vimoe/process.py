@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,7 +79,8 @@ class Process:
     It is Accelerate's `PartialState` with vimoe's rules: the first process alone writes (files, logs, progress bars),
     and an error in what it does for all ends all. Each method is called by every process of the job, in one order; in
     a job of one process it changes nothing and waits for nobody. To make one joins the job, which waits for the others:
-    only a training does. All else asks `device` and `writes`, which a program with processes of its own may call.
+    only a training does, and a verb of the command line that shares its work (`joined`). All else asks `device` and
+    `writes`, which a program with processes of its own may call, or is `Alone`.
 
     Tensors are summed on the device, and all else goes over the CPUs. Nothing waits for ever: a process that has ended
     is noticed at once, and one that is not heard of after half an hour, or a day where the first is at long work.
@@ -163,6 +164,11 @@ class Process:
             torch.distributed.all_gather_object(values, value, self._quick)
         return values
 
+    def merge(self, values: Mapping[int, Result]) -> list[Result]:
+        """Return the values of all processes in the order of their keys, such as places of images; keys differ."""
+        merged = {key: value for part in self.gather(values) for key, value in part.items()}
+        return [merged[key] for key in sorted(merged)]
+
     def broadcast(self, value: Result) -> Result:
         """Return the first process's value in all; it is pickled, so it should be small."""
         import torch
@@ -176,19 +182,19 @@ class Process:
         """Call a function in the first process alone, such as one that writes, and return its result in all.
 
         Raises:
-            VimoeError: if the function raised in the first process; the others get its message, and of a bug its kind.
+            VimoeError: if the function raised in the first process; the others get its error, or the name of a bug.
         """
-        outcome: tuple[Any, str | None] = (None, None)
+        outcome: tuple[Any, VimoeError | None] = (None, None)
         if self.first:
             try:
                 outcome = (function(*args, **kwargs), None)
             except Exception as error:
                 mistake = isinstance(error, VimoeError)
-                self.broadcast((None, str(error) if mistake else f"the first process ended by {error!r}"))
+                self.broadcast((None, error if mistake else VimoeError(f"the first process ended by {error!r}")))
                 raise
         result, failure = self.broadcast(outcome)
         if failure is not None:
-            raise VimoeError(failure)
+            raise failure
         return result
 
     def first_then_all(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -206,6 +212,18 @@ class Process:
         if not self.first:
             logging.getLogger("vimoe").setLevel(logging.CRITICAL)
             warnings.simplefilter("ignore")
+
+
+class Alone(Process):
+    """A process that shares its work with no other, and joins no job, whatever started it."""
+
+    def __init__(self) -> None:
+        self.rank, self.count, self.first, self.device = 0, 1, True, device()
+
+
+def joined() -> Process:
+    """Return this process of the job that a launcher started, which it joins; or one alone. Raises as `Process`."""
+    return Process() if launched() > 1 else Alone()
 
 
 @functools.cache

@@ -11,8 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import shared_analysis
+from helpers.alike import assert_alike
 from helpers.kinds import UNITS
 from helpers.known import CLASSES, Known, loader
+from helpers.processes import run
 from helpers.pruned import changes
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from torch import Tensor, nn
@@ -314,9 +317,9 @@ def test_recorded_routings_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
     real = analysis._Seen.add
 
-    def add(self: analysis._Seen, labels: np.ndarray, routings: list, signatures: np.ndarray) -> None:
+    def add(self: analysis._Seen, places: range, labels: np.ndarray, routings: list, signatures: np.ndarray) -> None:
         held.append(len(routings))
-        real(self, labels, routings, signatures)
+        real(self, places, labels, routings, signatures)
 
     monkeypatch.setattr(analysis._Seen, "add", add)
     vimoe.analyze(Known(), loader(), overrule=0)
@@ -418,7 +421,7 @@ def test_of_more_images_than_are_kept_a_uniform_sample_counts(monkeypatch: pytes
         seen = analysis._Seen({}, seed)
         for start in range(0, 200, 40):
             routing = SimpleNamespace(layer="a", experts=torch.zeros(40, 1), gates=torch.zeros(40, 1), batch=(40, 3))
-            seen.add(np.arange(start, start + 40), [routing], np.arange(start, start + 40))
+            seen.add(range(start, start + 40), np.arange(start, start + 40), [routing], np.arange(start, start + 40))
         seen.close()
         assert len(set(seen.places)) == 50 and (np.diff(seen.places) > 0).all()
         assert np.array_equal(seen.labels, seen.places)
@@ -536,3 +539,23 @@ def test_a_parent_without_the_layers_ffns_is_refused(wrong: dict[str, int]) -> N
         vimoe.analyze(model, data, overrule=0, parent=vit(**wrong))
     with pytest.raises(ConfigError, match="no FFN of 24 channels at blocks.1.mlp: expected the dense model"):
         vimoe.analyze(model, data, overrule=0, parent=copy.deepcopy(model))
+
+
+@pytest.fixture(scope="module")
+def of_one() -> dict[str, dict]:
+    return shared_analysis.everything()
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_that_share_the_images_find_what_one_finds(count: int, of_one: dict[str, dict]) -> None:
+    """All figures, of samples too: the same images are drawn, whoever has them, and all get all."""
+    for found in run(shared_analysis.everything, count, timeout=300):
+        assert_alike(of_one, found)
+
+
+def test_a_loader_that_is_not_shared_or_too_short_is_told() -> None:
+    for rank, said in enumerate(run(shared_analysis.mistakes, 2, timeout=120)):
+        whole, few, sizes = said
+        assert whole.startswith("a loader of 2 processes without places: expected its batch_sampler to be what"), rank
+        assert few.startswith("fewer images than processes, 2: expected validation images")
+        assert sizes == "the loader gives images of (3, 32, 32) and (3, 64, 64): expected one size"

@@ -124,3 +124,5 @@ def test_what_cannot_be_probed_is_refused_before_any_work() -> None:
     soft = upcycle(vit(), config(router="soft", routing="token"))
     assert "moe.router='soft' and 4 experts: expected at least 2" in refused(soft)
     assert "1 experts" in refused(upcycle(vit(), config(num_experts=1)))
+    with pytest.raises(VimoeError, match="in 2 processes: expected one"):
+        check_probed({}, by_patch=False, overrule=None, processes=2)

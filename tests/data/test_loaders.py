@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from timm.data import create_transform
 from vimoe.config.train import TrainConfig
 from vimoe.data.decoded import Shrink
 from vimoe.data.images import THIN, open_image
-from vimoe.data.loaders import CutThin, decoded_for_evaluation, eval_loader, train_loader
+from vimoe.data.loaders import CutThin, decoded_for_evaluation, eval_loader, share, train_loader
 
 PREPARED = {
     "input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2),
@@ -76,6 +77,19 @@ def test_a_line_is_kept_small_in_every_cache(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(seen(decoded[0][0]), seen(open_image(tmp_path / "x.png")))
     assert Shrink(8)(Image.new("RGB", (60_000, 1))).size == (60_000, 1)
     assert Shrink(8)(Image.new("RGB", (6000, 16))).size == (3000, 8)
+
+
+@pytest.mark.parametrize(("images", "batch"), [(1, 4), (5, 1), (41, 9), (16, 4)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shares_are_parts_of_the_batches_of_one_process(images: int, batch: int, count: int) -> None:
+    shares = [share(images, batch, SimpleNamespace(rank=rank, count=count)) for rank in range(count)]
+    whole = [range(at, min(at + max(batch, count), images)) for at in range(0, images, max(batch, count))]
+    for j, places in enumerate(whole):
+        assert sorted(place for own in shares for part in own[j : j + 1] for place in part) == list(places)
+    assert all(len(own) <= len(whole) and all(own) for own in shares)
+    sizes = [sum(map(len, own)) for own in shares]
+    assert sum(sizes) == images and (batch % count or max(sizes) - min(sizes) <= 1)
+    assert share(images, batch) == share(images, batch, SimpleNamespace(rank=0, count=1))
 
 
 def test_a_line_is_trained_on_as_a_part_of_it() -> None:

@@ -35,7 +35,10 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {  # settings o
     "token": (TOKEN, {"balance_loss": 1.0, "importance_loss": 1.0, "variance_loss": 1.0, "orthogonal_loss": 0.1}),
     "rows": (TOKEN, {"z_loss": 0.1, "entropy_loss": 0.1, "mutual_loss": 0.1, "ema_decay": 0.5, "distill_loss": 1.0}),
     "bias": ({**IMAGE, "bias_update_rate": 0.1}, {"accumulation": 2, "balance_loss": 0.0}),
-    "mixed": (IMAGE, {"mixup": 0.8, "cutmix": 1.0, "accumulation": 3, "clip_grad": 0.1, "min_crop": 0.5}),
+    "mixed": (
+        IMAGE,
+        {"mixup": 0.8, "cutmix": 1.0, "accumulation": 3, "clip_grad": 0.1, "min_crop": 0.5, "ema_decay": 0.5},
+    ),
     "frozen": ({**IMAGE, "layers": [1]}, {"train_only": "moe", "router_frozen": 0.4, "layer_decay": 0.5}),
     "stopped": (
         {**IMAGE, "layers": [1], "bias_update_rate": 0.1},
@@ -52,7 +55,20 @@ def images_of(folder: Path) -> None:
     scenes(folder / "scenes", train=12, val=3)
 
 
-def made(folder: Path, case: str, **changes: Any) -> tuple[nn.Module, Job, Any]:
+def made(folder: Path, case: str, double: bool = False, **changes: Any) -> tuple[nn.Module, Job, Any]:
+    """The model, job and settings of a case; `double` is in float64."""
+    network, job, settings = in_single(folder, case, **changes)
+    return (network.double(), in_double(job), settings) if double else (network, job, settings)
+
+
+def in_double(job: Job) -> Job:
+    def prepare(*batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(each.double() if each.is_floating_point() else each for each in job.prepare(*batch))
+
+    return replace(job, prepare=prepare)
+
+
+def in_single(folder: Path, case: str, **changes: Any) -> tuple[nn.Module, Job, Any]:
     torch.manual_seed(0)
     layers, settings = CASES[case]
     if "parallel" in changes:
@@ -74,6 +90,7 @@ def trained(folder: Path, out: Path, case: str, **changes: Any) -> dict[str, Any
     network, job, settings = made(folder, case, **changes)
     out.mkdir(exist_ok=True)
     gradients: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
     step = torch.optim.AdamW.step
 
     def see(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +98,9 @@ def trained(folder: Path, out: Path, case: str, **changes: Any) -> dict[str, Any
         if not gradients:
             gradients.append(torch.cat([each.flatten() for each in held]))
             gradients.append(torch.stack([each.norm() for each in held]).sort().values)  # in no order of groups
-        return step(self, *args, **kwargs)
+        done = step(self, *args, **kwargs)
+        last[:] = [full(p).flatten().clone() for group in self.param_groups for p in group["params"]]
+        return done
 
     torch.optim.AdamW.step = see
     try:
@@ -91,7 +110,7 @@ def trained(folder: Path, out: Path, case: str, **changes: Any) -> dict[str, Any
     load = [layer.router.choice_bias for layer in moe_layers(network).values()]
     return {
         "weights": network.state_dict(), "gradient": gradients[0], "norms": gradients[1], "val": summary["val"],
-        "bias": load, "alarms": summary["alarms"],
+        "bias": load, "alarms": summary["alarms"], "last": torch.cat(last),
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from helpers.trainings import model
 
 from vimoe import terminal
 from vimoe.config.train import TrainConfig
-from vimoe.errors import VimoeError
+from vimoe.errors import FolderError, VimoeError
 from vimoe.process import Process, speaks
 from vimoe.training.routing_health import Health
 from vimoe.training.settle import settle
@@ -42,7 +42,7 @@ def find(path: Path, rank: int) -> str:
 
 
 def refuse(text: str) -> None:
-    raise VimoeError(text)
+    raise FolderError(text)
 
 
 def bug() -> None:
@@ -102,6 +102,7 @@ def main() -> None:
         "mean": process.mean(one).tolist(),
         "gradient": torch.autograd.functional.jacobian(lambda x: process.mean(x).square().sum(), one).tolist(),
         "gathered": process.gather(f"rank {process.rank}"),
+        "merged": process.merge({process.rank + 2 * i: f"{i} of {process.rank}" for i in range(2 - process.rank)}),
         "found": process.first_then_all(find, folder / "found", process.rank),
         "odd": message(settle, TrainConfig(batch_size=7), 100, model()),
         "pairs": message(settle, TrainConfig(batch_size=6, mixup=0.1), 100, model()),

@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import shared_analysis
+from helpers.processes import run
 from helpers.tiny import vit
 from torch import Tensor
 
@@ -77,6 +79,14 @@ def test_the_temperature_undoes_a_scale_and_nothing_else() -> None:
     for before, T in ((logits, plain), (3 * logits, scaled)):
         loss, slope = (F.cross_entropy(before.double() / t, labels) for t in (T, 1.01 * T))
         assert loss < slope and loss < F.cross_entropy(before.double() / (0.99 * T), labels)
+
+
+def test_processes_fit_the_temperature_of_all_images_together() -> None:
+    logits, labels = drawn(500, scale=2)
+    fitted = fit_temperature(logits, labels)
+    for parts in ([slice(0, 180), slice(180, 500)], [slice(0, 500), slice(0, 0)]):  # one has no image
+        assert run(shared_analysis.temperature, 2, logits, labels, parts) == pytest.approx([fitted] * 2, rel=1e-6)
+    assert abs(fit_temperature(logits[:180], labels[:180]) - fitted) > 1e-3
 
 
 def test_images_that_are_all_right_give_a_low_temperature_and_all_wrong_the_highest() -> None:

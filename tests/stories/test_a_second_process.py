@@ -48,8 +48,8 @@ def test_one_writes_and_all_know_the_result(seen: list[dict[str, Any]], folder: 
     assert (folder / "written").read_text() == "x"
 
 
-def test_an_error_of_the_writer_ends_all_with_its_message(seen: list[dict[str, Any]]) -> None:
-    assert [each["refused"] for each in seen] == ["VimoeError: the disk of rank 0 is full"] * 2
+def test_an_error_of_the_writer_is_that_of_all(seen: list[dict[str, Any]]) -> None:
+    assert [each["refused"] for each in seen] == ["FolderError: the disk of rank 0 is full"] * 2
 
 
 def test_a_bug_in_the_first_stays_one_and_the_others_name_it(seen: list[dict[str, Any]]) -> None:
@@ -67,6 +67,10 @@ def test_means_are_of_all_and_gradients_of_each(seen: list[dict[str, Any]]) -> N
 
 def test_values_are_gathered_by_rank(seen: list[dict[str, Any]]) -> None:
     assert [each["gathered"] for each in seen] == [["rank 0", "rank 1"]] * 2
+
+
+def test_values_of_images_are_merged_in_their_order(seen: list[dict[str, Any]]) -> None:
+    assert [each["merged"] for each in seen] == [["0 of 0", "0 of 1", "1 of 0"]] * 2
 
 
 def test_the_first_makes_what_the_others_find(seen: list[dict[str, Any]]) -> None:

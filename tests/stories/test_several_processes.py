@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.commands import QUICK, TINY
+from helpers.alike import assert_alike
+from helpers.commands import QUICK, TINY, call
 from helpers.jobs import TESTS, environment, finish, start
-from helpers.pictures import roles
+from helpers.pictures import folder, roles
 from helpers.trainings import rows
 from safetensors.torch import load_file
 
@@ -108,7 +109,7 @@ def test_a_signal_to_one_stops_all_with_a_checkpoint(photos: Path, whole: tuple[
         assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-3)
 
 
-EXPERTS = ["--moe.layers=all", "--moe.routing=token", "--train.ema_decay=0", "--train.parallel.expert=2"]
+EXPERTS = ["--moe.layers=all", "--moe.routing=token", "--train.parallel.expert=2"]
 
 
 def spread_as(out: Path, **sizes: int) -> None:
@@ -171,8 +172,8 @@ def test_a_failure_of_one_ends_all_with_its_line(photos: Path, tmp_path: Path, h
         (["train", "--data.path=nowhere", *OPTIONS], "nowhere"),
         (["train", "--train.lr=high"], "train.lr"),
         (
-            ["train", "--data.path=digits", *OPTIONS, "--train.parallel.fsdp=2"],
-            "train.ema_decay=0.5 with train.parallel",
+            ["train", "--data.path=digits", *OPTIONS, "--train.parallel.fsdp=2", "--train.compile=true"],
+            "train.compile=True with train.parallel",
         ),
         (["train", "--data.path=digits", *OPTIONS, "--train.parallel.expert=3"], "expected sizes whose product is 2"),
         (
@@ -181,12 +182,15 @@ def test_a_failure_of_one_ends_all_with_its_line(photos: Path, tmp_path: Path, h
                 "--data.path=digits",
                 *OPTIONS,
                 "--moe.num_experts=3",
-                "--train.ema_decay=0",
                 "--train.parallel.expert=2",
             ],
             "train.parallel.expert=2 with moe.num_experts=3",
         ),
-        (["evaluate", "runs/first"], "vimoe evaluate in 2 processes: expected 1, since only train shares its work"),
+        (
+            ["prune", "runs/first"],
+            "vimoe prune in 2 processes: expected 1, since only train, evaluate, predict, analyze",
+        ),
+        (["evaluate", "runs/first"], "runs/first: no such run"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, command: list[str], said: str) -> None:
@@ -195,6 +199,52 @@ def test_a_mistake_is_one_line(tmp_path: Path, command: list[str], said: str) ->
     assert [status for status, _, _ in ended] == [2, 2]
     assert len(lines(ended)) == 1 and said in lines(ended)[0], ended
     assert not (tmp_path / "run").exists()
+
+
+def shared(*command: object, count: int = 2) -> dict[str, Any]:
+    """The JSON of a verb in several processes, of which one speaks."""
+    (first, printed, said), *others = finish(start(count, "-m", "vimoe", *command, "--json"))
+    assert first == 0, said
+    assert others == [(0, "", "")] * (count - 1)
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_other_verbs_share_the_images_and_give_what_one_gives(
+    photos: Path, whole: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    ours, theirs = (Path(shutil.copytree(whole[0], tmp_path / name)) for name in ("ours", "theirs"))
+    others = folder(tmp_path / "others", 2, seed=7)
+    for more in ([], ["--data.path", others]):
+        one, several = call(capsys, "evaluate", ours, *more), shared("evaluate", theirs, *more, count=count)
+        assert_alike(one, several)
+        assert several["images"] == (6 if more else 9)
+    predicted = shared("predict", theirs, photos / "test", photos / "val", "--top=2", count=count)
+    assert_alike(call(capsys, "predict", ours, photos / "test", photos / "val", "--top=2"), predicted)
+    assert len(predicted["predictions"]) == 18
+    found = shared("analyze", theirs, "--overrule=7", count=count)
+    assert_alike(
+        call(capsys, "analyze", ours, "--overrule=7") | {key: found[key] for key in ("routing", "report")}, found
+    )
+    assert_alike(*(json.loads((run / "routing.json").read_text()) for run in (ours, theirs)))
+    assert {each.name for each in theirs.rglob("*")} == {each.name for each in ours.rglob("*")}
+
+
+def test_a_damaged_image_of_one_share_ends_all_or_leaves_out_the_temperature(
+    photos: Path, whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    others = Path(shutil.copytree(photos, tmp_path / "photos"))
+    run = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    settings = run / "config.yaml"
+    settings.write_text(settings.read_text().replace(str(photos), str(others)))
+    (others / "val" / "blue" / "001.png").write_bytes(b"no image")  # the second image: of the second process
+    for verb in ("evaluate", "analyze"):  # of which the first calibrates on it
+        ended = finish(start(2, "-m", "vimoe", verb, run), 200)
+        assert [status for status, _, _ in ended] == [2, 2], ended
+        assert len(lines(ended)) == 1 and "001.png" in lines(ended)[0], ended
+    (status, printed, said), second = finish(start(2, "-m", "vimoe", "evaluate", run, "--data.path", others / "test"))
+    assert status == 0 and "9 images" in printed and "temperature" not in printed and second == (0, "", "")
+    assert "without a temperature" in said and "001.png" in said
 
 
 @pytest.mark.slow
@@ -231,12 +281,20 @@ def test_the_launchers(photos: Path, tmp_path: Path, launcher: str) -> None:
     """Accelerate starts one process where it is to use CPUs, and vimoe the job; one speaks."""
     modules = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
     options = ["--nproc-per-node=2"] if launcher == "torchrun" else ["--num_processes=2", "--cpu"]
-    command = [sys.executable, "-m", modules[launcher], *options, "-m", "vimoe", *train(photos, tmp_path / "run")]
     plain = {k: v for k, v in environment(0, 1, 0).items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     plain = {k: v for k, v in plain.items() if not k.startswith("MASTER")}
-    done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation top-1") == 1
+
+    def printed(*verb: object) -> str:
+        command = [sys.executable, "-m", modules[launcher], *options, "-m", "vimoe", *map(str, verb)]
+        done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert printed(*train(photos, tmp_path / "run")).count("validation top-1") == 1
+    predicted = printed("predict", tmp_path / "run", photos / "test").splitlines()
+    files = [str(file) for file in sorted((photos / "test").rglob("*.png"))]
+    assert [line.partition(": ")[0] for line in predicted if line.startswith(str(photos))] == files
+    assert printed("analyze", tmp_path / "run", "--draws=2").count("report.html") == 1
 
 
 @pytest.mark.slow

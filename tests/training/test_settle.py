@@ -58,14 +58,7 @@ TWO = cast("Process", SimpleNamespace(count=2))
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("ema_decay", 0.5),
-        ("fuse", "ewa"),
-        ("compile", True),
-        ("stages", ("head", "all")),
-        ("precision", "fp16"),
-        ("locality_loss", 0.5),
-    ],  # fmt: skip
+    [("fuse", "ewa"), ("compile", True), ("stages", ("head", "all")), ("precision", "fp16"), ("locality_loss", 0.5)],
 )
 def test_what_goes_with_whole_models_alone_is_refused_over_shards(name: str, value: Any) -> None:
     with pytest.raises(
@@ -78,7 +71,7 @@ def test_what_goes_with_whole_models_alone_is_refused_over_shards(name: str, val
 def test_a_mesh_is_of_as_many_processes_as_there_are() -> None:
     with pytest.raises(ConfigError, match="with 1 processes: expected sizes whose product is 1"):
         settle(TrainConfig(parallel=MESH), 100, model())
-    check_parallel(TrainConfig(parallel=MESH, precision="bf16"), TWO)
+    check_parallel(TrainConfig(parallel=MESH, precision="bf16", ema_decay=0.5), TWO)
 
 
 def test_each_process_of_shards_has_an_image_to_evaluate() -> None:

@@ -29,12 +29,13 @@ from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, t
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, DataError, VimoeError
-from vimoe.metrics.base import Batches, Metric, Score, batches, signature
+from vimoe.metrics.base import Batches, Metric, Score, signature
 from vimoe.models.interface import unwrapped
 from vimoe.models.upcycling import sites
 from vimoe.moe import MoE, Routing, ffn, record
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
+from vimoe.process import Alone, Process
 
 KEPT_IMAGES = 20_000  # whose decisions are kept, at most
 KEPT_UNITS = 2**21  # of each layer, at most: tokens are many
@@ -54,6 +55,7 @@ def analyze(
     metric: str | None = None,
     parent: nn.Module | None = None,
     probe: bool = False,
+    process: Process | None = None,
 ) -> Evidence:
     """Measure every MoE layer of a model on validation images.
 
@@ -90,14 +92,18 @@ def analyze(
         parent: dense model that was upcycled, with the weights that it had then and on the model's device, to compare
             experts with its FFNs; by default with the shared expert, or with the FFN that they have in common.
         probe: measure each expert alone too (`vimoe.analysis.probe`), by as many further interventions as experts.
+        process: this one of the processes that share the images, each of which calls this with a model of its own. Its
+            `loader.batch_sampler` has the places of its images, as `vimoe.data.loaders.share` gives them. Each gets
+            the evidence of all images, which is that of one process to rounding. By default all are for this one.
 
     Raises:
         ConfigError: if there are not as many sequences as images, no such metric is registered, or the parent has no
             FFN in the place of a layer.
         VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite; or if experts are to
-            be probed where images have no class, or cannot be sent to one expert.
-        DataError: if the loader is empty, gives no pairs of tensors that the model takes, or gives other images when it
-            is read again; or if the metric gives classes of another shape or range than it says.
+            be probed where images have no class, or cannot be sent to one expert, or by several processes.
+        DataError: if the loader is empty, in one process or all, gives no pairs of tensors that the model takes, or
+            gives other images when it is read again; or if the metric gives classes of another shape or range than it
+            says.
 
     >>> import timm, torch, vimoe
     >>> dense = timm.create_model("test_vit", num_classes=2)
@@ -118,24 +124,15 @@ def analyze(
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
     parents = {} if parent is None else _parents(unwrapped(parent), layers)
-    subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule, metric)
+    subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule, metric, process)
     if probe:
-        check_probed(layers, subjects.metric.by_patch, overrule)
+        check_probed(layers, subjects.metric.by_patch, overrule, subjects.process.count)
     base, seen = _observe(model, subjects, layers, seed, "observing the routing" if progress else "")
-    classes = subjects.metric.classes
-    by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
     if sequences is not None and len(sequences) != base.images:
         raise ConfigError(f"{len(sequences)} sequences of {base.images} images: expected one for each image")
     videos = None if sequences is None else [sequences[place] for place in seen.places.tolist()]
-    units, how_many = statistics.numbered(videos)
-    half = _half(seen, units, seed)
-
-    counts = {name: seen.per_image(name) for name in layers}
     gates = {name: seen.per_image(name, seen.gates[name]) for name in layers}
     gate_mass = {name: gates[name].sum(axis=0) / seen.experts[name][..., 0].size for name in layers}
-    tables = {name: found.table() for name, found in by_class.items()}
-    drawn = {name: found.table(~half) for name, found in by_class.items()}
-    class_order, expert_orders = statistics.orders([tables[name] - drawn[name] for name in layers])
     overruled = min(len(seen.labels), len(seen.labels) if overrule is None else overrule)
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(len(seen.labels), overruled, replace=False))
@@ -145,9 +142,30 @@ def analyze(
     subjects.choose(Images(seen.places[rows], seen.signatures[rows]))
     measured = (rows, donors, overruled_units)
     effects = _effects(subjects, layers, seen, gate_mass, *measured, seed, task) if overruled else {}
-    task = "probing the experts" if progress else ""
-    probes = probe_experts(subjects, layers, tables, seen.labels[rows], seed, overruled_units, task) if probe else {}
+    if probe:
+        tables = {name: _ByClass.of(seen, name, len(subjects.metric.classes)).table() for name in layers}
+        task = "probing the experts" if progress else ""
+        probes = probe_experts(subjects, layers, tables, seen.labels[rows], seed, overruled_units, task)
+        effects = {name: {**effects[name], "probe": probes[name].to_dict()} for name in layers}
+    facts = {"base": base, "overruled_images": overruled, "draws": draws, "overruled_sequences": overruled_sequences}
+    more = (effects, parents, videos, seed, facts)
+    return subjects.process.once(_evidence, subjects, layers, seen, gates, gate_mass, *more)
 
+
+def _evidence(
+    subjects: Subjects, layers: Mapping[str, MoE], seen: _Seen, gates: Mapping[str, np.ndarray],
+    gate_mass: Mapping[str, np.ndarray], effects: Mapping[str, dict[str, Any]], parents: Mapping[str, nn.Module],
+    videos: Sequence[Hashable] | None, seed: int, facts: Mapping[str, Any],
+) -> Evidence:  # fmt: skip
+    """Return the evidence of what was seen of all images, of the effects by layer, and of facts, which are fields."""
+    classes = subjects.metric.classes
+    by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
+    units, how_many = statistics.numbered(videos)
+    half = _half(seen, units, seed)
+    counts = {name: seen.per_image(name) for name in layers}
+    tables = {name: found.table() for name, found in by_class.items()}
+    drawn = {name: found.table(~half) for name, found in by_class.items()}
+    class_order, expert_orders = statistics.orders([tables[name] - drawn[name] for name in layers])
     evidence = []
     for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
         config = layer.config
@@ -165,7 +183,6 @@ def analyze(
                 effective_experts=statistics.effective_number(by_class[name].per_image(), seed, units),
                 comparison=compare_experts(layer, seen.inputs[name], parents.get(name)).to_dict(),
                 diversity=measure_diversity(layer, seen.inputs[name]),
-                probe=probes[name].to_dict() if probe else None,
                 examples=() if seen.by_patch else seen.examples(gates[name]),
                 **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
@@ -173,18 +190,15 @@ def analyze(
     possible = math.prod(layer.router.num_decisions for layer in layers.values())
     return Evidence(
         layers=tuple(evidence),
-        base=base,
         classes=tuple(classes),
         images=len(seen.labels),
-        overruled_images=overruled,
-        draws=draws,
         class_order=class_order,
         pairs=statistics.activated_pairs(list(counts.values()), seed, units),
         routes=(*statistics.routes(list(seen.experts.values())), possible),
         agreement=statistics.agreement([statistics.favourites(counts[n], gates[n]) for n in layers], seed, units),
         sequences=how_many,
-        overruled_sequences=overruled_sequences,
         features=subjects.features,
+        **facts,
     )
 
 
@@ -231,29 +245,32 @@ def _effects(
     plan = {name: [*handed(name, slice(first[name])), *sum(groups.values(), [])] for name, groups in others.items()}
     changes = measure(subjects, plan, task)
     permuted = {name: each.columns(slice(first[name])) for name, each in changes.items()}
-    enough = {
-        name: first[name]
-        if first[name] in (0, draws)
-        else enough_draws(each.loss, donors[:, : first[name]], draws, seed, sequences)
-        for name, each in permuted.items()
-    }
+
+    def enough_of(name: str) -> int:
+        if first[name] in (0, draws):
+            return first[name]
+        return enough_draws(permuted[name].loss, donors[:, : first[name]], draws, seed, sequences)
+
+    process = subjects.process  # one of them judges what all do next
+    enough = process.once(lambda: {name: enough_of(name) for name in layers})
     more = {name: handed(name, slice(first[name], to)) for name, to in enough.items() if to > first[name]}
     if more:
         for name, also in measure(subjects, more, task and f"{task}, more draws").items():
             permuted[name] = permuted[name].beside(also)
-    fields = {}
-    for name, groups in others.items():
+
+    def fields(name: str) -> dict[str, Any]:
         given = donors[:, : enough[name]]
         effects = iter(Effect.each(changes[name].columns(slice(first[name], None)), seed, sequences))
-        found = {key: [next(effects) for _ in group] for key, group in groups.items()}
-        fields[name] = {
+        found = {key: [next(effects) for _ in group] for key, group in others[name].items()}
+        return {
             "draws": enough[name],
             "permuted": Effect.of_draws(permuted[name], given, seed, sequences) if enough[name] else None,
             "frozen": next(iter(found.pop("frozen", ())), None),
             "experts": tuple(found.pop("experts", ())),
             "dense": {how: effect for how, (effect,) in found.items()},
         }
-    return fields
+
+    return process.once(lambda: {name: fields(name) for name in layers})
 
 
 def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) -> dict[str, list[Intervention]]:
@@ -326,6 +343,8 @@ class _ByClass:
 class _Seen:
     """Decisions of a uniform sample of the images in each layer, and a few layer inputs.
 
+    Of several processes each adds its share of every batch, and draws for all of it, so that `close` joins one sample.
+
     Attributes:
         places: (I,) places in the loader, in rising order; signatures: (I,) by which to know the images again.
         labels: (I,) class of each image, or (I, P) of each patch if `by_patch`; -1 for none.
@@ -333,19 +352,22 @@ class _Seen:
         inputs: inputs (a few images, tokens, channels) by layer.
     """
 
-    def __init__(self, layers: Mapping[str, MoE], seed: int, by_patch: bool = False) -> None:
-        self.layers, self.by_patch = layers, by_patch
-        self.images = 0
+    def __init__(
+        self, layers: Mapping[str, MoE], seed: int, by_patch: bool = False, process: Process | None = None
+    ) -> None:
+        self.layers, self.by_patch, self.process = layers, by_patch, process or Alone()
         self.experts: dict[str, np.ndarray] = {}
         self.gates: dict[str, np.ndarray] = {}
         self.inputs: dict[str, Tensor] = {}
         self._rng = np.random.default_rng(seed)
         self._limit = KEPT_IMAGES
+        self._watched = np.full(_COMPARED, -1)  # places of the images of the inputs
 
     @contextmanager
-    def watching(self, images: int) -> Iterator[None]:
+    def watching(self, places: range) -> Iterator[None]:
         """Keep the inputs of the layers for a few images of the batch that runs inside the block."""
-        slots, rows = self._slots(images, _COMPARED)
+        slots, rows = self._slots(places, _COMPARED)
+        self._watched[slots] = np.array(places)[rows]
 
         def add_input(name: str, x: Tensor) -> None:
             if name not in self.inputs:
@@ -361,30 +383,41 @@ class _Seen:
                 stack.callback(hook.remove)
             yield
 
-    def add(self, labels: np.ndarray, routings: list[Routing], signatures: np.ndarray) -> None:
-        """Add a batch: (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
+    def add(self, places: range, labels: np.ndarray, routings: list[Routing], signatures: np.ndarray) -> None:
+        """Add a batch: (B,) places, (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
         arrays = {r.layer: [_per_image(a, r) for a in (r.experts, r.gates)] for r in routings}
-        if not self.images:
+        if not self.experts:
             self._limit = min(KEPT_IMAGES, *(KEPT_UNITS // e.shape[1] for e, _ in arrays.values()))
-            self.places, self.signatures = np.empty(self._limit, np.int64), np.empty(self._limit, np.int64)
+            self.places, self.signatures = np.full(self._limit, -1), np.empty(self._limit, np.int64)
             self.labels = np.empty((self._limit, *labels.shape[1:]), np.int32)
             for name, (experts, gates) in arrays.items():  # memory is taken when it is written to
                 self.experts[name] = np.empty((self._limit, *experts.shape[1:]), np.int16)
                 self.gates[name] = np.empty((self._limit, *gates.shape[1:]), np.float32)
-        slots, rows = self._slots(len(labels), self._limit)
-        self.places[slots], self.signatures[slots] = self.images + rows, signatures[rows]
+        slots, rows = self._slots(places, self._limit)
+        self.places[slots], self.signatures[slots] = np.array(places)[rows], signatures[rows]
         self.labels[slots] = labels[rows]
         for name, (experts, gates) in arrays.items():
             self.experts[name][slots], self.gates[name][slots] = experts[rows], gates[rows]
-        self.images += len(labels)
 
     def close(self) -> None:
-        """Put the images in the loader's order."""
-        order = np.argsort(self.places[: self.images])
-        self.places, self.labels, self.signatures = (a[order] for a in (self.places, self.labels, self.signatures))
-        self.experts = {name: kept[order] for name, kept in self.experts.items()}
-        self.gates = {name: kept[order] for name, kept in self.gates.items()}
-        self.inputs = {name: kept[: self.images] for name, kept in self.inputs.items()}
+        """Join the images of all processes, in the loader's order. Each process calls it, and has seen some."""
+        mine, _ = self._last(self.places)
+        kept = self.places, self.signatures, self.labels, *self.experts.values(), *self.gates.values()
+        arrays = [self.process.gather(array[mine]) for array in kept]
+        order = np.argsort(np.concatenate(arrays[0]))
+        self.places, self.signatures, self.labels, *decisions = (np.concatenate(each)[order] for each in arrays)
+        self.experts = dict(zip(self.experts, decisions, strict=False))
+        self.gates = dict(zip(self.gates, decisions[len(self.gates) :], strict=True))
+        mine, used = self._last(self._watched)
+        for name, kept_inputs in self.inputs.items():
+            own = torch.zeros_like(kept_inputs)
+            own[mine] = kept_inputs[mine]
+            self.inputs[name] = self.process.sum(own)[:used]
+
+    def _last(self, places: np.ndarray) -> tuple[np.ndarray, int]:
+        """Return the slots whose last image is this process's, given the places of its own, and how many are used."""
+        last = np.max(self.process.gather(places), axis=0)
+        return np.flatnonzero((places == last) & (last >= 0)), int((last >= 0).sum())
 
     def per_image(self, name: str, weights: np.ndarray | None = None) -> np.ndarray:
         """Return how often each image chose each expert (I, N), or the sum of weights (I, U, K) of these choices."""
@@ -395,10 +428,10 @@ class _Seen:
         best = np.argsort(-gates, axis=0, kind="stable")[:_EXAMPLES].T
         return tuple(tuple(int(self.places[i]) for i in row if gates[i, e] > 0) for e, row in enumerate(best))
 
-    def _slots(self, images: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    def _slots(self, places: range, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Reservoir sampling (Vitter's algorithm R): where to keep which rows of a batch."""
-        nth = np.arange(self.images, self.images + images)
-        slots = np.where(nth < limit, nth, self._rng.integers(0, nth + 1))
+        nth = np.arange(places.start - self.process.rank, places.stop)  # of all processes
+        slots = np.where(nth < limit, nth, self._rng.integers(0, nth + 1))[self.process.rank :: self.process.count]
         rows = np.flatnonzero(slots < limit)
         return slots[rows], rows
 
@@ -406,20 +439,22 @@ class _Seen:
 def _observe(
     model: nn.Module, subjects: Subjects, layers: Mapping[str, MoE], seed: int, task: str
 ) -> tuple[Score, _Seen]:
-    metric = subjects.metric
-    seen, counts = _Seen(layers, seed, metric.by_patch), metric.counts()
+    metric, process = subjects.metric, subjects.process
+    seen, counts = _Seen(layers, seed, metric.by_patch, process), metric.counts()
     shape: torch.Size | None = None
-    for start, labels in batches(metric, subjects.loader, task):
+    for places, start, labels in subjects.batches(task):
         sizes = start.inputs.shape[1:]
         shape = shape or sizes
-        if sizes != shape:
-            raise DataError(f"the loader gives images of {tuple(shape)} and {tuple(sizes)}: expected one size")
-        with torch.no_grad(), subjects.keeping(start, labels), record(model) as routings, seen.watching(len(labels)):
+        _check_sizes(shape, sizes)
+        with torch.no_grad(), subjects.keeping(start, labels), record(model) as routings, seen.watching(places):
             counts.add(start.logits(model), labels)
-        seen.add(_classes_of(metric, labels, routings, layers), routings, signature(labels).cpu().numpy())
-    if shape is None:
-        raise DataError("the loader is empty: expected validation images to analyse the routing on")
-    found = counts.score()
+        seen.add(places, _classes_of(metric, labels, routings, layers), routings, signature(labels).cpu().numpy())
+    shapes = process.gather(shape)
+    if not all(shapes):
+        what = "the loader is empty" if not any(shapes) else f"fewer images than processes, {process.count}"
+        raise DataError(f"{what}: expected validation images to analyse the routing on")
+    _check_sizes(*shapes)
+    found = counts.over(process).score()
     if found.images == 1:
         raise DataError("1 validation image: expected at least 2, of one there are no intervals; give more")
     if not math.isfinite(found.columns["loss"]):
@@ -428,6 +463,12 @@ def _observe(
         )
     seen.close()
     return found, seen
+
+
+def _check_sizes(*shapes: torch.Size | None) -> None:
+    """Raise DataError for images of several sizes."""
+    if odd := [tuple(each) for each in shapes if each and each != shapes[0]]:
+        raise DataError(f"the loader gives images of {tuple(shapes[0] or ())} and {odd[0]}: expected one size")
 
 
 def _classes_of(metric: Metric, labels: Tensor, routings: Sequence[Routing], layers: Mapping[str, MoE]) -> np.ndarray:

@@ -31,6 +31,7 @@ from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import combine
 from vimoe.moe.ffn import as_linear
 from vimoe.moe.orthogonal import orthogonal_slots
+from vimoe.process import Alone, Process
 from vimoe.terminal import track
 
 KEPT_BYTES = 2**30  # of what the blocks before the first overruled layer give, and of labels, at most
@@ -124,30 +125,54 @@ class Subjects:
     What the blocks before the first layer give for them is kept from one reading to the next, where it is little. Else
     the loader is read again, and must give the same images.
 
+    Several processes may share the images. Places, and numbers of images that are measured, are then those among all.
+
     Args:
         model: a classifier, or a segmenter; left in eval mode. It may change, but not before the first layer.
         loader: batches of (images, labels), or (images, masks); or of entries before the first layer.
         layers: names of the MoE layers that will be overruled, in forward order.
         most: keep nothing of more images than this; None for any number.
         metric: name of the metric that knows the labels; by default the model's own (`metric_of`).
+        process: this one of the processes that share the images, whose `loader.batch_sampler` has its places
+            (`vimoe.data.loaders.share`); by default all are for this one.
 
     Attributes:
-        images: the images that are measured; None before the first reading, which means all of the loader's.
+        images: images of this process that are measured; None before the first reading, which means all of the
+            loader's.
         features: {"before": the first block that runs} if the loader gives features in place of images, else None.
+
+    Raises:
+        DataError: if several processes share a loader that does not say so.
     """
 
     def __init__(
         self, model: nn.Module, loader: Batches, layers: Sequence[str], most: int | None = None,
-        metric: str | None = None,
+        metric: str | None = None, process: Process | None = None,
     ) -> None:  # fmt: skip
         self.model, self.loader, self.layers, self.most = model, loader, layers, most
-        self.metric = metric_of(model, metric)
+        self.metric, self.process = metric_of(model, metric), process or Alone()
         self.images: Images | None = None
+        self._numbers: Tensor | None = None  # of the images, among all that are measured
+        self._shares: list[range] | None = None  # places of the batches; None if they come one behind the other
+        if self.process.count > 1:
+            self._shares = getattr(loader, "batch_sampler", None)
+            if not isinstance(self._shares, list):
+                raise DataError(
+                    f"a loader of {self.process.count} processes without places: expected its batch_sampler to be what "
+                    f"vimoe.data.loaders.share gives; pass it to the DataLoader"
+                )
         self.features: dict[str, str] | None = None
         self._partial: PartialForward | None = None
         self._kept: list[tuple[Entry, Tensor]] | None = []  # None once it is too much
         self._bytes = 0
         self._whole = False  # whether this is all there is to measure
+
+    def batches(self, task: str = "") -> Iterator[tuple[range, Entry, Tensor]]:
+        """Yield the places, entries and labels of the loader's batches."""
+        shares, done = iter(self._shares or ()), 0
+        for start, labels in batches(self.metric, self.loader, task):
+            yield range(done, done + len(labels)) if self._shares is None else next(shares), start, labels
+            done += len(labels)
 
     @contextmanager
     def keeping(self, start: Entry, labels: Tensor) -> Iterator[PartialForward]:
@@ -171,10 +196,13 @@ class Subjects:
         return self._partial.blocks_after(layer)
 
     def choose(self, images: Images) -> None:
-        """Set the images that are to be measured; `keeping` has seen all of the loader's."""
-        self.images = images
+        """Set the images of all processes that are to be measured; `keeping` has seen all of the loader's."""
+        own = np.arange(len(images.places))
+        if self._shares is not None:
+            own = np.flatnonzero(np.isin(images.places, [place for places in self._shares for place in places]))
+        self.images, self._numbers = Images(images.places[own], images.labels[own]), torch.from_numpy(own)
         kept = self._kept or []
-        self._whole = sum(len(labels) for _, labels in kept) == len(images.places)
+        self._whole = sum(len(labels) for _, labels in kept) == len(own)
 
     def records(
         self, layers: Sequence[str], size: int, task: str = ""
@@ -189,7 +217,8 @@ class Subjects:
             with torch.no_grad(), nullcontext(self._partial) if known else self.keeping(start, labels) as partial:
                 assert partial
                 outputs, records = partial.forward(start, layers)
-            yield partial, outputs, records, labels, torch.arange(done, done + len(labels))
+            numbers = torch.arange(done, done + len(labels))
+            yield partial, outputs, records, labels, numbers if self._numbers is None else self._numbers[numbers]
             done += len(labels)
 
     def _remembered(self, size: int, task: str) -> Iterator[tuple[Entry, Tensor]]:
@@ -201,12 +230,12 @@ class Subjects:
         self._kept, self._bytes = [], 0
         chosen, seen = self.images, 0
         places, signatures = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for start, labels in batches(self.metric, self.loader, task):
+        for there, start, labels in self.batches(task):
             rows = np.arange(len(start))
             if chosen:
-                first, last = np.searchsorted(chosen.places, [seen, seen + len(start)])
-                rows = chosen.places[first:last] - seen
-            places.append(seen + rows)
+                first, last = np.searchsorted(chosen.places, [there.start, there.stop])
+                rows = (chosen.places[first:last] - there.start) // there.step
+            places.append(there.start + there.step * rows)
             seen += len(start)
             if len(rows) < len(start):
                 some = torch.from_numpy(rows).to(labels.device)
@@ -219,7 +248,7 @@ class Subjects:
         found = Images(np.concatenate(places), np.concatenate(signatures))
         if chosen and len(found.places) != len(chosen.places):
             raise DataError("the loader gave fewer images when it was read again: expected the same each time")
-        if not len(found.places):
+        if not seen:
             raise DataError("the loader is empty: expected validation images")
         self.images = chosen or found
         self._whole = self._kept is not None
@@ -228,13 +257,15 @@ class Subjects:
 def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task: str = "") -> dict[str, Changes]:
     """Overrule one layer at a time and compare with the untouched model.
 
+    Processes that share the images all call it, with the same plan.
+
     Args:
         subjects: the model and the images to measure on.
         plan: interventions on each layer, by module name.
         task: name of the progress bar; none is shown without it.
 
     Returns:
-        Changes by layer; a column is an intervention, in the order of the plan.
+        Changes by layer, of the images of all processes; a column is an intervention, in the order of the plan.
 
     Raises:
         DataError: if the loader is empty, or gives other images when it is read again.
@@ -242,13 +273,12 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
     """
     layers: dict[str, Any] = {name: subjects.model.get_submodule(name) for name in plan}
     most = max((layer.config.num_experts for layer in layers.values()), default=1)
-    before: list[Tensor] = []
-    after: dict[str, list[Tensor]] = {name: [] for name in plan}
+    measured: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []  # numbers, scores before, and after by layer
     for partial, logits, records, labels, index in subjects.records(list(plan), max(1, _HELD // most), task):
         base = _scores(subjects.metric, logits, labels)
         if not (losses := base[:, 0]).isfinite().all():
             raise VimoeError(f"the model's loss is {float(losses.sum())}: expected a model whose outputs are finite")
-        before.append(base.cpu())
+        after: dict[str, Tensor] = {}
         size = max(1, min(_ROWS, _SCORES // logits[0].numel()))
         for name, interventions in plan.items():
             scores = base.repeat(len(interventions), 1, 1)
@@ -257,9 +287,14 @@ def measure(subjects: Subjects, plan: Mapping[str, Sequence[Intervention]], task
                     outputs = partial.rest(name, records[name], rows, y)
                     scores[columns, rows] = _scores(subjects.metric, outputs, labels[rows])
             scores = scores.nan_to_num(nan=_BROKEN, posinf=_BROKEN)  # what breaks the model must not seem harmless
-            after[name].append(scores.transpose(0, 1).cpu())
-    untouched = torch.cat(before)
-    return {name: _changes(untouched, torch.cat(scores)) for name, scores in after.items()}
+            after[name] = scores.transpose(0, 1).cpu()
+        measured.append((index, base.cpu(), after))
+    batches_of_all = [batch for share in subjects.process.gather(measured) for batch in share]
+    order = torch.cat([index for index, _, _ in batches_of_all]).argsort()
+    untouched = torch.cat([base for _, base, _ in batches_of_all])[order]
+    return {
+        name: _changes(untouched, torch.cat([after[name] for _, _, after in batches_of_all])[order]) for name in plan
+    }
 
 
 def _scores(metric: Metric, outputs: Tensor, labels: Tensor) -> Tensor:

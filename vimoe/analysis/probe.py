@@ -52,8 +52,10 @@ class Probe:
         return asdict(self)
 
 
-def check_probed(layers: Mapping[str, MoE], by_patch: bool, overrule: int | None) -> None:
-    """Raise VimoeError for a model, labels or a number of images that experts cannot be probed with."""
+def check_probed(layers: Mapping[str, MoE], by_patch: bool, overrule: int | None, processes: int = 1) -> None:
+    """Raise VimoeError for a model, labels, or a number of images or processes that experts cannot be probed with."""
+    if processes > 1:
+        raise VimoeError(f"probe=True in {processes} processes: expected one; probe without a launcher")
     if overrule == 0:
         raise VimoeError("probe=True with overrule=0: expected at least 2 images to measure on, or None for all")
     if by_patch:

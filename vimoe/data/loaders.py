@@ -171,19 +171,24 @@ def eval_loader(
         process: this one of the processes that share the images (`share`); by default they are all for this one.
     """
     images = dataset(samples, _eval_transform(prepared))
-    return DataLoader(images, **share(len(samples), batch_size, process), **processes(workers))
+    places: Any = share(len(samples), batch_size, process)
+    return DataLoader(images, batch_sampler=places, **processes(workers))
 
 
-def share(images: int, batch_size: int, process: Process | None) -> dict[str, Any]:
-    """Return arguments of a DataLoader: of n processes each gets every n-th image, whatever the remainder.
+def share(images: int, batch_size: int, process: Process | None = None) -> list[range]:
+    """Return the places of this process's images, batch by batch, as the `batch_sampler` of a DataLoader.
+
+    Of n processes each gets every n-th image of each batch, so that all have the same batches as one process would. A
+    batch has an image for each process at least. No batch is empty: a process may have one less than the first.
 
     Args:
         images: number of images of all processes.
         batch_size: number of images of a batch of all processes.
-        process: this one of the processes; None for the only one.
+        process: this one of the processes; by default the only one.
     """
     rank, count = (process.rank, process.count) if process else (0, 1)
-    return {"sampler": range(rank, images, count), "batch_size": math.ceil(batch_size / count)}
+    whole = max(batch_size, count)
+    return [range(at + rank, min(at + whole, images), count) for at in range(0, images - rank, whole)]
 
 
 def _eval_transform(prepared: dict[str, Any], **options: Any) -> Compose:

@@ -193,7 +193,8 @@ def eval_loader(
     """
     sizes = {image_size(image) for image, _ in scenes} if batch_size > 1 else set()
     data = JointImages(scenes, legend, transform)
-    return DataLoader(data, **share(len(scenes), batch_size if len(sizes) == 1 else 1, process), **processes(workers))
+    places: Any = share(len(scenes), batch_size if len(sizes) == 1 else 1, process)
+    return DataLoader(data, batch_sampler=places, **processes(workers))
 
 
 def _normalise(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:

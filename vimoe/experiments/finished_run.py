@@ -37,7 +37,7 @@ from vimoe.models.export.program import image_size
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load, save
 from vimoe.moe.layer import moe_layers
-from vimoe.process import device
+from vimoe.process import Alone, Process, device
 from vimoe.report.run_report import write_run_report
 from vimoe.tasks.base import Roles, Scanned, facts_of, task_of
 from vimoe.training import checkpoint
@@ -52,16 +52,26 @@ logger = logging.getLogger(__name__)
 class FinishedRun:
     """A run folder whose training is over, and all that can be done with it.
 
+    Several processes may share the images of `score`, `predict` and `analyze`: each calls these, all get the results of
+    one process to rounding, and the first alone logs and writes (masks of `predict` are written by the process that
+    predicts them).
+
     Args:
         path: run folder.
         inference, flip_test: inference on whole images, as in `DataConfig`; by default the run's.
+        process: this one of the processes that share the images; by default the only one.
 
     Raises:
         FolderError: if it is no run folder, or its training did not finish.
         ConfigError: if the run's task reads no such setting.
     """
 
-    def __init__(self, path: str | Path, inference: Inference | None = None, flip_test: bool | None = None) -> None:
+    def __init__(
+        self, path: str | Path, inference: Inference | None = None, flip_test: bool | None = None,
+        process: Process | None = None,
+    ) -> None:  # fmt: skip
+        self.process = process or Alone()
+        self.process.one_log()
         self.run = run_folder.open_run(path)
         settings = self.run.settings
         asked: dict[str, Any] = {"inference": inference, "flip_test": flip_test}
@@ -69,7 +79,7 @@ class FinishedRun:
         for name, value in given.items():
             check_reads(settings.data.task, f"data.{name}", value)
         self.run = replace(self.run, settings=replace(settings, data=replace(settings.data, **given)))
-        self.task = task_of(self.run.settings)
+        self.task = task_of(self.run.settings, self.process)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -107,8 +117,8 @@ class FinishedRun:
             split, samples = self.reported
             loader = self.task.scored(self.model, self.data, samples)
         metric = metric_of(self.model, self.task.metric)
-        kept = KeptLogits(metric) if metric.calibrates else None
-        score = self.task.evaluate(self.model, loader, "evaluating", kept)
+        kept = KeptLogits(metric, self.process) if metric.calibrates else None
+        score = self.task.evaluate(self.model, loader, "evaluating", kept, self.process)
         calibration = self._calibration(kept, path is not None) if kept else {}
         return split, score, {**facts_of(loader), **calibration}
 
@@ -120,13 +130,12 @@ class FinishedRun:
         self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0, probe: bool = False
     ) -> Evidence:
         """Measure the routing on validation, and write routing.json, example images and the report."""
-        with temporary_folder(self.run.path):  # before all the work
-            pass
+        self.process.once(self._try_to_write)
         loader, sequences = self.task.validation(self.model, self.data), self.task.sequences(self.data)
-        evidence = analyze(self.model, loader, draws, overrule, seed, True, sequences, self.task.metric, probe=probe)
-        run_folder.write_json(self.run.path / run_folder.ROUTING, evidence.to_dict())
-        self._write_examples(evidence)
-        write_run_report(self.run.path)
+        evidence = analyze(
+            self.model, loader, draws, overrule, seed, True, sequences, self.task.metric, None, probe, self.process
+        )
+        self.process.once(self._write_evidence, evidence)
         return evidence
 
     def diagnose(self, draws: int | None = None, overrule: int | None = OVERRULED_IMAGES, seed: int = 0) -> Diagnosis:
@@ -138,8 +147,7 @@ class FinishedRun:
         """
         check_overrule(overrule)
         check_exchangeable(self.model)  # before an analysis of minutes
-        with temporary_folder(self.run.path):  # before all the work
-            pass
+        self._try_to_write()
         known = self.run.path / run_folder.ROUTING
         if draws is None and known.exists():
             evidence = _read_evidence(known)
@@ -213,6 +221,17 @@ class FinishedRun:
             measure=self._measure_exported if int8 else None,
         )
         return {**json.loads(read_text(path / RECEIPT)), "out": str(path)}
+
+    def _try_to_write(self) -> None:
+        """Raise an error for a run folder that nothing can be written into, before all the work."""
+        with temporary_folder(self.run.path):
+            pass
+
+    def _write_evidence(self, evidence: Evidence) -> None:
+        """Write routing.json, example images and the report."""
+        run_folder.write_json(self.run.path / run_folder.ROUTING, evidence.to_dict())
+        self._write_examples(evidence)
+        write_run_report(self.run.path)
 
     def _few_images(self) -> Tensor | None:
         """Return validation images of all classes, normalised; None where none can be read."""
@@ -304,18 +323,20 @@ class FinishedRun:
             scored: logits of the scored images.
             elsewhere: True if they are not the run's own; then an unreadable validation leaves nothing to return.
         """
+        decides, why = scored, ""
         try:
-            decides = scored
             if elsewhere or self.data.test:
-                decides, own = KeptLogits(scored.metric), self.task.scored(self.model, self.data, self.data.val)
-                self.task.evaluate(self.model, own, "calibrating", decides)
-            temperature = decides.temperature()
+                decides = KeptLogits(scored.metric, self.process)
+                own = self.task.scored(self.model, self.data, self.data.val)
+                self.task.evaluate(self.model, own, "calibrating", decides)  # of this process's share alone
         except DataError as error:
             if not elsewhere:
                 raise
-            logger.info("without a temperature, which the run's own validation decides: %s", error)
+            why = str(error)
+        if told := next(filter(None, self.process.gather(why)), ""):
+            logger.info("without a temperature, which the run's own validation decides: %s", told)
             return {}
-        return scored.at(temperature)
+        return scored.at(decides.temperature())
 
     def _write_examples(self, evidence: Evidence) -> None:
         """Write the contact sheet of each layer as figures/examples-LAYER.png."""

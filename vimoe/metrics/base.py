@@ -291,7 +291,9 @@ def check_shape(labels: Tensor, images: int, shape: str, axes: int) -> None:
 
 def check_range(labels: Tensor, classes: int) -> None:
     """Raise DataError for a label that is not one of 0 to `classes` - 1."""
-    low, high = (int(each) for each in labels.aminmax()) if labels.numel() else (0, 0)
+    if not labels.numel():
+        return
+    low, high = (int(each) for each in labels.aminmax())
     if low < 0 or high >= classes:
         odd = low if low < 0 else high
         raise DataError(

@@ -13,7 +13,9 @@ Axes: B images of a batch, n all images.
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from vimoe.errors import DataError, VimoeError
 from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
+from vimoe.process import Alone, Process
 
 BINS = 15
 TEMPERATURES = (0.01, 100.0)  # `fit_temperature` gives none outside
@@ -42,7 +45,7 @@ def calibration_gaps(confidence: Tensor, right: Tensor) -> Tensor:
     return torch.bincount(torch.bucketize(confidence, inner), right - confidence, minlength=BINS)
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, process: Process | None = None) -> float:
     """Return the temperature T with the lowest mean cross-entropy of softmax(logits / T), computed in float64.
 
     The cross-entropy is convex in 1 / T, so there is one minimum; it is sought within TEMPERATURES. If all images are
@@ -51,19 +54,22 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Args:
         logits: (n, classes), of images that may decide; never those of test.
         labels: (n,) int64.
+        process: this one of the processes that have shares of the images; all of them fit the same temperature.
 
     Raises:
         DataError: if there are no images, or a label is no class.
         VimoeError: if the loss of the logits is not finite.
     """
-    if not len(logits):
+    process = process or Alone()
+    if not (images := int(process.sum(torch.tensor(len(logits))))):
         raise DataError("0 images to fit a temperature on: expected at least one; give validation images")
     check_shape(labels, len(logits), f"({len(logits)},)", axes=1)
     check_range(labels, logits.shape[1])
 
     def loss(log_temperature: float) -> float:
         rows, scale = zip(logits.split(_ROWS), labels.split(_ROWS), strict=True), math.exp(-log_temperature)
-        return sum(float(F.cross_entropy(z.double() * scale, y, reduction="sum")) for z, y in rows) / len(labels)
+        own = sum(float(F.cross_entropy(z.double() * scale, y, reduction="sum")) for z, y in rows)
+        return float(process.sum(torch.tensor(own, dtype=torch.float64))) / images
 
     if not math.isfinite(found := loss(0.0)):
         raise VimoeError(f"the loss on validation is {found}: expected a model whose outputs are finite")
@@ -76,27 +82,35 @@ class KeptLogits(Counts):
 
     Args:
         metric: metric that `calibrates`.
+        process: this one of the processes that have shares of the images; each keeps the logits of its own.
     """
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, process: Process | None = None) -> None:
         self.metric, self.counts, self.batches = metric, metric.counts(), list[tuple[Tensor, Tensor]]()
+        self.process = process or Alone()
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         self.counts.add(outputs, labels)
         self.batches.append((outputs.float().cpu(), labels.cpu()))
+
+    def over(self, process: Process) -> Self:
+        counts = copy.copy(self)
+        counts.counts = self.counts.over(process)
+        return counts
 
     def score(self) -> Score:
         return self.counts.score()
 
     def temperature(self) -> float:
         """Return the temperature that fits these images best. Raises as `fit_temperature`."""
-        logits, labels = zip(*self.batches, strict=True) if self.batches else ([torch.empty(0, 0)], [torch.empty(0)])
-        return fit_temperature(torch.cat(logits), torch.cat(labels))
+        none = torch.empty(0, 1), torch.empty(0, dtype=torch.int64)
+        logits, labels = zip(*self.batches, strict=True) if self.batches else ([each] for each in none)
+        return fit_temperature(torch.cat(logits), torch.cat(labels), self.process)
 
     def at(self, temperature: float) -> dict[str, float]:
         """Return a temperature, and loss in nats and calibration error of these images with it, as JSON names them."""
         counts = self.metric.counts()
         for logits, labels in self.batches:
             counts.add(logits / temperature, labels)
-        found = counts.score().columns
+        found = counts.over(self.process).score().columns
         return {"temperature": temperature, **{f"{name}_at_temperature": found[name] for name in ("loss", "ece")}}

@@ -150,6 +150,8 @@ def pixel_loss(
     Shares of a batch differ in their number of void pixels. So with `over` the sum over this process's pixels is
     divided by the mean number of pixels of a process: the mean of these losses is that of the whole batch.
 
+    It is computed in float32, and in float64 for logits in float64.
+
     Args:
         logits: (B, classes, H, W).
         masks: (B, H, W) int64 with IGNORE.
@@ -157,8 +159,10 @@ def pixel_loss(
         smoothing: mass given to the other classes.
         over: processes that have equal shares of the batch's images; by default this one has all of them.
     """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    weights = None if weights is None else weights.to(logits.device, precise)
     total = F.cross_entropy(
-        logits.float(), masks, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        logits.to(precise), masks, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
     )
     counted = masks[masks != IGNORE]
     mass = (torch.ones_like(counted) if weights is None else weights[counted]).sum()

@@ -24,6 +24,7 @@ from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError, DataError
 from vimoe.metrics.base import Batches, Counts, Score, evaluate
 from vimoe.metrics.registry import check_shown
+from vimoe.process import Alone, Process
 from vimoe.training.job import Job
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,9 @@ class Task(ABC, Generic[D]):
 
     Attributes:
         settings: settings of the run.
+        process: this one of the processes that share the images of `loader` and of the batches like it, as
+            `vimoe.data.loaders.share` does, and the files of `predict`; by default the only one. Trainings share
+            otherwise (`job`).
         metric: name of the metric in `vimoe.metrics.registry.METRICS`.
         writes_predictions: True if `predict` writes a file for each image, into a folder that has to be named.
     """
@@ -77,8 +81,8 @@ class Task(ABC, Generic[D]):
     metric: ClassVar[str]
     writes_predictions: ClassVar[bool] = False
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, process: Process | None = None) -> None:
+        self.settings, self.process = settings, process or Alone()
 
     @classmethod
     @abstractmethod
@@ -144,7 +148,10 @@ class Task(ABC, Generic[D]):
 
     @abstractmethod
     def loader(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
-        """Return batches (images, labels) of samples, in order, as the model is evaluated on them."""
+        """Return batches (images, labels) of samples, in order, as the model is evaluated on them.
+
+        Of several processes each gets its share (`process`).
+        """
 
     def one_size(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
         """Return batches of samples for the model itself, all images of one size."""
@@ -170,9 +177,12 @@ class Task(ABC, Generic[D]):
         """Return the video that each validation image is a frame of; None if nothing says."""
         return None
 
-    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "", counts: Counts | None = None) -> Score:
-        """Return the score of a model, with a progress bar and counts as of `vimoe.metrics.base.evaluate`."""
-        return evaluate(model, loader, bar, self.metric, counts=counts)
+    def evaluate(
+        self, model: nn.Module, loader: Batches, bar: str = "", counts: Counts | None = None,
+        process: Process | None = None,
+    ) -> Score:  # fmt: skip
+        """Return the score of a model; bar, counts and process are those of `vimoe.metrics.base.evaluate`."""
+        return evaluate(model, loader, bar, self.metric, counts=counts, process=process)
 
     @abstractmethod
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
@@ -195,7 +205,7 @@ class Task(ABC, Generic[D]):
             top: number of classes to name, for a task that names some.
 
         Returns:
-            {"file", ...} of each, or {"file", "error"} for one that cannot be read.
+            {"file", ...} of each, in every process, or {"file", "error"} for one that cannot be read.
 
         Raises:
             DataError: if none can be read.
@@ -229,9 +239,9 @@ def task_class(settings: Settings) -> type[Task[Any]]:
     return kind
 
 
-def task_of(settings: Settings) -> Task[Any]:
-    """Return the task that settings name. Raises ConfigError as `task_class`."""
-    return task_class(settings)(settings)
+def task_of(settings: Settings, process: Process | None = None) -> Task[Any]:
+    """Return the task that settings name, for a process as of `Task`. Raises ConfigError as `task_class`."""
+    return task_class(settings)(settings, process)
 
 
 def facts_of(loader: Batches) -> dict[str, Any]:

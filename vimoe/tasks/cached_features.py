@@ -37,7 +37,7 @@ from vimoe.files import TEMPORARY, discard, in_units, written_whole
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import Cut, Entry, cut_before, digest
 from vimoe.models.precision import resolve
-from vimoe.process import Process, device
+from vimoe.process import Alone, Process, device
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.terminal import track
 from vimoe.training.job import Job
@@ -83,6 +83,7 @@ class Entries:
 
     Attributes:
         facts: what a result has to say of its source (`vimoe.tasks.base.facts_of`).
+        batch_sampler: places of the images of each batch, as `vimoe.data.loaders.share` gives them.
 
     Args:
         file: file of the images' features.
@@ -97,17 +98,15 @@ class Entries:
     ) -> None:
         self.features = np.load(file, mmap_mode="r", allow_pickle=False)
         self.labels, self.cut = torch.tensor(labels), cut
-        part = share(len(labels), batch_size, process)
-        self.rows, self.batch_size = part["sampler"], part["batch_size"]
+        self.batch_sampler = share(len(labels), batch_size, process)
         self.facts = {"features": {"before": cut.before}}
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[tuple[Entry, Tensor]]:
-        for at in range(0, len(self.rows), self.batch_size):
-            some = self.rows[at : at + self.batch_size]
-            rows = slice(some.start, some.stop, some.step)
+        for places in self.batch_sampler:
+            rows = slice(places.start, places.stop, places.step)
             yield Entry(torch.from_numpy(np.array(self.features[rows])), self.cut), self.labels[rows]
 
 
@@ -326,7 +325,7 @@ class FeatureCache:
 
 def entries_of(
     model: nn.Module, changed: Sequence[str], samples: Sequence[Sample], prepared: dict[str, Any], batch_size: int,
-    workers: int | None = None,
+    workers: int | None = None, process: Process | None = None,
 ) -> Entries:  # fmt: skip
     """Return the batches that a trained model is scored on, after its trunk; missing features are computed first.
 
@@ -335,8 +334,10 @@ def entries_of(
         changed: names of the modules that training or surgery may have changed beside the head.
         samples: images and their labels.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
-        batch_size: number of images of a batch.
+        batch_size: number of images of a batch of all processes.
         workers: number of processes that decode images, as `DataConfig.workers`.
+        process: this one of the processes that share the images, of which the first computes what is missing; by
+            default they are all for this one.
 
     Raises:
         ConfigError: if the model cannot be cut before these modules, or features are not finite as they are stored.
@@ -345,8 +346,8 @@ def entries_of(
     files = FeatureFiles(model, cut_before(model, changed, prepared["input_size"]), prepared)
     what = f"{len(samples)} images"
     file = files.as_evaluated(samples, what, batch_size, workers)
-    files.make([file], what)
-    return Entries(file.path, [label for _, label in samples], files.cut, batch_size)
+    (process or Alone()).first_then_all(files.make, [file], what)
+    return Entries(file.path, [label for _, label in samples], files.cut, batch_size, process)
 
 
 @contextmanager

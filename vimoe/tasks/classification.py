@@ -84,7 +84,7 @@ class Classification(Task[Data]):
         return self._loader(model, samples)
 
     def _loader(self, model: nn.Module, samples: Sequence[Any]) -> DataLoader:
-        return eval_loader(samples, *self._reading(model))
+        return eval_loader(samples, *self._reading(model), process=self.process)
 
     def _reading(self, model: nn.Module) -> tuple[dict[str, Any], int, int | None]:
         """Return preprocessing, batch size and workers of evaluation."""
@@ -98,7 +98,7 @@ class Classification(Task[Data]):
         """Return features of samples after the trunk of a run that cached them, if they can be kept, else images."""
         if self.settings.data.cache == "features":
             try:
-                return entries_of(model, self._changed(model), samples, *self._reading(model))
+                return entries_of(model, self._changed(model), samples, *self._reading(model), self.process)
             except (ConfigError, FolderError) as error:
                 logger.info("images are read in place of their features: %s", error)
         return self.loader(model, data, samples)
@@ -119,7 +119,7 @@ class Classification(Task[Data]):
     def predict(
         self, model: nn.Module, files: Sequence[Path], out: Path | None = None, top: int = 5
     ) -> list[dict[str, Any]]:
-        return predict(model, files, top)
+        return predict(model, files, top, process=self.process)
 
     def line(self, prediction: dict[str, Any], top: int) -> str:
         classes = ", ".join(f"{each['name']} {each['probability']:.1%}" for each in prediction["classes"])

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from timm.data import Mixup
@@ -58,7 +59,8 @@ def job_on_images(
         return mixup(images, labels) if mixup else (images, labels)
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if mixup else smoothing)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(precise), targets, label_smoothing=0.0 if mixup else smoothing)
 
     names = [
         f"image {i}" if isinstance(image, Image) else str(source_path(image)) for i, (image, _) in enumerate(data.train)

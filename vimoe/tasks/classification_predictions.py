@@ -11,11 +11,14 @@ from torch import nn
 
 from vimoe.data.loaders import Readable, eval_loader, preprocessing
 from vimoe.models.interface import label_names, logits_of
+from vimoe.process import Alone, Process
 from vimoe.tasks.base import warn_of_errors
 from vimoe.terminal import track
 
 
-def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None) -> list[dict[str, Any]]:
+def predict(
+    model: nn.Module, files: Sequence[Path], top: int = 5, workers: int | None = None, process: Process | None = None
+) -> list[dict[str, Any]]:
     """Name the most likely classes of image files, best first.
 
     Args:
@@ -23,23 +26,26 @@ def predict(model: nn.Module, files: Sequence[Path], top: int = 5, workers: int 
         files: image files.
         top: number of classes to name.
         workers: number of processes that decode images, as `DataConfig.workers`.
+        process: this one of the processes that share the files; by default they are all for this one.
 
     Returns:
-        {"file", "classes": [{"name", "probability"}]} of each file, or {"file", "error"} of one that cannot be read.
+        {"file", "classes": [{"name", "probability"}]} of each file, whichever process read it, or {"file", "error"} of
+        one that cannot be read.
 
     Raises:
         DataError: if none can be read.
     """
     samples, prepared = [(file, 0) for file in files], preprocessing(model)
     names, weight = label_names(model.eval()), next(model.parameters())
-    results: list[dict[str, Any]] = []
-    loader = eval_loader(samples, prepared, 32, workers, Readable)
-    for images, errors in track(loader, "predicting"):
+    results: dict[int, dict[str, Any]] = {}  # by the place of the file
+    loader: Any = eval_loader(samples, prepared, 32, workers, Readable, process)
+    for places, (images, errors) in zip(loader.batch_sampler, track(loader, "predicting"), strict=True):
         with torch.no_grad():
             logits = logits_of(model, images.to(weight.device, weight.dtype))
         values, indices = logits.float().softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-        for row, best, error in zip(values.tolist(), indices.tolist(), errors, strict=True):
+        for place, row, best, error in zip(places, values.tolist(), indices.tolist(), errors, strict=True):
             classes = [{"name": names[i], "probability": p} for p, i in zip(row, best, strict=True)]
-            results.append({"file": str(files[len(results)]), **({"error": error} if error else {"classes": classes})})
-    warn_of_errors(results)
-    return results
+            results[place] = {"file": str(files[place]), **({"error": error} if error else {"classes": classes})}
+    predictions = (process or Alone()).merge(results)
+    warn_of_errors(predictions)
+    return predictions

@@ -15,7 +15,7 @@ from vimoe import run_folder
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.data.images import image_size
-from vimoe.data.loaders import preprocessing, processes
+from vimoe.data.loaders import preprocessing, processes, share
 from vimoe.data.scene_loaders import JointImages, centre_transform
 from vimoe.data.scene_scan import SceneScan, scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes
@@ -27,6 +27,7 @@ from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load
 from vimoe.models.names import segmenter_folder
 from vimoe.moe.layer import moe_layers
+from vimoe.process import Process
 from vimoe.tasks.base import Task, check_classes
 from vimoe.tasks.expert_maps import expert_maps
 from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes, whole_images
@@ -75,8 +76,8 @@ class Segmentation(Task[Scenes]):
         return job_on_scenes(data, prepared, model.crop, self.settings.train, self.settings.data, pixels)
 
     def loader(self, model: nn.Module, data: Scenes, samples: Sequence[Any]) -> DataLoader:
-        prepared = preprocessing(model, self.settings.data)
-        return whole_images(samples, data, prepared, self.settings.train.batch_size, self.settings.data.workers)
+        prepared, read = preprocessing(model, self.settings.data), self.settings.data
+        return whole_images(samples, data, prepared, self.settings.train.batch_size, read.workers, self.process)
 
     def one_size(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return whole images where all are of one size, else the middle of each, as large as the training crop."""
@@ -86,7 +87,8 @@ class Segmentation(Task[Scenes]):
         prepared = preprocessing(model, self.settings.data)
         transform = centre_transform(model.crop, prepared["mean"], prepared["std"])
         scenes = JointImages(samples, data.legend, transform)
-        return DataLoader(scenes, self.settings.train.batch_size, **processes(self.settings.data.workers))
+        places: Any = share(len(samples), self.settings.train.batch_size, self.process)
+        return DataLoader(scenes, batch_sampler=places, **processes(self.settings.data.workers))
 
     def timed(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return validation, because whole images may differ in size."""
@@ -95,8 +97,11 @@ class Segmentation(Task[Scenes]):
     def sequences(self, data: Scenes) -> tuple[str, ...] | None:
         return data.sequences
 
-    def evaluate(self, model: nn.Module, loader: Batches, bar: str = "", counts: Counts | None = None) -> Score:
-        return evaluate_scenes(model, loader, self.settings.data, bar, counts)
+    def evaluate(
+        self, model: nn.Module, loader: Batches, bar: str = "", counts: Counts | None = None,
+        process: Process | None = None,
+    ) -> Score:  # fmt: skip
+        return evaluate_scenes(model, loader, self.settings.data, bar, counts, process)
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
         classes, config = label_names(model), self.settings.data
@@ -108,7 +113,7 @@ class Segmentation(Task[Scenes]):
     ) -> list[dict[str, Any]]:
         if out is None:
             raise ConfigError("out=None: expected a folder for masks and overlays; name it")
-        return predict_scenes(model, files, out, self.settings.data)
+        return predict_scenes(model, files, out, self.settings.data, self.process)
 
     def line(self, prediction: dict[str, Any], top: int) -> str:
         areas = ", ".join(f"{name} {share:.1%}" for name, share in list(prediction["areas"].items())[:top])

@@ -55,8 +55,7 @@ def job_on_scenes(
     weights = median_frequency(pixels) if config.class_weights == "median_frequency" else None
 
     def loss(logits: Tensor, masks: Tensor) -> Tensor:
-        each = None if weights is None else weights.to(logits.device)
-        total = pixel_loss(logits, masks, each, config.label_smoothing or 0.0, process)
+        total = pixel_loss(logits, masks, weights, config.label_smoothing or 0.0, process)
         return total + config.dice_loss * dice_loss(logits, masks, process) if config.dice_loss else total
 
     return Job(
@@ -115,7 +114,7 @@ def dice_loss(logits: Tensor, masks: Tensor, process: Process | None = None) -> 
     """
     counted = (masks != IGNORE)[:, None]
     truth = (masks[:, None] == torch.arange(logits.shape[1], device=masks.device)[:, None, None]) & counted
-    chances = logits.float().softmax(dim=1) * counted
+    chances = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1) * counted
     over = (0, 2, 3)
     sums = torch.stack([(chances * truth).sum(over), chances.sum(over), truth.sum(over)])
     common, expected, found = sums if process is None else process.mean(sums)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, KwargsHandler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -34,6 +35,8 @@ from vimoe.parallel.parallelize import full_state_dict, parallelize
 from vimoe.process import Process
 from vimoe.training import checkpoint
 from vimoe.training.parameter_groups import parameter_groups
+
+_AVERAGE = "ema"  # folder of the moving average's shards, in that of the model's
 
 
 class Recorded(nn.Module):
@@ -85,8 +88,13 @@ class Copies:
         unused = wrapped and (self.config.freezes_routers or _has_unused(recorded, loader, self.process.device))
         accelerator = _accelerator(self.config, out, DistributedDataParallelKwargs(find_unused_parameters=unused))
         prepared, optimizer, loader_of_all = accelerator.prepare(recorded, optimizer, loader)
-        settle_buckets(prepared, loader, self.process.device)
+        settle_buckets(prepared, loader)
         return accelerator, prepared, optimizer, loader_of_all
+
+    def average(self) -> ModelEmaV3 | None:
+        """Return a moving average that begins with the model's weights; None where none is asked for."""
+        decay = self.config.ema_decay
+        return ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
 
     def clip(self, accelerator: Accelerator, limit: float) -> None:
         """Scale the gradients so that the norm over all of them is at most `limit`."""
@@ -111,6 +119,8 @@ class Copies:
         if checkpoint.SHARDS in stored:
             folder = checkpoint.shards(out, stored[checkpoint.SHARDS])
             load_checkpoint(folder, parts["model"], parts["optimizer"].optimizer)
+            if "ema" in parts:
+                load_checkpoint(folder / _AVERAGE, parts["ema"])
         else:
             self._load_whole(stored, parts)
 
@@ -128,8 +138,8 @@ class Shards(Copies):
     """A model that is spread over the processes; the one that was to be trained waits on the CPU."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, process: Process) -> None:
-        spread = copy.deepcopy(model).to(process.device)
-        super().__init__(parallelize(spread, make_mesh(config.parallel, process.device.type)), config, process)
+        self.mesh = make_mesh(config.parallel, process.device.type)
+        super().__init__(parallelize(copy.deepcopy(model).to(process.device), self.mesh), config, process)
         self.plain = model.cpu()
 
     def prepare(
@@ -140,6 +150,13 @@ class Shards(Copies):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         accelerator = _accelerator(self.config, out)
         return accelerator, recorded, *accelerator.prepare(optimizer, loader)
+
+    def average(self) -> ModelEmaV3 | None:
+        if not (decay := self.config.ema_decay):
+            return None
+        average = ModelEmaV3(self.plain, decay=decay, use_warmup=True, foreach=False)  # shards of one mesh at a time
+        average.module = parallelize(average.module.to(self.process.device), self.mesh).requires_grad_(False)
+        return average
 
     def clip(self, accelerator: Accelerator, limit: float) -> None:
         clip_grad_norm_(self.model.parameters(), limit)
@@ -154,12 +171,15 @@ class Shards(Copies):
         folder = checkpoint.shards(out, name)
         self.process.once(folder.parent.mkdir, exist_ok=True)
         save_checkpoint(folder, parts["model"], parts["optimizer"].optimizer)
+        if "ema" in parts:
+            save_checkpoint(folder / _AVERAGE, parts["ema"])
         self.process.once(checkpoint.write, out, {**state, checkpoint.SHARDS: name})
 
     def _load_whole(self, stored: dict[str, Any], parts: Mapping[str, Any]) -> None:
         """Load what whole models had; the state of their optimiser is by the number of a parameter in the groups."""
         options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, dict(stored["model"]), options=options)
+        for name in parts.keys() & {"model", "ema"}:
+            set_model_state_dict(parts[name], dict(stored[name]), options=options)
         optimizer, whole = parts["optimizer"].optimizer, stored["optimizer"]
         order = [p for group in parameter_groups(self.model, self.config) for p in group["params"]]
         for i, state in whole["state"].items():
@@ -198,7 +218,7 @@ def _accelerator(config: TrainConfig, out: Path, *handlers: KwargsHandler) -> Ac
     )
 
 
-def settle_buckets(prepared: nn.Module, loader: DataLoader, device: torch.device) -> None:
+def settle_buckets(prepared: nn.Module, loader: DataLoader) -> None:
     """Pass two images forward and backward through DDP, and forget them.
 
     DDP orders its buckets of gradients anew after the first pass, and the sums of more than two processes are rounded
@@ -207,12 +227,11 @@ def settle_buckets(prepared: nn.Module, loader: DataLoader, device: torch.device
     Args:
         prepared: model as Accelerate prepared it; for one process nothing is done.
         loader: training batches.
-        device: device of the model.
     """
     if not isinstance(prepared, nn.parallel.DistributedDataParallel) or prepared.find_unused_parameters:
         return  # with unused parameters the buckets stay
     kept = {name: buffer.clone() for name, buffer in prepared.named_buffers()}
-    _total(*prepared.train()(_two_images(loader, device))).backward()
+    _total(*prepared.train()(_two_images(loader, next(prepared.parameters())))).backward()
     prepared.zero_grad()
     for name, buffer in prepared.named_buffers():
         buffer.copy_(kept[name])
@@ -227,15 +246,15 @@ def _has_unused(model: Recorded, loader: DataLoader, device: torch.device) -> bo
     """Return True if a forward leaves trained parameters without a gradient."""
     model.to(device).train()
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a batch norm's, which would move
-    total = _total(*torch.func.functional_call(model, kept, _two_images(loader, device)))
     trained = [p for p in model.parameters() if p.requires_grad]
+    total = _total(*torch.func.functional_call(model, kept, _two_images(loader, trained[0])))
     return any(gradient is None for gradient in torch.autograd.grad(total, trained, allow_unused=True))
 
 
-def _two_images(loader: DataLoader, device: torch.device) -> Tensor:
-    """Return inputs of two training images, of which a batch norm can take a variance."""
+def _two_images(loader: DataLoader, like: Tensor) -> Tensor:
+    """Return inputs of two training images, of which a batch norm can take a variance, as a weight is."""
     inputs: Tensor = default_collate([loader.dataset[key] for key in islice(loader.sampler, 2)])[0]
-    return inputs.to(device).float()
+    return inputs.to(like)
 
 
 def _total(outputs: Tensor, routings: list[Routing]) -> Tensor:

@@ -345,7 +345,7 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     accelerator, prepared, optimizer, loader = holding.prepare(recorded, optimizer, job.loader, out)
     accelerator.init_trackers("tensorboard")
     locality = Locality(layers) if config.locality_loss and layers else None  # on the device by now
-    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    ema = holding.average()
     steps = _Steps(
         accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader),
         routes, routers, locality,

@@ -26,7 +26,6 @@ _OF_OUTPUTS = {  # losses of the outputs of a token's experts, and what one outp
     "mutual_loss": "no other to learn from",
 }
 _OF_WHOLE_MODELS = {  # settings that go with whole models alone, and why
-    "ema_decay": "a moving average is of whole weights",
     "fuse": "experts become one FFN where a process has them all",
     "compile": "compiled blocks do not gather their weights",
     "stages": "each stage begins with a whole model",
