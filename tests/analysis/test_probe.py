@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis.evidence import Evidence
+from vimoe.analysis.probe import check_probed
 from vimoe.errors import VimoeError
 from vimoe.report.html_page import Page
 from vimoe.report.routing_section import add_routing_section
