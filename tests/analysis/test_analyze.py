@@ -452,6 +452,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow  # 12 s
 def test_memory_does_not_grow_with_the_images() -> None:
     """Of 100,000 images 500 are kept: as much as of the first 500, to a few MB."""
     grown = subprocess.run(

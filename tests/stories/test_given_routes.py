@@ -76,7 +76,12 @@ def test_images_to_start_from_are_of_train_as_evaluated_and_follow_from_the_seed
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, real = [], vimoe.tasks.classification.eval_loader
-    monkeypatch.setattr(vimoe.tasks.classification, "eval_loader", lambda *args: (made.append(args[0]), real(*args))[1])
+
+    def noted(samples: list, *args: object, **kwargs: object) -> object:
+        made.append(samples)
+        return real(samples, *args, **kwargs)
+
+    monkeypatch.setattr(vimoe.tasks.classification, "eval_loader", noted)
     for number, seed in enumerate((0, 0, 1)):
         argv = command(photos, "centroids", "--moe.calibration_images=10", f"--train.seed={seed}", "--train.epochs=1")
         assert main([*argv, "--out", str(tmp_path / str(number))]) == 0

@@ -124,7 +124,7 @@ def test_losses_over_each_share_are_others(folder: Path, two: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "changes", "cases"),
     [
-        (2, LONG, ["mixed"]),
+        pytest.param(2, LONG, ["mixed"], marks=pytest.mark.slow),
         pytest.param(2, LONG, OF_IMAGES, marks=pytest.mark.slow),
         pytest.param(4, LONG, OF_IMAGES, marks=pytest.mark.slow),
         pytest.param(2, LONG_OF_SCENES, ["scenes"], marks=pytest.mark.slow),

@@ -25,6 +25,7 @@ from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.explore.overrule import ROUTED, overruled, switches
+from vimoe.files import temporary_folder
 from vimoe.models.interface import label_names
 from vimoe.moe import Routing, record
 from vimoe.moe.layer import moe_layers
@@ -57,7 +58,8 @@ class Session:
             raise ConfigError(f"{path} has no MoE layer: expected one to explore; name a run with some")
         self._size = None if whole else tuple(preprocessing(self.model)["input_size"][1:])  # None: that of each image
         self._lock, self._closing = threading.Lock(), ExitStack()
-        self._folder = Path(self._closing.enter_context(tempfile.TemporaryDirectory()))
+        self._folder = self._closing.enter_context(temporary_folder(Path(tempfile.gettempdir())))
+        self._folder.chmod(0o700)  # it has the user's images
         self._draw = torch.Generator().manual_seed(0)
         found = self.run.data.val
         chosen = [found[i * len(found) // min(images, len(found))] for i in range(min(images, len(found)))]
@@ -102,13 +104,13 @@ class Session:
             VimoeError: if the image cannot be read, or a switch is none.
         """
         asked = {name: what for name, what in asked.items() if what != ROUTED}
-        with self._lock, tempfile.TemporaryDirectory() as folder:
-            file = self._file(image, Path(folder))
-            plain, routes = self._look([file], {}, Path(folder))
+        with self._lock, temporary_folder(self._folder) as folder:
+            file = self._file(image, folder)
+            plain, routes = self._look([file], {}, folder)
             found: dict[str, Any] = {"plain": self._shown(plain[0], routes, file), "overruled": None}
             found["nearest"] = self._nearest(routes, image)
             if asked:
-                other, routes = self._look([file], asked, Path(folder))
+                other, routes = self._look([file], asked, folder)
                 found["overruled"] = self._shown(other[0], routes, file)
         return found
 

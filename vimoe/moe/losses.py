@@ -123,7 +123,7 @@ def orthogonal_loss(routings: Sequence[Routing]) -> Tensor:
 
 
 def mutual_loss(routings: Sequence[Routing]) -> Tensor:
-    """Mean over the tokens of 1/(K D) sum_k |y_k - m|^2, with y_k the outputs of a token's K experts and m their mean.
+    """Mean over the tokens of sum_kd (y_kd - m_d)^2 / (K D), y_k the outputs of a token's K experts and m their mean.
 
     Mutual distillation after MoDE (arXiv 2402.00893): each expert learns from the others that got the same token. The
     paper's formula could not be checked. The gradient goes through the mean too. A token with one expert counts 0.
