@@ -1,4 +1,4 @@
-"""What the explorer shows of a run, as plain values: one image's prediction and routes, and what experts see most.
+"""Values that the explorer shows of a run: an image's prediction and routes, and what experts see most.
 
 Axes: I validation images, N experts of a layer, K chosen ones.
 """
