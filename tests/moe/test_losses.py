@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import helpers.kinds  # noqa: F401  registers kinds of routers and experts
@@ -112,21 +113,22 @@ def test_losses_of_scores_and_their_gradients_are_those_of_the_reference(loss, r
     torch.testing.assert_close(found[0], found[1])
 
 
+def outputs_of_tokens(x: Tensor, weights: list[list[Tensor]], experts: Tensor) -> Iterator[list[Tensor]]:
+    """The outputs of each token's experts; arguments as of `orthogonal_reference`."""
+    for token, own in zip(x.flatten(0, 1), experts.flatten(0, 1).tolist(), strict=True):
+        of_each = [[w[e] for w in weights] for e in own if e >= 0]
+        yield [fc2 @ F.gelu(fc1 @ token + b1) + b2 for fc1, b1, fc2, b2 in of_each]
+
+
 def orthogonal_reference(x: Tensor, weights: list[list[Tensor]], experts: Tensor) -> Tensor:
     """Tokens (B, T, D) through maps fc1, b1, fc2, b2 of each expert (-1 is none); experts (B, T, K)."""
     total = 0.0
-    for image, chosen in zip(x, experts, strict=True):
-        for token, own in zip(image, chosen, strict=True):
-            outputs = []
-            for e in own.tolist():
-                if e >= 0:
-                    fc1, b1, fc2, b2 = (w[e] for w in weights)
-                    outputs.append(fc2 @ F.gelu(fc1 @ token + b1) + b2)
-            for j, one in enumerate(outputs):
-                for k, other in enumerate(outputs):
-                    if j != k:
-                        projected = (one @ other) ** 2 / (other @ other + 1e-6)
-                        total = total + projected
+    for outputs in outputs_of_tokens(x, weights, experts):
+        for j, one in enumerate(outputs):
+            for k, other in enumerate(outputs):
+                if j != k:
+                    projected = (one @ other) ** 2 / (other @ other + 1e-6)
+                    total = total + projected
     return total / (x.shape[0] * x.shape[1])
 
 
@@ -140,16 +142,10 @@ def test_outputs_that_are_orthogonal_lose_nothing_and_copies_the_most() -> None:
 def mutual_reference(x: Tensor, weights: list[list[Tensor]], experts: Tensor) -> Tensor:
     """Arguments as of `orthogonal_reference`."""
     total = 0.0
-    for image, chosen in zip(x, experts, strict=True):
-        for token, own in zip(image, chosen, strict=True):
-            outputs = []
-            for e in own.tolist():
-                if e >= 0:
-                    fc1, b1, fc2, b2 = (w[e] for w in weights)
-                    outputs.append(fc2 @ F.gelu(fc1 @ token + b1) + b2)
-            if outputs:
-                mean = sum(outputs) / len(outputs)
-                total = total + sum(((y - mean) ** 2).mean() for y in outputs) / len(outputs)
+    for outputs in outputs_of_tokens(x, weights, experts):
+        if outputs:
+            mean = sum(outputs) / len(outputs)
+            total = total + sum(((y - mean) ** 2).mean() for y in outputs) / len(outputs)
     return total / (x.shape[0] * x.shape[1])
 
 
