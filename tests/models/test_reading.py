@@ -381,18 +381,43 @@ def test_a_patched_forward_is_called_as_before() -> None:
     assert shapes == [(3, 5, 24)]
 
 
-def test_what_accelerate_wraps_around_a_forward_changes_nothing() -> None:
-    """Training in bfloat16 puts an autocast there, and leaves a bound method behind."""
+def shapes_in_the_last_ffn(model: nn.Module) -> list[torch.Size]:
+    """Return a list to which each forward adds the shape that the last block's FFN gets."""
+    shapes: list[torch.Size] = []
+    model.blocks[-1].mlp.register_forward_hook(lambda _module, args, _output: shapes.append(args[0].shape))
+    return shapes
+
+
+def by_prepare(model: nn.Module) -> nn.Module:
+    """Accelerate's own way, which leaves a note on the model."""
     from accelerate import Accelerator
 
+    return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+
+
+def by_hand(model: nn.Module) -> nn.Module:
+    """The wrapper alone, around a bound method, as the training loop puts it around the model that it scores."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [by_prepare, by_hand])
+def test_what_accelerate_wraps_around_a_forward_changes_nothing(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = vit()
-    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(vimoe.set_reading(model))
+    prepared = wrap(vimoe.set_reading(model))
     assert "forward" in vars(prepared) and tokens_read(prepared) == 1
-    shapes: list[torch.Size] = []
+    shapes = shapes_in_the_last_ffn(model)
     with ignoring_hooks():
-        model.blocks[1].mlp.register_forward_hook(lambda _module, args, _output: shapes.append(args[0].shape))
         prepared(images(model))
     assert shapes == [(3, 1, 24)]
+
+
+def test_what_others_wrap_around_a_forward_may_read_all_tokens() -> None:
+    model = vimoe.set_reading(vit())
+    model.forward = functools.wraps(model.forward)(lambda x: model.forward_features(x)[:, 1:].mean(1))
+    assert tokens_read(model) is None and model(images(model)).shape == (3, 24)
 
 
 def test_threads_do_not_mix() -> None:

@@ -22,6 +22,7 @@ from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.metrics.base import evaluate
 from vimoe.metrics.classification import ImageScore
+from vimoe.models.reading import ignoring_hooks
 from vimoe.moe.layer import moe_layers
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.training.loop import auxiliary_losses, train
@@ -64,6 +65,15 @@ def test_the_model_that_comes_back_computes_in_its_own_precision(data: Data, tmp
     same = model()
     same.load_state_dict(network.state_dict())
     assert torch.equal(network(x), same.eval()(x))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_last_block_computes_only_what_the_head_reads(data: Data, tmp_path: Path, precision: str) -> None:
+    network, tokens = vimoe.set_reading(model()), []
+    network.blocks[-1].mlp.register_forward_hook(lambda _module, args, _output: tokens.append(args[0].shape[1]))
+    with ignoring_hooks():
+        run(data, tmp_path, network, epochs=1, precision=precision)
+    assert set(tokens) == {1}
 
 
 SETTINGS = {

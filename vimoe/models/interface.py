@@ -464,11 +464,14 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 def function_of(module: nn.Module, name: str = "forward") -> Any:
     """Return the function of a module's method, to know it by; None without one.
 
-    Of a forward around which Accelerate has wrapped an autocast it is the function inside.
+    Of a forward around which Accelerate's wrapper has put an autocast it is the function inside.
     """
     method = getattr(module, name, None)
     function: Any = getattr(method, "__func__", method)
-    return inspect.unwrap(function) if name == "forward" and "_original_forward" in vars(module) else function
+    wrapper = type(getattr(function, "__wrapped__", None))  # others' may do with the inside whatever they like
+    if wrapper.__module__.startswith("accelerate."):
+        function = inspect.unwrap(function)
+    return getattr(function, "__func__", function)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
