@@ -78,20 +78,20 @@ def work(study: Study, args: argparse.Namespace, argv: list[str]) -> int:
     names = sorted({name for cell in cells.values() for name in cell.variables})
     inputs = {name: digest_of_path(values[name]) for name in names}
     codes = {after: code_version(after) for after in (False, True)}
-    keys = {cell.fingerprint: cell.key(inputs, codes[bool(cell.after)]) for cell in cells.values()}
+    keys = study.keys(inputs, codes)
     if args.cell:
         if args.cell not in cells:
             raise ConfigError(f"--cell {args.cell}: {choice(args.cell, list(cells))}")
         cell = cells[args.cell]
         code = codes[bool(cell.after)]
-        return compute(study, cell, keys[cell.fingerprint], inputs, values, args.runs, args.keep, code)
+        return compute(study, cell, keys[cell.fingerprint][0], inputs, values, args.runs, args.keep, code)
     queue = Queue(study, keys, args.runs, lambda cell: macs(cell, values), tuple(args.arms))
     this = [sys.executable, str(Path(__file__).resolve()), *argv]
     if args.slurm is not None:
         worker = [*without_slurm(this), "--workers", "1"]
         submit(worker, args.workers, args.slurm, args.runs / "slurm", args.dry_run, print)
         return 0
-    workers = Workers(queue, lambda cell: in_process(this, cell, args.runs, keys[cell.fingerprint]), say)
+    workers = Workers(queue, lambda cell: in_process(this, cell, args.runs, keys[cell.fingerprint][0]), say)
     if args.dry_run:
         ready, waiting = queue.left(queue.done())
         print("\n".join(cell.name for cell in ready))

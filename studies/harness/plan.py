@@ -28,7 +28,8 @@ from vimoe.errors import ConfigError, VimoeError, choice, nearest
 from vimoe.files import read_text
 
 FILE = "study.yaml"
-PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts")  # the last one may be missing
+PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts", "code")
+NEEDED = PARTS[:-2]
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 NAME = re.compile(r"[\w-]+")  # no dot: it separates the parts of a cell's name
 AFTER = ("analyze", "prune", "merge_all")  # in this order; harness.one_cell computes them
@@ -133,7 +134,7 @@ class Study:
         for name in self._given:
             if name not in PARTS:
                 self._refuse(f"unknown part {name!r}: {nearest(name, PARTS)}")
-        for name in PARTS[:-1]:
+        for name in NEEDED:
             if not self._given.get(name):
                 self._refuse(f"no {name}: expected it; see studies/vimoe/study.yaml")
         for name in self.chosen:
@@ -232,6 +233,23 @@ class Study:
             return {name: Contrast(**values) for name, values in (self._given.get("contrasts") or {}).items()}
         except TypeError as error:
             raise ConfigError(f"{self.folder / FILE}: contrasts: {error}; expected of, against, margin") from error
+
+    @property
+    def code(self) -> list[str]:
+        """Versions of the package (`code_version`) whose cells count, beside the version that computes what is left."""
+        return list(self._given.get("code") or ())
+
+    def keys(self, inputs: Mapping[str, str], codes: Mapping[bool, str]) -> dict[str, list[str]]:
+        """Return the keys that a finished cell may have, by fingerprint, that of a cell to be computed first.
+
+        Args:
+            inputs: digest of each path (`digest_of_path`) by variable.
+            codes: `code_version` of this package, with steps after the training and without.
+        """
+        return {
+            cell.fingerprint: [cell.key(inputs, code) for code in (codes[bool(cell.after)], *self.code)]
+            for cell in self.all_cells()
+        }
 
     @property
     def results(self) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -29,21 +29,21 @@ class Queue:
 
     Args:
         study: the study.
-        keys: key of each possible cell, by fingerprint.
+        keys: `Study.keys`.
         runs: folder with the claims.
         macs: multiply-adds of an image in a cell's model; asked for arms without a finished cell.
         arms: arms to compute; all if empty.
     """
 
     study: Study
-    keys: Mapping[str, str]
+    keys: Mapping[str, Sequence[str]]
     runs: Path
     macs: Callable[[Cell], float]
     arms: tuple[str, ...] = ()
     _macs: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def done(self) -> Results:
-        """Return the cells that are there, of these settings, data and code."""
+        """Return the cells that are there, of these settings and data, and of code that counts."""
         return Results.read(self.study, self.keys)
 
     def left(self, done: Results) -> tuple[list[Cell], list[Cell]]:
@@ -89,11 +89,11 @@ class Queue:
 
     def is_claimed(self, cell: Cell) -> bool:
         """Return True if a process computes the cell."""
-        return is_claimed(self.runs, cell, self.keys[cell.fingerprint])
+        return is_claimed(self.runs, cell, self.keys[cell.fingerprint][0])
 
     def path(self, cell: Cell) -> Path:
         """Return the path of a cell's JSON."""
-        return file_of(self.study, cell, self.keys[cell.fingerprint])
+        return file_of(self.study, cell, self.keys[cell.fingerprint][0])
 
 
 class Workers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,19 +46,19 @@ class Results:
     cells: dict[str, dict[str, Any]]
 
     @classmethod
-    def read(cls, study: Study, keys: Mapping[str, str] | None = None) -> Results:
+    def read(cls, study: Study, keys: Mapping[str, Collection[str]] | None = None) -> Results:
         """Read the results of a study.
 
         Args:
             study: the study.
-            keys: key that the cell of each fingerprint has to have, where code and data are known; else all are taken.
+            keys: keys that the cell of each fingerprint may have, where code and data are known; else all are taken.
         """
         cells: dict[str, dict[str, Any]] = {}
         origin: dict[str, Path] = {}
         for path in sorted(study.results.glob("*.json")):
             values = json.loads(read_text(path))
             mark = values["fingerprint"]
-            if keys is not None and keys.get(mark) != values["key"]:
+            if keys is not None and values["key"] not in keys.get(mark, ()):
                 continue
             if mark in cells:
                 raise ConfigError(

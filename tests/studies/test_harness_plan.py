@@ -121,6 +121,15 @@ def test_some_arms_have_more_seeds_on_a_data_set(tmp_path: Path) -> None:
     assert "more_seeds" not in study.final_cells("other", "vimoe", 1.0)[0].settings
 
 
+def test_cells_of_versions_that_the_study_names_count(tmp_path: Path) -> None:
+    study = write_study(tmp_path, code=["older"])
+    inputs, codes = {"DIGITS": "d"}, {True: "whole", False: "part"}
+    search, final = study.search_cells("digits", "vimoe")[0], study.final_cells("digits", "vimoe", 1e-3)[0]
+    assert final.after and not search.after
+    for cell, own in ((search, "part"), (final, "whole")):
+        assert study.keys(inputs, codes)[cell.fingerprint] == [cell.key(inputs, own), cell.key(inputs, "older")]
+
+
 def test_an_arm_has_no_rate_of_its_own(tmp_path: Path) -> None:
     study = write_study(tmp_path, arms={"dense": {"train": {"lr": 1.0}}, "vimoe": TINY["arms"]["vimoe"]})
     with pytest.raises(ConfigError, match="dense: train.lr or train.seed"):

@@ -15,7 +15,7 @@ from helpers.studies import put, write_study
 
 
 def queue(study: Study, runs: Path, **macs: float) -> Queue:
-    keys = {cell.fingerprint: "k" for cell in study.all_cells()}
+    keys = {cell.fingerprint: ["k", "counts too"] for cell in study.all_cells()}
     return Queue(study, keys, runs, lambda cell: macs.get(cell.arm, 1.0))
 
 
@@ -59,6 +59,14 @@ def test_a_result_of_other_settings_data_or_code_is_not_used(tmp_path: Path) -> 
     assert cell.name in names(q.left(q.done())[0])
     put(study, cell, 0.5)
     assert cell.name not in names(q.left(q.done())[0])
+
+
+def test_a_result_of_a_version_that_counts_is_used(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    cell = study.search_cells("digits", "dense")[0]
+    put(study, cell, 0.5, key="counts too")
+    q = queue(study, tmp_path / "runs")
+    assert cell.name not in names(q.left(q.done())[0]) and q.path(cell).name.endswith(".k.json")
 
 
 def test_a_claim_ends_with_its_holder(tmp_path: Path) -> None:
