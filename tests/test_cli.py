@@ -226,7 +226,7 @@ MISTAKES = {
     "count --model.img_sise 32": "did you mean '--model.img_size'?",
     "count --config nowhere.yaml": "nowhere.yaml",
     "train --config frozen-trunc --out never": "did you mean 'frozen-trunk'?",
-    "train --config nonsense --out never": "or a preset; known: ade20k, frozen-trunk, imagenet-1k, small-data",
+    "train --config nonsense --out never": "known: ade20k, frozen-trunk, imagenet-1k, recommended, small-data",
     "count more": "unknown option more",
     "trian": "did you mean 'train'?",
     "train --train.stages [head,nonsense,experts] --out never": "stages='nonsense' names no FFN: known: all, moe",
@@ -573,7 +573,7 @@ def test_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_preset_is_a_file_whose_settings_flags_override() -> None:
     from vimoe.config.command_line import PRESETS, Parser
 
-    assert set(PRESETS) == {"frozen-trunk", "small-data", "imagenet-1k", "ade20k"}
+    assert set(PRESETS) == {"frozen-trunk", "small-data", "recommended", "imagenet-1k", "ade20k"}
     for form in (["--config", "frozen-trunk"], ["--config=frozen-trunk"]):
         parser = Parser(prog="test")
         parser.add_sections("model", "moe", "train")

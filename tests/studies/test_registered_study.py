@@ -7,8 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from harness.plan import Study
 from harness.report import write_report
+from harness.results import Results
+
+from vimoe.config.command_line import PRESETS
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "studies/vimoe"
@@ -33,3 +37,27 @@ def test_every_interval_in_words_is_one_of_the_tables(page: str) -> None:
     words = (ROOT / page).read_text("utf-8").replace(table(), "").replace("\n  ", " ").replace("\n", " ")
     said = INTERVAL.findall(words)
     assert said and not [each for each in said if each not in table()]
+
+
+def test_the_recommended_preset_is_the_mixture_that_lost_least() -> None:
+    study = Study(STUDY)
+    results = Results.read(study)
+    tops = {
+        arm: {seed: score["top1"] for seed, score in results.outcome("cub100", arm).items() if seed in study.seeds}
+        for arm in study.contrasts["C1"].candidates
+    }
+    assert max(tops, key=lambda arm: sum(tops[arm].values())) == "lora" and len({*map(len, tops.values())}) == 1
+    rate = results.rate("cub100", "lora")
+    assert rate is not None
+    arm = study.final_cells("cub100", "lora", rate)[0].settings
+    preset = yaml.safe_load(PRESETS["recommended"].read_text("utf-8"))
+    own = {"path", "val_fraction", "workers", "precision", "seed", "tensorboard"}  # of the user's images and machine
+    for section in ("moe", "data", "train"):
+        assert preset[section] == {name: value for name, value in arm[section].items() if name not in own}
+
+
+def test_the_recommended_preset_says_what_the_tables_say() -> None:
+    words = " ".join(line.lstrip("# ") for line in PRESETS["recommended"].read_text("utf-8").splitlines())
+    row = next(line for line in table().splitlines() if line.startswith("| lora |"))
+    for figure in ("78.87 ± 0.64", *INTERVAL.findall(words)):
+        assert figure in words and figure in row
