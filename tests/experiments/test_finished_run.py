@@ -19,7 +19,7 @@ import vimoe.experiments.finished_run
 from vimoe.cli import main
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
-from vimoe.metrics.calibration import fit_temperature
+from vimoe.metrics.calibration import KeptLogits, fit_temperature
 from vimoe.moe.routers.softmax import SoftmaxRouter
 
 
@@ -86,6 +86,16 @@ def test_the_temperature_is_fitted_on_validation_and_tried_on_what_is_scored(
     assert main(["evaluate", str(root / "run")]) == 0
     said = f"; at temperature {values['temperature']:.3f}, fitted on validation: loss {at[1]:.4f}, calibration error "
     assert said in capsys.readouterr().out
+
+
+def test_a_validation_without_a_mistake_decides_no_temperature(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(KeptLogits, "temperature", lambda _kept: None)
+    with caplog.at_level("INFO", "vimoe"):
+        _, _, facts = FinishedRun(root / "run").score()
+    assert "all validation images are right" in caplog.text
+    assert not {"temperature", "loss_at_temperature"} & facts.keys()
 
 
 def test_without_test_images_validation_is_read_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

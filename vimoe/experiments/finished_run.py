@@ -336,7 +336,10 @@ class FinishedRun:
         if told := next(filter(None, self.process.gather(why)), ""):
             logger.info("without a temperature, which the run's own validation decides: %s", told)
             return {}
-        return scored.at(decides.temperature())
+        if (temperature := decides.temperature()) is None:
+            logger.info("without a temperature: all validation images are right, so the lower it is, the better")
+            return {}
+        return scored.at(temperature)
 
     def _write_examples(self, evidence: Evidence) -> None:
         """Write the contact sheet of each layer as figures/examples-LAYER.png."""

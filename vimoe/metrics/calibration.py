@@ -45,11 +45,11 @@ def calibration_gaps(confidence: Tensor, right: Tensor) -> Tensor:
     return torch.bincount(torch.bucketize(confidence, inner), right - confidence, minlength=BINS)
 
 
-def fit_temperature(logits: Tensor, labels: Tensor, process: Process | None = None) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, process: Process | None = None) -> float | None:
     """Return the temperature T with the lowest mean cross-entropy of softmax(logits / T), computed in float64.
 
     The cross-entropy is convex in 1 / T, so there is one minimum; it is sought within TEMPERATURES. If all images are
-    right there is none, because the loss falls as T goes to 0; then T is a low number that means nothing.
+    right there is none, because the loss falls as T goes to 0; then it is None.
 
     Args:
         logits: (n, classes), of images that may decide; never those of test.
@@ -73,6 +73,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, process: Process | None = No
 
     if not math.isfinite(found := loss(0.0)):
         raise VimoeError(f"the loss on validation is {found}: expected a model whose outputs are finite")
+    if not int(process.sum((logits.argmax(dim=1) != labels).sum())):
+        return None
     bounds = [math.log(each) for each in TEMPERATURES]
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
 
@@ -101,8 +103,8 @@ class KeptLogits(Counts):
     def score(self) -> Score:
         return self.counts.score()
 
-    def temperature(self) -> float:
-        """Return the temperature that fits these images best. Raises as `fit_temperature`."""
+    def temperature(self) -> float | None:
+        """Return the temperature that fits these images best, None if all are right. Raises as `fit_temperature`."""
         none = torch.empty(0, 1), torch.empty(0, dtype=torch.int64)
         logits, labels = zip(*self.batches, strict=True) if self.batches else ([each] for each in none)
         return fit_temperature(torch.cat(logits), torch.cat(labels), self.process)
