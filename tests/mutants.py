@@ -990,6 +990,55 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if False:\n",
         ("analysis/test_interventions.py",),
     ),
+    Mutant(
+        "tokens see the experts of other pools",
+        "moe/router.py",
+        "logits_RN.masked_fill(self.pool_of_experts != kinds_R[:, None], -torch.inf)",
+        "logits_RN",
+        ("moe/test_pools.py",),
+    ),
+    Mutant(
+        "a loss takes all pools together",
+        "moe/losses.py",
+        "for part in each.by_pool]",
+        "for part in [each]]",
+        ("moe/test_pools.py",),
+    ),
+    Mutant(
+        "kinds stay after their block",
+        "moe/kinds.py",
+        "            router.kinds = kind\n",
+        "            pass\n",
+        ("moe/test_kinds.py",),
+    ),
+    Mutant(
+        "the last expert of a pool can be removed",
+        "moe/router.py",
+        "if size > self.config.top_k]",
+        "if size]",
+        ("moe/test_pools.py",),
+    ),
+    Mutant(
+        "an expert keeps the lowest gates",
+        "moe/capacity.py",
+        "dim=1, descending=True, stable=True)",
+        "dim=1, descending=False, stable=True)",
+        ("moe/test_capacity.py",),
+    ),
+    Mutant(
+        "second choices come with the first ones",
+        "moe/capacity.py",
+        "sorted_BTK.transpose(1, 2).reshape(images, k * tokens)",
+        "sorted_BTK.reshape(images, k * tokens)",
+        ("moe/test_capacity.py",),
+    ),
+    Mutant(
+        "a capacity is of all experts, whatever their pool",
+        "moe/capacity.py",
+        "allowed_BTN / allowed_BTN.sum(dim=2, keepdim=True)",
+        "allowed_BTN / n",
+        ("moe/test_capacity.py",),
+    ),
 )
 
 

@@ -126,7 +126,11 @@ def test_the_page_on_methods_runs() -> None:
         if "run_training" in block:  # a test of its own
             continue
         exec(block, names)
-        if "look" in block:
+        if "token_kinds" in block:
+            assert sum(names["loads"][:2]) == 8 * 6 and sum(names["loads"]) == 8 * 16
+        elif "capacity_factor" in block:
+            assert names["most"] == 13
+        elif "look" in block:
             assert names["look"]["parent"]["what"] == "given" and names["look"]["weights"]["rho"] == 1
         elif "orthogonal=" in block:
             chosen = names["evidence"].layers[0].diversity["chosen"]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vimoe.moe.balancing import set_random_share as set_random_share
     from vimoe.moe.balancing import update_bias as update_bias
     from vimoe.moe.ensemble import all_experts as all_experts
+    from vimoe.moe.kinds import token_kinds as token_kinds
     from vimoe.moe.layer import MoE as MoE
     from vimoe.moe.losses import balance_loss as balance_loss
     from vimoe.moe.losses import distill_loss as distill_loss
@@ -58,6 +59,7 @@ _HOME = {
     "orthogonal_loss": "moe.losses",
     "distill_loss": "moe.losses",
     "all_experts": "moe.ensemble",
+    "token_kinds": "moe.kinds",
     "count": "models.cost",
     "plan": "models.upcycling",
     "upcycle": "models.upcycling",

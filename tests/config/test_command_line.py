@@ -79,6 +79,7 @@ UNKNOWN = {
     "--moe.layer=all": "unknown option --moe.layer: did you mean '--moe.layers'?",
     "surplus": "unknown option surplus: see vimoe count --help",
     "--moe=3": "--moe=3: expected a YAML file; to set one option use --moe.NAME, see vimoe count --help",
+    "--moe.groups=[a]": "moe.groups=['a']: expected a list of whole numbers in brackets, such as [2, 6], or none",
     "--data.mean=[a]": "data.mean=['a']: expected a list of numbers in brackets or none",
     "--train.stages=head": "train.stages=head: expected a list of words in brackets, such as [a, b], or none",
     "--train.train_only=lst:2": (
@@ -129,6 +130,15 @@ def test_a_part_to_train_is_written_as_layers_are(written: str, expected: object
     given = parser.settings(parser.parse_args([f"--moe.layers={written}", f"--train.train_only={written}"]))
     read = read_settings(f"train:\n  train_only: {written}\n")
     assert given.moe.layers == given.train.train_only == read.train.train_only == expected
+    assert read_settings(yaml.safe_dump(read.to_dict())) == read
+
+
+def test_pools_are_a_list() -> None:
+    parser = Parser(prog="test")
+    parser.add_sections("moe")
+    given = parser.settings(parser.parse_args(["--moe.groups", "[2, 6]", "--moe.routing=token"]))
+    read = read_settings("moe:\n  groups: [2, 6]\n  routing: token\n")
+    assert given.moe.groups == read.moe.groups == (2, 6)
     assert read_settings(yaml.safe_dump(read.to_dict())) == read
 
 

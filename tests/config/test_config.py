@@ -101,6 +101,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "init": ["cpoy", None], "drop_ratio": SHARES, "noise_std": RATES, "cluster_energy": [*SHARES, 0],
         "calibration_images": [*COUNTS, 1], "rank": COUNTS, "delta_density": SHARES, "expert_width": COUNTS,
         "slots_per_expert": COUNTS, "orthogonal": ["normalised", True],
+        "groups": [[], 8, [0, 8], [2.0, 6], [True, 7], "8"], "capacity_factor": [*RATES, 0],
     },
     ModelConfig: {
         "name": None, "pretrained": FLAGS, "img_size": COUNTS, "num_classes": COUNTS, "drop_path_rate": [*SHARES, 1.0],

@@ -199,6 +199,22 @@ def test_layers_of_a_tower_are_named_by_patterns() -> None:
     assert names == ["text_model.encoder.layers.0.mlp", "vision_model.encoder.layers.1.mlp"]
 
 
+@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.5}, {"groups": [1, 3]}], ids=str)
+@torch.no_grad()
+def test_a_clip_upcycled_in_both_towers_keeps_its_similarities(settings: dict) -> None:
+    model, x = tiny(*OTHERS["clip, both towers"][:3]), INPUTS["pair"]()
+    before = model(**x).logits_per_image
+    upcycle(model.vision_model, config(routing="token", **settings))
+    upcycle(model.text_model, config(routing="token"))
+    assert len(layers(model)) == 3
+    torch.testing.assert_close(model(**x).logits_per_image, before, rtol=1e-4, atol=1e-5)
+    for tower in (model.vision_model, model.text_model):
+        perturb_experts(tower)
+        after = model(**x).logits_per_image
+        assert (after - before).abs().max() > 1e-3
+        before = after
+
+
 # ----- models that no family describes
 
 

@@ -281,10 +281,10 @@ def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) ->
     if not layer.router.overrulable:
         return dense
     frozen = statistics.most_frequent(seen.experts[name], seen.gates[name])
-    n, k = layer.config.num_experts, layer.config.top_k
+    n, removable = layer.config.num_experts, layer.router.removable
     return {
         "frozen": [Frozen(*map(torch.from_numpy, frozen))],
-        "experts": [Without(expert) for expert in range(n)] if n > k else [],
+        "experts": [Without(expert) for expert in removable] if len(removable) == n else [],
         **dense,
     }
 

@@ -295,15 +295,16 @@ class _Greedy:
         """Drop experts of a layer as long as one can go."""
         layer = moe_layers(self.model)[name]
         left = list(range(layer.config.num_experts))
-        while len(left) > layer.config.top_k:
-            without: list[Intervention] = [Without(e) for e in range(len(left))]
+        while removable := layer.router.removable:
+            without: list[Intervention] = [Without(e) for e in removable]
             changes = self._measure({name: without}, f"pruning experts of {name}")
             effects = Effect.each(changes[name], self.seed, self._units)
             column = min(range(len(effects)), key=lambda i: effects[i].loss.high)
             if effects[column].loss.high > self.tolerance:
                 return
-            layer.keep_experts([e for e in range(len(left)) if e != column])
-            self._took(Step(name, left.pop(column), "dropped", effects[column]), changes[name], column)
+            dropped = removable[column]
+            layer.keep_experts([e for e in range(len(left)) if e != dropped])
+            self._took(Step(name, left.pop(dropped), "dropped", effects[column]), changes[name], column)
 
     def _measure(self, plan: Mapping[str, list[Intervention]], bar: str) -> dict[str, Changes]:
         changes = measure(self._subjects, plan, bar if self.progress else "")

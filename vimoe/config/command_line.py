@@ -34,6 +34,7 @@ _NO_SECTION = re.compile(r"key \"([\w.]+)\": Unable to load config ['\"](.*?)['\
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "dict": "values by name",
     "tuple[float, ...]": "a list of numbers in brackets", "NoneType": "none",
+    "tuple[int, ...]": "a list of whole numbers in brackets, such as [2, 6],",
     "tuple[str, ...]": "a list of words in brackets, such as [a, b],",
 }  # fmt: skip
 

@@ -131,6 +131,12 @@ class MoEConfig:
         orthogonal: "outputs" makes the changes E_i(x) - S(x) of a token's experts orthogonal to one another, by
             Gram-Schmidt in the order of their gates (after OMoE, arXiv 2501.10062); "normalized" gives them unit length
             too (after MOORE, arXiv 2311.11385). For experts that change one shared expert, and top_k of at least 2.
+        groups: sizes of the pools that the experts are parted into, in their order, such as [2, 6]: tokens of kind j
+            are confined to pool j (V-experts and T-experts of VL-MoE, arXiv 2303.07226). In a ViT the kinds are prefix
+            tokens (class token, registers) and patches; in another model `vimoe.token_kinds` says them.
+        capacity_factor: C, by which an expert gets at most ceil(C k T / N) of the T tokens of an image, in training and
+            inference; tokens with the largest gates come first, and what is left over gets the shared expert alone
+            (batch-prioritized routing, V-MoE, arXiv 2106.05974). None is no limit.
 
     Raises:
         ConfigError: if a value is none of these, or values contradict one another.
@@ -166,6 +172,8 @@ class MoEConfig:
     expert_width: int | None = bounded(None, 1)
     slots_per_expert: int = bounded(1, 1)
     orthogonal: Orthogonal = "none"
+    groups: tuple[int, ...] | None = None
+    capacity_factor: float | None = bounded(None, 0.01)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.selection.written)  # a list becomes a tuple
@@ -180,6 +188,13 @@ class MoEConfig:
             )
         if self.num_experts and self.top_k > self.num_experts:
             raise ConfigError(f"top_k={self.top_k}: expected at most num_experts={self.num_experts}; lower top_k")
+        if self.groups is not None:
+            self._check_groups(self.groups)
+        if self.capacity_factor is not None and self.routing != "token":
+            raise ConfigError(
+                f"capacity_factor={self.capacity_factor:g} with routing={self.routing!r}: expected routing='token', "
+                f"since a capacity is of the tokens of an image; set it, or leave capacity_factor out"
+            )
         if self.gate == "choice" and self.gates_sum_to_one and self.choice_weight != 1:
             raise ConfigError(
                 f"gate_weight={self.gate_weight:g} where the gates of the chosen experts sum to 1: expected 1; leave "
@@ -192,6 +207,26 @@ class MoEConfig:
             )
         if self.orthogonal != "none":
             self._check_orthogonal()
+
+    def _check_groups(self, groups: Any) -> None:
+        """Raise ConfigError for pools that are no partition of the experts; a list of their sizes becomes a tuple."""
+        listed = isinstance(groups, (list, tuple)) and not any(isinstance(size, bool) for size in groups)
+        if not listed or not groups or not all(isinstance(size, int) and size >= self.top_k for size in groups):
+            raise ConfigError(
+                f"groups={groups!r}: expected a list of the sizes of pools, each at least top_k={self.top_k}, such as "
+                f"[2, 6]"
+            )
+        object.__setattr__(self, "groups", tuple(groups))
+        if sum(groups) != self.num_experts:
+            raise ConfigError(
+                f"groups={list(groups)} with num_experts={self.num_experts}: expected sizes that add up to it; set "
+                f"num_experts={sum(groups)}"
+            )
+        if self.routing != "token":
+            raise ConfigError(
+                f"groups={list(groups)} with routing={self.routing!r}: expected routing='token', since pools are of "
+                f"kinds of tokens; set it, or leave groups out"
+            )
 
     def _check_orthogonal(self) -> None:
         """Raise ConfigError for settings by which a token has no changes to make orthogonal."""
@@ -239,12 +274,14 @@ class MoEConfig:
         """True if the gates of the chosen experts are divided by their sum."""
         return self.normalize_gates or (self.combine == "mix" and self.num_shared_experts == 0)
 
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """Sizes of the pools of experts; without `groups` there is one of all."""
+        return self.groups or (self.num_experts,)
+
     def to_dict(self) -> dict[str, Any]:
         """Return these settings as JSON knows them."""
-        values = asdict(self)
-        if isinstance(self.layers, tuple):
-            values["layers"] = list(self.layers)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:

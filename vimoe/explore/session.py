@@ -147,9 +147,12 @@ class Session:
         return predictions, routes
 
     def _of_others(self, name: str, routing: Routing) -> Routing:
-        """Return the decisions of another validation image, drawn at random; those of tokens change places."""
+        """Return the decisions of another validation image, drawn at random; tokens of a kind change places."""
         if routing.unit == "token":
             order = torch.randperm(len(routing.experts), generator=self._draw).to(routing.experts.device)
+            if routing.kinds is not None:
+                places = routing.kinds.argsort(stable=True)  # the first kind's, then the next one's
+                order = torch.empty_like(order).scatter(0, places, order[routing.kinds[order].argsort(stable=True)])
             return replace(routing, experts=routing.experts[order], gates=routing.gates[order])
         drawn = int(torch.randint(len(self.files), (1,), generator=self._draw))
         other = self.routes[name][drawn]
@@ -210,7 +213,7 @@ def _by_image(routing: Routing) -> list[Routing]:
     rows = len(routing.experts) // count
     parts = (part.detach().cpu().split(rows) for part in (routing.logits, routing.gates, routing.experts))
     return [
-        replace(routing, logits=logits, gates=gates, experts=experts, batch=(1, tokens), outputs=None)
+        replace(routing, logits=logits, gates=gates, experts=experts, batch=(1, tokens), outputs=None, kinds=None)
         for logits, gates, experts in zip(*parts, strict=True)
     ]
 

@@ -64,6 +64,8 @@ def _described(c: MoEConfig) -> str:
         "expert_width",
         "router_gradient",
         "orthogonal",
+        "groups",
+        "capacity_factor",
     )  # settings that are told where they are set
     more = "".join(f", {name}={getattr(c, name)}" for name in named if getattr(c, name) != getattr(MoEConfig, name))
     return (
@@ -348,10 +350,11 @@ def _layouts(
         return {site.name: _layout(backbone, site, shapes.get(site.name), config) for site in chosen}
     if config.routing == "image":
         return {site.name: backbone.layout for site in chosen}  # or SurgeryError with the reason
-    if ROUTERS.find(config.router).tokens_interact:
+    if ROUTERS.find(config.router).tokens_interact or config.capacity_factor is not None:
+        limit = "" if config.capacity_factor is None else f" with capacity_factor={config.capacity_factor:g}"
         raise SurgeryError(
-            f"router={config.router!r} compares the tokens of an image, and {type(backbone.model).__name__} is not "
-            f"known to get images: expected a router that decides for each token by itself, such as 'softmax'"
+            f"router={config.router!r}{limit} compares the tokens of an image, and {type(backbone.model).__name__} is "
+            f"not known to get images: expected a router that decides for each token by itself, such as 'softmax'"
         )
     return {site.name: _NO_LAYOUT for site in chosen}
 
@@ -387,18 +390,26 @@ def _shapes(backbone: Backbone, chosen: Sequence[Site]) -> dict[str, tuple[int, 
 
 
 def _layout(backbone: Backbone, site: Site, shape: tuple[int, ...] | None, config: MoEConfig) -> TokenLayout:
-    """Return the layout of the tokens of an FFN that gets this shape; only image routing has to know it."""
+    """Return the layout of the tokens of an FFN that gets this shape; image routing and pools have to know it."""
     if shape is None or len(shape) < 3 or shape[0] != 2:
         raise SurgeryError(
             f"{site} gets {shape} for 2 images: expected (2, tokens, channels), or a grid of tokens; a block that "
             f"folds windows into the batch cannot be converted, because its first axis is not images"
         )
+    tokens = Grid.of(site.module).tokens(torch.empty(*shape, device="meta")).shape[1]
     try:
-        return backbone.layout_of(Grid.of(site.module).tokens(torch.empty(*shape, device="meta")).shape[1])
+        layout = backbone.layout_of(tokens)
     except SurgeryError as error:
         if config.routing == "image" and config.num_experts:
             raise SurgeryError(f"{site} with image routing: {error}; use routing='token'") from None
-        return _NO_LAYOUT
+        layout = _NO_LAYOUT
+    if len(config.pools) > 1 and not (len(config.pools) == 2 and 0 < layout.num_prefix_tokens < tokens):
+        raise SurgeryError(
+            f"{site} with groups={list(config.pools)}: expected a pool for prefix tokens and one for patches, and an "
+            f"FFN that gets both, not {layout.num_prefix_tokens} and {tokens - layout.num_prefix_tokens}; leave the "
+            f"block out of layers, or leave groups out"
+        )
+    return layout
 
 
 def _dense(site: Site, how: str, gate_mass: Tensor | None) -> nn.Module:

@@ -53,7 +53,7 @@ class MoE(nn.Module):
     Args:
         dense: an FFN for which `vimoe.moe.ffn.is_ffn` holds. It becomes the shared expert when there is one of them.
         config: settings; `config.layers` plays no part here.
-        layout: tokens that are no patches; only image routing reads it.
+        layout: tokens that are no patches; image routing and pools of experts (`moe.groups`) read it.
 
     Raises:
         SurgeryError: if experts could not reproduce a part of the FFN, or their `roles` do not name their parameters.
@@ -129,9 +129,9 @@ class MoE(nn.Module):
                 f"router={config.router!r}: expected a start or a router that is computed from images, such as "
                 f"router='centroids'; leave it out"
             )
-        if self.unchosen is not None and not self.router.ragged and self.router.slots == config.num_experts:
+        if self.unchosen is not None and not self.router.ragged and self.router.slots >= max(config.pools):
             raise SurgeryError(
-                f"router_gradient={config.router_gradient!r} with all {config.num_experts} experts chosen: expected "
+                f"router_gradient={config.router_gradient!r} with all {max(config.pools)} experts chosen: expected "
                 f"'chosen', since no expert is left out; leave it out, or lower top_k"
             )
         self._begin.check(self.experts, self.router, self._parent_hidden)
@@ -289,7 +289,7 @@ class MoE(nn.Module):
         return self.merged(gate_mass, matched=how == "matched")
 
     def keep_experts(self, kept: Sequence[int]) -> None:
-        """Remove all other experts, in place: their tokens go to the next choice. At least top_k must stay."""
+        """Remove all other experts, in place: their tokens go to the next choice. At least top_k of each pool stay."""
         assert len(kept) >= self.config.top_k
         self.router.keep(kept)
         self.experts.keep(kept)

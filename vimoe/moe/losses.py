@@ -225,6 +225,7 @@ def _variance(routing: Routing, over: Process | None) -> Tensor:
 
 
 def _mean(routings: Sequence[Routing], loss: Callable[[Routing], Tensor]) -> Tensor:
+    """Return the mean over the layers; that of a layer with pools is the mean over them, as if each were a layer."""
     if not routings:
         raise VimoeError("no routing was recorded: run a model with MoE layers inside vimoe.record() first")
-    return torch.stack([loss(routing) for routing in routings]).mean()
+    return torch.stack([torch.stack([loss(part) for part in each.by_pool]).mean() for each in routings]).mean()

@@ -22,6 +22,7 @@ from vimoe.errors import ConfigError, VimoeError
 from vimoe.moe.autocast import own_type
 from vimoe.moe.chunks import chunks
 from vimoe.moe.experts import Experts
+from vimoe.moe.pools import kinds_of, pool_of_experts
 from vimoe.moe.routing import Routing
 
 INIT_STD = 0.02  # as ViTs initialise their linear maps; zero would send every image to the same expert
@@ -53,13 +54,15 @@ class Router(nn.Module):
 
     A router kind is a subclass with `decide`, and an entry in `vimoe.config.moe.ROUTERS`. The contract:
 
-    - A score of -inf keeps an expert from being chosen: analysis and pruning rule experts out by it.
+    - A score of -inf keeps an expert from being chosen: analysis and pruning rule experts out by it, and `moe.groups`
+      confines tokens to the experts of their pool. A router that is `even` or `needs_images` is refused pools.
     - The decisions for an image depend on that image alone, never on the others in its batch. A router that limits
       the capacity of experts does so image by image; `by_image` gives the view, and `tokens_interact` says so.
     - Every row has K = `slots` slots. A router that can leave slots empty says `ragged`; `assign` fills them.
     - A ragged router whose rows get fewer than K experts on average overrides `experts_per_token`. The default is K, so
       activated parameters and multiply-adds are upper bounds.
-    - At least `config.top_k` experts are there to choose from, also after pruning. They may be fewer than K.
+    - At least `config.top_k` experts of each pool are there to choose from, also after pruning. They may be fewer
+      than K.
     - A router whose scores are no linear map overrides `score`, and `macs` if it has further matrices.
     - A router with parameters or buffers of its own for each expert overrides `keep`, and removes their rows as well.
     - A tensor that no training may change is a buffer; `fixed` makes `weight` one.
@@ -80,6 +83,7 @@ class Router(nn.Module):
         supervised: True if classes of images train it, by `label_loss`; so it needs them in `calibrate` too.
         ragged: True if a row may get fewer than K experts, so that slots can be empty.
         tokens_interact: True if a token's decision depends on other tokens of its image.
+        has_capacity: True if it obeys `moe.capacity_factor`.
         adjustable: True if `decide` chooses by `preferences`, so that a bias and random decisions can act. Otherwise
             `moe.bias_update_rate` and `vimoe.set_random_share` are refused.
         mixes: True if the layer calls `compute` instead of sending rows to experts.
@@ -91,13 +95,14 @@ class Router(nn.Module):
         weight: (N, D), the linear map; a row for each expert.
         choice_bias: (N,) float32, added where experts are chosen, and nowhere else; None if `bias_update_rate` is 0.
             It is a part of the model as weights are; `vimoe.update_bias` moves it.
+        kinds: (T,) or (B, T) kind of each token, where `vimoe.token_kinds` has said it; else None.
         random_share: scalar, share of the decisions that is random in training; None for none. Not saved, and a
             tensor, because torch.compile would compile again for each number; `vimoe.set_random_share` sets it.
 
     Args:
         dim: D.
         config: settings of the layer.
-        layout: tokens that are no patches; only image routing reads it.
+        layout: tokens that are no patches; image routing and pools of experts read it.
         like: a weight of the FFN, for type and device.
 
     Raises:
@@ -113,6 +118,7 @@ class Router(nn.Module):
     supervised = False
     ragged = False
     tokens_interact = False
+    has_capacity = False
     adjustable = False
     mixes = False
     overrulable = True
@@ -125,6 +131,7 @@ class Router(nn.Module):
         super().__init__()
         self._check(config)
         self.config, self.layout = config, layout
+        self.kinds: Tensor | None = None
         self.gate = GATES.find(config.gate)(config, like)
         weight_ND = torch.empty(config.num_experts, dim, dtype=like.dtype, device=like.device)
         nn.init.trunc_normal_(weight_ND, std=INIT_STD)
@@ -141,7 +148,17 @@ class Router(nn.Module):
         batch = batch_of(x_BTD)
         with own_type(x_BTD):
             logits_RN = self.score(self.feature(x_BTD))
-            return replace(self.route(self.noisy(logits_RN), batch), logits=logits_RN)
+            if len(self.config.pools) == 1:
+                return replace(self.route(self.noisy(logits_RN), batch), logits=logits_RN)
+            kinds_R = kinds_of(self.config, self.layout.num_prefix_tokens, self.kinds, x_BTD)
+            logits_RN = logits_RN.masked_fill(self.pool_of_experts != kinds_R[:, None], -torch.inf)
+            routing = self.route(self.noisy(logits_RN), batch)
+            return replace(routing, logits=logits_RN, kinds=kinds_R, pools=self.config.pools)
+
+    @property
+    def pool_of_experts(self) -> Tensor:
+        """(N,) int64, the pool of each expert."""
+        return pool_of_experts(self.config, self.weight.device)
 
     def noisy(self, logits: Tensor) -> Tensor:
         """Return scores with the noise of `router_noise`, in training."""
@@ -223,8 +240,8 @@ class Router(nn.Module):
     @property
     def num_decisions(self) -> int:
         """Number of sets of experts that a row can get."""
-        n, k = self.config.num_experts, self.slots
-        return sum(math.comb(n, i) for i in range(k + 1)) if self.ragged else math.comb(n, k)
+        k = self.slots
+        return sum(math.comb(n, i) for n in self.config.pools for i in ([*range(k + 1)] if self.ragged else [k]))
 
     @property
     def blind(self) -> bool:
@@ -240,18 +257,33 @@ class Router(nn.Module):
         """(N,) mean gate of each expert if all scores are equal, without bias or chance.
 
         They are equal but for 1e-12, so that ties do not send all rows to the same experts: row r prefers expert r.
+        Each pool of experts is taken to get a share of the rows in proportion to its size.
         """
         n = self.config.num_experts
         neutral = copy.deepcopy(self).eval()
         neutral.choice_bias = None
         rows_N = torch.arange(n, dtype=torch.float64, device=self.weight.device)
         scores_NN = -1e-12 * ((rows_N - rows_N[:, None]) % n)
+        pool_N = self.pool_of_experts
+        scores_NN = scores_NN.masked_fill(pool_N != pool_N[:, None], -torch.inf)
         routing = neutral.route(scores_NN, (1, n) if self.config.routing == "token" else (n, 1))
-        return torch.full((n,), float(routing.gates.sum()) / n**2)
+        of_pools = routing.gates.split(self.config.pools)
+        return torch.cat([torch.full((len(gates),), float(gates.sum()) / (n * len(gates))) for gates in of_pools])
+
+    @property
+    def removable(self) -> list[int]:
+        """Experts that `keep` may remove one of: those of pools with more than `config.top_k`."""
+        sizes = [size for size in self.config.pools for _ in range(size)]
+        return [expert for expert, size in enumerate(sizes) if size > self.config.top_k]
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Remove all other experts, in place. At least `config.top_k` must stay."""
-        self.config = self.gate.config = replace(self.config, num_experts=len(kept))
+        """Remove all other experts, in place. At least `config.top_k` of each pool must stay, pool after pool."""
+        groups = self.config.groups
+        if groups is not None:
+            pool_of_kept = self.pool_of_experts[list(kept)]
+            assert pool_of_kept.equal(pool_of_kept.sort().values)
+            groups = tuple(pool_of_kept.bincount(minlength=len(groups)).tolist())
+        self.config = self.gate.config = replace(self.config, num_experts=len(kept), groups=groups)
         rows_ND = self.weight.detach()[list(kept)]
         self.weight = rows_ND if self.fixed else nn.Parameter(rows_ND, requires_grad=self.weight.requires_grad)
         if self.choice_bias is not None:
@@ -336,6 +368,8 @@ class Router(nn.Module):
             "gate": (config.gate != "probability" and not self.gated, "probability"),
             "router_gradient": (config.router_gradient != "chosen" and not self.gated, "chosen"),
             "orthogonal": (config.orthogonal != "none" and self.mixes, "none"),
+            "capacity_factor": (config.capacity_factor is not None and not self.has_capacity, None),
+            "groups": (config.groups is not None and (self.even or self.needs_images), None),
         }
         for name, (wrong, expected) in refused.items():
             if wrong:

@@ -48,6 +48,9 @@ class Routing:
         outputs: (R, K, U, D) output of the expert in each slot before it is weighted, 0 where the slot is empty; with
             `moe.orthogonal` the orthogonal one. None unless they are recorded, and always for a router that mixes
             tokens or experts.
+        kinds: (R,) int64 kind of each row, and so the pool of experts that it is confined to (`moe.groups`); scores of
+            experts of other pools are -inf. None where there is one pool.
+        pools: number of experts of each pool; empty where there is one.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))
@@ -67,6 +70,8 @@ class Routing:
     layer: str = ""
     ragged: bool = False
     outputs: Tensor | None = None
+    kinds: Tensor | None = None
+    pools: tuple[int, ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -127,6 +132,27 @@ class Routing:
         """The same decisions, with the slots of a row by falling gate; slots with equal gates stay in their order."""
         order_RK = (-self.gates.detach()).argsort(dim=-1, stable=True)
         return replace(self, gates=self.gates.gather(-1, order_RK), experts=self.experts.gather(-1, order_RK))
+
+    @property
+    def by_pool(self) -> list[Routing]:
+        """The rows of each pool that has any, with the scores of its experts alone, as if it were a layer of its own.
+
+        Without pools these are all rows. Else a part has the slots of its rows, and counts each as an image.
+        """
+        if self.kinds is None:
+            return [self]
+        parts, first = [], 0
+        for kind, size in enumerate(self.pools):
+            row = (self.kinds == kind).nonzero()[:, 0]
+            experts = self.experts[row]
+            part = replace(
+                self, logits=self.logits[row, first : first + size], gates=self.gates[row],
+                experts=torch.where(experts >= 0, experts - first, experts), batch=(len(row), 1),
+                outputs=None if self.outputs is None else self.outputs[row], kinds=None, pools=(),
+            )  # fmt: skip
+            parts += [part] if len(row) else []
+            first += size
+        return parts or [self]
 
     def places(self, filled: int) -> Tensor:
         """Return (S,) where each filled slot is among all R * K; they are sorted by expert, and `filled` is S."""

@@ -67,6 +67,11 @@ class Start:
 
     def __init__(self, config: MoEConfig) -> None:
         self.config = config
+        if config.groups is not None and self.sets_rows:
+            raise ConfigError(
+                f"groups={list(config.groups)} with init={config.init!r}, which parts the FFN or its inputs among all "
+                f"experts: expected experts that each begin as the whole FFN; use init='copy'"
+            )
         if EXPERTS.find(config.experts).separate:
             return
         for wrong, name, remedy in (
@@ -96,11 +101,15 @@ class Start:
             hidden: number of hidden units of the dense FFN.
         """
         parts = hidden // experts.kind.hidden
-        if experts.num_experts % parts:
+        pools = self.config.pools
+        if any(size % parts for size in pools):
+            whole = [parts * math.ceil(size / parts) for size in pools]
+            name, found, remedy = (
+                ("num_experts", pools[0], whole[0]) if self.config.groups is None else ("groups", list(pools), whole)
+            )
             raise SurgeryError(
-                f"num_experts={experts.num_experts} with experts of {experts.kind.hidden} of {hidden} hidden units: "
-                f"expected a multiple of {parts}, so that all parts of the FFN have as many experts; use "
-                f"num_experts={parts * math.ceil(experts.num_experts / parts)}"
+                f"{name}={found} with experts of {experts.kind.hidden} of {hidden} hidden units: expected a multiple "
+                f"of {parts}, so that all parts of the FFN have as many experts; use {name}={remedy}"
             )
         if parts > 1 and router.reads_weights:
             raise SurgeryError(

@@ -31,15 +31,15 @@ class Health:
     def add(self, routings: list[Routing]) -> None:
         """Add the routings of a step."""
         for routing in routings:
-            logits, probabilities = routing.logits, routing.probabilities
+            probabilities = routing.probabilities
             self._add(
                 routing.layer,
                 load=routing.load,
-                units=torch.tensor(len(logits)),
+                units=torch.tensor(len(routing.logits)),
                 entropy=-torch.xlogy(probabilities, probabilities).sum(),
                 confidence=probabilities.amax(dim=-1).sum(),
-                squares=logits.square().mean(dim=-1).sum(),
-                margins=margins(routing).sum(),
+                squares=torch.stack([part.logits.square().mean(dim=-1).sum() for part in routing.by_pool]).sum(),
+                margins=torch.stack([margins(part).sum() for part in routing.by_pool]).sum(),
             )
 
     @torch.no_grad()

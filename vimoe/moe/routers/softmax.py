@@ -14,4 +14,4 @@ class SoftmaxRouter(TopKRouter):
     @property
     def blind(self) -> bool:
         """True if its gates are constant, such as the only one that is always 1."""
-        return bool(self.gate.blind(self.slots, constant=self.config.num_experts == 1))
+        return bool(self.gate.blind(self.slots, constant=max(self.config.pools) == 1))
