@@ -46,8 +46,11 @@ def run(data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_it_learns_scenes_and_goes_through_the_verbs(
     run: Path, data: Path, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = call(capsys, "evaluate", run)
+    values = call(capsys, "evaluate", run, "--contours=true")
     assert values["miou"] > 0.4 and len(values["per_class_iou"]) == 3
+    assert 0.4 < values["j"] < 1 and 0.2 < values["f"] < 1 and len(values["per_class_f"]) == 3
+    plain = call(capsys, "evaluate", run)
+    assert plain.items() <= values.items() and "f" not in plain
     weights = load_file(run / "model/model.safetensors")
     assert torch.equal(weights["decoder.prompts"], torch.stack([load_file(words)[name] for name in NAMES]))
     noted = json.loads((run / "model/config.json").read_text())["vimoe"]
