@@ -990,6 +990,41 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if False:\n",
         ("analysis/test_interventions.py",),
     ),
+    Mutant(
+        "prompts keep their length",
+        "models/prompted.py",
+        "prompts_CK = F.normalize(self.to_prompts(vectors_CE), dim=1)",
+        "prompts_CK = self.to_prompts(vectors_CE)",
+        ("models/test_prompted.py",),
+    ),
+    Mutant(
+        "dense attention of prompts to rows of patches",
+        "models/prompted.py",
+        "CHANNELS**0.5).softmax(dim=1)",
+        "CHANNELS**0.5).softmax(dim=2)",
+        ("models/test_prompted.py",),
+    ),
+    Mutant(
+        "prompts of a file in the order of the file",
+        "models/prompted.py",
+        "[found[name].float() for name in classes]",
+        "[found[name].float() for name in sorted(classes)]",
+        ("models/test_prompted.py",),
+    ),
+    Mutant(
+        "the tolerance of contours is rounded down",
+        "metrics/contours.py",
+        "math.ceil(tolerance",
+        "math.floor(tolerance",
+        ("metrics/test_contours.py",),
+    ),
+    Mutant(
+        "void belongs to predicted masks",
+        "metrics/contours.py",
+        "(guess == c) & counted",
+        "guess == c",
+        ("metrics/test_contours.py",),
+    ),
 )
 
 
