@@ -120,7 +120,7 @@ def scores(decoder: Any, found: Features, rows: Tensor, size: Sequence[int]) -> 
 
 
 def train(decoder: nn.Module, found: Features, rate: float, steps: int, batch: int, seed: int) -> None:
-    """Train by AdamW with a cosine from the rate to 0; the order of the images follows from the seed alone."""
+    """Train in bfloat16, by AdamW with a cosine from the rate to 0; the order of images follows from the seed alone."""
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -130,7 +130,9 @@ def train(decoder: nn.Module, found: Features, rate: float, steps: int, batch: i
             order = torch.randperm(len(found.masks), generator=draw)
         rows, order = order[:batch], order[batch:]
         optimizer.zero_grad()
-        pixel_loss(scores(decoder, found, rows, found.small.shape[1:]), found.small[rows]).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = pixel_loss(scores(decoder, found, rows, found.small.shape[1:]), found.small[rows])
+        loss.backward()
         optimizer.step()
         schedule.step()
 
@@ -144,24 +146,36 @@ def score(decoder: nn.Module, found: Features, counts: SceneCounts) -> dict[str,
     return counts.score().to_dict()
 
 
-def table(cells: dict[str, list[dict[str, Any]]], params: dict[str, int], rates: dict[str, float], control: str) -> str:
+@torch.no_grad()
+def weighed(decoder: Any, found: Features) -> float | None:
+    """Return how many prompts a patch weighs: exp of the entropy of its weights, a mean over patches and levels.
+
+    It is C for equal weights, with which dense attention adds the same to all patches; None without attention.
+    """
+    numbers = []
+    for number, level, attend in zip(decoder.blocks, decoder.levels, decoder.attention, strict=False):
+        weights = attend.weights(level(found.maps[number].float()), decoder.prompts_of_classes())
+        numbers.append(float((-(weights * weights.log()).sum(dim=1)).exp().mean()))
+    return float(np.mean(numbers)) if numbers else None
+
+
+def table(cells: dict[str, list[dict[str, Any]]], facts: dict[str, list[str]], control: str) -> str:
     """Return means over seeds, and paired differences to the control with Student intervals, as Markdown.
 
     Args:
         cells: scores on test by arm, in the order of the seeds.
-        params: number of parameters by arm.
-        rates: rate by arm.
+        facts: parameters, rate, and prompts that a patch weighs, by arm.
         control: arm that the others are compared with.
     """
     lines = [
-        f"| decoder | parameters | rate | mean IoU | J | F | mean IoU beyond {control} |",
-        "|---" * 7 + "|",
+        f"| decoder | parameters | rate | prompts of a patch | mean IoU | J | F | mean IoU beyond {control} |",
+        "|---" * 8 + "|",
     ]
     for arm, seeds in cells.items():
         means = [f"{100 * np.mean([each[name] for each in seeds]):.2f}" for name in ("miou", "j", "f")]
         beyond = interval([100 * (a["miou"] - b["miou"]) for a, b in zip(seeds, cells[control], strict=True)])
         shown = "" if arm == control else f"{beyond.value:+.2f} [{beyond.low:+.2f}, {beyond.high:+.2f}]"
-        lines.append(f"| {arm} | {params[arm]:,} | {rates[arm]:g} | {' | '.join(means)} | {shown} |")
+        lines.append(f"| {arm} | {' | '.join([*facts[arm], *means, shown])} |")
     return "\n".join(lines)
 
 
@@ -220,9 +234,14 @@ def study(args: argparse.Namespace) -> str:
     for seed in range(args.seeds):
         for arm in args.arms:
             cells[arm].append(scored(arm, rates[arm], seed, "test"))
-    params = {arm: sum(p.numel() for p in decoder.parameters()) for arm, decoder in fresh.items()}
+    facts = {}
+    for arm, rate in rates.items():
+        decoder = trained(arm, rate, first).eval()
+        number = weighed(decoder, found["val"]) if ARMS[arm][0] == "prompted" else None
+        params = sum(p.numel() for p in decoder.parameters())
+        facts[arm] = [f"{params:,}", f"{rate:g}", "" if number is None else f"{number:.2f}"]
     shown = {arm: cells[arm] for arm in (args.control, args.arms[-1])}
-    return f"{table(cells, params, rates, args.control)}\n\n{by_class(shown, data.classes)}"
+    return f"{table(cells, facts, args.control)}\n\n{by_class(shown, data.classes)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -237,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=3, help="score every Nth test image")
+    parser.add_argument("--every", type=int, default=1, help="score every Nth test image")
     args = parser.parse_args(argv)
     try:
         found = study(args)

@@ -993,8 +993,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "prompts keep their length",
         "models/prompted.py",
-        "prompts_CK = F.normalize(self.to_prompts(vectors_CE), dim=1)",
-        "prompts_CK = self.to_prompts(vectors_CE)",
+        "return F.normalize(self.to_prompts(vectors_CE), dim=1)",
+        "return self.to_prompts(vectors_CE)",
         ("models/test_prompted.py",),
     ),
     Mutant(

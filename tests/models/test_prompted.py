@@ -172,7 +172,7 @@ def test_vectors_are_found_in_a_file_by_the_names_of_the_classes(tmp_path: Path)
     found = dict(zip(("sky", "road", "car"), vectors(), strict=True))
     path = str(tmp_path / "words.safetensors")
     save_file({**found, "bus": torch.ones(WIDTH)}, path)
-    assert torch.equal(read_prompts(path, ["car", "sky"]), torch.stack([found["car"], found["sky"]]))
+    assert torch.equal(read_prompts(path, ["sky", "car"]), torch.stack([found["sky"], found["car"]]))
     with pytest.raises(ConfigError, match="no vector for the class 'raod': did you mean 'road'"):
         read_prompts(path, ["sky", "raod"])
     save_file({**found, "bus": torch.ones(WIDTH + 1)}, path)
@@ -234,3 +234,24 @@ def test_sams_vision_encoder_takes_experts_and_the_decoder(routing: str) -> None
     assert (changed - expected).abs().max() > 1e-3 * expected.abs().max()
     segmenter = Segmenter(model, 3, "prompted").eval()
     assert segmenter.read_blocks == (0, 1, 2, 3) and segmenter(x).shape == (2, 3, 32, 32)
+
+
+@torch.no_grad()
+def test_the_whole_of_sam_gives_its_masks_with_experts_in_its_vision_encoder() -> None:
+    from transformers import SamConfig, SamModel
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16}
+    parts = {
+        "vision_config": SAM,
+        "prompt_encoder_config": {"hidden_size": 8, "image_size": 32, "patch_size": 8},
+        "mask_decoder_config": {**small, "iou_head_hidden_dim": 8},
+    }
+    parent = randomise(SamModel(SamConfig(**parts)), scale=0.3).eval()
+    model = upcycle(copy.deepcopy(parent), config(layers="last:2"))
+    assert list(moe_layers(model)) == ["vision_encoder.layers.2.mlp", "vision_encoder.layers.3.mlp"]
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    points = torch.tensor([[[[9.0, 20.0]]], [[[3.0, 30.0]]]])
+    expected, got = (each(x, input_points=points).pred_masks for each in (parent, model))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    changed = perturb_experts(model)(x, input_points=points).pred_masks
+    assert (changed - expected).abs().max() > 1e-2 * expected.abs().max()

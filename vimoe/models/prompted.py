@@ -41,10 +41,13 @@ class DenseAttention(nn.Module):
         super().__init__()
         self.join = nn.Conv2d(2 * CHANNELS, CHANNELS, kernel_size=1)
 
+    def weights(self, x: Tensor, prompts_CK: Tensor) -> Tensor:
+        """Return the weights (B, C, h, w) of the prompts for features (B, K, h, w); those of a patch sum to 1."""
+        return (torch.einsum("bkhw,ck->bchw", x, prompts_CK) / CHANNELS**0.5).softmax(dim=1)
+
     def forward(self, x: Tensor, prompts_CK: Tensor) -> Tensor:
         """Map features (B, K, h, w) to a dense prompt (B, K, h, w)."""
-        weights = (torch.einsum("bkhw,ck->bchw", x, prompts_CK) / CHANNELS**0.5).softmax(dim=1)
-        read = torch.einsum("bchw,ck->bkhw", weights, prompts_CK)
+        read = torch.einsum("bchw,ck->bkhw", self.weights(x, prompts_CK), prompts_CK)
         dense: Tensor = self.join(torch.cat([x, read], dim=1))
         return dense
 
@@ -116,10 +119,14 @@ class Prompted(nn.Module):
             )
         self.prompts = vectors.to(self.prompts.device, self.prompts.dtype).clone()
 
+    def prompts_of_classes(self) -> Tensor:
+        """Return the prompts (C, K) of the class vectors, each of length 1."""
+        vectors_CE = F.normalize(self.prompts, dim=1) * self.prompts.shape[1] ** 0.5
+        return F.normalize(self.to_prompts(vectors_CE), dim=1)
+
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Map maps (B, D, h, w), one for each of `blocks`, to scores (B, C, h, w)."""
-        vectors_CE = F.normalize(self.prompts, dim=1) * self.prompts.shape[1] ** 0.5
-        prompts_CK = F.normalize(self.to_prompts(vectors_CE), dim=1)
+        prompts_CK = self.prompts_of_classes()
         features = [level(x) for level, x in zip(self.levels, maps, strict=True)]
         masks = features[-1]
         for attend, x in zip(self.attention, features, strict=False):  # there may be none
