@@ -222,12 +222,14 @@ def evaluate(verb: str, argv: list[str]) -> Result:
     parser = _parser(verb, **{"data.path": other})
     _add_inference(parser)
     parser.add_argument("run", help="run folder")
+    more = "also measure masks image by image: J, their overlap, and F, the accuracy of contours (segmentation)"
+    parser.add_argument("--contours", type=bool, default=False, help=more)
     options = parser.parse_args(argv)
     open_run(options["run"])  # reports a wrong folder before the slow import of torch
     from vimoe.experiments.finished_run import FinishedRun
 
     run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"], process.joined())
-    split, score, facts = run.score(options["data.path"])
+    split, score, facts = run.score(options["data.path"], options["contours"])
     source = f", from features before {facts['features']['before']}" if "features" in facts else ""
     calibrated = (
         f"; at temperature {facts['temperature']:.3f}, fitted on validation: loss {facts['loss_at_temperature']:.4f}, "

@@ -105,7 +105,8 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
     },
     ModelConfig: {
         "name": None, "pretrained": FLAGS, "img_size": COUNTS, "num_classes": COUNTS, "drop_path_rate": [*SHARES, 1.0],
-        "decoder": ["linaer"], "read": ["al"], "args": [[8], "depth", {"img_size": 8}],
+        "decoder": ["linaer"], "prompts": None, "prompt_mlp": FLAGS, "prompt_attention": ["level", None],
+        "read": ["al"], "args": [[8], "depth", {"img_size": 8}],
     },
     DataConfig: {
         "path": None, "image_column": None, "label_column": None,

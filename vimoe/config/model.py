@@ -18,7 +18,9 @@ FAMILIES = Registry(
     },
 )
 Read = Literal["auto", "all"]
-DECODERS = ("linear", "linear4", "upernet")
+DECODERS = ("linear", "linear4", "upernet", "prompted")
+PromptAttention = Literal["none", "last", "levels"]
+DECODER_ARGS = {"prompted": ("prompts", "prompt_mlp", "prompt_attention")}  # settings that only one decoder reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,12 @@ class ModelConfig:
         num_classes: number of outputs of the classifier; `train` takes it from the data.
         drop_path_rate: rate of stochastic depth in training.
         decoder: decoder for segmentation: "linear" on the last layer (the default), "linear4" on the last four, as in
-            DINOv2, or "upernet".
+            DINOv2, "upernet", or "prompted", a mask for each class vector.
+        prompts: safetensors file with a vector for each class by its name, for the decoder "prompted"; by default its
+            vectors are learnt.
+        prompt_mlp: let the vectors pass a hidden layer; else a linear map (prompted).
+        prompt_attention: dense attention of patches to the prompts on no level ("none"), on the "last" block, or on
+            four "levels" of the ViT (prompted).
         read: "auto" to compute in the last block only the tokens that the head reads, which changes no output; "all" to
             compute all tokens.
         args: further arguments of timm.create_model, such as {patch_size: 8, depth: 6}, or of the family's `create`.
@@ -49,6 +56,9 @@ class ModelConfig:
     num_classes: int | None = bounded(None, 1)
     drop_path_rate: float = bounded(0.0, 0, 0.99)
     decoder: str | None = one_of(None, DECODERS)
+    prompts: str | None = None
+    prompt_mlp: bool = True
+    prompt_attention: PromptAttention = "levels"
     read: Read = "auto"
     args: dict[str, Any] = field(default_factory=dict)
 
@@ -56,9 +66,22 @@ class ModelConfig:
         check_fields(self)
         if not isinstance(self.args, dict):
             raise ConfigError(f"args={self.args!r}: expected arguments by name, such as {{patch_size: 8}}")
+        for decoder, names in DECODER_ARGS.items():
+            for name in names if decoder != self.decoder else ():
+                if (value := getattr(self, name)) != getattr(ModelConfig, name):
+                    raise ConfigError(
+                        f"model.{name}={value!r} with model.decoder={self.decoder or 'linear'!r}: expected it with "
+                        f"model.decoder={decoder} only; set it, or leave {name} out"
+                    )
         for name in ("img_size", "num_classes", "drop_path_rate", "pretrained"):
             if name in self.args:
                 raise ConfigError(f"model.args has {name!r}: expected it as model.{name}; move it there")
+
+    @property
+    def decoder_args(self) -> dict[str, Any]:
+        """Arguments of the decoder, by name, that are no files."""
+        names = DECODER_ARGS.get(self.decoder or "", ())
+        return {name: getattr(self, name) for name in names if name != "prompts"}
 
     @property
     def family(self) -> tuple[str, str]:

@@ -97,7 +97,7 @@ class FinishedRun:
         """The name and samples of the role that results are reported on: test, or validation where there is no test."""
         return ("test", self.data.test) if self.data.test else ("validation", self.data.val)
 
-    def score(self, path: str | None = None) -> tuple[str, Score, dict[str, Any]]:
+    def score(self, path: str | None = None, contours: bool = False) -> tuple[str, Score, dict[str, Any]]:
         """Return the name of the scored images, the model's score on them, and facts beside it.
 
         A run that was trained on cached features scores the images of `reported` on theirs: {"features": {"before":
@@ -109,6 +109,7 @@ class FinishedRun:
 
         Args:
             path: data path of other images; by default those of `reported`.
+            contours: add J and F of masks (`vimoe.metrics.contours`).
         """
         loader: Batches
         if path is not None:
@@ -118,7 +119,8 @@ class FinishedRun:
             loader = self.task.scored(self.model, self.data, samples)
         metric = metric_of(self.model, self.task.metric)
         kept = KeptLogits(metric, self.process) if metric.calibrates else None
-        score = self.task.evaluate(self.model, loader, "evaluating", kept, self.process)
+        counts = metric.contours() if contours else kept
+        score = self.task.evaluate(self.model, loader, "evaluating", counts, self.process)
         calibration = self._calibration(kept, path is not None) if kept else {}
         return split, score, {**facts_of(loader), **calibration}
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from vimoe.errors import DataError
+from vimoe.errors import ConfigError, DataError
 from vimoe.metrics.registry import METRICS, kind_of
 from vimoe.models.frozen_trunk import Entry
 from vimoe.models.interface import label_names, logits_of, unwrapped
@@ -144,6 +144,14 @@ class Metric(ABC):
     def counts(self) -> Counts:
         """Return counts of nothing yet; by default of means over images, for a `score_type` that is a `MeanScore`."""
         return MeanCounts(self)
+
+    def contours(self) -> Counts:
+        """Return counts whose score has the accuracy of contours too, which takes time.
+
+        Raises:
+            ConfigError: by default, for a model whose predictions are no masks.
+        """
+        raise ConfigError(f"contours of a {self.score_type.kind} model: expected one that predicts masks; leave it out")
 
     @abstractmethod
     def check(self, images: Tensor, labels: Tensor) -> None:

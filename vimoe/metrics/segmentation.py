@@ -71,7 +71,7 @@ class SceneCounts(Counts):
         loss: sum of the pixels' cross-entropy.
     """
 
-    sums = ("images", "scored", "confusion", "loss")
+    sums: ClassVar[tuple[str, ...]] = ("images", "scored", "confusion", "loss")
 
     def __init__(self, classes: int) -> None:
         self.classes, self.images, self.scored = classes, 0, 0
@@ -120,6 +120,11 @@ class SegmentationMetric(Metric):
 
     def counts(self) -> SceneCounts:
         return SceneCounts(len(self.classes))
+
+    def contours(self) -> SceneCounts:
+        from vimoe.metrics.contours import ContourCounts  # which is based on this module
+
+        return ContourCounts(len(self.classes))
 
     def check(self, images: Tensor, labels: Tensor) -> None:
         check_shape(labels, len(images), f"({len(images)}, height, width)", axes=3)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vimoe.config.masks import Colour
 from vimoe.config.model import FAMILIES, ModelConfig
@@ -65,15 +66,23 @@ def create_segmenter(
     decoder: str = "linear",
     crop: tuple[int, int] | None = None,
     palette: Sequence[Colour] | None = None,
+    prompts: Tensor | None = None,
 ) -> Segmenter:
     """Create a Segmenter on a ViT from its settings; position embeddings are brought to the size of the crop once.
 
     Args:
         config: settings of the ViT; `config.num_classes` plays no part.
         classes, decoder, crop, palette: arguments of `Segmenter`; crop by default `config.img_size`.
+        prompts: (classes, width) vectors for a decoder that takes such.
 
     Raises:
         ConfigError: if `create` or `Segmenter` raises it.
     """
     backbone = create(config, num_classes=0, img_size=crop, any_size=True)
-    return Segmenter(backbone, classes, decoder, crop, palette)
+    if prompts is None:
+        return Segmenter(backbone, classes, decoder, crop, palette, config.decoder_args)
+    args = {**config.decoder_args, "prompt_width": prompts.shape[1]}
+    model = Segmenter(backbone, classes, decoder, crop, palette, args)
+    prompted: Any = model.decoder
+    prompted.set_prompts(prompts)
+    return model

@@ -1,6 +1,7 @@
 """Decoders: class scores on a grid from a ViT's feature maps.
 
-A decoder names the blocks whose output it reads (`blocks`), and takes their outputs as maps (B, D, h, w).
+A decoder is made of D, the ViT's depth and the number of classes, and of arguments of its own that JSON knows. It names
+the blocks whose output it reads (`blocks`), and takes their outputs as maps (B, D, h, w).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError
+from vimoe.models.prompted import Prompted
 
 UPERNET_CHANNELS = 512  # as in mmsegmentation and transformers
 
@@ -94,4 +96,6 @@ def _linear4(dim: int, depth: int, classes: int) -> Linear:
     return Linear(dim, depth, classes, layers=4)
 
 
-DECODERS: dict[str, Callable[[int, int, int], nn.Module]] = {"linear": Linear, "linear4": _linear4, "upernet": UPerNet}
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "linear": Linear, "linear4": _linear4, "upernet": UPerNet, "prompted": Prompted,
+}  # fmt: skip

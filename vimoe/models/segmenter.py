@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class Segmenter(nn.Module):
         decoder: a name in `vimoe.models.decoders.DECODERS`.
         crop: (height, width) of the training images, and of the windows of inference; by default the ViT's own size.
         palette: (red, green, blue) of each class, for pictures.
+        decoder_args: further arguments of the decoder, such as {"prompt_width": 512} of "prompted".
 
     Raises:
         ConfigError: if the model gives no feature maps, the decoder is unknown, or another value is impossible.
@@ -41,6 +43,7 @@ class Segmenter(nn.Module):
         decoder: str = "linear",
         crop: tuple[int, int] | None = None,
         palette: Sequence[Colour] | None = None,
+        decoder_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         vit = find_backbone(backbone)
@@ -53,15 +56,13 @@ class Segmenter(nn.Module):
             )
         if decoder not in DECODERS:
             raise ConfigError(f"decoder={decoder!r}: {nearest(decoder, DECODERS)}")
-        if not 2 <= classes <= IGNORE:
-            raise ConfigError(f"classes={classes}: expected 2 to {IGNORE}")
-        if palette is not None and len(palette) != classes:
-            raise ConfigError(f"palette of {len(palette)} colours: expected one for each of the {classes} classes")
+        _check_classes(classes, palette)
         self.backbone = backbone
-        self.decoder = DECODERS[decoder](vit.width, len(vit.blocks), classes)
+        self.decoder_args = dict(decoder_args or {})
+        self.decoder = DECODERS[decoder](vit.width, len(vit.blocks), classes, **self.decoder_args)
         self.decoder_name, self.num_classes = decoder, classes
         self.crop = _whole_patches(crop or vit.input_size[1:], vit.patch_size)
-        self.palette: tuple[Colour, ...] | None = None if palette is None else tuple((r, g, b) for r, g, b in palette)
+        self.palette = _colours(palette)
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -111,10 +112,43 @@ class Segmenter(nn.Module):
         logits = F.interpolate(self.decoder(maps), (padded_h, padded_w), mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
+    def set_prompts(self, prompts: Mapping[str, Tensor], palette: Sequence[Colour] | None = None) -> None:
+        """Segment the classes of these vectors from now on, in place and without training.
+
+        Args:
+            prompts: vector (width,) of each class by its name, of the encoder that the decoder was trained with.
+            palette: (red, green, blue) of each class, for pictures.
+
+        Raises:
+            ConfigError: if the decoder takes no vectors, or these do not fit it.
+        """
+        decoder: Any = self.decoder
+        if not hasattr(decoder, "set_prompts"):
+            raise ConfigError(f"decoder={self.decoder_name!r} takes no class vectors: expected 'prompted'; train one")
+        _check_classes(len(prompts), palette)
+        decoder.set_prompts(torch.stack(list(prompts.values())))
+        self.num_classes, self.palette = len(prompts), _colours(palette)
+        find_backbone(self).set_label_names(list(prompts))
+
     def to_dict(self) -> dict[str, Any]:
         """Arguments that `Segmenter(backbone, **arguments)` needs to be built again, as JSON knows them."""
         palette = self.palette and [list(colour) for colour in self.palette]
-        return {"classes": self.num_classes, "decoder": self.decoder_name, "crop": list(self.crop), "palette": palette}
+        own = {"decoder_args": self.decoder_args} if self.decoder_args else {}
+        return {
+            "classes": self.num_classes, "decoder": self.decoder_name, "crop": list(self.crop), "palette": palette,
+            **own,
+        }  # fmt: skip
+
+
+def _check_classes(classes: int, palette: Sequence[Colour] | None) -> None:
+    if not 2 <= classes <= IGNORE:
+        raise ConfigError(f"classes={classes}: expected 2 to {IGNORE}")
+    if palette is not None and len(palette) != classes:
+        raise ConfigError(f"palette of {len(palette)} colours: expected one for each of the {classes} classes")
+
+
+def _colours(palette: Sequence[Colour] | None) -> tuple[Colour, ...] | None:
+    return None if palette is None else tuple((red, green, blue) for red, green, blue in palette)
 
 
 def _whole_patches(crop: Sequence[int], patch: Sequence[int]) -> tuple[int, int]:

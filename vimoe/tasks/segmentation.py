@@ -26,6 +26,7 @@ from vimoe.models.create import create_segmenter
 from vimoe.models.interface import label_names
 from vimoe.models.model_folder import load
 from vimoe.models.names import segmenter_folder
+from vimoe.models.prompted import read_prompts
 from vimoe.moe.layer import moe_layers
 from vimoe.process import Process
 from vimoe.tasks.base import Task, check_classes
@@ -52,7 +53,9 @@ class Segmentation(Task[Scenes]):
         check_classes(config.num_classes, len(data.classes))
         if folder := segmenter_folder(config):
             return _continued(config, folder, data)
-        return create_segmenter(config, len(data.classes), config.decoder or "linear", palette=data.palette)
+        prompts = None if config.prompts is None else read_prompts(config.prompts, data.classes)
+        decoder = config.decoder or "linear"
+        return create_segmenter(config, len(data.classes), decoder, palette=data.palette, prompts=prompts)
 
     def scan(self, data: Scenes) -> SceneScan:
         return scan_scenes(data, data.root)

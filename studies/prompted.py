@@ -1,0 +1,270 @@
+"""Prompted segmentation over a frozen ViT: the parts of the decoder one by one, against linear decoders.
+
+    python studies/prompted.py --model local-dir:dinov2 --data camvid --out prompted --size 252 336
+
+All arms train a decoder on the same features of whole images, which the ViT computes once, in the same steps and in the
+same order of images. Each arm's rate is the one of RATES whose mean IoU on validation is best with the first seed. Test
+is scored at the masks' own size, after the rates are chosen, by the weights of the last step. Cells that are there
+already (`--out`/cells) are not run again. `--every N` scores every Nth test image, since the next frame looks alike.
+
+The arms are RefSAM's ablation (arXiv 2307.00997, table of the dense attention) in form: the MLP alone, dense attention
+alone, hierarchical attention alone, and the MLP with each. "drawn" has vectors that are drawn at random and stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness.paired import interval
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
+
+from vimoe.config.data import DataConfig
+from vimoe.config.model import ModelConfig
+from vimoe.data.images import open_image
+from vimoe.data.loaders import preprocessing
+from vimoe.data.scenes import Scene, Scenes, load_scenes
+from vimoe.errors import VimoeError
+from vimoe.files import read_text, write_json
+from vimoe.metrics.contours import ContourCounts
+from vimoe.metrics.segmentation import SceneCounts, pixel_loss
+from vimoe.models.create import create_segmenter
+from vimoe.models.decoders import DECODERS
+from vimoe.models.interface import find_backbone
+from vimoe.models.segmenter import Segmenter
+
+RATES = (1e-3, 3e-3)
+DRAWN = 256  # width of vectors that are drawn
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {}),
+    "linear4": ("linear4", {}),
+    "MLP": ("prompted", {"prompt_attention": "none"}),
+    "dense attention": ("prompted", {"prompt_mlp": False, "prompt_attention": "last"}),
+    "hierarchical": ("prompted", {"prompt_mlp": False}),
+    "MLP + dense attention": ("prompted", {"prompt_attention": "last"}),
+    "MLP + hierarchical": ("prompted", {}),
+    "MLP + hierarchical, drawn": ("prompted", {"prompt_width": DRAWN}),
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the frozen ViT gives for scenes, and their masks.
+
+    Attributes:
+        maps: (images, D, h, w) float16 of each block that a decoder reads, by its number.
+        masks: mask (H, W) int64 of each image at its own size.
+        small: (images, H / 2, W / 2) masks to train on, of the size of half the resized images.
+    """
+
+    maps: dict[int, Tensor]
+    masks: list[Tensor]
+    small: Tensor
+
+
+def features(model: Segmenter, scenes: Sequence[Scene], data: Scenes, blocks: Sequence[int]) -> Features:
+    """Run the ViT once over whole images, resized to the model's crop."""
+    prepared, size = preprocessing(model), model.crop
+    mean, std = (torch.tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
+    grid = model.grid(*size)
+    kept: dict[int, list[Tensor]] = {number: [] for number in blocks}
+    masks, small = [], []
+    for image, mask in scenes:
+        pixels = resize(pil_to_tensor(open_image(image)), list(size), antialias=True) / 255
+        with torch.no_grad():
+            tokens = find_backbone(model.backbone).features(((pixels - mean) / std)[None], blocks)
+        for number, each in zip(blocks, tokens, strict=True):
+            kept[number].append(each[0].T.unflatten(1, grid).half())
+        masks.append(torch.from_numpy(np.array(data.legend.read(mask))).long())
+        half = [side // 2 for side in size]
+        small.append(F.interpolate(masks[-1][None, None].float(), half, mode="nearest-exact")[0, 0].long())
+    return Features({number: torch.stack(each) for number, each in kept.items()}, masks, torch.stack(small))
+
+
+def cached(path: Path, model: Segmenter, scenes: Sequence[Scene], data: Scenes, blocks: Sequence[int]) -> Features:
+    """Return the features of a file, after they were computed and written where it is missing."""
+    if not path.exists():
+        made = features(model, scenes, data, blocks)
+        masks = {f"mask {number}": mask.to(torch.uint8) for number, mask in enumerate(made.masks)}
+        maps = {f"block {number}": each for number, each in made.maps.items()}
+        save_file({**masks, **maps, "small": made.small.to(torch.uint8)}, path)
+    found = load_file(path)
+    masks = [found[f"mask {number}"].long() for number in range(len(scenes))]
+    return Features({number: found[f"block {number}"] for number in blocks}, masks, found["small"].long())
+
+
+def new_decoder(arm: str, dim: int, depth: int, classes: int, seed: int) -> nn.Module:
+    """Return the fresh decoder of an arm and seed."""
+    torch.manual_seed(seed)
+    name, args = ARMS[arm]
+    decoder: Any = DECODERS[name](dim, depth, classes, **args)
+    if "prompt_width" in args:
+        decoder.set_prompts(torch.randn(classes, DRAWN, generator=torch.Generator().manual_seed(seed)))
+    return decoder
+
+
+def scores(decoder: Any, found: Features, rows: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the scores (images, classes, *size) of some of the images."""
+    maps = [found.maps[number][rows].float() for number in decoder.blocks]
+    return F.interpolate(decoder(maps), list(size), mode="bilinear", align_corners=False)
+
+
+def train(decoder: nn.Module, found: Features, rate: float, steps: int, batch: int, seed: int) -> None:
+    """Train in bfloat16, by AdamW with a cosine from the rate to 0; the order of images follows from the seed alone."""
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.randperm(len(found.masks), generator=draw)
+        rows, order = order[:batch], order[batch:]
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = pixel_loss(scores(decoder, found, rows, found.small.shape[1:]), found.small[rows])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def score(decoder: nn.Module, found: Features, counts: SceneCounts) -> dict[str, Any]:
+    """Return the score at the size of the masks, as JSON knows it."""
+    decoder.eval()
+    for number, mask in enumerate(found.masks):
+        counts.add(scores(decoder, found, torch.tensor([number]), mask.shape), mask[None])
+    return counts.score().to_dict()
+
+
+@torch.no_grad()
+def weighed(decoder: Any, found: Features) -> float | None:
+    """Return how many prompts a patch weighs: exp of the entropy of its weights, a mean over patches and levels.
+
+    It is C for equal weights, with which dense attention adds the same to all patches; None without attention.
+    """
+    numbers = []
+    for number, level, attend in zip(decoder.blocks, decoder.levels, decoder.attention, strict=False):
+        weights = attend.weights(level(found.maps[number].float()), decoder.prompts_of_classes())
+        numbers.append(float((-(weights * weights.log()).sum(dim=1)).exp().mean()))
+    return float(np.mean(numbers)) if numbers else None
+
+
+def table(cells: dict[str, list[dict[str, Any]]], facts: dict[str, list[str]], control: str) -> str:
+    """Return means over seeds, and paired differences to the control with Student intervals, as Markdown.
+
+    Args:
+        cells: scores on test by arm, in the order of the seeds.
+        facts: parameters, rate, and prompts that a patch weighs, by arm.
+        control: arm that the others are compared with.
+    """
+    lines = [
+        f"| decoder | parameters | rate | prompts of a patch | mean IoU | J | F | mean IoU beyond {control} |",
+        "|---" * 8 + "|",
+    ]
+    for arm, seeds in cells.items():
+        means = [f"{100 * np.mean([each[name] for each in seeds]):.2f}" for name in ("miou", "j", "f")]
+        beyond = interval([100 * (a["miou"] - b["miou"]) for a, b in zip(seeds, cells[control], strict=True)])
+        shown = "" if arm == control else f"{beyond.value:+.2f} [{beyond.low:+.2f}, {beyond.high:+.2f}]"
+        lines.append(f"| {arm} | {' | '.join([*facts[arm], *means, shown])} |")
+    return "\n".join(lines)
+
+
+def by_class(cells: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> str:
+    """Return J and F of each class, means over seeds, as Markdown."""
+    lines = ["| class | " + " | ".join(f"{arm}: J / F" for arm in cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    for c, name in enumerate(names):
+        shown = []
+        for seeds in cells.values():
+            there = [(each["per_class_j"][c], each["per_class_f"][c]) for each in seeds]
+            shown.append("" if None in there[0] else " / ".join(f"{100 * each:.1f}" for each in np.mean(there, axis=0)))
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def study(args: argparse.Namespace) -> str:
+    """Run the cells that are missing, and return the tables."""
+    data = load_scenes(DataConfig(path=args.data, task="segmentation"))
+    classes = len(data.classes)
+    model = create_segmenter(ModelConfig(name=args.model), classes, "linear4", crop=tuple(args.size)).eval()
+    vit = find_backbone(model)
+    dim, depth = int(vit.width or 0), len(vit.blocks)
+    fresh = {arm: new_decoder(arm, dim, depth, classes, 0) for arm in args.arms}
+    blocks = sorted({number for decoder in fresh.values() for number in decoder.blocks})
+    began = time.perf_counter()
+    roles = {"train": data.train, "val": data.val, "test": data.test[:: args.every]}
+    folder: Path = args.out / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {role: args.out / f"{role} {len(scenes)}.safetensors" for role, scenes in roles.items()}
+    found = {role: cached(files[role], model, scenes, data, blocks) for role, scenes in roles.items()}
+    print(f"features of {sum(map(len, roles.values()))} images: {time.perf_counter() - began:.0f} s", flush=True)
+
+    def trained(arm: str, rate: float, seed: int) -> nn.Module:
+        path = folder / f"{arm}, {rate:g}, {seed}.safetensors"
+        decoder = new_decoder(arm, dim, depth, classes, seed)
+        if path.exists():
+            decoder.load_state_dict(load_file(path))
+        else:
+            began = time.perf_counter()
+            train(decoder.train(), found["train"], rate, args.steps, args.batch, seed)
+            save_file(decoder.state_dict(), path)
+            print(f"{path.stem}: {time.perf_counter() - began:.0f} s", flush=True)
+        return decoder
+
+    def scored(arm: str, rate: float, seed: int, role: str) -> dict[str, Any]:
+        path = folder / f"{arm}, {rate:g}, {seed}, {role}.json"
+        if not path.exists():
+            counts = (ContourCounts if role == "test" else SceneCounts)(classes)
+            write_json(path, score(trained(arm, rate, seed), found[role], counts))
+        values: dict[str, Any] = json.loads(read_text(path))
+        return values
+
+    first, *_ = range(args.seeds)
+    rates = {arm: max(RATES, key=lambda rate, arm=arm: scored(arm, rate, first, "val")["miou"]) for arm in args.arms}
+    cells: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}
+    for seed in range(args.seeds):
+        for arm in args.arms:
+            cells[arm].append(scored(arm, rates[arm], seed, "test"))
+    facts = {}
+    for arm, rate in rates.items():
+        decoder = trained(arm, rate, first).eval()
+        number = weighed(decoder, found["val"]) if ARMS[arm][0] == "prompted" else None
+        params = sum(p.numel() for p in decoder.parameters())
+        facts[arm] = [f"{params:,}", f"{rate:g}", "" if number is None else f"{number:.2f}"]
+    shown = {arm: cells[arm] for arm in (args.control, args.arms[-1])}
+    return f"{table(cells, facts, args.control)}\n\n{by_class(shown, data.classes)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="as model.name, a dense ViT")
+    parser.add_argument("--data", required=True, help="as data.path, with test")
+    parser.add_argument("--out", type=Path, required=True, help="folder for cells and the table")
+    parser.add_argument("--size", type=int, nargs=2, default=[252, 336], help="height and width that images get")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--control", default="linear4", choices=ARMS)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=1, help="score every Nth test image")
+    args = parser.parse_args(argv)
+    try:
+        found = study(args)
+    except VimoeError as error:
+        raise SystemExit(f"prompted: {error}") from None
+    (args.out / "table.md").write_text(found + "\n", encoding="utf-8")
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
