@@ -5,7 +5,35 @@ The source folder is the repository, so that pages link to one another, to studi
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
 import vimoe
+from vimoe.files import read_text
+from vimoe.report.html_page import LOOK
+
+sys.path.insert(0, str(Path(__file__).parent))
+from notebooks import DOCS, PAGES, write_notebooks  # noqa: E402  beside this file
+
+
+def look(dark: bool) -> dict[str, str]:
+    """Return the look of reports and the explorer as variables of the theme, of light pages or of dark ones."""
+    light, at_night = (dict(re.findall(r"--(\w+): (#\w+)", part)) for part in read_text(LOOK).split("@media"))
+    colours = at_night if dark else light
+    return {
+        "font-stack": "system-ui, sans-serif",
+        "color-foreground-primary": colours["text"],
+        "color-foreground-secondary": colours["soft"],
+        "color-background-primary": colours["back"],
+        "color-background-secondary": colours["box"],
+        "color-background-border": colours["line"],
+        "color-brand-primary": colours["accent"],
+        "color-brand-content": colours["accent"],
+        "color-brand-visited": colours["accent"],
+    }
+
 
 project = "vimoe"
 version = release = vimoe.__version__
@@ -19,6 +47,7 @@ default_role = "code"  # docstrings put names in single backquotes
 python_maximum_signature_line_length = 88
 
 html_theme = "furo"
+html_theme_options = {"light_css_variables": look(dark=False), "dark_css_variables": look(dark=True)}
 html_title = f"vimoe {release}"
 html_copy_source = False
 html_show_sourcelink = False
@@ -32,3 +61,15 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+
+def add_notebook(_app: Any, name: str, source: list[str]) -> None:
+    """Add to a page that has a notebook the link to it."""
+    if DOCS.parent / f"{name}.md" in PAGES:
+        source[0] += f'\n\n<p><a download href="{Path(name).name}.ipynb">This page as a notebook</a></p>\n'
+
+
+def setup(app: Any) -> None:
+    """Write the notebooks beside the pages that link to them."""
+    app.connect("source-read", add_notebook)
+    app.connect("builder-inited", lambda app: write_notebooks(Path(app.outdir) / "docs"))

@@ -991,6 +991,53 @@ MUTANTS: tuple[Mutant, ...] = (
         ("analysis/test_interventions.py",),
     ),
     Mutant(
+        "tokens see the experts of other pools",
+        "moe/router.py",
+        "logits_RN.masked_fill(self.pool_of_experts != kinds_R[:, None], -torch.inf)",
+        "logits_RN",
+        ("moe/test_pools.py",),
+    ),
+    Mutant(
+        "a loss takes all pools together",
+        "moe/losses.py",
+        "for part in each.by_pool]",
+        "for part in [each]]",
+        ("moe/test_pools.py",),
+    ),
+    Mutant(
+        "kinds stay after their block",
+        "moe/kinds.py",
+        "            router.kinds = kind\n",
+        "            pass\n",
+        ("moe/test_kinds.py",),
+    ),
+    Mutant(
+        "the last expert of a pool can be removed",
+        "moe/router.py",
+        "if size > self.config.top_k]",
+        "if size]",
+        ("moe/test_pools.py",),
+    ),
+    Mutant(
+        "an expert keeps the lowest gates",
+        "moe/capacity.py",
+        "dim=1, descending=True, stable=True)",
+        "dim=1, descending=False, stable=True)",
+        ("moe/test_capacity.py",),
+    ),
+    Mutant(
+        "second choices come with the first ones",
+        "moe/capacity.py",
+        "sorted_BTK.transpose(1, 2).reshape(images, k * tokens)",
+        "sorted_BTK.reshape(images, k * tokens)",
+        ("moe/test_capacity.py",),
+    ),
+    Mutant(
+        "a capacity is of all experts, whatever their pool",
+        "moe/capacity.py",
+        "allowed_BTN / allowed_BTN.sum(dim=2, keepdim=True)",
+        "allowed_BTN / n",
+        ("moe/test_capacity.py",),
     ),
     Mutant(
         "prompts keep their length",
@@ -1026,3 +1073,76 @@ MUTANTS: tuple[Mutant, ...] = (
         "(guess == c) & counted",
         "guess == c",
         ("metrics/test_contours.py",),
+    ),
+)
+
+
+@contextmanager
+def changed(copy: Path, mutant: Mutant) -> Iterator[None]:
+    """Break the copy of the repository while the block runs."""
+    path = copy / "vimoe" / mutant.module
+    source = path.read_text(encoding="utf-8")
+    assert source.count(mutant.text) == 1, f"{mutant.name}: {source.count(mutant.text)} times in {mutant.module}"
+    path.write_text(source.replace(mutant.text, mutant.instead), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(source, encoding="utf-8")
+
+
+def run(copy: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Run tests in a copy of the repository. Returns whether they pass, and the last line of pytest."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{each}" for each in tests),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return False, f"more than {LIMIT} s"
+    if done.returncode not in (0, 1):  # 1 is a test that failed; more is a mistake in this file
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, (failed or done.stdout.splitlines()[-1:])[0][:160]
+
+
+def main() -> None:
+    """Run the mutants and print which of them the tests notice."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="word in the names of the mutants to run")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if options.only in mutant.name]
+    results = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        copies: Queue[Path] = Queue()
+        for number in range(AT_ONCE):
+            copies.put(Path(shutil.copytree(ROOT, Path(folder, str(number)), ignore=LEFT_OUT)))
+
+        def one(mutant: Mutant) -> dict[str, object]:
+            copy, start = copies.get(), time.perf_counter()
+            try:
+                with changed(copy, mutant):
+                    passes, last = run(copy, mutant.tests)
+            finally:
+                copies.put(copy)
+            return {"name": mutant.name, "killed": not passes, "by": last, "seconds": time.perf_counter() - start}
+
+        for result in pool.map(one, chosen):
+            results.append(result)
+            print(f"{'killed  ' if result['killed'] else 'SURVIVED'} {result['name']}: {result['by']}", flush=True)
+    killed = sum(bool(result["killed"]) for result in results)
+    print(f"{killed} of {len(results)} killed")
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

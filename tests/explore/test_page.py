@@ -1,18 +1,13 @@
-"""The page in a browser, served and as a file: each of its functions, at the widths of a desktop and a phone.
-
-They run where playwright is installed and Chromium is there (`pip install playwright`; `chromium` on the path, or
-`VIMOE_CHROMIUM=FILE`).
-"""
+"""The page in a browser, served and as a file: each of its functions, at the widths of a desktop and a phone."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.browser import WIDTHS, browser_page, playwright
 from helpers.explored import explored, served
 from helpers.pictures import picture
 
@@ -20,10 +15,6 @@ from vimoe.cli import main
 from vimoe.explore.session import Session
 
 pytest.importorskip("starlette")
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-CHROMIUM = os.environ.get("VIMOE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: install it, or name it in VIMOE_CHROMIUM")
-WIDTHS = {"desktop": (1280, 900), "phone": (390, 800)}
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +24,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=WIDTHS)
 def opened(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
-    """A function that opens an address; no error may reach the console, and no width may be exceeded."""
-    width, height = WIDTHS[request.param]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page, errors = browser.new_page(viewport={"width": width, "height": height}), []
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
+    """A function that opens the explorer at an address."""
+    with browser_page(request.param) as page:
 
         def to(address: str) -> Any:
             page.goto(address)
@@ -47,10 +33,6 @@ def opened(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
             return page
 
         yield to
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        # a refused file is a status of 400, which the browser notes too
-        assert not [error for error in errors if "status of 400" not in error]
-        browser.close()
 
 
 def test_each_function_of_the_served_page(run: Path, tmp_path: Path, opened: Callable[[str], Any]) -> None:

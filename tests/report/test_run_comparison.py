@@ -36,7 +36,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         "; pruning removed blocks.0.mlp; blocks.1.mlp, expert 5" in read.text
     )  # its settings are those of the run that it comes from
     assert "less, before pruning 61.00" in read.text and "400 test" in read.text
-    differing = read.text.split("Settings that differ")[-1].split("Loss and score")[0]
+    differing = read.text.split("Settings that differ")[-1].split("Routing")[0]
     assert "moe.layers none last:2 last:2 last:2" in differing and "moe.num_experts" not in differing
     assert f"{runs[1]} blocks.1.mlp 400 0.900 [0.850, 0.950] 0.002" in read.text
     assert "+0.3000 [+0.2900, +0.3100] +0.0123 [+0.0023, +0.0223]" in read.text  # the cheapest way

@@ -26,6 +26,12 @@ def test_the_page_of_a_training(tmp_path: Path) -> None:
     assert "moe.num_experts 6" in read.text and "torch 9.9" in read.text
     assert "raised 9 alarms" in read.text and "epoch 8: blocks.0.mlp: the router is <odd>" in read.text
     assert "epoch 2: blocks.0.mlp" not in read.text
+    first = read.text.split("Training Share")[0]  # the first section has the curves, and the second has the loads
+    assert (
+        "50.00" in first
+        and "epoch 2 had the best score" in first.replace("Epoch", "epoch")
+        and "Loss and score" in first
+    )
 
 
 def test_the_page_of_an_analysis_says_what_is_uncertain(tmp_path: Path) -> None:
@@ -46,6 +52,9 @@ def test_the_page_of_an_analysis_says_what_is_uncertain(tmp_path: Path) -> None:
     assert "more than by chance (AMI) in: blocks.1.mlp (0.450), blocks.2.mlp (0.900)." in read.text
     assert "interval above 0) in: blocks.1.mlp (+0.1500), blocks.2.mlp (+0.3000)." in read.text
     assert "The rank correlation of AMI and loss change over 3 layers is +1.00" in read.text
+    result = read.text.split("Training Loss")[0]  # the first section has what was found, and the heatmaps
+    assert "more than by chance (AMI) in: blocks.1.mlp" in result and "P(expert | class) by layer" in result
+    assert read.text.count("P(expert | class) by layer") == read.text.count("The rank correlation") == 1
     assert "weight similarity blocks.0.mlp 1.000" in read.text and "deviation similarity" not in read.text
     assert (
         "blocks.2.mlp: validation images by expert" in read.text and "data:image/png;base64,YSBwaWN0dXJl" in read.loaded
@@ -123,10 +132,13 @@ def test_the_page_of_a_diagnosis(tmp_path: Path) -> None:
     assert "better routes: there are some blocks.1.mlp: <-0.5> moe.router=centroids, or more as <known>" in text
     assert "blocks.1.mlp 25.00% 12.50% 0.50000 0.50 (0.25 to 0.75) 0.875 7.50 [7.25, 7.75] of 8" in text
     assert "of 8 +0.0020 [-0.0080, +0.0120] interval contains 0 -0.5000 [-0.5100, -0.4900] +0.0010" in text
-    assert "-0.7500 [-0.7600, -0.7400] From 99 validation images, with 95% bootstrap intervals over images." in text
+    assert (
+        "-0.7500 [-0.7600, -0.7400] Copy CSV From 99 validation images, with 95% bootstrap intervals over images."
+        in text
+    )
     bare = {"from_shared": None, "from_mean": {"cosine": None, "weights": None, "outputs": 0.125}, "oracle": None}
     text = Reader(write_run_report(diagnosed(tmp_path / "bare", **bare))).text
-    assert "blocks.1.mlp – 12.50% – 0.50" in text and "– – – From 99" in text
+    assert "blocks.1.mlp – 12.50% – 0.50" in text and "– – – Copy CSV From 99" in text
     assert "No oracle: there are masks." in text
 
 
@@ -169,6 +181,7 @@ def test_the_page_of_a_pruning_says_which_moe_layers_are_left(tmp_path: Path, ke
     path.write_text(json.dumps(summary if kept else {**summary, "kept": []}))
     read = Reader(write_run_report(tmp_path / "run"))
     assert ("the pruned model is dense" in read.text) == (not left)
+    assert ("kept: " + ", ".join(left) in read.text) and "Removed: blocks.0.mlp; blocks.1.mlp, expert 5." in read.text
     assert ("so they stay: a.mlp." in read.text) == bool(left)
     assert ("Layers that were kept" in read.text) == kept
 

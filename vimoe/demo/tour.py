@@ -28,7 +28,7 @@ from vimoe.metrics.registry import SCORES, Shown
 from vimoe.models.model_folder import load
 from vimoe.report.curves import curves, loads
 from vimoe.report.html_page import Page
-from vimoe.report.routing_section import add_routing_section, routing_summary
+from vimoe.report.routing_section import add_routing_in_short, add_routing_section, routing_summary
 from vimoe.report.run_files import LOAD, METRICS
 from vimoe.report.table_cells import COSTS, over_seeds
 from vimoe.tasks.base import Task, task_of
@@ -123,6 +123,8 @@ class Tour(ABC):
         page.text(f"{self.introduction(data)} It took {seconds:.0f} seconds.")
         page.text(DISCLAIMER)
         self._add_results(page, table, comparisons)
+        page.text(f"The routing of the {self.arms[-1].name}, seed {SEEDS[0]}:")
+        add_routing_in_short(page, evidence[0].to_dict())
         findings.add_sections(page, table)
         self._add_routing_and_training(page, folder, evidence)
         report = page.write(folder / "report.html")
@@ -174,7 +176,7 @@ class Tour(ABC):
     def _add_routing_and_training(self, page: Page, folder: Path, evidence: Sequence[Evidence]) -> None:
         """Add routing and training of the ViMoE's first run, and the routing of all seeds in short."""
         seed, arm = SEEDS[0], self.arms[-1]
-        add_routing_section(page, evidence[0].to_dict(), "Routing")
+        add_routing_section(page, evidence[0].to_dict(), "Routing", in_short=False)
         page.subheading("Over seeds")
         page.text(
             f"The routing shown is that of seed {seed}; each run's folder has its own report. In short, all seeds:"

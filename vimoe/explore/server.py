@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.explore.session import Session
+from vimoe.report.html_page import LOOK
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -34,7 +35,7 @@ def app(session: Session, hosts: tuple[str, ...] = LOCAL) -> Starlette:
     from starlette.middleware import Middleware
     from starlette.middleware.base import BaseHTTPMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
 
@@ -52,6 +53,9 @@ def app(session: Session, hosts: tuple[str, ...] = LOCAL) -> Starlette:
     async def begin(_: Request) -> Response:
         return JSONResponse(state)
 
+    async def look_of_pages(_: Request) -> Response:
+        return FileResponse(LOOK)
+
     async def thumbnail(request: Request) -> Response:
         index = request.path_params["index"]
         if index >= len(session.files):
@@ -65,6 +69,7 @@ def app(session: Session, hosts: tuple[str, ...] = LOCAL) -> Starlette:
         return JSONResponse(await run_in_threadpool(session.look, image, asked))
 
     routes = [
+        Route("/look.css", look_of_pages),
         Route("/state", answered(begin)),
         Route("/thumbnail/{index:int}", answered(thumbnail)),
         Route("/look", answered(look), methods=["POST"]),

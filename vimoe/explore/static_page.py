@@ -9,6 +9,7 @@ from typing import Any
 from vimoe.explore.server import PAGE
 from vimoe.explore.session import Session, data_uri
 from vimoe.files import read_text, write_text
+from vimoe.report.html_page import LOOK
 
 NAME = "index.html"
 IMAGES = 24  # that can be looked at
@@ -31,8 +32,9 @@ def write_page(session: Session, folder: Path, images: int = IMAGES) -> Path:
                 looks[f"{index}|{layer['name']}|{switch}"] = session.look(index, {layer["name"]: switch})["overruled"]
     thumbnails = [data_uri(session.thumbnail(index), "jpeg") for index in range(len(session.files))]
     content = json.dumps({**state, "looks": looks, "thumbnails": thumbnails})
-    page, style, script = (read_text(PAGE / name) for name in ("index.html", "explore.css", "explore.js"))
-    page = page.replace('<link rel="stylesheet" href="explore.css">', f"<style>\n{style}</style>")
+    page, script = read_text(PAGE / "index.html"), read_text(PAGE / "explore.js")
+    for style in (LOOK, PAGE / "explore.css"):
+        page = page.replace(f'<link rel="stylesheet" href="{style.name}">', f"<style>\n{read_text(style)}</style>")
     # as JSON in a script, "<" could end it
     data = content.replace("<", "\\u003c")
     page = page.replace(

@@ -1,52 +1,29 @@
 """HTML page in one self-contained file, written from top to bottom. Imports no torch.
 
-Each method escapes the text that it gets.
+Each method escapes the text that it gets. The first section is open, the others are folded. Every table can be copied,
+and downloaded as CSV: its link holds the file, so that it needs no script and no server.
 """
 
 from __future__ import annotations
 
 import base64
+import csv
 import html
+import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
 from vimoe.analysis.figures import png
-from vimoe.files import write_bytes, write_text
+from vimoe.files import read_text, write_bytes, write_text
 
-STYLE = """
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
-  background: #fff; overflow-wrap: break-word }
-p, ul { max-width: 62rem } figcaption { max-width: 62rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid #ccc }
-h3 { font-size: 1.05rem; margin-top: 1.8rem } nav a { margin-right: 1rem; white-space: nowrap } a { color: #0645ad }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .92em; font-variant-numeric: tabular-nums; margin: .8rem 0 }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap;
-  vertical-align: top }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
-th { font-weight: 600; white-space: normal; border-bottom: 2px solid #999; vertical-align: bottom }
-table.words td { text-align: left; white-space: normal } table.words th { text-align: left }
-img { max-width: 100%; height: auto; display: block } figure { margin: 1rem 0 }
-figcaption, .note { color: #505050; font-size: .9em } summary { cursor: pointer; font-weight: 600 }
-.print { display: none }
-@media (max-width: 40rem) {
-  body { margin: 1rem auto; padding: 0 .8rem } .scroll img { max-width: 40rem }
-  th, td { padding: .3rem .45rem; white-space: normal }
-}
-@media print {
-  @page { margin: 12mm }
-  body { max-width: none; margin: 0; padding: 0; font-size: 10pt }
-  nav, .screen { display: none } .print { display: block }
-  .scroll { overflow: visible } .scroll img { max-width: 100%; max-height: 24cm } figure, tr { break-inside: avoid }
-  th, td { white-space: normal; padding: .2rem .35rem; font-size: 8pt; position: static }
-  h2, h3 { break-after: avoid } details::details-content { content-visibility: visible; display: block; height: auto }
-}
-"""
-WITHOUT_SCRIPTS = "<noscript><style>.print { display: block } .screen { display: none }</style></noscript>"
+PAGE = Path(__file__).parent / "page"
+LOOK = PAGE / "look.css"  # of the explorer and the documentation too
+WITHOUT_SCRIPTS = "<noscript><style>.print { display: block } .screen, .copy { display: none }</style></noscript>"
 
 
 class Page:
@@ -61,12 +38,17 @@ class Page:
         self.title, self.figures = title, figures
         self._parts: list[str] = []
         self._sections: list[str] = []
-        self._plots = 0
+        self._plots = self._tables = 0
 
     def heading(self, text: str) -> None:
-        """Add the heading of a section, with a link to it at the top of the page."""
+        """Begin a section, with a link to it at the top of the page; the first is open, the others are folded."""
+        end, state = ("</div></details>", "") if self._sections else ("", " open")
         self._sections.append(html.escape(text))
-        self._parts.append(f'<h2 id="section-{len(self._sections)}">{html.escape(text)}</h2>')
+        # a link to what is in a fold opens it; a link to the fold would not
+        self._parts.append(
+            f"{end}<details class=section{state}><summary><h2>{self._sections[-1]}</h2></summary>"
+            f'<div id="section-{len(self._sections)}">'
+        )
 
     def subheading(self, text: str) -> None:
         """Add the heading of a part of a section."""
@@ -91,11 +73,17 @@ class Page:
             words: True for a table of words, which are left-aligned and wrap; False for numbers.
             folded: label of a fold that hides the table until a click; None shows the table.
         """
+        rows, self._tables = [*rows], self._tables + 1
         head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
         cells = (("".join(f"<td>{html.escape(c)}</td>" for c in row)).replace("\n", "<br>") for row in rows)
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         table = f"<table{' class=words' if words else ''}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        table = f"<div class=scroll tabindex=0>{table}</div>"
+        file = f"{re.sub('[^a-z0-9]+', '-', self.title.lower()).strip('-')}-{self._tables}.csv"
+        table = (
+            f"<div class=table><div class=scroll tabindex=0>{table}</div><p class=tools>"
+            f'<button class=copy type=button>Copy</button> <a download="{file}" '
+            f'href="data:text/csv;charset=utf-8,{quote(as_csv([header, *rows]))}">CSV</a></p></div>'
+        )
         if folded is not None:
             table = f"<details><summary>{html.escape(folded)}</summary>{table}</details>"
         self._parts.append(table)
@@ -134,17 +122,19 @@ class Page:
     def write(self, path: Path) -> Path:
         """Write the page to a file, whole or not at all, and return its path."""
         links = (f'<a href="#section-{i}">{name}</a>' for i, name in enumerate(self._sections, start=1))
-        title, script = html.escape(self.title), ""
+        title, plotly = html.escape(self.title), ""
         if self._plots:
             from plotly.offline import get_plotlyjs
 
-            script = f"<script>{get_plotlyjs()}</script>"
+            plotly = f"<script>{get_plotlyjs()}</script>"
+        style, script = read_text(LOOK) + read_text(PAGE / "report.css"), read_text(PAGE / "report.js")
         head = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{STYLE}</style>{WITHOUT_SCRIPTS}{script}</head><body><h1>{title}</h1><nav>{' '.join(links)}</nav>"
+            f"<style>{style}</style>{WITHOUT_SCRIPTS}{plotly}</head><body><h1>{title}</h1><nav>{' '.join(links)}</nav>"
         )
-        write_text(path, head + "\n".join(self._parts) + "</body></html>\n")
+        end = "</div></details>" if self._sections else ""
+        write_text(path, "\n".join([head, *self._parts, f"{end}<script>\n{script}</script></body></html>\n"]))
         return path
 
     def _img_of(self, figure: Figure, name: str, caption: str) -> str:
@@ -159,6 +149,13 @@ class Page:
             f"<figure{' class=screen' if screen else ''}><div class=scroll>{content}</div>"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
+
+
+def as_csv(rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of cells as CSV (RFC 4180), each cell on one line, with the mark by which Excel knows UTF-8."""
+    text = io.StringIO()
+    csv.writer(text).writerows([" ".join(cell.split()) for cell in row] for row in rows)
+    return "\ufeff" + text.getvalue()
 
 
 def _img(png: bytes, alt: str, size: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Sections of a pruned run's page: score and cost before and after, removals, and layers that were kept. No torch."""
+"""Parts of a pruned run's page: score and cost before and after, removals, and layers that were kept. No torch."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ REPLACEMENTS = {kind: name.removeprefix("dense: ") for kind, name in INTERVENTIO
 }
 
 
-def add_pruning(page: Page, summary: dict[str, Any]) -> None:
-    """Add the sections on the result of a pruning and on its decisions, from the content of summary.json."""
-    accuracy = shown(summary["before"]).right_name
-    _add_result(page, summary)
-    page.heading("Pruning decisions")
-    _add_removals(page, summary, accuracy)
-    if summary["kept"]:
-        _add_kept_layers(page, summary["kept"], accuracy)
-    left = summary["after"]["moe_layers"]
-    if others := [name for name in left if name not in {layer["layer"] for layer in summary["kept"]}]:
-        page.text(
-            f"No method makes these MoE layers dense, so they stay: {', '.join(others)}. They have no shared expert, "
-            f"and experts that are no FFNs."
-        )
-    if not left:
-        page.text("No MoE layer was kept: the pruned model is dense.")
+def add_receipt(page: Page, model: str, data: str, summary: dict[str, Any]) -> None:
+    """Add score and cost before and after a pruning, and which layers it removed and kept.
 
-
-def _add_result(page: Page, summary: dict[str, Any]) -> None:
-    before = summary["before"]
-    page.heading("Result of pruning")
-    page.text(
-        "All rows are scores of the same images. Activated parameters are the parameters that one image uses. MACs are "
-        "multiply-adds for one image. Images/s was measured on the machine that pruned."
-    )
+    Args:
+        page: page to add to.
+        model: description of the model that was pruned.
+        data: path of the data.
+        summary: content of summary.json.
+    """
+    before, steps = summary["before"], summary["steps"]
     page.table(receipt_header(shown(before)), receipt_rows(summary))
-    sentences = [f"These are {before['images']} {summary['split']} images."]
+    merged = "tolerance" in summary and summary["tolerance"] is None
+    done = (
+        "Every MoE layer was made dense, as the mean of its experts by the gates that they got on validation images"
+        if merged
+        else "MoE layers and experts were removed as long as their removal cost little on validation images"
+    )
+    gone, left = "; ".join(removed(step) for step in steps), ", ".join(summary["after"]["moe_layers"])
+    page.text(
+        f"This run was pruned from a trained model: {model}. The data is {data}. {done}. Removed: {gone or 'nothing'}. "
+        f"MoE layers that were kept: {left or 'none, so the pruned model is dense'}."
+    )
+    sentences = [
+        f"All rows are scores of the same {before['images']} {summary['split']} images. Activated parameters are the "
+        f"parameters that one image uses. MACs are multiply-adds for one image. Images/s was measured on the machine "
+        f"that pruned."
+    ]
     if features := summary.get("features"):
         sentences.append(f"Scores were computed from their features before {features['before']}, rounded to float16.")
     if (half := margin(before)) is not None:
@@ -54,6 +54,21 @@ def _add_result(page: Page, summary: dict[str, Any]) -> None:
         further = epochs(summary["recovery_epochs"], "further ")
         sentences.append(f"The last row is the pruned model after {further} of training.")
     page.text(" ".join(sentences), note=True)
+
+
+def add_decisions(page: Page, summary: dict[str, Any]) -> None:
+    """Add the section on the removals of a pruning, and on the layers that were kept, from summary.json."""
+    accuracy = shown(summary["before"]).right_name
+    page.heading("Pruning decisions")
+    _add_removals(page, summary, accuracy)
+    if summary["kept"]:
+        _add_kept_layers(page, summary["kept"], accuracy)
+    left = summary["after"]["moe_layers"]
+    if others := [name for name in left if name not in {layer["layer"] for layer in summary["kept"]}]:
+        page.text(
+            f"No method makes these MoE layers dense, so they stay: {', '.join(others)}. They have no shared expert, "
+            f"and experts that are no FFNs."
+        )
 
 
 def _add_removals(page: Page, summary: dict[str, Any], accuracy: str) -> None:

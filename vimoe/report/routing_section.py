@@ -18,7 +18,31 @@ from vimoe.report.similarity_section import add_similarities
 from vimoe.report.table_cells import ami_cell, interval_cell
 
 
-def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, prefix: str = "") -> None:
+def add_routing_in_short(page: Page, evidence: dict[str, Any], prefix: str = "", when: str = "") -> None:
+    """Add what was found in a few sentences, and the figure of P(expert | class) of all layers.
+
+    Args:
+        page: page to add to.
+        evidence: content of routing.json, with at least one layer.
+        prefix: beginning of the names of its files in figures/.
+        when: beginning of each sentence.
+    """
+    page.items(f"{when}{line}" for line in routing_summary(evidence))
+    drawn = sum(map(sum, evidence["layers"][0]["drawn"])) / max(sum(map(sum, evidence["layers"][0]["counts"])), 1)
+    page.figure(
+        figures.heatmaps(evidence),
+        f"{prefix}heatmaps",
+        f"P(expert | class) by layer: each row is a class, each column an expert. A layer that specialises has bright "
+        f"blocks; a layer that does not has columns of one colour. All layers have the same order of classes; each "
+        f"layer has its own order of experts. Both orders were found on one half of the images and the heatmap shows "
+        f"the other ({drawn:.0%} of {evidence['images']} validation images), so the sorting adds no structure. These "
+        f"are counts, so there are no intervals.",
+    )
+
+
+def add_routing_section(
+    page: Page, evidence: dict[str, Any], heading: str, prefix: str = "", in_short: bool = True
+) -> None:
     """Add a section on routing: which class goes to which expert, whether by class, and whether it matters.
 
     Args:
@@ -26,6 +50,7 @@ def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, pref
         evidence: content of routing.json.
         heading: heading of the section.
         prefix: beginning of the names of its files in figures/, for a page with several such sections.
+        in_short: False if the page has `add_routing_in_short` of this evidence already.
     """
     page.heading(heading)
     base, layers = evidence["base"], evidence["layers"]
@@ -43,8 +68,9 @@ def add_routing_section(page: Page, evidence: dict[str, Any], heading: str, pref
         f"unchanged model has loss {base['loss']:.4f} and {names.right_name} {base[names.right]:.2%}. Brackets and "
         f"bars are {evidence['confidence']:.0%} bootstrap intervals {_interval_meaning(evidence.get('sequences'))}"
     )
-    page.items(routing_summary(evidence))
-    _add_heatmaps(page, evidence, prefix)
+    if in_short:
+        add_routing_in_short(page, evidence, prefix)
+    _add_classes(page, evidence)
     _add_dependence(page, evidence, prefix)
     add_interventions(page, evidence, prefix)
     add_expert_effects(page, evidence, prefix)
@@ -92,23 +118,15 @@ def _interval_meaning(sequences: int | None) -> str:
     )
 
 
-def _add_heatmaps(page: Page, evidence: dict[str, Any], prefix: str) -> None:
+def _add_classes(page: Page, evidence: dict[str, Any]) -> None:
     page.subheading("Which class goes to which expert")
     page.text(
-        "Each panel is one layer, each row a class, each column an expert. The colour is the share of the class that "
-        "goes to the expert, so a row sums to 100%. A layer that specialises has bright blocks; a layer that does not "
-        "has columns of one colour. A grey row is a class without images."
+        "Each row is a class, each column an expert. The colour is the share of the class that goes to the expert, so "
+        "a row sums to 100%. A grey row is a class without images."
     )
-    drawn = sum(map(sum, evidence["layers"][0]["drawn"])) / max(sum(map(sum, evidence["layers"][0]["counts"])), 1)
-    order = (
-        f"All layers have the same order of classes; each layer has its own order of experts. Both orders were found "
-        f"on one half of the images and the heatmap shows the other ({drawn:.0%} of {evidence['images']} validation "
-        f"images), so the sorting adds no structure. These are counts, so there are no intervals."
-    )
-    page.figure(figures.heatmaps(evidence), f"{prefix}heatmaps", f"P(expert | class) by layer. {order}")
     caption = (
-        "The same numbers, one layer at a time. Choose the layer in the menu; point at a cell to read it. The layer "
-        "with the largest AMI (explained below) comes first."
+        "The figure of all layers, one layer at a time. Choose the layer in the menu; point at a cell to read it. The "
+        "layer with the largest AMI (explained below) comes first."
     )
     page.plotly_figure(plotly_figures.heatmaps(evidence), caption)
 

@@ -51,8 +51,8 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     read = {name: _read(name, folder) for name, folder in folders.items()}
     page = Page(f"vimoe: comparison of {len(folders)} runs")
     _results(page, read)
-    _settings(page, {name: run.settings for name, run in read.items()})
     _curves(page, {name: folder / METRICS for name, folder in folders.items() if (folder / METRICS).exists()})
+    _settings(page, {name: run.settings for name, run in read.items()})
     _routing(page, folders, {name: run for name, run in read.items() if run.evidence})
     return page.write(out)
 
@@ -107,13 +107,12 @@ def _settings(page: Page, settings: dict[str, dict[str, str]]) -> None:
 def _curves(page: Page, metrics: dict[str, Path]) -> None:
     if not metrics:
         return
-    page.heading("Training")
-    page.text("Loss and score after each epoch on each run's own validation images. Each line is one training.")
     for path in metrics.values():
         with reading(path):
             curves(path)
     caption = (
-        "Validation loss and score by epoch, one line for each run. Each is one training, so there are no intervals."
+        "Loss and score by epoch on each run's own validation images, one line for each run. Each is one training, so "
+        "there are no intervals."
     )
     page.figure(curves(metrics), "curves", caption)
 

@@ -1,4 +1,4 @@
-"""Sections of a run's page about its training: model, data, score, loss curves, loads. Imports no torch."""
+"""Parts of a run's page about its training: score, model, data, loss curves, loads. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,40 +14,48 @@ from vimoe.run_folder import SUMMARY
 ALARMS = 6  # most that the page lists
 
 
-def add_overview(page: Page, model: str, data: str, summary: dict[str, Any]) -> None:
-    """Add the first section: model, data and result of the run.
+def add_score(page: Page, model: str, data: str, summary: dict[str, Any]) -> None:
+    """Add the score of a training, what was trained, and which weights were kept.
 
     Args:
         page: page to add to.
         model: description of the model in words.
         data: path of the data.
-        summary: content of summary.json; empty if there is none.
+        summary: content of summary.json; without a training's result there is only a sentence.
     """
-    page.heading("Overview")
-    if "val" in summary:
-        _add_training(page, model, data, summary)
-    elif "before" in summary:
-        merged = "tolerance" in summary and summary["tolerance"] is None
-        done = (
-            "Every MoE layer was made dense, as the mean of its experts by the gates that they got on validation images"
-            if merged
-            else "MoE layers and experts were removed as long as their removal cost little on validation images"
-        )
-        page.text(f"This run was pruned from a trained model: {model}. The data is {data}. {done}.")
-    else:
+    if "val" not in summary:
         page.text(f"The model is {model}. The data is {data}. There is no {SUMMARY}, so no result can be shown.")
+        return
+    val = summary["val"]
+    names, accuracies = shown(val), measures(val)
+    header = ("", "images", *accuracies, "loss")
+    page.table(header, [("validation", str(val["images"]), *accuracies.values(), f"{val['loss']:.4f}")])
+    early = ", and stopped early because the score no longer improved" if summary.get("stopped_early") else ""
+    page.text(
+        f"The model is {model}. It was trained on {summary['train_images']} images of {data} for "
+        f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. {_kept(summary)}"
+    )
+    margins = "± is the 95% margin for this number of images. " if names.counts_images else ""
+    page.text(
+        f"{margins}The scores are slightly optimistic, because they chose the epoch. vimoe evaluate scores the test "
+        f"images, which decided nothing.",
+        note=True,
+    )
+    if alarms := summary.get("alarms"):
+        page.text(f"Training raised {len(alarms)} alarms. The last ones are:")
+        page.items(alarms[-ALARMS:])
 
 
 def add_curves(page: Page, metrics: Path, summary: dict[str, Any]) -> None:
-    """Add the section with loss and score by epoch from metrics.csv."""
-    page.heading("Training" if "val" in summary else "Training after pruning")
+    """Add the figure of metrics.csv: loss and score by epoch."""
     images = summary["val"]["images"] if "val" in summary else summary.get("validation_images", "the run's")
-    page.text(
-        "Lower is better on the left, higher on the right. If the training loss keeps falling while the validation "
-        "loss does not, the model overfits."
+    page.figure(
+        curves(metrics),
+        "curves",
+        f"Loss and score by epoch. Lower is better on the left, higher on the right. If the training loss keeps "
+        f"falling while the validation loss does not, the model overfits. Validation has {images} images. This is one "
+        f"training, so there is no interval.",
     )
-    caption = f"Loss and score by epoch. Validation has {images} images. This is one training, so there is no interval."
-    page.figure(curves(metrics), "curves", caption)
 
 
 def add_loads(page: Page, load: Path) -> None:
@@ -66,25 +74,13 @@ def epochs(number: int, which: str = "") -> str:
     return f"{number} {which}epoch{'s' * (number != 1)}"
 
 
-def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) -> None:
+def add_details(page: Page, summary: dict[str, Any]) -> None:
+    """Add what else is known of a training: its stages, cached features, fused experts and score by class."""
     val = summary["val"]
-    early = ", and stopped early because the score no longer improved" if summary.get("stopped_early") else ""
-    page.text(
-        f"The model is {model}. It was trained on {summary['train_images']} images of {data} for "
-        f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. {_kept(summary)}"
-    )
+    names = shown(val)
     if stages := summary.get("stages"):
         parts = ", ".join(f"{stage['train_only']} ({epochs(stage['epochs'])})" for stage in stages)
         page.text(f"One part was trained after the other: {parts}. Epochs are counted on; the best one is of the last.")
-    names, accuracies = shown(val), measures(val)
-    header = ("", "images", *accuracies, "loss")
-    page.table(header, [("validation", str(val["images"]), *accuracies.values(), f"{val['loss']:.4f}")])
-    margins = "± is the 95% margin for this number of images. " if names.counts_images else ""
-    page.text(
-        f"{margins}The scores are slightly optimistic, because they chose the epoch. vimoe evaluate scores the test "
-        f"images, which decided nothing.",
-        note=True,
-    )
     if features := summary.get("features"):
         views = f"{features['views']} augmented view{'s' * (features['views'] != 1)}"
         page.text(
@@ -113,9 +109,6 @@ def _add_training(page: Page, model: str, data: str, summary: dict[str, Any]) ->
     if frozen := summary.get("router_freeze"):
         layers = ", ".join(f"{layer} (after epoch {epoch})" for layer, epoch in frozen.items())
         page.text(f"Routers that did not change any more to the end: {layers}.", note=True)
-    if alarms := summary.get("alarms"):
-        page.text(f"Training raised {len(alarms)} alarms. The last ones are:")
-        page.items(alarms[-ALARMS:])
 
 
 def _kept(summary: dict[str, Any]) -> str:
