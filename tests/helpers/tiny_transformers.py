@@ -89,3 +89,32 @@ def tiny(class_name: str, config_name: str, arguments: dict[str, Any]) -> nn.Mod
 def vit(name: str, **changes: Any) -> nn.Module:
     class_name, config_name, arguments = VITS[name]
     return tiny(class_name, config_name, {**arguments, **changes})
+
+
+IMAGE_WORD, IMAGE_TOKENS = 49, 4  # number of the word that stands for a token of an image; tokens of an image
+
+
+def llava(tower: str = "clip", blocks: int = 4, **changes: Any) -> nn.Module:
+    """A tiny LLaVA in eval mode, the same on every call; its language model is a LLaMA with some dropout."""
+    import transformers
+
+    _, config_name, arguments = VITS[tower]
+    words = transformers.LlamaConfig(**{**WORDS, "num_hidden_layers": blocks, "attention_dropout": 0.1})
+    config = {
+        "vision_config": getattr(transformers, config_name)(**arguments), "text_config": words,
+        "image_token_index": IMAGE_WORD, "image_seq_length": IMAGE_TOKENS,
+    }  # fmt: skip
+    return tiny("LlavaForConditionalGeneration", "LlavaConfig", {**config, **changes})
+
+
+def asked(texts: int = 2, words: int = 5, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Images, each before a text about it, as a LLaVA takes them; the last text is padded by a word."""
+    drawn = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, IMAGE_WORD, (texts, words), generator=drawn)
+    mask = torch.ones(texts, IMAGE_TOKENS + words, dtype=torch.long)
+    mask[-1, -1] = 0
+    return {
+        "input_ids": torch.cat([torch.full((texts, IMAGE_TOKENS), IMAGE_WORD), text], dim=1),
+        "attention_mask": mask,
+        "pixel_values": torch.randn(texts, 3, 16, 16, generator=drawn),
+    }

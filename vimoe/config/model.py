@@ -15,6 +15,7 @@ FAMILIES = Registry(
         "timm": "vimoe.models.timm_vit:TimmViT",
         "torchvision": "vimoe.models.torchvision_vit:TorchvisionViT",
         "transformers": "vimoe.models.transformers_vit:TransformersViT",
+        "llava": "vimoe.models.transformers_llava:Llava",
     },
 )
 Read = Literal["auto", "all"]

@@ -157,7 +157,7 @@ def pairs(images: Batches) -> Iterator[tuple[Tensor, Any]]:
 def _run(model: nn.Module, images: Tensor) -> None:
     weight, training = next(model.parameters()), [module for module in model.modules() if module.training]
     try:
-        model.eval()(images.to(weight.device, weight.dtype))
+        find_backbone(model.eval()).run(images.to(weight.device, weight.dtype))
     finally:
         for module in training:
             module.training = True

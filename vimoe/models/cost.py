@@ -88,7 +88,7 @@ def _macs(model: nn.Module, layers: Iterable[MoE], input_size: tuple[int, int, i
         stack.enter_context(torch.no_grad())
         counter = stack.enter_context(FlopCounterMode(display=False))
         try:
-            model(images)
+            find_backbone(model).run(images)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             if input_size is None:
                 raise

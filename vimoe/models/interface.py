@@ -294,6 +294,10 @@ class Backbone:
             self.vit(images)
         return [kept[number][:, self.layout.num_prefix_tokens :] for number in blocks]
 
+    def run(self, images: Tensor) -> Any:
+        """Run the model on images alone, (B, channels, height, width); by default as its only argument."""
+        return self.model(images)
+
     def data_config(self, given: dict[str, Any]) -> dict[str, Any]:
         """Preprocessing in timm's terms: input_size, mean, std, crop_pct, crop_mode, interpolation.
 

@@ -26,7 +26,7 @@ from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
 from vimoe.models.folder_config import CONFIG, FORMAT, WEIGHTS, layers_of, read_section
 from vimoe.models.hub import find_folder
-from vimoe.models.interface import find_backbone, logits_of, unwrapped
+from vimoe.models.interface import find_backbone, unwrapped
 from vimoe.models.reading import set_reading
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import build_layers, input_shapes, sites
@@ -146,7 +146,7 @@ def _check_mixed(model: nn.Module, path: Path) -> None:
     """Raise FolderError if weights of several floating types do not compute together; in most models they do not."""
     try:
         with torch.no_grad():
-            logits_of(model, _noise(model))
+            _logits(model, _noise(model))
     except RuntimeError as error:
         raise FolderError(
             f"{path} has weights of several types, which do not compute together: {first_line(error)}; save the model "
@@ -286,7 +286,9 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Return the model's logits; what it draws at random (ViT-MAE masks patches) is the same on every call."""
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
         torch.manual_seed(0)
-        return logits_of(model, images).float()
+        backbone = find_backbone(model)
+        output = backbone.run(images)
+        return (output if isinstance(output, Tensor) else backbone.logits(output)).float()
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def _last_output(model: nn.Module, images: Tensor) -> Tensor:
     block = model.get_submodule(backbone.blocks[-1])
     handle = block.register_forward_hook(lambda _module, _args, output: found.append(backbone.tokens_of(output)))
     try:
-        model(images)
+        backbone.run(images)
     finally:
         handle.remove()
     return found[0].to(torch.promote_types(found[0].dtype, torch.float32))
