@@ -146,7 +146,7 @@ def test_labels_of_the_half_that_teaches_reach_routers_alone(data: Data, tmp_pat
 
 
 def test_half_of_the_images_teach_until_routers_are_frozen(data: Data, tmp_path: Path) -> None:
-    """Then the others teach nobody, so their labels train the model: as one sees by a training without a second part."""
+    """After that they train the model too: other labels of theirs change it."""
     assert teaching([4, 7, 0, 1]).tolist() == [False, True, False, True]
     trainings = {}
     for freeze in (0, 1):
