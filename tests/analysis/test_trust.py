@@ -62,7 +62,8 @@ def test_correctness_is_judged_on_images_that_it_was_not_fitted_on() -> None:
     ("low", "high", "word"), [(0.01, 0.2, "tells more"), (-0.1, 0.1, "tells no more"), (-0.2, -0.1, "tells less")]
 )
 def test_the_words_follow_the_interval(low: float, high: float, word: str) -> None:
-    _, facts = fit_trust(seen(100, 1).features, seen(60, 2))
+    facts = {"train_images": 100, "validation_images": 60, "fitted_on": 30, "judged_on": 30}
+    facts |= {name: {"auroc": 0.8, "ece": 0.1} for name in ("correct", "max_probability")}
     text = in_words({**facts, "auroc_difference": {"value": (low + high) / 2, "low": low, "high": high}})
     assert word in text and "60 validation images" in text and text.count("\n") == 2
 

@@ -13,7 +13,8 @@ from sklearn.model_selection import GridSearchCV
 from torch import Tensor, nn
 
 FOLDS = 5  # of cross-validation; fewer right or wrong images than this cannot be divided
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn: the smaller, the less features count
+STRENGTHS = (1.0, 1e1, 1e2, 1e3, 1e4)  # C of scikit-learn: the smaller, the less features count
+_SHRUNK = 100.0  # features are divided by it, so that with the least C the maximum probability counts alone
 
 
 class Correctness(nn.Module):
@@ -21,8 +22,10 @@ class Correctness(nn.Module):
 
         P(right) = sigmoid(w . z + a log(m / (1 - m)) / s + b)
 
-    z are the standardised features, m is the maximum softmax probability, s the standard deviation of its log-odds. The
-    L2 penalty of w and a is chosen by five-fold cross-validation of the log-likelihood, on the images of the fit alone.
+    z are the standardised features over 100, m is the maximum softmax probability, s the standard deviation of its
+    log-odds. The L2 penalty is chosen by five-fold cross-validation of the log-likelihood, on the images of the fit
+    alone. It is as good as none for a. For w its largest value leaves next to nothing but a log(m / (1 - m)) / s + b,
+    which orders images as m does. Were both penalised alike, features would drown m where images are few.
 
     After the self-perceiving module of SERL (arXiv 2007.10835), whose equations were not at hand: there an agent
     predicts its progress. The maximum probability alone is the baseline of Hendrycks and Gimpel (arXiv 1610.02136).
@@ -49,8 +52,9 @@ class Correctness(nn.Module):
         x = _inputs(logits, features)
         self.mean.copy_(x.mean(dim=0))
         self.std.copy_(x.std(dim=0, correction=0).clamp(min=1e-6))
+        self.std[:-1] *= _SHRUNK
         search = GridSearchCV(
-            LogisticRegression(max_iter=1000), {"C": STRENGTHS}, scoring="neg_log_loss", cv=FOLDS, error_score="raise"
+            LogisticRegression(max_iter=10_000), {"C": STRENGTHS}, scoring="neg_log_loss", cv=FOLDS, error_score="raise"
         )
         search.fit(self._standardised(x).double().numpy(), right.int().numpy())
         self.head.weight.copy_(torch.from_numpy(search.best_estimator_.coef_))

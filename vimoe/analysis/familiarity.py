@@ -10,9 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-WIDTH = 256  # hidden units
+WIDTH, WIDER = 256, 1024  # hidden units of target and predictor
 OUTPUTS = 64  # K
-STEPS, BATCH, RATE = 1000, 256, 1e-3  # of Adam
+STEPS, BATCH, RATE, DECAY = 600, 256, 1e-3, 1.0  # of AdamW
 
 
 class Familiarity(nn.Module):
@@ -29,11 +29,12 @@ class Familiarity(nn.Module):
     rejects 5% (a conformal p-value).
 
     Source: Burda et al., random network distillation (arXiv 1810.12894), eq. 1: there of observations, for exploration.
+    Widths and decay are those with the least error on validation images of birds, without a look at other images.
     SERL (arXiv 2007.10835) rewards an agent by such an error on demonstrations. Calibration is defined here.
 
     Attributes:
         target: the fixed random network t, D -> 256 -> K.
-        predictor: the trained network p, D -> 256 -> 256 -> K.
+        predictor: the trained network p, D -> 1024 -> K.
         known: (V,) errors of the validation images, rising.
 
     Args:
@@ -50,7 +51,7 @@ class Familiarity(nn.Module):
         super().__init__()
         self._random = torch.Generator().manual_seed(seed)
         self.target = _network(dim, [WIDTH], self._random).requires_grad_(False)
-        self.predictor = _network(dim, [WIDTH, WIDTH], self._random)
+        self.predictor = _network(dim, [WIDER], self._random)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
         self.register_buffer("known", torch.zeros(known))
@@ -60,7 +61,7 @@ class Familiarity(nn.Module):
         """Train the predictor on features (n, D) of training images, and calibrate by those (V, D) of validation."""
         self.mean.copy_(train.mean(dim=0))
         self.std.copy_(train.std(dim=0, correction=0).clamp(min=1e-6))
-        optimizer = torch.optim.Adam(self.predictor.parameters(), lr=RATE)
+        optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=RATE, weight_decay=DECAY)
         for _ in range(STEPS):
             rows = torch.randint(len(train), (BATCH,), generator=self._random)
             optimizer.zero_grad()
