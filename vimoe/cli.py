@@ -271,6 +271,22 @@ def predict(verb: str, argv: list[str]) -> Result:
     return "\n".join(lines), {"predictions": predictions}
 
 
+def trust(verb: str, argv: list[str]) -> Result:
+    """Fit scores of how far to trust each prediction: how familiar the image is, how likely its class is right.
+
+    Example: vimoe trust runs/photos
+    """
+    parser = _parser(verb)
+    parser.add_argument("run", help="run folder; vimoe predict then gives the scores of each image")
+    options = parser.parse_args(argv)
+    open_run(options["run"])  # reports a wrong folder before the slow import of torch
+    from vimoe.analysis.trust import in_words
+    from vimoe.experiments.finished_run import FinishedRun
+
+    facts = FinishedRun(options["run"]).trust()
+    return in_words(facts), facts
+
+
 def analyze(verb: str, argv: list[str]) -> Result:
     """Measure on validation images which MoE layers specialise and which matter; write routing.json and the report.
 
@@ -516,6 +532,7 @@ VERBS: dict[str, Callable[[str, list[str]], Result]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "trust": trust,
     "analyze": analyze,
     "diagnose": diagnose,
     "explore": explore,

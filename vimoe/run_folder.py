@@ -28,6 +28,7 @@ SCHEMA = 1  # version of the JSON that --json prints and summary.json holds
 CONFIG, MODEL, VALIDATION = "config.yaml", "model", "validation.txt"
 ROUTING, ROUTING_BEFORE, SUMMARY = "routing.json", "routing-before-pruning.json", "summary.json"
 DIAGNOSIS, TASKS = "diagnosis.json", "tasks.json"
+TRUST, TRUST_WEIGHTS = "trust.json", "trust.safetensors"
 CHECKPOINT = Path("checkpoints", "last.pt")  # until the training has finished
 FIGURES, EXAMPLES = "figures", "examples-{}.png"  # a sheet of images for each MoE layer
 EXPERT_MAPS = "expert-maps.png"  # segmentation only

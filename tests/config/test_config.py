@@ -130,7 +130,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "fuse": ["eva"], "fuse_rate": SHARES, "router_frozen": SHARES, "route_loss": RATES,
         "router_freeze_epochs": COUNTS[1:], "router_freeze_margin": RATES, "locality_loss": RATES,
         "balance_loss": RATES, "z_loss": RATES,
-        "importance_loss": RATES,
+        "importance_loss": RATES, "oracle_loss": RATES, "oracle_temperature": [*RATES, 0],
         "label_smoothing": [*SHARES, 1], "mixup": RATES, "cutmix": RATES, "auto_augment": None,
         "random_erasing": SHARES, "min_crop": [*SHARES, 0], "hflip": SHARES, "color_jitter": SHARES,
         "min_scale": [*RATES, 0, 3.0], "max_scale": [*RATES, 0, 0.1], "dice_loss": RATES,

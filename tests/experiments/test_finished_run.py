@@ -16,11 +16,13 @@ from torch.nn.functional import cross_entropy
 
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
+from vimoe.analysis.trust import Trust, look
 from vimoe.cli import main
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.metrics.calibration import KeptLogits, fit_temperature
 from vimoe.moe.routers.softmax import SoftmaxRouter
+from vimoe.tasks.segmentation import Segmentation
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,30 @@ def test_experts_that_cannot_be_left_out_are_told_before_the_analysis(
     with pytest.raises(VimoeError, match="moe.router='softmax': expected routers whose decisions can be overruled"):
         FinishedRun(root / "run").prune(root / "pruned", experts=True)
     assert not (root / "pruned").exists()
+
+
+def test_trust_is_fitted_once_and_predict_gives_its_scores(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted((root / "photos" / "test").rglob("*.png"))
+    before = call(capsys, "predict", root / "run", *files)["predictions"]
+    assert all(set(each) == {"file", "classes"} for each in before)
+    facts = call(capsys, "trust", root / "run")
+    assert json.loads((root / "run" / "trust.json").read_text()) == facts
+    run = FinishedRun(root / "run")
+    assert (facts["train_images"], facts["validation_images"]) == (len(run.data.train), len(run.data.val))
+    after = call(capsys, "predict", root / "run", *files)["predictions"]
+    assert [{name: each[name] for name in ("file", "classes")} for each in after] == before
+    fitted = Trust.load(root / "run" / "trust.safetensors")
+    seen = look(run.model, run.task.loader(run.model, run.data, [(file, 0) for file in files]))
+    expected = fitted.of(seen.logits, seen.features)
+    for each, scores in zip(after, expected, strict=True):
+        assert {name: each[name] for name in scores} == pytest.approx(scores, abs=1e-4)
+    assert main(["predict", str(root / "run"), str(files[0])]) == 0
+    assert "; familiarity " in capsys.readouterr().out
+
+
+def test_trust_needs_images_of_one_class(root: Path) -> None:
+    run = FinishedRun(root / "run")
+    run.task.trusts = False
+    with pytest.raises(ConfigError, match="a run of data.task='classification': expected"):
+        run.trust()
+    assert not Segmentation.trusts

@@ -103,9 +103,7 @@ class Only:
     expert: int
 
     def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
-        experts, gates = torch.full_like(routing.experts, -1), torch.zeros_like(routing.gates)
-        experts[:, 0], gates[:, 0] = self.expert, routing.gates.sum(dim=1)
-        return replace(routing, experts=experts, gates=gates, ragged=True)
+        return routing.only(self.expert)
 
 
 Intervention = Decision | nn.Module  # a module takes the layer's place

@@ -21,7 +21,7 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "classification": (
         "train.mixup", "train.cutmix", "train.auto_augment", "train.random_erasing", "train.min_crop",
         "data.images_per_class", "data.tasks", "data.cache", "data.views", "data.crop_pct", "data.interpolation",
-        "data.skip_unreadable",
+        "data.skip_unreadable", "train.oracle_loss",
     ),
     "segmentation": (
         "model.decoder", "data.inference", "data.flip_test", "train.min_scale", "train.max_scale", "train.dice_loss",
@@ -40,6 +40,7 @@ _OF_MOE = (
     "router_lr_scale", "expert_lr_scale", "router_weight_decay", "router_frozen", "router_freeze_epochs",
     "router_freeze_margin", "router_warmup_epochs", "expert_weight_decay", "balance_loss", "z_loss", "importance_loss",
     "entropy_loss", "variance_loss", "orthogonal_loss", "mutual_loss", "locality_loss", "route_loss",
+    "oracle_loss", "oracle_temperature",
 )  # fmt: skip
 
 

@@ -70,6 +70,10 @@ class TrainConfig:
             teaches the model.
         route_loss: weight of the cross-entropy that teaches a "superclass" router the expert of each class; no other
             router reads it.
+        oracle_loss: weight of the cross-entropy that teaches the routers which expert would have lost least on an image
+            (classification by image routing). Until they are frozen (`router_freeze_epochs`), every second training
+            image teaches them, and trains nothing else.
+        oracle_temperature: nats by which an expert has to lose less than another to be e times as likely its target.
         locality_loss: weight of the loss that sends images to experts that have moved little since the task (or the
             training) began.
         label_smoothing: mass given to the other classes; by default 0.1 in classification and 0 in segmentation.
@@ -128,6 +132,8 @@ class TrainConfig:
     mutual_loss: float = bounded(0.0, 0)
     distill_loss: float = bounded(0.0, 0)
     route_loss: float = bounded(0.3, 0)
+    oracle_loss: float = bounded(0.0, 0)
+    oracle_temperature: float = bounded(0.1, 1e-6)
     locality_loss: float = bounded(0.0, 0)
     label_smoothing: float | None = bounded(None, 0, 0.99999)
     mixup: float = bounded(0.0, 0)
@@ -173,8 +179,28 @@ class TrainConfig:
             raise ConfigError(
                 f"fuse_rate={self.fuse_rate:g} with fuse={self.fuse!r}: expected it with fuse='ewa' only; leave it out"
             )
+        self._check_oracle()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ConfigError(f"batch_size={self.batch_size} with mixup or cutmix: expected an even number")
+
+    def _check_oracle(self) -> None:
+        if not self.oracle_loss and self.oracle_temperature != TrainConfig.oracle_temperature:
+            raise ConfigError(
+                f"oracle_temperature={self.oracle_temperature:g} with oracle_loss=0: expected it with an oracle_loss "
+                f"only; leave it out"
+            )
+        refused = {  # settings by which images that teach the routers would train experts, or none could be told
+            "mixup": "each image is in one half",
+            "cutmix": "each image is in one half",
+            "router_frozen": "no image may train experts before it teaches the routers",
+            "compile": "experts are tried one by one",
+        }
+        for name, why in refused.items() if self.oracle_loss else ():
+            if value := getattr(self, name):
+                raise ConfigError(
+                    f"oracle_loss={self.oracle_loss:g} with {name}={value}: expected "
+                    f"{name}={getattr(TrainConfig, name)}, since {why}; leave one of them out"
+                )
 
     def _check_stages(self) -> None:
         if self.stages is None:

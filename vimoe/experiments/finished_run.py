@@ -21,6 +21,7 @@ from vimoe.analysis.diagnosis import Diagnosis
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import png
 from vimoe.analysis.pruning import check_experts, check_merge_all, images_per_second, prune, receipts
+from vimoe.analysis.trust import Trust, fit_trust, look
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.data import Inference
 from vimoe.config.export import FORMATS
@@ -45,6 +46,7 @@ from vimoe.training.loop import train
 from vimoe.training.parameter_groups import trained_modules
 
 COMPARED = 24  # validation images that an exported model is compared on
+TRUSTED = 20_000  # training images, at most, that familiarity is fitted on
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +127,37 @@ class FinishedRun:
         return split, score, {**facts_of(loader), **calibration}
 
     def predict(self, files: Sequence[Path], out: str | Path | None = None, top: int = 5) -> list[dict[str, Any]]:
-        """Return the predictions for image files, as `vimoe.tasks.base.Task.predict`."""
-        return self.task.predict(self.model, files, None if out is None else Path(out), top)
+        """Return the predictions for image files, as `vimoe.tasks.base.Task.predict`; with scores once `trust` ran."""
+        fitted = self.run.path / run_folder.TRUST_WEIGHTS
+        scores = {"trust": Trust.load(fitted)} if fitted.exists() else {}
+        return self.task.predict(self.model, files, None if out is None else Path(out), top, **scores)
+
+    def trust(self) -> dict[str, Any]:
+        """Fit what says how far to trust a prediction, and write it into the run, where `predict` finds it.
+
+        Familiarity is fitted on training images as they are evaluated, without augmentation: on `TRUSTED` of them at
+        most, at equal distances. All the rest is of validation; see `vimoe.analysis.trust.fit_trust`.
+
+        Returns:
+            Content of trust.json.
+
+        Raises:
+            ConfigError: if the run's images do not have one class each.
+        """
+        task, data = self.task, self.run.settings.data
+        if not task.trusts:
+            raise ConfigError(f"a run of data.task={data.task!r}: expected 'classification'; name another run")
+        self._try_to_write()
+        train = self.data.train[:: -(-len(self.data.train) // TRUSTED)]
+        seen = [
+            look(self.model, task.scored(self.model, self.data, samples), f"looking at {what}", task.metric)
+            for what, samples in (("train", train), ("validation", self.data.val))
+        ]
+        scores, facts = fit_trust(seen[0].features, seen[1], self.run.settings.train.seed)
+        scores.save(self.run.path / run_folder.TRUST_WEIGHTS)
+        facts = {"schema": run_folder.SCHEMA, "command": "trust", **facts}
+        run_folder.write_json(self.run.path / run_folder.TRUST, facts)
+        return facts
 
     def analyze(
         self, draws: int = DRAWS, overrule: int | None = OVERRULED_IMAGES, seed: int = 0, probe: bool = False

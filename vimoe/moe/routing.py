@@ -154,6 +154,12 @@ class Routing:
             first += size
         return parts or [self]
 
+    def only(self, expert: int) -> Routing:
+        """Return decisions that send every row to one expert alone, with the sum of the gates that the row has."""
+        experts_RK, gates_RK = torch.full_like(self.experts, -1), torch.zeros_like(self.gates)
+        experts_RK[:, 0], gates_RK[:, 0] = expert, self.gates.sum(dim=1)
+        return replace(self, experts=experts_RK, gates=gates_RK, ragged=True)
+
     def places(self, filled: int) -> Tensor:
         """Return (S,) where each filled slot is among all R * K; they are sorted by expert, and `filled` is S."""
         chosen = self.experts.flatten()

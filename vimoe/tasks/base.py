@@ -76,10 +76,13 @@ class Task(ABC, Generic[D]):
             otherwise (`job`).
         metric: name of the metric in `vimoe.metrics.registry.METRICS`.
         writes_predictions: True if `predict` writes a file for each image, into a folder that has to be named.
+        trusts: True if images have one class each, and `predict` takes the argument `trust`: a
+            `vimoe.analysis.trust.Trust`, whose scores are added to each prediction; by default None.
     """
 
     metric: ClassVar[str]
     writes_predictions: ClassVar[bool] = False
+    trusts: ClassVar[bool] = False
 
     def __init__(self, settings: Settings, process: Process | None = None) -> None:
         self.settings, self.process = settings, process or Alone()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import contact_sheet
+from vimoe.analysis.trust import Trust
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.data.class_tasks import class_tasks
@@ -45,6 +46,7 @@ class Classification(Task[Data]):
     """Image classification. A sample is an image and the number of its class."""
 
     metric = "classification"
+    trusts = True
 
     @classmethod
     def find(cls, config: DataConfig, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Data:
@@ -117,13 +119,16 @@ class Classification(Task[Data]):
         return which, self._loader(model, samples)
 
     def predict(
-        self, model: nn.Module, files: Sequence[Path], out: Path | None = None, top: int = 5
-    ) -> list[dict[str, Any]]:
-        return predict(model, files, top, process=self.process)
+        self, model: nn.Module, files: Sequence[Path], out: Path | None = None, top: int = 5,
+        trust: Trust | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        return predict(model, files, top, process=self.process, trust=trust)
 
     def line(self, prediction: dict[str, Any], top: int) -> str:
         classes = ", ".join(f"{each['name']} {each['probability']:.1%}" for each in prediction["classes"])
-        return f"{prediction['file']}: {classes}"
+        scores = {"correct": "right with", "familiarity": "familiarity"}  # those of `vimoe trust`
+        trust = "".join(f"; {said} {prediction[name]:.1%}" for name, said in scores.items() if name in prediction)
+        return f"{prediction['file']}: {classes}{trust}"
 
     def examples(self, model: nn.Module, data: Data, evidence: Evidence) -> Mapping[str, Figure]:
         """Return the images that gave each expert the largest gates, captioned by their classes, a row an expert."""

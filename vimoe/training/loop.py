@@ -48,6 +48,7 @@ from vimoe.training.distributed import Copies, Recorded, held
 from vimoe.training.fuse import check_begun, pull
 from vimoe.training.job import Job
 from vimoe.training.locality import Locality
+from vimoe.training.oracle import Oracle, teaching
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
 from vimoe.training.settle import settle
 from vimoe.training.state import State
@@ -185,6 +186,7 @@ class _Steps:
     routes: list[nn.Parameter]  # those of all routers that are trained, except while they are frozen
     routers: dict[str, list[nn.Parameter]]  # all trained parameters of each layer's router
     locality: Locality | None
+    oracle: Oracle | None
     decided: list[Routing] = field(default_factory=list)  # of layers with a bias, since the last update of the weights
 
     def epoch(self, state: State) -> Iterator[None]:
@@ -206,14 +208,12 @@ class _Steps:
                 if self.process.rank:  # all mix images alike, and each draws what it drops
                     seed_everything(mix(self.config.seed, state.epoch, state.step, self.process.rank))
                 outputs, routings = self.model(images)
-                task_loss = self.job.loss(outputs, targets)
+                teaches = self._teaching(state, len(images))
+                task_loss = self._task_loss(outputs, targets, teaches)
                 extra, parts = auxiliary_losses(routings, self.config, route_loss(routings, layers, targets), over)
-                if self.config.distill_loss:
-                    parts["distill_loss"] = distill_loss(outputs, self._taught(images))
-                    extra = extra + self.config.distill_loss * parts["distill_loss"]
-                if self.locality:
-                    parts["locality_loss"] = self.locality.loss(routings)
-                    extra = extra + self.config.locality_loss * parts["locality_loss"]
+                for name, part in self._further_losses(images, targets, outputs, routings, teaches, state):
+                    parts[name] = part
+                    extra = extra + getattr(self.config, name) * part
                 loss = task_loss + extra
                 finite = bool(loss.isfinite())
                 if self.process.any(not finite):
@@ -244,6 +244,33 @@ class _Steps:
             for p in self.routers[name]:
                 p.requires_grad_(False)
 
+    def _further_losses(
+        self, images: Tensor, targets: Tensor, outputs: Tensor, routings: list[Routing], teaches: Tensor | None,
+        state: State,
+    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+        """Yield the losses that need more than routings, by the setting that is the weight."""
+        if self.config.distill_loss:
+            yield "distill_loss", distill_loss(outputs, self._taught(images))
+        if self.oracle and teaches is not None:
+            yield "oracle_loss", self.oracle.loss(images[teaches], targets[teaches], self._pupils(state))
+        if self.locality:
+            yield "locality_loss", self.locality.loss(routings)
+
+    def _pupils(self, state: State) -> list[str]:
+        """Return the layers whose routers the oracle teaches now: those that are trained, until they are frozen."""
+        return [name for name, params in self.routers.items() if self.oracle and params and name not in state.frozen]
+
+    def _teaching(self, state: State, batch: int) -> Tensor | None:
+        """Return which (B,) of the images of the step teach routers, and nothing else; None if there is no pupil."""
+        return teaching(self._images_of(state, batch)) if self._pupils(state) else None
+
+    def _task_loss(self, outputs: Tensor, targets: Tensor, teaches: Tensor | None) -> Tensor:
+        """Return the loss of the images of a batch that do not teach routers; without a mask (B,) of these, of all."""
+        if teaches is None:
+            return self.job.loss(outputs, targets)
+        own = ~teaches
+        return self.job.loss(outputs[own], targets[own]) if own.any() else outputs.sum() * 0
+
     def _updated(self, state: State) -> None:
         """Let all that follows the weights follow an update of them."""
         state.updates += 1
@@ -263,13 +290,16 @@ class _Steps:
             return self.job.forward(self.ema.module, images)
 
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
-        start = state.step * self.config.batch_size + self.process.rank * batch
-        names = [self.job.names[i] for i in self.order.images_at(start, batch)]
+        names = [self.job.names[i] for i in self._images_of(state, batch)]
         return (
             f"the loss is {loss} in epoch {state.number}, step {state.step + 1}, of {', '.join(names[:8])}"
             f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
             f"train.clip_grad; the last checkpoint is from before"
         )
+
+    def _images_of(self, state: State, batch: int) -> list[int]:
+        """Return the numbers of the images of this process's share, of so many, of the step."""
+        return self.order.images_at(state.step * self.config.batch_size + self.process.rank * batch, batch)
 
     def _window(self, state: State) -> int:
         """Number of steps whose gradients this step's are added to; Accelerate divides by `accumulation` anyway."""
@@ -345,10 +375,13 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     accelerator, prepared, optimizer, loader = holding.prepare(recorded, optimizer, job.loader, out)
     accelerator.init_trackers("tensorboard")
     locality = Locality(layers) if config.locality_loss and layers else None  # on the device by now
+    oracle = None
+    if config.oracle_loss and layers:
+        oracle = Oracle(model, accelerator.autocast()(job.forward), config.oracle_temperature)
     ema = holding.average()
     steps = _Steps(
         accelerator, process, holding, prepared, optimizer, schedule, ema, loader, job, config, out, len(loader),
-        routes, routers, locality,
+        routes, routers, locality, oracle,
     )  # fmt: skip
     steps.order.divide(config.batch_size, process.count)
     judged, plain = steps.judged, config.precision == "no"

@@ -67,6 +67,11 @@ def settle(config: TrainConfig, images: int, model: nn.Module) -> TrainConfig:
             f"most as many; lower it"
         )
     _check_routers(config, model)
+    if config.oracle_loss and process.count > 1:
+        raise ConfigError(
+            f"train.oracle_loss={config.oracle_loss:g} over {process.count} processes: expected one, since the halves "
+            f"of a batch have no equal shares; leave one of them out"
+        )
     if config.precision == "fp16" and process.device.type == "cpu":
         raise ConfigError("train.precision='fp16': expected a GPU, there is none; use 'auto' or 'no'")
     if config.compile:
@@ -149,6 +154,13 @@ def _check_routers(config: TrainConfig, model: nn.Module) -> None:
             f"train.route_loss={config.route_loss:g} with moe.router={min(untaught)!r}: expected it with 'superclass' "
             f"only; leave it out"
         )
+    for router in routers if config.oracle_loss else ():
+        if router.config.routing != "image" or not router.overrulable:
+            raise ConfigError(
+                f"train.oracle_loss={config.oracle_loss:g} with moe.routing={router.config.routing!r} and "
+                f"moe.router={router.config.router!r}: expected a router that sends images to experts; set "
+                f"moe.routing='image'"
+            )
     for name, why in _OF_OUTPUTS.items():
         value = getattr(config, name)
         if value and (mixing := {router.config.router for router in routers if router.mixes}):
@@ -178,6 +190,7 @@ def _check_read(config: TrainConfig, routers: Sequence[Router]) -> None:
         "router_frozen": lambda router: not router.routes,
         "router_freeze_epochs": lambda router: not router.routes,
         "router_freeze_margin": lambda router: not router.routes,
+        "oracle_loss": lambda router: not router.routes,
         "router_lr_scale": lambda router: not list(router.parameters()),
         "router_weight_decay": lambda router: not list(router.parameters()),
         "balance_loss": lambda router: router.even or router.constant,
