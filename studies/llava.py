@@ -19,7 +19,7 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,15 +315,23 @@ def measured(model: nn.Module, data: Data) -> dict[str, Any]:
     }
 
 
-def run(out: Path, seed: int) -> dict[str, Any]:
-    """Train all stages with one seed, and return what `measured` does of stage II and of each arm of stage III."""
+def run(out: Path, seed: int, times: int = 1) -> dict[str, Any]:
+    """Train all stages with one seed, and return what `measured` does of stage II and of each arm of stage III.
+
+    Args:
+        out: folder that `prepare` wrote.
+        seed: seed of new weights, batches and routers.
+        times: number that the steps of all stages are multiplied by.
+    """
     train, test = Data(out, "train"), Data(out, "test")
     assert train.words == test.words
     model = new_model(train, out, seed)
     tower, model.model.vision_tower = model.model.vision_tower, Features()
-    moe_tune(model, FIRST, lambda stage, step: train.batch(seed, stage, step), out / f"{seed}-first", seed=seed)
+    first = [replace(stage, steps=times * stage.steps) for stage in FIRST]
+    moe_tune(model, first, lambda stage, step: train.batch(seed, stage, step), out / f"{seed}-first", seed=seed)
     found = {"stage II": measured(model, test)}
-    for arm, stage in ARMS.items():
+    for arm, short in ARMS.items():
+        stage = replace(short, steps=times * short.steps)
         tuned, folder = copy.deepcopy(model), out / f"{seed}-{arm.replace(', ', '-').replace(' ', '-')}"
         moe_tune(tuned, [stage], lambda _, step: train.batch(seed, len(FIRST), step), folder, MOE, seed=seed)
         found[arm] = measured(tuned, test)
@@ -357,13 +365,14 @@ def main() -> None:
         sub.add_argument("--out", type=Path, required=True)
         if verb == "train":
             sub.add_argument("--seeds", type=int, default=3)
+            sub.add_argument("--times", type=int, default=1, help="number that all steps are multiplied by")
     args = parser.parse_args()
     if args.verb == "prepare":
         prepare(args.birds, args.vit, args.out)
     elif args.verb == "ask":
         print(ask(args.out, args.model, args.image, args.question))
     else:
-        results = {str(seed): run(args.out, seed) for seed in range(args.seeds)}
+        results = {str(seed): run(args.out, seed, args.times) for seed in range(args.seeds)}
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
