@@ -1,0 +1,35 @@
+"""The study of oracle and trust trains each arm, scores it on test, and writes its tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import oracle_and_trust
+import pytest
+import torch
+from helpers.pictures import folder, roles
+from helpers.tiny import vit
+
+import vimoe
+
+
+def test_all_arms_are_trained_and_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(oracle_and_trust, "STRANGE", 5)
+    photos, others = roles(tmp_path / "photos", train=12, test=6), folder(tmp_path / "others", 2)
+    torch.manual_seed(0)
+    model = vimoe.save(vit(num_classes=3, img_size=16, patch_size=8), tmp_path / "model")
+    argv = ["--model", f"local-dir:{model}", "--data", str(photos), "--experts", "2", "--epochs", "2"]
+    argv += ["--batch_size", "8", "--seeds", "0", "--other", f"mine={others}", "--out", str(tmp_path / "out.json")]
+    oracle_and_trust.main(argv)
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [each["arm"] for each in results] == ["learnt", "random", "oracle", "lessons"]
+    assert all(each["images"] == 18 and each["regret"] >= 0 for each in results)
+    assert [("trust" in each) for each in results] == [True, False, False, False]
+    strange = results[0]["trust"]["strange"]
+    assert set(strange) == {"mine", "digits", "noise"} and all(0 <= v <= 1 for v in strange["noise"].values())
+    text = capsys.readouterr().out
+    assert all(f"| {name} |" in text for name in ("learnt", "lessons", "mine", "max_probability"))
