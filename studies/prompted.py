@@ -43,7 +43,7 @@ from vimoe.models.decoders import DECODERS
 from vimoe.models.interface import find_backbone
 from vimoe.models.segmenter import Segmenter
 
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 DRAWN = 256  # width of vectors that are drawn
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
@@ -52,8 +52,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense attention": ("prompted", {"prompt_mlp": False, "prompt_attention": "last"}),
     "hierarchical": ("prompted", {"prompt_mlp": False}),
     "MLP + dense attention": ("prompted", {"prompt_attention": "last"}),
-    "MLP + hierarchical": ("prompted", {}),
     "MLP + hierarchical, drawn": ("prompted", {"prompt_width": DRAWN}),
+    "MLP + hierarchical": ("prompted", {}),
 }
 
 
