@@ -35,6 +35,7 @@ def run(page: str) -> dict[str, Any]:
             exec(code, names)
         else:
             for line in code.replace("\\\n", "").splitlines():
+                line = re.sub(r"--train\.warmup_epochs \d+ ", "", line)
                 command(shlex.split(re.sub(r"--train\.epochs \d+", "--train.epochs 1", line)))
     return names
 

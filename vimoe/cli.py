@@ -630,6 +630,7 @@ def _log_to_stderr() -> None:
     if not sys.stderr.isatty():  # no progress bar is shown, so the log has the progress
         logging.getLogger("vimoe").setLevel(logging.INFO)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, handlers=[_Stderr()])
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its own lines
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
 
 

@@ -12,7 +12,8 @@ _ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which to
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    return sdpa_flop_count(query, key, value)
+    heads = query[1]  # that of keys and values, once grouped ones are repeated; torch 2.11 counts equal numbers only
+    return sdpa_flop_count(query, (key[0], heads, *key[2:]), (value[0], heads, *value[2:]))
 
 
 def macs(compute: Callable[..., object], *args: Tensor) -> int:
