@@ -79,6 +79,9 @@ class Towers(nn.Module):
             pad_token_id=PAD, bos_token_id=PAD, eos_token_id=END,
         )  # fmt: skip
         self.text = CLIPTextModelWithProjection(config)
+        self.project = nn.Linear(vit.num_features, WIDTH, bias=False)
+        nn.init.normal_(self.project.weight, std=vit.num_features**-0.5)
+        self.scale = nn.Parameter(torch.tensor(14.0).log())
         moe = {"num_experts": EXPERTS, "routing": "token", "gate": "choice"}
         if arm in ("vision", "both"):
             vimoe.upcycle(vit, vimoe.MoEConfig(layers="last:1", **moe))
@@ -86,9 +89,6 @@ class Towers(nn.Module):
             vimoe.upcycle(self.text.text_model, vimoe.MoEConfig(layers="all", **moe))
         last = vit.blocks[-1]
         self.image, self.norm = nn.Sequential(last.norm2, last.mlp, last.ls2), vit.norm
-        self.project = nn.Linear(vit.num_features, WIDTH, bias=False)
-        nn.init.normal_(self.project.weight, std=vit.num_features**-0.5)
-        self.scale = nn.Parameter(torch.tensor(14.0).log())
 
     def of_images(self, features: Tensor) -> Tensor:
         return F.normalize(self.project(self.norm(features + self.image(features))[:, 0]), dim=1)

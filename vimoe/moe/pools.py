@@ -5,6 +5,8 @@ Axes: B images, T tokens of an image, D channels, R = B * T rows, N experts.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,11 @@ from vimoe.errors import VimoeError
 
 def pool_of_experts(config: MoEConfig, device: torch.device) -> Tensor:
     """Return (N,) int64, the pool of each expert."""
-    sizes = torch.tensor(config.pools, device=device)
-    return torch.arange(len(sizes), device=device).repeat_interleave(sizes, output_size=config.num_experts)
+    expert_N = torch.arange(config.num_experts, device=device)
+    pool_N = torch.zeros_like(expert_N)
+    for first in accumulate(config.pools[:-1]):  # of the pools after the first
+        pool_N = pool_N + (expert_N >= first)
+    return pool_N
 
 
 def kinds_of(config: MoEConfig, num_prefix_tokens: int, given: Tensor | None, x_BTD: Tensor) -> Tensor:
