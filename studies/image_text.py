@@ -267,8 +267,8 @@ def main() -> None:
         file = args.out / f"{kind}_{arm}_{seed}.json"
         if not file.exists():
             write_json(file, cell(args, data, names, kind, arm, seed))
-            print(file.read_text().split('"load"')[0], flush=True)
-        found.setdefault((kind, arm), []).append(json.loads(file.read_text()))
+            print(file.read_text(encoding="utf-8").split('"load"')[0], flush=True)
+        found.setdefault((kind, arm), []).append(json.loads(file.read_text(encoding="utf-8")))
     print("| model | scaled | parameters | seen, % | to none | unseen, % | to none |\n|---|---|---|---|---|---|---|")
     for (kind, arm), cells in found.items():
         row = [kind, arm, f"{cells[0]['parameters'] / 1e6:.2f} M"]

@@ -209,7 +209,7 @@ class Data:
 
     def __init__(self, out: Path, role: str) -> None:
         self.features = torch.load(out / f"{role}.pt", weights_only=True)
-        self.known = json.loads((out / f"{role}.json").read_text("utf-8"))
+        self.known = json.loads((out / f"{role}.json").read_text(encoding="utf-8"))
         self.names = sorted({tuple(each["bird"]) for each in self.known if "bird" in each})
         self.others = [list(name) for name in self.names]
         scenes = [i for i, each in enumerate(self.known) if "cells" in each]

@@ -537,8 +537,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the temperature is that of the images it is reported on",
         "experiments/finished_run.py",
-        "scored.at(decides.temperature())",
-        "scored.at(scored.temperature())",
+        "temperature := decides.temperature()",
+        "temperature := scored.temperature()",
         ("experiments/test_finished_run.py",),
     ),
     Mutant(
@@ -1104,7 +1104,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "void belongs to predicted masks",
-        "metrics/contours.py",
+        "metrics/segmentation.py",
         "(guess == c) & counted",
         "guess == c",
         ("metrics/test_contours.py",),
