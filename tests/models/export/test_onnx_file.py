@@ -60,3 +60,10 @@ def test_int8_weights_are_those_of_all_matrices_but_the_router_s(
             x = tokens(images)
             y, expected = OnnxFile().load(small)(x), layer(x)
             assert 0 < (y - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("settings", [{"groups": [1, 3]}, {"groups": [2, 2], "capacity_factor": 0.7}], ids=str)
+def test_pools_and_capacities_are_written_too(settings: dict, tmp_path: Path) -> None:
+    layer, x = make(k=1, **settings).eval(), tokens(2)
+    found = OnnxFile().load(written(layer, tmp_path / "layer.onnx"))(x)
+    torch.testing.assert_close(found, layer(x).detach(), rtol=1e-4, atol=1e-5)
