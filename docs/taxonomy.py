@@ -97,6 +97,12 @@ TAXONOMY: dict[str, tuple[Row, ...]] = {
             evidence="10 super-classes from the confusions of the dense model were best, in 2 layers "
             "(2309.04354, **N**)"),
     ),
+    "Gating: sparse, what limits a choice": (
+        Row("pools of experts by kind of token", "VL-MoE", ("moe.groups=[2,6] moe.routing=token",),
+            why="prefix tokens and patches, or kinds that the caller says"),
+        Row("a capacity, filled by priority", "V-MoE", ("moe.capacity_factor=1.0 moe.routing=token",),
+            why="of the tokens of an image, not of a batch"),
+    ),
     "Gating: sparse, expert choice": (
         Row("experts choose tokens", "EC, Brainformers", ("moe.router=expert_choice",),
             why="the capacity is counted image by image",
