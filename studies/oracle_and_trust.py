@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import vimoe
-from vimoe.analysis.trust import Seen, auroc, fit_trust, look
+from vimoe.analysis.trust import Seen, auroc, fit_trust, see
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
@@ -141,7 +141,7 @@ class Study:
 
     def trust(self, model: nn.Module, seed: int) -> dict[str, Any]:
         """Return the AUROC of test images against each kind of other images, and of right against wrong classes."""
-        seen = {name: look(model, entries) for name, entries in self.entries.items()}
+        seen = {name: see(model, entries) for name, entries in self.entries.items()}
         fitted, facts = fit_trust(seen["train"].features, seen["val"], seed)
         base = F.normalize(seen["train"].features)
 

@@ -10,7 +10,7 @@ import torch
 from helpers.tiny import images, vit
 from sklearn.metrics import roc_auc_score
 
-from vimoe.analysis.trust import Seen, Trust, auroc, fit_trust, in_words, look, observed
+from vimoe.analysis.trust import Seen, Trust, auroc, fit_trust, in_words, observed, see
 from vimoe.errors import FolderError
 
 CHANCE = {"correct", "max_probability", "auroc_difference", "fitted_on", "judged_on", "right"}
@@ -34,7 +34,7 @@ def test_what_is_observed_is_the_classifier_s_input() -> None:
         torch.testing.assert_close(logits, model(x))
         torch.testing.assert_close(model.get_classifier()(features), logits)
         torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
-    found = look(model, [(x, torch.tensor([0, 1, 2, 3])), (x[:2], torch.tensor([4, 0]))])
+    found = see(model, [(x, torch.tensor([0, 1, 2, 3])), (x[:2], torch.tensor([4, 0]))])
     torch.testing.assert_close(found.features, torch.cat([features, features[:2]]))
     assert found.labels.tolist() == [0, 1, 2, 3, 4, 0] and not model.get_classifier()._forward_pre_hooks
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
-from vimoe.analysis.trust import Trust, look
+from vimoe.analysis.trust import Trust, see
 from vimoe.cli import main
 from vimoe.errors import ConfigError, DataError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
@@ -206,7 +206,7 @@ def test_trust_is_fitted_once_and_predict_gives_its_scores(root: Path, capsys: p
     after = call(capsys, "predict", root / "run", *files)["predictions"]
     assert [{name: each[name] for name in ("file", "classes")} for each in after] == before
     fitted = Trust.load(root / "run" / "trust.safetensors")
-    seen = look(run.model, run.task.loader(run.model, run.data, [(file, 0) for file in files]))
+    seen = see(run.model, run.task.loader(run.model, run.data, [(file, 0) for file in files]))
     expected = fitted.of(seen.logits, seen.features)
     for each, scores in zip(after, expected, strict=True):
         assert {name: each[name] for name in scores} == pytest.approx(scores, abs=1e-4)

@@ -29,7 +29,7 @@ class Familiarity(nn.Module):
     rejects 5% (a conformal p-value).
 
     Source: Burda et al., random network distillation (arXiv 1810.12894), eq. 1: there of observations, for exploration.
-    Widths and decay are those with the least error on validation images of birds, without a look at other images.
+    Widths, steps and decay are those, of some that were tried, with the least error on validation images of birds.
     SERL (arXiv 2007.10835) rewards an agent by such an error on demonstrations. Calibration is defined here.
 
     Attributes:

@@ -58,7 +58,7 @@ def observed(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return logits.float().cpu(), read[0].float().cpu()
 
 
-def look(model: nn.Module, loader: Batches, bar: str = "", metric: str | None = None) -> Seen:
+def see(model: nn.Module, loader: Batches, bar: str = "", metric: str | None = None) -> Seen:
     """Return what a model gives for all images of a loader; arguments as of `vimoe.metrics.base.evaluate`."""
     found = []
     for start, labels in batches(metric_of(model, metric), loader, bar):

@@ -21,7 +21,7 @@ from vimoe.analysis.diagnosis import Diagnosis
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.figures import png
 from vimoe.analysis.pruning import check_experts, check_merge_all, images_per_second, prune, receipts
-from vimoe.analysis.trust import Trust, fit_trust, look
+from vimoe.analysis.trust import Trust, fit_trust, see
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.data import Inference
 from vimoe.config.export import FORMATS
@@ -150,7 +150,7 @@ class FinishedRun:
         self._try_to_write()
         train = self.data.train[:: -(-len(self.data.train) // TRUSTED)]
         seen = [
-            look(self.model, task.scored(self.model, self.data, samples), f"looking at {what}", task.metric)
+            see(self.model, task.scored(self.model, self.data, samples), f"looking at {what}", task.metric)
             for what, samples in (("train", train), ("validation", self.data.val))
         ]
         scores, facts = fit_trust(seen[0].features, seen[1], self.run.settings.train.seed)
