@@ -36,8 +36,7 @@ from vimoe.data.loaders import preprocessing
 from vimoe.data.scenes import Scene, Scenes, load_scenes
 from vimoe.errors import VimoeError
 from vimoe.files import read_text, write_json
-from vimoe.metrics.contours import ContourCounts
-from vimoe.metrics.segmentation import SceneCounts, pixel_loss
+from vimoe.metrics.segmentation import ContourCounts, SceneCounts, pixel_loss
 from vimoe.models.create import create_segmenter
 from vimoe.models.decoders import DECODERS
 from vimoe.models.interface import find_backbone

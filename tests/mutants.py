@@ -1020,7 +1020,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "void belongs to predicted masks",
-        "metrics/contours.py",
+        "metrics/segmentation.py",
         "(guess == c) & counted",
         "guess == c",
         ("metrics/test_contours.py",),

@@ -16,8 +16,8 @@ from helpers.tiny import vit
 from vimoe.config.masks import IGNORE
 from vimoe.errors import ConfigError
 from vimoe.metrics.base import metric_of
-from vimoe.metrics.contours import ContourCounts, ContourScore, contour, contour_accuracy, region_similarity
-from vimoe.metrics.segmentation import SceneCounts
+from vimoe.metrics.contours import contour, contour_accuracy, region_similarity
+from vimoe.metrics.segmentation import ContourCounts, ContourScore, SceneCounts
 
 
 def square(top: int, left: int, side: int = 2, shape: tuple[int, int] = (6, 6)) -> np.ndarray:

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vimoe.config.masks import IGNORE
 from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
+from vimoe.metrics.contours import contour_accuracy, region_similarity
 from vimoe.process import Process
 
 
@@ -112,6 +114,80 @@ class SceneCounts(Counts):
         )
 
 
+@dataclass(frozen=True)
+class ContourScore(SceneScore):
+    """A score with J and F by class.
+
+    Args:
+        per_class_j, per_class_f: means over the images whose truth has the class; None for a class that none has.
+    """
+
+    per_class_j: tuple[float | None, ...]
+    per_class_f: tuple[float | None, ...]
+
+    @property
+    def j(self) -> float:
+        """Mean of `per_class_j` over the classes that are there."""
+        return _mean(self.per_class_j)
+
+    @property
+    def f(self) -> float:
+        """Mean of `per_class_f` over the classes that are there."""
+        return _mean(self.per_class_f)
+
+    def to_dict(self) -> dict[str, Any]:
+        per_class = {name: list(getattr(self, name)) for name in ("per_class_j", "per_class_f")}
+        return {**super().to_dict(), **per_class, "j": self.j, "f": self.f}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ContourScore:
+        given = {name: each for name, each in values.items() if name not in ("j", "f")}
+        per_class = {name: tuple(values[name]) for name in ("per_class_iou", "per_class_j", "per_class_f")}
+        return cls(**{**given, **per_class})
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; J {self.j:.2%}, F {self.f:.2%}"
+
+
+class ContourCounts(SceneCounts):
+    """Counts of a scene score, and sums of J and F. Give it to `vimoe.metrics.base.evaluate` as `counts`.
+
+    J and F of a class cover the images whose truth has it: elsewhere a pixel that is wrongly taken for it is missing in
+    its true class. (DAVIS counts an image without the object as 1, or 0 if some of it is predicted.) Void pixels belong
+    to no mask. It takes about 0.1 s for an image of 480 x 360 and eleven classes.
+
+    Attributes:
+        frames: (classes,) int64, number of images whose truth has the class.
+        regions, contours: (classes,) sums of J and F over these.
+    """
+
+    sums = (*SceneCounts.sums, "frames", "regions", "contours")
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.frames = torch.zeros(classes, dtype=torch.int64)
+        self.regions, self.contours = torch.zeros(2, classes, dtype=torch.float64)
+
+    def add_predictions(self, predicted: Tensor, masks: Tensor) -> None:
+        super().add_predictions(predicted, masks)
+        for guess, truth in zip(predicted.cpu().numpy(), masks.cpu().numpy(), strict=True):
+            counted = truth != IGNORE
+            for c in np.unique(truth[counted]):
+                found, wanted = (guess == c) & counted, truth == c
+                self.frames[c] += 1
+                self.regions[c] += region_similarity(found, wanted)
+                self.contours[c] += contour_accuracy(found, wanted)
+
+    def score(self) -> ContourScore:
+        """Return the score of all batches so far."""
+        frames = self.frames.tolist()
+        j, f = (
+            tuple(total / n if n else None for total, n in zip(sums.tolist(), frames, strict=True))
+            for sums in (self.regions, self.contours)
+        )
+        return ContourScore(**vars(super().score()), per_class_j=j, per_class_f=f)
+
+
 class SegmentationMetric(Metric):
     """Mean IoU of scores (B, classes, H, W) by masks (B, H, W) with IGNORE; the model is a `Segmenter`."""
 
@@ -122,8 +198,6 @@ class SegmentationMetric(Metric):
         return SceneCounts(len(self.classes))
 
     def contours(self) -> SceneCounts:
-        from vimoe.metrics.contours import ContourCounts  # which is based on this module
-
         return ContourCounts(len(self.classes))
 
     def check(self, images: Tensor, labels: Tensor) -> None:
@@ -213,3 +287,8 @@ def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
         grown = best.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:height, :width]
         counts.add_predictions(grown[None].clamp(max=classes - 1), mask[None])  # where all is void nothing counts
     return counts.score()
+
+
+def _mean(values: tuple[float | None, ...]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / max(len(present), 1)
