@@ -188,11 +188,6 @@ class ContourCounts(SceneCounts):
         return ContourScore(**vars(super().score()), per_class_j=j, per_class_f=f)
 
 
-def _mean(values: tuple[float | None, ...]) -> float:
-    present = [value for value in values if value is not None]
-    return sum(present) / max(len(present), 1)
-
-
 class SegmentationMetric(Metric):
     """Mean IoU of scores (B, classes, H, W) by masks (B, H, W) with IGNORE; the model is a `Segmenter`."""
 
@@ -292,3 +287,8 @@ def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
         grown = best.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:height, :width]
         counts.add_predictions(grown[None].clamp(max=classes - 1), mask[None])  # where all is void nothing counts
     return counts.score()
+
+
+def _mean(values: tuple[float | None, ...]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / max(len(present), 1)
