@@ -119,7 +119,8 @@ def test_the_page_on_python_runs(tiny: None, own_entries: None) -> None:
             vimoe.load(f"runs/{index}/model")
 
 
-def test_the_page_on_methods_runs() -> None:
+def test_the_page_on_methods_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     code, names = blocks("docs/methods.md"), dict[str, Any]()
     torch.manual_seed(0)
     for block in code:

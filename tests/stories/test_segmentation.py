@@ -229,7 +229,8 @@ def test_decoders_are_those_that_there_are(data: Path) -> None:
 def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
     other = {
         "train": {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand-m5", "random_erasing": 0.1, "min_crop": 0.5,
-                  "min_scale": 0.4, "max_scale": 3.0, "dice_loss": 1.0, "class_weights": "median_frequency"},
+                  "min_scale": 0.4, "max_scale": 3.0, "dice_loss": 1.0, "class_weights": "median_frequency",
+                  "oracle_loss": 0.1},
         "data": {"images_per_class": 5, "cache": "memory", "views": 2, "crop_pct": 0.9, "interpolation": "bilinear",
                  "skip_unreadable": True, "inference": "whole", "tasks": 2,
                  "flip_test": True},

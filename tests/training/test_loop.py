@@ -97,6 +97,7 @@ def test_every_setting_is_tried_below() -> None:
         "compile",  # test_compiled.py
         "parallel",  # test_distributed.py
         "route_loss",  # of a router that classes train: test_given_routes.py
+        "oracle_loss", "oracle_temperature",  # test_oracle.py
     }  # fmt: skip
 
 

@@ -79,10 +79,11 @@ class Page:
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         table = f"<table{' class=words' if words else ''}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         file = f"{re.sub('[^a-z0-9]+', '-', self.title.lower()).strip('-')}-{self._tables}.csv"
+        csv = quote(as_csv([header, *rows]), errors="backslashreplace")  # names of files may be no text
         table = (
             f"<div class=table><div class=scroll tabindex=0>{table}</div><p class=tools>"
             f'<button class=copy type=button>Copy</button> <a download="{file}" '
-            f'href="data:text/csv;charset=utf-8,{quote(as_csv([header, *rows]))}">CSV</a></p></div>'
+            f'href="data:text/csv;charset=utf-8,{csv}">CSV</a></p></div>'
         )
         if folded is not None:
             table = f"<details><summary>{html.escape(folded)}</summary>{table}</details>"
