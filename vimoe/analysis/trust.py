@@ -1,4 +1,4 @@
-"""How far to trust a prediction: familiarity of the image, and how likely the named class is right.
+"""Scores of how far to trust a prediction: familiarity of the image, and how likely the named class is right.
 
 Both read what the classifier of the model reads, the features, so they cost no further forward pass.
 
