@@ -170,3 +170,13 @@ def assert_close(actual: Tensor, exact: Tensor, name: str = "") -> None:
     torch.testing.assert_close(
         actual.double(), exact, rtol=1e-5 * rounding, atol=5e-6 * rounding, msg=lambda text: f"{name}: {text}"
     )
+
+
+def assert_exports_and_compiles(layer: nn.Module) -> None:
+    """One exported program and one compiled graph give what the layer gives, for more than one number of images."""
+    dynamic = ({0: torch.export.Dim("images", min=2, max=64)},)
+    program = torch.export.export(layer, (tokens(),), dynamic_shapes=dynamic)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for count in (2, 5):
+        torch.testing.assert_close(program.module()(tokens(count)), layer(tokens(count)))
+        torch.testing.assert_close(compiled(tokens(count)), layer(tokens(count)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.layers import DIM, HIDDEN, assert_agrees, make, tokens
+from helpers.layers import DIM, HIDDEN, assert_agrees, assert_exports_and_compiles, make, tokens
 from helpers.routers import MANY, routing_of, softmax
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from timm.layers import Mlp
@@ -275,12 +275,7 @@ def test_routes_of_others_stay_in_their_pool() -> None:
 
 def test_exports_and_compiles_with_any_number_of_images() -> None:
     layer = layer_of((2, 3))
-    dynamic = ({0: torch.export.Dim("images", min=2, max=64)},)
-    program = torch.export.export(layer, (tokens(),), dynamic_shapes=dynamic)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    for count in (2, 5):
-        torch.testing.assert_close(program.module()(tokens(count)), layer(tokens(count)))
-        torch.testing.assert_close(compiled(tokens(count)), layer(tokens(count)))
+    assert_exports_and_compiles(layer)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.kinds import DECIDE
-from helpers.layers import DIM, HIDDEN, assert_agrees, make, tokens
+from helpers.layers import DIM, HIDDEN, assert_agrees, assert_exports_and_compiles, make, tokens
 from helpers.routers import GATES, SETTINGS
 from helpers.tiny import config, images, layers, upcycle, vit
 from timm.layers import Mlp
@@ -92,9 +92,4 @@ def test_one_expert_has_constant_weights() -> None:
 def test_exports_and_compiles_with_any_number_of_images() -> None:
     """Though the number of filled slots depends on the number of images."""
     layer = make(router="expert_choice").eval()
-    dynamic = ({0: torch.export.Dim("images", min=2, max=64)},)
-    program = torch.export.export(layer, (tokens(),), dynamic_shapes=dynamic)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    for count in (2, 5):
-        torch.testing.assert_close(program.module()(tokens(count)), layer(tokens(count)))
-        torch.testing.assert_close(compiled(tokens(count)), layer(tokens(count)))
+    assert_exports_and_compiles(layer)
