@@ -376,7 +376,7 @@ def prune(verb: str, argv: list[str]) -> Result:
     parser.add_argument(
         "--experts", type=bool, default=False, help="also remove single experts of the layers that stay"
     )
-    merge_all = "make every MoE layer dense, as the mean of its experts, whatever it costs"
+    merge_all = "make every MoE layer dense, as the mean of its experts or their pieces together, whatever it costs"
     parser.add_argument("--merge_all", type=bool, default=False, help=merge_all)
     parser.add_argument("--recover", type=int, default=0, help="number of epochs to train the pruned model")
     parser.add_argument(

@@ -346,19 +346,23 @@ def test_layers_that_no_method_makes_dense_stay_and_are_named(with_loader: bool)
     assert str(done).splitlines()[:2] == [f"blocks.{i}.mlp: kept; no method makes it dense" for i in (0, 1)]
 
 
-def test_all_layers_are_merged_whatever_it_costs_and_the_cost_is_measured() -> None:
+SPLIT = {"init": "split", "num_shared_experts": 0, "gate": "choice"}
+
+
+@pytest.mark.parametrize(("how", "settings"), [("merge", {}), ("whole", SPLIT)])
+def test_all_layers_are_merged_whatever_it_costs_and_the_cost_is_measured(how: str, settings: dict) -> None:
     """The changes are those of a model whose layers are merged by hand, one after another."""
-    model = perturb_experts(upcycle(vit(), config(top_k=2)))
+    model = perturb_experts(upcycle(vit(), config(top_k=2, **settings)))
     labels = torch.arange(10) % 5
     batches = [(images(model, 10), labels)]
     found = vimoe.analyze(model, batches, draws=1)
     mass = {layer.name: torch.from_numpy(layer.gate_mass) for layer in found.layers}
     by_hand, losses = copy.deepcopy(model), [loss_of(model, *batches[0])]
     for name in mass:
-        vimoe.densify(by_hand, [name], "merge", gate_mass={name: mass[name]})
+        vimoe.densify(by_hand, [name], how, gate_mass={name: mass[name]})
         losses.append(loss_of(by_hand, *batches[0]))
     done = vimoe.prune(model, found, batches, merge_all=True)
-    assert [(step.layer, step.how) for step in done.steps] == [("blocks.0.mlp", "merge"), ("blocks.1.mlp", "merge")]
+    assert [(step.layer, step.how) for step in done.steps] == [("blocks.0.mlp", how), ("blocks.1.mlp", how)]
     assert done.tolerance is None and not done.kept and not layers(model)
     changes = [step.change.loss.value for step in done.steps]
     assert changes == pytest.approx(np.diff(losses).tolist(), abs=1e-5) and max(map(abs, changes)) > 1e-3

@@ -24,7 +24,7 @@ from vimoe.metrics.base import Batches, Score, evaluate
 from vimoe.models.cost import Cost, count
 from vimoe.models.interface import unwrapped
 from vimoe.models.surgery import swap
-from vimoe.moe.layer import moe_layers
+from vimoe.moe.layer import MoE, moe_layers
 
 _TIMED_IMAGES, _TIMED_SECONDS = 32, 10.0  # a receipt's throughput must not cost more than its score
 
@@ -148,8 +148,9 @@ def prune(
         seed: seed of the bootstrap.
         progress: show a progress bar for each measurement, as in `vimoe.analyze`.
         sequences: video of each image of the loader, as in `vimoe.analyze`.
-        merge_all: make every MoE layer the mean of its experts by the evidence's gate masses, from the first layer to
-            the last, whatever it costs; each change is measured once, and nothing is decided. It needs the loader.
+        merge_all: make every MoE layer one FFN of the dense one's size, from the first layer to the last, whatever it
+            costs: the mean of its experts by the evidence's gate masses, or the pieces of moe.init="split" put together
+            again. Each change is measured once, and nothing is decided. It needs the loader.
 
     Raises:
         ConfigError: if the tolerance is no number, `experts` or `merge_all` without a loader, `merge_all` with another
@@ -206,11 +207,11 @@ def check_experts(model: nn.Module) -> None:
 
 
 def check_merge_all(model: nn.Module, tolerance: float, experts: bool) -> None:
-    """Raise an error if `prune` cannot make every MoE layer of a model the mean of its experts, with these arguments.
+    """Raise an error if `prune` cannot make every MoE layer of a model one FFN, with these arguments.
 
     Raises:
         ConfigError: if an argument would not be read.
-        VimoeError: if the experts of a layer have no mean.
+        VimoeError: if the experts of a layer have no mean and are no pieces of one FFN.
     """
     for name, value, unread in (("experts", experts, False), ("tolerance", tolerance, PRUNE_TOLERANCE)):
         if value != unread:
@@ -219,11 +220,16 @@ def check_merge_all(model: nn.Module, tolerance: float, experts: bool) -> None:
                 f"costs; leave it out"
             )
     for name, layer in moe_layers(model).items():
-        if "merge" not in layer.densify_methods:
+        if _merging(layer) is None:
             raise VimoeError(
                 f"merge_all=True: {name} has several shared experts, or experts that are no FFNs of its own width: "
-                f"expected FFNs of one width, which have a mean; leave it out"
+                f"expected FFNs of one width, which have a mean, or pieces of one (init='split'); leave it out"
             )
+
+
+def _merging(layer: MoE) -> str | None:
+    """Return the method that makes one FFN of the dense one's size of all experts of a layer; None if there is none."""
+    return next((how for how in ("merge", "whole") if how in layer.densify_methods), None)
 
 
 def _by_evidence(model: nn.Module, evidence: Evidence, mass: Mapping[str, Tensor], tolerance: float) -> Pruning:
@@ -283,13 +289,15 @@ class _Greedy:
         return ()
 
     def merge(self, mass: Mapping[str, Tensor]) -> None:
-        """Make each layer the mean of its experts, from the first to the last."""
+        """Make each layer one FFN of all its experts, from the first to the last."""
         for name, layer in moe_layers(self.model).items():
-            merged = layer.dense("merge", mass[name])
+            how = _merging(layer)
+            assert how is not None  # check_merge_all has looked
+            merged = layer.dense(how, mass[name])
             changes = self._measure({name: [merged]}, f"merging {name}")
             (effect,) = Effect.each(changes[name], self.seed, self._units)
             swap(self.model, {name: merged})
-            self._took(Step(name, None, "merge", effect), changes[name], 0)
+            self._took(Step(name, None, how, effect), changes[name], 0)
 
     def experts(self, name: str) -> None:
         """Drop experts of a layer as long as one can go."""
