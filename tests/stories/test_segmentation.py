@@ -240,7 +240,7 @@ def test_settings_that_another_task_reads_are_refused(data: Path) -> None:
     assert named == {f"{section}.{name}" for section, values in other.items() for name in values}
     for task, names in OWN_SETTINGS.items():
         wrong = next(each for each in OWN_SETTINGS if each != task)
-        for section, name in (full.split(".") for full in names):
+        for section, name in (full.split(".") for full in names if full not in OWN_SETTINGS[wrong]):
             sections = {"data": {"task": wrong}}
             sections.setdefault(section, {})[name] = other[section][name]
             with pytest.raises(ConfigError, match=rf"{section}\.{name}=.* expected it with {task} only"):

@@ -24,8 +24,8 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
         "data.skip_unreadable", "train.oracle_loss",
     ),
     "segmentation": (
-        "model.decoder", "data.inference", "data.flip_test", "train.min_scale", "train.max_scale", "train.dice_loss",
-        "train.class_weights",
+        "model.decoder", "data.inference", "data.flip_test", "data.cache", "data.views", "train.min_scale",
+        "train.max_scale", "train.dice_loss", "train.class_weights",
     ),
 }  # fmt: skip
 
@@ -96,18 +96,23 @@ class Settings:
                     f"data.views={self.data.views} with data.cache={cache!r}: expected it with data.cache=features "
                     f"only; leave it out"
                 )
+            if cache != "none" and self.data.task == "segmentation":
+                raise ConfigError(
+                    f"data.cache={cache!r} with data.task='segmentation': expected 'none' or 'features', since crops "
+                    f"of scenes are drawn anew each epoch; leave it out"
+                )
             return
         if any(each.trained.word == "all" for each in train.trainings):
             name = "train_only='all'" if train.stages is None else f"stages={list(train.stages)}"
             raise ConfigError(
                 f"data.cache='features' with train.{name}: expected 'moe', 'last:2' or "
-                f"another part, since training changes the features of all blocks; set it, or use data.cache=disk"
+                f"another part, since training changes the features of all blocks; set it, or use another data.cache"
             )
         for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)):
             if value:
                 raise ConfigError(
                     f"train.{name}={value:g} with data.cache='features': expected 0, since it mixes pixels; leave it "
-                    f"out, or use data.cache=disk"
+                    f"out, or use another data.cache"
                 )
 
     def _check_tasks(self) -> None:

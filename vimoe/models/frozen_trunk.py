@@ -165,7 +165,7 @@ def cut_before(model: nn.Module, trained: Sequence[str], size: tuple[int, int, i
             return cut
     raise ConfigError(
         f"data.cache='features': {type(model).__name__} does not compute the same from what {blocks[start]} gets: "
-        f"expected a ViT whose blocks pass on tokens alone; use data.cache=disk"
+        f"expected a ViT whose blocks pass on tokens alone; use another data.cache"
     )
 
 
@@ -182,13 +182,13 @@ def check_cut(model: nn.Module, trained: Sequence[str]) -> int:
     if beside := next((name for name in trained if backbone.block_of(name) not in numbers), None):
         raise ConfigError(
             f"data.cache='features': {beside} is in none of the {len(numbers)} blocks that follow one another in "
-            f"{type(backbone.vit).__name__}: expected trained modules in these alone; use data.cache=disk"
+            f"{type(backbone.vit).__name__}: expected trained modules in these alone; use another data.cache"
         )
     start = min((numbers[str(backbone.block_of(name))] for name in trained), default=len(numbers) - 1)
     if start <= 0:
         what = f"{trained[0]} is in the first block and trained" if trained else "the model has no second block"
         raise ConfigError(
-            f"data.cache='features': {what}: expected frozen blocks before what is trained; use data.cache=disk, or "
+            f"data.cache='features': {what}: expected frozen blocks before what is trained; use another data.cache, or "
             f"train the blocks after it alone (moe.layers, train.train_only)"
         )
     if backbone.drops_patches:

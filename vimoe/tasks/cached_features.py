@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +25,14 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vimoe.config.settings import Settings
 from vimoe.config.train import Precision, TrainConfig
 from vimoe.data.classification import Data, Sample
-from vimoe.data.images import identity
+from vimoe.data.images import Source, identity
 from vimoe.data.loaders import eval_loader, processes, share
 from vimoe.data.order import Shuffled, mix
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
@@ -37,6 +41,8 @@ from vimoe.files import TEMPORARY, discard, in_units, written_whole
 from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import Cut, Entry, cut_before, digest
 from vimoe.models.precision import resolve
+from vimoe.models.upcycling import sites
+from vimoe.moe.layer import moe_layers
 from vimoe.process import Alone, Process, device
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.terminal import track
@@ -119,13 +125,20 @@ class FeatureFile(NamedTuple):
         images: number of images.
         batches: function that returns the batches to compute it from.
         precision: number format that the trunk computes in.
+        mask: (height, width) of the masks that `batches` gives beside the images, where they are kept too.
     """
 
     path: Path
     what: str
     images: int
-    batches: Callable[[], DataLoader]
+    batches: Callable[[], Iterable[Any]]
     precision: Precision
+    mask: tuple[int, int] | None = None
+
+    @property
+    def masks(self) -> Path:
+        """Place of the masks, (images, *mask) in uint8."""
+        return self.path.with_name(f"{self.path.stem}-masks.npy")
 
 
 class FeatureFiles:
@@ -148,13 +161,13 @@ class FeatureFiles:
         self._digest = digest(model, cut)
 
     def file(
-        self, samples: Sequence[Sample], what: str, batches: Callable[[], DataLoader], precision: Precision = "no",
-        draws: str = "",
+        self, sources: Sequence[Source | Image], what: str, batches: Callable[[], Iterable[Any]],
+        precision: Precision = "no", draws: str = "",
     ) -> FeatureFile:  # fmt: skip
         """Return the file of images, whose name is a hash of all that the content depends on.
 
         Args:
-            samples: the images.
+            sources: the images.
             what: name of them for the progress bar.
             batches: function that returns batches of them, in their order.
             precision: number format that the trunk computes in.
@@ -163,14 +176,43 @@ class FeatureFiles:
         key = (
             f"{MADE_BY}, timm {timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}, "
             f"{self.device.type} {precision} {STORED} {sorted(self.prepared.items())} {self._digest} "
-            f"{_digest_of_images(samples)}{draws}"
+            f"{digest_of(sources)}{draws}"
         )
         name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-        return FeatureFile(self.folder / f"{name}.npy", what, len(samples), batches, precision)
+        return FeatureFile(self.folder / f"{name}.npy", what, len(sources), batches, precision)
 
     def as_evaluated(self, samples: Sequence[Sample], what: str, batch_size: int, workers: int | None) -> FeatureFile:
         """Return the file of images as evaluation sees them, in float32, in which it computes."""
-        return self.file(samples, what, lambda: eval_loader(samples, self.prepared, batch_size, workers))
+        sources = [source for source, _ in samples]
+        return self.file(sources, what, lambda: eval_loader(samples, self.prepared, batch_size, workers))
+
+    def views(
+        self, dataset: Dataset, sources: Sequence[Source | Image], config: TrainConfig, views: int, workers: int | None,
+        draws: str,
+    ) -> list[FeatureFile]:  # fmt: skip
+        """Return the files of augmented views of training images; view v has the augmentation of epoch v.
+
+        Args:
+            dataset: images by (index, seed), as the training without a cache reads them.
+            sources: its images.
+            config: epochs, batches, seed and precision.
+            views: number of views, of which there are never more than epochs.
+            workers: number of processes that decode images, as `DataConfig.workers`.
+            draws: all that their augmentation depends on beside the seed.
+        """
+        views = min(views, config.epochs)
+
+        def batches(view: int) -> DataLoader:
+            seeds: Any = [(i, mix(config.seed, view, i)) for i in range(len(sources))]
+            return DataLoader(dataset, config.batch_size, sampler=seeds, **processes(workers))
+
+        return [
+            self.file(
+                sources, f"view {view} of {views}", partial(batches, view), config.precision,
+                f" {draws} {config.seed} {view}",
+            )
+            for view in range(1, views + 1)
+        ]  # fmt: skip
 
     def missing(self, files: Sequence[FeatureFile], what: str) -> list[FeatureFile]:
         """Return the files that are still to be computed.
@@ -183,7 +225,8 @@ class FeatureFiles:
             FolderError: if the disk has no room for them.
         """
         missing = [file for file in files if not self._whole(file)]
-        needed = sum(file.images for file in missing) * self.shape.numel() * np.dtype(STORED).itemsize
+        of_image = self.shape.numel() * np.dtype(STORED).itemsize
+        needed = sum(file.images * (of_image + math.prod(file.mask or (0,))) for file in missing)
         # Path.exists would raise an error in a folder that the user may not look into
         there = next(folder for folder in (self.folder, *self.folder.parents) if os.access(folder, os.F_OK))
         free = shutil.disk_usage(there).free
@@ -214,7 +257,7 @@ class FeatureFiles:
                 if not self._whole(file):
                     self._write(file)
         seconds = time.perf_counter() - start if missing else 0.0
-        total = sum(file.path.stat().st_size for file in files)
+        total = sum(path.stat().st_size for file in files for path in _paths(file))
         logger.info(
             "features before %s of %s, %s in %s: %s", self.cut.before, what, in_units(total), self.folder,
             f"made in {seconds:.0f} s" if missing else "found",
@@ -223,25 +266,35 @@ class FeatureFiles:
 
     def _whole(self, file: FeatureFile) -> bool:
         try:
-            kept = np.load(file.path, mmap_mode="r", allow_pickle=False)
+            kept = [np.load(path, mmap_mode="r", allow_pickle=False) for path in _paths(file)]
         except (OSError, ValueError, EOFError):
             return False
-        return kept.shape == (file.images, *self.shape) and kept.dtype == STORED
+        return [(each.shape, each.dtype) for each in kept] == self._arrays(file)
+
+    def _arrays(self, file: FeatureFile) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Return shape and type of the features, and of the masks where they are kept."""
+        features = (file.images, *self.shape), np.dtype(STORED)
+        return [features, *([((file.images, *file.mask), np.dtype("uint8"))] if file.mask else [])]
 
     def _write(self, file: FeatureFile) -> None:
         loader, done = file.batches(), 0
-        header = {"descr": np.dtype(STORED).str, "fortran_order": False, "shape": (file.images, *self.shape)}
-        with written_whole(file.path) as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            for images, _ in track(loader, f"features, {file.what}"):
+        with ExitStack() as stack:
+            # the masks get their name first, so that there are none missing where there are features
+            out, *masks_out = [stack.enter_context(written_whole(path)) for path in _paths(file)]
+            for opened, (shape, dtype) in zip([out, *masks_out], self._arrays(file), strict=True):
+                header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(opened, header)
+            for images, labels in track(loader, f"features, {file.what}"):
                 features = self._trunk(images, file.precision).to(getattr(torch, STORED))
                 if not features.isfinite().all():
                     raise ConfigError(
                         f"data.cache='features': not finite in {STORED} for one of the images {done} to "
                         f"{done + len(images) - 1} ({file.what}): expected less than {np.finfo(STORED).max:g}; use "
-                        f"data.cache=disk"
+                        f"another data.cache"
                     )
                 out.write(features.cpu().contiguous().numpy().data)
+                for opened in masks_out:
+                    opened.write(labels.to(torch.uint8).contiguous().numpy().data)
                 done += len(images)
 
     @torch.no_grad()
@@ -284,16 +337,10 @@ class FeatureCache:
         self.files = FeatureFiles(model, cut_before(model, trained, prepared["input_size"]), prepared)
         dataset: Any = self.pixels.loader.dataset
         # the policy is named because its transforms do not tell all of it
-        augmentation = f"{config.auto_augment} {dataset.transform!r} {config.seed}"
-        views = min(views, config.epochs)
-        self.what = f"{views} view{'s' * (views != 1)} and validation"
-        self.train = [
-            self.files.file(
-                data.train, f"view {view} of {views}", self._batches(dataset, view), config.precision,
-                f" {augmentation} {view}",
-            )
-            for view in range(1, views + 1)
-        ]  # fmt: skip
+        augmentation = f"{config.auto_augment} {dataset.transform!r}"
+        sources = [source for source, _ in data.train]
+        self.train = self.files.views(dataset, sources, config, views, workers, augmentation)
+        self.what = f"{in_words(len(self.train))} and validation"
         self.val = self.files.as_evaluated(data.val, "validation", 2 * config.batch_size, workers)
         self.files.missing([*self.train, self.val], self.what)  # says if there is no room
 
@@ -314,13 +361,6 @@ class FeatureCache:
             evaluate=lambda model: evaluate(model, val, metric=self.metric, process=process),
             facts={"features": {**made, "views": len(self.train)}},
         )  # fmt: skip
-
-    def _batches(self, dataset: Dataset, view: int) -> Callable[[], DataLoader]:
-        def batches() -> DataLoader:
-            seeds = [(i, mix(self.config.seed, view, i)) for i in range(len(self.data.train))]
-            return DataLoader(dataset, self.config.batch_size, sampler=seeds, **processes(self.workers))
-
-        return batches
 
 
 def entries_of(
@@ -368,8 +408,28 @@ def _alone(file: FeatureFile) -> Iterator[None]:
         lock.release()
 
 
-def _digest_of_images(samples: Sequence[Sample]) -> str:
+def changed_layers(settings: Settings, model: nn.Module) -> list[str]:
+    """Return the names of the layers that a run of these settings makes or trains, be they MoE layers still or not.
+
+    They include all that are, because an analysis has to begin before them.
+    """
+    parts = (settings.moe.selection, *settings.train.parts)  # "moe" and "experts" are in the first
+    chosen = [site.name for part in parts for site in part.select(sites(model))]
+    return [*chosen, *moe_layers(model)]
+
+
+def in_words(views: int) -> str:
+    """Return "1 view" or "4 views"."""
+    return f"{views} view{'s' * (views != 1)}"
+
+
+def _paths(file: FeatureFile) -> list[Path]:
+    return [file.path, *([file.masks] if file.mask else [])]
+
+
+def digest_of(sources: Sequence[Source | Image]) -> str:
+    """Return a hash of images by their places, sizes and times, or their pixels (`vimoe.data.images.identity`)."""
     hashed = hashlib.blake2b(digest_size=12)
-    for source, _ in samples:
+    for source in sources:
         hashed.update(identity(source))
     return hashed.hexdigest()

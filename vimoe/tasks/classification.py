@@ -29,10 +29,8 @@ from vimoe.models.class_order import order_classes
 from vimoe.models.create import create
 from vimoe.models.frozen_trunk import check_cut
 from vimoe.models.interface import label_names
-from vimoe.models.upcycling import sites
-from vimoe.moe.layer import moe_layers
 from vimoe.tasks.base import Scanned, Task, check_classes
-from vimoe.tasks.cached_features import FeatureCache, entries_of
+from vimoe.tasks.cached_features import FeatureCache, changed_layers, entries_of
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.tasks.classification_predictions import predict
 from vimoe.training.job import Job
@@ -100,19 +98,11 @@ class Classification(Task[Data]):
         """Return features of samples after the trunk of a run that cached them, if they can be kept, else images."""
         if self.settings.data.cache == "features":
             try:
-                return entries_of(model, self._changed(model), samples, *self._reading(model), self.process)
+                changed = changed_layers(self.settings, model)
+                return entries_of(model, changed, samples, *self._reading(model), self.process)
             except (ConfigError, FolderError) as error:
                 logger.info("images are read in place of their features: %s", error)
         return self.loader(model, data, samples)
-
-    def _changed(self, model: nn.Module) -> list[str]:
-        """Return the names of the layers that a run of these settings makes or trains, be they MoE layers still or not.
-
-        They include all that are, because an analysis has to begin before them.
-        """
-        parts = (self.settings.moe.selection, *self.settings.train.parts)  # "moe" and "experts" are in the first
-        chosen = [site.name for part in parts for site in part.select(sites(model))]
-        return [*chosen, *moe_layers(model)]
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
         which, samples = load_folder(path, label_names(model), self.settings.data)

@@ -30,6 +30,8 @@ from vimoe.models.prompted import read_prompts
 from vimoe.moe.layer import moe_layers
 from vimoe.process import Process
 from vimoe.tasks.base import Task, check_classes
+from vimoe.tasks.cached_features import changed_layers
+from vimoe.tasks.cached_scenes import check_cut_and_decoder, entries_of_windows, job_on_crop_features
 from vimoe.tasks.expert_maps import expert_maps
 from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes, whole_images
 from vimoe.tasks.segmentation_predictions import predict_scenes
@@ -61,11 +63,14 @@ class Segmentation(Task[Scenes]):
         return scan_scenes(data, data.root)
 
     def check(self, model: Any, prepared: dict[str, Any], trained: Sequence[str] | None) -> None:
-        """Raise ConfigError for whole images and a ViT of one size, or a batch norm over one image."""
+        """Raise ConfigError for whole images and a ViT of one size, a batch norm over one image, or no frozen trunk."""
         if self.settings.data.inference == "whole" and model.fixed_size:
             raise ConfigError(
                 f"data.inference='whole' with {self.settings.model.name!r}, a ViT of one size: expected 'slide'"
             )
+        if self.settings.data.cache == "features":
+            assert trained is not None  # Settings refuses "all"
+            check_cut_and_decoder(model, trained)
         if model.decoder_name == "upernet" and self.settings.train.batch_size < 2:
             raise ConfigError(
                 "a batch of 1 image with model.decoder='upernet': expected at least 2 for its batch norms; raise "
@@ -75,12 +80,23 @@ class Segmentation(Task[Scenes]):
     def job(
         self, model: Any, data: Scenes, scanned: Any, prepared: dict[str, Any], trained: Sequence[str] | None
     ) -> Job:
-        pixels = scanned.pixels["train"]
-        return job_on_scenes(data, prepared, model.crop, self.settings.train, self.settings.data, pixels)
+        pixels, settings = scanned.pixels["train"], self.settings
+        if settings.data.cache == "features":
+            assert trained is not None
+            return job_on_crop_features(model, trained, data, prepared, settings.train, settings.data, pixels)
+        return job_on_scenes(data, prepared, model.crop, settings.train, settings.data, pixels)
 
     def loader(self, model: nn.Module, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         prepared, read = preprocessing(model, self.settings.data), self.settings.data
         return whole_images(samples, data, prepared, self.settings.train.batch_size, read.workers, self.process)
+
+    def scored(self, model: nn.Module, data: Scenes, samples: Sequence[Any]) -> Batches:
+        """Return features of the windows of a run that cached them, if they can be kept, else whole images."""
+        read, entries = self.settings.data, None
+        if read.cache == "features":
+            changed, prepared = changed_layers(self.settings, model), preprocessing(model, read)
+            entries = entries_of_windows(model, changed, samples, data, prepared, read, self.process)
+        return entries or self.loader(model, data, samples)
 
     def one_size(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return whole images where all are of one size, else the middle of each, as large as the training crop."""

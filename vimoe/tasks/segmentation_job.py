@@ -22,6 +22,7 @@ from vimoe.errors import ConfigError
 from vimoe.metrics.base import Batches, Counts, Score, evaluate
 from vimoe.metrics.segmentation import pixel_loss
 from vimoe.process import Process
+from vimoe.tasks.window_features import WindowEntries, infer_windows
 from vimoe.tasks.windows import sliding, whole
 from vimoe.training.job import Job
 
@@ -89,8 +90,9 @@ def evaluate_scenes(
     counts: Counts | None = None,
     process: Process | None = None,
 ) -> Score:
-    """Return the score of a segmenter over a loader of whole images; arguments as of `vimoe.metrics.base.evaluate`."""
-    return evaluate(model, loader, bar, "segmentation", partial(infer, config=config), counts, process)
+    """Return the score of a segmenter over whole images, or `WindowEntries`, as `vimoe.metrics.base.evaluate` does."""
+    outputs = infer_windows if isinstance(loader, WindowEntries) else partial(infer, config=config)
+    return evaluate(model, loader, bar, "segmentation", outputs, counts, process)
 
 
 def infer(model: nn.Module, images: Tensor, config: DataConfig) -> Tensor:

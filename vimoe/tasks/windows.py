@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -51,26 +52,56 @@ def sliding(
     Raises:
         VimoeError: if a window or stride is below 1, or the stride would leave gaps.
     """
-    stride = stride or (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
-    if min(*window, *stride, batch) < 1 or stride[0] > window[0] or stride[1] > window[1]:
-        raise VimoeError(f"window={window}, stride={stride}: expected strides of 1 to the window's side")
-    (tops, height), (lefts, width) = (
-        _starts(side, *span) for side, *span in zip(images.shape[-2:], window, stride, strict=True)
-    )
-    corners = [(top, left) for top in tops for left in lefts]
-    per_image = max(1, batch // len(images))
-    total: Tensor | None = None
-    times = images.new_zeros(images.shape[-2:], dtype=torch.float32)
-    for first in range(0, len(corners), per_image):
-        some = corners[first : first + per_image]
-        logits = whole(model, torch.cat([images[..., y : y + height, x : x + width] for y, x in some]), flip)
-        if total is None:
-            total = logits.new_zeros(len(images), logits.shape[1], *images.shape[-2:])
-        for (y, x), part in zip(some, logits.split(len(images)), strict=True):
+    places = Windows.of(images.shape[-2:], window, stride)
+    (height, width), per_image = places.size, max(1, batch // len(images))
+
+    def scores() -> Iterator[Tensor]:
+        for first in range(0, len(places.corners), per_image):
+            some = places.corners[first : first + per_image]
+            cut = torch.cat([images[..., y : y + height, x : x + width] for y, x in some])
+            yield from whole(model, cut, flip).split(len(images))
+
+    return places.mean(scores())
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows that cover an image, with overlaps.
+
+    Args:
+        image: (height, width) of the image.
+        size: (height, width) of a window.
+        corners: (top, left) of each window, row by row.
+    """
+
+    image: tuple[int, int]
+    size: tuple[int, int]
+    corners: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, image: Sequence[int], window: tuple[int, int], stride: tuple[int, int] | None = None) -> Windows:
+        """Return the windows of an image; arguments and errors are those of `sliding`."""
+        stride = stride or (max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3))
+        if min(*window, *stride) < 1 or stride[0] > window[0] or stride[1] > window[1]:
+            raise VimoeError(f"window={window}, stride={stride}: expected strides of 1 to the window's side")
+        (tops, height), (lefts, width) = (_starts(*each) for each in zip(image, window, stride, strict=True))
+        corners = tuple((top, left) for top in tops for left in lefts)
+        return cls((image[0], image[1]), (height, width), corners)
+
+    def mean(self, scores: Iterable[Tensor]) -> Tensor:
+        """Return the scores (B, classes, H, W) of images, with the mean where windows overlap.
+
+        Args:
+            scores: scores (B, classes, *size) of each window of the images, in the order of `corners`.
+        """
+        (height, width), total, times = self.size, None, None
+        for (y, x), part in zip(self.corners, scores, strict=True):
+            if total is None or times is None:
+                total, times = part.new_zeros(*part.shape[:2], *self.image), part.new_zeros(self.image)
             total[..., y : y + height, x : x + width] += part
             times[y : y + height, x : x + width] += 1
-    assert total is not None
-    return total / times
+        assert total is not None and times is not None  # there is a window at least
+        return total / times
 
 
 def _starts(side: int, window: int, stride: int) -> tuple[list[int], int]:
