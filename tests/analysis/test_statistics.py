@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
@@ -103,6 +105,20 @@ def test_where_tokens_become_fewer_a_route_is_of_the_image() -> None:
     few = np.array([[[5], [5]], [[5], [5]], [[5], [6]]])
     assert routes([many, few])[0] == 2
     assert routes([many, few[:, :1]])[0] == 3
+
+
+@pytest.mark.parametrize("ragged", [(False, False, False), (True, True, True), (True, False, True)], ids=str)
+def test_possible_routes_are_enumerated(ragged: tuple[bool, ...]) -> None:
+    """The middle layer has one pool of 3 experts; the others have pools of 1 and of 2, of which a token keeps one."""
+    none = [[()] if empty else [] for empty in ragged]
+    pools = [[(0,)], [(1,), (2,)]]
+    taken = set()
+    for pool in pools:
+        taken |= set(product(none[0] + pool, none[1] + [(0,), (1,), (2,)], none[2] + pool))
+    first, middle, last = ragged
+    choices = [((1 + first, 2 + first), first), ((3 + middle,), middle), ((1 + last, 2 + last), last)]
+    assert statistics.possible_routes(choices) == len(taken)
+    assert statistics.possible_routes(choices[1:2]) == 3 + middle
 
 
 def test_many_deep_routes_are_not_mixed_up() -> None:

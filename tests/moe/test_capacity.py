@@ -149,7 +149,7 @@ def test_a_factor_below_one_lowers_what_is_counted() -> None:
     assert full.activated_params - half.activated_params == 2 * expert and half.macs < full.macs
     assert (cost(1.0).activated_params, cost(1.0).macs) == (full.activated_params, full.macs)
     router = layer_of(0.5, 2).router
-    assert router.experts_per_token == 1 and router.slots == 2 and router.num_decisions == 1 + 4 + 6
+    assert router.experts_per_token == 1 and router.slots == 2 and router.num_decisions == (1 + 4 + 6,)
 
 
 def test_what_the_bias_and_chance_choose_is_limited_too() -> None:

@@ -210,11 +210,20 @@ def test_a_folder_has_the_pools(tmp_path: Path) -> None:
     assert set(routings[0].experts[routings[0].kinds == 0].flatten().tolist()) == {0}
 
 
+@pytest.mark.parametrize(("read", "possible"), [("all", 1 * 1 + 3 * 3), ("auto", 1 * 1 + 3 * 1)])
+def test_routes_through_the_layers_stay_in_a_pool(read: str, possible: int) -> None:
+    """But for the class token, which the head reads, the last block may compute none."""
+    model = vimoe.set_reading(model_of(groups=[1, 3]), read)
+    evidence = vimoe.analyze(model, [(images(model, 8), torch.arange(8) % 5)], draws=1, overrule=0)
+    assert evidence.routes[2] == possible >= evidence.routes[0]
+
+
 def test_cost_and_number_of_decisions() -> None:
     plain, pooled = upcycle(vit(), config(routing="token")), model_of(groups=(1, 3))
     assert vimoe.count(pooled) == vimoe.count(plain)
-    assert layers(pooled)[0].router.num_decisions == 4
-    assert layer_of((2, 3), top_k=2).router.num_decisions == 1 + 3
+    assert layers(pooled)[0].router.num_decisions == (1, 3)
+    assert layer_of((2, 3), top_k=2).router.num_decisions == (1, 3)
+    assert layer_of((2, 3), capacity_factor=0.5).router.num_decisions == (1 + 2, 1 + 3)
     assert "groups=(1, 3)" in str(vimoe.plan(vit(), config(groups=[1, 3], routing="token")))
 
 

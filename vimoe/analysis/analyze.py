@@ -187,19 +187,24 @@ def _evidence(
                 **effects.get(name, {"draws": 0, "permuted": None, "frozen": None, "dense": {}, "experts": ()}),
             )
         )
-    possible = math.prod(layer.router.num_decisions for layer in layers.values())
+    choices = [(_choices(layer, seen.experts[name].shape[1]), layer.router.ragged) for name, layer in layers.items()]
     return Evidence(
         layers=tuple(evidence),
         classes=tuple(classes),
         images=len(seen.labels),
         class_order=class_order,
         pairs=statistics.activated_pairs(list(counts.values()), seed, units),
-        routes=(*statistics.routes(list(seen.experts.values())), possible),
+        routes=(*statistics.routes(list(seen.experts.values())), statistics.possible_routes(choices)),
         agreement=statistics.agreement([statistics.favourites(counts[n], gates[n]) for n in layers], seed, units),
         sequences=how_many,
         features=subjects.features,
         **facts,
     )
+
+
+def _choices(layer: MoE, units: int) -> tuple[int, ...]:
+    """Return how many sets of experts a token of each kind can get; of a single token, the first one, of its kind."""
+    return layer.router.num_decisions[: 1 if units == 1 else None]
 
 
 def _parents(parent: nn.Module, layers: Mapping[str, MoE]) -> dict[str, nn.Module]:

@@ -319,6 +319,22 @@ def routes(decisions: Sequence[np.ndarray]) -> tuple[int, float]:
     return len(taken), float(np.exp(_entropy(taken)))
 
 
+def possible_routes(choices: Sequence[tuple[Sequence[int], bool]]) -> int:
+    """Return the number of routes that tokens could take: of one kind of tokens the product over the layers.
+
+    A token's kind, and so its pool of experts, is the same in all layers. Routes of several kinds can be the same one
+    only if they are empty in all layers that have pools; each is counted once.
+
+    Args:
+        choices: of each layer, how many sets of experts a token of each kind can get (one number where kinds do not
+            matter), and if the empty set is one of them.
+    """
+    kinds = max(len(each) for each, _ in choices)
+    of_kinds = [math.prod(each[min(kind, len(each) - 1)] for each, _ in choices) for kind in range(kinds)]
+    in_common = math.prod(each[0] if len(each) == 1 else int(empty) for each, empty in choices)
+    return sum(of_kinds) - (kinds - 1) * in_common
+
+
 def most_frequent(experts: np.ndarray, gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The most frequent combination (K,) of the decisions (I, U, K), and its mean gates (K,)."""
     order = np.argsort(experts, axis=-1)

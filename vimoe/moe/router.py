@@ -238,10 +238,10 @@ class Router(nn.Module):
         return tokens * self.experts_per_token * experts.macs
 
     @property
-    def num_decisions(self) -> int:
-        """Number of sets of experts that a row can get."""
-        k = self.slots
-        return sum(math.comb(n, i) for n in self.config.pools for i in ([*range(k + 1)] if self.ragged else [k]))
+    def num_decisions(self) -> tuple[int, ...]:
+        """Number of sets of experts that a row of each pool can get; with the empty set, where slots can be empty."""
+        sizes = range(self.slots + 1) if self.ragged else [self.slots]
+        return tuple(sum(math.comb(n, size) for size in sizes) for n in self.config.pools)
 
     @property
     def blind(self) -> bool:

@@ -60,7 +60,7 @@ def test_a_token_gets_top_k_experts_on_average_and_is_counted_so() -> None:
 
 def test_it_says_what_its_figures_depend_on() -> None:
     router = make(router="expert_choice", k=1).router
-    assert router.slots == 4 and router.num_decisions == 2**4 and router.ragged and router.tokens_interact
+    assert router.slots == 4 and router.num_decisions == (2**4,) and router.ragged and router.tokens_interact
 
 
 @pytest.mark.parametrize(
