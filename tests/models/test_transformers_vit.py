@@ -186,6 +186,17 @@ def test_images_of_other_models_are_not_routed(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_needs_images_is_refused_in_its_own_words(name: str, tmp_path: Path) -> None:
+    """The remedy of layers that route whole images would be none: the settings route tokens already."""
+    *made, _ = OTHERS[name]
+    model = upcycle(tiny(*made), config(routing="token"))
+    for ask in (lambda: vimoe.count(model), lambda: vimoe.save(model, tmp_path / "saved")):
+        with pytest.raises(SurgeryError, match=f"{made[0]} gets .*plan, count and save expect .* one size") as error:
+            ask()
+        assert "\n" not in str(error.value) and "routing" not in str(error.value)
+
+
 def test_routers_that_look_at_later_words_are_refused() -> None:
     with pytest.raises(SurgeryError, match="router='expert_choice' compares the tokens.*LlamaForCausalLM is not known"):
         upcycle(tiny(*OTHERS["llama"][:3]), config(routing="token", router="expert_choice"))

@@ -197,7 +197,7 @@ class Evidence:
         class_order: (C,) one order for all layers, found on one half of the images; draw `LayerEvidence.drawn`.
         pairs: number of distinct (layer, expert) pairs that an image activates: mean, least and most.
         routes: number of distinct combinations of experts over depth that were taken, their effective number
-            exp(entropy), and the number of possible ones, the routing degree: the product over layers of C(N, k), or with
+            exp(entropy), and the number of possible ones, the routing degree: the product over layers of C(N, k); with
             pools of experts its sum over them, since a token stays in its pool (`statistics.possible_routes`).
         agreement: AMI between the images' favourite experts of each two layers: "value", "low", "high", each (L, L).
         sequences, overruled_sequences: number of videos behind the images, and behind the interventions; None if

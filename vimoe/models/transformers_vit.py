@@ -126,19 +126,13 @@ class TransformersViT(Backbone):
         config = self._config
         return self._takes_images and hasattr(config, "image_size") and not hasattr(config, "num_frames")
 
-    def _of_images(self) -> Any:
+    def _of_images(self, remedy: str = "expected routing='token', or a model") -> Any:
         """Return the config. Raises SurgeryError if the model does not compute from images of one size."""
-        name = type(self.vit).__name__
-        if not self._takes_images:
-            raise SurgeryError(
-                f"{name} gets {type(self.vit).main_input_name} and no images: expected routing='token', or its image "
-                f"encoder, such as model.vision_model"
-            )
         if not self.has_images:
-            raise SurgeryError(
-                f"{name} gets videos, or padded patches of images of any size: expected a model of one image size; "
-                f"use routing='token'"
-            )
+            given = f"{type(self.vit).main_input_name} and no images"
+            given = "videos, or padded patches of images of any size" if self._takes_images else given
+            encoder = "" if self._takes_images else ", such as an image encoder (model.vision_model)"
+            raise SurgeryError(f"{type(self.vit).__name__} gets {given}: {remedy} of images of one size{encoder}")
         return self._config
 
     @property
@@ -162,7 +156,7 @@ class TransformersViT(Backbone):
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        config = self._of_images()
+        config = self._of_images("vimoe.upcycle needs none, but plan, count and save expect a model")
         channels = getattr(config, "num_channels", 3)  # models such as BLIP's take no other images
         return (channels, *transformers_files.pair(config.image_size))
 
