@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from vimoe.cli import VERBS
 from vimoe.config.moe import EXPERTS, GATES, ROUTERS, STARTS
 from vimoe.config.settings import SECTIONS, Settings
 from vimoe.errors import VimoeError
+from vimoe.verbs import VERBS
 
 PAGE = Path(__file__).parent / "taxonomy.md"
 HEAD = """# Taxonomy

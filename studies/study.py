@@ -56,7 +56,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def macs(cell: Cell, values: dict[str, str]) -> float:
     """Return the multiply-adds of an image in a cell's model."""
-    from vimoe.cli import count
+    from vimoe.verbs import count
 
     settings = cell.filled(values)
     with tempfile.TemporaryDirectory() as folder:

@@ -21,10 +21,11 @@ from helpers.pictures import folder, roles
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
 import vimoe.training.loop
-from vimoe.cli import VERBS, main
+from vimoe.cli import main
 from vimoe.files import written_whole
 from vimoe.models.model_folder import load
 from vimoe.tasks.classification_predictions import predict
+from vimoe.verbs import VERBS
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from vimoe.cli import VERBS
 from vimoe.config.parallel import ParallelConfig
 from vimoe.config.settings import SECTIONS, Settings, flat
+from vimoe.verbs import VERBS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "launching.md").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Command line: parse, call the library, print. Each verb is one function, which holds its slow imports."""
+"""Command line: run a verb, print its answer or why there is none, and return the exit status."""
 
 from __future__ import annotations
 
@@ -11,31 +11,21 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from vimoe import launcher, process
-from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
-from vimoe.config.bench import LayerBench, ModelBench
-from vimoe.config.command_line import Parser
-from vimoe.config.data import TASKS
-from vimoe.config.export import FORMATS
-from vimoe.config.moe import MoEConfig
-from vimoe.config.parallel import bytes_of
+from vimoe import process
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.files import printable
-from vimoe.run_folder import SCHEMA, open_run
-
-SHARED = ("train", "evaluate", "predict", "analyze")  # verbs whose work several processes may share
+from vimoe.parallel import launcher
+from vimoe.run_folder import SCHEMA
+from vimoe.verbs import SHARED, VERBS
 
 _MACHINE_ERRORS = {  # errors of disks, permissions and file names, which are no bugs: reported in one line
     getattr(errno, name, 0)
     for name in ("EACCES", "EPERM", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "ENAMETOOLONG", "ESTALE", "EMFILE")
 }
-Result = tuple[str, dict[str, Any]]  # text for a person, values for --json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             print(answer, flush=True)
     except BrokenPipeError:  # the reader has closed the pipe, such as head
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115,PTH123  Python flushes it at exit
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, which Windows has not
     except Stopped as stopped:
         _say(str(stopped))
         return stopped.status
@@ -86,6 +76,23 @@ def _reason(error: Exception) -> str:
     raise error
 
 
+def _machine_error(error: OSError) -> FolderError:
+    """Return an error of a disk, permission or file name as a one-line FolderError with a remedy."""
+    where = error.filename if error.filename is not None else "a file or folder"
+    remedies = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOSPC: "make room", errno.EDQUOT: "make room"}
+    remedy = remedies.get(error.errno or 0, "make room, or mend permissions")
+    return FolderError(f"{where} cannot be used ({error.strerror or error}); {remedy}")
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error; of a data worker's traceback, the last line."""
+    message = str(error)
+    if "Traceback (most recent call last)" in message:
+        message = [line for line in message.split("\n") if line.strip()][-1]
+        message = message.partition("Error: ")[2] if message.startswith("vimoe.errors.") else message
+    return printable(message)  # file names may contain line ends
+
+
 def _answer(argv: list[str], as_json: bool) -> str:
     """Run the verb and return the text to print."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -107,492 +114,10 @@ def _answer(argv: list[str], as_json: bool) -> str:
     return json.dumps({"schema": SCHEMA, "command": argv[0], **values}) if as_json else text
 
 
-def plan(verb: str, argv: list[str]) -> Result:
-    """Show the layers that would be converted and their cost; with --devices, the memory of a training on these too.
-
-    Example: vimoe plan --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers last:2
-    """
-    over_devices = any(arg.partition("=")[0] == "--devices" for arg in argv)
-    parser = _parser(verb)
-    if verb == "plan":
-        many = "number of devices to train on; takes the options data and train as well, shown by --devices 8 --help"
-        parser.add_argument("--devices", type=int | None, default=None, help=many)
-        parser.add_argument("--memory", type=str | None, default=None, help="memory of each device, such as 80GB")
-    parser.add_sections("model", "moe", *(("data", "train") if over_devices else ()))
-    options = parser.parse_args(argv)
-    settings = parser.settings(options)
-    devices, limit = _devices(options) if verb == "plan" else (None, 0)
-    from vimoe.models.names import check_layer_names, check_name
-
-    check_name(settings.model)
-    check_layer_names(settings.model, settings.moe.selection)
-    from vimoe.models.continued import plan_of_own, with_own_layers
-    from vimoe.models.create import create, create_without_weights
-    from vimoe.models.upcycling import needs_images
-    from vimoe.models.upcycling import plan as make_plan
-
-    settings = with_own_layers(settings, parser.given(argv, "moe"))
-    conversion = plan_of_own(settings.model) or make_plan(
-        create_without_weights(settings.model), settings.moe, read=settings.model.read
-    )
-    at_hand = settings.model.pretrained and settings.model.name.startswith("local-dir:")
-    if verb == "plan" and conversion.start and at_hand and not needs_images(settings.moe):
-        conversion = make_plan(create(settings.model), settings.moe, read=settings.model.read)
-    change = conversion.start and conversion.start.change
-    dense = {name: getattr(conversion.dense, name) for name in ("params", "macs", "computed_macs")}
-    moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs", "computed_macs")}
-    text, values = (
-        str(conversion),
-        {
-            "dense": dense,
-            "moe": {**moe, "layers": [site.name for site in conversion.sites], "change": change},
-        },
-    )
-    if devices is None:
-        return text, values
-    from vimoe.experiments.size import size_of
-
-    size = size_of(settings, devices, limit)
-    return f"{text}\n\n{size}", {**values, "size": size.to_dict()}
-
-
-def count(verb: str, argv: list[str]) -> Result:
-    """Count parameters, activated parameters and multiply-adds before and after conversion; download nothing.
-
-    Example: vimoe count --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers all --json
-    """
-    text, values = plan(verb, argv)
-    return "\n".join(text.splitlines()[:2]), values
-
-
-def train(verb: str, argv: list[str]) -> Result:
-    """Train a ViT, or the ViMoE made from it, on your images; write a run folder.
-
-    Example: vimoe train --data.path photos/ --model.name vit_tiny_patch16_224 --moe.layers last:2 --out runs/photos
-    """
-    resume = "run folder of a stopped or killed training to continue; takes no other option"
-    parser = _parser(verb, out="run folder to create", resume=resume)
-    parser.add_sections("model", "moe", "data", "train")
-    options = parser.parse_args(argv)
-    if options["resume"] is None:
-        _required_out(options)
-    elif others := [a for a in argv if a.startswith("--") and a.partition("=")[0] not in ("--resume", "--json")]:
-        raise ConfigError(f"{others[0]} with --resume: expected none, since the run has its own settings; leave it out")
-    settings = parser.settings(options)
-    from vimoe.models.names import check_layer_names, check_name
-
-    check_name(settings.model, segmentation=True)  # the task judges the folder of a segmenter
-    check_layer_names(settings.model, settings.moe.selection, *settings.train.parts)
-    from vimoe.experiments.train import resume_training, run_training
-    from vimoe.models.continued import with_own_layers
-
-    resumed = options["resume"]
-    if resumed is None:
-        summary = run_training(with_own_layers(settings, parser.given(argv, "moe")), options["out"])
-    else:
-        summary = resume_training(resumed)
-    from vimoe.metrics.registry import shown
-
-    val = summary["val"]
-    names = shown(val)
-    text = (
-        f"validation {names.judge_name} {val[names.judge]:.2%}, loss {val['loss']:.4f} ({val['images']} images) "
-        f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{_tasks_line(summary)}{summary['report']}"
-    )
-    return text, summary
-
-
-def _tasks_line(summary: dict[str, Any]) -> str:
-    """Return a line on the tasks that were learnt one after the other; nothing for other trainings."""
-    if "tasks" not in summary:
-        return ""
-    seen, own = summary["tasks"]["seen"], summary["tasks"]["own"]
-    return (
-        f"{len(summary['tasks']['trained'])} tasks: mean accuracy {seen['mean']:.2%} among all classes, "
-        f"{own['mean']:.2%} within a task; forgetting {seen['forgetting']:.2%} and {own['forgetting']:.2%}\n"
-    )
-
-
-def evaluate(verb: str, argv: list[str]) -> Result:
-    """Score a run's model on its test images (without those, on validation), or on other data.
-
-    Example: vimoe evaluate runs/photos --data.path other/photos
-    """
-    other = "other data with the same classes (default: data of the run, or their features if it cached some)"
-    parser = _parser(verb, **{"data.path": other})
-    _add_inference(parser)
-    parser.add_argument("run", help="run folder")
-    more = "also measure masks image by image: J, their overlap, and F, the accuracy of contours (segmentation)"
-    parser.add_argument("--contours", type=bool, default=False, help=more)
-    options = parser.parse_args(argv)
-    open_run(options["run"])  # reports a wrong folder before the slow import of torch
-    from vimoe.experiments.finished_run import FinishedRun
-
-    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"], process.joined())
-    split, score, facts = run.score(options["data.path"], options["contours"])
-    source = f", from features before {facts['features']['before']}" if "features" in facts else ""
-    calibrated = (
-        f"; at temperature {facts['temperature']:.3f}, fitted on validation: loss {facts['loss_at_temperature']:.4f}, "
-        f"calibration error {facts['ece_at_temperature']:.2%}"
-        if "temperature" in facts
-        else ""
-    )
-    return f"{split}: {score}{source}{calibrated}", {**score.to_dict(), "split": split, **facts}
-
-
-def predict(verb: str, argv: list[str]) -> Result:
-    """Name the most likely classes of images (files or folders); with a segmentation model, write their masks.
-
-    Example: vimoe predict runs/photos cat.jpg holiday/ --top 3
-    """
-    parser = _parser(verb, out="folder for masks and overlays; required for segmentation, refused for classification")
-    _add_inference(parser)
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("images", nargs="+", help="image files and folders")
-    parser.add_argument("--top", type=int, default=5, help="number of classes to name")
-    options = parser.parse_args(argv)
-    if options["top"] < 1:
-        raise ConfigError(f"--top {options['top']}: expected at least 1")
-    open_run(options["run"])
-    from vimoe.data.image_files import list_images
-    from vimoe.experiments.finished_run import FinishedRun
-    from vimoe.experiments.train import check_outside
-
-    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"], process.joined())
-    files = list_images(options["images"])
-    out = options["out"]
-    if run.task.writes_predictions:
-        for images in (*options["images"], run.run.settings.data.path):
-            check_outside("--out", _required_out(options, "masks"), images)
-    elif out:
-        raise ConfigError(f"--out {out}: this run's predictions are no files; leave it out")
-    predictions = run.predict(files, out, options["top"])
-    lines = [each.get("error") or run.task.line(each, options["top"]) for each in predictions]
-    return "\n".join(lines), {"predictions": predictions}
-
-
-def trust(verb: str, argv: list[str]) -> Result:
-    """Fit scores of how far to trust each prediction: how familiar the image is, how likely its class is right.
-
-    Example: vimoe trust runs/photos
-    """
-    parser = _parser(verb)
-    parser.add_argument("run", help="run folder; vimoe predict then gives the scores of each image")
-    options = parser.parse_args(argv)
-    open_run(options["run"])  # reports a wrong folder before the slow import of torch
-    from vimoe.analysis.trust import in_words
-    from vimoe.experiments.finished_run import FinishedRun
-
-    facts = FinishedRun(options["run"]).trust()
-    return in_words(facts), facts
-
-
-def analyze(verb: str, argv: list[str]) -> Result:
-    """Measure on validation images which MoE layers specialise and which matter; write routing.json and the report.
-
-    Example: vimoe analyze runs/photos
-    """
-    parser = _parser(verb)
-    parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--draws", type=int, default=DRAWS, help="maximum number of permutations of the images' decisions"
-    )
-    parser.add_argument("--probe", type=bool, default=False, help="also measure each expert alone, class by class")
-    _add_sampling(parser, "; 0 for no interventions")
-    options = parser.parse_args(argv)
-    open_run(options["run"])  # reports a wrong folder before the slow import of torch
-    from vimoe.experiments.finished_run import FinishedRun
-
-    run = FinishedRun(options["run"], process=process.joined())
-    evidence = run.analyze(**{key: options[key] for key in ("draws", "overrule", "seed", "probe")})
-    folder = run.run.path
-    values = evidence.to_dict()
-    for layer in values["layers"]:
-        del layer["counts"], layer["drawn"]  # large; routing.json has them
-    paths = {"routing": str(folder / "routing.json"), "report": str(folder / "report.html")}
-    return f"{evidence}\n{paths['report']}", {**values, **paths}
-
-
-def explore(verb: str, argv: list[str]) -> Result:
-    """Show on a page what each MoE layer chose for an image, and what changes if layers are overruled.
-
-    Example: vimoe explore runs/photos
-    """
-    parser = _parser(verb, static="folder for a page that needs no server, with some images; then nothing is served")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; others than this machine may look")
-    parser.add_argument("--port", type=int, default=7860, help="port to serve at; 0 for any that is free")
-    parser.add_argument("--images", type=int, default=200, help="largest number of validation images to show")
-    options = parser.parse_args(argv)
-    if options["images"] < 1:
-        raise ConfigError(f"--images {options['images']}: expected at least 1")
-    open_run(options["run"])  # reports a wrong folder before the slow import of torch
-    static = options["static"]
-    if static is None and not find_spec("starlette"):
-        raise ConfigError(
-            "vimoe explore needs starlette and uvicorn: pip install 'vimoe[explore]'; or use --static DIR"
-        )
-    from vimoe.explore.server import serve
-    from vimoe.explore.session import Session
-    from vimoe.explore.static_page import write_page
-
-    with closing(Session(options["run"], options["images"])) as session:
-        if static is None:
-            serve(session, options["host"], options["port"], _say)
-            return "stopped", {}
-        page = write_page(session, Path(static))
-    return str(page), {"page": str(page)}
-
-
-def diagnose(verb: str, argv: list[str]) -> Result:
-    """Say whether experts differ, weigh enough and are routed to some use, and what to try next; write diagnosis.json.
-
-    Example: vimoe diagnose runs/photos
-    """
-    parser = _parser(verb)
-    parser.add_argument("run", help="run folder")
-    draws = "analyze anew, with at most this number of permutations (default: the run's analysis, made if needed)"
-    parser.add_argument("--draws", type=int | None, default=None, help=draws)
-    _add_sampling(parser)
-    options = parser.parse_args(argv)
-    open_run(options["run"])  # reports a wrong folder before the slow import of torch
-    from vimoe.experiments.finished_run import FinishedRun
-
-    run = FinishedRun(options["run"])
-    found, folder = run.diagnose(options["draws"], options["overrule"], options["seed"]), run.run.path
-    paths = {"diagnosis": str(folder / "diagnosis.json"), "report": str(folder / "report.html")}
-    return f"{found}\n{paths['report']}", {**found.to_dict(), **paths}
-
-
-def prune(verb: str, argv: list[str]) -> Result:
-    """Make dense the MoE layers that validation does not support, or all; write a new run with a receipt.
-
-    Example: vimoe prune runs/photos --out runs/photos-pruned
-    """
-    parser = _parser(verb, out="folder to create for the pruned run")
-    parser.add_argument("run", help="run folder")
-    tolerance = "largest accepted upper bound of the loss change by a removal, in nats"
-    parser.add_argument("--tolerance", type=float, default=PRUNE_TOLERANCE, help=tolerance)
-    parser.add_argument(
-        "--experts", type=bool, default=False, help="also remove single experts of the layers that stay"
-    )
-    merge_all = "make every MoE layer dense, as the mean of its experts or their pieces together, whatever it costs"
-    parser.add_argument("--merge_all", type=bool, default=False, help=merge_all)
-    parser.add_argument("--recover", type=int, default=0, help="number of epochs to train the pruned model")
-    parser.add_argument(
-        "--recover_lr",
-        type=float | None,
-        default=None,
-        help="learning rate of --recover (default: a tenth of the run's)",
-    )
-    options = parser.parse_args(argv)
-    out = _required_out(options)
-    open_run(options["run"])
-    from vimoe.experiments.finished_run import FinishedRun
-    from vimoe.metrics.registry import shown
-    from vimoe.report.table_cells import receipt_header, receipt_row
-
-    keys = ("tolerance", "experts", "recover", "recover_lr", "merge_all")
-    values = FinishedRun(options["run"]).prune(out, **{key: options[key] for key in keys})
-    stages = [key for key in ("before", "after", "recovered") if key in values]
-    rows = [receipt_header(shown(values["before"])), *(receipt_row(key, [values[key]]) for key in stages)]
-    table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
-    measured = f"measured on {values['before']['images']} {values['split']} images"
-    return "\n".join([values.pop("text"), *table, measured, values["report"]]), values
-
-
-def export(verb: str, argv: list[str]) -> Result:
-    """Write a run's model as an ONNX file or a program of torch.export, checked against the model.
-
-    Example: vimoe export runs/photos --format onnx --int8 true
-    """
-    parser = _parser(verb, out="folder to create (default: a folder in the run, named as the format)")
-    _add_inference(parser)
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("--format", type=str, default="onnx", help=f"one of {', '.join(FORMATS)}")
-    also = "also write a file with int8 weights (onnx), and score and time both"
-    parser.add_argument("--int8", type=bool, default=False, help=also)
-    options = parser.parse_args(argv)
-    FORMATS.check(options["format"])
-    open_run(options["run"])
-    from vimoe.experiments.finished_run import FinishedRun
-    from vimoe.metrics.registry import shown
-
-    run = FinishedRun(options["run"], options["data.inference"], options["data.flip_test"])
-    values = run.export(options["out"], options["format"], options["int8"])
-    checked = values["checked"]
-    lines = [
-        f"compared with the model on {checked['images']} images: logits within {checked['largest_difference']:.1g}"
-    ]
-    lines += [
-        f"not compared, as nothing reaches them: experts {e} of {layer}" for layer, e in checked["unreached"].items()
-    ]
-    for name, score in values.get("scores", {}).items():
-        names, speed = shown(score), values["images_per_second"][name]
-        lines.append(f"{name}: {values['split']} {names.judge_name} {score[names.judge]:.2%}, {speed:.1f} images/s")
-    return "\n".join([*lines, values["out"]]), values
-
-
-def report(verb: str, argv: list[str]) -> Result:
-    """Write the page of a run again from its files, or a page that compares several runs.
-
-    Example: vimoe report runs/dense runs/vimoe --out comparison.html
-    """
-    parser = _parser(verb, out="HTML file to create for several runs; the page of one run is RUN/report.html")
-    parser.add_argument("runs", nargs="+", help="run folders")
-    options = parser.parse_args(argv)
-    folders = [open_run(path).path for path in options["runs"]]
-    if len(folders) == 1:
-        if options["out"]:
-            raise ConfigError(f"--out {options['out']} with one run: its page is report.html in it; leave --out out")
-        from vimoe.report.run_report import write_run_report
-
-        page = write_run_report(folders[0])
-    else:
-        from vimoe.report.run_comparison import write_comparison
-
-        page = write_comparison(folders, Path(_required_out(options, "comparison.html", "file")))
-    return str(page), {"report": str(page)}
-
-
-def push(verb: str, argv: list[str]) -> Result:
-    """Upload a run's model to the Hugging Face hub, with a model card that has the run's figures.
-
-    Example: vimoe push runs/photos me/photos --private true
-    """
-    parser = _parser(verb, revision="branch to commit to (default: main)")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("repo", help="repository, USER/REPO, which is made if it is not there")
-    parser.add_argument("--private", type=bool | None, default=None, help="make a new repository private")
-    parser.add_argument("--message", type=str, default="Upload model", help="message of the commit")
-    options = parser.parse_args(argv)
-    open_run(options["run"])  # reports a wrong folder before the slow import of torch
-    from vimoe.experiments.push import push_run
-
-    url = push_run(options["run"], options["repo"], options["private"], options["message"], options["revision"])
-    return url, {"url": url}
-
-
-def demo(verb: str, argv: list[str]) -> Result:
-    """Show a tour of a few minutes on scikit-learn's handwritten digits: train, upcycle, compare, look at experts.
-
-    Example: vimoe demo --task segmentation
-    """
-    parser = _parser(verb, out="folder to create (default: runs/demo-DATE-TIME)")
-    parser.add_argument("--task", choices=list(TASKS), default="classification", help="kind of model to show")
-    options = parser.parse_args(argv)
-    from vimoe.demo.tours import run_demo
-
-    return run_demo(options["out"], options["task"])
-
-
-def bench(verb: str, argv: list[str]) -> Result:
-    """Time the MoE layer (`layer`) or a whole model (`model`) against dense FFNs of the same arithmetic.
-
-    Example: vimoe bench layer --moe.routing token --bench.dtype bfloat16
-    """
-    what = argv[0] if argv and not argv[0].startswith("-") else None
-    if what not in ("layer", "model") and argv[:1] not in (["-h"], ["--help"]):
-        raise ConfigError(f"bench {what or 'alone'}: expected layer or model, for example vimoe bench layer")
-    parser = _parser(verb)
-    parser.prog += f" {what or 'layer|model'}"
-    if what is None:
-        parser.epilog = (
-            f"These are the options of vimoe bench layer; for a model, see vimoe bench model --help. {parser.epilog}"
-        )
-    if what == "model":
-        parser.epilog = "Example: vimoe bench model --model.name vit_small_patch14_dinov2 --moe.layers last:2"
-        parser.add_sections("model", "moe")
-        parser.add_class_arguments(ModelBench, "bench")
-    else:
-        parser.add_sections("moe")
-        parser.add_class_arguments(LayerBench, "bench")
-    options = parser.parse_args(argv[what is not None :])
-    shape, settings = parser.instantiate(options)["bench"], parser.settings(options)
-    if what == "layer" and settings.moe.layers != MoEConfig.layers:
-        raise ConfigError(
-            f"moe.layers={settings.moe.layers!r} with bench layer: expected none for a single layer; leave it out"
-        )
-    if what == "model":
-        from vimoe.models.names import check_layer_names, check_name
-
-        check_name(settings.model)
-        check_layer_names(settings.model, settings.moe.selection)
-    from vimoe.bench.layer import bench_layer
-    from vimoe.bench.model import bench_model
-
-    timings = bench_model(shape, settings.model, settings.moe) if what == "model" else bench_layer(shape, settings.moe)
-    return str(timings), timings.to_dict()
-
-
-VERBS: dict[str, Callable[[str, list[str]], Result]] = {
-    "demo": demo,
-    "plan": plan,
-    "count": count,
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "trust": trust,
-    "analyze": analyze,
-    "diagnose": diagnose,
-    "explore": explore,
-    "prune": prune,
-    "export": export,
-    "report": report,
-    "push": push,
-    "bench": bench,
-}
-
-
 def _overview() -> str:
     lines = ["usage: vimoe VERB [--config FILE.yaml] [--section.option value ...] [--json]", ""]
     lines += [f"  {name:<10}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join([*lines, "", "See vimoe VERB --help for the options of a verb."])
-
-
-def _parser(verb: str, **extra: str) -> Parser:
-    """Return a parser with --json and one option for each name in `extra`, whose value is the help text."""
-    summary, _, example = (VERBS[verb].__doc__ or "").partition("Example:")
-    parser = Parser(prog=f"vimoe {verb}", description=summary.strip(), epilog=f"Example: {example.strip()}")
-    parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    for name, text in extra.items():
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
-    return parser
-
-
-def _add_inference(parser: Parser) -> None:
-    """Add the options that change the inference of a segmentation model from that of its run."""
-    for name, kind in (("inference", str), ("flip_test", bool)):
-        what = "segmentation only: as in vimoe train (default: setting of the run)"
-        parser.add_argument(f"--data.{name}", type=kind | None, default=None, help=what)
-
-
-def _add_sampling(parser: Parser, note: str = "") -> None:
-    """Add the options that draw the images that are measured; `note` is the end of the first one's help text."""
-    what = f"number of images for interventions, drawn at random{note}"
-    parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=what)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
-
-
-def _devices(options: Any) -> tuple[int | None, float]:
-    """Return the number of devices of `plan`, None without one, and the memory of each in bytes."""
-    devices, memory = options["devices"], options["memory"]
-    if devices is None and memory is None:
-        return None, 0
-    if devices is None or memory is None:
-        missing, example = ("--devices", 8) if devices is None else ("--memory", "80GB")
-        raise ConfigError(
-            f"{missing} is required for the memory of a training: add it, for example {missing} {example}"
-        )
-    if devices < 1:
-        raise ConfigError(f"--devices {devices}: expected at least 1")
-    return devices, bytes_of(memory)
-
-
-def _required_out(options: Any, example: str = "runs/first", kind: str = "folder") -> str:
-    if not options["out"]:
-        raise ConfigError(f"--out is required: name the {kind} to create, for example --out {example}")
-    return options["out"]
 
 
 @contextmanager
@@ -632,23 +157,6 @@ def _log_to_stderr() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING, handlers=[_Stderr()])
     logging.getLogger("huggingface_hub").propagate = False  # it prints its own lines
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
-
-
-def _machine_error(error: OSError) -> FolderError:
-    """Return an error of a disk, permission or file name as a one-line FolderError with a remedy."""
-    where = error.filename if error.filename is not None else "a file or folder"
-    remedies = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOSPC: "make room", errno.EDQUOT: "make room"}
-    remedy = remedies.get(error.errno or 0, "make room, or mend permissions")
-    return FolderError(f"{where} cannot be used ({error.strerror or error}); {remedy}")
-
-
-def _one_line(error: Exception) -> str:
-    """Return the message of an error; of a data worker's traceback, the last line."""
-    message = str(error)
-    if "Traceback (most recent call last)" in message:
-        message = [line for line in message.split("\n") if line.strip()][-1]
-        message = message.partition("Error: ")[2] if message.startswith("vimoe.errors.") else message
-    return printable(message)  # file names may contain line ends
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_a_cell_of_the_search_never_sees_test(tmp_path: Path) -> None:
 
 def test_a_cell_has_the_analysis_and_the_score_after_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vimoe.analysis.pruning._TIMED_SECONDS", 0.1)
-    monkeypatch.setattr("vimoe.cli.DRAWS", 4)
+    monkeypatch.setattr("vimoe.verbs.DRAWS", 4)
     study = write_study(tmp_path)
     cell = study.final_cells("digits", "vimoe", 1e-3)[0]
     assert run(study, cell) == 0

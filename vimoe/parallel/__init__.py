@@ -1,1 +1,1 @@
-"""Models spread over many processes: experts, FSDP, checkpoints that any number of processes opens."""
+"""Models spread over many processes: starting these, experts, FSDP, checkpoints that any number of processes opens."""

@@ -15,8 +15,9 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from vimoe.cli import SHARED, main
-from vimoe.launcher import starts
+from vimoe.cli import main
+from vimoe.parallel.launcher import starts
+from vimoe.verbs import SHARED
 
 COMMANDS = {
     ("python3", "/bin/accelerate", "launch", "--num_processes", "2", "--cpu"): ["--standalone", "--nproc-per-node=2"],
