@@ -6,6 +6,7 @@ import copy
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.layers import DIM, HIDDEN, assert_agrees, assert_exports_and_compiles, make, tokens
@@ -15,6 +16,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 import vimoe
+from vimoe.analysis.analyze import most_frequent
 from vimoe.analysis.interventions import Without
 from vimoe.explore.session import Session
 from vimoe.moe.router import TokenLayout
@@ -208,6 +210,43 @@ def test_a_folder_has_the_pools(tmp_path: Path) -> None:
         assert torch.equal(again(x), model(x))
     assert [layer.config.groups for layer in layers(again)] == [(1, 3)] * 2
     assert set(routings[0].experts[routings[0].kinds == 0].flatten().tolist()) == {0}
+
+
+def test_interventions_move_no_token_out_of_its_pool() -> None:
+    """Where each pool has one expert there is nothing to choose, so other decisions change nothing."""
+    with pytest.warns(UserWarning, match="the only gate is always 1"):
+        model = model_of(groups=[1, 1], num_experts=2)
+    batches = [(images(model, 8), torch.arange(8) % 5)]
+    for layer in vimoe.analyze(model, batches, draws=1).layers:
+        assert layer.frozen.loss.value == layer.permuted.loss.value == 0
+    for layer in vimoe.diagnose(model, batches, draws=1).layers:
+        assert layer.oracle.by_image.loss.value == layer.oracle.for_all.loss.value == 0
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_each_pool_has_its_own_most_frequent_decision(capacity: float | None) -> None:
+    layer = layer_of((2, 3), capacity_factor=capacity)
+    experts = np.array([[[0], [4], [4], [2]], [[1], [4], [-1], [-1]], [[1], [2], [3], [-1]]])
+    gates = np.where(experts >= 0, 0.5, 0)
+    frozen = most_frequent(layer, experts, gates)
+    with torch.no_grad(), vimoe.record(layer) as routings:
+        layer(tokens(3, LENGTH))
+    decided = frozen(layer, routings[0], torch.arange(3))
+    assert decided.experts.view(3, LENGTH).tolist() == [[1] * PREFIX + [4] * (LENGTH - PREFIX)] * 3
+    assert (decided.gates == 0.5).all()
+    nobody = most_frequent(layer, experts[:, :1], gates[:, :1])(layer, routings[0], torch.arange(3))
+    assert nobody.experts.view(3, LENGTH).tolist() == [[1] * PREFIX + [-1] * (LENGTH - PREFIX)] * 3
+
+
+def test_only_one_expert_gets_those_tokens_that_may_have_it() -> None:
+    layer = layer_of((2, 3), top_k=2)
+    with torch.no_grad(), vimoe.record(layer) as routings:
+        layer(tokens(3, LENGTH))
+    (routing,), others = routings, routings[0].kinds == 0
+    only = routing.only(3)
+    assert (only.experts[~others] == torch.tensor([3, -1])).all()
+    torch.testing.assert_close(only.gates.sum(dim=1), routing.gates.sum(dim=1))
+    assert only.experts[others].equal(routing.experts[others]) and only.gates[others].equal(routing.gates[others])
 
 
 @pytest.mark.parametrize(("read", "possible"), [("all", 1 * 1 + 3 * 3), ("auto", 1 * 1 + 3 * 1)])

@@ -285,13 +285,26 @@ def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) ->
     }
     if not layer.router.overrulable:
         return dense
-    frozen = statistics.most_frequent(seen.experts[name], seen.gates[name])
     n, removable = layer.config.num_experts, layer.router.removable
     return {
-        "frozen": [Frozen(*map(torch.from_numpy, frozen))],
+        "frozen": [most_frequent(layer, seen.experts[name], seen.gates[name])],
         "experts": [Without(expert) for expert in removable] if len(removable) == n else [],
         **dense,
     }
+
+
+def most_frequent(layer: MoE, experts: np.ndarray, gates: np.ndarray) -> Frozen:
+    """Return the most frequent one of the decisions (I, U, K), or of those that chose any expert of each pool."""
+    pools = layer.config.pools
+    if len(pools) == 1:
+        return Frozen(*map(torch.from_numpy, statistics.most_frequent(experts, gates)))
+    pool_of = np.append(np.repeat(np.arange(len(pools)), pools), -1)[experts.max(axis=-1)]  # the last of no expert
+    nothing = np.full(experts.shape[-1], -1), np.zeros(experts.shape[-1])
+    each = [
+        statistics.most_frequent(experts[own], gates[own]) if (own := pool_of == pool).any() else nothing
+        for pool in range(len(pools))
+    ]
+    return Frozen(*(torch.from_numpy(np.stack(part)) for part in zip(*each, strict=True)))
 
 
 @dataclass(frozen=True)

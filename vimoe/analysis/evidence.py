@@ -109,7 +109,7 @@ class LayerEvidence:
         effective_experts: exp(entropy of the load), 1 to N.
         permuted: effect of whole decisions (experts and gates) permuted between images, mean of several draws. Its
             interval is over both images, the one that takes and the one that gives.
-        frozen: effect of the most frequent decision for every unit.
+        frozen: effect of the most frequent decision for every unit, or that of its pool (`moe.groups`).
         dense: effect of replacing the layer by a dense FFN, for each `how` that the layer supports.
         experts: effect of each expert's absence; empty if N is the setting `top_k`, so that none can be left out.
         comparison: similarity of the experts (vimoe.analysis.expert_similarity).

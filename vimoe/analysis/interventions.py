@@ -73,15 +73,17 @@ class Handed:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Every unit gets the same decision: experts (K,) and gates (K,)."""
+    """Every unit gets the same decision: experts (K,) and gates (K,), or (P, K) with one for each of P pools."""
 
     experts: Tensor
     gates: Tensor
 
     def __call__(self, layer: MoE, routing: Routing, images: Tensor) -> Routing:
         shape, device = routing.experts.shape, routing.experts.device
-        experts = self.experts.to(device, routing.experts.dtype).expand(shape)
-        return replace(routing, experts=experts, gates=self.gates.to(device).expand(shape))
+        experts, gates = self.experts.to(device, routing.experts.dtype), self.gates.to(device)
+        if routing.kinds is not None:
+            experts, gates = experts[routing.kinds], gates[routing.kinds]
+        return replace(routing, experts=experts.expand(shape), gates=gates.expand(shape))
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Without:
 
 @dataclass(frozen=True)
 class Only:
-    """Send every unit to one expert alone, with the sum of the gates that it has."""
+    """Send every unit of an expert's pool to this expert alone, with the sum of the gates that it has."""
 
     expert: int
 

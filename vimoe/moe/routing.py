@@ -155,9 +155,16 @@ class Routing:
         return parts or [self]
 
     def only(self, expert: int) -> Routing:
-        """Return decisions that send every row to one expert alone, with the sum of the gates that the row has."""
+        """Return decisions that send every row to one expert alone, with the sum of the gates that the row has.
+
+        Rows of other pools than the expert's keep theirs.
+        """
         experts_RK, gates_RK = torch.full_like(self.experts, -1), torch.zeros_like(self.gates)
         experts_RK[:, 0], gates_RK[:, 0] = expert, self.gates.sum(dim=1)
+        if self.kinds is not None:
+            elsewhere_R1 = self.logits[:, expert, None] == -torch.inf
+            experts_RK = torch.where(elsewhere_R1, self.experts, experts_RK)
+            gates_RK = torch.where(elsewhere_R1, self.gates, gates_RK)
         return replace(self, experts=experts_RK, gates=gates_RK, ragged=True)
 
     def places(self, filled: int) -> Tensor:
