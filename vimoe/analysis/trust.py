@@ -166,6 +166,9 @@ def in_words(facts: dict[str, Any]) -> str:
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Return the area under the ROC curve: P(a positive scores higher than a negative), ties counted half.
 
+    It is scikit-learn's `roc_auc_score`, which takes 3 to 24 times as long (of 25,000 scores and of 500), too long for
+    the thousands of resamples of an interval.
+
     Args:
         scores: (n,).
         positive: (n,) bool, with both values.
