@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis import analyze as analysis
-from vimoe.analysis import statistics
+from vimoe.analysis import decisions, statistics
 from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.interventions import Handed, Subjects
@@ -183,11 +183,11 @@ def test_what_is_kept_is_what_the_model_did(routing: str, monkeypatch: pytest.Mo
     model = perturb_experts(upcycle(vit(), config(routing=routing, top_k=2)))
     x, labels = images(model, 40), torch.arange(40) % 5
     units = 1  # the class token, or the image
-    monkeypatch.setattr(analysis, "KEPT_IMAGES", 15)
-    monkeypatch.setattr(analysis, "_COMPARED", 4)
+    monkeypatch.setattr(decisions, "KEPT_IMAGES", 15)
+    monkeypatch.setattr(decisions, "_COMPARED", 4)
     inputs: list[Tensor] = []
     batches = list(zip(x.split(7), labels.split(7), strict=True))
-    _, seen = analysis._observe(model, Subjects(model, batches, list(moe_layers(model))), moe_layers(model), 0, "")
+    _, seen = decisions.observe(model, Subjects(model, batches, list(moe_layers(model))), moe_layers(model), 0, "")
     handle = layers(model)[1].register_forward_pre_hook(lambda _layer, args: inputs.append(args[0]))
     with torch.no_grad(), vimoe.record(model) as routings, ignoring_hooks():
         model(x)
@@ -315,13 +315,13 @@ def test_frozen_is_the_most_frequent_decision() -> None:
 
 def test_recorded_routings_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
-    real = analysis._Seen.add
+    real = decisions.Decisions.add
 
-    def add(self: analysis._Seen, places: range, labels: np.ndarray, routings: list, signatures: np.ndarray) -> None:
+    def add(self: object, places: range, labels: np.ndarray, routings: list, signatures: np.ndarray) -> None:
         held.append(len(routings))
         real(self, places, labels, routings, signatures)
 
-    monkeypatch.setattr(analysis._Seen, "add", add)
+    monkeypatch.setattr(decisions.Decisions, "add", add)
     vimoe.analyze(Known(), loader(), overrule=0)
     assert held == [2] * 6
 
@@ -415,10 +415,10 @@ def test_interventions_can_be_left_out_or_done_on_some() -> None:
 
 
 def test_of_more_images_than_are_kept_a_uniform_sample_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis, "KEPT_IMAGES", 50)
+    monkeypatch.setattr(decisions, "KEPT_IMAGES", 50)
     kept = np.zeros(200)
     for seed in range(200):
-        seen = analysis._Seen({}, seed)
+        seen = decisions.Decisions({}, seed)
         for start in range(0, 200, 40):
             routing = SimpleNamespace(layer="a", experts=torch.zeros(40, 1), gates=torch.zeros(40, 1), batch=(40, 3))
             seen.add(range(start, start + 40), np.arange(start, start + 40), [routing], np.arange(start, start + 40))
@@ -434,7 +434,7 @@ def test_of_more_images_than_are_kept_a_uniform_sample_counts(monkeypatch: pytes
 
 
 def test_tokens_that_are_kept_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analysis, "KEPT_UNITS", 60)
+    monkeypatch.setattr(decisions, "KEPT_UNITS", 60)
     assert vimoe.analyze(Known(routing="token"), loader()).images == 20
     assert vimoe.analyze(Known(), loader()).images == 60
 
@@ -443,7 +443,8 @@ MEMORY = """
 import resource, torch
 from helpers.known import Known, loader
 from vimoe.analysis import analyze as analysis
-analysis.KEPT_IMAGES = 500
+from vimoe.analysis import decisions
+decisions.KEPT_IMAGES = 500
 batch = loader(batch=500, images=500, tokens=20)[0]
 analysis.analyze(Known(), [batch], overrule=100)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

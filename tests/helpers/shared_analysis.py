@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import vimoe
-from vimoe.analysis import analyze as analysis
-from vimoe.analysis import interventions
+from vimoe.analysis import decisions, interventions
 from vimoe.config.data import DataConfig
 from vimoe.config.masks import IGNORE
 from vimoe.data.loaders import share
@@ -51,7 +50,7 @@ def found(case: str) -> dict[str, Any]:
     model = perturb_experts(upcycle(vit(depth=3), config(**layers)))
     loader = shared(images(model, IMAGES), torch.arange(IMAGES) % 5)
     homes = {"KEPT_BYTES": interventions}
-    patches = [patch.object(homes.get(name, analysis), name, value) for name, value in limits.items()]
+    patches = [patch.object(homes.get(name, decisions), name, value) for name, value in limits.items()]
     for each in patches:
         each.start()
     try:

@@ -8,40 +8,34 @@ Axes: I images, C classes, N experts, U routed units of an image, K chosen exper
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vimoe.analysis import statistics
+from vimoe.analysis import decisions, statistics
+from vimoe.analysis.decisions import ByClass, Decisions, observe
 from vimoe.analysis.diversity import measure_diversity
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.expert_similarity import compare_experts
 from vimoe.analysis.interventions import Frozen, Handed, Images, Intervention, Subjects, Without, measure
 from vimoe.analysis.probe import check_probed
 from vimoe.analysis.probe import probe as probe_experts
-from vimoe.analysis.statistics import Dependence, count_experts, enough_draws, tables_of_units
+from vimoe.analysis.statistics import enough_draws
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
-from vimoe.errors import ConfigError, DataError, VimoeError
-from vimoe.metrics.base import Batches, Metric, Score, signature
+from vimoe.errors import ConfigError, VimoeError
+from vimoe.metrics.base import Batches
 from vimoe.models.interface import unwrapped
 from vimoe.models.upcycling import sites
-from vimoe.moe import MoE, Routing, ffn, record
+from vimoe.moe import MoE, ffn
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.packed import check_not_packed
-from vimoe.process import Alone, Process
+from vimoe.process import Process
 
-KEPT_IMAGES = 20_000  # whose decisions are kept, at most
-KEPT_UNITS = 2**21  # of each layer, at most: tokens are many
 FIRST_DRAWS = 4  # by which it is judged how many are enough
-_COMPARED = 16  # images whose tokens go to all experts of a layer
-_EXAMPLES = 8  # images that are named for each expert
 
 
 def analyze(
@@ -124,10 +118,11 @@ def analyze(
     if not layers:
         raise VimoeError("the model has no MoE layer: expected one that vimoe.upcycle made")
     parents = {} if parent is None else _parents(unwrapped(parent), layers)
-    subjects = Subjects(model, loader, list(layers), KEPT_IMAGES if overrule is None else overrule, metric, process)
+    most = decisions.KEPT_IMAGES if overrule is None else overrule
+    subjects = Subjects(model, loader, list(layers), most, metric, process)
     if probe:
         check_probed(layers, subjects.metric.by_patch, overrule, subjects.process.count)
-    base, seen = _observe(model, subjects, layers, seed, "observing the routing" if progress else "")
+    base, seen = observe(model, subjects, layers, seed, "observing the routing" if progress else "")
     if sequences is not None and len(sequences) != base.images:
         raise ConfigError(f"{len(sequences)} sequences of {base.images} images: expected one for each image")
     videos = None if sequences is None else [sequences[place] for place in seen.places.tolist()]
@@ -143,7 +138,7 @@ def analyze(
     measured = (rows, donors, overruled_units)
     effects = _effects(subjects, layers, seen, gate_mass, *measured, seed, task) if overruled else {}
     if probe:
-        tables = {name: _ByClass.of(seen, name, len(subjects.metric.classes)).table() for name in layers}
+        tables = {name: ByClass.of(seen, name, len(subjects.metric.classes)).table() for name in layers}
         task = "probing the experts" if progress else ""
         probes = probe_experts(subjects, layers, tables, seen.labels[rows], seed, overruled_units, task)
         effects = {name: {**effects[name], "probe": probes[name].to_dict()} for name in layers}
@@ -153,13 +148,13 @@ def analyze(
 
 
 def _evidence(
-    subjects: Subjects, layers: Mapping[str, MoE], seen: _Seen, gates: Mapping[str, np.ndarray],
+    subjects: Subjects, layers: Mapping[str, MoE], seen: Decisions, gates: Mapping[str, np.ndarray],
     gate_mass: Mapping[str, np.ndarray], effects: Mapping[str, dict[str, Any]], parents: Mapping[str, nn.Module],
     videos: Sequence[Hashable] | None, seed: int, facts: Mapping[str, Any],
 ) -> Evidence:  # fmt: skip
     """Return the evidence of what was seen of all images, of the effects by layer, and of facts, which are fields."""
     classes = subjects.metric.classes
-    by_class = {name: _ByClass.of(seen, name, len(classes)) for name in layers}
+    by_class = {name: ByClass.of(seen, name, len(classes)) for name in layers}
     units, how_many = statistics.numbered(videos)
     half = _half(seen, units, seed)
     counts = {name: seen.per_image(name) for name in layers}
@@ -222,7 +217,7 @@ def _parents(parent: nn.Module, layers: Mapping[str, MoE]) -> dict[str, nn.Modul
     return found
 
 
-def _half(seen: _Seen, sequences: np.ndarray | None, seed: int) -> np.ndarray:
+def _half(seen: Decisions, sequences: np.ndarray | None, seed: int) -> np.ndarray:
     """(I,) True for a random half of the images: of each class, of segmented ones, or of sequences."""
     if sequences is not None:
         return statistics.halves(np.zeros(sequences.max() + 1), seed)[sequences]
@@ -230,7 +225,7 @@ def _half(seen: _Seen, sequences: np.ndarray | None, seed: int) -> np.ndarray:
 
 
 def _effects(
-    subjects: Subjects, layers: Mapping[str, MoE], seen: _Seen, gate_mass: Mapping[str, np.ndarray],
+    subjects: Subjects, layers: Mapping[str, MoE], seen: Decisions, gate_mass: Mapping[str, np.ndarray],
     rows: np.ndarray, donors: np.ndarray, sequences: np.ndarray | None, seed: int, task: str,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The fields of LayerEvidence that tell of interventions, by layer.
@@ -278,7 +273,7 @@ def _effects(
     return process.once(lambda: {name: fields(name) for name in layers})
 
 
-def _interventions(layer: MoE, seen: _Seen, name: str, gate_mass: np.ndarray) -> dict[str, list[Intervention]]:
+def _interventions(layer: MoE, seen: Decisions, name: str, gate_mass: np.ndarray) -> dict[str, list[Intervention]]:
     """The interventions on a layer by kind, but for permutations."""
     dense: dict[str, list[Intervention]] = {
         how: [layer.dense(how, torch.from_numpy(gate_mass))] for how in layer.densify_methods
@@ -305,217 +300,3 @@ def most_frequent(layer: MoE, experts: np.ndarray, gates: np.ndarray) -> Frozen:
         for pool in range(len(pools))
     ]
     return Frozen(*(torch.from_numpy(np.stack(part)) for part in zip(*each, strict=True)))
-
-
-@dataclass(frozen=True)
-class _ByClass:
-    """Classes and choices of experts in a layer: of whole images, or of the patches of segmented ones.
-
-    Attributes:
-        labels: (I,), or (I, P) by patch; below 0 for no class.
-        experts: (I, U, K) of all units of images with one class, (I, P, K) of patches.
-        classes, num_experts: C and N.
-        by_patch: True if labels are by patch.
-    """
-
-    labels: np.ndarray
-    experts: np.ndarray
-    classes: int
-    num_experts: int
-    by_patch: bool
-
-    @classmethod
-    def of(cls, seen: _Seen, name: str, classes: int) -> _ByClass:
-        layer, experts = seen.layers[name], seen.experts[name]
-        if seen.by_patch:
-            prefix = layer.router.layout.num_prefix_tokens
-            patches = experts[:, prefix:] if layer.config.routing == "token" else experts
-            experts = np.broadcast_to(patches, (*seen.labels.shape, experts.shape[2]))
-        return cls(seen.labels, experts, classes, layer.config.num_experts, seen.by_patch)
-
-    def table(self, some: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """(C, N) how often the units of each class chose each expert, in some of the images."""
-        labels, experts = self.labels[some], self.experts[some]
-        if not self.by_patch:
-            labels = np.broadcast_to(labels[:, None], experts.shape[:2])
-        counted = labels >= 0
-        return count_experts(labels[counted], experts[counted], self.classes, self.num_experts)
-
-    def per_image(self) -> np.ndarray:
-        """(I, N) how often each image's units of a class chose each expert."""
-        if not self.by_patch:
-            return _per_image_counts(self.experts, self.num_experts) * (self.labels >= 0)[:, None]
-        return tables_of_units(self.labels, self.experts, self.classes, self.num_experts).sum(axis=1)
-
-    def dependence(self, seed: int, sequences: np.ndarray | None) -> Dependence:
-        if not self.by_patch:
-            some = self.labels >= 0
-            if not some.any():
-                return Dependence(0.0, 0.0, 0.0, 1.0, 0.0)
-            units = None if sequences is None else np.unique(sequences[some], return_inverse=True)[1]
-            return statistics.dependence(self.labels[some], self.per_image()[some], seed, sequences=units)
-        known = (self.labels, self.experts, self.classes, self.num_experts)
-        return statistics.dependence_of_units(*known, seed, sequences)
-
-
-class _Seen:
-    """Decisions of a uniform sample of the images in each layer, and a few layer inputs.
-
-    Of several processes each adds its share of every batch, and draws for all of it, so that `close` joins one sample.
-
-    Attributes:
-        places: (I,) places in the loader, in rising order; signatures: (I,) by which to know the images again.
-        labels: (I,) class of each image, or (I, P) of each patch if `by_patch`; -1 for none.
-        experts, gates: decisions (I, U, K) by layer; -1 and 0 in empty slots.
-        inputs: inputs (a few images, tokens, channels) by layer.
-    """
-
-    def __init__(
-        self, layers: Mapping[str, MoE], seed: int, by_patch: bool = False, process: Process | None = None
-    ) -> None:
-        self.layers, self.by_patch, self.process = layers, by_patch, process or Alone()
-        self.experts: dict[str, np.ndarray] = {}
-        self.gates: dict[str, np.ndarray] = {}
-        self.inputs: dict[str, Tensor] = {}
-        self._rng = np.random.default_rng(seed)
-        self._limit = KEPT_IMAGES
-        self._watched = np.full(_COMPARED, -1)  # places of the images of the inputs
-
-    @contextmanager
-    def watching(self, places: range) -> Iterator[None]:
-        """Keep the inputs of the layers for a few images of the batch that runs inside the block."""
-        slots, rows = self._slots(places, _COMPARED)
-        self._watched[slots] = np.array(places)[rows]
-
-        def add_input(name: str, x: Tensor) -> None:
-            if name not in self.inputs:
-                self.inputs[name] = x.new_empty(_COMPARED, *x.shape[1:])
-            for slot, row in zip(slots, rows, strict=True):
-                self.inputs[name][slot] = x[row]
-
-        with ExitStack() as stack:
-            for name, layer in self.layers.items():
-                hook = layer.register_forward_pre_hook(
-                    lambda this, args, name=name: add_input(name, this.grid.tokens(args[0]))
-                )
-                stack.callback(hook.remove)
-            yield
-
-    def add(self, places: range, labels: np.ndarray, routings: list[Routing], signatures: np.ndarray) -> None:
-        """Add a batch: (B,) places, (B,) or (B, P) labels, (B,) signatures, and the routing of each layer."""
-        arrays = {r.layer: [_per_image(a, r) for a in (r.experts, r.gates)] for r in routings}
-        if not self.experts:
-            self._limit = min(KEPT_IMAGES, *(KEPT_UNITS // e.shape[1] for e, _ in arrays.values()))
-            self.places, self.signatures = np.full(self._limit, -1), np.empty(self._limit, np.int64)
-            self.labels = np.empty((self._limit, *labels.shape[1:]), np.int32)
-            for name, (experts, gates) in arrays.items():  # memory is taken when it is written to
-                self.experts[name] = np.empty((self._limit, *experts.shape[1:]), np.int16)
-                self.gates[name] = np.empty((self._limit, *gates.shape[1:]), np.float32)
-        slots, rows = self._slots(places, self._limit)
-        self.places[slots], self.signatures[slots] = np.array(places)[rows], signatures[rows]
-        self.labels[slots] = labels[rows]
-        for name, (experts, gates) in arrays.items():
-            self.experts[name][slots], self.gates[name][slots] = experts[rows], gates[rows]
-
-    def close(self) -> None:
-        """Join the images of all processes, in the loader's order. Each process calls it, and has seen some."""
-        mine, _ = self._last(self.places)
-        kept = self.places, self.signatures, self.labels, *self.experts.values(), *self.gates.values()
-        arrays = [self.process.gather(array[mine]) for array in kept]
-        order = np.argsort(np.concatenate(arrays[0]))
-        self.places, self.signatures, self.labels, *decisions = (np.concatenate(each)[order] for each in arrays)
-        self.experts = dict(zip(self.experts, decisions, strict=False))
-        self.gates = dict(zip(self.gates, decisions[len(self.gates) :], strict=True))
-        mine, used = self._last(self._watched)
-        for name, kept_inputs in self.inputs.items():
-            own = torch.zeros_like(kept_inputs)
-            own[mine] = kept_inputs[mine]
-            self.inputs[name] = self.process.sum(own)[:used]
-
-    def _last(self, places: np.ndarray) -> tuple[np.ndarray, int]:
-        """Return the slots whose last image is this process's, given the places of its own, and how many are used."""
-        last = np.max(self.process.gather(places), axis=0)
-        return np.flatnonzero((places == last) & (last >= 0)), int((last >= 0).sum())
-
-    def per_image(self, name: str, weights: np.ndarray | None = None) -> np.ndarray:
-        """Return how often each image chose each expert (I, N), or the sum of weights (I, U, K) of these choices."""
-        return _per_image_counts(self.experts[name], self.layers[name].config.num_experts, weights)
-
-    def examples(self, gates: np.ndarray) -> tuple[tuple[int, ...], ...]:
-        """Return for each expert the places of the images that gave it most of (I, N) gates, best first."""
-        best = np.argsort(-gates, axis=0, kind="stable")[:_EXAMPLES].T
-        return tuple(tuple(int(self.places[i]) for i in row if gates[i, e] > 0) for e, row in enumerate(best))
-
-    def _slots(self, places: range, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Reservoir sampling (Vitter's algorithm R): where to keep which rows of a batch."""
-        nth = np.arange(places.start - self.process.rank, places.stop)  # of all processes
-        slots = np.where(nth < limit, nth, self._rng.integers(0, nth + 1))[self.process.rank :: self.process.count]
-        rows = np.flatnonzero(slots < limit)
-        return slots[rows], rows
-
-
-def _observe(
-    model: nn.Module, subjects: Subjects, layers: Mapping[str, MoE], seed: int, task: str
-) -> tuple[Score, _Seen]:
-    metric, process = subjects.metric, subjects.process
-    seen, counts = _Seen(layers, seed, metric.by_patch, process), metric.counts()
-    shape: torch.Size | None = None
-    for places, start, labels in subjects.batches(task):
-        sizes = start.inputs.shape[1:]
-        shape = shape or sizes
-        _check_sizes(shape, sizes)
-        with torch.no_grad(), subjects.keeping(start, labels), record(model) as routings, seen.watching(places):
-            counts.add(start.logits(model), labels)
-        seen.add(places, _classes_of(metric, labels, routings, layers), routings, signature(labels).cpu().numpy())
-    shapes = process.gather(shape)
-    if not all(shapes):
-        what = "the loader is empty" if not any(shapes) else f"fewer images than processes, {process.count}"
-        raise DataError(f"{what}: expected validation images to analyse the routing on")
-    _check_sizes(*shapes)
-    found = counts.over(process).score()
-    if found.images == 1:
-        raise DataError("1 validation image: expected at least 2, of one there are no intervals; give more")
-    if not math.isfinite(found.columns["loss"]):
-        raise VimoeError(
-            f"the model's loss on validation is {found.columns['loss']}: expected a model whose outputs are finite"
-        )
-    seen.close()
-    return found, seen
-
-
-def _check_sizes(*shapes: torch.Size | None) -> None:
-    """Raise DataError for images of several sizes."""
-    if odd := [tuple(each) for each in shapes if each and each != shapes[0]]:
-        raise DataError(f"the loader gives images of {tuple(shapes[0] or ())} and {odd[0]}: expected one size")
-
-
-def _classes_of(metric: Metric, labels: Tensor, routings: Sequence[Routing], layers: Mapping[str, MoE]) -> np.ndarray:
-    """Return the metric's classes of a batch, (B,) or (B, P). Raises DataError for another shape or range."""
-    found, classes = metric.classes_of(labels).cpu().numpy(), len(metric.classes)
-    expected: list[tuple[int, ...]] = [(len(labels),)]
-    if metric.by_patch:
-        tokens = ((each.batch[1], layers[each.layer].router.layout.num_prefix_tokens) for each in routings)
-        expected = [(len(labels), number - prefix) for number, prefix in tokens]
-    if odd := next((shape for shape in expected if shape != found.shape), None):
-        axes = "(images, patches)" if metric.by_patch else "(images,)"
-        raise DataError(
-            f"the metric {metric.score_type.kind!r} gives classes of shape {found.shape}: expected {odd}, {axes}"
-        )
-    wrong = found[(found < -1) | (found >= classes)]
-    if wrong.size:
-        raise DataError(
-            f"the metric {metric.score_type.kind!r} gives the class {wrong[0]}: expected 0 to {classes - 1}, or -1 for "
-            f"none"
-        )
-    return found
-
-
-def _per_image_counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return how often each image chose each expert (I, N), or the sum of weights, both (I, U, K)."""
-    image = np.broadcast_to(np.arange(len(experts))[:, None], experts.shape[:2])
-    return count_experts(image, experts, len(experts), num_experts, weights)
-
-
-def _per_image(decisions: Tensor, routing: Routing) -> np.ndarray:
-    """(R, K) of all units to (B, U, K)."""
-    return decisions.view(routing.batch[0], -1, decisions.shape[1]).cpu().numpy()
