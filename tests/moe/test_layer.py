@@ -208,3 +208,28 @@ def test_a_forward_mode_derivative_is_refused(frozen: bool) -> None:
     layer, x = make().requires_grad_(not frozen), tokens()
     with pytest.raises(vimoe.VimoeError, match="expected reverse mode"):
         torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """A replica as torch.nn.DataParallel makes them: weights are attributes, and no parameters."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else replica_of(child)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            setattr(replica, name, parameter.detach().clone())
+    return replica
+
+
+@torch.no_grad()
+def test_a_replica_of_data_parallel_computes_the_same_or_refuses() -> None:
+    """Those refuse whose experts hold the shared expert by reference: on another device it would be the first one's."""
+    x = tokens()
+    for settings in ({}, {"shared": 0}, {"router": "expert_choice"}, {"gate": "sigmoid"}):
+        layer = make(**settings).eval()
+        assert torch.equal(replica_of(layer)(x), layer(x))
+    for settings in ({"experts": "lora"}, {"experts": "adapter", "shared": 0}, {"router": "smear"}):
+        layer = make(layout="image by class token", k=1, **settings).eval()
+        layer(x)
+        with pytest.raises(vimoe.VimoeError, match="in a replica of DataParallel.*expected DistributedDataParallel"):
+            replica_of(layer)(x)

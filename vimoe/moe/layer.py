@@ -179,6 +179,11 @@ class MoE(nn.Module):
 
     def _mixed(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
+        if getattr(self, "_is_replica", False) and (self.experts.reads or self.router.reads_weights):
+            raise VimoeError(
+                f"moe.experts={self.config.experts!r} with moe.router={self.config.router!r} in a replica of "
+                f"DataParallel, whose parts do not find one another: expected DistributedDataParallel; use it"
+            )
         if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x_BTD).tangent is not None:
             raise VimoeError(
                 "a forward-mode derivative (jvp) of an MoE layer: expected reverse mode, such as backward()"
