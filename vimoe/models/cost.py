@@ -51,8 +51,8 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     """Count a model as it stands; nothing is computed and no memory taken for weights.
 
     Args:
-        model: any timm ViT, dense or upcycled, on any device.
-        input_size: (channels, height, width); by default that of the model.
+        model: a model of images of a known family, dense or with MoE layers, on any device.
+        input_size: (channels, height, width) in pixels; by default that of the model.
 
     Raises:
         VimoeError: if the model is none, or does not take the size.

@@ -7,6 +7,7 @@ folder, which timm builds from the name "local-dir:FOLDER" too. Nothing is ever 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -267,7 +268,7 @@ def _prove(model: nn.Module, path: Path) -> None:
         rebuilt = load(path, next(model.parameters()).device)
     except FolderError as error:
         raise FolderError(
-            f"the folder would not rebuild this model: {str(error).replace(str(path) + '/', '')}; pass "
+            f"the folder would not rebuild this model: {str(error).replace(f'{path}{os.sep}', '')}; pass "
             f"model_args={{...}} with the arguments that it was built with"
         ) from error
     images = _noise(model)

@@ -86,7 +86,7 @@ def plan(
     (`MoE.keeps_function`). Then the change is measured on a copy that is upcycled, if the model has weights.
 
     Args:
-        model: a timm ViT.
+        model: as for `upcycle`, of images.
         config: blocks and kind of layer.
         input_size: (channels, height, width) to count for; by default that of the model.
         images: as for `upcycle`; the change is measured on the first batch. By default it is measured on 8 images of
@@ -135,7 +135,7 @@ def upcycle(model: nn.Module, config: MoEConfig, images: Batches | None = None, 
     other starts, at which experts differ; `plan` says how far they take the model.
 
     Args:
-        model: a plain ViT of timm (vit_*, deit*, deit3*, dinov2, eva), a model of transformers, or a module with one
+        model: a model of timm, transformers or torchvision (docs/compatibility.md says which), or a module with one
             inside such as `vimoe.models.segmenter.Segmenter`, on any device. With `routing="token"` also any other
             model, if `config.layers` are patterns of module names.
         config: blocks and kind of layer.
