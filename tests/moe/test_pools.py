@@ -212,6 +212,15 @@ def test_a_folder_has_the_pools(tmp_path: Path) -> None:
     assert set(routings[0].experts[routings[0].kinds == 0].flatten().tolist()) == {0}
 
 
+def test_a_bias_evens_the_load_of_each_pool() -> None:
+    """By the mean of all experts both of the first pool would be raised, and all of the second lowered."""
+    layer = layer_of((2, 4), bias_update_rate=0.25)
+    chosen = [0] * 3 + [1] + [2] * 30 + [3] * 21 + [4] * 25 + [5] * 24
+    routing = vimoe.Routing(torch.zeros(104, 6), torch.ones(104, 1), torch.tensor(chosen)[:, None], "token", (1, 104))
+    vimoe.update_bias(layer, [routing])
+    assert layer.router.choice_bias.tolist() == [-0.25, 0.25, -0.25, 0.25, 0, 0.25]
+
+
 def test_interventions_move_no_token_out_of_its_pool() -> None:
     """Where each pool has one expert there is nothing to choose, so other decisions change nothing."""
     with pytest.warns(UserWarning, match="the only gate is always 1"):

@@ -22,8 +22,8 @@ def update_bias(model: nn.Module, routings: Iterable[Routing], over: Process | N
 
     Call it after an update of the weights. Loss-free balancing: Wang et al., arXiv 2408.15664, algorithm 1, here on
     softmax probabilities. The load is summed over all records of a layer, so with gradient accumulation pass those of
-    all its steps. Image routing counts images, token routing tokens. Layers without a bias
-    (`MoEConfig.bias_update_rate` of 0) are passed over.
+    all its steps. Image routing counts images, token routing tokens. The mean is that of an expert's pool
+    (`MoEConfig.groups`). Layers without a bias (`MoEConfig.bias_update_rate` of 0) are passed over.
 
     Args:
         model: the model that was recorded.
@@ -53,7 +53,8 @@ def update_bias(model: nn.Module, routings: Iterable[Routing], over: Process | N
     for name, load_N in loads.items():
         router, load_N = layers[name].router, load_N if over is None else over.sum(load_N)
         assert router.choice_bias is not None
-        below_N = (load_N.sum() - len(load_N) * load_N).sign()  # whole numbers, in which an even load is exactly so
+        pools = load_N.split(router.config.pools)  # of kinds that may have very different numbers of tokens
+        below_N = torch.cat([(own.sum() - len(own) * own).sign() for own in pools])  # in whole numbers, so even is 0
         router.choice_bias += router.config.bias_update_rate * below_N
 
 
