@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vimoe import process
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
@@ -20,8 +20,12 @@ from vimoe.config.data import TASKS
 from vimoe.config.export import FORMATS
 from vimoe.config.moe import MoEConfig
 from vimoe.config.parallel import bytes_of
+from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError
 from vimoe.run_folder import open_run
+
+if TYPE_CHECKING:
+    from vimoe.models.upcycling import Plan
 
 SHARED = ("train", "evaluate", "predict", "analyze")  # verbs whose work several processes may share
 
@@ -33,42 +37,23 @@ def plan(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe plan --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers last:2
     """
-    over_devices = any(arg.partition("=")[0] == "--devices" for arg in argv)
     parser = _parser(verb)
-    if verb == "plan":
-        many = "number of devices to train on; takes the options data and train as well, shown by --devices 8 --help"
-        parser.add_argument("--devices", type=int | None, default=None, help=many)
-        parser.add_argument("--memory", type=str | None, default=None, help="memory of each device, such as 80GB")
+    many = "number of devices to train on; takes the options data and train as well, shown by --devices 8 --help"
+    parser.add_argument("--devices", type=int | None, default=None, help=many)
+    parser.add_argument("--memory", type=str | None, default=None, help="memory of each device, such as 80GB")
+    over_devices = any(arg.partition("=")[0] == "--devices" for arg in argv)
     parser.add_sections("model", "moe", *(("data", "train") if over_devices else ()))
     options = parser.parse_args(argv)
-    settings = parser.settings(options)
-    devices, limit = _devices(options) if verb == "plan" else (None, 0)
-    from vimoe.models.names import check_layer_names, check_name
-
-    check_name(settings.model)
-    check_layer_names(settings.model, settings.moe.selection)
-    from vimoe.models.continued import plan_of_own, with_own_layers
-    from vimoe.models.create import create, create_without_weights
+    devices, limit = _devices(options)
+    settings, conversion = _conversion(parser, options, argv)
+    from vimoe.models.create import create
     from vimoe.models.upcycling import needs_images
     from vimoe.models.upcycling import plan as make_plan
 
-    settings = with_own_layers(settings, parser.given(argv, "moe"))
-    conversion = plan_of_own(settings.model) or make_plan(
-        create_without_weights(settings.model), settings.moe, read=settings.model.read
-    )
     at_hand = settings.model.pretrained and settings.model.name.startswith("local-dir:")
-    if verb == "plan" and conversion.start and at_hand and not needs_images(settings.moe):
+    if conversion.start and at_hand and not needs_images(settings.moe):
         conversion = make_plan(create(settings.model), settings.moe, read=settings.model.read)
-    change = conversion.start and conversion.start.change
-    dense = {name: getattr(conversion.dense, name) for name in ("params", "macs", "computed_macs")}
-    moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs", "computed_macs")}
-    text, values = (
-        str(conversion),
-        {
-            "dense": dense,
-            "moe": {**moe, "layers": [site.name for site in conversion.sites], "change": change},
-        },
-    )
+    text, values = str(conversion), _costs(conversion)
     if devices is None:
         return text, values
     from vimoe.experiments.size import size_of
@@ -82,8 +67,10 @@ def count(verb: str, argv: list[str]) -> Result:
 
     Example: vimoe count --model.name vit_small_patch14_dinov2 --model.img_size 224 --moe.layers all --json
     """
-    text, values = plan(verb, argv)
-    return "\n".join(text.splitlines()[:2]), values
+    parser = _parser(verb)
+    parser.add_sections("model", "moe")
+    _, conversion = _conversion(parser, parser.parse_args(argv), argv)
+    return "\n".join(str(conversion).splitlines()[:2]), _costs(conversion)
 
 
 def train(verb: str, argv: list[str]) -> Result:
@@ -487,6 +474,30 @@ def _add_sampling(parser: Parser, note: str = "") -> None:
     what = f"number of images for interventions, drawn at random{note}"
     parser.add_argument("--overrule", type=int, default=OVERRULED_IMAGES, help=what)
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
+
+
+def _conversion(parser: Parser, options: Any, argv: list[str]) -> tuple[Settings, Plan]:
+    """Return the settings that were asked for, and the plan of their model without weights."""
+    settings = parser.settings(options)
+    from vimoe.models.names import check_layer_names, check_name
+
+    check_name(settings.model)
+    check_layer_names(settings.model, settings.moe.selection)
+    from vimoe.models.continued import plan_of_own, with_own_layers
+    from vimoe.models.create import create_without_weights
+    from vimoe.models.upcycling import plan as make_plan
+
+    settings = with_own_layers(settings, parser.given(argv, "moe"))
+    own = plan_of_own(settings.model)
+    return settings, own or make_plan(create_without_weights(settings.model), settings.moe, read=settings.model.read)
+
+
+def _costs(conversion: Plan) -> dict[str, Any]:
+    """Return what a plan says for --json."""
+    dense = {name: getattr(conversion.dense, name) for name in ("params", "macs", "computed_macs")}
+    moe = {name: getattr(conversion.moe, name) for name in ("params", "activated_params", "macs", "computed_macs")}
+    change = conversion.start and conversion.start.change
+    return {"dense": dense, "moe": {**moe, "layers": [site.name for site in conversion.sites], "change": change}}
 
 
 def _devices(options: Any) -> tuple[int | None, float]:
