@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,31 +10,31 @@ from helpers.trainings import rows
 
 import vimoe.training.loop
 
+EPOCH = vimoe.training.loop._Steps.epoch
+
 
 class Killed(Exception):
     """A kill that the test survives."""
 
 
-@pytest.fixture
-def kill_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def arm(patch: pytest.MonkeyPatch, steps: int) -> None:
     """Makes the next training die after so many steps, before or after the checkpoint that follows."""
-    real = vimoe.training.loop._Steps.epoch
+    left = steps
 
-    def arm(steps: int) -> None:
-        left = steps
+    def epoch(self: object, state: object) -> Iterator[None]:
+        nonlocal left
+        for _ in EPOCH(self, state):
+            if left == 0:
+                raise Killed
+            left -= 1
+            yield
 
-        def epoch(self: object, state: object) -> Iterator[None]:
-            nonlocal left
-            for _ in real(self, state):
-                if left == 0:
-                    raise Killed
-                left -= 1
-                yield
+    patch.setattr(vimoe.training.loop._Steps, "epoch", epoch)
 
-        monkeypatch.setattr(vimoe.training.loop._Steps, "epoch", epoch)
 
-    yield arm
-    monkeypatch.setattr(vimoe.training.loop._Steps, "epoch", real)
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda steps: arm(monkeypatch, steps)
 
 
 def logs(out: Path) -> list[dict[str, str]]:

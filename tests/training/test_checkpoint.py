@@ -13,10 +13,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.kills import Killed, logs
+from helpers.kills import Killed, arm, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
 from helpers.trainings import QUICK, model, run, weights
@@ -44,25 +45,44 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return load_data(DataConfig(path=str(roles(tmp_path_factory.mktemp("pictures"), train=14))))
 
 
+class Whole(NamedTuple):
+    """A training that nothing stopped."""
+
+    out: Path
+    weights: torch.Tensor
+    summary: dict
+
+
+@pytest.fixture(scope="module")
+def wholes(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Whole]:
+    """Trainings with the settings ALL, by the accumulation."""
+
+    def whole(accumulation: int) -> Whole:
+        out = tmp_path_factory.mktemp("whole")
+        network, summary = run(data, out, **ALL, accumulation=accumulation)
+        return Whole(out, weights(network), summary)
+
+    return {accumulation: whole(accumulation) for accumulation in (1, 2)}
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("killed_after", [0, 1, 5, 8, 13])
 def test_a_killed_training_ends_as_if_it_had_not_been(
-    data: Data, tmp_path: Path, kill_after: object, killed_after: int, accumulation: int
+    data: Data, wholes: dict[int, Whole], tmp_path: Path, kill_after: object, killed_after: int, accumulation: int
 ) -> None:
     """Killed in the first epoch, at the end of one (5 steps), in the midst of the last; twice."""
-    settings = {**ALL, "accumulation": accumulation}
-    whole, summary = run(data, tmp_path / "whole", **settings)
+    settings, whole = {**ALL, "accumulation": accumulation}, wholes[accumulation]
     for steps in (killed_after, 1):
         kill_after(steps)
         with pytest.raises(Killed):
             run(data, tmp_path / "killed", **settings)
     kill_after(1000)
     again, resumed = run(data, tmp_path / "killed", **settings)
-    assert torch.equal(weights(whole), weights(again))
-    assert summary["val"] == resumed["val"] and summary["best_epoch"] == resumed["best_epoch"]
-    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
-    assert (tmp_path / "whole" / "load.csv").read_text() == (tmp_path / "killed" / "load.csv").read_text()
-    stored = [checkpoint.read(tmp_path / name) for name in ("whole", "killed")]
+    assert torch.equal(whole.weights, weights(again))
+    assert all(whole.summary[each] == resumed[each] for each in ("val", "best_epoch"))
+    assert logs(whole.out) == logs(tmp_path / "killed")
+    assert (whole.out / "load.csv").read_text() == (tmp_path / "killed" / "load.csv").read_text()
+    stored = [checkpoint.read(out) for out in (whole.out, tmp_path / "killed")]
     for name in ("model", "ema"):
         assert all(torch.equal(stored[0][name][k], stored[1][name][k]) for k in stored[0][name])
 
@@ -114,7 +134,7 @@ def test_with_all_losses_and_rates_too(
 
 
 def test_a_training_goes_on_with_the_kernel_it_began_with(
-    data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
+    data: Data, wholes: dict[int, Whole], tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdamW was not always fused; the two round differently."""
 
@@ -122,7 +142,7 @@ def test_a_training_goes_on_with_the_kernel_it_began_with(
         groups = parameter_groups(network, config)
         return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
-    fused, _ = run(data, tmp_path / "fused", **ALL)
+    fused = wholes[1].weights
     with monkeypatch.context() as patch:
         patch.setattr(vimoe.training.loop, "adamw", as_it_was)
         whole, _ = run(data, tmp_path / "whole", **ALL)
@@ -131,8 +151,8 @@ def test_a_training_goes_on_with_the_kernel_it_began_with(
             run(data, tmp_path / "killed", **ALL)
         kill_after(1000)
     again, _ = run(data, tmp_path / "killed", **ALL)
-    assert torch.equal(weights(whole), weights(again)) and not torch.equal(weights(whole), weights(fused))
-    torch.testing.assert_close(weights(whole), weights(fused), rtol=0, atol=1e-2)
+    assert torch.equal(weights(whole), weights(again)) and not torch.equal(weights(whole), fused)
+    torch.testing.assert_close(weights(whole), fused, rtol=0, atol=1e-2)
 
 
 def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path: Path, kill_after: object) -> None:
@@ -148,10 +168,9 @@ def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path:
 
 
 def test_it_would_be_seen_if_the_state_were_not_restored(
-    data: Data, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
+    data: Data, wholes: dict[int, Whole], tmp_path: Path, kill_after: object
 ) -> None:
     """Without the moments of the optimiser, or with a step repeated, the end is another."""
-    whole, _ = run(data, tmp_path / "whole", **ALL)
     for broken in ("optimizer", "step"):
         kill_after(7)
         with pytest.raises(Killed):
@@ -163,7 +182,7 @@ def test_it_would_be_seen_if_the_state_were_not_restored(
         else:
             state["step"] -= 1
         checkpoint.write(tmp_path / broken, state)
-        assert not torch.equal(weights(whole), weights(run(data, tmp_path / broken, **ALL)[0]))
+        assert not torch.equal(wholes[1].weights, weights(run(data, tmp_path / broken, **ALL)[0]))
 
 
 def test_workers_and_batches_do_not_change_what_is_drawn(data: Data) -> None:
@@ -203,9 +222,10 @@ def test_an_order_is_of_its_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_a_checkpoint(data: Data, tmp_path: Path, number: int, monkeypatch: object) -> None:
+def test_a_signal_ends_it_with_a_checkpoint(
+    data: Data, wholes: dict[int, Whole], tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {**ALL, "checkpoint_minutes": 60}
-    whole, _ = run(data, tmp_path / "whole", **settings)
     real, calls = vimoe.training.loop.auxiliary_losses, []
 
     def interrupted(*args: object) -> object:
@@ -221,7 +241,7 @@ def test_a_signal_ends_it_with_a_checkpoint(data: Data, tmp_path: Path, number: 
     assert stopped.value.status == 128 + number and signal.getsignal(number) is before
     state = checkpoint.read(tmp_path / "stopped")
     assert (state["epoch"], state["step"]) == (2, 2)
-    assert torch.equal(weights(whole), weights(run(data, tmp_path / "stopped", **settings)[0]))
+    assert torch.equal(wholes[1].weights, weights(run(data, tmp_path / "stopped", **settings)[0]))
 
 
 def test_the_last_good_checkpoint_is_kept_where_the_disk_is_full(
@@ -314,10 +334,14 @@ TRAIN = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return roles(tmp_path_factory.mktemp("photos"), train=14, val=0)
+
+
 def test_the_command_goes_on(
-    tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, kill_after: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photos = roles(tmp_path / "photos", train=14, val=0)
     command = ["train", f"--data.path={photos}", *TRAIN]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     kill_after(6)
@@ -344,15 +368,19 @@ def test_the_command_goes_on(
         assert said in err and err.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def killed_once(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "killed"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        arm(patch, 6)
+        main(["train", f"--data.path={photos}", *TRAIN, "--out", str(out)])
+    return out
+
+
 @pytest.fixture
-def killed(tmp_path: Path, kill_after: object) -> Path:
-    """A run that was killed in its second epoch."""
-    photos = roles(tmp_path / "photos", train=14, val=0)
-    kill_after(6)
-    with pytest.raises(Killed):
-        main(["train", f"--data.path={photos}", *TRAIN, "--out", str(tmp_path / "killed")])
-    kill_after(1000)
-    return tmp_path / "killed"
+def killed(killed_once: Path, tmp_path: Path) -> Path:
+    """A copy of a run that was killed in its second epoch."""
+    return Path(shutil.copytree(killed_once, tmp_path / "killed"))
 
 
 def test_nothing_is_deleted_of_a_project_that_is_no_run(
@@ -451,11 +479,13 @@ def test_a_class_that_was_added_since_is_one_line(
     assert f"{run}: its checkpoint is of other training images" in err
 
 
-def test_the_data_may_have_moved_and_a_run_may_be_saved_more_often(killed: Path, tmp_path: Path) -> None:
-    (tmp_path / "photos").rename(tmp_path / "moved")
-    settings = (killed / "config.yaml").read_text().replace(str(tmp_path / "photos"), str(tmp_path / "moved"))
+def test_the_data_may_have_moved_and_a_run_may_be_saved_more_often(photos: Path, killed: Path, tmp_path: Path) -> None:
+    moved = photos.rename(tmp_path / "moved")
+    settings = (killed / "config.yaml").read_text().replace(str(photos), str(moved))
     (killed / "config.yaml").write_text(settings.replace("checkpoint_minutes: 0", "checkpoint_minutes: 5"))
-    assert main(["train", "--resume", str(killed)]) == 0
+    status = main(["train", "--resume", str(killed)])
+    moved.rename(photos)  # back, for other tests
+    assert status == 0
 
 
 def test_what_is_trained_with_other_settings_is_refused_in_python_too(
