@@ -543,13 +543,18 @@ def test_recovery_after_pruning_trains_on_the_same_features(data: Data, parent: 
     assert kept() == files
 
 
+@pytest.fixture(scope="module")
+def whole(data: Data, parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    return trained_in(tmp_path_factory.mktemp("whole"), settings_of(data, parent)) / "run"
+
+
 @pytest.mark.parametrize("killed_after", [2, 8])
 def test_a_resumed_run_keeps_to_the_trunk_of_its_checkpoint(
-    data: Data, parent: Path, tmp_path: Path, kill_after: object, killed_after: int
+    data: Data, parent: Path, whole: Path, tmp_path: Path, kill_after: object, killed_after: int
 ) -> None:
     """Where there is a checkpoint, the pretrained weights are not loaded any more."""
     settings = settings_of(data, parent, {"train": {"checkpoint_minutes": 0.0}})
-    whole = run_training(settings, tmp_path / "whole")
     kill_after(killed_after)
     with pytest.raises(Killed):
         run_training(settings, tmp_path / "killed")
@@ -557,15 +562,29 @@ def test_a_resumed_run_keeps_to_the_trunk_of_its_checkpoint(
     kill_after(1000)
     for file in kept():  # so that it must compute them
         file.unlink()
-    assert resume_training(tmp_path / "killed")["val"] == whole["val"]
-    states = [load(tmp_path / name / "model").state_dict() for name in ("whole", "killed")]
+    assert resume_training(tmp_path / "killed")["val"] == json.loads((whole / "summary.json").read_text())["val"]
+    states = [load(run / "model").state_dict() for run in (whole, tmp_path / "killed")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.fixture(scope="module")
+def trained_once(data: Data, parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose second last block has an MoE layer too, and of the cache that it filled."""
+    return trained_in(tmp_path_factory.mktemp("trained"), settings_of(data, parent, {"moe": {"layers": "last:2"}}))
+
+
+def trained_in(folder: Path, settings: Settings) -> Path:
+    """Trains in run/ with the cache in cache/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        run_training(settings, folder / "run")
+    return folder
+
+
 @pytest.fixture
-def trained(data: Data, parent: Path, tmp_path: Path) -> Path:
-    """A run whose second last block has an MoE layer too."""
-    run_training(settings_of(data, parent, {"moe": {"layers": "last:2"}}), tmp_path / "run")
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy of that run, with the cache of its own."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 
