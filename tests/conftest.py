@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for one another, and much where the CPU is shared
 
@@ -13,4 +14,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Scans are not remembered in the user's cache, not even by the commands that tests start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rough_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draws the figures of runs small and without a layout, which took a third of the time of tests of verbs.
+
+    Those of tests/analysis and tests/report, which are of figures, are drawn as they are.
+    """
+    draw = Figure.savefig
+
+    def rough(figure: Figure, *args: object, **settings: object) -> None:
+        draw(figure, *args, **{**settings, "dpi": 30})
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name not in ("analysis", "report"):
+            patch.setattr(Figure, "savefig", rough)
+            patch.setattr(Figure, "get_layout_engine", lambda self: None)
         yield

@@ -257,5 +257,9 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box here; the page has the name
+        if layout := figure.get_layout_engine():  # to find it, savefig would draw the whole figure once more
+            figure.set_dpi(dpi)
+            layout.execute(figure)
+            figure.set_layout_engine(None)
         figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
