@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from helpers.layers import make, tokens
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
@@ -75,12 +74,10 @@ def test_densified_at_once_it_is_the_parent_to_the_bit(router: str, routing: str
 @every_gate
 @every_kind
 def test_a_folder_gives_the_same_outputs(router: str, routing: str, gate: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    settings = config(router=router, routing=routing, gate=gate, layers="last:1", top_k=2)
-    model = perturb_experts(vimoe.upcycle(timm.create_model("test_vit", num_classes=3), settings)).eval()
+    model = mixture(router, routing, gate=gate, layers="last:1")
     for parameter in layers(model)[0].router.gate.parameters():
         parameter.data.fill_(0.7)
-    x = torch.randn(2, 3, 160, 160)
+    x = images(model)
     torch.manual_seed(1)
     again = vimoe.load(vimoe.save(model, tmp_path / "m"))
     with torch.no_grad():
