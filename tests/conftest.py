@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,12 @@ import torch
 from matplotlib.figure import Figure
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for one another, and much where the CPU is shared
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported and collected to itself: garbage collection would look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.jobs import finish, start
 from helpers.kills import Killed, arm, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
@@ -501,11 +502,10 @@ def test_what_is_trained_with_other_settings_is_refused_in_python_too(
 
 def test_a_run_that_is_alive_is_left_alone(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By a process of its own, because a process may lock twice."""
-    command = [sys.executable, "-m", "vimoe.cli", "train", "--resume", str(killed)]
     (killed / "checkpoints" / f"{TEMPORARY}last").touch()
     with locked(killed):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and f"is being trained by process {os.getpid()} on" in done.stderr
+        ((status, _, said),) = finish(start(1, "-m", "vimoe.cli", "train", "--resume", killed))
+        assert status == 2 and f"is being trained by process {os.getpid()} on" in said
         assert (killed / "checkpoints" / f"{TEMPORARY}last").exists()
         for verb in (["evaluate", killed], ["train", f"--data.path={killed}", "--out", killed]):
             capsys.readouterr()
