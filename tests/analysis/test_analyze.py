@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import shared_analysis
-from helpers.alike import assert_alike
 from helpers.kinds import UNITS
 from helpers.known import CLASSES, Known, loader
+from helpers.numbers import assert_alike
 from helpers.processes import run
 from helpers.pruned import changes
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.alike import assert_alike
 from helpers.commands import QUICK, TINY, call
 from helpers.jobs import TESTS, environment, finish, start
+from helpers.numbers import assert_alike
 from helpers.pictures import folder, roles
 from helpers.trainings import rows
 from safetensors.torch import load_file
