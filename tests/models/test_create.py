@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import timm
 from helpers.tiny import FAMILIES, vit
 
+from vimoe.config.layers import Layers
 from vimoe.config.model import ModelConfig
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, VimoeError
 from vimoe.models.create import create, create_without_weights
 from vimoe.models.interface import find_backbone
-from vimoe.models.names import FFN_NAME, check_name
+from vimoe.models.names import FFN_NAME, check_layer_names, check_name
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import sites
 
@@ -40,6 +42,25 @@ def test_names_of_other_kinds_of_models_are_not_refused() -> None:
         assert all(FFN_NAME.fullmatch(site.name) for site in sites(create_without_weights(ModelConfig(name=name))))
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("vit_tiny_patch16_224.augreg_in21k", 12), ("vit_large_patch14_dinov2", 24), ("deit3_small_patch16_224", 12),
+     ("eva02_tiny_patch14_224", 12), ("beit_base_patch16_224", 12), ("naflexvit_base_patch16_gap", 12),
+     ("cait_xxs24_224", 24), ("mixer_s16_224", None)],
+)  # fmt: skip
+def test_blocks_are_counted_as_timm_builds_them(name: str, blocks: int | None) -> None:
+    config = ModelConfig(name=name)
+    names = [name for name, _ in create_without_weights(config).named_modules()]
+    assert blocks is None or {n for n in names if re.fullmatch(r"blocks\.\d+", n)} == {
+        f"blocks.{number}" for number in range(blocks)
+    }
+    check_layer_names(config, Layers.parse(f"blocks.{(blocks or 12) - 1}.mlp"), Layers.parse("last:1"))
+    for wrong in (f"blocks.{blocks}.mlp", f"last:{(blocks or 0) + 1}", [blocks]) if blocks else ():
+        with pytest.raises(VimoeError, match="names no FFN|expected at most|no block"):
+            check_layer_names(config, Layers.parse(wrong))
+    check_layer_names(ModelConfig(name=name, args={"depth": 90}), Layers.parse("blocks.77.mlp"))
+
+
 def test_what_the_text_has_but_timm_does_not_build_is_refused_by_timm() -> None:
     for name in ("checkpoint_filter_fn", "vit_tiny_patch16_224.lvd142m"):  # a helper, and a tag of another model
         check_name(ModelConfig(name=name))
@@ -55,6 +76,9 @@ MISSPELT = [
     "train --data.path . --moe.layers blocks.1.mpl --out never",
     "train --data.path . --train.lrr 1 --out never",
     "bench model --moe.layers blocks.1.mpl",
+    "train --data.path . --model.name vit_tiny_patch16_224 --moe.layers blocks.77.mlp --out never",
+    "plan --model.name vit_tiny_patch16_224 --moe.layers last:13", "plan --moe.layers [-13]",
+    "train --data.path . --moe.layers last:1 --train.train_only blocks.12.mlp --out never",
     "evaluate nowhere", "predict nowhere .", "analyze nowhere", "prune nowhere --out never", "report nowhere",
 ]  # fmt: skip
 

@@ -75,16 +75,33 @@ class Layers:
         remedy = nearest(f"{word}:N", words)
         raise ConfigError(f"{setting}={written!r}: expected one of {', '.join(words)} with N of 1 or more; {remedy}")
 
-    def check_names(self, ffn_name: re.Pattern[str]) -> None:
-        """Raise ConfigError if `ffn_name` does not match a module name in full.
+    def check_names(self, ffn_name: re.Pattern[str], blocks: int | None = None) -> None:
+        """Raise an error for a module name that `ffn_name` does not match in full, or for a block that is not there.
 
         A name with wildcards is left to the model.
+
+        Args:
+            ffn_name: names that an FFN may have.
+            blocks: number of the model's blocks, which are called blocks.0, blocks.1 and so on; None if unknown.
+
+        Raises:
+            ConfigError: if a module name is none.
+            SurgeryError: if there are not as many blocks.
         """
+        if blocks:
+            self._check_number(blocks)
         for item in self.items:
-            if isinstance(item, int) or any(wild in item for wild in "*?[") or ffn_name.fullmatch(item):
+            if isinstance(item, int):
+                if blocks:
+                    self._check_index(item, blocks)
                 continue
-            numbered = [f"blocks.{number}.mlp" for number in re.findall(r"\d+", item)]
-            raise ConfigError(f"{self.setting}={item!r} names no FFN: {nearest(item, [*self.words, *numbered])}")
+            block = re.match(r"blocks\.(\d+)\.", item)
+            there = not (block and blocks) or int(block[1]) < blocks
+            if any(wild in item for wild in "*?[") or (there and ffn_name.fullmatch(item)):
+                continue
+            numbers = range(blocks) if blocks else re.findall(r"\d+", item)
+            known = [*self.words, *(f"blocks.{number}.mlp" for number in numbers)]
+            raise ConfigError(f"{self.setting}={item!r} names no FFN: {nearest(item, known)}")
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """Return the selected ones of all sites of a model, in the order given.
@@ -100,10 +117,7 @@ class Layers:
                 "and not one that fuses the FFN with the attention, as vit_*_xp and vit_*pwee do"
             )
         count = 1 + max(site.block for site in sites)
-        if self.number > count:
-            raise SurgeryError(
-                f"{self.setting}={self.written!r}: expected at most {count}, the number of blocks with an FFN"
-            )
+        self._check_number(count)
         if self.word == "all":
             return list(sites)
         if self.word == "last":
@@ -113,11 +127,20 @@ class Layers:
         selected = {name for item in self.items for name in self._names(item, sites, count)}
         return [site for site in sites if site.name in selected]
 
+    def _check_number(self, count: int) -> None:
+        if self.number > count:
+            raise SurgeryError(
+                f"{self.setting}={self.written!r}: expected at most {count}, the number of blocks with an FFN"
+            )
+
+    def _check_index(self, index: int, count: int) -> None:
+        if not -count <= index < count:
+            raise SurgeryError(f"{self.setting}: no block {index}: expected {-count} to {count - 1}")
+
     def _names(self, item: int | str, sites: Sequence[InBlock], count: int) -> list[str]:
         """Return the names of the sites in one block, or of those that match a pattern."""
         if isinstance(item, int):
-            if not -count <= item < count:
-                raise SurgeryError(f"{self.setting}: no block {item}: expected {-count} to {count - 1}")
+            self._check_index(item, count)
             return [site.name for site in sites if site.block == item % count]
         matching = [site.name for site in sites if fnmatchcase(site.name, item)]
         if not matching:

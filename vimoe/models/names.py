@@ -52,13 +52,29 @@ def _folder(config: ModelConfig, files: Collection[str] = (CONFIG,)) -> Path | N
 
 
 def check_layer_names(config: ModelConfig, *selections: Layers) -> None:
-    """Raise ConfigError for a module name in `moe.layers` or `train.train_only` that no FFN of any timm model has.
+    """Raise an error for a module name in `moe.layers` or `train.train_only` that no FFN of the model can have.
 
-    Names with wildcards, folders, and models of other families, are left to surgery, which sees the model.
+    Blocks are counted if timm's source text says how many there are, as it does for each ViT. Names with wildcards,
+    folders, and models of other families, are left to surgery, which sees the model.
+
+    Raises:
+        ConfigError: if a module name is none.
+        SurgeryError: if there are not as many blocks.
     """
-    by_name = config.family[0] == "timm" and ":" not in config.name  # a folder may hold a ViT of another family
-    for selection in selections if by_name else ():
-        selection.check_names(FFN_NAME)
+    if config.family[0] != "timm" or ":" in config.name:  # a folder may hold a ViT of another family
+        return
+    for selection in selections:
+        selection.check_names(FFN_NAME, _depth(config))
+
+
+def _depth(config: ModelConfig) -> int | None:
+    """Return the number of blocks of a model of timm, as the function that builds it gives it; None if unknown."""
+    if "depth" in config.args:
+        return None
+    architecture = re.escape(config.name.partition(".")[0])
+    body = re.search(rf"^def {architecture}\((?:.*\n)(?:(?:[ )].*)?\n)*", _timm_source(), re.MULTILINE)
+    depths = re.findall(r"\bdepth=(\d+)\b", body[0]) if body else []
+    return int(depths[0]) if len(depths) == 1 else None
 
 
 def check_name(config: ModelConfig, segmentation: bool = False) -> None:
