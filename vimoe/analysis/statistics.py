@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from sklearn.cluster import SpectralCoclustering
-from sklearn.metrics.cluster import expected_mutual_information
 
 CONFIDENCE = 0.95
 Z = 1.959964  # half the width of a normal interval of that confidence, in standard deviations
@@ -168,6 +166,8 @@ def dependence(
         [_mutual_information(np.add.reduceat(rng.permutation(ordered), starts)) for _ in range(permutations)]
     )
     if _single(counts):
+        from sklearn.metrics.cluster import expected_mutual_information  # figures and reports should not wait for it
+
         used = np.ascontiguousarray(table[:, table.any(axis=0)])
         expected = float(expected_mutual_information(used, int(used.sum())))
     else:
@@ -391,6 +391,8 @@ def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     rows, closeness = np.full(len(together), np.inf), together.max(axis=1)
     clusters = min(seen.sum(), max(share.any(axis=0).sum() for share in shares))
     if clusters > 1:
+        from sklearn.cluster import SpectralCoclustering
+
         found = SpectralCoclustering(clusters, random_state=0).fit(together[seen][:, used] + 1e-6)
         rows[seen] = found.row_labels_
         same = rows[seen][:, None] == found.column_labels_
