@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch import nn
 
 import vimoe
 from vimoe.config.model import ModelConfig
-from vimoe.errors import FolderError
+from vimoe.errors import FolderError, VimoeError
 from vimoe.models.create import create
+from vimoe.models.hub import check_answers
 from vimoe.models.model_card import model_card
 from vimoe.models.segmenter import Segmenter
 
@@ -165,3 +167,36 @@ def test_the_lines_on_the_card_load_the_model(hub: Hub) -> None:
     names = {"images": images(model)}
     exec(code, names)
     torch.testing.assert_close(names["logits"], model(names["images"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "transformers:me/vit", "hf-hub:me/vit"])
+def test_a_name_without_a_network_is_refused_in_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(VimoeError, match="cannot be reached") as error:
+        create(ModelConfig(name=name, pretrained=True, num_classes=5))
+    assert sum(waits) <= 3 and "\n" not in str(error.value)
+
+
+def test_a_hub_that_refuses_or_is_slow_is_left_to_its_client(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check_answers("me/none")  # it answers, with whatever status
+    assert hub.asked
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and never answers
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        check_answers("me/none")
+
+
+def test_weights_that_are_kept_need_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    vimoe.push_to_hub(trained(), "me/vit", token=TOKEN)
+    vimoe.load("me/vit")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    check_answers("me/vit")
+    with pytest.raises(ConnectionError, match="http://127.0.0.1:9 cannot be reached"):
+        check_answers("me/other")

@@ -7,6 +7,7 @@ its login (`hf auth login`) and its environment variables hold here too.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from vimoe.errors import FolderError, first_line
 
 PREFIX = "hf-hub:"
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
+PAUSES = (1, 2)  # seconds between attempts to connect
 
 
 def find_folder(
@@ -46,6 +48,31 @@ def find_folder(
     with told(f"{name} is no folder here, and the hub" if not on_hub else f"{repo}: the hub", revision):
         found = snapshot_download(repo, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=list(files))
     return Path(found)
+
+
+def check_answers(repo: str) -> None:
+    """Raise ConnectionError if a repository has to come from the hub, and no connection to the hub can be made.
+
+    timm and transformers look for several files, and the hub's client tries for half a minute to get each. A hub that
+    is slow, or refuses, is left to them.
+    """
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.file_download import repo_folder_name
+
+    kept = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots")
+    if constants.HF_HUB_OFFLINE or kept.is_dir():
+        return
+    for pause in (*PAUSES, None):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except _unreachable() as error:
+            if type(error).__name__ != "ConnectError":  # such as a timeout
+                return
+            if pause is None:
+                raise ConnectionError(f"{constants.ENDPOINT} cannot be reached ({first_line(error)})") from error
+            time.sleep(pause)
+        else:
+            return
 
 
 @contextmanager

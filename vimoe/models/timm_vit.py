@@ -39,6 +39,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError, FolderError, SurgeryError, first_line
+from vimoe.models.hub import check_answers
 from vimoe.models.interface import Backbone, function_of
 from vimoe.models.timm_narrow import NARROWED, TOKENWISE
 from vimoe.moe.router import TokenLayout
@@ -121,7 +122,10 @@ class TimmViT(Backbone):
 
     @staticmethod
     def _create(name: str, pretrained: bool, given: dict[str, Any]) -> nn.Module:
+        elsewhere = given.keys() & {"cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
         try:
+            if pretrained and not elsewhere and (repo := getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)):
+                check_answers(repo)
             return timm.create_model(name, pretrained=pretrained, **given)
         except OSError as error:
             raise ConfigError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.errors import ConfigError, FolderError, beside, first_line, nearest
+from vimoe.models.hub import check_answers
 from vimoe.models.interface import find_backbone
 
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # types of models that take images of any size
@@ -56,6 +57,8 @@ def create(
             f"local-dir:{name}"
         )
     try:
+        if not Path(name).is_dir():
+            check_answers(name)
         settings = {"dtype": "float32", "drop_path_rate": 0.0, **changes}
         config, _ = library.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **settings, **_SAFE)
         known = {*config.to_dict(), *config.attribute_map, "num_labels", "attn_implementation"}
