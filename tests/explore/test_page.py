@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from vimoe.cli import main
 from vimoe.explore.session import Session
 
 pytest.importorskip("starlette")
+
+DROP_BESIDE = """() => {
+  const given = new DataTransfer();
+  given.items.add(new File(["x"], "dropped.png"));
+  return !document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true, cancelable: true }));
+}"""
+LOADED = "() => [...document.querySelectorAll('.map img, #plain img')].every((each) => each.complete)"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def test_each_function_of_the_served_page(run: Path, tmp_path: Path, opened: Cal
         page = opened(address)
         first = page.inner_text("#plain")
         page.click('#all [data-image="8"]')
-        expect(page.locator("#shown")).to_have_attribute("src", "thumbnail/8")
+        expect(page.locator("#shown")).to_have_attribute("alt", "validation image 8")
         expect(page.locator("#message")).to_have_text("")
         assert page.inner_text("#label").startswith("Class: ")
         page.focus("#layers select")
@@ -62,7 +70,34 @@ def test_each_function_of_the_served_page(run: Path, tmp_path: Path, opened: Cal
         page.set_input_files("#file", bad)
         page.wait_for_selector("#message.error")
         assert page.inner_text("#message").startswith("this file cannot be read")
+        assert not page.inner_text("#plain") and not page.query_selector("#nearest img")  # those were of another image
+        page.click('#all [data-image="0"]')
+        page.wait_for_selector("#plain .row")
+        assert page.evaluate(DROP_BESIDE)  # or the browser would leave the page
+        expect(page.locator("#label")).to_have_text("dropped.png")
+        page.wait_for_selector("#message.error")
     session.close()
+
+
+def test_masks_and_maps_over_the_image(tmp_path: Path, opened: Callable[[str], Any]) -> None:
+    run = explored(tmp_path, "scenes")
+    with closing(Session(run)) as session, served(session) as address:
+        check_masks_and_maps(opened(address))
+    assert main(["explore", str(run), "--static", str(tmp_path / "site")]) == 0
+    check_masks_and_maps(opened((tmp_path / "site/index.html").as_uri()))
+
+
+def check_masks_and_maps(page: Any) -> None:
+    layer = "#layers .layer:nth-child(1)"
+    shades = page.eval_on_selector_all("#plain .swatch", "found => found.map((each) => each.style.background)")
+    assert len(shades) == page.locator("#plain .row").count() and len(set(shades)) == len(shades)
+    page.wait_for_function(LOADED)
+    over, below = page.locator(f"{layer} canvas").bounding_box(), page.locator(f"{layer} .map img").bounding_box()
+    assert (over["x"], over["y"]) == (below["x"], below["y"])
+    assert over["width"] >= below["width"] - 1 and over["height"] >= below["height"] - 1  # patches of padding stand out
+    page.select_option(f"{layer} select", "shared expert alone")
+    page.wait_for_selector("#overruled img")
+    assert page.inner_text(f"{layer} .legend") == "no expert: 100%"
 
 
 def test_the_page_as_a_file(run: Path, tmp_path: Path, opened: Callable[[str], Any]) -> None:

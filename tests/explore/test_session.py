@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,10 @@ import pytest
 import torch
 from helpers.explored import explored
 from helpers.pictures import picture
+from PIL import Image
 
+from vimoe.data.images import open_image
+from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.explore.overrule import OTHERS, SHARED
 from vimoe.explore.session import NEAREST, Session
@@ -24,9 +29,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     found.close()
 
 
-def content(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
-    out = io.BytesIO()
-    picture(colour, 0).save(out, "PNG")
+def content(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] | None = None) -> bytes:
+    out, made = io.BytesIO(), picture(colour, 0)
+    (made.resize(size) if size else made).save(out, "PNG")
     return out.getvalue()
 
 
@@ -81,6 +86,8 @@ def test_tokens_have_a_map(tmp_path: Path) -> None:
     first, *_, last = session.look(0, {})["plain"]["layers"].values()
     rows = first["map"]
     assert len(rows) == len(rows[0]) and all(0 <= expert < 4 for row in rows for expert in row)
+    seen = Image.open(io.BytesIO(b64decode(session.look(0, {})["seen"].partition(",")[2])))
+    assert seen.size == tuple(preprocessing(session.model)["input_size"][1:])  # the crop that the map lies over
     assert last["map"] == []  # of the class token alone
     name = next(iter(session.layers))
     exchanged = session.look(0, {name: OTHERS})["overruled"]["layers"][name]["map"]
@@ -92,11 +99,38 @@ def test_tokens_have_a_map(tmp_path: Path) -> None:
 
 def test_scenes_have_a_mask_and_a_map(tmp_path: Path) -> None:
     session = Session(explored(tmp_path, "scenes"))
-    found = session.look(0, {next(iter(session.layers)): SHARED})
+    name, state = next(iter(session.layers)), session.state()
+    found = session.look(0, {name: SHARED})
     assert found["plain"]["prediction"]["picture"].startswith("data:image/png;base64,")
-    assert found["overruled"]["prediction"]["areas"] and session.state()["images"][0]["label"] is None
-    rows = next(iter(found["plain"]["layers"].values()))["map"]
+    assert found["overruled"]["prediction"]["areas"] and state["images"][0]["label"] is None
+    assert found["plain"]["prediction"]["areas"].keys() <= state["colours"].keys()
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in state["colours"].values())
+    rows = found["plain"]["layers"][name]["map"]
     assert len(rows) < len(rows[0])  # as wide as the scenes are
+    assert {expert for row in found["overruled"]["layers"][name]["map"] for expert in row} == {-1}  # none has a share
+    session.close()
+
+
+def test_a_map_lies_over_the_image_that_was_padded(tmp_path: Path) -> None:
+    session = Session(explored(tmp_path, "scenes"))
+    patch_h, patch_w = session.model.patch_size
+    height, width = 2 * patch_h - 1, 40 * patch_w + 3  # whose rows no ratio of sides tells
+    of_layer = session.look(content(size=(width, height)), {})["plain"]["layers"][next(iter(session.layers))]
+    rows = of_layer["map"]
+    assert (len(rows), len(rows[0])) == (2, 41)
+    assert of_layer["extent"] == pytest.approx([41 * patch_w / width, 2 * patch_h / height])
+    session.close()
+
+
+def test_a_photograph_is_segmented_at_a_size_that_takes_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vimoe.explore.session.LONGEST", 40)
+    session = Session(explored(tmp_path, "scenes"))
+    assert all(max(open_image(file).size) <= 40 for file in session.files)
+    found = session.look(content(size=(4000, 3000)), {})
+    shown = Image.open(io.BytesIO(b64decode(found["plain"]["prediction"]["picture"].partition(",")[2])))
+    assert shown.size == Image.open(io.BytesIO(b64decode(found["seen"].partition(",")[2]))).size == (40, 30)
     session.close()
 
 

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
+from vimoe.config.masks import Colour
 from vimoe.data.images import image_size, open_image
-from vimoe.data.loaders import preprocessing
+from vimoe.data.loaders import eval_loader, preprocessing
+from vimoe.data.mask_colours import spread_colours
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.explore.overrule import ROUTED, overruled, switches
@@ -33,6 +36,8 @@ from vimoe.run_folder import open_run
 from vimoe.tasks.base import task_class
 
 THUMBNAIL = 144  # pixels of its longer side
+LONGEST = 1024  # pixels of a side of a scene; the attention over a photograph of 12 megapixels would take an hour
+SEEN = 512  # pixels of the longer side of an image that is looked at
 TOP = 5  # classes that are named
 NEAREST = 8  # images beside the one that is looked at
 SEEN_MOST = 12  # images of an expert
@@ -56,7 +61,7 @@ class Session:
         self.layers = moe_layers(self.model)
         if not self.layers:
             raise ConfigError(f"{path} has no MoE layer: expected one to explore; name a run with some")
-        self._size = None if whole else tuple(preprocessing(self.model)["input_size"][1:])  # None: that of each image
+        self._whole = whole
         self._lock, self._closing = threading.Lock(), ExitStack()
         self._folder = self._closing.enter_context(temporary_folder(Path(tempfile.gettempdir())))
         self._folder.chmod(0o700)  # it has the user's images
@@ -65,6 +70,7 @@ class Session:
         chosen = [found[i * len(found) // min(images, len(found))] for i in range(min(images, len(found)))]
         self.files = [self._kept(index, sample[0]) for index, sample in enumerate(chosen)]
         names = label_names(self.model)
+        self.colours = dict(zip(names, self._palette(len(names)), strict=True)) if whole else {}
         self.labels = [names[label] if isinstance(label, int) else None for _, label in chosen]
         self.predicted, self.routes = self._look(self.files, {})
 
@@ -73,20 +79,24 @@ class Session:
         self._closing.close()
 
     def state(self) -> dict[str, Any]:
-        """Return what a page needs to begin: layers with their switches, images, and what each expert sees most."""
+        """Return what a page needs to begin: layers, images, what each expert sees most, and colours of classes.
+
+        Layers have their switches, and classes of masks their colours.
+        """
         layers = [{"name": name, "experts": layer.config.num_experts, "routing": layer.config.routing,
                    "switches": switches(layer)} for name, layer in self.layers.items()]  # fmt: skip
         images = [
             {"id": index, "label": label, "predicted": _first(predicted)}
             for index, (label, predicted) in enumerate(zip(self.labels, self.predicted, strict=True))
         ]
-        return {"run": self.run.run.path.name, "layers": layers, "images": images, "seen_most": self._seen_most()}
+        return {
+            "run": self.run.run.path.name, "layers": layers, "images": images, "seen_most": self._seen_most(),
+            "colours": {name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in self.colours.items()},
+        }  # fmt: skip
 
     def thumbnail(self, index: int) -> bytes:
         """Return a validation image as a small JPEG."""
-        small = open_image(self.files[index])
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        return _encoded(small, "JPEG")
+        return _small(open_image(self.files[index]), THUMBNAIL)
 
     def look(self, image: int | bytes, asked: Mapping[str, str]) -> dict[str, Any]:
         """Return what the model sees in an image, as it is and with layers overruled.
@@ -96,9 +106,11 @@ class Session:
             asked: switch by layer name (`vimoe.explore.overrule.switches`).
 
         Returns:
-            {"plain", "overruled": None if nothing is asked, "nearest": indices of validation images}. Both have
-            "prediction" (see `Task.predict`; a mask as a data URI, "picture") and "layers": by name "chosen", pairs
-            [expert, gate] of an image, or "map", rows of the first expert of each patch.
+            {"plain", "overruled": None if nothing is asked, "nearest": indices of validation images, "seen": the image
+            as the model sees it, resized and cropped, as a data URI}. The first two have "prediction" (see
+            `Task.predict`; a mask as a data URI, "picture") and "layers": by name "chosen", pairs [expert, gate] of an
+            image, or "map", rows of the first expert of each patch, -1 for none, and "extent", width and height of the
+            map in those of the image, which are more than 1 where the model pads images.
 
         Raises:
             VimoeError: if the image cannot be read, or a switch is none.
@@ -108,7 +120,7 @@ class Session:
             file = self._file(image, folder)
             plain, routes = self._look([file], {}, folder)
             found: dict[str, Any] = {"plain": self._shown(plain[0], routes, file), "overruled": None}
-            found["nearest"] = self._nearest(routes, image)
+            found |= {"nearest": self._nearest(routes, image), "seen": self._seen(file)}
             if asked:
                 other, routes = self._look([file], asked, folder)
                 found["overruled"] = self._shown(other[0], routes, file)
@@ -122,15 +134,21 @@ class Session:
         file = folder / "image"
         file.write_bytes(image)
         try:
-            open_image(file)
+            return self._bounded(open_image(file), file)
         except VimoeError as error:
             raise VimoeError(str(error).replace(str(file), "this file")) from error
-        return file
 
     def _kept(self, index: int, source: Any) -> Path:
         """Write a validation image to a file of its own, whatever it is read from, and return its path."""
-        path = self._folder / f"{index}.png"
-        open_image(source).save(path)
+        path, image = self._folder / f"{index}.png", open_image(source)
+        image.save(path)
+        return self._bounded(image, path)
+
+    def _bounded(self, image: Image.Image, path: Path) -> Path:
+        """Write the image of a file that is too large to be segmented in one piece smaller, and return its path."""
+        if self._whole and max(image.size) > LONGEST:
+            image.thumbnail((LONGEST, LONGEST), Image.Resampling.BICUBIC)
+            image.save(path, "PNG")
         return path
 
     def _look(
@@ -175,14 +193,39 @@ class Session:
         if routing.unit == "image":
             pairs = zip(routing.experts[0].tolist(), routing.gates[0].tolist(), strict=True)
             return {"chosen": [[expert, gate] for expert, gate in pairs if expert >= 0]}
-        first = routing.experts[self.layers[name].router.layout.num_prefix_tokens :, 0]
+        prefix = self.layers[name].router.layout.num_prefix_tokens
+        first = routing.experts[prefix:, 0].where(routing.gates[prefix:, 0] != 0, -1)
         if not len(first):  # the last block of a classifier computes the tokens that its head reads alone
             return {"map": []}
-        height, width = self._size or image_size(file)
-        rows = max(1, round(math.sqrt(len(first) * height / width)))
-        while len(first) % rows:
-            rows -= 1
-        return {"map": first.view(rows, -1).tolist()}
+        (rows, columns), (height, width) = self._patches(file, len(first))
+        shown = first.view(rows, columns)[: math.ceil(height), : math.ceil(width)]  # the rest is padding
+        return {"map": shown.tolist(), "extent": [shown.shape[1] / width, shown.shape[0] / height]}
+
+    def _patches(self, file: Path, count: int) -> tuple[tuple[int, int], tuple[float, float]]:
+        """Return (rows, columns) of the patches of an image, and its height and width in patches."""
+        if self._whole:
+            model: Any = self.model
+            height, width = image_size(file)
+            patch_h, patch_w = model.patch_size
+            return model.grid(height, width), (height / patch_h, width / patch_w)
+        height, width = preprocessing(self.model)["input_size"][1:]
+        rows = round(math.sqrt(count * height / width))
+        return (rows, count // rows), (rows, count // rows)
+
+    def _seen(self, file: Path) -> str:
+        """Return an image as the model sees it, as a data URI."""
+        image = open_image(file)
+        if not self._whole:
+            prepared = preprocessing(self.model)
+            mean, std = (torch.tensor(prepared[key])[:, None, None] for key in ("mean", "std"))
+            pixels, _ = next(iter(eval_loader([(file, 0)], prepared, 1, 0)))
+            image = to_pil_image((pixels[0] * std + mean).clamp(0, 1))
+        return data_uri(_small(image, SEEN), "jpeg")
+
+    def _palette(self, classes: int) -> Sequence[Colour]:
+        """Return the colours that masks are drawn in."""
+        palette: Sequence[Colour] | None = getattr(self.model, "palette", None)
+        return palette or spread_colours(classes)
 
     def _seen_most(self) -> dict[str, list[list[int]]]:
         """Return for each layer and expert the images with the largest share of it, the largest first."""
@@ -230,9 +273,11 @@ def _first(prediction: dict[str, Any]) -> str | None:
     return next(iter(prediction.get("areas", {})), None)
 
 
-def _encoded(image: Image.Image, kind: str) -> bytes:
+def _small(image: Image.Image, side: int) -> bytes:
+    """Return an image as a JPEG with at most that many pixels a side."""
+    image.thumbnail((side, side))
     out = io.BytesIO()
-    image.save(out, kind, quality=85)
+    image.save(out, "JPEG", quality=85)
     return out.getvalue()
 
 

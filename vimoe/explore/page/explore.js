@@ -38,7 +38,7 @@ function thumbnails(into, ids, empty) {
     picture.src = thumbnailOf(id);
     picture.alt = `image ${id}`;
     picture.loading = "lazy";
-    const words = label === null ? predicted ?? "" : label === predicted ? label : `${label}, taken for ${predicted}`;
+    const words = label === null ? `mostly ${predicted}` : label === predicted ? label : `${label}, taken for ${predicted}`;
     button.append(picture, element("span", words.replaceAll("_", "_\u200b")));  // where a long name may break
     button.disabled = Boolean(file) && !(id in file.looks);
     button.addEventListener("click", () => {
@@ -73,10 +73,14 @@ async function look() {
     prediction($("plain"), found.plain);
     if (found.overruled) prediction($("overruled"), found.overruled);
     else $("overruled").replaceChildren(element("p", "Overrule a layer below.", "none"));
-    routes(found.overruled ?? found.plain);
+    routes(found.overruled ?? found.plain, found.seen);
+    if (typeof image === "number") $("shown").src = found.seen;  // larger than its thumbnail
     thumbnails($("nearest"), found.nearest, "There is no other image.");
   } catch (error) {
-    if (mine === turn) say(error instanceof TypeError ? "The server does not answer: start vimoe explore again." : error.message, true);
+    if (mine !== turn) return;
+    say(error instanceof TypeError ? "The server does not answer: start vimoe explore again." : error.message, true);
+    // what is there is of another image
+    document.querySelectorAll("#plain, #overruled, #nearest, .chosen").forEach((each) => each.replaceChildren());
   }
 }
 
@@ -94,30 +98,43 @@ function prediction(into, found) {
     const row = element("div", undefined, "row"), bar = element("div", undefined, "bar"), part = element("i");
     part.style.width = `${100 * share}%`;
     bar.append(part);
-    row.append(element("span", name, "name"), element("span", `${(100 * share).toFixed(1)}%`, "number"), bar);
+    const words = element("span", name, "name");
+    if (name in state.colours) words.prepend(swatch(state.colours[name]));
+    row.append(words, element("span", share < 0.0005 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`, "number"), bar);
     into.append(row);
   }
 }
 
-function routes(found) {
+function swatch(shade) {
+  const made = element("i", undefined, "swatch");
+  made.style.background = shade;
+  return made;
+}
+
+function routes(found, seen) {
   for (const layer of state.layers) {
     const into = $("layers").querySelector(`[data-layer="${CSS.escape(layer.name)}"] .chosen`);
     into.replaceChildren();
-    const { chosen, map } = found.layers[layer.name] ?? {};
+    const { chosen, map, extent } = found.layers[layer.name] ?? {};
     for (const [expert, gate] of chosen ?? []) {
       const chip = element("span", `expert ${expert}, gate ${gate.toFixed(2)}`, "chip");
       chip.style.borderColor = colour(expert, layer.experts);
       into.append(chip);
     }
-    if (map && map.length) drawMap(into, map, layer.experts);
+    if (map && map.length) drawMap(into, map, extent, seen, layer.experts);
     else if (map) into.append(element("span", "Of the tokens that the head reads there is no patch.", "none"));
   }
 }
 
-function drawMap(into, map, experts) {
-  const canvas = element("canvas"), rows = map.length, columns = map[0].length;
+function drawMap(into, map, [width, height], seen, experts) {  // over the image, which it may exceed by padding
+  const place = element("div", undefined, "map"), canvas = element("canvas"), below = element("img");
+  const rows = map.length, columns = map[0].length;
+  below.src = seen;
+  below.alt = "";
   canvas.width = columns;
   canvas.height = rows;
+  canvas.style.width = `${100 * width}%`;
+  canvas.style.height = `${100 * height}%`;
   canvas.setAttribute("role", "img");
   const context = canvas.getContext("2d"), counts = {};
   map.forEach((row, y) => row.forEach((expert, x) => {
@@ -128,11 +145,13 @@ function drawMap(into, map, experts) {
   canvas.setAttribute("aria-label", "expert of each patch");
   const legend = element("div", undefined, "legend");
   for (const [expert, count] of Object.entries(counts).sort((a, b) => b[1] - a[1])) {
-    const chip = element("span", `expert ${expert}: ${(100 * count / rows / columns).toFixed(0)}%`, "chip");
-    chip.style.borderColor = colour(Number(expert), experts);
+    const who = expert < 0 ? "no expert" : `expert ${expert}`;
+    const chip = element("span", `${who}: ${(100 * count / rows / columns).toFixed(0)}%`, "chip");
+    chip.style.borderColor = expert < 0 ? "var(--line)" : colour(Number(expert), experts);
     legend.append(chip);
   }
-  into.append(canvas, legend);
+  place.append(below, canvas);
+  into.append(place, legend);
 }
 
 function choose(id) {
@@ -206,10 +225,9 @@ async function begin() {
     document.querySelectorAll("#layers select").forEach((each) => { each.value = ROUTED; });
     look();
   });
-  const drop = $("drop");
-  for (const kind of ["dragover", "drop", "dragleave"]) drop.addEventListener(kind, (event) => {
-    event.preventDefault();
-    drop.classList.toggle("over", kind === "dragover");
+  if (!file) for (const kind of ["dragover", "drop", "dragleave"]) document.addEventListener(kind, (event) => {
+    event.preventDefault();  // beside the box too, where the browser would leave the page to show the file
+    $("drop").classList.toggle("over", kind === "dragover");
     if (kind === "drop") chooseFile(event.dataTransfer.files[0]);
   });
   galleryOf();
