@@ -230,7 +230,7 @@ def test_a_run_is_one_of_the_dense_model_that_is_saved(
     assert sum(row["shares"]) == pytest.approx(1) and len(row["shares"]) == 4
     assert (row["spread"] > 0.01) == (fuse == "ewa")  # copies stay copies where they are fused before each pass
     page = (run / "report.html").read_text()
-    assert f"dense, with 4 experts in blocks last:1 while it was trained ({fuse})" in page and "spread" in page
+    assert f"dense, with 4 experts in the last block while it was trained ({fuse})" in page and "spread" in page
     assert call(capsys, "evaluate", run)["images"] == 6
     assert call(capsys, "predict", run, photos / "test")["predictions"]
     for verb in (["analyze", run], ["prune", run, "--out", tmp_path / "pruned"]):

@@ -27,6 +27,7 @@ from vimoe.analysis.plot_data import (
     heatmap_shares,
     matrix_names,
     short,
+    short_layer,
 )
 
 LABELLED = 30  # most classes whose names fit beside a heatmap
@@ -169,7 +170,7 @@ def _curves(axis: Axes, title: str, series: dict[str, list[Any]], names: list[st
     axis.tick_params(labelsize=7)
     thinned = range(0, len(names), -(-len(names) // DRAWN))
     axis.set_xticks(
-        thinned, [short(names[i], 14) for i in thinned], rotation=0 if len(names) < 4 else 90, parse_math=False
+        thinned, [short_layer(names[i]) for i in thinned], rotation=0 if len(names) < 4 else 90, parse_math=False
     )
     axis.set_xlim(-0.5, len(names) - 0.5)
     axis.margins(y=0.12)
@@ -186,7 +187,7 @@ def _columns(grid: Any, layers: list[dict[str, Any]], draw: Callable[[Axes, dict
             continue
         draw(axis, layers[column], row)
         if row == 0:
-            axis.set_title(short(layers[column]["name"], 14), fontsize=7, parse_math=False)
+            axis.set_title(short_layer(layers[column]["name"]), fontsize=7, parse_math=False)
 
 
 def _plane(axis: Axes, points: Any, experts: int) -> None:

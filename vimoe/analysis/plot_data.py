@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,6 +154,18 @@ def short(name: str, length: int = 18) -> str:
     """Return a name cut to a length that fits beside an axis."""
     name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def short_layer(name: str, length: int = 14) -> str:
+    """Return a layer's name cut to a length that fits beside an axis; its end stays, which tells layers apart.
+
+    >>> short_layer("backbone.blocks.10.mlp"), short_layer("vit.encoder_layer_11.mlp")
+    ('blocks.10.mlp', '…_layer_11.mlp')
+    """
+    name = printable(name)
+    while len(name) > length and re.search(r"\..*\d", name):  # what is left still has a number
+        name = name.partition(".")[2]
+    return name if len(name) <= length else "…" + name[1 - length :]
 
 
 def advantage_line(layer: str, probe: dict[str, Any]) -> str:

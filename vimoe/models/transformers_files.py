@@ -57,8 +57,7 @@ def create(
             f"local-dir:{name}"
         )
     try:
-        if not Path(name).is_dir():
-            check_answers(name)
+        check_answers(name)
         settings = {"dtype": "float32", "drop_path_rate": 0.0, **changes}
         config, _ = library.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **settings, **_SAFE)
         known = {*config.to_dict(), *config.attribute_map, "num_labels", "attn_implementation"}

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 from vimoe.analysis import figures
 from vimoe.analysis.plot_data import CHANCE, chance_warning
 from vimoe.analysis.statistics import FEWEST, over
-from vimoe.metrics.registry import shown
+from vimoe.metrics.registry import METRICS, kind_of, shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page
 from vimoe.report.intervention_section import add_expert_effects, add_interventions
@@ -61,12 +61,14 @@ def add_routing_section(
     source = "validation images"
     if features := evidence.get("features"):
         source += f", from their features before {features['before']}, rounded to float16"
+    by_windows = METRICS.find(kind_of(base)).by_patch  # as scenes are scored elsewhere
+    pieces = ", if each is read once, whole or its middle, instead of by windows" if by_windows else ""
     page.text(
         f"In an MoE layer a router sends each image (or each of its tokens) to a few of the layer's experts. This "
         f"section asks whether the router does so by class, and whether its choice matters. All numbers are from "
         f"{source}. The routing of {evidence['images']} of them was recorded. On all {base['images']} the "
-        f"unchanged model has loss {base['loss']:.4f} and {names.right_name} {base[names.right]:.2%}. Brackets and "
-        f"bars are {evidence['confidence']:.0%} bootstrap intervals {_interval_meaning(evidence.get('sequences'))}"
+        f"unchanged model has loss {base['loss']:.4f} and {names.right_name} {base[names.right]:.2%}{pieces}. Brackets "
+        f"and bars are {evidence['confidence']:.0%} bootstrap intervals {_interval_meaning(evidence.get('sequences'))}"
     )
     if in_short:
         add_routing_in_short(page, evidence, prefix)

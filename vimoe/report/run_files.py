@@ -44,12 +44,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(read_text(path)) if path.exists() else {}
 
 
+def _blocks(layers: Any) -> str:
+    """Return `moe.layers` in words."""
+    word, _, number = str(layers).partition(":")
+    if word == "last" and number:
+        return "the last block" if number == "1" else f"the last {number} blocks"
+    if word == "every" and number:
+        return "every block" if number == "1" else f"one block in {number}"
+    return "every block" if word == "all" else f"blocks {layers}"
+
+
 def describe(config: dict[str, Any]) -> str:
     """Describe in words the model that the settings of a run ask for."""
     moe, model = config["moe"], config["model"]["name"]
     if moe["layers"] == "none":
         return f"{model}, dense"
-    where = "every block" if moe["layers"] == "all" else f"blocks {moe['layers']}"
+    where = _blocks(moe["layers"])
     if not moe["num_experts"]:
         return f"{model} with a dense FFN of {moe['num_shared_experts']} times the width in {where} (a control)"
     # runs of older versions have no kinds, and fuse nothing
