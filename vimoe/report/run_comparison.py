@@ -79,10 +79,10 @@ def _read(name: str, folder: Path) -> _Run:
 
 def _results(page: Page, runs: dict[str, _Run]) -> None:
     page.heading("Results")
-    page.text(
-        "Each row is one run, with the score of its best epoch on its own validation images. The margin of a top-1 "
-        "(95%) covers another sample of as many images, not another seed."
-    )
+    words = "Each row is one run, with the score of its best epoch on its own validation images."
+    if any("top-1" in run.result for run in runs.values()):
+        words += " The margin of a top-1 (95%) covers another sample of as many images, not another seed."
+    page.text(words)
     header = ("run", "model", "validation, %")
     page.table(header, [(name, run.model, run.result) for name, run in runs.items()], words=True)
     if receipts := [receipt for run in runs.values() for receipt in run.receipts]:
