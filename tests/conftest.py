@@ -32,7 +32,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _rough_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Draws the figures of runs small and without a layout, which took a third of the time of tests of verbs.
 
-    Those of tests/analysis and tests/report, which are of figures, are drawn as they are.
+    Those of tests/analysis, tests/report and tests/studies, which are of figures, are drawn as they are.
     """
     draw = Figure.savefig
 
@@ -40,7 +40,7 @@ def _rough_figures(request: pytest.FixtureRequest) -> Iterator[None]:
         draw(figure, *args, **{**settings, "dpi": 30})
 
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name not in ("analysis", "report"):
+        if request.path.parent.name not in ("analysis", "report", "studies"):
             patch.setattr(Figure, "savefig", rough)
             patch.setattr(Figure, "get_layout_engine", lambda self: None)
         yield
