@@ -367,3 +367,13 @@ def test_choosing_on_the_other_half_finds_nothing_in_noise() -> None:
     best = statistics.best_for_class(noise, classes, statistics.halves(classes))
     same = np.stack([noise[classes == c].mean(axis=0) for c in range(CLASSES)]).min(axis=1).mean()
     assert same < -0.1 and abs(noise[np.arange(IMAGES), best].mean()) < 0.09
+
+
+def test_orders_of_classes_with_the_same_routes_warn_of_nothing() -> None:
+    """Scikit-learn finds three clusters here where four are asked for, and warns of it."""
+    first, second = [4, 7, 3, 7, 3, 4, 0, 0], [2, 1, 2, 1, 7, 7, 6, 6]
+    tables = [np.zeros((10, 8)) for _ in range(2)]
+    for table, experts in zip(tables, (first, second), strict=True):
+        table[np.arange(8), experts] = 1
+    order, columns = statistics.orders(tables)  # pytest turns a warning into an error
+    assert sorted(order) == list(range(10)) and [sorted(column) for column in columns] == [list(range(8))] * 2

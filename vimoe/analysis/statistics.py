@@ -12,6 +12,7 @@ L layers.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -392,8 +393,11 @@ def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     clusters = min(seen.sum(), max(share.any(axis=0).sum() for share in shares))
     if clusters > 1:
         from sklearn.cluster import SpectralCoclustering
+        from sklearn.exceptions import ConvergenceWarning
 
-        found = SpectralCoclustering(clusters, random_state=0).fit(together[seen][:, used] + 1e-6)
+        with warnings.catch_warnings():  # classes with the same routes lie on one point, and may be fewer than clusters
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = SpectralCoclustering(clusters, random_state=0).fit(together[seen][:, used] + 1e-6)
         rows[seen] = found.row_labels_
         same = rows[seen][:, None] == found.column_labels_
         closeness[seen] = (together[seen][:, used] * same).sum(axis=1)
