@@ -55,13 +55,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def macs(cell: Cell, values: dict[str, str]) -> float:
-    """Return the multiply-adds of an image in a cell's model."""
+    """Return the multiply-adds of an image in a cell's ViT, without the decoder of a segmenter."""
     from vimoe.verbs import count
 
     settings = cell.filled(values)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "cell.yaml")
-        asked = {name: settings[name] for name in ("model", "moe") if name in settings}
+        asked = {name: dict(settings[name]) for name in ("model", "moe") if name in settings}
+        asked.get("model", {}).pop("decoder", None)
         write_text(config, yaml.safe_dump(asked, allow_unicode=True))
         _, found = count("count", ["--config", str(config)])
     return float(found["moe"]["macs"])

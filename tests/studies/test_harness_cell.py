@@ -11,7 +11,9 @@ from harness.one_cell import CLAIMED, claim, compute, file_of
 from harness.plan import Cell, Study
 from helpers.kills import Killed
 from helpers.kills import kill_after as kill_after
+from helpers.scenery import scenes
 from helpers.studies import TINY, write_study
+from study import macs
 
 VALUES, INPUTS = {"DIGITS": "digits"}, {"DIGITS": "d", "OTHER": "o"}
 
@@ -91,3 +93,25 @@ def test_what_fails_leaves_no_cell(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
         compute(study, cell, "k", INPUTS, {"DIGITS": str(tmp_path / "nowhere")}, tmp_path / "runs", False, "c")
     assert raised.value.code == 2 and not list(study.results.iterdir())
+
+
+def test_a_cell_of_scenes_has_its_metric_and_its_cost_is_that_of_the_vit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vimoe.analysis.pruning._TIMED_SECONDS", 0.1)
+    monkeypatch.setattr("vimoe.verbs.DRAWS", 4)
+    scenes(tmp_path / "scenes", height=24, width=40)
+    base = {
+        "model": {**TINY["base"]["model"], "decoder": "linear"},
+        "data": {"task": "segmentation", "cache": "features", "views": 1, "workers": 0},
+        "train": {"train_only": "last:1", "epochs": 1, "batch_size": 2, "precision": "no"},
+    }
+    token = {"moe": {"layers": "last:1", "num_experts": 4, "routing": "token"}, "after": ["analyze", "merge_all"]}
+    arms = {**TINY["arms"], "vimoe": token}
+    study = write_study(tmp_path, base=base, arms=arms, data={"digits": {"data": {"path": str(tmp_path / "scenes")}}})
+    cell = study.final_cells("digits", "vimoe", 1e-3)[0]
+    assert macs(cell, {}) > macs(study.final_cells("digits", "dense", 1e-3)[0], {}) > 0
+    assert compute(study, cell, "k", {}, {}, tmp_path / "runs", False, "c") == 0
+    found = result(study, cell)
+    assert found["val"]["miou"] >= 0 and found["test"]["images"] == 2 and found["features"]["views"] == 1
+    assert found["after"]["merge_all"]["test"]["pixels"] == found["test"]["pixels"]

@@ -19,17 +19,17 @@ STUDY = ROOT / "studies/vimoe"
 INTERVAL = re.compile(r"(?:[-+]?[\d.]+ )?\[[-+\d.]+, [-+\d.]+\]")
 
 
-def table() -> str:
-    return (STUDY / "README.md").read_text("utf-8").partition("<!-- the table begins -->")[2]
+def table(study: Path = STUDY) -> str:
+    return (study / "README.md").read_text("utf-8").partition("<!-- the table begins -->")[2]
 
 
-def test_the_tables_regenerate_without_a_difference(tmp_path: Path) -> None:
-    copied = shutil.copytree(STUDY, tmp_path / "study")
-    (copied / "README.md").write_text(
-        (STUDY / "README.md").read_text("utf-8").replace(table(), "\n<!-- the table ends -->\n")
-    )
+@pytest.mark.parametrize("study", [STUDY, ROOT / "studies/scenes"], ids=lambda path: path.name)
+def test_the_tables_regenerate_without_a_difference(study: Path, tmp_path: Path) -> None:
+    page = (study / "README.md").read_text("utf-8")
+    copied = shutil.copytree(study, tmp_path / "study")
+    (copied / "README.md").write_text(page.replace(table(study), "\n<!-- the table ends -->\n"))
     write_report(Study(copied))
-    assert (copied / "README.md").read_text("utf-8") == (STUDY / "README.md").read_text("utf-8")
+    assert (copied / "README.md").read_text("utf-8") == page
 
 
 @pytest.mark.parametrize("page", ["studies/vimoe/README.md", "README.md"])
