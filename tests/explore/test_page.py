@@ -80,7 +80,7 @@ def test_each_function_of_the_served_page(run: Path, tmp_path: Path, opened: Cal
 
 
 def test_masks_and_maps_over_the_image(tmp_path: Path, opened: Callable[[str], Any]) -> None:
-    run = explored(tmp_path, "scenes")
+    run = explored(tmp_path, "scenes", yaml="names: ['9', sky, '0']\nignore: 7\n")  # the smallest is first by number
     with closing(Session(run)) as session, served(session) as address:
         check_masks_and_maps(opened(address))
     assert main(["explore", str(run), "--static", str(tmp_path / "site")]) == 0
@@ -91,6 +91,8 @@ def check_masks_and_maps(page: Any) -> None:
     layer = "#layers .layer:nth-child(1)"
     shades = page.eval_on_selector_all("#plain .swatch", "found => found.map((each) => each.style.background)")
     assert len(shades) == page.locator("#plain .row").count() and len(set(shades)) == len(shades)
+    shares = [float(each.removesuffix("%")) for each in page.locator("#plain .number").all_inner_texts()]
+    assert shares == sorted(shares, reverse=True)
     page.wait_for_function(LOADED)
     over, below = page.locator(f"{layer} canvas").bounding_box(), page.locator(f"{layer} .map img").bounding_box()
     assert (over["x"], over["y"]) == (below["x"], below["y"])

@@ -16,10 +16,10 @@ from vimoe.cli import main
 from vimoe.explore.session import Session
 
 
-def explored(folder: Path, kind: str = "image") -> Path:
+def explored(folder: Path, kind: str = "image", **options_of_scenes: str) -> Path:
     """Train a run in a folder and return it."""
     if kind == "scenes":
-        options = ["--data.path", str(scenes(folder / "street")), *SCENES, *MOE]
+        options = ["--data.path", str(scenes(folder / "street", **options_of_scenes)), *SCENES, *MOE]
     else:
         moe = ["--moe.layers=none"] if kind == "dense" else ["--moe.layers=all", f"--moe.routing={kind}"]
         options = ["--data.path", str(roles(folder / "photos")), *TINY, *QUICK, *moe, "--moe.num_experts=4"]

@@ -93,7 +93,9 @@ function prediction(into, found) {
     drawn.alt = "predicted mask over the image";
     into.append(drawn);
   }
-  const rows = classes ? classes.map((each) => [each.name, each.probability]) : Object.entries(areas).slice(0, 8);
+  // an object gives names that are numbers first, in their order
+  const rows = classes ? classes.map((each) => [each.name, each.probability])
+    : Object.entries(areas).sort((a, b) => b[1] - a[1]).slice(0, 8);
   for (const [name, share] of rows) {
     const row = element("div", undefined, "row"), bar = element("div", undefined, "bar"), part = element("i");
     part.style.width = `${100 * share}%`;
