@@ -108,9 +108,9 @@ class Session:
         Returns:
             {"plain", "overruled": None if nothing is asked, "nearest": indices of validation images, "seen": the image
             as the model sees it, resized and cropped, as a data URI}. The first two have "prediction" (see
-            `Task.predict`; a mask as a data URI, "picture") and "layers": by name "chosen", pairs [expert, gate] of an
-            image, or "map", rows of the first expert of each patch, -1 for none, and "extent", width and height of the
-            map in those of the image, which are more than 1 where the model pads images.
+            `Task.predict`; a mask as a data URI, "picture") and "layers", by name. A layer that routes images has
+            "chosen", pairs [expert, gate]. One that routes tokens has "map", rows of the first expert of each patch, -1
+            for none, and "extent", the size of the map in widths and heights of the image: a model pads some images.
 
         Raises:
             VimoeError: if the image cannot be read, or a switch is none.
