@@ -22,14 +22,14 @@ AWAY = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]*\)")  # a link to another page
 def notebook(page: str) -> dict[str, Any]:
     """Return a page in Markdown as the content of a notebook.
 
-    A Python block becomes a cell, a bash block a cell of bash, and a YAML block one that writes the file that its first
-    line names.
+    A Python block becomes a cell, a bash block a cell of bash that stops at a command that fails, and a YAML block a cell
+    that writes the file that its first line names.
     """
     first, *rest = BLOCK.split(page)  # text, then a kind, a block and the text after it, and so on
     cells = [_text(first)]
     for kind, code, after in zip(*[iter(rest)] * 3, strict=True):
         file = code.split()[1] if kind == "yaml" else ""
-        begin = {"python": "", "bash": "%%bash\n", "yaml": f"%%writefile {file}\n"}[kind]
+        begin = {"python": "", "bash": "%%bash -e\n", "yaml": f"%%writefile {file}\n"}[kind]
         cells += [_code(begin + code.rstrip("\n")), _text(after)]
     kept = [cell for cell in cells if cell["source"]]
     return {

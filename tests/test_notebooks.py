@@ -47,7 +47,7 @@ def test_each_kind_of_block_is_a_cell_that_runs() -> None:
     cells = [(cell["cell_type"], cell["source"]) for cell in notebook(page)["cells"]]
     assert cells == [
         ("markdown", "# A b [d](https://e)"), ("code", "%%writefile f.yaml\n# f.yaml\ng: 1"),
-        ("markdown", "h"), ("code", "%%bash\nls \\\n  -l"), ("markdown", "h\n```\nno cell\n```\nh"), ("code", "1"),
+        ("markdown", "h"), ("code", "%%bash -e\nls \\\n  -l"), ("markdown", "h\n```\nno cell\n```\nh"), ("code", "1"),
     ]  # fmt: skip
 
 
