@@ -22,7 +22,7 @@ AWAY = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]*\)")  # a link to another page
 def notebook(page: str) -> dict[str, Any]:
     """Return a page in Markdown as the content of a notebook.
 
-    A Python block becomes a cell, a bash block a cell of bash that stops at a command that fails, and a YAML block a cell
+    A Python block becomes a cell, a bash block a cell that stops at a command that fails, and a YAML block a cell
     that writes the file that its first line names.
     """
     first, *rest = BLOCK.split(page)  # text, then a kind, a block and the text after it, and so on
