@@ -236,8 +236,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the bias moves the wrong way",
         "moe/balancing.py",
-        "below_N = (load_N.sum() - len(load_N) * load_N).sign()",
-        "below_N = (len(load_N) * load_N - load_N.sum()).sign()",
+        "(own.sum() - len(own) * own).sign()",
+        "(len(own) * own - own.sum()).sign()",
         ("moe/test_balancing.py",),
     ),
     Mutant(
@@ -396,7 +396,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "only the first images are kept",
-        "analysis/analyze.py",
+        "analysis/decisions.py",
         "self._rng.integers(0, nth + 1)",
         "limit + 0 * nth",
         ("analysis/test_analyze.py",),
@@ -557,7 +557,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "images without a class count as some",
-        "analysis/analyze.py",
+        "analysis/decisions.py",
         " * (self.labels >= 0)[:, None]",
         "",
         ("analysis/test_analyze.py",),
@@ -655,9 +655,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "features begin after an MoE layer that was not trained",
-        "tasks/classification.py",
-        "(self.settings.moe.selection, *self.settings.train.parts)",
-        "self.settings.train.parts",
+        "tasks/cached_features.py",
+        "(settings.moe.selection, *settings.train.parts)",
+        "settings.train.parts",
         ("tasks/test_cached_features.py",),
     ),
     Mutant(
