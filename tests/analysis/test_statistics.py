@@ -369,11 +369,15 @@ def test_choosing_on_the_other_half_finds_nothing_in_noise() -> None:
     assert same < -0.1 and abs(noise[np.arange(IMAGES), best].mean()) < 0.09
 
 
-def test_orders_of_classes_with_the_same_routes_warn_of_nothing() -> None:
-    """Scikit-learn finds three clusters here where four are asked for, and warns of it."""
+def test_orders_keep_classes_with_the_same_routes_together() -> None:
+    """Rounding parted them; and scikit-learn warned where it found fewer clusters than there were classes."""
     first, second = [4, 7, 3, 7, 3, 4, 0, 0], [2, 1, 2, 1, 7, 7, 6, 6]
     tables = [np.zeros((10, 8)) for _ in range(2)]
     for table, experts in zip(tables, (first, second), strict=True):
         table[np.arange(8), experts] = 1
     order, columns = statistics.orders(tables)  # pytest turns a warning into an error
     assert sorted(order) == list(range(10)) and [sorted(column) for column in columns] == [list(range(8))] * 2
+    alike = [np.array([[18, 0], [15, 4], [18, 0], [18, 0], [14, 4], [18, 0]]), np.full((6, 2), 9)]
+    order, _ = statistics.orders(alike)
+    places = [list(order).index(each) for each in (0, 2, 3, 5)]
+    assert max(places) - min(places) == 3

@@ -12,7 +12,6 @@ L layers.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -390,17 +389,16 @@ def orders(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     together = np.concatenate(shares, axis=1)
     seen, used = together.any(axis=1), together.any(axis=0)  # what is empty would make clusters of its own
     rows, closeness = np.full(len(together), np.inf), together.max(axis=1)
-    clusters = min(seen.sum(), max(share.any(axis=0).sum() for share in shares))
+    # classes with the same routes are one point: as several they would be parted by rounding
+    points, point = np.unique(together[seen][:, used].round(9), axis=0, return_inverse=True)
+    clusters = min(len(points), max(share.any(axis=0).sum() for share in shares))
     if clusters > 1:
         from sklearn.cluster import SpectralCoclustering
-        from sklearn.exceptions import ConvergenceWarning
 
-        with warnings.catch_warnings():  # classes with the same routes lie on one point, and may be fewer than clusters
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = SpectralCoclustering(clusters, random_state=0).fit(together[seen][:, used] + 1e-6)
-        rows[seen] = found.row_labels_
+        found = SpectralCoclustering(clusters, random_state=0).fit(points + 1e-6)
+        rows[seen] = found.row_labels_[point]
         same = rows[seen][:, None] == found.column_labels_
-        closeness[seen] = (together[seen][:, used] * same).sum(axis=1)
+        closeness[seen] = (points[point] * same).sum(axis=1)
     order = np.lexsort((-closeness, rows))
     position = np.empty(len(order))
     position[order] = np.arange(len(order))
