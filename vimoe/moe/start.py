@@ -19,7 +19,7 @@ from vimoe.moe.router import Router
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the dense model computes for some training images, as one of its FFNs sees it.
+    """Inputs that one FFN of the dense model gets from some training images.
 
     Attributes:
         features: (R, D) float32, what a router of this layer would read: of each image, or of some of its tokens.
