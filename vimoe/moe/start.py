@@ -19,7 +19,7 @@ from vimoe.moe.router import Router
 
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs that one FFN of the dense model gets from some training images.
+    """Training images as one FFN of the dense model sees them, and what its router and classifier would read of them.
 
     Attributes:
         features: (R, D) float32, what a router of this layer would read: of each image, or of some of its tokens.
