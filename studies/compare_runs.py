@@ -19,7 +19,7 @@ from arms_over_seeds import difference, spread, vimoe
 def rise(run: Path) -> float:
     """Return the validation loss of the last epoch above the lowest one."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        losses = [float(row["val_loss"]) for row in csv.DictReader(file)]
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
     return losses[-1] - min(losses)
 
 

@@ -135,6 +135,7 @@ OUT_OF_RANGE: dict[type, dict[str, list[Any] | None]] = {
         "random_erasing": SHARES, "min_crop": [*SHARES, 0], "hflip": SHARES, "color_jitter": SHARES,
         "min_scale": [*RATES, 0, 3.0], "max_scale": [*RATES, 0, 0.1], "dice_loss": RATES,
         "class_weights": ["inverse"], "ema_decay": [*SHARES, 1], "clip_grad": RATES, "early_stopping": COUNTS,
+        "val_interval": COUNTS,
         "precision": ["float32", "bfloat16", None], "compile": FLAGS, "seed": SEEDS, "checkpoint_minutes": RATES,
         "tensorboard": FLAGS, "parallel": [{"data": 2}, 2, None],
     },

@@ -225,8 +225,8 @@ NO_MATTER = {
     "router_warmup_epochs", "locality_loss", "expert_weight_decay",
     "expert_lr_scale", "train_only", "stages", "balance_loss", "z_loss", "importance_loss", "entropy_loss",
     "variance_loss", "orthogonal_loss", "mutual_loss", "distill_loss", "route_loss", "label_smoothing", "ema_decay",
-    "clip_grad", "early_stopping", "checkpoint_minutes", "tensorboard", "fuse", "fuse_rate", "compile", "parallel",
-    "oracle_loss", "oracle_temperature",
+    "clip_grad", "early_stopping", "val_interval", "checkpoint_minutes", "tensorboard", "fuse", "fuse_rate", "compile",
+    "parallel", "oracle_loss", "oracle_temperature",
 }  # fmt: skip
 REFUSED = {"mixup", "cutmix", "min_scale", "max_scale", "dice_loss", "class_weights"}  # or of segmentation
 

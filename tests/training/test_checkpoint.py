@@ -168,6 +168,18 @@ def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path:
     assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
 
 
+def test_a_killed_training_goes_on_between_two_validations(data: Data, tmp_path: Path, kill_after: object) -> None:
+    seldom = {**ALL, "epochs": 5, "val_interval": 3}
+    whole, _ = run(data, tmp_path / "whole", **seldom)
+    kill_after(12)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "killed", **seldom)
+    kill_after(1000)
+    again, _ = run(data, tmp_path / "killed", **seldom)
+    assert torch.equal(weights(whole), weights(again))
+    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+
+
 def test_it_would_be_seen_if_the_state_were_not_restored(
     data: Data, wholes: dict[int, Whole], tmp_path: Path, kill_after: object
 ) -> None:

@@ -24,6 +24,7 @@ from vimoe.metrics.base import evaluate
 from vimoe.metrics.classification import ImageScore
 from vimoe.models.reading import ignoring_hooks
 from vimoe.moe.layer import moe_layers
+from vimoe.report.curves import curves
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.training.loop import auxiliary_losses, train
 from vimoe.training.settle import settle
@@ -91,7 +92,7 @@ SETTINGS = {
 
 def test_every_setting_is_tried_below() -> None:
     assert {field.name for field in fields(TrainConfig)} == {
-        *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping", "stages",
+        *SETTINGS, "tensorboard", "checkpoint_minutes", "early_stopping", "val_interval", "stages",
         "min_scale", "max_scale", "dice_loss", "class_weights",  # of segmentation
         "fuse", "fuse_rate",  # of layers that are fused
         "compile",  # test_compiled.py
@@ -366,6 +367,44 @@ def test_a_run_whose_stop_is_due_trains_no_further(data: Data, tmp_path: Path, m
     again, resumed = run(data, tmp_path, epochs=6, early_stopping=2)  # the checkpoint of its last epoch is there
     assert torch.equal(weights(first), weights(again))
     assert {**resumed, "seconds": 0} == {**summary, "seconds": 0} and resumed["epochs"] == 4
+
+
+INTERVALS = {  # interval, patience, scores of the validated epochs, those epochs, epochs trained, best epoch
+    "the last epoch is validated too": (2, None, [0.5, 0.6, 0.7], [2, 4, 5], 5, 5),
+    "the best of the validated epochs is kept": (2, None, [0.5, 0.8, 0.7], [2, 4, 5], 5, 4),
+    "longer than the training": (9, None, [0.5], [5], 5, 5),
+    "it stops at a validation": (2, 1, [0.5, 0.4], [2, 4], 4, 2),
+    "it does not stop before there was one": (3, 1, [0.5, 0.6], [3, 5], 5, 5),
+}
+
+
+@pytest.mark.parametrize("case", INTERVALS)
+def test_validation_every_few_epochs(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    interval, patience, top1, validated, trained, best = INTERVALS[case]
+    scripted(monkeypatch, [(share, 1.0) for share in top1])
+    with caplog.at_level(logging.INFO, "vimoe"):
+        network, summary = run(data, tmp_path, epochs=5, val_interval=interval, early_stopping=patience)
+    logged = rows(tmp_path / "metrics.csv")
+    assert [int(row["epoch"]) for row in logged] == list(range(1, trained + 1))
+    assert {int(row["epoch"]): float(row["val_top1"]) for row in logged if row["val_top1"]} == dict(
+        zip(validated, top1, strict=True)
+    )
+    assert (summary["epochs"], summary["best_epoch"], summary["val"]["top1"]) == (trained, best, max(top1))
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch 1 of 5")]
+    assert len(lines) == 1 and lines[0].endswith("in training") == (1 not in validated)
+    curves(tmp_path / "metrics.csv")
+
+
+def test_validating_less_often_changes_nothing_of_the_last_epoch(data: Data, tmp_path: Path) -> None:
+    run(data, tmp_path / "often", epochs=3)
+    _, summary = run(data, tmp_path / "seldom", epochs=3, val_interval=3)
+    logged = [rows(tmp_path / name / "metrics.csv")[-1] for name in ("often", "seldom")]
+    assert summary["best_epoch"] == 3
+    for row in logged:
+        row.pop("images_per_second")
+    assert logged[0] == logged[1]
 
 
 def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: Path) -> None:

@@ -92,7 +92,10 @@ class TrainConfig:
             own (segmentation only).
         ema_decay: decay of the weights' moving average, which is then evaluated and saved; 0 is off.
         clip_grad: largest gradient norm; 0 is off.
-        early_stopping: number of epochs without a better validation score that end the training; none is off.
+        val_interval: number of epochs from one validation to the next; the last epoch is always validated. The best
+            of the validated epochs is kept.
+        early_stopping: number of epochs without a better validation score that end the training, at a validation; none
+            is off.
         precision: "no" (float32), "bf16", "fp16", or "auto" for bf16 where it is known to be faster, else float32; the
             run's config.yaml notes the choice.
         compile: compile the model's blocks for the steps of the training (torch.compile), which takes up to a minute at
@@ -149,6 +152,7 @@ class TrainConfig:
     class_weights: ClassWeights = "none"
     ema_decay: float = bounded(0.0, 0, 0.99999)
     clip_grad: float = bounded(1.0, 0)
+    val_interval: int = bounded(1, 1)
     early_stopping: int | None = bounded(None, 1)
     precision: Precision = "auto"
     compile: bool = False

@@ -25,10 +25,11 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
     left, right = figure.subplots(1, 2)
     for name, path in (metrics if isinstance(metrics, Mapping) else {"validation": metrics}).items():
         rows = _csv(path)
-        epochs = [int(row["epoch"]) for row in rows]
         if not isinstance(metrics, Mapping):
             loss = [float(row["train_loss"]) for row in rows]
-            left.plot(epochs, loss, label="train (augmented)", color="C1", marker=".")
+            left.plot([int(row["epoch"]) for row in rows], loss, label="train (augmented)", color="C1", marker=".")
+        rows = [row for row in rows if row["val_loss"]]  # of the epochs that were validated
+        epochs = [int(row["epoch"]) for row in rows]
         (line,) = left.plot(epochs, [float(row["val_loss"]) for row in rows], label=name, marker=".")
         score = shown({key.removeprefix("val_"): value for key, value in rows[0].items()})
         shares = [100 * float(row[f"val_{score.judge}"]) for row in rows]

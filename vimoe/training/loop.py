@@ -141,12 +141,16 @@ def train(
                         steps.save(state)
                         if process.any(bool(stop.signal)):
                             raise Stopped(out, stop.signal or signal.SIGTERM)
-                score = job.evaluate(steps.judged)
+                due = state.epoch % config.val_interval == 0 or state.epoch == config.epochs
+                score = job.evaluate(steps.judged) if due else None
                 row = state.finish_epoch(score, steps.rate, moe_layers(steps.plain), out)
                 steps.accelerator.log({**row, **state.scalars()}, step=state.number)
                 state.freeze_routers(config, [name for name, params in steps.routers.items() if params])
-                state.best.offer(state.epoch, score, lambda: steps.held.weights(steps.judged))
-                logger.info("epoch %d of %d: %s", state.number, last, score)
+                if score:
+                    state.best.offer(state.epoch, score, lambda: steps.held.weights(steps.judged))
+                logger.info(
+                    "epoch %d of %d: %s", state.number, last, score or f"loss {row['train_loss']:.4f} in training"
+                )
                 state.next_epoch()
                 steps.save(state)
             if stopped_early := state.epoch <= config.epochs:

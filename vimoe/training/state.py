@@ -31,6 +31,7 @@ class Best:
 
     def __init__(self) -> None:
         self.epoch, self.rank = 0, tuple[float, ...]()
+        self.last = 0  # the last epoch that was validated
         self.score, self.state = dict[str, Any](), dict[str, Tensor]()
 
     def offer(self, epoch: int, score: Score, weights: Callable[[], dict[str, Tensor]]) -> None:
@@ -49,6 +50,7 @@ class Best:
                 f"the loss is {loss} on validation in epoch {epoch}: lower train.lr, or set train.clip_grad; the last "
                 f"checkpoint is from before this epoch's end"
             )
+        self.last = epoch
         if score.rank > self.rank:
             self.epoch, self.rank, self.score = epoch, score.rank, score.to_dict()
             self.state = weights()
@@ -126,20 +128,20 @@ class State:
         return (self.epoch - 1) * batches + self.step
 
     def stalled(self, patience: int | None) -> bool:
-        """Return True where none of the last `patience` epochs was better than one before; never without a patience."""
-        return patience is not None and self.epoch - 1 - self.best.epoch >= patience
+        """Return True where so many epochs up to the last validation gave no better score; never without a patience."""
+        return patience is not None and self.best.last - self.best.epoch >= patience
 
     def save_due(self, minutes: float) -> bool:
         """Return True where the last checkpoint is older than this."""
         return self.seconds - self.saved > 60 * minutes
 
-    def finish_epoch(self, score: Score, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
-        """Write the epoch's rows, log its alarms, and return the row of metrics.csv."""
+    def finish_epoch(self, score: Score | None, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
+        """Write the epoch's rows, log its alarms, and return the row of metrics.csv, without val_* if there is no score."""
         self.totals, self.health = self.totals.over(self.process), self.health.over(self.process)
         row = {
             "lr": lr,
             **{f"train_{name}": value for name, value in self.totals.means().items()},
-            **{f"val_{name}": value for name, value in score.columns.items()},
+            **{f"val_{name}": value for name, value in (score.columns if score else {}).items()},
             "images_per_second": self.totals.images / self.totals.seconds,
         }
         stage = {} if self.stage is None else {"stage": self.part}
@@ -180,7 +182,7 @@ class State:
         for name, rows in (("metrics.csv", self.metrics), ("load.csv", self.shares), ("health.csv", self.health_rows)):
             if rows:
                 text = io.StringIO()
-                # the first stage may have fewer columns, as a dense model has
+                # the first stage may have fewer columns, as a dense model has, and an epoch without a score
                 writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
                 writer.writeheader()
                 writer.writerows(rows)
