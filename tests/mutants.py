@@ -705,8 +705,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "early stopping is an epoch late",
         "training/state.py",
-        "self.epoch - 1 - self.best.epoch >= patience",
-        "self.epoch - 1 - self.best.epoch > patience",
+        "self.best.last - self.best.epoch >= patience",
+        "self.best.last - self.best.epoch > patience",
         ("training/test_loop.py",),
     ),
     Mutant(

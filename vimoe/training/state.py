@@ -136,7 +136,7 @@ class State:
         return self.seconds - self.saved > 60 * minutes
 
     def finish_epoch(self, score: Score | None, lr: float, layers: Mapping[str, MoE], out: Path) -> dict[str, Any]:
-        """Write the epoch's rows, log its alarms, and return the row of metrics.csv, without val_* if there is no score."""
+        """Write the epoch's rows, log its alarms, and return the row of metrics.csv: val_* only with a score."""
         self.totals, self.health = self.totals.over(self.process), self.health.over(self.process)
         row = {
             "lr": lr,
