@@ -154,6 +154,45 @@ def test_a_score_on_features_of_windows_is_that_on_images(
     assert plain(evaluate_scenes(other, entries, read).to_dict()) != pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("sizes", [(), ((40, 50), (33, 90))])
+def test_an_analysis_on_features_is_that_on_images(
+    tmp_path: Path, sizes: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whole images where all have one size, else of their middle; a second model opens no image."""
+    root = scenes(tmp_path / "scenes", val=5, height=40, width=48)
+    for number, (height, width) in enumerate(sizes):
+        scene(root, "val", f"b{number}", scene_mask(number, height=height, width=width))
+    network = model(num_experts=3)
+
+    def analysed(network: nn.Module, cache: str) -> dict:
+        read, data = found(root)
+        read = replace(read, cache=cache, views=3 if cache == "features" else DataConfig().views)
+        settings = Settings(data=read, train=TrainConfig(train_only="moe", batch_size=2))
+        batches = Segmentation(settings).validation(network, data)
+        assert (getattr(batches, "facts", {}) != {}) == (cache == "features")
+        assert next(iter(batches))[1].shape == (2, *((32, 32) if sizes else (40, 48)))
+        return vimoe.analyze(network, batches, draws=4, metric="segmentation").to_dict()
+
+    def losses(evidence: dict) -> list[float]:
+        (layer,) = evidence["layers"]
+        each = [layer["permuted"], layer["frozen"], layer["dense"]["shared"], *layer["experts"]]
+        return [evidence["base"]["loss"], *(change["loss"]["value"] for change in each)]
+
+    expected, ours = analysed(network, "none"), analysed(network, "features")
+    assert losses(ours) == pytest.approx(losses(expected), rel=1e-3, abs=1e-6) and 0 not in losses(ours)[:2]
+    assert ours["layers"][0]["counts"] == expected["layers"][0]["counts"]
+
+    def written(*_: object) -> None:
+        raise AssertionError("features were computed again")
+
+    again = copy.deepcopy(network)
+    monkeypatch.setattr(vimoe.tasks.cached_features.FeatureFiles, "_write", written)
+    for each in moe_layers(again).values():
+        randomise(each.experts, seed=9)
+    assert analysed(again, "features")["base"] != ours["base"]
+
+
 @pytest.mark.parametrize(
     ("changes", "height", "reason"),
     [

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import filelock
 import numpy as np
@@ -50,6 +50,8 @@ from vimoe.training.job import Job
 
 STORED = "float16"  # its 11 bits round eight times as finely as bfloat16's 8; `_write` checks its range
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Kept = TypeVar("Kept")
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +95,17 @@ class Entries:
 
     Args:
         file: file of the images' features.
-        labels: label of each image.
+        labels: label of each image, or its mask.
         cut: cut that the features belong to.
         batch_size: number of images of a batch of all processes.
         process: this one of the processes that share the images; by default they are all for this one.
     """
 
     def __init__(
-        self, file: Path, labels: Sequence[int], cut: Cut, batch_size: int, process: Process | None = None
+        self, file: Path, labels: Sequence[int] | Tensor, cut: Cut, batch_size: int, process: Process | None = None
     ) -> None:
         self.features = np.load(file, mmap_mode="r", allow_pickle=False)
-        self.labels, self.cut = torch.tensor(labels), cut
+        self.labels, self.cut = torch.as_tensor(labels), cut
         self.batch_sampler = share(len(labels), batch_size, process)
         self.facts = {"features": {"before": cut.before}}
 
@@ -388,6 +390,19 @@ def entries_of(
     file = files.as_evaluated(samples, what, batch_size, workers)
     (process or Alone()).first_then_all(files.make, [file], what)
     return Entries(file.path, [label for _, label in samples], files.cut, batch_size, process)
+
+
+def if_kept(entries: Callable[[], Kept]) -> Kept | None:
+    """Return what a function makes of features; None, with a line in the log, where they cannot be kept.
+
+    Args:
+        entries: function that raises ConfigError where the model cannot be cut, and FolderError where there is no room.
+    """
+    try:
+        return entries()
+    except (ConfigError, FolderError) as error:
+        logger.info("images are read in place of their features: %s", error)
+        return None
 
 
 @contextmanager

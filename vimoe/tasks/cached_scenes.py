@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,14 @@ from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import processes
 from vimoe.data.scenes import Scene, Scenes
-from vimoe.errors import ConfigError, FolderError
+from vimoe.errors import ConfigError
 from vimoe.models.frozen_trunk import check_cut, cut_before
 from vimoe.models.precision import resolve
 from vimoe.process import Alone, Process
-from vimoe.tasks.cached_features import FeatureFiles, Views, digest_of, in_words
+from vimoe.tasks.cached_features import Entries, FeatureFiles, Views, digest_of, if_kept, in_words
 from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes
 from vimoe.tasks.window_features import WindowEntries, window_entries
 from vimoe.training.job import Job
-
-logger = logging.getLogger(__name__)
 
 
 class CropFeatures(Dataset):
@@ -78,7 +75,7 @@ def job_on_crop_features(
     crops = CropFeatures([(file.path, file.masks) for file in views])
     order = Views(len(images), config.seed, len(views))
     loader = DataLoader(crops, config.batch_size, sampler=order, drop_last=True, **processes(data.workers))
-    val = entries_of_windows(model, trained, scenes.val, scenes, prepared, data, process)
+    val = if_kept(lambda: entries_of_windows(model, trained, scenes.val, scenes, prepared, data, process))
     return replace(
         on_images, loader=loader, prepare=lambda features, masks: (features.float(), masks), forward=files.cut.rest,
         evaluate=(lambda model: evaluate_scenes(model, val, data, process=process)) if val else on_images.evaluate,
@@ -89,11 +86,8 @@ def job_on_crop_features(
 def entries_of_windows(
     model: Any, changed: Sequence[str], samples: Sequence[Scene], scenes: Scenes, prepared: dict[str, Any],
     data: DataConfig, process: Process | None = None,
-) -> WindowEntries | None:  # fmt: skip
+) -> WindowEntries:  # fmt: skip
     """Return the batches that a trained segmenter is scored on, after its trunk; missing features are computed first.
-
-    None, with a line in the log, where they cannot be kept: for other inference than by windows of the crop, scenes
-    that are smaller than it, a model that cannot be cut, and where there is no room or folder.
 
     Args:
         model: segmenter on any device; left in eval mode.
@@ -103,20 +97,46 @@ def entries_of_windows(
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         data: inference on whole images, and the number of processes that decode them.
         process: this one of the processes that share the scenes, of which the first computes what is missing.
+
+    Raises:
+        ConfigError: if the model cannot be cut, a scene is smaller than a window, or inference is not by windows alone.
+        FolderError: if there is no room or folder for the features.
     """
-    try:
-        if data.inference != "slide" or data.flip_test:
-            raise ConfigError(
-                f"data.inference={data.inference!r} and data.flip_test={data.flip_test} with data.cache='features': "
-                f"expected 'slide' and False"
-            )
-        files = FeatureFiles(model, cut_before(model, changed, (3, *model.crop)), prepared)
-        file, opened = window_entries(files, samples, scenes, model.crop, data.workers)
-        (process or Alone()).first_then_all(files.make, [file], file.what)
-        return opened(process)
-    except (ConfigError, FolderError) as error:
-        logger.info("images are read in place of their features: %s", error)
-        return None
+    if data.inference != "slide" or data.flip_test:
+        raise ConfigError(
+            f"data.inference={data.inference!r} and data.flip_test={data.flip_test} with data.cache='features': "
+            f"expected 'slide' and False"
+        )
+    files = FeatureFiles(model, cut_before(model, changed, (3, *model.crop)), prepared)
+    file, opened = window_entries(files, samples, scenes, model.crop, data.workers)
+    (process or Alone()).first_then_all(files.make, [file], file.what)
+    return opened(process)
+
+
+def entries_of_one_size(
+    model: Any, changed: Sequence[str], loader: DataLoader, scenes: Scenes, prepared: dict[str, Any], batch_size: int,
+    process: Process | None = None,
+) -> Entries:  # fmt: skip
+    """Return the batches that a trained segmenter is analysed on, after its trunk; missing features are computed first.
+
+    Args:
+        model, changed, prepared, process: arguments of `entries_of_windows`.
+        loader: batches of `vimoe.data.scene_loaders.JointImages`, all scenes of one size.
+        scenes: data set that they are of.
+        batch_size: number of scenes of a batch of all processes.
+
+    Raises:
+        ConfigError: if the model cannot be cut, or features are not finite as they are stored.
+        FolderError: if there is no room or folder for the features.
+    """
+    shown: Any = loader.dataset
+    size = tuple(shown[0][0].shape)
+    files = FeatureFiles(model, cut_before(model, changed, size), prepared)
+    images, masks = ([scene[which] for scene in shown.scenes] for which in (0, 1))
+    draws = f" {shown.transform!r} {scenes.legend!r} {digest_of(masks)}"
+    file = files.file(images, f"{len(images)} scenes", lambda: loader, draws=draws)._replace(mask=size[1:])
+    (process or Alone()).first_then_all(files.make, [file], file.what)
+    return Entries(file.path, torch.from_numpy(_mapped(file.masks)), files.cut, batch_size, process)
 
 
 def check_cut_and_decoder(model: Any, trained: Sequence[str]) -> None:
@@ -131,5 +151,6 @@ def check_cut_and_decoder(model: Any, trained: Sequence[str]) -> None:
 
 
 def _mapped(path: Path) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    # "c": torch warns of an array that it may not write to; nothing written would reach the file
+    array: np.ndarray[Any, Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     return array

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,18 @@ from vimoe.data.classification import Data, load_data, load_folder
 from vimoe.data.images import open_image
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan
-from vimoe.errors import ConfigError, FolderError
 from vimoe.metrics.base import Batches, metric_of
 from vimoe.models.class_order import order_classes
 from vimoe.models.create import create
 from vimoe.models.frozen_trunk import check_cut
 from vimoe.models.interface import label_names
 from vimoe.tasks.base import Scanned, Task, check_classes
-from vimoe.tasks.cached_features import FeatureCache, changed_layers, entries_of
+from vimoe.tasks.cached_features import FeatureCache, changed_layers, entries_of, if_kept
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.tasks.classification_predictions import predict
 from vimoe.training.job import Job
 
 EXAMPLE_SIDE = 96  # pixels, at most, of an image on a contact sheet
-
-logger = logging.getLogger(__name__)
 
 
 class Classification(Task[Data]):
@@ -96,13 +92,11 @@ class Classification(Task[Data]):
 
     def scored(self, model: nn.Module, data: Data, samples: Sequence[Any]) -> Batches:
         """Return features of samples after the trunk of a run that cached them, if they can be kept, else images."""
+        entries = None
         if self.settings.data.cache == "features":
-            try:
-                changed = changed_layers(self.settings, model)
-                return entries_of(model, changed, samples, *self._reading(model), self.process)
-            except (ConfigError, FolderError) as error:
-                logger.info("images are read in place of their features: %s", error)
-        return self.loader(model, data, samples)
+            changed = changed_layers(self.settings, model)
+            entries = if_kept(lambda: entries_of(model, changed, samples, *self._reading(model), self.process))
+        return entries or self.loader(model, data, samples)
 
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
         which, samples = load_folder(path, label_names(model), self.settings.data)

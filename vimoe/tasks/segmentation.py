@@ -16,7 +16,7 @@ from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.data.images import image_size
 from vimoe.data.loaders import preprocessing, processes, share
-from vimoe.data.scene_loaders import JointImages, centre_transform
+from vimoe.data.scene_loaders import JointImages, centre_transform, eval_transform
 from vimoe.data.scene_scan import SceneScan, scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
@@ -30,8 +30,13 @@ from vimoe.models.prompted import read_prompts
 from vimoe.moe.layer import moe_layers
 from vimoe.process import Process
 from vimoe.tasks.base import Task, check_classes
-from vimoe.tasks.cached_features import changed_layers
-from vimoe.tasks.cached_scenes import check_cut_and_decoder, entries_of_windows, job_on_crop_features
+from vimoe.tasks.cached_features import changed_layers, if_kept
+from vimoe.tasks.cached_scenes import (
+    check_cut_and_decoder,
+    entries_of_one_size,
+    entries_of_windows,
+    job_on_crop_features,
+)
 from vimoe.tasks.expert_maps import expert_maps
 from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes, whole_images
 from vimoe.tasks.segmentation_predictions import predict_scenes
@@ -94,20 +99,34 @@ class Segmentation(Task[Scenes]):
         """Return features of the windows of a run that cached them, if they can be kept, else whole images."""
         read, entries = self.settings.data, None
         if read.cache == "features":
-            changed, prepared = changed_layers(self.settings, model), preprocessing(model, read)
-            entries = entries_of_windows(model, changed, samples, data, prepared, read, self.process)
+            known = changed_layers(self.settings, model), samples, data, preprocessing(model, read), read
+            entries = if_kept(lambda: entries_of_windows(model, *known, self.process))
         return entries or self.loader(model, data, samples)
 
-    def one_size(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
+    def validation(self, model: nn.Module, data: Scenes) -> Batches:
+        """Return features of the images of `one_size` of a run that cached features, if they can be kept."""
+        read, entries = self.settings.data, None
+        if read.cache == "features":
+            images = self._one_size(model, data, data.val, None)
+            known = changed_layers(self.settings, model), images, data, preprocessing(model, read)
+            size = self.settings.train.batch_size
+            entries = if_kept(lambda: entries_of_one_size(model, *known, size, self.process))
+        return entries or self.one_size(model, data, data.val)
+
+    def one_size(self, model: nn.Module, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return whole images where all are of one size, else the middle of each, as large as the training crop."""
-        sizes = {image_size(image) for image, _ in samples}
-        if len(sizes) == 1 and not model.fixed_size:
-            return self.loader(model, data, samples)
-        prepared = preprocessing(model, self.settings.data)
-        transform = centre_transform(model.crop, prepared["mean"], prepared["std"])
+        return self._one_size(model, data, samples, self.process)
+
+    def _one_size(self, model: Any, data: Scenes, samples: Sequence[Any], process: Process | None) -> DataLoader:
+        prepared, read = preprocessing(model, self.settings.data), self.settings.data
+        size = {image_size(image) for image, _ in samples}
+        if len(size) == 1 and not model.fixed_size:
+            transform = eval_transform(prepared["mean"], prepared["std"])
+        else:
+            transform = centre_transform(model.crop, prepared["mean"], prepared["std"])
         scenes = JointImages(samples, data.legend, transform)
-        places: Any = share(len(samples), self.settings.train.batch_size, self.process)
-        return DataLoader(scenes, batch_sampler=places, **processes(self.settings.data.workers))
+        places: Any = share(len(samples), self.settings.train.batch_size, process)
+        return DataLoader(scenes, batch_sampler=places, **processes(read.workers))
 
     def timed(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return validation, because whole images may differ in size."""
