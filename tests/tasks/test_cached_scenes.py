@@ -33,7 +33,7 @@ from vimoe.data.loaders import preprocessing
 from vimoe.data.user_cache import cache_folder
 from vimoe.errors import ConfigError
 from vimoe.moe.layer import moe_layers
-from vimoe.tasks.cached_scenes import entries_of_windows, job_on_crop_features
+from vimoe.tasks.cached_scenes import entries_of_scenes, job_on_crop_features
 from vimoe.tasks.segmentation import Segmentation
 from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes
 from vimoe.training.loop import train
@@ -125,23 +125,26 @@ def test_epochs_take_the_views_in_turn(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("sizes", [(), ((40, 50), (33, 90))])
-def test_a_score_on_features_of_windows_is_that_on_images(
-    tmp_path: Path, sizes: tuple, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sizes", "inference", "batches"),
+    [((), "slide", {1, 2}), (((40, 50), (33, 90)), "slide", {1}), ((), "whole", {1, 2})],
+)
+def test_a_score_on_features_is_that_on_images(
+    tmp_path: Path, sizes: tuple, inference: str, batches: set, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scenes of one size are scored in batches, others one by one; a second model opens no image."""
     root = scenes(tmp_path / "scenes", val=3, height=40, width=48)
     for number, (height, width) in enumerate(sizes):
         scene(root, "val", f"b{number}", scene_mask(number, height=height, width=width))
-    read, data = found(root)
+    read, data = found(root, inference=inference)
     network = model()
     prepared = preprocessing(network, read)
     loader = Segmentation(Settings(data=replace(read, cache="none", views=4))).loader(network, data, data.val)
     expected = plain(evaluate_scenes(network, loader, read).to_dict())
-    entries = entries_of_windows(network, trained_names(network), data.val, data, prepared, read)
+    entries = entries_of_scenes(network, trained_names(network), data.val, data, prepared, read, 2)
     assert plain(evaluate_scenes(network, entries, read).to_dict()) == pytest.approx(expected, rel=1e-5)
     assert entries.facts == {"features": {"before": "backbone.blocks.3"}}
-    assert {len(masks) for _, masks in entries} == ({1} if sizes else {1, 2})  # of 4 windows, at most 8 at once
+    assert {len(masks) for _, masks in entries} == batches  # of 4 windows, at most 8 at once
 
     def opened(*_: object) -> None:
         raise AssertionError("an image was opened")
@@ -150,7 +153,7 @@ def test_a_score_on_features_of_windows_is_that_on_images(
     other = copy.deepcopy(network)
     for layer in moe_layers(other).values():
         randomise(layer.experts, seed=9)
-    entries = entries_of_windows(other, trained_names(other), data.val, data, prepared, read)
+    entries = entries_of_scenes(other, trained_names(other), data.val, data, prepared, read, 2)
     assert plain(evaluate_scenes(other, entries, read).to_dict()) != pytest.approx(expected, rel=1e-5)
 
 
@@ -196,8 +199,7 @@ def test_an_analysis_on_features_is_that_on_images(
 @pytest.mark.parametrize(
     ("changes", "height", "reason"),
     [
-        ({"inference": "whole"}, 40, "inference='whole' and"),
-        ({"flip_test": True}, 40, "flip_test=True with"),
+        ({"flip_test": True}, 40, "with data.flip_test=True: expected False"),
         ({}, 24, r"an image of 72x24 to score on, smaller than a window of 32x32: expected none"),
     ],
 )
@@ -212,6 +214,17 @@ def test_where_windows_cannot_be_kept_images_are_read(
     (line,) = [record.getMessage() for record in caplog.records if "in place of" in record.getMessage()]
     assert reason in line and "\n" not in line
     assert next(iter(loader))[0].shape[-2:] == (height, 72)
+
+
+def test_whole_images_of_several_sizes_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = scenes(tmp_path / "scenes", height=40, width=72)
+    scene(root, "val", "wide", scene_mask(1, height=40, width=80))
+    read, data = found(root, inference="whole")
+    task = Segmentation(Settings(data=read, train=TrainConfig(train_only="moe")))
+    with caplog.at_level(logging.INFO, "vimoe"):
+        loader = task.scored(model(), data, data.val)
+    assert "data.inference='whole' and images of 2 sizes: expected one" in caplog.text
+    assert {images.shape[-1] for images, _ in loader} == {72, 80}
 
 
 def test_a_mask_that_was_deleted_is_made_again_and_another_mask_is_another_file(root: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
+from vimoe.data.images import image_size
 from vimoe.data.loaders import processes
 from vimoe.data.scenes import Scene, Scenes
 from vimoe.errors import ConfigError
@@ -21,7 +22,7 @@ from vimoe.models.frozen_trunk import check_cut, cut_before
 from vimoe.models.precision import resolve
 from vimoe.process import Alone, Process
 from vimoe.tasks.cached_features import Entries, FeatureFiles, Views, digest_of, if_kept, in_words
-from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes
+from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes, whole_images
 from vimoe.tasks.window_features import WindowEntries, window_entries
 from vimoe.training.job import Job
 
@@ -52,7 +53,7 @@ def job_on_crop_features(
     """Return the job of `job_on_scenes`, on features of the model's frozen trunk; missing ones are computed first.
 
     Views of the training scenes are those of `vimoe.tasks.cached_features.FeatureCache`: crops, with their masks.
-    Validation is scored on features of windows, or on images where it cannot be (`entries_of_windows`).
+    Validation is scored on features, or on images where it cannot be (`entries_of_scenes`).
 
     Args:
         model: segmenter on any device; it is moved to the device that trains.
@@ -75,7 +76,8 @@ def job_on_crop_features(
     crops = CropFeatures([(file.path, file.masks) for file in views])
     order = Views(len(images), config.seed, len(views))
     loader = DataLoader(crops, config.batch_size, sampler=order, drop_last=True, **processes(data.workers))
-    val = if_kept(lambda: entries_of_windows(model, trained, scenes.val, scenes, prepared, data, process))
+    scored = scenes.val, scenes, prepared, data, config.batch_size
+    val = if_kept(lambda: entries_of_scenes(model, trained, *scored, process))
     return replace(
         on_images, loader=loader, prepare=lambda features, masks: (features.float(), masks), forward=files.cut.rest,
         evaluate=(lambda model: evaluate_scenes(model, val, data, process=process)) if val else on_images.evaluate,
@@ -83,10 +85,10 @@ def job_on_crop_features(
     )  # fmt: skip
 
 
-def entries_of_windows(
+def entries_of_scenes(
     model: Any, changed: Sequence[str], samples: Sequence[Scene], scenes: Scenes, prepared: dict[str, Any],
-    data: DataConfig, process: Process | None = None,
-) -> WindowEntries:  # fmt: skip
+    data: DataConfig, batch_size: int, process: Process | None = None,
+) -> Entries | WindowEntries:  # fmt: skip
     """Return the batches that a trained segmenter is scored on, after its trunk; missing features are computed first.
 
     Args:
@@ -96,17 +98,24 @@ def entries_of_windows(
         scenes: data set that they are of.
         prepared: preprocessing, as `vimoe.data.loaders.preprocessing` gives it.
         data: inference on whole images, and the number of processes that decode them.
+        batch_size: number of whole images of a batch of all processes.
         process: this one of the processes that share the scenes, of which the first computes what is missing.
 
     Raises:
-        ConfigError: if the model cannot be cut, a scene is smaller than a window, or inference is not by windows alone.
+        ConfigError: if the model cannot be cut, a scene is smaller than a window, scenes that are inferred whole differ
+            in size, or scores are a mean with mirrored images.
         FolderError: if there is no room or folder for the features.
     """
-    if data.inference != "slide" or data.flip_test:
-        raise ConfigError(
-            f"data.inference={data.inference!r} and data.flip_test={data.flip_test} with data.cache='features': "
-            f"expected 'slide' and False"
-        )
+    if data.flip_test:
+        raise ConfigError("data.cache='features' with data.flip_test=True: expected False")
+    if data.inference == "whole":
+        size, *others = {image_size(image) for image, _ in samples}
+        if others:
+            raise ConfigError(
+                f"data.cache='features' with data.inference='whole' and images of {1 + len(others)} sizes: expected one"
+            )
+        loader = whole_images(samples, scenes, prepared, batch_size, data.workers)
+        return entries_of_one_size(model, changed, loader, size, scenes, prepared, batch_size, process)
     files = FeatureFiles(model, cut_before(model, changed, (3, *model.crop)), prepared)
     file, opened = window_entries(files, samples, scenes, model.crop, data.workers)
     (process or Alone()).first_then_all(files.make, [file], file.what)
@@ -114,14 +123,15 @@ def entries_of_windows(
 
 
 def entries_of_one_size(
-    model: Any, changed: Sequence[str], loader: DataLoader, scenes: Scenes, prepared: dict[str, Any], batch_size: int,
-    process: Process | None = None,
+    model: Any, changed: Sequence[str], loader: DataLoader, size: tuple[int, int], scenes: Scenes,
+    prepared: dict[str, Any], batch_size: int, process: Process | None = None,
 ) -> Entries:  # fmt: skip
     """Return the batches that a trained segmenter is analysed on, after its trunk; missing features are computed first.
 
     Args:
-        model, changed, prepared, process: arguments of `entries_of_windows`.
-        loader: batches of `vimoe.data.scene_loaders.JointImages`, all scenes of one size.
+        model, changed, prepared, process: arguments of `entries_of_scenes`.
+        loader: batches of `vimoe.data.scene_loaders.JointImages`.
+        size: (height, width) of all its images.
         scenes: data set that they are of.
         batch_size: number of scenes of a batch of all processes.
 
@@ -130,11 +140,10 @@ def entries_of_one_size(
         FolderError: if there is no room or folder for the features.
     """
     shown: Any = loader.dataset
-    size = tuple(shown[0][0].shape)
-    files = FeatureFiles(model, cut_before(model, changed, size), prepared)
+    files = FeatureFiles(model, cut_before(model, changed, (3, *size)), prepared)
     images, masks = ([scene[which] for scene in shown.scenes] for which in (0, 1))
     draws = f" {shown.transform!r} {scenes.legend!r} {digest_of(masks)}"
-    file = files.file(images, f"{len(images)} scenes", lambda: loader, draws=draws)._replace(mask=size[1:])
+    file = files.file(images, f"{len(images)} scenes", lambda: loader, draws=draws)._replace(mask=size)
     (process or Alone()).first_then_all(files.make, [file], file.what)
     return Entries(file.path, torch.from_numpy(_mapped(file.masks)), files.cut, batch_size, process)
 

@@ -34,7 +34,7 @@ from vimoe.tasks.cached_features import changed_layers, if_kept
 from vimoe.tasks.cached_scenes import (
     check_cut_and_decoder,
     entries_of_one_size,
-    entries_of_windows,
+    entries_of_scenes,
     job_on_crop_features,
 )
 from vimoe.tasks.expert_maps import expert_maps
@@ -96,11 +96,11 @@ class Segmentation(Task[Scenes]):
         return whole_images(samples, data, prepared, self.settings.train.batch_size, read.workers, self.process)
 
     def scored(self, model: nn.Module, data: Scenes, samples: Sequence[Any]) -> Batches:
-        """Return features of the windows of a run that cached them, if they can be kept, else whole images."""
-        read, entries = self.settings.data, None
+        """Return features of a run that cached them, if they can be kept, else whole images."""
+        read, entries, size = self.settings.data, None, self.settings.train.batch_size
         if read.cache == "features":
-            known = changed_layers(self.settings, model), samples, data, preprocessing(model, read), read
-            entries = if_kept(lambda: entries_of_windows(model, *known, self.process))
+            known = changed_layers(self.settings, model), samples, data, preprocessing(model, read), read, size
+            entries = if_kept(lambda: entries_of_scenes(model, *known, self.process))
         return entries or self.loader(model, data, samples)
 
     def validation(self, model: nn.Module, data: Scenes) -> Batches:
@@ -108,9 +108,9 @@ class Segmentation(Task[Scenes]):
         read, entries = self.settings.data, None
         if read.cache == "features":
             images = self._one_size(model, data, data.val, None)
-            known = changed_layers(self.settings, model), images, data, preprocessing(model, read)
-            size = self.settings.train.batch_size
-            entries = if_kept(lambda: entries_of_one_size(model, *known, size, self.process))
+            size, batch = self._size(model, data.val), self.settings.train.batch_size
+            known = changed_layers(self.settings, model), images, size, data, preprocessing(model, read), batch
+            entries = if_kept(lambda: entries_of_one_size(model, *known, self.process))
         return entries or self.one_size(model, data, data.val)
 
     def one_size(self, model: nn.Module, data: Scenes, samples: Sequence[Any]) -> DataLoader:
@@ -118,15 +118,19 @@ class Segmentation(Task[Scenes]):
         return self._one_size(model, data, samples, self.process)
 
     def _one_size(self, model: Any, data: Scenes, samples: Sequence[Any], process: Process | None) -> DataLoader:
-        prepared, read = preprocessing(model, self.settings.data), self.settings.data
-        size = {image_size(image) for image, _ in samples}
-        if len(size) == 1 and not model.fixed_size:
-            transform = eval_transform(prepared["mean"], prepared["std"])
-        else:
-            transform = centre_transform(model.crop, prepared["mean"], prepared["std"])
+        prepared, read, size = preprocessing(model, self.settings.data), self.settings.data, self._size(model, samples)
+        normalise = prepared["mean"], prepared["std"]
+        whole = all(image_size(image) == size for image, _ in samples)
+        transform = eval_transform(*normalise) if whole else centre_transform(size, *normalise)
         scenes = JointImages(samples, data.legend, transform)
         places: Any = share(len(samples), self.settings.train.batch_size, process)
         return DataLoader(scenes, batch_sampler=places, **processes(read.workers))
+
+    def _size(self, model: Any, samples: Sequence[Any]) -> tuple[int, int]:
+        """Return (height, width) of the images of `one_size`."""
+        sizes = {image_size(image) for image, _ in samples}
+        crop: tuple[int, int] = model.crop
+        return sizes.pop() if len(sizes) == 1 and not model.fixed_size else crop
 
     def timed(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return validation, because whole images may differ in size."""
