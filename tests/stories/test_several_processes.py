@@ -19,6 +19,7 @@ from helpers.commands import QUICK, TINY, call
 from helpers.jobs import TESTS, environment, finish, start
 from helpers.numbers import assert_alike
 from helpers.pictures import folder, roles
+from helpers.scenery import scenes
 from helpers.trainings import rows
 from safetensors.torch import load_file
 
@@ -262,14 +263,28 @@ def test_four_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_features_are_computed_once(photos: Path, tmp_path: Path) -> None:
-    options = ["--data.cache=features", "--train.train_only=moe", "--train.mixup=0"]
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_features_are_computed_once(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    options = ["--data.cache=features", "--train.train_only=moe", "--train.mixup=0", f"--data.task={task}"]
+    images, files = photos, 1
+    if task == "segmentation":
+        images, files = scenes(tmp_path / "scenes", train=14, val=9, test=3, height=40, width=72), 2  # views and val
+        options += ["--moe.routing=token", "--moe.bias_update_rate=0"]
     for count in (2, 1):
-        ended = finish(start(count, "-m", "vimoe", *train(photos, tmp_path / str(count), *options)))
+        ended = finish(start(count, "-m", "vimoe", *train(images, tmp_path / str(count), *options)))
         assert [status for status, _, _ in ended] == [0] * count, ended
         made = [line for _, _, said in ended for line in said.splitlines() if "features before" in line]
-        assert len(made) == 1 and made[0].endswith("found" if count == 1 else "s")
+        assert len(made) == files and all(line.endswith("found" if count == 1 else "s") for line in made)
         assert json.loads((tmp_path / str(count) / "summary.json").read_text())["val"]["images"] == 9
+    copied = Path(shutil.copytree(tmp_path / "1", tmp_path / "copied"))
+    several = shared("evaluate", copied, count=2)
+    assert "features" in several
+    assert_alike(call(capsys, "evaluate", tmp_path / "1"), several)
+    shared("analyze", copied, count=2)
+    call(capsys, "analyze", tmp_path / "1")
+    assert_alike(*(json.loads((run / "routing.json").read_text()) for run in (tmp_path / "1", copied)))
     ours, theirs = (rows(tmp_path / name / "metrics.csv") for name in ("1", "2"))
     for row, other in zip(ours, theirs, strict=True):
         assert float(other["val_loss"]) == pytest.approx(float(row["val_loss"]), rel=1e-4)
