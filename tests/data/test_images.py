@@ -48,6 +48,9 @@ SEEN = {
     ),
     "a transparent colour": (row("RGB", RED, BLUE), "x.png", {"transparency": RED}, [WHITE, BLUE]),
     "a transparent grey": (row("L", 7, 100), "x.png", {"transparency": 7}, [WHITE, (100, 100, 100)]),
+    "a transparent grey of 16 bits": (
+        Image.fromarray(np.array([[7, 25700]], "uint16")), "x.png", {"transparency": 7}, [WHITE, (100, 100, 100)],
+    ),
     "palette": (palette(), "x.png", {}, [RED, BLUE]),
     "palette with transparency": (palette(), "x.png", {"transparency": 0}, [WHITE, BLUE]),
     "palette with alpha": (palette(), "x.png", {"transparency": b"\xff\x99"}, [RED, (102, 102, 255)]),
@@ -80,11 +83,46 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
         assert (np.asarray(open_image(tmp_path / name))[..., 0] == (values / 257).round()).all()
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
+@pytest.mark.parametrize("most", [2**16 - 1, 4095])
+def test_a_pgm_of_more_than_eight_bits_is_scaled_by_the_white_level_that_it_names(tmp_path: Path, most: int) -> None:
+    grey = np.array([[0, most // 5, most]])
+    (tmp_path / "x.pgm").write_bytes(b"P5 3 1 %d\n" % most + grey.astype(">u2").tobytes())
+    assert np.asarray(open_image(tmp_path / "x.pgm"))[0, :, 0].tolist() == [0, 51, 255]
+
+
+def moved_behind_the_pixels(path: Path) -> None:
+    """Bring the metadata of a PNG to its end, where some programs write them."""
+    content = path.read_bytes()
+    at = content.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(content[at : at + 4])
+    last = len(content) - 12  # IEND
+    path.write_bytes(content[:at] + content[end:last] + content[at:end] + content[last:])
+
+
+@pytest.mark.parametrize("name", ["x.png", "behind.png", "x.webp", "x.tif"])
+def test_exif_orientation_is_applied(tmp_path: Path, name: str) -> None:
+    exif, path = Image.Exif(), tmp_path / name
     exif[0x0112] = 6  # to be turned by a quarter, clockwise
-    row("RGB", RED, BLUE, BLUE).save(tmp_path / "x.png", exif=exif)
-    assert np.asarray(open_image(tmp_path / "x.png")).tolist() == [[list(RED)], [list(BLUE)], [list(BLUE)]]
+    row("RGB", RED, BLUE, BLUE).save(path, exif=exif, **({"lossless": True} if name == "x.webp" else {}))
+    if name == "behind.png":
+        moved_behind_the_pixels(path)
+    assert np.asarray(open_image(path)).tolist() == [[list(RED)], [list(BLUE)], [list(BLUE)]]
+    assert image_size(path) == (3, 1)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.webp", "x.jpg"])
+def test_damaged_metadata_leave_an_image_as_it_is(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (3, 1), RED).save(tmp_path / name, exif=b"Exif\0\0no tags")
+    assert open_image(tmp_path / name).size == (3, 1) and image_size(tmp_path / name) == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif", "x.webp", "x.gif"])
+def test_the_size_of_an_image_is_read_without_its_pixels(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (5, 4)).save(tmp_path / name)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    assert image_size(tmp_path / name) == (4, 5)
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.webp"])

@@ -7,13 +7,13 @@ import os
 import stat
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from vimoe.errors import DataError, first_line
 
@@ -90,15 +90,21 @@ def undecoded(source: Source) -> Iterator[Image.Image]:
 
 
 def image_size(source: Source) -> tuple[int, int]:
-    """Return (height, width) of the result of `open_image`, read from the header alone.
+    """Return (height, width) of the result of `open_image`. Pixels are decoded in a PNG with metadata behind them alone.
 
     Raises:
         DataError: errors of `open_image`.
     """
     try:
-        with undecoded(source) as opened:
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            width, height = reversed(opened.size) if turned else opened.size
+        with open_bytes(source) as file:
+            opened = _header(file)
+            size = opened.size
+            if isinstance(opened, TiffImagePlugin.TiffImageFile):  # Pillow 13 gives the size when turned
+                size = opened.tag_v2[ExifTags.Base.ImageWidth], opened.tag_v2[ExifTags.Base.ImageLength]
+            whole = isinstance(opened, PngImagePlugin.PngImageFile) and _ends_with_pixels(file)
+            tags = Image.Image.getexif(opened) if whole else opened.getexif()  # a PNG's own getexif decodes it
+            turned = tags.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            width, height = reversed(size) if turned else size
     except Exception as error:  # see open_image
         raise _unreadable(source, error) from error
     return height, width
@@ -165,8 +171,11 @@ def decode(file: BinaryIO) -> Image.Image:
     """Return an open image file as RGB, as `open_image` does. May raise anything (`reason`)."""
     image = _header(file)
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):  # convert would clip all values above 255 instead of scaling
-        image = Image.fromarray(((np.asarray(image).astype("uint32") + 128) // 257).astype("uint8"))  # rounded
+    # convert would clip all values above 255 instead of scaling; Pillow has those of a PGM of 16 bits in 32
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        values = np.asarray(image).astype("uint32")
+        values[values == image.info.get("transparency")] = 2**16 - 1
+        image = Image.fromarray(((values + 128) // 257).astype("uint8"))  # rounded
     if image.mode in ("I", "F"):
         raise DataError(f"32 bits a pixel (mode {image.mode}), whose white level is unknown")
     if image.has_transparency_data:  # convert would show the hidden colours of transparent pixels
@@ -180,9 +189,24 @@ def _header(file: BinaryIO) -> Image.Image:
     if size > LARGEST:
         raise DataError(f"{size / 1e9:.1f} GB that begin with {start!r}: more than {LARGEST / 1e9:.1f} GB; shrink it")
     try:
-        return Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise DataError(f"no known image format, it begins with {start!r}" if start else "the file is empty") from error
+    if "exif" in image.info:  # damaged metadata say nothing of the pixels; Pillow raises once, and then has no tags
+        with suppress(Exception):
+            image.getexif()
+    return image
+
+
+def _ends_with_pixels(file: BinaryIO) -> bool:
+    """Return True if nothing follows the pixels of an open PNG, such as metadata."""
+    start, kinds = file.tell(), [b""]
+    file.seek(8)  # behind the signature
+    while len(head := file.read(8)) == 8 and (kinds[-1] != b"IDAT" or head[4:] == b"IDAT"):
+        kinds.append(head[4:])
+        file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)  # the chunk, and its check sum
+    file.seek(start)
+    return head[4:] == b"IEND"
 
 
 def _unreadable(source: Source, error: Exception) -> DataError:

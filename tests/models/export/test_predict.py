@@ -60,24 +60,40 @@ def test_pixels_are_those_of_evaluation(changes: dict, size: tuple[int, int], tm
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["transparent", "palette", "grey", "16 bits", "rotated"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "transparent", "palette", "grey", "16 bits", "16 bits, transparent", "16 bits, PGM", "rotated",
+        "damaged metadata",
+    ],
+)  # fmt: skip
 def test_odd_files_are_read_as_vimoe_reads_them(kind: str, tmp_path: Path) -> None:
-    image, file = photograph((120, 90)), tmp_path / "image.png"
-    exif = Image.Exif()
+    image, file = photograph((120, 90)), tmp_path / ("image.pgm" if kind.endswith("PGM") else "image.png")
+    options: dict = {}
     if kind == "transparent":
         image.putalpha(image.convert("L"))
     elif kind == "palette":
         image = image.quantize(16)
     elif kind == "grey":
         image = image.convert("L")
-    elif kind == "16 bits":
-        image = Image.fromarray(np.asarray(image.convert("L")).astype("uint16") * 257)
+    elif kind.startswith("16 bits"):
+        values = np.asarray(image.convert("L")).astype("uint16") * 257
+        image, options = Image.fromarray(values), {"transparency": int(values[0, 0])} if "transparent" in kind else {}
+    elif kind == "rotated":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
     else:
-        exif[0x0112] = 6
-    image.save(file, exif=exif)
+        options["exif"] = b"no tags"
+    image.save(file, **options)
     expected = _eval_transform(SETTINGS)(open_image(file)).numpy()
     np.testing.assert_allclose(script(tmp_path, SETTINGS).pixels(file), expected, atol=1e-5)
     assert torch.from_numpy(expected).std() > 0.1
+
+
+def test_an_image_without_a_known_white_level_is_refused_as_vimoe_refuses_it(tmp_path: Path) -> None:
+    Image.new("F", (8, 8)).save(tmp_path / "image.tif")
+    with pytest.raises(ValueError, match=r"image\.tif has 32 bits a pixel"):
+        script(tmp_path, SETTINGS).pixels(tmp_path / "image.tif")
 
 
 def test_without_a_file_it_says_how_to_call_it(tmp_path: Path) -> None:

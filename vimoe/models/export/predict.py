@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,18 @@ LABELS = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"
 
 def pixels(file: str) -> np.ndarray:
     """Return an image file as (channels, height, width), resized, cropped and normalised."""
-    image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
-    if image.mode.startswith("I;16"):  # convert would make white of all values above 255
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    image = Image.open(file, formats=FORMATS)
+    if "exif" in image.info:  # damaged metadata say nothing of the pixels; Pillow raises once, and then has no tags
+        with suppress(Exception):
+            image.getexif()
+    ImageOps.exif_transpose(image, in_place=True)
+    # convert would make white of all values above 255; Pillow has those of a PGM of 16 bits in 32
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        values = np.asarray(image).astype(np.uint32)
+        values[values == image.info.get("transparency")] = 2**16 - 1
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{file} has 32 bits a pixel, whose white level is unknown")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image, mean = image.convert("RGB"), np.array(SETTINGS["mean"], np.float32)
