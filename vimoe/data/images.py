@@ -90,7 +90,9 @@ def undecoded(source: Source) -> Iterator[Image.Image]:
 
 
 def image_size(source: Source) -> tuple[int, int]:
-    """Return (height, width) of the result of `open_image`. Pixels are decoded in a PNG with metadata behind them alone.
+    """Return (height, width) of the result of `open_image`.
+
+    The header alone is read, but for a PNG with metadata behind its pixels.
 
     Raises:
         DataError: errors of `open_image`.

@@ -23,19 +23,22 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
     """
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
+    judge = "score"
     for name, path in (metrics if isinstance(metrics, Mapping) else {"validation": metrics}).items():
         rows = _csv(path)
         if not isinstance(metrics, Mapping):
             loss = [float(row["train_loss"]) for row in rows]
             left.plot([int(row["epoch"]) for row in rows], loss, label="train (augmented)", color="C1", marker=".")
-        rows = [row for row in rows if row["val_loss"]]  # of the epochs that were validated
+        if not (rows := [row for row in rows if row.get("val_loss")]):  # no epoch was validated yet
+            continue
         epochs = [int(row["epoch"]) for row in rows]
         (line,) = left.plot(epochs, [float(row["val_loss"]) for row in rows], label=name, marker=".")
         score = shown({key.removeprefix("val_"): value for key, value in rows[0].items()})
         shares = [100 * float(row[f"val_{score.judge}"]) for row in rows]
         right.plot(epochs, shares, color=line.get_color(), marker=".")
+        judge = score.judge_name
     left.set(xlabel="epoch", ylabel="cross-entropy, nats" if isinstance(metrics, Path) else "validation loss, nats")
-    right.set(xlabel="epoch", ylabel=f"{score.judge_name} on validation, %")
+    right.set(xlabel="epoch", ylabel=f"{judge} on validation, %")
     for axis in (left, right):
         axis.xaxis.set_major_locator(_whole_epochs())
     lines = left.get_lines()  # named here: matplotlib leaves names that begin with an underscore out of a legend

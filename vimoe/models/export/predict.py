@@ -17,7 +17,7 @@ LABELS = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))["labels"
 
 def pixels(file: str) -> np.ndarray:
     """Return an image file as (channels, height, width), resized, cropped and normalised."""
-    image = Image.open(file, formats=FORMATS)
+    image: Image.Image = Image.open(file, formats=FORMATS)
     if "exif" in image.info:  # damaged metadata say nothing of the pixels; Pillow raises once, and then has no tags
         with suppress(Exception):
             image.getexif()
