@@ -15,6 +15,7 @@ from helpers import tiny
 from helpers.commands import QUICK, TINY
 from helpers.scenery import NAMES, PALETTE, VOID, mask, scene, scenes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,14 @@ import vimoe
 from vimoe.cli import main
 from vimoe.data.masks import Legend
 from vimoe.models.segmenter import Segmenter
-from vimoe.tasks.expert_maps import EXPERTS, choices, expert_colours, expert_maps
+from vimoe.tasks.expert_maps import (
+    EXPERTS,
+    LISTED_EXPERTS,
+    _draw_labels,
+    choices,
+    expert_colours,
+    expert_maps,
+)
 
 PREPARED = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 LEGEND = Legend(NAMES, (0, 1, 2), (VOID,), PALETTE)
@@ -133,6 +141,20 @@ def test_a_patch_without_an_expert_stays_white(tmp_path: Path) -> None:
     figure = expert_maps(model, [files(tmp_path, layout, mask(0, 16, 16))], LEGEND, PREPARED)
     shades = np.array([(1, 1, 1), to_rgb(EXPERTS[1]), to_rgb(EXPERTS[2])])
     assert np.allclose(figure.axes[3].images[0].get_array(), shades[layout])
+
+
+@pytest.mark.parametrize("experts", [LISTED_EXPERTS, 256, 300])
+def test_of_many_experts_each_has_its_colour_and_names_leave_room_for_the_maps(tmp_path: Path, experts: int) -> None:
+    figure, shades = Figure(), expert_colours(experts)
+    axis = figure.subplots()
+    _draw_labels(axis, np.array([[experts - 1, -1]]), shades)
+    assert np.allclose(axis.images[0].get_array()[0], [shades[-1], (1, 1, 1)])
+    model = Segmenter(tiny.vit(depth=1, num_classes=0, dynamic_img_size=True), 3)
+    model = vimoe.upcycle(model, vimoe.MoEConfig(layers="all", routing="token", num_experts=experts))
+    figure = expert_maps(model, [files(tmp_path, np.zeros((8, 8), int), mask(0, 32, 32))], LEGEND, PREPARED)
+    told = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert (f"expert {experts - 1}" in told) == (experts <= LISTED_EXPERTS)
+    figure.draw_without_rendering()  # a warning, which is an error here, says that nothing is left for the maps
 
 
 def test_of_a_large_image_the_middle_is_shown(tmp_path: Path) -> None:

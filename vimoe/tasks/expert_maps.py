@@ -30,6 +30,7 @@ Shade = tuple[float, float, float]  # red, green, blue in 0..1
 # the palette of Okabe and Ito, which people with colour blindness can distinguish
 EXPERTS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
 LISTED = 24  # most classes whose names fit into a legend
+LISTED_EXPERTS = 48  # most experts that do, whose names are short
 LAYERS = 6  # most layers that fit side by side
 
 
@@ -107,7 +108,8 @@ def expert_maps(model: Segmenter, scenes: Sequence[Scene], legend: Legend, prepa
         axis.set_title(title, fontsize=9, parse_math=False)
     listed = dict(zip(names, classes, strict=True)) if len(names) <= LISTED else {}
     _legend(figure, {**listed, "void": (1.0, 1.0, 1.0)}, "outside upper center")
-    _legend(figure, {f"expert {i}": shade for i, shade in enumerate(experts)}, "outside lower center")
+    numbered = {f"expert {i}": shade for i, shade in enumerate(experts)} if len(experts) <= LISTED_EXPERTS else {}
+    _legend(figure, numbered, "outside lower center")
     return figure
 
 
@@ -121,7 +123,7 @@ _UNITS = {"token": "patch", "image": "image"}
 
 def _draw_labels(axis: Axes, labels: np.ndarray, shades: Sequence[Shade], cell: tuple[int, int] = (1, 1)) -> None:
     """Draw (h, w) labels in their `shades`, each as a cell of (height, width) pixels; IGNORE and -1 stay white."""
-    table = np.ones((IGNORE + 1, 3))
+    table = np.ones((max(IGNORE, len(shades)) + 1, 3))  # -1 is its last row
     table[: len(shades)] = shades
     right, bottom = (side * length - 0.5 for side, length in zip(labels.shape[::-1], cell[::-1], strict=True))
     axis.imshow(table[labels], extent=(-0.5, right, bottom, -0.5), interpolation="nearest")
