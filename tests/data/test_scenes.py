@@ -232,6 +232,16 @@ def test_an_image_is_turned_before_sizes_are_compared(tmp_path: Path) -> None:
         scanned(root)
 
 
+@pytest.mark.parametrize(("role", "told"), [("train", "train"), ("val", "validation")])
+def test_a_role_without_a_pixel_of_a_class_stops_a_training(tmp_path: Path, role: str, told: str) -> None:
+    root = scenes(tmp_path, 2, 2, 1)
+    for path in (root / "annotations" / role).iterdir():
+        save(np.full((24, 32), VOID, "uint8"), path)
+    message = rf"^all masks of {told} are entirely void, such as annotations/{role}/a\d00\.png: expected pixels"
+    with pytest.raises(DataError, match=message):
+        scanned(root)
+
+
 def test_absent_classes_and_void_masks_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = scenes(tmp_path, 2, 1, 1)
     scene(root, "val", "a100", np.where((values := mask(100)) == 2, 0, values).astype("uint8"))
@@ -356,7 +366,7 @@ def cityscapes(root: Path) -> Path:
         for path in (image, label):
             path.parent.mkdir(parents=True, exist_ok=True)
         painted(mask(0)).save(image)
-        Image.fromarray(np.array([[0, 7, 8, 33, 255, 9, 26]] * 24, "uint8").repeat(32, 1)[:, :32]).save(label)
+        Image.fromarray(np.tile(np.array([0, 7, 8, 33, 255, 9, 26], "uint8"), (24, 5))[:, :32]).save(label)
         shutil.copy(label, label.with_name(f"{name}_gtFine_instanceIds.png"))
     shutil.copytree(root / "leftImg8bit" / "val", root / "leftImg8bit" / "test")
     shutil.copytree(root / "gtFine" / "val", root / "gtFine" / "test")

@@ -75,8 +75,8 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
         folder: data folder.
 
     Raises:
-        DataError: if an image or mask has no partner or cannot be read, or if a mask has an unknown value or another
-            size than its image (rotated by its EXIF tag).
+        DataError: if an image or mask has no partner or cannot be read, if a mask has an unknown value or another size
+            than its image (rotated by its EXIF tag), or if all masks of train or validation are entirely void.
     """
     root = Path(folder)
     _refuse(dict.fromkeys(scenes.images_alone, ""), "images have no mask", root, "add masks, or remove the images")
@@ -88,6 +88,12 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
     warn_of_thin(checked, lambda image: name_within(root, image))
     counts = _count_pixels(everything, scenes, root)
     of_role = {role: _sum(counts, listed, len(scenes.classes)) for role, listed in roles.items()}
+    for role, listed in (("train", scenes.train), ("validation", scenes.val)):
+        if not of_role[role][:-1].any():  # every score would be 0, and every layer would seem of no use
+            raise DataError(
+                f"all masks of {role} are entirely void, such as {name_within(root, listed[0][1])}: expected pixels of "
+                f"classes; give its masks, or correct ignore in {LEGEND}"
+            )
     absent = {role: _absent(of_role[role], scenes.classes, role) for role in ("train", "validation")}
     blank = [mask for _, mask in everything if not counts[mask][:-1].any()]
     if blank:
