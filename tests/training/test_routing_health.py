@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.kinds import Threshold as Threshold  # registers it
 from helpers.tiny import layers
 from helpers.trainings import data as data  # the fixture
@@ -49,6 +50,29 @@ def test_a_healthy_training_raises_none(data: Data, tmp_path: Path) -> None:
     health = rows(tmp_path / "health.csv")
     assert len(health) == 8 and float(health[-1]["effective_experts"]) > 1.5
     assert all(float(row["router_gradient"]) > 0 and float(row["expert_gradient"]) > 0 for row in health)
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_gradients_are_told_without_the_scale_of_fp16(
+    data: Data, tmp_path: Path, clip_grad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is Accelerate's own, here on any device; products in float16 round the gradients."""
+    norms = []
+    for name in ("float32", "scaled"):
+        run(data, tmp_path / name, **STILL, clip_grad=clip_grad, precision="no")
+        health = rows(tmp_path / name / "health.csv")
+        norms.append([float(row[key]) for row in health for key in ("router_gradient", "expert_gradient")])
+        monkeypatch.setattr("vimoe.training.distributed.Accelerator", ScaledGradients)
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+class ScaledGradients(Accelerator):
+    """Accelerate as it is for fp16, with a scale that no gradient overflows."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.scaler, self.native_amp = torch.amp.GradScaler(self.device.type, init_scale=1024.0), True
+        self.state._mixed_precision = "fp16"
 
 
 def test_an_idle_expert_is_named_and_a_busy_one_is_not(

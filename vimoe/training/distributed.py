@@ -96,9 +96,9 @@ class Copies:
         decay = self.config.ema_decay
         return ModelEmaV3(self.model, decay=decay, use_warmup=True) if decay else None
 
-    def clip(self, accelerator: Accelerator, limit: float) -> None:
+    def clip(self, limit: float) -> None:
         """Scale the gradients so that the norm over all of them is at most `limit`."""
-        accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Return a copy of all weights and buffers of the model, or of its moving average, on the CPU."""
@@ -158,7 +158,7 @@ class Shards(Copies):
         average.module = parallelize(average.module.to(self.process.device), self.mesh).requires_grad_(False)
         return average
 
-    def clip(self, accelerator: Accelerator, limit: float) -> None:
+    def clip(self, limit: float) -> None:
         clip_grad_norm_(self.model.parameters(), limit)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:

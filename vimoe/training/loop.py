@@ -225,9 +225,10 @@ class _Steps:
                     raise VimoeError(next(filter(None, told)))
                 self.accelerator.backward(loss * (self.config.accumulation / self._window(state)))
                 if self.synced:
+                    self.accelerator.unscale_gradients()  # those of fp16, which is done once for health and clipping
                     state.health.add_gradients({name: layers[name] for name in layers if name in learning})
                     if self.config.clip_grad:
-                        self.held.clip(self.accelerator, self.config.clip_grad)
+                        self.held.clip(self.config.clip_grad)
                     self.schedule.step_update(state.updates + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
