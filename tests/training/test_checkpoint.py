@@ -25,6 +25,7 @@ from helpers.trainings import QUICK, model, run, weights
 from safetensors.torch import load_file
 from torch import nn
 
+import vimoe.tasks.classification_job
 import vimoe.training.loop
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
@@ -255,6 +256,25 @@ def test_a_signal_ends_it_with_a_checkpoint(
     state = checkpoint.read(tmp_path / "stopped")
     assert (state["epoch"], state["step"]) == (2, 2)
     assert torch.equal(wholes[1].weights, weights(run(data, tmp_path / "stopped", **settings)[0]))
+
+
+def test_a_signal_during_the_last_validation_is_not_lost(
+    data: Data, wholes: dict[int, Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A next stage would go on, whatever was asked for."""
+    real, calls = vimoe.tasks.classification_job.evaluate, []
+
+    def interrupted(*args: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == ALL["epochs"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(vimoe.tasks.classification_job, "evaluate", interrupted)
+    with pytest.raises(Stopped):
+        run(data, tmp_path, **ALL)
+    assert checkpoint.read(tmp_path)["epoch"] == ALL["epochs"] + 1
+    assert torch.equal(wholes[1].weights, weights(run(data, tmp_path, **ALL)[0]))
 
 
 def test_the_last_good_checkpoint_is_kept_where_the_disk_is_full(

@@ -139,8 +139,7 @@ def train(
                     state.seconds = time.perf_counter() - started
                     if steps.synced and process.any(bool(stop.signal) or state.save_due(config.checkpoint_minutes)):
                         steps.save(state)
-                        if process.any(bool(stop.signal)):
-                            raise Stopped(out, stop.signal or signal.SIGTERM)
+                        _end_if_asked(stop, out, process)
                 due = state.epoch % config.val_interval == 0 or state.epoch == config.epochs
                 score = job.evaluate(steps.judged) if due else None
                 row = state.finish_epoch(score, steps.rate, moe_layers(steps.plain), out)
@@ -153,6 +152,7 @@ def train(
                 )
                 state.next_epoch()
                 steps.save(state)
+                _end_if_asked(stop, out, process)  # during the validation, of which the last has no step after it
             if stopped_early := state.epoch <= config.epochs:
                 why = f"stopped after epoch {state.number - 1}, the best is {state.before + state.best.epoch}"
                 show(why, 0)
@@ -406,6 +406,12 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
             p.requires_grad_(True)
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def _end_if_asked(stop: checkpoint.Stop, out: Path, process: Process) -> None:
+    """Raise Stopped in all processes if one of them got a signal; the checkpoint is written."""
+    if process.any(bool(stop.signal)):
+        raise Stopped(out, stop.signal or signal.SIGTERM)
 
 
 def _check(config: TrainConfig, job: Job) -> None:
