@@ -16,6 +16,7 @@ import vimoe.data.decoded
 from vimoe.data.classification import Sample
 from vimoe.data.decoded import Decoded, Shrink, decode
 from vimoe.data.images import open_image
+from vimoe.data.loaders import decoded_for_evaluation
 from vimoe.data.user_cache import cache_folder
 from vimoe.errors import DataError, FolderError, VimoeError
 
@@ -111,6 +112,14 @@ class Planted:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.file,)
+
+
+def test_borders_have_the_colour_of_the_mean_that_is_asked_for(samples: list[Sample]) -> None:
+    asked = {"input_size": (3, 32, 32), "std": (1, 1, 1), "crop_pct": 1.0, "crop_mode": "border"}
+    for mean in (0.2, 0.4):
+        prepared = {**asked, "interpolation": "bilinear", "mean": (mean,) * 3}
+        decoded = decoded_for_evaluation(samples, prepared, "disk")
+        assert decoded.pixels[2][0, 0].tolist() == [255 * mean] * 3  # beside an image of 7 x 50
 
 
 @pytest.mark.parametrize("damage", ["short", "long", "no sizes", "empty sizes", "pickled sizes", "sizes of another"])

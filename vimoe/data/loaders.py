@@ -68,6 +68,14 @@ class CutThin:
         return f"CutThin({self.ratio})"
 
 
+class _Fitted(Compose):  # type: ignore[misc]
+    """Steps whose repr also tells the colour of borders, which timm's own (of crop_mode "border") does not."""
+
+    def __repr__(self) -> str:
+        fills = [str(step.fill) for step in self.transforms if hasattr(step, "fill")]
+        return "".join([repr(Compose(self.transforms)), *fills])
+
+
 class Augmented(Images):
     """Dataset whose transform draws from the seed that comes with the index, in whichever process it runs."""
 
@@ -108,7 +116,7 @@ def decoded_for_training(
 def decoded_for_evaluation(samples: Sequence[Sample], prepared: dict[str, Any], where: Where) -> Decoded:
     """Decode, resize and crop images once; `eval_loader` with `crop_pct` 1 then changes nothing more."""
     steps = _eval_transform(prepared, use_prefetcher=True).transforms
-    return decode(samples, Compose(steps[:-1]), where)  # without the last step, which makes a tensor
+    return decode(samples, _Fitted(steps[:-1]), where)  # without the last step, which makes a tensor
 
 
 def train_loader(
