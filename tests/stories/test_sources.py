@@ -468,6 +468,14 @@ def test_a_shard_may_hold_other_images_and_files_of_a_sample(tmp_path: Path) -> 
     assert data.junk == {"further images of a sample": 4, ".npy files": 4}
 
 
+@pytest.mark.parametrize(("ending", "label"), [("cls", "cat"), ("json", '{"label": "cat"}')])
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path: Path, ending: str, label: str) -> None:
+    texts = [label.encode(), label.encode("utf-8-sig"), label.replace("cat", "dog").encode()]
+    members = [(f"{i}.{e}", c) for i in range(6) for e, c in (("png", png()), (ending, texts[i % 3]))]
+    tar(tmp_path / "0.tar", members)
+    assert load_data(config(tmp_path / "0.tar")).classes == ("cat", "dog")
+
+
 def test_numbers_of_classes_are_in_their_order_with_and_without_names(tmp_path: Path) -> None:
     members = [(f"{i:02d}.{e}", c) for i in range(24) for e, c in (("png", png()), ("cls", str(i // 2).encode()))]
     tar(tmp_path / "plain" / "0.tar", members)

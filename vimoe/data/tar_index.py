@@ -179,7 +179,7 @@ def _add(contents: Contents, parts: Parts, member: Member, junk: Counter[str]) -
 def _label(member: Member, ending: str) -> str:
     """Return the text of a .cls file, or the field "label" of a .json file; "" if there is none."""
     with member.stream() as file:
-        text = file.read().decode("utf-8", "replace").strip()
+        text = file.read().decode("utf-8-sig", "replace").strip()
     if ending == ".cls":
         return text
     try:
