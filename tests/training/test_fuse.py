@@ -176,7 +176,7 @@ def test_stacked_biases_of_fusing_layers_do_not_decay() -> None:
 
 
 def test_a_model_whose_layers_were_not_replaced_is_refused(tmp_path: Path) -> None:
-    job = SimpleNamespace(names=["a"] * 99)
+    job = SimpleNamespace(names=["a"] * 99, loader=SimpleNamespace(batch_size=TrainConfig.batch_size))
     with pytest.raises(ConfigError, match="train.fuse='ewa': expected a model whose MoE layers"):
         train(upcycle(vit(), config()), job, TrainConfig(fuse="ewa"), tmp_path)
 

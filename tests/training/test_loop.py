@@ -414,6 +414,9 @@ def test_settings_that_contradict_one_another_are_refused(data: Data, tmp_path: 
         run(data, tmp_path, router_warmup_epochs=2.5)
     with pytest.raises(ConfigError, match=r"stages=\['head'\] in vimoe.training.loop.train: expected .* of one stage"):
         run(data, tmp_path, stages=("head",))
+    job = job_on_images(data, preprocessing(model()), QUICK)
+    with pytest.raises(ConfigError, match="batch_size=4 with a job of batches of 8: expected the same"):
+        train(model(), job, replace(QUICK, batch_size=4), tmp_path)
     with pytest.raises(ConfigError, match="batch_size=64 with 24 training images"):
         run(data, tmp_path, batch_size=64)
     with pytest.raises(ConfigError, match="expected an even number"):

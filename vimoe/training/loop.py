@@ -420,6 +420,11 @@ def _check(config: TrainConfig, job: Job) -> None:
             f"train.batch_size={config.batch_size} with {len(job.names)} training images: expected at most that many; "
             f"lower it, as vimoe.training.settle does"
         )
+    if config.batch_size != job.loader.batch_size:  # a resumed training would skip other images than it has seen
+        raise ConfigError(
+            f"train.batch_size={config.batch_size} with a job of batches of {job.loader.batch_size}: expected the "
+            f"same; make the job with these settings"
+        )
     if config.stages is not None:
         raise ConfigError(
             f"train.stages={list(config.stages)} in vimoe.training.loop.train: expected the settings of one stage; use "
