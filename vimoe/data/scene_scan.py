@@ -75,8 +75,8 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
         folder: data folder.
 
     Raises:
-        DataError: if an image or mask has no partner or cannot be read, if a mask has an unknown value or another size
-            than its image (rotated by its EXIF tag), or if all masks of train or validation are entirely void.
+        DataError: if an image or mask has no partner or cannot be read, or if a mask has an unknown value or another
+            size than its image (rotated by its EXIF tag). Also if all masks of train or validation are entirely void.
     """
     root = Path(folder)
     _refuse(dict.fromkeys(scenes.images_alone, ""), "images have no mask", root, "add masks, or remove the images")
