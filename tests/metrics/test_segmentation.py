@@ -129,10 +129,10 @@ def test_pixel_loss_is_the_mean_and_survives_a_batch_of_void() -> None:
 
 def test_the_ceiling_of_a_patch_size() -> None:
     truth = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [2, 2, 1, 1], [2, 0, 1, IGNORE]])
-    assert ceiling([truth], 1, 3).miou == 1
-    two = ceiling([truth], 2, 3)  # two pixels go wrong: a 0 becomes 1, and another 2
+    assert ceiling([truth], (1, 1), 3).miou == 1
+    two = ceiling([truth], (2, 2), 3)  # two pixels go wrong: a 0 becomes 1, and another 2
     assert two.per_class_iou == pytest.approx((4 / 6, 6 / 7, 3 / 4)) and two.loss is None
-    four = ceiling([truth], 4, 3)  # 6 of class 0, 6 of class 1: the first
+    four = ceiling([truth], (4, 4), 3)  # 6 of class 0, 6 of class 1: the first
     assert four.per_class_iou == pytest.approx((6 / 15, 0, 0))
 
 
@@ -140,14 +140,21 @@ def test_the_ceiling_of_sizes_that_patches_do_not_divide() -> None:
     truth = torch.zeros(5, 7, dtype=torch.int64)
     truth[4:] = 1
     truth[:, 6:] = 2
-    assert ceiling([truth, truth], 2, 3).miou == 1 and ceiling([truth, truth], 2, 3).images == 2
-    assert ceiling([truth], 3, 3).miou < 1
+    assert ceiling([truth, truth], (2, 2), 3).miou == 1 and ceiling([truth, truth], (2, 2), 3).images == 2
+    assert ceiling([truth], (3, 3), 3).miou < 1
+
+
+def test_the_ceiling_of_patches_that_are_not_square() -> None:
+    """Rows of two classes: patches as wide as the image and one pixel high lose nothing, the others half."""
+    truth = torch.tensor([[0] * 4, [1] * 4])
+    assert ceiling([truth], (1, 4), 2).miou == 1
+    assert ceiling([truth], (2, 1), 2).per_class_iou == (0.5, 0)
 
 
 def test_void_does_not_vote() -> None:
     truth = torch.full((4, 4), IGNORE)
     truth[0, 0] = 1
-    assert ceiling([truth], 4, 2).per_class_iou == (None, 1.0)
+    assert ceiling([truth], (4, 4), 2).per_class_iou == (None, 1.0)
 
 
 def test_patches_have_the_class_of_most_of_their_pixels() -> None:

@@ -49,8 +49,8 @@ def test_the_limit_is_the_ceiling_of_the_patch_size(tmp_path: Path) -> None:
     segmentation = task(root)
     data = segmentation.find(segmentation.settings.data, NAMES)
     masks = [torch.from_numpy(data.legend.read(file)).long() for _, file in data.val]
-    assert segmentation.limits(model, data) == {"patch_ceiling": ceiling(masks, model.patch_size[0], 3).miou}
-    assert ceiling(masks, model.patch_size[0], 3).miou < 1 == ceiling(masks, 1, 3).miou
+    assert segmentation.limits(model, data) == {"patch_ceiling": ceiling(masks, model.patch_size, 3).miou}
+    assert ceiling(masks, model.patch_size, 3).miou < 1 == ceiling(masks, (1, 1), 3).miou
 
 
 def test_predictions_need_a_folder(tmp_path: Path) -> None:

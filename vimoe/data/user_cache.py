@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import PIL
 
 from vimoe.errors import FolderError, first_line
+from vimoe.files import TEMPORARY, discard
 
 MADE_BY = f"vimoe 2, Pillow {PIL.__version__}"  # another version of Pillow may decode differently
+STALE = 24 * 60 * 60  # seconds without a write, after which an unfinished file is of a process that was killed
 
 
 def cache_folder() -> Path:
@@ -25,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def make_cache_folder(name: str, cache: str) -> Path:
-    """Create a folder in `cache_folder` and return its path.
+    """Create a folder in `cache_folder` and return its path. What killed processes left in it is deleted after a day.
 
     Args:
         name: name of the folder.
@@ -42,4 +46,8 @@ def make_cache_folder(name: str, cache: str) -> Path:
             f"data.cache={cache!r}: {folder} cannot be created ({error.strerror}); set XDG_CACHE_HOME to another "
             f"folder, or use data.cache=memory"
         ) from error
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):  # another process may have deleted it
+            if path.suffix != ".lock" and time.time() - path.stat().st_mtime > STALE:
+                discard(path)
     return folder

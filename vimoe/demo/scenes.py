@@ -63,7 +63,7 @@ class TourOfScenes(Tour):
     def study(self, task: Task[Any], data: Any, models: Models, evidence: Sequence[Evidence]) -> Findings:
         scenes: Scenes = data
         masks = (torch.from_numpy(scenes.legend.read(mask)).long() for _, mask in scenes.test)
-        best = ceiling(masks, PATCH, len(scenes.classes)).miou
+        best = ceiling(masks, (PATCH, PATCH), len(scenes.classes)).miou
         limit = (
             f"One right label for each patch of {PATCH}x{PATCH} pixels would reach a mean IoU of {best:.2%} on test."
         )

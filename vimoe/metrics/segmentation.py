@@ -269,7 +269,7 @@ def patch_classes(masks: Tensor, patch: tuple[int, int], classes: int) -> Tensor
     return torch.where(votes.any(dim=-1), votes.argmax(dim=-1), IGNORE)
 
 
-def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
+def ceiling(masks: Iterable[Tensor], patch: tuple[int, int], classes: int) -> SceneScore:
     """Return the score of a decoder that knows the majority class of each patch, and nothing finer.
 
     All pixels of a patch are predicted as the class that most of them have; of equal ones the first. The score shows
@@ -277,14 +277,14 @@ def ceiling(masks: Iterable[Tensor], patch: int, classes: int) -> SceneScore:
 
     Args:
         masks: (H, W) each, int64 with IGNORE; sizes may differ.
-        patch: side of a patch in pixels.
+        patch: (height, width) of a patch in pixels.
         classes: number of classes.
     """
     counts = SceneCounts(classes)
     for mask in masks:
         height, width = mask.shape
-        best = patch_classes(mask[None], (patch, patch), classes).view(-(-height // patch), -1)
-        grown = best.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[:height, :width]
+        best = patch_classes(mask[None], patch, classes).view(-(-height // patch[0]), -1)
+        grown = best.repeat_interleave(patch[0], 0).repeat_interleave(patch[1], 1)[:height, :width]
         counts.add_predictions(grown[None].clamp(max=classes - 1), mask[None])  # where all is void nothing counts
     return counts.score()
 

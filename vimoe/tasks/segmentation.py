@@ -163,7 +163,7 @@ class Segmentation(Task[Scenes]):
 
     def limits(self, model: Any, data: Scenes) -> Mapping[str, float]:
         masks = (torch.from_numpy(data.legend.read(mask)).long() for _, mask in data.val)
-        return {"patch_ceiling": ceiling(masks, model.patch_size[0], len(data.classes)).miou}
+        return {"patch_ceiling": ceiling(masks, model.patch_size, len(data.classes)).miou}
 
     def figures(self, model: Any, data: Scenes) -> Mapping[str, Figure]:
         """Return maps of the experts over a few validation images; nothing for a dense model."""
