@@ -1,4 +1,4 @@
-"""How the processes of a job hold a model that they train: each the whole of it, or each a part.
+"""Models as the processes of a training hold them: each the whole of it, or each a part.
 
 `Copies` is data parallel training. Each process has a whole copy of the model and its share of every batch, and
 DistributedDataParallel (DDP) averages the gradients. One process has the only copy. `Shards` is for `train.parallel`
