@@ -157,28 +157,26 @@ def test_a_training_goes_on_with_the_kernel_it_began_with(
     torch.testing.assert_close(weights(whole), fused, rtol=0, atol=1e-2)
 
 
-def test_a_killed_training_stops_early_where_it_would_have(data: Data, tmp_path: Path, kill_after: object) -> None:
-    still = {**ALL, "epochs": 6, "lr": 0.0, "min_lr": 0.0, "early_stopping": 2}  # no epoch is better than the first
-    _, summary = run(data, tmp_path / "whole", **still)
-    kill_after(12)
-    with pytest.raises(Killed):
-        run(data, tmp_path / "killed", **still)
-    kill_after(1000)
-    _, resumed = run(data, tmp_path / "killed", **still)
-    assert [s["epochs"] for s in (summary, resumed)] == [3, 3] and resumed["stopped_early"]
-    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+VALIDATED = {  # settings, and epochs that are trained
+    "no epoch is better than the first": ({"epochs": 6, "lr": 0.0, "min_lr": 0.0, "early_stopping": 2}, 3),
+    "killed between two validations": ({"epochs": 5, "val_interval": 3}, 5),
+}
 
 
-def test_a_killed_training_goes_on_between_two_validations(data: Data, tmp_path: Path, kill_after: object) -> None:
-    seldom = {**ALL, "epochs": 5, "val_interval": 3}
-    whole, _ = run(data, tmp_path / "whole", **seldom)
+@pytest.mark.parametrize("case", VALIDATED)
+def test_a_killed_training_validates_and_stops_where_it_would_have(
+    data: Data, tmp_path: Path, kill_after: object, case: str
+) -> None:
+    changes, epochs = VALIDATED[case]
+    whole, summary = run(data, tmp_path / "whole", **{**ALL, **changes})
     kill_after(12)
     with pytest.raises(Killed):
-        run(data, tmp_path / "killed", **seldom)
+        run(data, tmp_path / "killed", **{**ALL, **changes})
     kill_after(1000)
-    again, _ = run(data, tmp_path / "killed", **seldom)
-    assert torch.equal(weights(whole), weights(again))
-    assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
+    again, resumed = run(data, tmp_path / "killed", **{**ALL, **changes})
+    assert [s["epochs"] for s in (summary, resumed)] == [epochs] * 2
+    assert resumed["stopped_early"] == (epochs < changes["epochs"])
+    assert torch.equal(weights(whole), weights(again)) and logs(tmp_path / "whole") == logs(tmp_path / "killed")
 
 
 def test_it_would_be_seen_if_the_state_were_not_restored(

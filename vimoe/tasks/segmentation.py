@@ -107,23 +107,20 @@ class Segmentation(Task[Scenes]):
         """Return features of the images of `one_size` of a run that cached features, if they can be kept."""
         read, entries = self.settings.data, None
         if read.cache == "features":
-            images = self._one_size(model, data, data.val, None)
+            images = Segmentation(self.settings).one_size(model, data, data.val)  # of all processes
             size, batch = self._size(model, data.val), self.settings.train.batch_size
             known = changed_layers(self.settings, model), images, size, data, preprocessing(model, read), batch
             entries = if_kept(lambda: entries_of_one_size(model, *known, self.process))
         return entries or self.one_size(model, data, data.val)
 
-    def one_size(self, model: nn.Module, data: Scenes, samples: Sequence[Any]) -> DataLoader:
+    def one_size(self, model: Any, data: Scenes, samples: Sequence[Any]) -> DataLoader:
         """Return whole images where all are of one size, else the middle of each, as large as the training crop."""
-        return self._one_size(model, data, samples, self.process)
-
-    def _one_size(self, model: Any, data: Scenes, samples: Sequence[Any], process: Process | None) -> DataLoader:
         prepared, read, size = preprocessing(model, self.settings.data), self.settings.data, self._size(model, samples)
         normalise = prepared["mean"], prepared["std"]
-        whole = all(image_size(image) == size for image, _ in samples)
-        transform = eval_transform(*normalise) if whole else centre_transform(size, *normalise)
+        # whole images have the transform of `loader`, by which features are found again
+        transform = centre_transform(size, *normalise) if size == model.crop else eval_transform(*normalise)
         scenes = JointImages(samples, data.legend, transform)
-        places: Any = share(len(samples), self.settings.train.batch_size, process)
+        places: Any = share(len(samples), self.settings.train.batch_size, self.process)
         return DataLoader(scenes, batch_sampler=places, **processes(read.workers))
 
     def _size(self, model: Any, samples: Sequence[Any]) -> tuple[int, int]:
