@@ -100,8 +100,10 @@ def test_a_module_around_a_vit_belongs_to_the_last_layer_and_to_the_head() -> No
     assert {depths[name] for name in outside} == {inside["head.weight"]} == {3}
     assert find_backbone(around).head() == outside | {"inside.head.weight", "inside.head.bias"}
     assert find_backbone(around).no_weight_decay() == {"inside.cls_token", "inside.pos_embed"}
-    decoder = find_backbone(segmenter(depth=2)).layer_numbers()
+    around = find_backbone(segmenter(depth=2))
+    decoder = around.layer_numbers()
     assert decoder["backbone.norm.weight"] == 2 and decoder["decoder.classifier.weight"] == 3
+    assert {"decoder.classifier.weight", "decoder.norm.running_mean"} < around.head()
 
 
 def test_the_outermost_vit_is_found_wherever_it_is() -> None:

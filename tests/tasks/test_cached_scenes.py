@@ -32,6 +32,7 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import preprocessing
 from vimoe.data.user_cache import cache_folder
 from vimoe.errors import ConfigError
+from vimoe.experiments.finished_run import FinishedRun
 from vimoe.moe.layer import moe_layers
 from vimoe.tasks.cached_scenes import entries_of_scenes, job_on_crop_features
 from vimoe.tasks.segmentation import Segmentation
@@ -281,6 +282,16 @@ def test_a_run_says_what_it_read_and_its_scores_are_those_of_images(
     pruned = call(capsys, "prune", run, "--out", tmp_path / "pruned", "--merge_all=true")
     assert pruned["before"]["miou"] == pytest.approx(found["miou"])
     vimoe.load(tmp_path / "pruned/model")
+
+
+def test_a_finished_run_finds_the_features_that_its_training_validated_on(root: Path, tmp_path: Path) -> None:
+    """Though the decoder's running statistics have changed since."""
+    argv = ["train", "--data.path", str(root), *RUN, "--data.inference=whole", "--out", str(tmp_path / "run")]
+    assert main(argv) == 0
+    kept = sorted(cache_folder().rglob("*.npy"))
+    run = FinishedRun(tmp_path / "run")
+    run.task.validation(run.model, run.data)
+    assert sorted(cache_folder().rglob("*.npy")) == kept != []
 
 
 def test_a_killed_training_on_features_goes_on_to_the_same_weights(

@@ -199,8 +199,8 @@ def check_cut(model: nn.Module, trained: Sequence[str]) -> int:
 def digest(model: nn.Module, cut: Cut) -> str:
     """Hash of all that decides the features: weights, buffers and options (heads, epsilons) of the frozen modules.
 
-    Blocks after the cut, the head, and modules that only act in training (a model folder has no stochastic depth) are
-    left out. So a training that goes on finds the features that it began with, and so does the trained model, and any
+    Blocks after the cut, the head, a decoder's statistics among it, and modules that only act in training (a model
+    folder has no stochastic depth) are left out. So a training that goes on finds the features that it began with, and so does the trained model, and any
     other on the same trunk.
     """
     hashed = hashlib.blake2b(digest_size=12)

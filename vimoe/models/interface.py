@@ -388,9 +388,10 @@ class Backbone:
     # ---- parameters
 
     def head(self) -> set[str]:
-        """Names of the parameters that are new on a pretrained ViT: its classifiers', and all outside of the ViT."""
-        new = {id(p) for module in self.classifiers for p in module.parameters()}
-        return {name for name, p in self.model.named_parameters() if id(p) in new or not self._inside(name)}
+        """Names of the parameters and buffers that are new on a pretrained ViT: its classifiers', and all outside it."""
+        new = {id(t) for module in self.classifiers for t in module.state_dict(keep_vars=True).values()}
+        state = self.model.state_dict(keep_vars=True)
+        return {name for name, tensor in state.items() if id(tensor) in new or not self._inside(name)}
 
     def no_weight_decay(self) -> set[str]:
         """Names of matrices that get no weight decay: by default `embeddings`, and what the ViT holds itself."""
