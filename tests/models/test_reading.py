@@ -391,7 +391,11 @@ def shapes_in_the_last_ffn(model: nn.Module) -> list[torch.Size]:
 def by_prepare(model: nn.Module) -> nn.Module:
     """Accelerate's own way, which leaves a note on the model."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # a process keeps one precision, and a test before may be it
     return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
 
 
