@@ -388,7 +388,7 @@ class Backbone:
     # ---- parameters
 
     def head(self) -> set[str]:
-        """Names of the parameters and buffers that are new on a pretrained ViT: its classifiers', and all outside it."""
+        """Names of parameters and buffers that are new on a pretrained ViT: its classifiers', and all outside of it."""
         new = {id(t) for module in self.classifiers for t in module.state_dict(keep_vars=True).values()}
         state = self.model.state_dict(keep_vars=True)
         return {name for name, tensor in state.items() if id(tensor) in new or not self._inside(name)}
