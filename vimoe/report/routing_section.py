@@ -61,8 +61,8 @@ def add_routing_section(
     source = "validation images"
     if features := evidence.get("features"):
         source += f", from their features before {features['before']}, rounded to float16"
-    by_windows = METRICS.find(kind_of(base)).by_patch  # as scenes are scored elsewhere
-    pieces = ", if each is read once, whole or its middle, instead of by windows" if by_windows else ""
+    once = METRICS.find(kind_of(base)).by_patch  # scenes, that a score may read by windows
+    pieces = ", each read once, whole or its middle" if once else ""
     page.text(
         f"In an MoE layer a router sends each image (or each of its tokens) to a few of the layer's experts. This "
         f"section asks whether the router does so by class, and whether its choice matters. All numbers are from "

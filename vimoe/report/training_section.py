@@ -42,7 +42,8 @@ def add_score(page: Page, model: str, data: str, summary: dict[str, Any]) -> Non
         note=True,
     )
     if alarms := summary.get("alarms"):
-        page.text(f"Training raised {len(alarms)} alarms. The last ones are:")
+        count = f"{len(alarms)} alarms. The last are" if len(alarms) > 1 else "an alarm"
+        page.text(f"Training raised {count}:")
         page.items(alarms[-ALARMS:])
 
 
