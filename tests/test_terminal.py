@@ -89,6 +89,7 @@ def test_a_terminal_sees_a_bar_and_no_lines(
 
     monkeypatch.setattr(sys, "stderr", seen := Terminal())
     monkeypatch.setenv("TERM", "xterm")
+    assert list(track(["a"], "evaluating")) == ["a"] and not seen.getvalue()  # no bar of one item
     assert list(track(["a", "b"], "evaluating")) == ["a", "b"]
     assert "evaluating" in seen.getvalue() and "2/2" in seen.getvalue() and not said(caplog)
 

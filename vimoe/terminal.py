@@ -28,15 +28,16 @@ def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator
     Args:
         work: items; each counts as done when the next one is asked for.
         what: name of the work, such as "evaluating"; "" shows nothing.
-        total: number of items; by default the length of `work`, if it has one.
+        total: number of items; by default the length of `work`, if it has one. One item shows nothing.
 
     >>> list(track(["a", "b"], "reading"))
     ['a', 'b']
     """
-    if not what:
+    total = total or length_hint(work) or None
+    if not what or total == 1:
         yield from work
         return
-    with progress(what, total or length_hint(work) or None) as show:
+    with progress(what, total) as show:
         for item in work:
             yield item
             show(what, 1)

@@ -122,9 +122,17 @@ class Session:
             found: dict[str, Any] = {"plain": self._shown(plain[0], routes, file), "overruled": None}
             found |= {"nearest": self._nearest(routes, image), "seen": self._seen(file)}
             if asked:
-                other, routes = self._look([file], asked, folder)
-                found["overruled"] = self._shown(other[0], routes, file)
+                found["overruled"] = self._overruled(file, asked, folder)
         return found
+
+    def overruled(self, index: int, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Return what `look` has as "overruled", of a validation image."""
+        with self._lock, temporary_folder(self._folder) as folder:
+            return self._overruled(self._file(index, folder), asked, folder)
+
+    def _overruled(self, file: Path, asked: Mapping[str, str], folder: Path) -> dict[str, Any]:
+        predictions, routes = self._look([file], asked, folder)
+        return self._shown(predictions[0], routes, file)
 
     def _file(self, image: int | bytes, folder: Path) -> Path:
         if isinstance(image, int):

@@ -10,6 +10,7 @@ from vimoe.explore.server import PAGE
 from vimoe.explore.session import Session, data_uri
 from vimoe.files import read_text, write_text
 from vimoe.report.html_page import LOOK
+from vimoe.terminal import track
 
 NAME = "index.html"
 IMAGES = 24  # that can be looked at
@@ -25,11 +26,11 @@ def write_page(session: Session, folder: Path, images: int = IMAGES) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, looks = session.state(), dict[str, Any]()
-    for index in range(min(images, len(session.files))):
+    for index in track(range(min(images, len(session.files))), "overruling layers"):
         looks[f"{index}"] = session.look(index, {})
         for layer in state["layers"]:
             for switch in layer["switches"][1:]:
-                looks[f"{index}|{layer['name']}|{switch}"] = session.look(index, {layer["name"]: switch})["overruled"]
+                looks[f"{index}|{layer['name']}|{switch}"] = session.overruled(index, {layer["name"]: switch})
     thumbnails = [data_uri(session.thumbnail(index), "jpeg") for index in range(len(session.files))]
     content = json.dumps({**state, "looks": looks, "thumbnails": thumbnails})
     page, script = read_text(PAGE / "index.html"), read_text(PAGE / "explore.js")
