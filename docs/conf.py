@@ -39,8 +39,8 @@ project = "vimoe"
 version = release = vimoe.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 include_patterns = [
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/tutorials/*.md", "docs/reference/*.md",
-    "benchmarks/README.md", "studies/*/README.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "docs/tutorials/*.md", "docs/guides/*.md",
+    "docs/reference/*.md", "benchmarks/README.md", "studies/*/README.md",
 ]  # fmt: skip
 root_doc = "docs/index"
 default_role = "code"  # docstrings put names in single backquotes

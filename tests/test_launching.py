@@ -1,4 +1,4 @@
-"""The commands of docs/launching.md have flags that the installed launchers, and vimoe, know."""
+"""The commands of docs/guides/distributed.md have flags that the installed launchers, and vimoe, know."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vimoe.config.settings import SECTIONS, Settings, flat
 from vimoe.verbs import VERBS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = (DOCS / "launching.md").read_text("utf-8")
+PAGE = (DOCS / "guides/distributed.md").read_text("utf-8")
 SCRIPT = DOCS / "slurm.sh"
 LAUNCHERS = {"torchrun": get_args_parser, "accelerate launch": launch_command_parser}
 

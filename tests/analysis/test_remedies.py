@@ -222,11 +222,11 @@ def test_every_setting_that_is_named_exists_and_takes_the_value(rule: object) ->
     assert rule.because and rule.says
 
 
-def test_the_page_on_usage_lists_the_rules_in_their_order() -> None:
-    usage = (Path(__file__).parents[2] / "docs" / "usage.md").read_text("utf-8")
-    places = [usage.index(f"\n| {rule.name} | ") for rule in RULES]
+def test_the_page_on_diagnosis_lists_the_rules_in_their_order() -> None:
+    page = (Path(__file__).parents[2] / "docs/guides/diagnosis.md").read_text("utf-8")
+    places = [page.index(f"\n| {rule.name} | ") for rule in RULES]
     assert places == sorted(places)
     for rule in RULES:
-        row = usage[usage.index(f"\n| {rule.name} | ") + 1 :].partition("\n")[0]
+        row = page[page.index(f"\n| {rule.name} | ") + 1 :].partition("\n")[0]
         named = re.findall(r"\b(?:moe|train)\.\w+", " ".join(rule.remedies))
         assert all(name in row or name == "moe.num_experts" for name in named), rule.name

@@ -48,7 +48,7 @@ def test_the_hours_of_imagenet_are_those_of_the_measured_throughput() -> None:
     speed = {row["name"]: 256 / row["seconds"] for row in measured["timings"]["training"]}
     epochs = read_settings(PRESETS["imagenet-1k"].read_text("utf-8")).train.epochs
     hours = {name: IMAGES * epochs / rate / 3600 for name, rate in speed.items()}
-    page = " ".join((ROOT / "docs/usage.md").read_text("utf-8").split())
+    page = " ".join((ROOT / "docs/guides/training.md").read_text("utf-8").split())
     assert f"takes {speed['vimoe']:,.0f} images a second (the dense ViT: {speed['dense']:,.0f};" in page
     assert f"at least {hours['vimoe']:.1f} GPU hours (dense: {hours['dense']:.1f})" in page
 

@@ -106,7 +106,7 @@ class MoEConfig:
         router: kind of the router: "softmax" sends each to the k experts of largest probability; "sigmoid" and
             "cosine" have other scores; with "expert_choice" experts choose tokens; "soft" and "smear" mix instead of
             choosing; "hash" and "random" are fixed; "centroids" and "superclass" start from training images. Or a name
-            that your code has added to `ROUTERS`. The formulas of all kinds are in docs/methods.md.
+            that your code has added to `ROUTERS`. The formulas of all kinds are in docs/guides/routers.md.
         gate: weight of the chosen experts: "probability" is the router's own; "choice" lets them weigh `gate_weight`
             together, whatever the scores; "sigmoid" is a sigmoid of each expert's own score. Or a name in `GATES`.
         gate_weight: weight of the chosen experts together, with gate="choice"; by default 0.5 with a shared expert and

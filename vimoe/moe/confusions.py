@@ -19,7 +19,8 @@ from vimoe.moe.kmeans import balanced_kmeans
 
 FOLDS = 5
 FAINT = 0.01  # affinity of classes that are never confused, relative to the mean: it joins the parts of the graph
-PENALTY = 10.0  # of the classifier's squared weights, whose mean confidence is then near its accuracy (docs/methods.md)
+# of the classifier's squared weights, whose mean confidence is then near its accuracy (docs/guides/given_routes.md)
+PENALTY = 10.0
 
 
 def confusions(x_IE: Tensor, label_I: Tensor, seed: int = 0) -> Tensor:
