@@ -1,4 +1,4 @@
-"""Documents name files, modules and sections that exist; the log is history and may name old ones."""
+"""Documents name files, modules, sections and settings that exist; the log is history and may name old ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from vimoe.config.settings import Settings, flat
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = {
@@ -46,6 +48,13 @@ def missing_sections(text: str, folder: Path) -> list[str]:
     return found
 
 
+def missing_settings(text: str) -> list[str]:
+    """Return the settings in backquotes, or flags, of sections that have no such setting."""
+    found = re.findall(r"(?:`|--)((?:moe|train|data)\.[a-z_]+\w)\b(?!\*)|--(model\.\w+)", text)
+    names = {one or other for one, other in found} - {"train.tar"}  # an archive
+    return sorted(name for name in names if not name.endswith("_") and name not in flat(Settings()))
+
+
 def _exists(name: str) -> bool:
     module, *rest = name.split(".")
     value: object = importlib.import_module(module)
@@ -64,10 +73,14 @@ def _exists(name: str) -> bool:
 def test_a_document_names_what_is_there(document: str) -> None:
     text, folder = DOCUMENTS[document], (ROOT / document).parent
     assert not missing_files(text, folder) + missing_names(text) + missing_sections(text, folder)
+    assert not missing_settings(text)
 
 
 def test_the_checks_see_what_is_wrong() -> None:
     text = "`vimoe/nowhere.py` [a](nowhere.md) `vimoe.upcycle` `vimoe.moe.layer.Nothing` [b](#parts)\n\n## The parts\n"
     assert missing_files(text, ROOT) == ["vimoe/nowhere.py", "nowhere.md"]
     assert missing_names(text) == ["vimoe.moe.layer.Nothing"]
+    assert missing_settings("`moe.gate` `moe.gait` --train.lrr 1 `--model.nam x` `train.router_freeze_*`") == [
+        "model.nam", "moe.gait", "train.lrr",
+    ]  # fmt: skip
     assert missing_sections(text, ROOT) == ["#parts"] and not missing_sections("[c](#a-b)\n# A b\n", ROOT)

@@ -47,8 +47,7 @@ class DataConfig:
         skip_unreadable: leave out images that cannot be read, instead of stopping before training.
         cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache). With
             a train.train_only other than "all", keep the "features" of the frozen blocks on disk instead of images;
-            `evaluate`, `analyze`, `diagnose` and `prune` read them too (segmentation: no other than features, and in
-            `evaluate` and `prune`).
+            `evaluate`, `analyze`, `diagnose` and `prune` read them too (segmentation: no cache but this one).
         views: number of augmented versions cached for each training image; epochs use them in turn (cache=features).
         workers: number of processes that decode images; by default one per core, at most 8, if a GPU computes, else 0.
         crop_pct: share of the resized image's side that evaluation keeps; by default the model's own.
