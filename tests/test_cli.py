@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import QUICK, TINY, call, refused
 from helpers.pictures import folder, roles
+from helpers.slow import one_in
 
 import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
@@ -173,7 +174,7 @@ def test_a_split_off_validation_is_written_and_used_again(tmp_path: Path, capsys
     assert elsewhere["images"] == 6 and elsewhere["split"] == "all"
 
 
-@pytest.mark.parametrize("batch", [[], ["--train.batch_size=999"]])
+@pytest.mark.parametrize("batch", one_in(2, [["--train.batch_size=999"], []]))
 def test_a_small_folder_trains_with_a_smaller_batch_that_is_noted(
     photos: Path, tmp_path: Path, batch: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ from helpers.kills import Killed, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pages import Reader
 from helpers.pictures import picture
+from helpers.slow import one_in
 from helpers.trainings import rows
 
 import vimoe
@@ -139,7 +140,7 @@ def test_each_task_sees_its_own_images_and_all_are_scored_after_it(
     assert f"Each task kept its epoch with the best score on its own validation images: {kept}." in page
 
 
-@pytest.mark.parametrize("killed_after", [0, 4, 6, 8, 13, 17])
+@pytest.mark.parametrize("killed_after", one_in(3, [4, 0, 6, 13, 8, 17]))
 def test_a_killed_sequence_ends_as_if_it_had_not_been(
     photos: Path, tmp_path: Path, kill_after: object, killed_after: int
 ) -> None:
@@ -165,7 +166,7 @@ def assert_equal(whole: Path, killed: Path) -> None:
         assert (whole / name).read_text() == (killed / name).read_text()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", one_in(2, ["before", "after"]))
 def test_a_sequence_killed_between_two_tasks_too(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:

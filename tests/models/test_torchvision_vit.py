@@ -14,6 +14,7 @@ from helpers.commands import call, refused
 from helpers.flops import macs
 from helpers.reading import IN_FLOAT64, assert_same, inputs, pair
 from helpers.round_trip import round_trip
+from helpers.slow import one_in
 from helpers.tiny import config, layers, perturb_experts, randomise
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
@@ -303,7 +304,7 @@ def test_stochastic_depth_rises_to_the_rate() -> None:
     assert len(rates) == 12 and rates == pytest.approx([0.01 * i for i in range(12)])
 
 
-@pytest.mark.parametrize("cache", ["none", "features"])
+@pytest.mark.parametrize("cache", one_in(2, ["features", "none"]))
 @pytest.mark.usefixtures("small")
 def test_it_is_trained_evaluated_analysed_and_pruned(
     cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

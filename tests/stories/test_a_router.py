@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.commands import QUICK, TINY, call
 from helpers.pictures import roles
+from helpers.slow import one_in
 
 import vimoe
 from vimoe.config.moe import ROUTERS
@@ -30,7 +31,7 @@ class AnyNumber(Router):
 ROUTERS["any_number"] = AnyNumber
 
 
-@pytest.mark.parametrize("routing", ["token", "image"])
+@pytest.mark.parametrize("routing", one_in(2, ["image", "token"]))
 def test_it_goes_through_every_verb(
     routing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

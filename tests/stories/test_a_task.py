@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.commands import QUICK, TINY, call
+from helpers.slow import one_in
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 import vimoe
@@ -44,7 +45,7 @@ class Bits(Classification):
         return replace(super().job(*args), loss=lambda outputs, bits: bce(outputs, bits.float()))
 
 
-@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize("routing", one_in(2, ["image", "token"]))
 def test_it_is_trained_analysed_pruned_reported_saved_and_loaded(routing, tmp_path, capsys, monkeypatch):
     for table, entry in ((TASKS, Bits), (METRICS, BitMetric), (SCORES, Shown({"bits": "set bits"}, "bits"))):
         monkeypatch.setitem(table, "bits", entry)

@@ -13,6 +13,7 @@ from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
 from helpers.scene_runs import SCENES
 from helpers.scenery import mask, scene, scenes
+from helpers.slow import one_in
 from safetensors.torch import load_file
 
 import vimoe
@@ -33,7 +34,7 @@ def command(photos: Path, router: str, *more: str) -> list[str]:
     return ["train", "--data.path", str(photos), *TINY, *QUICK, *MOE, f"--moe.router={router}", *more]
 
 
-@pytest.mark.parametrize(("router", "cache"), [("centroids", "none"), ("superclass", "features")])
+@pytest.mark.parametrize(("router", "cache"), one_in(2, [("superclass", "features"), ("centroids", "none")]))
 def test_it_goes_through_every_verb_and_ends_the_same_where_it_was_killed(
     photos: Path, tmp_path: Path, router: str, cache: str, capsys: pytest.CaptureFixture[str], kill_after: object
 ) -> None:
@@ -57,7 +58,7 @@ def test_it_goes_through_every_verb_and_ends_the_same_where_it_was_killed(
     assert not moe_layers(vimoe.load(tmp_path / "dense" / "model"))
 
 
-@pytest.mark.parametrize("router", GIVEN)
+@pytest.mark.parametrize("router", one_in(2, GIVEN))
 def test_experts_are_removed_and_the_rest_trained_on(
     photos: Path, tmp_path: Path, router: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from helpers.commands import call
 from helpers.known_scenes import batches, known
 from helpers.scene_runs import MOE, SCENES
 from helpers.scenery import NAMES, YAML, scenes
+from helpers.slow import one_in
 
 import vimoe
 from vimoe.analysis import statistics
@@ -165,7 +166,7 @@ def test_batches_that_cannot_be_used_are_refused(loader: list, message: str) -> 
         vimoe.analyze(known(), loader, overrule=0)
 
 
-@pytest.mark.parametrize("sizes", ["one size", "several"])
+@pytest.mark.parametrize("sizes", one_in(2, ["several", "one size"]))
 def test_a_run_is_analysed_pruned_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], sizes: str) -> None:
     videos = "sequence: '(a..)'\n" if sizes == "several" else ""
     data = scenes(tmp_path / "scenes", train=9, val=6, yaml=YAML + videos)

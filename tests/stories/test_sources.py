@@ -17,6 +17,7 @@ from helpers.commands import QUICK, TINY, call, refused
 from helpers.packing import as_csv, as_idx, as_parquet, as_shards, as_tar, as_tars, png, tar
 from helpers.pickles import PICKLE
 from helpers.pictures import folder, picture, roles
+from helpers.slow import one_in
 from helpers.tiny import vit
 from safetensors.torch import load_file
 
@@ -276,7 +277,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("kind", ["csv", "tar", "shards", "parquet"])
+@pytest.mark.parametrize("kind", one_in(2, ["csv", "parquet", "tar", "shards"]))
 def test_a_training_is_the_same_to_the_bit_and_all_verbs_go_on_from_it(
     trained: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ from vimoe.moe.router import TokenLayout
 from vimoe.moe.start import Calibration
 
 _NO_LAYOUT = TokenLayout(num_prefix_tokens=0, class_token=False)  # where nothing depends on which token is which
+_KEEP_SHAPE = (nn.LayerNorm, nn.GELU)  # left out where shapes alone are asked for: without values they are slow
 HOW = ("shared", "merge", "matched", "join", "whole")
 
 
@@ -369,9 +370,16 @@ def input_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return _shapes(backbone, sites(model)) if backbone.has_images else {}
 
 
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
 def _shapes(backbone: Backbone, chosen: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     """Run two images through a copy without weights, and return the shape of what each FFN gets that gets anything."""
     copied = meta_copy(backbone.model).eval()
+    for module in copied.modules():
+        if isinstance(module, _KEEP_SHAPE):
+            module.forward = _itself  # type: ignore[method-assign, assignment]
     shapes: dict[str, tuple[int, ...]] = {}
 
     def see(name: str) -> Callable[..., None]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers.layers import EXPERTS, make, tokens
+from helpers.slow import one_in
 from torch import Tensor
 
 import vimoe
@@ -71,7 +74,9 @@ def test_other_layers_make_programs(settings: dict) -> None:
     check_program(make(**settings))
 
 
-@pytest.mark.parametrize("orthogonal", ["outputs", "normalized"])
-@pytest.mark.parametrize("layout", ["image by class token", "token"])
+@pytest.mark.parametrize(
+    ("layout", "orthogonal"),
+    one_in(3, itertools.product(["image by class token", "token"], ["outputs", "normalized"])),
+)
 def test_layers_with_orthogonal_outputs_make_programs(layout: str, orthogonal: str) -> None:
     check_program(make(layout=layout, experts="lora", k=3, orthogonal=orthogonal))
