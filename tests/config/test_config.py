@@ -223,6 +223,7 @@ def test_the_config_imports_no_torch(code: str) -> None:
     assert not imports_torch(code)
 
 
+@pytest.mark.slow  # 6 s
 def test_the_check_for_torch_can_fail() -> None:
     assert imports_torch("import vimoe; vimoe.balance_loss")
 

@@ -45,6 +45,7 @@ def test_seeds_that_agree_by_chance_to_an_image_are_not_certain() -> None:
     assert verdict((0.801, 0.801, 0.801), (0.80, 0.80, 0.80)) == "cannot be told apart"
 
 
+@pytest.mark.slow  # 20 s
 def test_the_tour_of_scenes_tells_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

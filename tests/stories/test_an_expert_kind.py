@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.commands import QUICK, TINY, call
 from helpers.pictures import roles
+from helpers.slow import one_in
 from torch import nn
 
 import vimoe
@@ -37,7 +38,7 @@ class LowRank(Experts):
 EXPERTS.update({"low_rank_trained": LowRank, "low_rank_frozen": LowRank})
 
 
-@pytest.mark.parametrize(("routing", "base"), [("token", "trained"), ("image", "frozen")])
+@pytest.mark.parametrize(("routing", "base"), one_in(2, [("token", "trained"), ("image", "frozen")]))
 def test_it_goes_through_every_verb(
     routing: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_run_whose_images_are_gone_is_compared_on_random_ones(run: Path, caplo
     assert "compared on random images alone" in caplog.text
 
 
+@pytest.mark.slow  # 7 s
 def test_a_segmentation_run_is_scored_by_windows_of_its_crop(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,6 +73,7 @@ def test_what_a_terminal_cannot_write_ends_nothing(odd: Path, encoding: str) -> 
     assert done.stdout.count(b".png: ") == len(ODD) and shown in done.stdout
 
 
+@pytest.mark.slow  # 8 s
 def test_a_reader_that_has_enough_ends_it_quietly(odd: Path) -> None:
     command = f'"{sys.executable}" -m vimoe.cli predict "$RUN" "$PHOTOS" --top=1 | head -c 1'
     environment = {**os.environ, "RUN": str(odd / "run"), "PHOTOS": str(odd / "photos")}

@@ -43,6 +43,7 @@ def run(data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.mark.slow  # 13 s
 def test_it_learns_scenes_and_goes_through_the_verbs(
     run: Path, data: Path, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,7 @@ def test_what_fails_leaves_no_cell(tmp_path: Path) -> None:
     assert raised.value.code == 2 and not list(study.results.iterdir())
 
 
+@pytest.mark.slow  # 6 s
 def test_a_cell_of_scenes_has_its_metric_and_its_cost_is_that_of_the_vit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def test_scores_from_features_are_those_of_a_segmenter(arm: str, model: Path, tm
     assert found.small.shape == (3, 12, 16) and len(found.masks) == 3
 
 
+@pytest.mark.slow  # 7 s
 def test_decoders_learn_and_cells_are_not_run_again(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

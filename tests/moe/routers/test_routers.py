@@ -21,9 +21,8 @@ CASES = [
     ("hash", "token"),
     ("expert_choice", "token"),
 ]
-GATES = ["probability", "choice", "sigmoid"]
 every_kind = pytest.mark.parametrize(("router", "routing"), CASES)
-every_gate = pytest.mark.parametrize("gate", GATES)
+every_gate = pytest.mark.parametrize("gate", ["probability", "choice", pytest.param("sigmoid", marks=pytest.mark.slow)])
 
 
 def mixture(router: str, routing: str, **settings: object) -> nn.Module:
