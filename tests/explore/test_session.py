@@ -101,7 +101,7 @@ def test_scenes_have_a_mask_and_a_map(tmp_path: Path) -> None:
     session = Session(explored(tmp_path, "scenes"))
     name, state = next(iter(session.layers)), session.state()
     found = session.look(0, {name: SHARED})
-    assert found["plain"]["prediction"]["picture"].startswith("data:image/png;base64,")
+    assert found["plain"]["prediction"]["picture"].startswith("data:image/jpeg;base64,")
     assert found["overruled"]["prediction"]["areas"] and state["images"][0]["label"] is None
     assert found["plain"]["prediction"]["areas"].keys() <= state["colours"].keys()
     assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in state["colours"].values())
