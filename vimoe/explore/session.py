@@ -190,8 +190,8 @@ class Session:
     def _shown(self, prediction: dict[str, Any], routes: Mapping[str, list[Routing]], file: Path) -> dict[str, Any]:
         shown = {name: value for name, value in prediction.items() if name not in ("file", "mask", "overlay")}
         if "overlay" in prediction:
-            with Image.open(prediction["overlay"]) as overlay:  # as PNG a static page of scenes would have 40 MB
-                shown["picture"] = data_uri(_small(overlay, SEEN), "jpeg")
+            overlay = open_image(Path(prediction["overlay"]))  # of PNGs a static page of scenes would have 40 MB
+            shown["picture"] = data_uri(_small(overlay, SEEN), "jpeg")
         return {
             "prediction": shown,
             "layers": {name: self._chosen(name, own, file) for name, (own, *_) in routes.items()},
