@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -149,8 +150,15 @@ def _load_value(text: str) -> Any:
 set_loader("strict", _load_value, exceptions=(yaml.YAMLError,))
 
 
-def read_settings(text: str) -> Settings:
-    """Return settings from YAML. Raises ConfigError if a section, a setting or a value is wrong."""
+@cache
+def _parser_of_files() -> Parser:
+    """Return the parser of settings in files, which takes longer to make than to use."""
     parser = Parser(prog="settings")
     parser.add_sections(*SECTIONS)
+    return parser
+
+
+def read_settings(text: str) -> Settings:
+    """Return settings from YAML. Raises ConfigError if a section, a setting or a value is wrong."""
+    parser = _parser_of_files()
     return parser.settings(parser.parse_string(text))
