@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -370,7 +371,7 @@ def input_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return _shapes(backbone, sites(model)) if backbone.has_images else {}
 
 
-def _itself(x: Tensor) -> Tensor:
+def _itself(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
