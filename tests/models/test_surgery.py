@@ -9,7 +9,7 @@ import timm
 import torch
 from helpers.tiny import config, images, layers, randomise, upcycle, vit
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
-from torch import nn
+from torch import Tensor, nn
 
 import vimoe
 from vimoe.errors import SurgeryError
@@ -299,6 +299,30 @@ def test_hooks_of_the_user_see_no_tensors_without_values() -> None:
     assert not seen
     model(images(model))
     assert len(seen) == 1
+
+
+class ScaledNorm(nn.LayerNorm):
+    """A norm that gets more than tokens."""
+
+    def forward(self, x: Tensor, scale: float, *, shift: float = 0.0) -> Tensor:
+        return super().forward(x) * scale + shift
+
+
+class Called(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = ScaledNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, 2.0, shift=1.0)
+
+
+def test_norms_that_get_more_than_tokens_do_not_matter_to_shapes() -> None:
+    parent = vit()
+    for block in parent.blocks:
+        block.norm2 = Called(24)
+    x = images(parent)
+    torch.testing.assert_close(upcycle(copy.deepcopy(parent), config())(x), parent(x))
 
 
 def test_plan_draws_no_random_numbers() -> None:

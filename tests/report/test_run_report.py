@@ -19,6 +19,13 @@ from vimoe.report.run_comparison import write_comparison
 from vimoe.report.run_report import write_run_report
 
 
+def test_the_page_of_a_training_says_of_one_alarm_that_it_is_one(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "alarms": summary["alarms"][:1]}))
+    assert "Training raised an alarm:" in Reader(write_run_report(run)).text
+
+
 def test_the_page_of_a_training(tmp_path: Path) -> None:
     read = Reader(write_run_report(trained(tmp_path / "run", layers="last:2", num_experts=6)))
     assert "the last 2 blocks: 6 experts, 1 shared, 1 chosen for each image. It was trained on 77 images" in read.text
