@@ -31,11 +31,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+DRAWN = ("test_figures.py", "test_harness_report.py", "test_html_page.py", "test_page_in_a_browser.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Figures are made and not drawn, which took a quarter of the time of tests of verbs.
 
-    Those of tests/analysis, tests/report and tests/studies, which are of figures, are drawn as they are.
+    Those of the files in `DRAWN`, which look at the pixels, are drawn as they are.
     """
     white = io.BytesIO()
     Image.new("RGB", (64, 48), "white").save(white, "png")
@@ -44,7 +47,7 @@ def _blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
         file.write(white.getvalue())
 
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name not in ("analysis", "report", "studies"):
+        if request.path.name not in DRAWN:
             patch.setattr(Figure, "savefig", blank)
             patch.setattr(Figure, "get_layout_engine", lambda self: None)
         yield

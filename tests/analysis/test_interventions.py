@@ -105,7 +105,7 @@ def assert_as_naive(model: nn.Module, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "routing", "top_k"), one_in(3, itertools.product(FAMILIES, ("image", "token"), (1, 2)))
+    ("family", "routing", "top_k"), one_in(5, itertools.product(FAMILIES, ("image", "token"), (1, 2)))
 )
 def test_it_computes_what_a_naive_loop_does(family: str, routing: str, top_k: int) -> None:
     """One intervention at a time by hooks on the whole model; with blocks before, between and after the layers."""

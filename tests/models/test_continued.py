@@ -12,6 +12,7 @@ from helpers.commands import QUICK, call, refused
 from helpers.kills import Killed, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
+from helpers.slow import one_in
 from helpers.stand_in_hub import TOKEN, stand_in_hub
 from helpers.tiny import config, images, layers, randomise, upcycle, vit
 from helpers.tiny_transformers import vit as of_transformers
@@ -54,7 +55,7 @@ def pictures(model: nn.Module) -> torch.Tensor:
     return torch.randn(2, *find_backbone(model).input_size, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", ["timm", "torchvision", "dinov2", "deit, two classifiers"])
+@pytest.mark.parametrize("family", one_in(3, ["timm", "torchvision", "dinov2", "deit, two classifiers"]))
 def test_the_model_is_the_folders_and_other_classes_get_a_new_classifier(tmp_path: Path, family: str) -> None:
     named = folder(tmp_path, family)
     whole = vimoe.load(tmp_path / "m")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.segmenters import pictures, segmenter
+from helpers.slow import one_in
 from helpers.tiny import config, layers, perturb_experts, randomise, upcycle, vit
 from torch import nn
 
@@ -204,9 +206,14 @@ def test_count_adds_the_decoder_to_the_vit() -> None:
 
 
 @pytest.mark.parametrize(
-    "moe", [None, {"layers": "last:1"}, {"layers": [1, 3], "routing": "token", "top_k": 2}], ids=str
+    ("moe", "decoder"),
+    one_in(
+        4,
+        itertools.product(
+            [None, {"layers": "last:1"}, {"layers": [1, 3], "routing": "token", "top_k": 2}], ["linear", "linear4"]
+        ),
+    ),
 )
-@pytest.mark.parametrize("decoder", ["linear", "linear4"])
 @torch.no_grad()
 def test_a_folder_brings_it_back(tmp_path: Path, decoder: str, moe: dict | None) -> None:
     model = segmenter(decoder=decoder, palette=PALETTE)

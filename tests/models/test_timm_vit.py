@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from helpers.round_trip import round_trip
+from helpers.slow import one_in
 from helpers.tiny import config, layers, perturb_experts, randomise, upcycle, vit
 from helpers.tiny import images as pixels
 from timm.optim import param_groups_layer_decay
@@ -142,8 +144,7 @@ CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("routing", ["image", "token"])
+@pytest.mark.parametrize(("call", "routing"), one_in(3, itertools.product(CALLS, ["image", "token"])))
 @torch.no_grad()
 def test_an_upcycled_vit_answers_timms_calls_as_its_parent_does(call: str, routing: str) -> None:
     parent = vit(depth=3)

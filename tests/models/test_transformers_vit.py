@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 from helpers.pickles import PICKLE
+from helpers.slow import one_in
 from helpers.tiny import config, layers, perturb_experts, randomise, upcycle
 from helpers.tiny_transformers import ENCODER, INPUTS, OTHERS, VITS, tiny, vit
 from torch import Tensor, nn
@@ -78,8 +80,7 @@ def test_no_architecture_is_missing() -> None:
     assert promised <= {name.partition(",")[0] for name in (*VITS, *OTHERS)}
 
 
-@pytest.mark.parametrize("routing", ["image", "token"])
-@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize(("name", "routing"), one_in(3, itertools.product(VITS, ["image", "token"])))
 def test_upcycled_it_computes_what_it_did_and_densified_it_is_what_it_was(name: str, routing: str) -> None:
     parent = vit(name)
     x = images(parent)
@@ -148,7 +149,7 @@ def test_a_split_ffn_with_an_adapter_is_refused() -> None:
         upcycle(parent, config())
 
 
-@pytest.mark.parametrize("name", ["dinov2, registers", "clip, classifier", "mae", "data2vec, split", "sam"])
+@pytest.mark.parametrize("name", one_in(2, ["dinov2, registers", "clip, classifier", "mae", "data2vec, split", "sam"]))
 @torch.no_grad()
 def test_it_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     parent = vit(name)

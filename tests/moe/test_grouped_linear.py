@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.layers import assert_agrees, make, tokens
+from helpers.slow import one_in
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._library.custom_ops import CustomOpDef
@@ -230,9 +232,10 @@ def test_a_backend_that_does_not_exist_is_refused() -> None:
         vimoe.set_backend(make(), "lop")
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("layout", ["image by class token", "image by mean", "token"])
+@pytest.mark.parametrize(
+    ("layout", "k", "recorded"),
+    one_in(5, itertools.product(["image by class token", "image by mean", "token"], [1, 2], [False, True])),
+)
 def test_torch_compile_sees_one_graph_and_compiles_once_for_all_loads(layout: str, k: int, recorded: bool) -> None:
     layer = make("mlp", layout, k=k)
     torch._dynamo.reset()

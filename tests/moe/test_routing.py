@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.slow import one_in
 from helpers.tiny import config, images, layers, perturb_experts, upcycle, vit
 from timm.layers import set_reentrant_ckpt
 from torch import nn
@@ -169,7 +170,7 @@ def test_non_reentrant_checkpointing_records_once_and_gives_the_same_gradients(m
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # looked at by torch.compile itself
-@pytest.mark.parametrize("compiled", ["blocks", "model"])
+@pytest.mark.parametrize("compiled", one_in(2, ["blocks", "model"]))
 def test_checkpointing_outside_and_inside_of_torch_compile_records_once(model: nn.Module, compiled: str) -> None:
     torch._dynamo.reset()  # tests before count towards its limit of graphs, after which nothing is compiled
     expected, _ = gradients(model)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.slow import one_in
 
 import vimoe.bench.result
 import vimoe.models.precision
@@ -32,8 +34,7 @@ def test_the_bench_warns_of_emulated_bfloat16(
     assert "forward, 2 rounds" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("what", ["layer", "model"])
+@pytest.mark.parametrize(("what", "precision"), one_in(3, itertools.product(["layer", "model"], ["no", "bf16"])))
 def test_the_verb_prints_what_json_holds(what: str, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     of_layer = ["--bench.tokens", "8", "--bench.dim", "16", "--bench.hidden", "32"]
     of_model = ["--model.name", "vit_tiny_patch16_224", "--model.img_size", "32", "--model.args", "{depth: 2}"]

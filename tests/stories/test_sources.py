@@ -277,7 +277,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("kind", one_in(2, ["csv", "parquet", "tar", "shards"]))
+@pytest.mark.parametrize("kind", one_in(4, ["shards", "csv", "parquet", "tar"]))
 def test_a_training_is_the_same_to_the_bit_and_all_verbs_go_on_from_it(
     trained: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from helpers.jobs import finish, start
 from helpers.kills import Killed, arm, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
+from helpers.slow import one_in
 from helpers.trainings import QUICK, model, run, weights
 from safetensors.torch import load_file
 from torch import nn
@@ -67,8 +69,7 @@ def wholes(data: Data, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Wh
     return {accumulation: whole(accumulation) for accumulation in (1, 2)}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("killed_after", [0, 1, 5, 8, 13])
+@pytest.mark.parametrize(("killed_after", "accumulation"), one_in(3, itertools.product([0, 1, 5, 8, 13], [1, 2])))
 def test_a_killed_training_ends_as_if_it_had_not_been(
     data: Data, wholes: dict[int, Whole], tmp_path: Path, kill_after: object, killed_after: int, accumulation: int
 ) -> None:

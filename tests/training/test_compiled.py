@@ -11,6 +11,7 @@ from helpers.kills import Killed, logs
 from helpers.kills import kill_after as kill_after
 from helpers.scene_runs import MOE, SCENES
 from helpers.scenery import scenes
+from helpers.slow import one_in
 from helpers.tiny import vit
 from helpers.trainings import QUICK, model, run, weights
 from helpers.trainings import data as data
@@ -56,7 +57,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", one_in(3, SETTINGS))
 def test_blocks_are_compiled_in_steps_alone(data: Data, tmp_path: Path, calls: list[bool], name: str) -> None:
     plain, summary = run(data, tmp_path / "plain", **SETTINGS[name])
     assert not calls

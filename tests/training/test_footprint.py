@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.memory import kept, largest
+from helpers.slow import one_in
 from helpers.tiny import config, images, upcycle, vit
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", one_in(3, CASES))
 def test_it_is_the_memory_of_a_real_step(name: str) -> None:
     moe, changes = CASES[name]
     network, settings = model(**moe), replace(PLAIN, **changes)

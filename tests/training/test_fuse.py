@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from helpers.commands import call, refused
 from helpers.kills import Killed
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
+from helpers.slow import one_in
 from helpers.tiny import config, images, layers, randomise, upcycle, vit
 from helpers.trainings import rows
 from safetensors.torch import load_file
@@ -257,8 +259,7 @@ def test_the_rate_rises_linearly_with_the_updates(
     assert rates == pytest.approx([0.4 * (i + 1) / updates for i in range(updates)])
 
 
-@pytest.mark.parametrize("fuse", KINDS)
-@pytest.mark.parametrize("killed_after", [1, 5])
+@pytest.mark.parametrize(("fuse", "killed_after"), one_in(3, itertools.product(KINDS, [1, 5])))
 def test_a_killed_training_ends_as_if_it_had_not_been(
     photos: Path, tmp_path: Path, kill_after: object, fuse: str, killed_after: int
 ) -> None:
