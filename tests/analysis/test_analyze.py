@@ -548,7 +548,8 @@ def of_one() -> dict[str, dict]:
     return shared_analysis.everything()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # 17 s; stories/test_several_processes.py sees always what the verb writes
+@pytest.mark.parametrize("count", [2, 3])
 def test_processes_that_share_the_images_find_what_one_finds(count: int, of_one: dict[str, dict]) -> None:
     """All figures, of samples too: the same images are drawn, whoever has them, and all get all."""
     for found in run(shared_analysis.everything, count, timeout=300):
