@@ -26,6 +26,7 @@ from vimoe.errors import ConfigError
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.router import TokenLayout
 from vimoe.tasks.classification_job import job_on_images
+from vimoe.training import loop
 from vimoe.training.loop import train
 from vimoe.training.oracle import Oracle, sent_to, teaching
 from vimoe.training.settle import settle
@@ -143,6 +144,27 @@ def test_labels_of_the_half_that_teaches_reach_routers_alone(data: Data, tmp_pat
     other = {name for name in changed[0] if not torch.equal(changed[0][name], changed[1][name])}
     routers = {name for name in changed[0] if ".router." in name}
     assert other == routers if odd else other > {"head.weight"}
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"balance_loss": 1.0, "z_loss": 1.0},
+        {"mutual_loss": 1.0, "balance_loss": 0.0},
+        {"distill_loss": 1.0, "ema_decay": 0.5, "balance_loss": 0.0},
+    ],
+    ids=str,
+)
+def test_images_that_teach_train_nothing_else_by_any_loss(
+    data: Data, tmp_path: Path, further: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of batches that teach as a whole, only routers learn."""
+    monkeypatch.setattr(loop, "teaching", lambda places: torch.ones(len(places), dtype=torch.bool))
+    network = perturb_experts(model(top_k=2))
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    network, _ = run(data, tmp_path, network, oracle_loss=1.0, weight_decay=0.0, **further)
+    moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".router." in name}
 
 
 def test_half_of_the_images_teach_until_routers_are_frozen(data: Data, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def within_capacity(routing: Routing, factor: float) -> Tensor:
     """
     images, tokens = routing.batch
     n, k = routing.num_experts, routing.experts.shape[1]
-    allowed_BTN = (routing.logits > -torch.inf).view(images, tokens, n)
-    even_BN = (allowed_BTN / allowed_BTN.sum(dim=2, keepdim=True)).sum(dim=1, dtype=torch.float64)
+    allowed_BTN = (routing.logits > -torch.inf).view(images, tokens, n).double()  # 1/3 in float32 is too inexact
+    even_BN = (allowed_BTN / allowed_BTN.sum(dim=2, keepdim=True)).sum(dim=1)
     capacity_BN = (factor * k * even_BN - _ROUNDING).ceil()
     order_BT = routing.gates.detach().amax(dim=1).view(images, tokens).argsort(dim=1, descending=True, stable=True)
     experts_BTK = routing.experts.view(images, tokens, k)

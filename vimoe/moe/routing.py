@@ -181,12 +181,22 @@ class Routing:
         """Return the same decisions without gradient and outputs, to be kept beyond their training step."""
         return replace(self, logits=self.logits.detach(), gates=self.gates.detach(), outputs=None)
 
+    def without_gradient(self, row: Tensor) -> Routing:
+        """Return the same decisions, of which the rows that are True in (R,) bool have no gradient."""
+        held = {"logits": self.logits, "gates": self.gates, "outputs": self.outputs}
+        return replace(self, **{name: None if x is None else part_detached(x, row) for name, x in held.items()})
+
     @property
     def image(self) -> Tensor:
         """(R,) index of the image in the batch that each row belongs to."""
         images, tokens = self.batch
         index = torch.arange(images, device=self.experts.device)
         return index if self.unit == "image" else index.repeat_interleave(tokens)
+
+
+def part_detached(x: Tensor, row: Tensor) -> Tensor:
+    """Return x (R, ...) with the same values, and without gradient in the rows that are True in (R,) bool."""
+    return x.detach().where(row.view(-1, *[1] * (x.ndim - 1)), x)
 
 
 class _Recorder:

@@ -39,6 +39,7 @@ from vimoe.moe.losses import (
     router_z_loss,
     variance_loss,
 )
+from vimoe.moe.routing import part_detached
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
@@ -214,8 +215,9 @@ class _Steps:
                 outputs, routings = self.model(images)
                 teaches = self._teaching(state, len(images))
                 task_loss = self._task_loss(outputs, targets, teaches)
-                extra, parts = auxiliary_losses(routings, self.config, route_loss(routings, layers, targets), over)
-                for name, part in self._further_losses(images, targets, outputs, routings, teaches, state):
+                learnt = routings if teaches is None else [r.without_gradient(teaches) for r in routings]
+                extra, parts = auxiliary_losses(learnt, self.config, route_loss(learnt, layers, targets), over)
+                for name, part in self._further_losses(images, targets, outputs, learnt, teaches, state):
                     parts[name] = part
                     extra = extra + getattr(self.config, name) * part
                 loss = task_loss + extra
@@ -255,7 +257,8 @@ class _Steps:
     ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
         """Yield the losses that need more than routings, by the setting that is the weight."""
         if self.config.distill_loss:
-            yield "distill_loss", distill_loss(outputs, self._taught(images))
+            own = outputs if teaches is None else part_detached(outputs, teaches)
+            yield "distill_loss", distill_loss(own, self._taught(images))
         if self.oracle and teaches is not None:
             yield "oracle_loss", self.oracle.loss(images[teaches], targets[teaches], self._pupils(state))
         if self.locality:
@@ -267,7 +270,8 @@ class _Steps:
 
     def _teaching(self, state: State, batch: int) -> Tensor | None:
         """Return which (B,) of the images of the step teach routers, and nothing else; None if there is no pupil."""
-        return teaching(self._images_of(state, batch)) if self._pupils(state) else None
+        places = self._images_of(state, batch) if self._pupils(state) else None
+        return None if places is None else teaching(places).to(self.accelerator.device)
 
     def _task_loss(self, outputs: Tensor, targets: Tensor, teaches: Tensor | None) -> Tensor:
         """Return the loss of the images of a batch that do not teach routers; without a mask (B,) of these, of all."""
