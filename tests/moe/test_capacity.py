@@ -66,7 +66,8 @@ def test_it_agrees_with_the_loop_in_outputs_and_gradients(factor: float, k: int,
 @pytest.mark.parametrize(
     ("experts", "k", "length", "factor", "capacity"),
     [(4, 1, 8, 1.0, 2), (4, 2, 8, 1.0, 4), (4, 1, 9, 1.0, 3), (3, 1, 6, 1.0, 2), (7, 3, 49, 1.0, 21),
-     (8, 1, 197, 1.05, 26), (4, 1, 8, 0.01, 1), (4, 1, 8, 0.5, 1), (3, 2, 5, 0.6, 2), (7, 1, 196, 1.0, 28), (3, 1, 198, 1.0, 66), (5, 1, 1025, 1.0, 205)],
+     (8, 1, 197, 1.05, 26), (4, 1, 8, 0.01, 1), (4, 1, 8, 0.5, 1), (3, 2, 5, 0.6, 2),
+     (7, 1, 196, 1.0, 28), (3, 1, 198, 1.0, 66), (5, 1, 1025, 1.0, 205)],
 )  # fmt: skip
 def test_no_load_exceeds_the_capacity_in_any_image(
     experts: int, k: int, length: int, factor: float, capacity: int, equal: bool

@@ -78,6 +78,26 @@ def test_dropouts_stand_where_the_ffn_has_them(kind: str) -> None:
     torch.testing.assert_close(layer.experts(x, None, torch.tensor([0, 0, len(x), 0])), expected)
 
 
+class Leaky(torch.nn.RReLU):
+    """An activation that is random in training, and has a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_activation_follows_the_layer_to_eval_mode_and_other_types(kind: str) -> None:
+    layer = vimoe.MoE(Mlp(8, 12, act_layer=Leaky), config(experts=kind, num_shared_experts=0), make().router.layout)
+    assert layer.experts.kind.act is layer.experts.act
+    copied, x = copy.deepcopy(layer).double().eval(), tokens().double()
+    assert torch.equal(copied(x), copied(x)) and copied.experts.kind.act is copied.experts.act
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_decay_follows_from_roles(kind: str) -> None:
     model = upcycle(vit(), config(experts=kind, num_shared_experts=0, top_k=2))

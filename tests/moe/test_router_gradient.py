@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import vimoe
+from vimoe.errors import SurgeryError
 from vimoe.moe.router_gradient import DECAY
 
 KINDS = ("default_vectors", "dense")
@@ -150,6 +151,13 @@ def test_slots_that_stay_empty_count_as_not_chosen(kind: str) -> None:
     stands = torch.stack(outputs, dim=2).flatten(0, 1) if vectors is None else vectors.expand(len(gates), -1, -1)
     extra = torch.autograd.grad((gates * ~chosen * stands.sum(dim=2).detach()).sum(), plain.router.weight)[0]
     torch.testing.assert_close(gradients[0], gradients[1] + extra, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_with_nothing_to_train_refuses_it(kind: str) -> None:
+    with pytest.raises(SurgeryError, match=f"router_gradient='{kind}' with router='hash': expected 'chosen'"):
+        layer(router="hash", routing="token", router_gradient=kind).check_start()
+    layer(router="hash", routing="token", router_gradient=kind, gate="sigmoid").check_start()  # its bias learns
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -38,7 +38,9 @@ from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import FolderError, Stopped
 from vimoe.files import TEMPORARY
 from vimoe.run_folder import locked
+from vimoe.tasks.classification_job import job_on_images
 from vimoe.training import checkpoint
+from vimoe.training.loop import train
 from vimoe.training.parameter_groups import parameter_groups
 
 ALL = {"epochs": 3, "ema_decay": 0.8, "mixup": 0.4, "hflip": 0.5, "min_crop": 0.5, "checkpoint_minutes": 0}
@@ -88,6 +90,21 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
     stored = [checkpoint.read(out) for out in (whole.out, tmp_path / "killed")]
     for name in ("model", "ema"):
         assert all(torch.equal(stored[0][name][k], stored[1][name][k]) for k in stored[0][name])
+
+
+def test_a_job_can_be_trained_with_again_where_it_was_interrupted(
+    data: Data, wholes: dict[int, Whole], tmp_path: Path, kill_after: object
+) -> None:
+    """As in a notebook; the second time in the epoch that it had resumed."""
+    settings, network = replace(QUICK, **ALL), model()
+    job = job_on_images(data, preprocessing(network), settings)
+    for steps in (6, 1):
+        kill_after(steps)
+        with pytest.raises(Killed):
+            train(network, job, settings, tmp_path)
+    kill_after(1000)
+    train(network, job, settings, tmp_path)
+    assert torch.equal(wholes[1].weights, weights(network.cpu()))
 
 
 OPTIONS = {"router_noise": 1.0, "bias_update_rate": 0.05, "expert_dropout": 0.3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.kinds import Threshold as Threshold  # registers it
-from helpers.tiny import layers
+from helpers.tiny import images, layers
 from helpers.trainings import data as data  # the fixture
 from helpers.trainings import model, rows, run
 from torch import nn
@@ -66,13 +67,42 @@ def test_gradients_are_told_without_the_scale_of_fp16(
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
+def test_what_follows_an_update_waits_where_gradients_of_fp16_overflowed(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do in each of the six steps, after which the scale is still a 64th of the largest number."""
+    monkeypatch.setattr("vimoe.training.distributed.Accelerator", ScaledGradients)
+    monkeypatch.setattr(ScaledGradients, "SCALE", 3e38)
+    network = model(bias_update_rate=0.1)
+    followed = []
+    monkeypatch.setattr(vimoe.training.loop, "update_bias", lambda *args: followed.append(args))
+    run(data, tmp_path, network, epochs=1, warmup_epochs=0, batch_size=4, precision="no")
+    health = rows(tmp_path / "health.csv")
+    assert all(math.isfinite(float(row[key])) for row in health for key in ("router_gradient", "expert_gradient"))
+    assert not followed
+
+
 class ScaledGradients(Accelerator):
     """Accelerate as it is for fp16, with a scale that no gradient overflows."""
 
+    SCALE = 1024.0
+
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
-        self.scaler, self.native_amp = torch.amp.GradScaler(self.device.type, init_scale=1024.0), True
+        self.scaler, self.native_amp = torch.amp.GradScaler(self.device.type, init_scale=self.SCALE), True
         self.state._mixed_precision = "fp16"
+
+
+@pytest.mark.parametrize(("groups", "told"), [([1, 1], False), ([1, 3], True)])
+def test_pools_of_one_expert_are_not_told_to_be_saturated(groups: list[int], told: bool) -> None:
+    network = scaled(1e4, groups=groups, num_experts=sum(groups), routing="token")
+    health = Health()
+    with vimoe.record(network) as routings:
+        network(images(network))
+    vimoe.balance_loss(routings).backward()
+    health.add(routings)
+    health.add_gradients(moe_layers(network))
+    assert any("saturated" in alarm for alarm in health.alarms(moe_layers(network))) == told
 
 
 def test_an_idle_expert_is_named_and_a_busy_one_is_not(

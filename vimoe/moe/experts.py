@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -82,9 +82,10 @@ class Experts(nn.Module):
     def __init__(self, dense: nn.Module, config: MoEConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        self.kind = ffn.describe(dense)
+        kind = ffn.describe(dense)
+        self.act = copy.deepcopy(kind.act)
+        self.kind = replace(kind, act=self.act)  # which follows this module to eval mode, other types and devices
         self.backend: Backend = "auto"
-        self.act = copy.deepcopy(self.kind.act)
         self.drop1 = nn.Dropout(max(self.kind.drop[0], config.expert_dropout))
         self.drop2 = nn.Dropout(self.kind.drop[1])
 

@@ -134,6 +134,11 @@ class MoE(nn.Module):
                 f"router_gradient={config.router_gradient!r} with all {max(config.pools)} experts chosen: expected "
                 f"'chosen', since no expert is left out; leave it out, or lower top_k"
             )
+        if self.unchosen is not None and self.router.constant and not list(self.router.parameters()):
+            raise SurgeryError(
+                f"router_gradient={config.router_gradient!r} with router={config.router!r}: expected 'chosen', since "
+                f"the router has nothing to train; leave it out"
+            )
         self._begin.check(self.experts, self.router, self._parent_hidden)
 
     def could_have(self, **changes: Any) -> bool:

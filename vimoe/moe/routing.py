@@ -183,8 +183,10 @@ class Routing:
 
     def without_gradient(self, row: Tensor) -> Routing:
         """Return the same decisions, of which the rows that are True in (R,) bool have no gradient."""
-        held = {"logits": self.logits, "gates": self.gates, "outputs": self.outputs}
-        return replace(self, **{name: None if x is None else part_detached(x, row) for name, x in held.items()})
+        outputs = None if self.outputs is None else part_detached(self.outputs, row)
+        return replace(
+            self, logits=part_detached(self.logits, row), gates=part_detached(self.gates, row), outputs=outputs
+        )
 
     @property
     def image(self) -> Tensor:

@@ -232,11 +232,12 @@ class _Steps:
                     if self.config.clip_grad:
                         self.held.clip(self.config.clip_grad)
                     self.schedule.step_update(state.updates + 1)
+                scale = self._scale
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.decided += [routing.detach() for routing in routings if routing.layer in biased]
             if self.synced:
-                self._updated(state)
+                self._updated(state, skipped=self._scale < scale)
             state.step += 1
             state.totals.add(len(images), loss=task_loss, **parts)
             state.health.add(routings)
@@ -280,9 +281,21 @@ class _Steps:
         own = ~teaches
         return self.job.loss(outputs[own], targets[own]) if own.any() else outputs.sum() * 0
 
-    def _updated(self, state: State) -> None:
-        """Let all that follows the weights follow an update of them."""
+    @property
+    def _scale(self) -> float:
+        """The scale of gradients in fp16, which falls with each update that is skipped because they overflowed.
+
+        Accelerate's `optimizer_step_was_skipped` says False for fused optimizers, which skip it inside of their step.
+        """
+        scaler = self.accelerator.scaler
+        return 0.0 if scaler is None else float(scaler.get_scale())
+
+    def _updated(self, state: State, skipped: bool) -> None:
+        """Let all that follows the weights follow an update of them; one that was skipped counts for the schedule."""
         state.updates += 1
+        if skipped:
+            self.decided.clear()
+            return
         if self.decided:  # the first two look through all modules
             update_bias(self.plain, self.decided, self.process)
             self.decided.clear()
@@ -323,9 +336,7 @@ class _Steps:
     @property
     def order(self) -> Shuffled:
         """The sampler of the training images."""
-        order = self.job.loader.sampler
-        assert isinstance(order, Shuffled)
-        return order
+        return _order(self.job.loader)
 
     @property
     def synced(self) -> bool:
@@ -373,6 +384,7 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
     # Accelerate keeps one precision a process; a later training in the same process may ask for another
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
         AcceleratorState._reset_state()
+    _order(job.loader).start(epoch=1)  # an interrupted training has left it inside of an epoch, whose rest is shorter
     holding = held(model, config, process)
     model = holding.model
     recorded = Recorded(model, job.forward, outputs=config.reads_outputs)
@@ -410,6 +422,12 @@ def _prepared(model: nn.Module, job: Job, config: TrainConfig, out: Path, proces
             p.requires_grad_(True)
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def _order(loader: DataLoader) -> Shuffled:
+    order = loader.sampler
+    assert isinstance(order, Shuffled)
+    return order
 
 
 def _end_if_asked(stop: checkpoint.Stop, out: Path, process: Process) -> None:

@@ -44,14 +44,16 @@ class Health:
 
     @torch.no_grad()
     def add_gradients(self, layers: Mapping[str, MoE]) -> None:
-        """Add the gradients of a step, before they are clipped."""
+        """Add the gradients of a step, before they are clipped; those that overflowed in float16 are passed by."""
         for name, layer in layers.items():
+            router, experts = (total_norm(part.parameters()) for part in (layer.router, layer.experts))
+            finite = router.isfinite() & experts.isfinite()
             self._add(
                 name,
-                steps=torch.tensor(1),
-                router_steps=torch.tensor(int(any(p.requires_grad for p in layer.router.parameters()))),
-                router_gradient=total_norm(layer.router.parameters()),
-                expert_gradient=total_norm(layer.experts.parameters()),
+                steps=finite.long(),
+                router_steps=finite.long() * any(p.requires_grad for p in layer.router.parameters()),
+                router_gradient=router.where(finite, 0),
+                expert_gradient=experts.where(finite, 0),
             )
 
     def over(self, process: Process) -> Health:
@@ -132,7 +134,7 @@ class Health:
                     + _either(*more, *warmup, "use fewer experts")
                 )
             sure = row["router_confidence"]
-            if sure > CONFIDENT and config.num_experts > 1 and learns:
+            if sure > CONFIDENT and max(config.pools) > 1 and learns:
                 found.append(
                     f"{name}: the router is saturated, its first choice has probability {sure:.4f} and its scores have "
                     f"size {row['logit_rms']:.1f}; set train.z_loss=0.001, or lower train.router_lr_scale"
