@@ -89,6 +89,7 @@ def test_text_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
         (*EIGHT, "--train.parallel.fsdp=3"): "expected sizes whose product is 8",
         (*EIGHT, "--train.parallel.expert=8"): "train.parallel.expert=8 with moe.num_experts=4",
         (*EIGHT, "--data.task=segmentation"): "data.task='segmentation' with --devices: expected 'classification'",
+        (*EIGHT, "--train.locality_loss=0.5"): "train.locality_loss=0.5 with --devices: expected 0",
         (*EIGHT, "--train.stages=[head,all,experts]"): "with --devices: expected one training",
         ("--train.lr=1",): "unknown option --train.lr",
     }

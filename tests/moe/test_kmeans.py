@@ -28,6 +28,12 @@ def test_clusters_of_directions_are_found_whatever_their_lengths_and_sizes() -> 
 def test_no_cluster_is_empty_even_of_copies() -> None:
     centroids, found = spherical_kmeans(torch.ones(6, 3), 4)
     assert len(found.unique()) == 4 and centroids.isfinite().all()
+    for seed in range(40):  # rounding says which of several vectors that fit perfectly fits worst
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(3, 5, generator=g)[torch.randint(3, (9,), generator=g)]
+        centroids, found = spherical_kmeans(x, 5, seed)
+        assert len(found.unique()) == 5
+        torch.testing.assert_close(centroids.norm(dim=1), torch.ones(5))
 
 
 @pytest.mark.parametrize(("vectors", "clusters", "sizes"), [(40, 4, [10] * 4), (10, 4, [2, 2, 3, 3])])

@@ -39,6 +39,12 @@ def size_of(settings: Settings, devices: int, limit: float) -> SizePlan:
             f"train.stages={list(train.stages)} with --devices: expected one training; plan each stage by "
             f"train.train_only"
         )
+    for name in ("distill_loss", "locality_loss", "oracle_loss"):
+        if getattr(train, name):
+            raise ConfigError(
+                f"train.{name}={getattr(train, name):g} with --devices: expected 0, since the plan has no second "
+                f"forward pass and no second copy of experts; leave it out"
+            )
     mixture = settings.moe.layers != "none" and train.fuse != "exfusion"
     train.parallel.over(devices).check(train.batch_size, settings.moe.num_experts if mixture else 0)
     check_batch(train, devices)

@@ -22,7 +22,8 @@ def all_experts(model: nn.Module) -> Iterator[None]:
 
     A layer then computes S(x) + sum_i p_i (E_i(x) - S(x)) with combine="mix", and so on with i from 1 to N: the expert
     ensemble of arXiv 2604.13508. The p_i are `Router.probabilities`, divided by their sum, whatever the gate is. A
-    router without gates of chosen experts (`Router.gated`) decides as it always does.
+    router without gates of chosen experts (`Router.gated`) decides as it always does. Copy a model before the block:
+    a copy that is made inside would ask the original's routers for good.
 
     >>> import timm, torch, vimoe
     >>> model = vimoe.upcycle(timm.create_model("test_vit"), vimoe.MoEConfig(layers="last:1", num_experts=4))

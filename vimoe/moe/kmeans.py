@@ -65,7 +65,8 @@ def _spherical(unit_MD: Tensor, centroids_ND: Tensor) -> tuple[Tensor, Tensor, f
         cosine_MN = unit_MD @ centroids_ND.T
         best_M, new_M = cosine_MN.max(dim=1)
         for empty in set(range(len(centroids_ND))) - set(new_M.tolist()):
-            worst = int(best_M.argmin())
+            alone_M = new_M.bincount(minlength=len(centroids_ND))[new_M] == 1  # whose cluster would be empty then
+            worst = int(best_M.where(~alone_M, torch.inf).argmin())
             new_M[worst], best_M[worst] = empty, torch.inf
         if torch.equal(new_M, label_M):
             break

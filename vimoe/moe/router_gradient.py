@@ -77,8 +77,9 @@ class DefaultVectors(Unchosen):
     """v_j is a running mean of what expert j gave its tokens, one vector for all (Default MoE, arXiv 2504.12463).
 
     Each forward in training moves v_j from 0 towards the mean of the tokens that expert j got, by 1 - `DECAY`, and then
-    uses it. An expert without tokens keeps its vector. The source has no shared expert and means of E_j(x). With
-    several processes the first one's vectors hold for all, as torch's data parallelism does with buffers.
+    uses it. An expert without tokens keeps its vector. Gradient checkpointing uses the vectors of the last forward, so
+    with it each forward needs its backward before the next one. The source has no shared expert and means of E_j(x).
+    With several processes the first one's vectors hold for all, as torch's data parallelism does with buffers.
 
     Attributes:
         mean: (N, D) v, float32 at least; a part of the model as weights are.

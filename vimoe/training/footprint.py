@@ -259,7 +259,7 @@ def _forward(
 
 
 def _loss(model: nn.Module, forward: Callable[[], Tensor], labels: Tensor, config: TrainConfig) -> Tensor:
-    """Return the loss of a step, as `vimoe.training.loop` computes it."""
+    """Return the loss of a step, as `vimoe.training.loop` computes it of outputs and routings."""
     dtype = AUTOCAST.get("bf16" if config.precision == "auto" else config.precision)
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
     with record(model, outputs=config.reads_outputs) as routings, autocast:
