@@ -64,7 +64,7 @@ def upcycle(model: nn.Module, settings: vimoe.MoEConfig) -> nn.Module:
     """`vimoe.upcycle`, and the warning exactly where it is due; the routers depend on no other test."""
     torch.manual_seed(0)
     one_gate = settings.top_k == 1 and settings.gates_sum_to_one
-    due = settings.layers != "none" and (settings.num_experts == 1 or (settings.num_experts > 1 and one_gate))
+    due = settings.layers != "none" and (max(settings.pools) == 1 or (settings.num_experts > 1 and one_gate))
     with pytest.warns(UserWarning, match="the only gate is always 1") if due else nullcontext():
         return vimoe.upcycle(model, settings)
 

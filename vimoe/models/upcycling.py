@@ -202,8 +202,7 @@ def build_layers(
 def _swap(model: nn.Module, config: MoEConfig, replaced: dict[str, nn.Module]) -> list[str]:
     surgery.swap(model, replaced)
     routers = [module.router for module in replaced.values() if isinstance(module, MoE)]
-    learning = [router for router in routers if any(True for _ in router.parameters())]
-    if max(config.pools) > 1 and any(router.blind for router in learning):
+    if any(router.blind and any(True for _ in router.parameters()) for router in routers):  # a fixed one has nothing
         warnings.warn(
             f"the only gate is always 1 (num_experts={config.num_experts}, top_k={config.top_k}, gates normalised), so "
             f"the task loss never trains the router; use top_k=2, a shared expert, or combine='sum'",
