@@ -141,6 +141,26 @@ def test_the_type_of_the_weights_travels(tmp_path: Path) -> None:
     assert {p.dtype for p in vimoe.load(tmp_path / "m").parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("family", ["beit", "eva02, packed SwiGLU", "vit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_of_half_precision_are_saved(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """Buffers that the file does not have get the type too, and rounding is no change of the model."""
+    model = randomise(vit(family, depth=6), seed=2, scale=2.0).to(dtype)
+    again = vimoe.load(vimoe.save(model, tmp_path / "m"), read="all")
+    x = images(model).to(dtype)
+    got, expected = again(x), model(x)
+    assert got.dtype == dtype and (got - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert all(torch.equal(again.state_dict()[name], w) for name, w in model.state_dict().items())
+
+
+def test_a_model_that_does_not_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = vit()
+    model.blocks[0].register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    with pytest.raises(FolderError, match=r"does not run on images of \(3, 32, 32\) in torch.float32") as error:
+        vimoe.save(model, tmp_path / "m")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def edit(path: Path, *steps: str, **entries: object) -> None:
     """Changes config.json: the object that the steps lead to gets these entries."""
     values = json.loads((path / "config.json").read_text())

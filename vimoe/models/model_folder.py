@@ -26,9 +26,10 @@ from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
 from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
 from vimoe.models.folder_config import CONFIG, FORMAT, WEIGHTS, layers_of, read_section
+from vimoe.models.frozen_trunk import nearly_equal
 from vimoe.models.hub import find_folder
 from vimoe.models.interface import find_backbone, unwrapped
-from vimoe.models.reading import set_reading
+from vimoe.models.reading import set_reading, tokens_read
 from vimoe.models.segmenter import Segmenter
 from vimoe.models.upcycling import build_layers, input_shapes, sites
 from vimoe.models.weights_file import check_fit, check_inside, read_tensors
@@ -135,6 +136,9 @@ def load(
         with torch.device("meta"):  # no memory is taken for what does not fit
             check_fit(path / WEIGHTS, found, rebuild(path).state_dict(), "config.json", "save the model again")
         model = rebuild(path)
+    types = {found[name].dtype for name, _ in model.named_parameters()}
+    if len(types) == 1:
+        model.to(types.pop())  # buffers that are not in the file, such as relative coordinates, go with the weights
     # copied out of the mapped file, whose offsets are not aligned as matrix products like their operands
     model.load_state_dict({name: tensor.clone() for name, tensor in found.items()}, assign=True)
     model = set_reading(model.to(device).eval(), read)
@@ -264,19 +268,26 @@ def _parent(config: Path, section: dict[str, Any]) -> nn.Module:
 
 def _prove(model: nn.Module, path: Path) -> None:
     """Load the folder, and compare the outputs of both models on random images."""
+    read: Read = "all" if tokens_read(model) is None else "auto"  # one way of computing: less rounding to allow for
     try:
-        rebuilt = load(path, next(model.parameters()).device)
+        rebuilt = load(path, next(model.parameters()).device, read)
     except FolderError as error:
         raise FolderError(
             f"the folder would not rebuild this model: {str(error).replace(f'{path}{os.sep}', '')}; pass "
             f"model_args={{...}} with the arguments that it was built with"
         ) from error
     images = _noise(model)
-    with _evaluating(model), torch.no_grad():
-        expected, got = (_logits(each, images) for each in (model, rebuilt))
+    try:
+        with _evaluating(model), torch.no_grad():
+            expected, got = (_logits(each, images) for each in (model, rebuilt))
+    except RuntimeError as error:
+        raise FolderError(
+            f"the model, or what the folder rebuilds, does not run on images of {tuple(images.shape[1:])} in "
+            f"{images.dtype}: {first_line(error)}; give all of its weights one type, or pass model_args={{...}}"
+        ) from error
     if not expected.isfinite().all():
         raise FolderError("the model computes values that are not finite: expected a model whose weights are whole")
-    if expected.shape != got.shape or not (expected - got).abs().max() <= 1e-3 * expected.abs().max():
+    if not nearly_equal(got, expected):
         raise FolderError(
             "a model rebuilt from the folder computes something else: pass model_args={...} with the arguments "
             "that it was built with, and name what was changed since"
@@ -289,7 +300,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         torch.manual_seed(0)
         backbone = find_backbone(model)
         output = backbone.run(images)
-        return (output if isinstance(output, Tensor) else backbone.logits(output)).float()
+        return output if isinstance(output, Tensor) else backbone.logits(output)
 
 
 @contextmanager
