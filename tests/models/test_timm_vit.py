@@ -188,6 +188,17 @@ def test_features_alone_are_those_of_the_parent() -> None:
     assert not torch.allclose(perturb_experts(model)(x)[0], parent(x)[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("changes", [{}, {"dynamic_img_size": True}], ids=str)
+def test_a_vit_is_saved_for_the_size_that_it_was_built_for(changes: dict, tmp_path: Path) -> None:
+    """Also one that takes any size, of which timm notes the size of its weights; a size that is given holds."""
+    model = vit("dinov3") if not changes else vit(**changes)
+    for each in (model, vimoe.load(vimoe.save(model, tmp_path / "m"))):
+        assert find_backbone(each).data_config({})["input_size"] == (3, 32, 32)
+    vimoe.save(model, tmp_path / "other", preprocessing={"input_size": (3, 48, 64)})
+    again = vimoe.load(tmp_path / "other")
+    assert find_backbone(again).data_config({})["input_size"] == (3, 48, 64)
+
+
 def test_a_changed_classifier_has_its_number_of_classes() -> None:
     model = upcycle(vit(), config())
     model.reset_classifier(7)

@@ -146,7 +146,7 @@ class TimmViT(Backbone):
                 f"{type(self.vit).__name__} was not built by timm.create_model, which notes how to rebuild it"
             )
         model_config = {"label_names": list(label_names)} if label_names else {}
-        save_config_for_hf(self.vit, str(path), model_config, model_args, preprocessing)
+        save_config_for_hf(self.vit, str(path), model_config, model_args, self._of_its_size(preprocessing or {}))
 
     @classmethod
     def rebuild(cls, config: Path) -> nn.Module:
@@ -257,7 +257,21 @@ class TimmViT(Backbone):
         return found
 
     def data_config(self, given: dict[str, Any]) -> dict[str, Any]:
-        return resolve_input_data_config(self.vit, given)
+        return resolve_input_data_config(self.vit, self._of_its_size(given))
+
+    def _of_its_size(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Add the size that the ViT was built for, where timm would take that of the weights; it takes any size.
+
+        A size that somebody noted in the model's data config since holds before both.
+        """
+        config = self.vit_config
+        name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
+        try:
+            of_weights = timm.get_pretrained_cfg(name)
+        except RuntimeError:  # it is not registered
+            of_weights = None
+        noted = of_weights is not None and tuple(config.get("input_size", of_weights.input_size)) != tuple(of_weights.input_size)
+        return given if noted else {"input_size": self.input_size, **given}
 
     @property
     def classifiers(self) -> tuple[nn.Module, ...]:

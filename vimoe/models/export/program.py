@@ -35,7 +35,7 @@ def to_export(model: nn.Module) -> nn.Module:
 def image_size(model: nn.Module) -> tuple[int, int, int]:
     """Return (channels, height, width) of the images of an exported model; a segmenter's are its training crops.
 
-    A ViT that takes any size gets the size of its data config, which its run has read, be it built for another one.
+    A ViT that takes any size gets the size of its data config: the one that it was built for, unless another is noted.
     """
     channels, height, width = find_backbone(model).data_config({})["input_size"]
     height, width = getattr(model, "crop", (height, width))
