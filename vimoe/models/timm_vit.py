@@ -265,12 +265,12 @@ class TimmViT(Backbone):
         A size that somebody noted in the model's data config since holds before both.
         """
         config = self.vit_config
-        name = ".".join(filter(None, (config.get("architecture"), config.get("tag"))))
         try:
-            of_weights = timm.get_pretrained_cfg(name)
-        except RuntimeError:  # it is not registered
-            of_weights = None
-        noted = of_weights is not None and tuple(config.get("input_size", of_weights.input_size)) != tuple(of_weights.input_size)
+            weights: Any = timm.get_pretrained_cfg(".".join(filter(None, map(config.get, ("architecture", "tag")))))
+        except RuntimeError:  # they are not registered
+            weights = None
+        size = config.get("input_size")
+        noted = weights is not None and size is not None and tuple(size) != tuple(weights.input_size)
         return given if noted else {"input_size": self.input_size, **given}
 
     @property
