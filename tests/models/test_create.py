@@ -38,7 +38,11 @@ def test_the_name_of_no_ffn_is_refused(family: str) -> None:
 
 def test_names_of_other_kinds_of_models_are_not_refused() -> None:
     """They are refused later, for what they are."""
-    for name in ("swinv2_cr_tiny_224", "cait_xxs24_224", "convnext_tiny", "efficientformer_l1", "xcit_nano_12_p8_224"):
+    names = (
+        "swinv2_cr_tiny_224", "cait_xxs24_224", "convnext_tiny", "efficientformer_l1", "xcit_nano_12_p8_224",
+        "mixer_s32_224", "resmlp_12_224", "nest_tiny_jx", "csatv2", "mobilevitv2_050",
+    )  # fmt: skip
+    for name in names:
         assert all(FFN_NAME.fullmatch(site.name) for site in sites(create_without_weights(ModelConfig(name=name))))
 
 

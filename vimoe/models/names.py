@@ -16,7 +16,7 @@ from vimoe.models.folder_config import CONFIG, WEIGHTS, read_config
 from vimoe.models.hub import find_folder
 
 SOURCES = ("local-dir", "hf-hub")  # as timm names them
-FFN_NAME = re.compile(r"(\w+\.)*(\w*blocks\w*|(post_)?network)\.\d+\.(\w+\.)*\w*mlp")  # in every model of timm
+FFN_NAME = re.compile(r"(\w+\.)*\w+\.\d+\.(\w+\.)*\w*mlp\w*")  # in every model of timm
 
 
 def vimoe_folder(config: ModelConfig, files: Collection[str] = (CONFIG,)) -> Path | None:
