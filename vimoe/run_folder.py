@@ -16,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 
 import filelock
-import yaml
 
 from vimoe.config.command_line import read_settings
 from vimoe.config.settings import Settings
+from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import ConfigError, FolderError, beside, first_line
 from vimoe.files import HOLDER, LOCK, discard, is_own, read_text, temporary_folder, write_bytes, write_text
 from vimoe.files import write_json as write_json
@@ -228,7 +228,7 @@ def versions() -> dict[str, str]:
 
 def write_settings(path: Path, settings: Settings) -> None:
     """Write the run's config.yaml, with the sections and names of the flags."""
-    write_text(path / CONFIG, yaml.safe_dump(settings.to_dict(), sort_keys=False))
+    write_text(path / CONFIG, write_yaml(settings.to_dict()))
 
 
 def write_validation(path: Path, names: Collection[str]) -> None:

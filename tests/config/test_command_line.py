@@ -9,13 +9,15 @@ from functools import cache
 from typing import get_type_hints
 
 import pytest
-import yaml
 
 from vimoe.config.bench import LayerBench, ModelBench
 from vimoe.config.command_line import Parser, read_settings
+from vimoe.config.data import DataConfig
+from vimoe.config.model import ModelConfig
 from vimoe.config.moe import EXPERTS, GATES, ROUTERS, STARTS, MoEConfig
 from vimoe.config.registry import Registry
-from vimoe.config.settings import SECTIONS
+from vimoe.config.settings import SECTIONS, Settings
+from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import ConfigError
 
 ONE_OF_A_TYPE = {
@@ -130,7 +132,7 @@ def test_a_part_to_train_is_written_as_layers_are(written: str, expected: object
     given = parser.settings(parser.parse_args([f"--moe.layers={written}", f"--train.train_only={written}"]))
     read = read_settings(f"train:\n  train_only: {written}\n")
     assert given.moe.layers == given.train.train_only == read.train.train_only == expected
-    assert read_settings(yaml.safe_dump(read.to_dict())) == read
+    assert read_settings(write_yaml(read.to_dict())) == read
 
 
 def test_pools_are_a_list() -> None:
@@ -139,13 +141,18 @@ def test_pools_are_a_list() -> None:
     given = parser.settings(parser.parse_args(["--moe.groups", "[2, 6]", "--moe.routing=token"]))
     read = read_settings("moe:\n  groups: [2, 6]\n  routing: token\n")
     assert given.moe.groups == read.moe.groups == (2, 6)
-    assert read_settings(yaml.safe_dump(read.to_dict())) == read
+    assert read_settings(write_yaml(read.to_dict())) == read
+
+
+def test_texts_that_look_like_numbers_stay_texts() -> None:
+    made = Settings(data=DataConfig(path="12e4"), model=ModelConfig(args={"c": ["1e3"], "d": 1e-3}))
+    assert read_settings(write_yaml(made.to_dict())) == made
 
 
 def test_stages_are_a_list() -> None:
     read = read_settings("train:\n  stages: [head, all, experts]\n")
     assert read.train.stages == ("head", "all", "experts")
-    assert read_settings(yaml.safe_dump(read.to_dict())) == read
+    assert read_settings(write_yaml(read.to_dict())) == read
 
 
 @pytest.mark.parametrize("name, kinds", {"router": ROUTERS, "gate": GATES, "experts": EXPERTS, "init": STARTS}.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from vimoe.config.yaml_reader import read_yaml
+from vimoe.config.yaml_reader import read_yaml, write_yaml
 
 
 def test_yaml_is_read_as_its_writer_means_it() -> None:
@@ -22,3 +22,9 @@ def test_yaml_is_read_as_its_writer_means_it() -> None:
     ):
         with pytest.raises(yaml.YAMLError, match=f"is repeated in lines {line}"):
             read_yaml(twice)
+
+
+def test_what_is_written_is_read_as_it_was() -> None:
+    values = {"path": "12e4", "b": "1e-3", "+1E5": "-2e+3", "date": "2024-01-02", "no": "no", "rate": 1e-3, "n": None}
+    assert read_yaml(write_yaml(values)) == values
+    assert list(read_yaml(write_yaml(values))) == list(values)  # in their order

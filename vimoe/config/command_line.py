@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_loader
 
 from vimoe.config.settings import SECTIONS, Settings
-from vimoe.config.yaml_reader import read_yaml
+from vimoe.config.yaml_reader import read_yaml, write_yaml
 from vimoe.errors import ConfigError, FolderError, choice, nearest
 from vimoe.files import read_text
 
@@ -137,7 +137,7 @@ def _content(name: str, without: Collection[str]) -> str:
             f"--config {name}: expected a YAML file of sections and settings, such as 'train: {{epochs: 3}}'"
         )
     kept = {name: part for name, part in values.items() if part is not None and name not in without}
-    return yaml.safe_dump(kept, sort_keys=False)
+    return write_yaml(kept)
 
 
 def _load_value(text: str) -> Any:

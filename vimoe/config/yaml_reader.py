@@ -30,7 +30,13 @@ class _Strict(yaml.SafeLoader):  # type: ignore[misc]
         return node
 
 
-_Strict.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), "-+0123456789")
+class _Quoting(yaml.SafeDumper):  # type: ignore[misc]
+    """Writer of plain values that puts a text in quotes which `_Strict` would read as a number."""
+
+
+_FLOAT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+for _class in (_Strict, _Quoting):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, "-+0123456789")
 
 
 def read_yaml(text: str) -> Any:
@@ -43,3 +49,14 @@ def read_yaml(text: str) -> Any:
     {'lr': 0.001, 'day': '2024-01-02'}
     """
     return yaml.load(text, _Strict)  # noqa: S506  a SafeLoader with one more check
+
+
+def write_yaml(values: Any) -> str:
+    """Return the text of which `read_yaml` makes these plain values.
+
+    >>> print(write_yaml({"path": "12e4", "lr": 0.001}), end="")
+    path: '12e4'
+    lr: 0.001
+    """
+    text: str = yaml.dump(values, Dumper=_Quoting, sort_keys=False)
+    return text
