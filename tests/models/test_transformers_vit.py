@@ -307,6 +307,13 @@ def test_position_embeddings_are_interpolated_as_the_model_does_it(name: str, tm
     torch.testing.assert_close(model(x).logits, parent(x, **asked).logits)
 
 
+def test_another_size_keeps_the_type_and_the_attention_that_were_asked_for(tmp_path: Path) -> None:
+    args = {"dtype": "bfloat16", "attn_implementation": "eager"}
+    model = create(ModelConfig(name=folder(tmp_path, "vit"), img_size=24, args=args))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
 def test_stochastic_depth_belongs_to_a_training(tmp_path: Path) -> None:
     name = folder(tmp_path / "m", "dinov2", drop_path_rate=0.1)
     assert create(ModelConfig(name=name)).config.drop_path_rate == 0

@@ -280,7 +280,8 @@ def _resized(model: Any, size: tuple[int, int]) -> Any:
     """Return the model for images of another size, with position embeddings as its own code interpolates them."""
     config = type(model.config).from_dict(model.config.to_dict())
     (getattr(config, "vision_config", None) or config).image_size = _side(size)
-    new = type(model)(config)
+    config._attn_implementation = model.config._attn_implementation  # which its values do not hold
+    new = type(model)(config).to(model.dtype)
     weights, wanted = dict(model.state_dict()), new.state_dict()
     for key in [key for key, tensor in wanted.items() if weights[key].shape != tensor.shape]:
         weights[key] = _interpolated(model, key, wanted[key], size)
@@ -293,9 +294,9 @@ def _interpolated(model: Any, key: str, like: Tensor, size: tuple[int, int]) -> 
     """Return position embeddings for images of a size. Raises ConfigError for another parameter."""
     embeddings = model.get_submodule(key.removesuffix(".weight").rpartition(".")[0])
     if "position_embedding" not in key or not hasattr(embeddings, "interpolate_pos_encoding"):
+        seen = getattr(model.config, "vision_config", None) or model.config
         raise ConfigError(
-            f"img_size={size}: {key} is made for images of {pair(model.config.image_size)}: expected these; leave "
-            f"img_size out"
+            f"img_size={size}: {key} is made for images of {pair(seen.image_size)}: expected these; leave img_size out"
         )
     tokens = like.new_empty(1, *like.shape[-2:])
     found: Tensor = embeddings.interpolate_pos_encoding(tokens, *size)
