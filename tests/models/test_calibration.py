@@ -121,6 +121,14 @@ def test_masks_are_no_classes_and_a_segmenter_has_no_pooled_feature() -> None:
     assert len(moe_layers(model)) == 2
 
 
+@pytest.mark.parametrize("targets", [None, ["cat", "dog"], [{"boxes": 1}, {}]], ids=str)
+def test_targets_that_are_no_classes_are_not_read(targets: object) -> None:
+    model = vit()
+    images = [(x[:2], targets) for x, _ in batches(model, (2, 2))]
+    vimoe.upcycle(model, config(router="centroids"), images)
+    assert moe_layers(model)
+
+
 def generator(given: list) -> Iterator:
     yield from given
 
@@ -129,6 +137,10 @@ MISTAKES: dict[str, tuple[Callable[[list], object], dict, str]] = {
     "an iterator": (generator, {}, "images=generator, which is read once: expected a list"),
     "images alone": (lambda given: [x for x, _ in given], {}, "images have a batch of type Tensor: expected"),
     "names for images": (lambda _: [(["a.jpg"], [0])], {}, "images is of type list, .*: expected Tensor; give batches"),
+    "one image for a batch": (lambda given: [(given[0][0][0], 1)], {}, r"a batch of shape \(3, .*: expected \(images, channels"),
+    "no labels for classes": (
+        lambda given: [(x, None) for x, _ in given], {"router": "superclass"}, "without a class",
+    ),
     "nothing": (lambda _: [], {}, "0 images to start 4 experts"),
     "fewer images than experts": (lambda given: given[:1], {}, "3 images to start 4 experts .* at least as many"),
     "a class that is not there": (

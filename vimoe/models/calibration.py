@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.errors import DataError, SurgeryError, expect
-from vimoe.models.interface import find_backbone
+from vimoe.models.interface import Backbone, find_backbone
 from vimoe.models.reading import tokens_read
 from vimoe.moe.grid import Grid
 from vimoe.moe.router import Router
@@ -61,11 +61,11 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
             stack.enter_context(_tokens_of(model.get_submodule(name), keep))
         for classifier in backbone.classifiers[:1]:  # a segmenter does not call it
             stack.enter_context(_inputs_of(classifier, lambda x: pooled.append(_copy(x))))
-        for batch, targets in pairs(images):
-            label_B = torch.as_tensor(targets).cpu()
-            classed = label_B.ndim == 1 and not label_B.is_floating_point()
-            _check_labels(label_B if classed else None, len(batch), backbone.num_classes, routers)
-            labels += [label_B.long()] if classed else []  # masks would fill the memory
+        for batch, targets in pairs(images, backbone):
+            label_B = _classes(targets)
+            classed = label_B is not None
+            _check_labels(label_B, len(batch), backbone.num_classes, routers)
+            labels += [] if label_B is None else [label_B.long()]
             _run(model, batch)
             seen += len(batch)
     check_count(seen, max(router.config.num_experts for router in routers.values()))
@@ -86,6 +86,15 @@ def calibrate(model: nn.Module, routers: Mapping[str, Router], images: Batches) 
         )
         for name in routers
     }
+
+
+def _classes(targets: Any) -> Tensor | None:
+    """Return the class (B,) of each image; None for other targets, such as masks, which would fill the memory."""
+    try:
+        label_B = torch.as_tensor(targets).cpu()
+    except (RuntimeError, TypeError, ValueError):  # None, names, values by name: nothing that a tensor holds
+        return None
+    return label_B if label_B.ndim == 1 and not label_B.is_floating_point() else None
 
 
 def _check_labels(label_B: Tensor | None, images: int, classes: int, routers: Mapping[str, Router]) -> None:
@@ -139,17 +148,22 @@ def _again(model: nn.Module, name: str, images: Batches) -> Iterator[Tensor]:
     """Yield the input (B, T, D) of an FFN for each batch."""
     found: list[Tensor] = []
     with _tokens_of(model.get_submodule(name), found.append):
-        for batch, _ in pairs(images):
+        for batch, _ in pairs(images, find_backbone(model)):
             _run(model, batch)
             yield found.pop()
 
 
-def pairs(images: Batches) -> Iterator[tuple[Tensor, Any]]:
-    """Yield the batches. Raises DataError for one that is no pair of images and labels."""
+def pairs(images: Batches, backbone: Backbone) -> Iterator[tuple[Tensor, Any]]:
+    """Yield the batches. Raises DataError for one that is no pair of images, as the model takes them, and labels."""
     for pair in images:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise DataError(f"images have a batch of type {type(pair).__name__}: expected (images, labels)")
         expect("images", pair[0], Tensor, "give batches of (images, labels)")
+        if backbone.has_images and pair[0].ndim != 4:
+            raise DataError(
+                f"images have a batch of shape {tuple(pair[0].shape)}: expected (images, channels, height, width); "
+                f"give batches of (images, labels)"
+            )
         yield pair[0], pair[1]
 
 

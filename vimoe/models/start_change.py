@@ -60,7 +60,7 @@ def measure_start(model: nn.Module, convert: Callable[[nn.Module], Any], images:
         kind = " of standard normal values" if images is None else ""
         if images is None:
             images = [(torch.randn(IMAGES, *backbone.input_size), None)]
-        first = next(pairs(images), None)
+        first = next(pairs(images, backbone), None)
         if first is None:
             raise DataError("no images to measure a start on: expected some; leave images out")
         x = first[0].to(weight.device, weight.dtype)
