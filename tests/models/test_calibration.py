@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[Callable[[list], object], dict, str]] = {
     "an iterator": (generator, {}, "images=generator, which is read once: expected a list"),
     "images alone": (lambda given: [x for x, _ in given], {}, "images have a batch of type Tensor: expected"),
     "names for images": (lambda _: [(["a.jpg"], [0])], {}, "images is of type list, .*: expected Tensor; give batches"),
-    "one image for a batch": (lambda given: [(given[0][0][0], 1)], {}, r"a batch of shape \(3, .*: expected \(images, channels"),
+    "one image": (lambda given: [(given[0][0][0], 1)], {}, r"of shape \(3, .*: expected \(images, channels"),
     "no labels for classes": (
         lambda given: [(x, None) for x, _ in given], {"router": "superclass"}, "without a class",
     ),

@@ -16,13 +16,13 @@ import torch
 from helpers.pickles import PICKLE
 from helpers.slow import one_in
 from helpers.tiny import config, layers, perturb_experts, randomise, upcycle
-from helpers.tiny_transformers import ENCODER, INPUTS, OTHERS, VITS, tiny, vit
+from helpers.tiny_transformers import ENCODER, INPUTS, OTHERS, TEXT, VITS, tiny, vit
 from torch import Tensor, nn
 
 import vimoe
 from vimoe.config.model import ModelConfig
 from vimoe.config.train import TrainConfig
-from vimoe.errors import ConfigError, FolderError, SurgeryError
+from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError
 from vimoe.models import transformers_files, transformers_vit
 from vimoe.models.create import create, create_without_weights
 from vimoe.models.frozen_trunk import cut_before
@@ -196,6 +196,21 @@ def test_what_needs_images_is_refused_in_its_own_words(name: str, tmp_path: Path
         with pytest.raises(SurgeryError, match=f"{made[0]} gets .*plan, count and save expect .* one size") as error:
             ask()
         assert "\n" not in str(error.value) and "routing" not in str(error.value)
+
+
+def test_a_model_that_asks_for_more_than_images_is_refused_in_one_line(tmp_path: Path) -> None:
+    blip = tiny("BlipForConditionalGeneration", "BlipConfig", {"vision_config": ENCODER, "text_config": TEXT})
+    settings = config(layers="vision_model.*mlp*", routing="token")
+    for call in (
+        lambda: vimoe.count(blip),
+        lambda: vimoe.plan(blip, settings),
+        lambda: vimoe.upcycle(blip, settings),
+        lambda: vimoe.save(blip, tmp_path / "m"),
+    ):
+        with pytest.raises(VimoeError, match="does not run on images") as raised:
+            call()
+        assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_routers_that_look_at_later_words_are_refused() -> None:

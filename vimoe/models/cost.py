@@ -89,9 +89,15 @@ def _macs(model: nn.Module, layers: Iterable[MoE], input_size: tuple[int, int, i
         counter = stack.enter_context(FlopCounterMode(display=False))
         try:
             find_backbone(model).run(images)
-        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        except VimoeError:
+            raise
+        except Exception as error:  # whatever a model raises for images that it does not take
             if input_size is None:
-                raise
+                size = tuple(images.shape[1:])
+                raise VimoeError(
+                    f"the model does not run on images of shape {size} alone: {first_line(error)}; use one that does, "
+                    f"such as its image encoder"
+                ) from error
             raise VimoeError(
                 f"input_size={input_size}: the model does not take it ({first_line(error)}); expected such as "
                 f"{find_backbone(model).input_size}"

@@ -99,7 +99,12 @@ def save(
             rename(temporary, path)
     except VimoeError:
         raise
-    except (ValueError, OSError, SafetensorError) as error:  # the last of a full disk
+    except ValueError as error:  # of values that do not fit the model, or that JSON cannot hold
+        raise FolderError(
+            f"{path} could not be written: {first_line(error)}; pass model_args={{...}} and preprocessing={{...}} that "
+            f"fit the model"
+        ) from error
+    except (OSError, SafetensorError) as error:  # the last of a full disk
         raise FolderError(
             f"{path} could not be written: {first_line(error)}; make room, or name another folder"
         ) from error
@@ -280,7 +285,7 @@ def _prove(model: nn.Module, path: Path) -> None:
     try:
         with _evaluating(model), torch.no_grad():
             expected, got = (_logits(each, images) for each in (model, rebuilt))
-    except RuntimeError as error:
+    except Exception as error:  # whatever a model raises that asks for more than images
         raise FolderError(
             f"the model, or what the folder rebuilds, does not run on images of {tuple(images.shape[1:])} in "
             f"{images.dtype}: {first_line(error)}; give all of its weights one type, or pass model_args={{...}}"

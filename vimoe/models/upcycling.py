@@ -384,15 +384,15 @@ def _shapes(backbone: Backbone, chosen: Sequence[Site]) -> dict[str, tuple[int, 
     shapes: dict[str, tuple[int, ...]] = {}
 
     def see(name: str) -> Callable[..., None]:
-        return lambda _module, args: shapes.__setitem__(name, tuple(args[0].shape))
+        return lambda _module, args, kwargs: shapes.update({name: tuple((*args, *kwargs.values())[0].shape)})
 
     for site in chosen:
-        copied.get_submodule(site.name).register_forward_pre_hook(see(site.name))
+        copied.get_submodule(site.name).register_forward_pre_hook(see(site.name), with_kwargs=True)
     images = meta_images(copied, 2)
     try:
         with torch.no_grad():
             copied(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:  # whatever a model raises that asks for more than images
         size = tuple(images.shape[1:])
         raise SurgeryError(f"the model does not run on images of shape {size}: {first_line(error)}") from error
     return shapes
