@@ -146,6 +146,13 @@ def test_hooks_do_what_they_did(where: str) -> None:
         torch.testing.assert_close(vimoe.optimize(model)(x), expected)
 
 
+def test_inputs_given_by_name_are_cast_too() -> None:
+    model = vimoe.optimize(vit(), torch.bfloat16)
+    x = images(model)
+    with torch.inference_mode():
+        assert torch.equal(model(x=x), model(x)) and model(x=x).dtype == torch.bfloat16
+
+
 def test_a_type_that_does_not_float_is_refused() -> None:
     with pytest.raises(vimoe.VimoeError, match="floating"):
         vimoe.optimize(vit(), torch.int8)

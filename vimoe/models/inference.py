@@ -119,8 +119,10 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for layer, router in routers.items():
         layer.router = router
 
-    def cast(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        floating = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args]
-        return tuple(a.to(dtype) if is_ else a for a, is_ in zip(args, floating, strict=True))
+    def cast(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(as_type, args)), {name: as_type(value) for name, value in kwargs.items()}
 
-    model.register_forward_pre_hook(cast)
+    def as_type(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    model.register_forward_pre_hook(cast, with_kwargs=True)
