@@ -147,8 +147,9 @@ def test_blocks_are_those_of_the_vit_where_it_is_a_numbered_part_itself() -> Non
 def test_hooks_that_experts_would_not_call_are_refused(part: str, hook: str) -> None:
     model = vit(depth=2)
     handle = getattr(model.blocks[1].get_submodule(part), hook)(lambda *args: None)
-    with pytest.raises(SurgeryError, match=r"blocks\.1\.mlp \(block 1\) has forward hooks"):
-        vimoe.upcycle(model, config(layers="all"))
+    for change in (vimoe.upcycle, vimoe.plan):
+        with pytest.raises(SurgeryError, match=r"blocks\.1\.mlp \(block 1\) has forward hooks"):
+            change(model, config(layers="all"))
     assert not converted(model)
     handle.remove()
     assert converted(vimoe.upcycle(model, config(layers="all"))) == mlps(0, 1)

@@ -110,6 +110,8 @@ def plan(
         warnings.simplefilter("ignore")
         replaced = _new_layers(copied, config)
     changed = tuple(site for site in sites(model) if site.name in replaced)
+    for site in changed:
+        _check_hooks(site)  # the copy has none
     dense = count(model, input_size)
     layers = [module for module in replaced.values() if isinstance(module, MoE)]
     start = None if all(layer.keeps_function for layer in layers) else _start_change(model, layers, config, images)
@@ -311,13 +313,15 @@ def _replacements(
     for site in chosen:
         if isinstance(site.module, MoE):
             raise SurgeryError(f"{site} is an MoE layer already: expected a dense FFN; densify it first")
-        if ffn.has_hooks(site.module):
-            raise SurgeryError(
-                f"{site} has forward hooks, which experts would not call: expected none; remove them first"
-            )
+        _check_hooks(site)
         _describe(site, site.module)
     layouts = _layouts(backbone, config, chosen, shapes)
     return {site.name: _upcycled(site, config, layouts[site.name]) for site in chosen}
+
+
+def _check_hooks(site: Site) -> None:
+    if ffn.has_hooks(site.module):
+        raise SurgeryError(f"{site} has forward hooks, which experts would not call: expected none; remove them first")
 
 
 def _describe(site: Site, dense: nn.Module) -> None:
