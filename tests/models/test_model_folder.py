@@ -16,7 +16,7 @@ from helpers.tiny import config, images, layers, perturb_experts, randomise, upc
 from torch import nn
 
 import vimoe
-from vimoe.errors import FolderError
+from vimoe.errors import ConfigError, FolderError
 from vimoe.models.cost import meta_images
 from vimoe.models.interface import label_names
 
@@ -259,6 +259,23 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     assert not sprung.exists()
     pickle.loads(bomb)
     assert sprung.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"meann": [0.5, 0.5, 0.5]}, "preprocessing has 'meann': did you mean 'mean'"),
+        ({"std": [0, 0, 0]}, "std=.*: expected values above 0"),
+        ({"mean": torch.zeros(3)}, "mean=.*: expected three values"),
+        ({"interpolation": "xyz"}, "interpolation='xyz': expected one of"),
+        ({"crop_pct": "most"}, "crop_pct='most': expected"),
+    ],
+)
+def test_preprocessing_that_nothing_reads_so_is_refused(tmp_path: Path, given: dict, message: str) -> None:
+    for write in (vimoe.save, vimoe.export):
+        with pytest.raises(ConfigError, match=message):
+            write(vit(), tmp_path / "m", preprocessing=given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_a_model_folder_is_ever_replaced(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from vimoe.config.checks import LARGEST_SEED, bounded, check_fields, check_range, one_of
+from vimoe.config.checks import LARGEST_SEED, bounded, check_choice, check_fields, check_range, one_of
 from vimoe.config.registry import Registry
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, nearest
 
 Cache = Literal["none", "memory", "disk", "features"]
 TASKS = Registry(
@@ -20,6 +20,7 @@ TASKS = Registry(
     },
 )
 Inference = Literal["slide", "whole"]
+PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")  # timm's names of it
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
 
@@ -97,16 +98,37 @@ class DataConfig:
                 )
 
 
-def check_normalisation(name: str, values: object) -> None:
+def check_preprocessing(values: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise ConfigError for preprocessing in timm's terms with a name or value that nothing reads as it is meant.
+
+    Args:
+        values: values by name, those of `PREPROCESSING` alone; None stands for the model's own.
+        own: the model's own preprocessing, whose values are taken as they are.
+    """
+    if unknown := next((name for name in values if name not in PREPROCESSING), None):
+        raise ConfigError(f"preprocessing has {unknown!r}: {nearest(str(unknown), PREPROCESSING)}")
+    new = {name: each for name, each in values.items() if each is not None and repr(each) != repr(own.get(name))}
+    for name in ("mean", "std"):
+        check_normalisation(name, new.get(name), own["input_size"][0])
+    if "crop_pct" in new:
+        check_range("crop_pct", new["crop_pct"], 0.1, 1)
+    if "interpolation" in new:
+        check_choice("interpolation", new["interpolation"], INTERPOLATIONS)
+
+
+def check_normalisation(name: str, values: object, channels: int = 3) -> None:
     """Raise ConfigError if a mean or std is not in 0..1; None stands for the model's own.
 
     Args:
         name: "mean" or "std".
-        values: one value for each of the three channels, or one for all.
+        values: one value for each of the channels, or one for all.
+        channels: number of channels.
     """
     if values is None:
         return
-    if not isinstance(values, (tuple, list)) or len(values) not in (1, 3):
+    if isinstance(values, (tuple, list)) and len(values) not in (1, channels) and channels != 3:
+        raise ConfigError(f"{name}={values!r}: expected a value for each of the {channels} channels, or one for all")
+    if not isinstance(values, (tuple, list)) or len(values) not in (1, channels):
         raise ConfigError(f"{name}={values!r}: expected three values, of red, green and blue, such as [0.5, 0.5, 0.5]")
     for value in values:
         check_range(name, value, 0, math.inf)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vimoe.config.data import check_preprocessing
 from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
@@ -60,6 +61,7 @@ def save(
     Raises:
         FolderError: if the folder is there already, is no model folder, or would not rebuild the model; nothing is
             left behind.
+        ConfigError: if preprocessing has a name or value that it cannot have.
         VimoeError: if the model is optimised.
 
     >>> import tempfile, timm, vimoe
@@ -86,6 +88,8 @@ def save(
         raise FolderError(
             f"{len(label_names)} label_names for {backbone.num_classes} classes: expected a name for each"
         )
+    if preprocessing:
+        check_preprocessing(preprocessing, backbone.data_config({}))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(path.parent) as temporary:

@@ -200,6 +200,9 @@ def test_mistakes_are_one_line_and_leave_nothing(
         vimoe.export(eager, tmp_path / "out", format="eager", images=torch.zeros(2, 3, 8, 8))
     with pytest.raises(vimoe.VimoeError, match="no family knows Linear"):
         vimoe.export(nn.Linear(2, 2), tmp_path / "out", format="eager")
+    eager.pretrained_cfg = {**eager.pretrained_cfg, "label_names": ["one"]}
+    with pytest.raises(vimoe.VimoeError, match="classes and 1 label names"):
+        vimoe.export(eager, tmp_path / "out", format="eager")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vimoe.config.data import check_preprocessing
 from vimoe.config.export import FORMATS
 from vimoe.errors import ConfigError, FolderError, SurgeryError
 from vimoe.files import read_text, write_json, write_text
@@ -65,7 +66,7 @@ def export(
 
     Raises:
         ConfigError: if the format is unknown, needs a library that is not installed, or has no int8 weights; or if the
-            images have another size than the model's.
+            images have another size than the model's, or preprocessing has a name or value that it cannot have.
         SurgeryError: if the model cannot be traced, or the file computes something else; nothing is left behind.
         FolderError: if the folder is there already, or cannot be written.
 
@@ -84,6 +85,8 @@ def export(
                 f"images of {tuple(images.shape)}: expected (M, {', '.join(map(str, image_size(exported)))}), as the "
                 f"model's images are; resize them"
             )
+        check_preprocessing(preprocessing or {}, find_backbone(exported).data_config({}))
+        prepared, labels = find_backbone(exported).data_config(preprocessing or {}), label_names(exported)
         file = folder / writer.file
         try:
             with _disk(path):
@@ -100,9 +103,8 @@ def export(
             with _disk(path):
                 writer.quantize(file, folder / writer.int8_file)
             forwards[writer.int8_file] = writer.load(folder / writer.int8_file)
-        prepared = find_backbone(exported).data_config(preprocessing or {})
         write_json(folder / PREPROCESSING, {**prepared, "input_size": image_size(exported)})
-        write_json(folder / LABELS, {"labels": label_names(exported)})
+        write_json(folder / LABELS, {"labels": labels})
         scored = logits_of(exported, seen.images[:1])
         if writer.script and scored.ndim == 2 and image_size(exported)[0] == 3:  # it names a class for each RGB image
             write_text(folder / writer.script, read_text(Path(__file__).parent / writer.script))
