@@ -19,6 +19,7 @@ from helpers.pickles import PICKLE
 from helpers.pictures import folder, picture, roles
 from helpers.slow import one_in
 from helpers.tiny import vit
+from PIL import Image, ImageColor
 from safetensors.torch import load_file
 
 import vimoe.data.decoded
@@ -501,6 +502,24 @@ def test_columns_of_a_table_are_found_or_named(tmp_path: Path) -> None:
         load_data(config(path, label_column="corse"))
     with pytest.raises(DataError, match="image_column='label': no such column of type Image"):
         load_data(config(path, image_column="label", label_column="label"))
+
+
+def test_a_cache_does_not_take_one_column_of_images_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row has one file and one index, whichever of its images is read."""
+    import datasets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kinds = {"before": datasets.Image(), "after": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    colours = {"before": "red", "after": "blue"}
+    values = {name: [Image.new("RGB", (8, 8), colour)] * 6 for name, colour in colours.items()}
+    table = datasets.Dataset.from_dict({**values, "label": [0, 1] * 3}, datasets.Features(kinds))
+    table.save_to_disk(str(tmp_path / "table"))
+    for column, colour in colours.items():
+        data = load_data(config(f"hfds/{tmp_path / 'table'}", image_column=column))
+        assert decode(data.train, Shrink(8), "disk")[0][0].getpixel((0, 0)) == ImageColor.getrgb(colour)
+        assert all(name.endswith(f"/{column}") for name in data.names(data.train))
 
 
 def test_the_order_of_a_tables_class_names_is_kept_and_unused_ones_left_out(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ def _rows(root: Path, split: str, rows: Any, image_column: str, label_column: st
         )
     images = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     file = next((Path(file["filename"]) for file in images.cache_files), None)
+    alone = sum(type(feature).__name__ == "Image" for feature in rows.features.values()) == 1
     return [
-        (names[label] if names else str(label), Row(root, split, index, image_column, file, images))
+        (names[label] if names else str(label), Row(root, split, index, image_column, file, images, alone))
         for index, label in enumerate(labels)
     ]

@@ -12,7 +12,7 @@ import PIL
 from vimoe.errors import FolderError, first_line
 from vimoe.files import TEMPORARY, discard
 
-MADE_BY = f"vimoe 2, Pillow {PIL.__version__}"  # another version of Pillow may decode differently
+MADE_BY = f"vimoe 3, Pillow {PIL.__version__}"  # another version of Pillow may decode differently
 STALE = 24 * 60 * 60  # seconds without a write, after which an unfinished file is of a process that was killed
 
 
