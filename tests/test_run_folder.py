@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from vimoe.errors import FolderError
-from vimoe.files import HOLDER, LOCK
-from vimoe.run_folder import check_new, is_locked, locked
+from vimoe.files import HOLDER, LOCK, TEMPORARY
+from vimoe.run_folder import check_new, is_locked, locked, made_whole
 
 
 def _hold(folder: Path, held: object) -> None:
@@ -50,3 +51,22 @@ def test_a_folder_that_cannot_be_made_is_refused_before_it_is_tried(tmp_path: Pa
     with pytest.raises(FolderError, match="--out .*file/run/deep cannot be created: .*file is no folder; name another"):
         check_new(tmp_path / "file" / "run" / "deep")
     assert check_new(tmp_path / "a" / "b") == tmp_path / "a" / "b" and not (tmp_path / "a").exists()
+
+
+def test_a_folder_made_whole_takes_the_place_of_what_a_killed_process_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / f"{TEMPORARY}model").mkdir(parents=True)
+    for name in (LOCK, HOLDER, f"{TEMPORARY}model/half"):
+        (out / name).touch()
+    with made_whole(out) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in out.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_what_another_process_put_there_meanwhile_stays(tmp_path: Path, busy: bool) -> None:
+    (tmp_path / "out").mkdir()
+    with ExitStack() as held, pytest.raises(FolderError, match="out cannot be created: Directory not empty"):
+        with made_whole(tmp_path / "out"):
+            held.enter_context(locked(tmp_path / "out")) if busy else (tmp_path / "out" / "notes").touch()
+    assert busy or (tmp_path / "out" / "notes").exists()

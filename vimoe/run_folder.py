@@ -107,6 +107,9 @@ def made_whole(path: str | Path) -> Iterator[Path]:
             yield folder
         except FolderError as error:
             raise FolderError(str(error).replace(str(folder), str(path))) from error
+        if target.is_dir() and not is_locked(target):
+            for left in filter(is_own, list(target.iterdir())):  # by a process that was killed; others stay
+                discard(left)
         try:
             folder.rename(target)  # replaces an empty folder only: fails if something was put there meanwhile
         except OSError as error:
