@@ -242,8 +242,10 @@ def explore(verb: str, argv: list[str]) -> Result:
         )
     from vimoe.explore.server import serve
     from vimoe.explore.session import Session
-    from vimoe.explore.static_page import write_page
+    from vimoe.explore.static_page import make_place, write_page
 
+    if static is not None:
+        make_place(Path(static))  # before the work that a page is
     with closing(Session(options["run"], options["images"])) as session:
         if static is None:
             serve(session, options["host"], options["port"], _tell)

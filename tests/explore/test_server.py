@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from helpers.commands import refused
 from helpers.explored import explored, served
 
 from vimoe.errors import ConfigError
@@ -117,3 +118,16 @@ def test_a_taken_port_is_told(address: str, tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="--port .* expected a free port"):
         serve(None, "127.0.0.1", int(address.rpartition(":")[2]), print)  # type: ignore[arg-type]
+
+
+def test_a_page_does_not_take_the_place_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vimoe.verbs.open_run", lambda path: path)
+    monkeypatch.setattr("vimoe.explore.session.Session", None)  # the mistake is told before any work
+    (tmp_path / "index.html").write_text("mine", encoding="utf-8")
+    told = refused(capsys, "explore", tmp_path, "--static", tmp_path)
+    assert "already has an index.html: expected a folder without one" in told
+    told = refused(capsys, "explore", tmp_path, "--static", tmp_path / "index.html")
+    assert "index.html cannot be created: File exists" in told
+    assert (tmp_path / "index.html").read_text(encoding="utf-8") == "mine"

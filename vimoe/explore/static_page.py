@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vimoe.errors import FolderError
 from vimoe.explore.server import PAGE
 from vimoe.explore.session import Session, data_uri
 from vimoe.files import read_text, write_text
@@ -16,15 +17,24 @@ NAME = "index.html"
 IMAGES = 24  # that can be looked at
 
 
+def make_place(folder: Path) -> None:
+    """Create the folder of a page if it is missing. Raises FolderError if that fails, or it has an index.html."""
+    if (folder / NAME).exists():
+        raise FolderError(f"--static {folder} already has an {NAME}: expected a folder without one; name another one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"--static {folder} cannot be created: {error.strerror}; name another folder") from error
+
+
 def write_page(session: Session, folder: Path, images: int = IMAGES) -> Path:
-    """Write index.html into a folder, which is made if it is missing, and return its path.
+    """Write index.html into a folder that exists (`make_place`), and return its path.
 
     Args:
         session: the run that is looked at.
         folder: folder to write into.
         images: number of validation images that can be looked at, from the first.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state, looks = session.state(), dict[str, Any]()
     for index in track(range(min(images, len(session.files))), "overruling layers"):
         looks[f"{index}"] = session.look(index, {})
