@@ -66,7 +66,10 @@ def test_a_folder_made_whole_takes_the_place_of_what_a_killed_process_left(tmp_p
 @pytest.mark.parametrize("busy", [True, False])
 def test_what_another_process_put_there_meanwhile_stays(tmp_path: Path, busy: bool) -> None:
     (tmp_path / "out").mkdir()
-    with ExitStack() as held, pytest.raises(FolderError, match="out cannot be created: Directory not empty"):
-        with made_whole(tmp_path / "out"):
-            held.enter_context(locked(tmp_path / "out")) if busy else (tmp_path / "out" / "notes").touch()
+    refused = pytest.raises(FolderError, match="out cannot be created: Directory not empty")
+    with ExitStack() as held, refused, made_whole(tmp_path / "out"):
+        if busy:
+            held.enter_context(locked(tmp_path / "out"))
+        else:
+            (tmp_path / "out" / "notes").touch()
     assert busy or (tmp_path / "out" / "notes").exists()

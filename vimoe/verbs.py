@@ -234,22 +234,26 @@ def explore(verb: str, argv: list[str]) -> Result:
     options = parser.parse_args(argv)
     if options["images"] < 1:
         raise ConfigError(f"--images {options['images']}: expected at least 1")
+    if not 0 <= options["port"] < 2**16:
+        raise ConfigError(f"--port {options['port']}: expected 0 to {2**16 - 1}; name another")
     open_run(options["run"])  # reports a wrong folder before the slow import of torch
     static = options["static"]
-    if static is None and not find_spec("starlette"):
+    if static is None and not (find_spec("starlette") and find_spec("uvicorn")):
         raise ConfigError(
             "vimoe explore needs starlette and uvicorn: pip install 'vimoe[explore]'; or use --static DIR"
         )
-    from vimoe.explore.server import serve
+    from vimoe.explore.server import bound, serve
     from vimoe.explore.session import Session
     from vimoe.explore.static_page import make_place, write_page
 
-    if static is not None:
-        make_place(Path(static))  # before the work that a page is
+    # a mistaken place is told before the work that a session is
+    if static is None:
+        host = options["host"]
+        with bound(host, options["port"]) as listening, closing(Session(options["run"], options["images"])) as session:
+            serve(session, listening, host, _tell)
+        return "stopped", {}
+    make_place(Path(static))
     with closing(Session(options["run"], options["images"])) as session:
-        if static is None:
-            serve(session, options["host"], options["port"], _tell)
-            return "stopped", {}
         page = write_page(session, Path(static))
     return str(page), {"page": str(page)}
 

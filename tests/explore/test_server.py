@@ -9,6 +9,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -16,7 +17,7 @@ import pytest
 from helpers.commands import refused
 from helpers.explored import explored, served
 
-from vimoe.errors import ConfigError
+from vimoe.explore.server import bound, serve
 from vimoe.explore.session import Session
 
 pytest.importorskip("starlette")
@@ -113,11 +114,28 @@ def test_a_file_that_is_too_large_is_not_read_to_its_end(address: str, monkeypat
     assert status == 400 and "more than 1 MiB" in json.loads(content)["error"]
 
 
-def test_a_taken_port_is_told(address: str, tmp_path: Path) -> None:
-    from vimoe.explore.server import serve
+def test_a_port_that_cannot_be_had_is_told_before_any_work(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vimoe.verbs.open_run", lambda path: path)
+    monkeypatch.setattr("vimoe.explore.session.Session", None)
+    told = refused(capsys, "explore", tmp_path, "--port", address.rpartition(":")[2])
+    assert "--port" in told and "expected a free port" in told
+    for port in (-1, 70000):
+        assert f"--port {port}: expected 0 to 65535" in refused(capsys, "explore", tmp_path, f"--port={port}")
+    monkeypatch.setattr("vimoe.verbs.find_spec", lambda name: name == "starlette")
+    assert "needs starlette and uvicorn" in refused(capsys, "explore", tmp_path)
 
-    with pytest.raises(ConfigError, match="--port .* expected a free port"):
-        serve(None, "127.0.0.1", int(address.rpartition(":")[2]), print)  # type: ignore[arg-type]
+
+def test_an_address_with_colons_is_shown_and_answered_in_brackets(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert get(address + "/state", Host="[::1]:7860")[0] == 200
+    told: list[str] = []
+    monkeypatch.setattr("uvicorn.Server", lambda config: SimpleNamespace(run=lambda sockets: None))
+    with bound("127.0.0.1", 0) as listening:  # a machine need not have IPv6
+        serve(SimpleNamespace(state=dict), listening, "fd00::1", told.append)  # type: ignore[arg-type]
+    assert told[0].startswith("http://[fd00::1]:")
 
 
 def test_a_page_does_not_take_the_place_of_another(

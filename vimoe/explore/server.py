@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page"
 LARGEST = 64 * 2**20  # bytes of an image
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "[::1]")  # as they are in a URL
 # nothing of elsewhere, and nothing that a name with markup could bring
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
 
@@ -91,32 +92,34 @@ async def _with_policy(request: Request, answer: Callable[[Request], Awaitable[R
     return response
 
 
-def serve(session: Session, host: str, port: int, say: Callable[[str], Any]) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket of an address and a port. Raises ConfigError if the port is taken."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(f"--port {port} at {host}: {reason}: expected a free port; name another") from error
+    return listening
+
+
+def serve(session: Session, listening: socket.socket, host: str, say: Callable[[str], Any]) -> None:
     """Serve a session until Ctrl-C.
 
     Args:
         session: the run that is looked at.
-        host: address to listen at.
-        port: port to listen at.
+        listening: where to listen (`bound`).
+        host: address that it was bound to.
         say: function that prints the page's address.
-
-    Raises:
-        ConfigError: if the port is taken.
     """
-    import socket
-
     import uvicorn
 
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(f"--port {port} at {host}: {reason}: expected a free port; name another") from error
-        hosts = (*LOCAL, host) if host not in ("0.0.0.0", "::") else ("*",)
-        say(f"http://{host}:{listening.getsockname()[1]}/ until Ctrl-C")
-        uvicorn.Server(uvicorn.Config(app(session, hosts), log_level="warning")).run([listening])
+    shown = f"[{host}]" if ":" in host else host
+    hosts = (*LOCAL, shown) if host not in ("0.0.0.0", "::") else ("*",)
+    say(f"http://{shown}:{listening.getsockname()[1]}/ until Ctrl-C")
+    uvicorn.Server(uvicorn.Config(app(session, hosts), log_level="warning")).run([listening])
 
 
 def _asked(text: str) -> dict[str, str]:
