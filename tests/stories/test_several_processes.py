@@ -170,6 +170,13 @@ def test_a_failure_of_one_ends_all_with_its_line(photos: Path, tmp_path: Path, h
         assert [status for status, _, _ in finish(start(1, "-m", "vimoe", "train", "--resume", out))] == [0]
 
 
+def test_processes_that_read_different_images_do_not_train(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "blind"
+    ended = finish(start(2, FAILING, "blind", 1, 0, *train(photos, out, "--data.skip_unreadable=true")), 200)
+    assert [status for status, _, _ in ended] == [2, 2], ended
+    assert len(lines(ended)) == 1 and "the processes found different images: expected the same" in lines(ended)[0]
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
 from vimoe.data.order import mix
 from vimoe.data.splits import is_split
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, DataError
 from vimoe.experiments.task_sequence import TaskSequence
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
 from vimoe.metrics.registry import METRICS
@@ -61,7 +62,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     check_outside("--out", out, settings.data.path)
     settings = with_own_layers(settings)
     kind = task_class(settings)
-    data = kind.find(settings.data)
+    data = process.first_then_all(kind.find, settings.data)  # the others find what it has opened in the cache
     check_evaluated(len(data.val), settings.train, process)
     _check_start(kind, data, settings)
     settings = _check_architecture(kind, data, settings)
@@ -108,7 +109,7 @@ def resume_training(path: str | Path) -> dict[str, Any]:
             *(run.path / name for name in (run_folder.CHECKPOINT.parent, run_folder.FIGURES)),
         )
         kind = task_class(settings)
-        data = kind.find(settings.data, validation=run.validation())
+        data = process.first_then_all(partial(kind.find, settings.data, validation=run.validation()))
         check_evaluated(len(data.val), settings.train, process)
         random = replace(settings.model, pretrained=False)  # the checkpoint has the weights
         set_seed(settings.train.seed)
@@ -293,6 +294,11 @@ def _train(
         trained = trained_modules(model, stage.train.trained, converted)
         # may compute features for minutes: the folder is ours
         job = kind(stage).job(model, parts[number] if sequence else data, scanned, prepared, trained)
+        if len(set(process.gather((job.fingerprint, len(data.val))))) > 1:  # else each would wait for steps of others
+            raise DataError(
+                f"data.path={settings.data.path}: the processes found different images: expected the same in each; "
+                f"check that all of them can read every image, or leave data.skip_unreadable out"
+            )
         process.once(run_folder.write_validation, folder, data.names(data.val) if data.split_off else [])
         process.once(run_folder.write_settings, folder, noted)
         staged = number if settings.train.stages or sequence else None
