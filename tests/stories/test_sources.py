@@ -540,6 +540,22 @@ def test_a_split_without_labels_is_told_where_it_is_used(tmp_path: Path) -> None
     assert len(load_data(config(path, test_split="none")).val) == 9
 
 
+@pytest.mark.parametrize("split", ["test", "before"])
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_split_without_a_column_is_told_where_it_is_used(tmp_path: Path, split: str, column: str) -> None:
+    """Whichever split is the first: "before" sorts before "train"."""
+    import datasets
+
+    whole = datasets.load_dataset(str(as_parquet(roles(tmp_path / "photos", test=0), tmp_path / "table")))
+    part = whole["train"].remove_columns(column)
+    splits = {split: part, **whole} if split == "before" else {**whole, split: part}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    path = f"hfds/{tmp_path / 'saved'}"
+    with pytest.raises(DataError, match=f"split '{split}' has no column '{column}': expected {column}s; leave the "):
+        load_data(config(path, test_split=split))
+    assert len(load_data(config(path, test_split="none")).val) == 9
+
+
 def test_without_the_package_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -52,7 +52,8 @@ def hugging_face(name: str, image_column: str | None, label_column: str | None) 
         DataError: if `datasets` is not installed, the data set cannot be loaded, or a column is not as expected.
     """
     root, splits = open_tables(name)
-    images, labels = _columns(root, next(iter(splits.values())).features, image_column, label_column)
+    fullest = max((table.features for table in splits.values()), key=len)  # a test split may come without labels
+    images, labels = _columns(root, fullest, image_column, label_column)
 
     def find(split: str | None, _: Counter[str]) -> ClassImages:
         chosen = splits if split is None else {split: splits[split]}
@@ -130,6 +131,12 @@ def _rows(root: Path, split: str, rows: Any, image_column: str, label_column: st
     """Return (class, image) for each row; labels are read, images are not."""
     from datasets import Image
 
+    for what, column in (("labels", label_column), ("images", image_column)):
+        if column not in rows.features:
+            raise DataError(
+                f"{root}, split {split!r} has no column {column!r}: expected {what}; leave the split out, as with "
+                f"--data.test_split none"
+            )
     labels = rows.select_columns([label_column])[:][label_column]
     names = getattr(rows.features[label_column], "names", None)
     fits = range(len(names)).__contains__ if names else lambda label: isinstance(label, (int, str)) and label != ""
