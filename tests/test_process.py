@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vimoe.errors import ConfigError, VimoeError
-from vimoe.process import Alone, Process, joined, launched
+from vimoe.process import Alone, Process, joined, launched, others_ended
 
 
 def test_alone_nothing_changes() -> None:
@@ -67,3 +67,13 @@ def test_several_that_cannot_meet_do_not_train_alone(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="WORLD_SIZE=4 .* start it by torchrun"):
         Process()
+
+
+def test_an_error_that_names_a_file_is_not_one_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waited = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert others_ended(waited) and others_ended(torch.distributed.DistNetworkError("timed out"))
+    assert not others_ended(OSError("/data/gloo/1.jpg")) and not others_ended(RuntimeError("/data/igloo/1.jpg"))
+    monkeypatch.delenv("RANK")
+    assert not others_ended(waited)  # nobody waits for a process that is alone

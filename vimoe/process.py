@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -70,7 +71,10 @@ def others_ended(error: Exception) -> bool:
     """Return True for the error of a process that waited for another one in vain."""
     import torch
 
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    # a plain RuntimeError of gloo; another error may name a file, such as /data/igloo/1.jpg
+    return launched() > 1 and isinstance(error, RuntimeError) and re.search(r"\bgloo\b", str(error)) is not None
 
 
 class Process:
