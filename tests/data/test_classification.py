@@ -260,6 +260,9 @@ def test_a_folder_says_which_images_it_gave(tmp_path: Path) -> None:
     assert (role, len(samples)) == ("all", 6)
     assert load_folder(roles(tmp_path / "roles", test=0), classes)[0] == "validation"
     assert load_folder(roles(tmp_path / "roles", test=1), classes)[0] == "test"
+    folder(tmp_path / "one" / "train", 2)
+    role, samples = load_folder(tmp_path / "one", classes)
+    assert (role, len(samples)) == ("all", 6)
 
 
 def test_digits_are_the_embedded_ones_whatever_is_in_the_working_directory(

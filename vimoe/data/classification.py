@@ -105,7 +105,7 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
 def load_folder(
     path: str | Path, classes: Sequence[str], config: DataConfig | None = None
 ) -> tuple[str, tuple[Sample, ...]]:
-    """Load images for a trained model: the test split of a data path, else its validation split, else all images.
+    """Load images for a trained model: the test split of a data path, else validation, else train, else all images.
 
     Args:
         path: data path, as `DataConfig.path`.
@@ -113,7 +113,7 @@ def load_folder(
         config: settings for reading: names of columns, and `skip_unreadable`.
 
     Returns:
-        Name of the images ("test", "validation", or "all" for data without roles), and the images.
+        Name of the images ("test", "validation", or "all" for data without these), and the images.
 
     Raises:
         DataError: errors of `load_data`.
@@ -122,7 +122,8 @@ def load_folder(
     if config.path == "digits":
         return "test", _by_names(_digits(config), classes)
     listing = list_data(config)
-    splits = {"test": _split(listing, "test", "test"), "validation": _split(listing, "val", "val"), "all": None}
+    roles = {"test": "test", "validation": "val", "all": "train"}
+    splits = {name: _split(listing, role, role) for name, role in roles.items()}
     name, split = next((name, split) for name, split in splits.items() if split or name == "all")
     found = {name: listing.classes(split)}
     check_levels(listing, found[name], listing.where(split))
