@@ -135,3 +135,15 @@ def test_a_name_that_is_too_long_is_one_line_and_leaves_nothing(tmp_path: Path) 
     with pytest.raises(FolderError, match="could not be written: File name too long"):
         files.write_text(tmp_path / ("a" * 256), "x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o002])
+def test_who_may_read_is_the_umask_s_to_say(tmp_path: Path, umask: int) -> None:
+    code = (
+        f"import os; os.umask({umask}); from pathlib import Path; from vimoe import files; here = Path({str(tmp_path)!r})\n"
+        "files.write_text(here / 'file', 'x'); open(here / 'usual', 'w', encoding='utf-8').close()\n"
+        "with files.temporary_folder(here) as folder: folder.rename(here / 'folder')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"file": 0o666 & ~umask, "usual": 0o666 & ~umask, "folder": 0o777 & ~umask}

@@ -21,6 +21,13 @@ from vimoe.errors import FolderError
 
 TEMPORARY = ".vimoe-tmp-"  # the final name is not part of it: that may have all 255 bytes that a name can have
 LOCK, HOLDER = ".vimoe-lock", ".vimoe-locked-by"  # of a locked run folder; only filelock writes to the first
+UMASK = os.umask(0o077)  # it can be read only by setting it, which threads that make files would notice later
+os.umask(UMASK)
+
+
+def set_usual_mode(path: Path) -> None:
+    """Give a file or folder that was made for its owner alone the mode that the user's umask lets a new one have."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
 
 
 @contextmanager
@@ -40,7 +47,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        set_usual_mode(temporary)
         temporary.replace(path)
         temporary = None
     except OSError as error:
@@ -121,7 +128,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
-        folder.chmod(0o755)
+        set_usual_mode(folder)
     except OSError as error:
         raise FolderError(f"no folder can be created in {parent}: {error.strerror}; name another one") from error
     try:

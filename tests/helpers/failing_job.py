@@ -61,12 +61,13 @@ def arm(how: str, rank: int, step: int) -> None:
         return checked
 
     _Steps.epoch = epoch
-    if how == "nan":
-        vimoe.training.loop.auxiliary_losses = losses
-    if how == "full":
-        checkpoint.write = full
-    if how == "blind":
-        vimoe.data.classification.check_images = fewer
+    changed = {
+        "nan": (vimoe.training.loop, "auxiliary_losses", losses),
+        "full": (checkpoint, "write", full),
+        "blind": (vimoe.data.classification, "check_images", fewer),
+    }
+    if how in changed:
+        setattr(*changed[how])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from vimoe.config.data import check_preprocessing
 from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
-from vimoe.files import TEMPORARY, read_text, rename, temporary_folder, write_json
+from vimoe.files import TEMPORARY, set_usual_mode, read_text, rename, temporary_folder, write_json
 from vimoe.models.folder_config import CONFIG, FORMAT, WEIGHTS, layers_of, read_section
 from vimoe.models.frozen_trunk import nearly_equal
 from vimoe.models.hub import find_folder
@@ -98,7 +98,7 @@ def save(
             weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
             safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
             _prove(model, temporary)
-            (temporary / WEIGHTS).chmod(0o644)  # it was made for its owner alone
+            set_usual_mode(temporary / WEIGHTS)
             _check_place(path, overwrite)  # again: somebody may have put something there meanwhile
             rename(temporary, path)
     except VimoeError:
