@@ -25,7 +25,7 @@ from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, DataError, FolderError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
-from vimoe.experiments.train import resume_training, run_training
+from vimoe.experiments.train import check_outside, resume_training, run_training
 from vimoe.files import TEMPORARY
 from vimoe.models.model_folder import load
 from vimoe.moe.layer import moe_layers
@@ -176,6 +176,14 @@ def test_a_model_that_cannot_be_saved_is_not_trained(
     with pytest.raises(FolderError, match="nothing notes how it is built"):
         run_training(settings(photos), tmp_path / "run")
     assert "train" not in steps and "train_loader" not in steps and not list((tmp_path / "run").iterdir())
+
+
+def test_a_link_to_itself_in_the_data_is_no_place(tmp_path: Path) -> None:
+    photos, link = roles(tmp_path / "photos", train=1, val=1, test=0), tmp_path / "photos" / "train" / "link"
+    link.symlink_to("link")
+    check_outside("--out", tmp_path / "run", photos)
+    with pytest.raises(ConfigError, match="run lies in .*photos"):
+        check_outside("--out", photos / "run", photos)
 
 
 def test_leftovers_of_a_training_that_was_killed_before_it_began_are_deleted(photos: Path, tmp_path: Path) -> None:

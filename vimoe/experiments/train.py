@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -125,12 +126,13 @@ def resume_training(path: str | Path) -> dict[str, Any]:
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:
     """Raise ConfigError for `out` inside the folder `data`, whose images its pictures would be taken for."""
-    folder, place = local(str(data)), Path(out).resolve()
+    folder, place = local(str(data)), Path(os.path.realpath(out))
     if folder is None or not folder.is_dir():
         return
     roles = [inside for inside in folder.iterdir() if inside.is_dir() and is_split(inside.name)]
     linked = [inside for each in (folder, *roles) for inside in each.iterdir() if inside.is_symlink()]
-    if any(place.is_relative_to(each.resolve()) for each in (folder, *linked)):
+    # realpath, because a link to itself is an error for Path.resolve
+    if any(place.is_relative_to(os.path.realpath(each)) for each in (folder, *linked)):
         raise ConfigError(
             f"{option} {out} lies in {data}, where its pictures would be taken for data: expected another place; name "
             f"one beside it"
