@@ -140,7 +140,8 @@ def test_a_name_that_is_too_long_is_one_line_and_leaves_nothing(tmp_path: Path) 
 @pytest.mark.parametrize("umask", [0o027, 0o002])
 def test_who_may_read_is_the_umask_s_to_say(tmp_path: Path, umask: int) -> None:
     code = (
-        f"import os; os.umask({umask}); from pathlib import Path; from vimoe import files; here = Path({str(tmp_path)!r})\n"
+        f"import os; os.umask({umask}); from pathlib import Path; from vimoe import files\n"
+        f"here = Path({str(tmp_path)!r})\n"
         "files.write_text(here / 'file', 'x'); open(here / 'usual', 'w', encoding='utf-8').close()\n"
         "with files.temporary_folder(here) as folder: folder.rename(here / 'folder')"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,34 @@ def test_a_killed_stage_is_gone_on_with_to_the_same_bits(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert logs(tmp_path / "whole") == logs(tmp_path / "killed")
     assert whole["stages"] == again["stages"] and whole["val"] == again["val"]
+
+
+def test_a_training_goes_on_from_another_working_directory(
+    photos: Path, tmp_path: Path, kill_after: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_training(settings(photos), "dense")
+    asked = settings(photos, model={"name": "local-dir:dense/model", "args": {}})
+    kill_after(2)
+    with pytest.raises(Killed):
+        run_training(asked, "killed")
+    kill_after(1000)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume_training(tmp_path / "killed")["val"]["images"] == 6
+
+
+def test_class_vectors_are_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = Settings(
+        model=ModelConfig(decoder="prompted", prompts="words.safetensors"),
+        data=DataConfig(path="digits", task="segmentation"),
+    )
+    noted = vimoe.experiments.train._from_anywhere(asked)
+    assert noted.model.prompts == str(tmp_path / "words.safetensors")
+    assert noted == replace(asked, model=replace(asked.model, prompts=noted.model.prompts))
 
 
 def test_a_training_killed_between_two_stages_too(

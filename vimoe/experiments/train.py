@@ -83,8 +83,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
         process.once(discard_leftovers, folder)  # of a training that was killed before it began
         process.once(checkpoint.check_space, folder, stages[-1][0], bool(settings.train.ema_decay))
         process.once(_try_to_save, model, data, prepared, folder)
-        noted = replace(settings, data=replace(settings.data, path=absolute(settings.data.path)))
-        return _train(task, model, data, scanned, prepared, converted, folder, noted)
+        return _train(task, model, data, scanned, prepared, converted, folder, _from_anywhere(settings))
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
@@ -122,6 +121,18 @@ def resume_training(path: str | Path) -> dict[str, Any]:
         task, prepared = kind(settings), preprocessing(model, settings.data)
         scanned = process.once(task.scan, data)
         return _train(task, model, data, scanned, prepared, converted, run.path, settings, number)
+
+
+def _from_anywhere(settings: Settings) -> Settings:
+    """Return settings whose paths mean the same from any working directory."""
+    name, prompts, folder = settings.model.name, settings.model.prompts, "local-dir:"
+    if name.startswith(folder):
+        name = f"{folder}{Path(name.removeprefix(folder)).resolve()}"
+    return replace(
+        settings,
+        data=replace(settings.data, path=absolute(settings.data.path)),
+        model=replace(settings.model, name=name, prompts=prompts and str(Path(prompts).resolve())),
+    )
 
 
 def check_outside(option: str, out: str | Path, data: str | Path) -> None:

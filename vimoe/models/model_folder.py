@@ -25,7 +25,7 @@ from vimoe.config.data import check_preprocessing
 from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
-from vimoe.files import TEMPORARY, set_usual_mode, read_text, rename, temporary_folder, write_json
+from vimoe.files import TEMPORARY, read_text, rename, set_usual_mode, temporary_folder, write_json
 from vimoe.models.folder_config import CONFIG, FORMAT, WEIGHTS, layers_of, read_section
 from vimoe.models.frozen_trunk import nearly_equal
 from vimoe.models.hub import find_folder
