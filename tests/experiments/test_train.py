@@ -300,17 +300,16 @@ def test_a_training_goes_on_from_another_working_directory(
     assert resume_training(tmp_path / "killed")["val"]["images"] == 6
 
 
-def test_class_vectors_are_found_from_another_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["transformers:{}here", "transformers:nowhere/vit", "vit_tiny_patch16_224"])
+def test_names_and_class_vectors_are_noted_for_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = Settings(
-        model=ModelConfig(decoder="prompted", prompts="words.safetensors"),
-        data=DataConfig(path="digits", task="segmentation"),
-    )
-    noted = vimoe.experiments.train._from_anywhere(asked)
-    assert noted.model.prompts == str(tmp_path / "words.safetensors")
-    assert noted == replace(asked, model=replace(asked.model, prompts=noted.model.prompts))
+    (tmp_path / "here").mkdir()
+    model = ModelConfig(name=name.format(""), decoder="prompted", prompts="words.safetensors")
+    asked = Settings(model=model, data=DataConfig(path="digits", task="segmentation"))
+    there = replace(model, name=name.format(f"{tmp_path}/"), prompts=f"{tmp_path}/words.safetensors")
+    assert vimoe.experiments.train._from_anywhere(asked) == replace(asked, model=there)
 
 
 def test_a_training_killed_between_two_stages_too(

@@ -125,9 +125,10 @@ def resume_training(path: str | Path) -> dict[str, Any]:
 
 def _from_anywhere(settings: Settings) -> Settings:
     """Return settings whose paths mean the same from any working directory."""
-    name, prompts, folder = settings.model.name, settings.model.prompts, "local-dir:"
-    if name.startswith(folder):
-        name = f"{folder}{Path(name.removeprefix(folder)).resolve()}"
+    name, prompts = settings.model.name, settings.model.prompts
+    kind, _, folder = name.partition(":")
+    if kind in ("local-dir", "transformers") and Path(folder).is_dir():  # transformers' may be a name on the hub
+        name = f"{kind}:{Path(folder).resolve()}"
     return replace(
         settings,
         data=replace(settings.data, path=absolute(settings.data.path)),
