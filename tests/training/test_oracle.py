@@ -152,6 +152,7 @@ def test_labels_of_the_half_that_teaches_reach_routers_alone(data: Data, tmp_pat
         {"balance_loss": 1.0, "z_loss": 1.0},
         {"mutual_loss": 1.0, "balance_loss": 0.0},
         {"distill_loss": 1.0, "ema_decay": 0.5, "balance_loss": 0.0},
+        {"route_loss": 1.0, "balance_loss": 0.0},
     ],
     ids=str,
 )
@@ -160,7 +161,12 @@ def test_images_that_teach_train_nothing_else_by_any_loss(
 ) -> None:
     """Of batches that teach as a whole, only routers learn."""
     monkeypatch.setattr(loop, "teaching", lambda places: torch.ones(len(places), dtype=torch.bool))
-    network = perturb_experts(model(top_k=2))
+    network = model(top_k=2)
+    if "route_loss" in further:
+        network = vimoe.densify(network)
+        seen = [(images(network, 12), torch.arange(12) % 3)]
+        vimoe.upcycle(network, config(router="superclass", num_experts=3), seen)
+    perturb_experts(network)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     network, _ = run(data, tmp_path, network, oracle_loss=1.0, weight_decay=0.0, **further)
     moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}

@@ -76,7 +76,10 @@ class Oracle:
 
 @contextmanager
 def sent_to(layer: MoE, expert: int) -> Iterator[None]:
-    """Let a layer send every image (or token) to one expert alone inside the block, as `Routing.only`."""
+    """Let a layer send every image (or token) to one expert alone inside the block, as `Routing.only`.
+
+    Copy a model before the block: a copy that is made inside would ask the original's router for good.
+    """
     router = layer.router
     route = router.route
 
