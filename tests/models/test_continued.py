@@ -103,6 +103,9 @@ def test_a_classifier_is_made_where_timm_can_make_one_and_else_it_is_one_line(tm
     assert model(images(model)).shape == (3, 3)
     with pytest.raises(SurgeryError, match="Dinov2Model has no classifier: expected one"):
         create(ModelConfig(name=f"local-dir:{tmp_path / 'bare'}"), 3)
+    vimoe.save(upcycle(vit(), config()), tmp_path / "classes")
+    with pytest.raises(ConfigError, match="model folder of 5 classes: expected num_classes of 1 or more"):
+        create(ModelConfig(name=f"local-dir:{tmp_path / 'classes'}"), 0)
 
 
 def test_settings_are_those_of_the_folder(tmp_path: Path) -> None:

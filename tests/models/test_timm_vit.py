@@ -199,6 +199,12 @@ def test_a_vit_is_saved_for_the_size_that_it_was_built_for(changes: dict, tmp_pa
     assert find_backbone(again).data_config({})["input_size"] == (3, 48, 64)
 
 
+def test_names_by_number_are_names() -> None:
+    model = vit(num_classes=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": {"n01": "cat", "n02": "dog"}}
+    assert find_backbone(model).label_names == ["cat", "dog"]
+
+
 def test_a_changed_classifier_has_its_number_of_classes() -> None:
     model = upcycle(vit(), config())
     model.reset_classifier(7)

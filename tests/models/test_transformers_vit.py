@@ -329,6 +329,15 @@ def test_another_size_keeps_the_type_and_the_attention_that_were_asked_for(tmp_p
     assert model.config._attn_implementation == "eager"
 
 
+def test_rates_that_a_config_wants_whole_stay_whole(tmp_path: Path) -> None:
+    stages = {"hidden_sizes": [16, 16, 16], "depths": [1, 1, 1], "image_size": 64, "num_labels": 3}
+    levit = tiny("LevitForImageClassification", "LevitConfig", stages)
+    assert find_backbone(levit).arguments["config"]["drop_path_rate"] == 0
+    find_backbone(levit).build(**find_backbone(levit).arguments)
+    levit.save_pretrained(tmp_path)
+    assert create(ModelConfig(name=f"transformers:{tmp_path}")).config.drop_path_rate == 0
+
+
 def test_stochastic_depth_belongs_to_a_training(tmp_path: Path) -> None:
     name = folder(tmp_path / "m", "dinov2", drop_path_rate=0.1)
     assert create(ModelConfig(name=name)).config.drop_path_rate == 0
@@ -413,6 +422,10 @@ def test_what_save_pretrained_writes_of_a_vimoe_is_refused_by_name(tmp_path: Pat
     upcycle(vit("dinov2"), config()).save_pretrained(tmp_path / "m")
     with pytest.raises(ConfigError, match="do not fit its config in dinov2.encoder.layer.0.mlp.fc1.bias"):
         create(ModelConfig(name=f"transformers:{tmp_path / 'm'}"))
+
+
+def test_a_config_without_names_has_none() -> None:
+    assert transformers_files.label_names(transformers.ViTConfig(id2label=None)) is None
 
 
 def test_names_that_are_none_are_numbers(tmp_path: Path) -> None:

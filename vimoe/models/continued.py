@@ -38,7 +38,8 @@ def continued(
         img_size: (height, width) in place of `config.img_size`, refused likewise if it is another than the folder's.
 
     Raises:
-        ConfigError: if other settings are given, or a segmentation is to start from a model that classifies images.
+        ConfigError: if other settings or no classes are asked for, or a segmentation is to start from a model that
+            classifies images.
         FolderError: if the folder is damaged.
     """
     if any_size:
@@ -56,6 +57,11 @@ def continued(
         raise ConfigError(
             f"model.name={config.name!r} is a model folder with an architecture of its own, for images of "
             f"{height}x{width}: expected no img_size, drop_path_rate and args of model; leave them out"
+        )
+    if num_classes == 0 and backbone.num_classes:
+        raise ConfigError(
+            f"model.name={config.name!r} is a model folder of {backbone.num_classes} classes: expected num_classes of "
+            f"1 or more, as its classifier stays; leave it out"
         )
     if num_classes not in (None, backbone.num_classes):
         backbone.new_classifier(num_classes)

@@ -201,7 +201,7 @@ def digest(model: nn.Module, cut: Cut) -> str:
 
     Blocks after the cut, the head, a decoder's statistics among it, and modules that only act in training (a model
     folder has no stochastic depth) are left out. So a training that goes on finds the features that it began with, and
-    so does the trained model, and any other on the same trunk.
+    so does the trained model, and any other on the same trunk whose ViT notes the same number of classes.
     """
     hashed = hashlib.blake2b(digest_size=12)
     after = cut.prefixes_after()

@@ -274,6 +274,13 @@ class TimmViT(Backbone):
         return given if noted else {"input_size": self.input_size, **given}
 
     @property
+    def vit_config(self) -> dict[str, Any]:
+        """Preprocessing and "label_names"; timm's own may be names by the number of the class."""
+        found = super().vit_config
+        names = found.get("label_names")
+        return {**found, "label_names": list(names.values())} if isinstance(names, dict) else found
+
+    @property
     def classifiers(self) -> tuple[nn.Module, ...]:
         head = self.vit.get_classifier()
         return head if isinstance(head, tuple) else (head,)

@@ -58,8 +58,9 @@ def create(
         )
     try:
         check_answers(name)
-        settings = {"dtype": "float32", "drop_path_rate": 0.0, **changes}
+        settings = {"dtype": "float32", **changes}
         config, _ = library.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **settings, **_SAFE)
+        _without_depth(config, changes)
         known = {*config.to_dict(), *config.attribute_map, "num_labels", "attn_implementation"}
         for word in changes:  # transformers would take others, such as "revision", for reading the config alone
             if word not in known:
@@ -118,6 +119,21 @@ def pair(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _without_depth(config: Any, changes: dict[str, Any]) -> None:
+    """Set the rate of stochastic depth to 0 unless it is asked for."""
+    if "drop_path_rate" not in changes and getattr(config, "drop_path_rate", None) is not None:
+        config.drop_path_rate = zero_as(config.drop_path_rate)
+
+
+def zero_as(rate: Any) -> Any:
+    """Return 0 as a config has a rate: an int or float, which its class may insist on, or a list of a rate by stage.
+
+    >>> zero_as(0.1), zero_as([0.0, 0.1])
+    (0.0, [0.0, 0.0])
+    """
+    return [zero_as(each) for each in rate] if isinstance(rate, (list, tuple)) else type(rate)(0)
+
+
 def preprocessing(processor: Any) -> dict[str, Any]:
     """Return what an image processor of transformers does, in timm's terms.
 
@@ -138,6 +154,8 @@ def preprocessing(processor: Any) -> dict[str, Any]:
 
 def label_names(config: Any) -> list[str] | None:
     """Return the names of the classes in a config; None for those that transformers gives where there are none."""
+    if not config.id2label:
+        return None
     names = [str(label) for _, label in sorted(config.id2label.items(), key=lambda item: int(item[0]))]
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 

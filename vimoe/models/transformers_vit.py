@@ -55,7 +55,8 @@ class TransformersViT(Backbone):
         """Class and config, without stochastic depth, which belongs to a training."""
         config = {name: value for name, value in self.vit.config.to_dict().items() if not name.startswith("_")}
         for part in (config, config.get("vision_config", {})):
-            part.update({"drop_path_rate": 0.0} if "drop_path_rate" in part else {})
+            rate = part.get("drop_path_rate")
+            part.update({} if rate is None else {"drop_path_rate": transformers_files.zero_as(rate)})
         return {"class_name": type(self.vit).__name__, "config": config}
 
     @classmethod
