@@ -45,6 +45,10 @@ REFUSED = {
     "a bias rate above all probabilities": ({"bias_update_rate": 2}, "bias_update_rate=2: expected 0 to 1"),
     "negative dropout": ({"expert_dropout": -0.1}, "expert_dropout=-0.1: expected 0 to 0.99"),
     "dropout of everything": ({"expert_dropout": 1.0}, "expert_dropout=1.0: expected 0 to 0.99"),
+    "normalised soft": (
+        {"normalize_gates": True, "combine": "sum", "router": "soft", "routing": "token"},
+        "normalize_gates=True with router",
+    ),
     "normalised mix": ({"normalize_gates": True}, "normalize_gates=True with combine='mix'"),
 }
 

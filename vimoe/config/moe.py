@@ -86,7 +86,7 @@ class MoEConfig:
             indices (0 is the first block with an FFN, -1 the last), or module-name patterns ("blocks.1?.mlp").
         num_experts: number of routed experts N of a layer, each as wide as the FFN unless `expert_width` is set. 0
             makes no mixture but a dense FFN of num_shared_experts times the width: the control with equal activated
-            parameters.
+            parameters. It reads no setting of routed experts.
         top_k: number of experts for each image or token. Another router may define it differently; at least top_k
             experts always remain.
         routing: "image" takes one decision for all tokens of an image, "token" one for each.
@@ -204,6 +204,10 @@ class MoEConfig:
             raise ConfigError(
                 "normalize_gates=True with combine='mix': normalised gates would leave nothing of the shared "
                 "expert (without one they are normalised already); drop it, or use combine='sum'"
+            )
+        if self.normalize_gates and self.router == "soft":
+            raise ConfigError(
+                "normalize_gates=True with router='soft': its weights of a token sum to 1 already; leave it out"
             )
         if self.orthogonal != "none":
             self._check_orthogonal()
