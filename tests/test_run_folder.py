@@ -1,13 +1,15 @@
-"""A run folder is locked by one process at a time."""
+"""A run folder is locked by one training at a time."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+import filelock
 import pytest
 
 from vimoe.errors import FolderError
@@ -37,6 +39,14 @@ def test_a_folder_is_one_process_s_until_that_is_killed(tmp_path: Path) -> None:
     with locked(tmp_path):
         assert is_locked(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_who_only_asks_for_the_lock_keeps_nobody_from_it(tmp_path: Path) -> None:
+    asking = filelock.FileLock(tmp_path / LOCK, thread_local=False)
+    asking.acquire()
+    threading.Timer(0.05, asking.release).start()
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
 
 
 def test_a_lock_leaves_filelocks_own_file_alone(tmp_path: Path) -> None:

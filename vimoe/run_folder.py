@@ -1,6 +1,6 @@
 """A run folder: settings, model folder and measurements of one training, readable without this software.
 
-One process at a time may write to it (`locked`).
+One training at a time may write to it (`locked`).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         FolderError: if another process holds the lock.
     """
-    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    lock = filelock.FileLock(folder / LOCK, timeout=0.2)  # `is_locked` takes the lock for a moment to see if it can
     try:
         lock.acquire()
     except filelock.Timeout:
