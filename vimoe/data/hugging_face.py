@@ -129,8 +129,6 @@ def _columns(root: Path, features: Any, image_column: str | None, label_column: 
 
 def _rows(root: Path, split: str, rows: Any, image_column: str, label_column: str) -> list[tuple[str, Source]]:
     """Return (class, image) for each row; labels are read, images are not."""
-    from datasets import Image
-
     for what, column in (("labels", label_column), ("images", image_column)):
         if column not in rows.features:
             raise DataError(
@@ -146,10 +144,17 @@ def _rows(root: Path, split: str, rows: Any, image_column: str, label_column: st
             f"{root}, split {split!r}: {len(bad)} rows have no label, such as {bad[0]} ({labels[bad[0]]!r}): expected "
             f"one for each image; leave the split out, as with --data.test_split none"
         )
-    images = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-    file = next((Path(file["filename"]) for file in images.cache_files), None)
+    images, file = undecoded(rows, image_column)
     alone = sum(type(feature).__name__ == "Image" for feature in rows.features.values()) == 1
     return [
         (names[label] if names else str(label), Row(root, split, index, image_column, file, images, alone))
         for index, label in enumerate(labels)
     ]
+
+
+def undecoded(rows: Any, column: str) -> tuple[Any, Path | None]:
+    """Return the table of a column of images that are not decoded, and the file that it is mapped from, if any."""
+    from datasets import Image
+
+    images = rows.select_columns([column]).cast_column(column, Image(decode=False))
+    return images, next((Path(file["filename"]) for file in images.cache_files), None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vimoe.data.hugging_face import Row, open_tables
+from vimoe.data.hugging_face import Row, open_tables, undecoded
 from vimoe.data.images import Source
 from vimoe.errors import DataError, nearest
 
@@ -73,15 +73,11 @@ def _only(pictures: Sequence[str], names: Collection[str], other: str | None) ->
 
 def _files(root: Path, split: str, rows: Any, column: str) -> Files:
     """Return the cells of a column by SPLIT/ROW, without reading them; null cells are left out."""
-    from datasets import Image
-
-    chosen = rows.select_columns([column])
-    images = chosen.cast_column(column, Image(decode=False))
-    file = next((Path(file["filename"]) for file in images.cache_files), None)
+    images, file = undecoded(rows, column)
     digits = len(str(len(rows)))  # leading zeros, so that sorted names are in the order of the rows
     return {
         f"{split}/{index:0{digits}}": Row(root, split, index, column, file, images, alone=False)
-        for index in _present(chosen, column)
+        for index in _present(images, column)
     }
 
 
