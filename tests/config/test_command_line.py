@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -75,6 +76,17 @@ def test_every_flag_has_a_help_text() -> None:
     flags = {action.option_strings[0]: action.help for action in made._actions if action.option_strings}
     without = [flag for flag, text in flags.items() if "." in flag and not text]
     assert not without and len(flags) > 80
+
+
+def test_none_is_off_where_that_is_the_default(tmp_path: Path) -> None:
+    names = ("train.early_stopping", "train.auto_augment", "data.interpolation", "model.decoder")
+    (tmp_path / "off.yaml").write_text("train: {early_stopping: none, auto_augment: none}\ndata: {val_split: none}\n")
+    for args in ([f"--{name}=none" for name in names], [a for n in names for a in (f"--{n}", "none")]):
+        made = parser().settings(parser().parse_args(args))
+        assert made.train.early_stopping is made.train.auto_augment is made.data.interpolation is None
+        assert made.model.decoder is None
+    made = parser().settings(parser().parse_args(["--config", str(tmp_path / "off.yaml")]))
+    assert made.train.early_stopping is made.train.auto_augment is None and made.data.val_split == "none"
 
 
 UNKNOWN = {

@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.config.train import TrainConfig
-from vimoe.errors import VimoeError, nearest
+from vimoe.errors import ConfigError, VimoeError, nearest
 
 REFUSED = {
     "no layers": ({"layers": ""}, "expected one of all, none, last:N, every:N"),
@@ -245,3 +247,9 @@ def test_a_model_that_the_caller_has_registered_with_timm_is_known() -> None:
     vit_of_the_caller.__module__ = __name__
     register_model(vit_of_the_caller)
     check_name(ModelConfig(name="vit_of_the_caller"))
+
+
+@pytest.mark.parametrize("make", [lambda x: DataConfig(path=x), lambda x: ModelConfig(name=x)])
+def test_a_path_in_place_of_a_text_is_one_line(make: Callable) -> None:
+    with pytest.raises(ConfigError, match=r"(path|name)=.*Path.*: expected a text; write str"):
+        make(Path("x"))

@@ -27,7 +27,7 @@ def one_of(default: str | None, allowed: tuple[str, ...]) -> Any:
 def check_fields(config: Any) -> None:
     """Raise ConfigError if a field of a dataclass has a value outside of its type or bounds.
 
-    Flags, literals, settings of settings, and numbers and texts with bounds are checked; None is taken where the type
+    Flags, literals, texts, settings of settings, and numbers with bounds are checked; None is taken where the type
     has it.
     """
     for name, check in _checks(config.__class__).items():
@@ -42,6 +42,8 @@ def _checks(config: type) -> dict[str, Callable[[str, object], None]]:
     for each in fields(config):
         hint = hints[each.name]
         kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        if set(kinds) <= {str, type(None)} and not each.metadata:
+            checks[each.name] = partial(_unless_none, check_text) if type(None) in kinds else check_text
         for kind in kinds:
             check = _check(kind, dict(each.metadata))
             if check:
@@ -69,6 +71,12 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError, with the nearest allowed value, if a value is not allowed."""
     if value not in allowed:
         raise ConfigError(f"{name}={value!r}: {choice(value, allowed)}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise ConfigError unless the value is a text."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name}={value!r}: expected a text; write str(...) around a path")
 
 
 def check_flag(name: str, value: object) -> None:

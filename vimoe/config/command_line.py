@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Collection
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,10 @@ _KINDS = {
 }  # fmt: skip
 
 
+# settings that are off by default, for which "none" means so as null does
+_OFF = {f"{section}.{each.name}" for section, kind in SECTIONS.items() for each in fields(kind) if each.default is None}
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser, with errors of one line (ConfigError)."""
 
@@ -57,6 +62,10 @@ class Parser(ArgumentParser):
                 given[index + 1] = _content(given[index + 1], others)
             elif flag == "--config" and equals:
                 given[index] = f"--config={_content(name, others)}"
+            elif flag.removeprefix("--") in _OFF and equals and name == "none":
+                given[index] = f"{flag}=null"
+            elif arg.removeprefix("--") in _OFF and given[index + 1 : index + 2] == ["none"]:
+                given[index + 1] = "null"
         return super().parse_args(given, *more, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -136,8 +145,15 @@ def _content(name: str, without: Collection[str]) -> str:
         raise ConfigError(
             f"--config {name}: expected a YAML file of sections and settings, such as 'train: {{epochs: 3}}'"
         )
-    kept = {name: part for name, part in values.items() if part is not None and name not in without}
+    kept = {name: _off(name, part) for name, part in values.items() if part is not None and name not in without}
     return write_yaml(kept)
+
+
+def _off(section: str, values: Any) -> Any:
+    """Return the values of a section with None for "none" where that is the setting's default."""
+    if not isinstance(values, dict):
+        return values
+    return {name: None if value == "none" and f"{section}.{name}" in _OFF else value for name, value in values.items()}
 
 
 def _load_value(text: str) -> Any:
