@@ -13,6 +13,7 @@ Tables stand between two marks in STUDY/README.md; nothing in them is typed by h
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import tempfile
@@ -112,11 +113,13 @@ def say(line: str) -> None:
 
 def without_slurm(command: list[str]) -> list[str]:
     """Return a command without --slurm and its values, --workers and --dry-run."""
-    kept, skip = [], False
+    kept, dropped = [], 0.0  # number of words to drop from here on
     for word in command:
         if word.startswith("--"):
-            skip = word in ("--slurm", "--dry-run", "--workers")
-        if not skip and not word.startswith("--workers="):
+            dropped = {"--slurm": math.inf, "--workers": 2, "--dry-run": 1}.get(word, 0)
+        if dropped:
+            dropped -= 1
+        elif not word.startswith("--workers="):
             kept.append(word)
     return kept
 

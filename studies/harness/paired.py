@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 Name = TypeVar("Name", bound=Hashable)  # of a rate, or of an outcome
-EXACT = 13  # seeds up to which all 2^n signs are tried
+EXACT = 16  # seeds up to which all 2^n signs are tried
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ def test_jobs_are_submitted_through_submitit(tmp_path: Path, monkeypatch: pytest
 def test_a_job_is_a_worker_without_the_options_of_its_submission() -> None:
     command = ["python", "study.py", "s", "--slurm", "a=1", "b=2", "--set", "X=y", "--workers=3", "--dry-run", "--keep"]
     assert study.without_slurm(command) == ["python", "study.py", "s", "--set", "X=y", "--keep"]
+    command = ["python", "study.py", "--dry-run", "--workers", "8", "s", "--slurm", "a=1"]
+    assert study.without_slurm(command) == ["python", "study.py", "s"]
 
 
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:

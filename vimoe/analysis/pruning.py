@@ -344,7 +344,7 @@ def receipts(
         timed: batches of images, whose first one a forward is timed on; by default those of the loader.
         bar: name of the progress bar of the scoring; without it there is none.
     """
-    images: Any = next(iter(timed or loader))[0]
+    images: Any = next(iter(loader if timed is None else timed))[0]
     speeds = images_per_second(models, images)
     scores = [score(m, loader, bar and f"{bar}, {i} of {len(models)}") for i, m in enumerate(models, 1)]
     return [Receipt(score, count(m), s) for m, score, s in zip(models, scores, speeds, strict=True)]

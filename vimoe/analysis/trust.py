@@ -153,11 +153,11 @@ def in_words(facts: dict[str, Any]) -> str:
     if "correct" not in facts:
         return f"{familiarity}\nno chance to be right: validation has too few right images, or too few wrong ones"
     ours, plain, gap = facts["correct"], facts["max_probability"], facts["auroc_difference"]
-    more = "more" if gap["low"] > 0 else "less" if gap["high"] < 0 else "no more"
+    more = "tells more" if gap["low"] > 0 else "tells less" if gap["high"] < 0 else "is not shown to tell more or less"
     return (
         f"{familiarity}\nchance to be right: fitted on {facts['fitted_on']} validation images, judged on "
         f"{facts['judged_on']} others: AUROC {ours['auroc']:.3f}, calibration error {ours['ece']:.1%}; the maximum "
-        f"probability has {plain['auroc']:.3f} and {plain['ece']:.1%}\nit tells {more} than the maximum probability "
+        f"probability has {plain['auroc']:.3f} and {plain['ece']:.1%}\nit {more} than the maximum probability "
         f"about which predictions are right: difference of AUROC {gap['value']:+.3f} "
         f"[{gap['low']:+.3f}, {gap['high']:+.3f}]"
     )
