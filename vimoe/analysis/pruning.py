@@ -35,7 +35,7 @@ class Step:
 
     Attributes:
         layer: module name.
-        expert: number of the expert among those that the layer still had; None for the whole layer.
+        expert: number of the expert in the layer before pruning; None for the whole layer.
         how: dense FFN that took the layer's place (`vimoe.densify`), or "dropped" for an expert.
         change: effect on the model before this step.
         total: effect of all steps on the given model; None if it was not measured.

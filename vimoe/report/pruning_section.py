@@ -77,7 +77,7 @@ def _add_removals(page: Page, summary: dict[str, Any], accuracy: str) -> None:
         "Every layer was made dense, whatever it costs."
         if tolerance is None
         else f"A layer or expert is removed if the upper end of the interval is at most the tolerance of {tolerance} "
-        f"nats. Expert numbers count the experts that the layer still had."
+        f"nats. Experts have the numbers that they had before pruning."
     )
     page.text(
         f"Each row is one removal, in order. The change is the difference in validation loss from the previous step; "
