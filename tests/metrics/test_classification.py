@@ -22,6 +22,16 @@ def test_a_score_is_what_one_counts_by_hand() -> None:
     assert score.loss == pytest.approx(float(-probability.log().mean()))
 
 
+def test_of_equal_logits_the_first_is_named_as_everywhere_else() -> None:
+    logits = torch.randn(400, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    metric, labels = ClassificationMetric(vit()), logits.argmax(dim=1)
+    counts = ImageCounts()
+    counts.add(logits, labels)
+    assert (logits == logits.amax(dim=1, keepdim=True)).sum() > 400  # some are equal
+    assert metric.of_each_image(logits, labels)[1].all()
+    assert (counts.score().top1, counts.score().top5) == (1, 1)
+
+
 def test_top5_of_three_classes_is_certain() -> None:
     counts = ImageCounts()
     counts.add(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0]))

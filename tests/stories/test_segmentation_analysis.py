@@ -19,7 +19,8 @@ from vimoe.analysis import statistics
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.statistics import dependence, dependence_of_units, tables_of_units
 from vimoe.cli import main
-from vimoe.errors import DataError
+from vimoe.config.masks import IGNORE
+from vimoe.errors import ConfigError, DataError
 from vimoe.moe.layer import moe_layers
 
 IMAGES, UNITS, CLASSES, EXPERTS = 40, 30, 3, 4
@@ -113,6 +114,30 @@ def test_a_known_segmenter_is_understood() -> None:
     assert layer.examples == ()
     again = Evidence.from_dict(json.loads(json.dumps(evidence.to_dict())))
     assert again.base == evidence.base and str(again) == str(evidence) and "mean IoU" in str(again)
+
+
+@pytest.mark.parametrize("videos", [False, True])
+def test_images_that_are_all_void_change_no_effect_and_no_pruning(videos: bool) -> None:
+    """Nothing changes there: as changes of 0 they would halve each effect, and more would be pruned."""
+    nothing = [(x, torch.full_like(y, IGNORE)) for x, y in batches()]
+    mixed = [batch for pair in zip(batches(), nothing, strict=True) for batch in pair]
+    of = [f"video {i // 2}" for i in range(12)] if videos else None
+    void = ["void"] * 12
+    of_mixed = of and [name for i in range(0, 12, 5) for name in (*of[i : i + 5], *void[i : i + 5])]
+    for routing in ("token", "image"):
+        alone = vimoe.analyze(known(routing), batches(), 3, sequences=of)
+        both = vimoe.analyze(known(routing), mixed, 3, sequences=of_mixed)
+        assert both.overruled_images == alone.overruled_images == 12 and both.images == 24
+        assert both.overruled_sequences == alone.overruled_sequences == (6 if videos else None)
+        assert both.layers[0].permuted.loss == alone.layers[0].permuted.loss
+        assert both.layers[0].dense == alone.layers[0].dense
+        given = ((batches(), of), (mixed, of_mixed))
+        first, second = (vimoe.prune(known(routing), alone, loader, sequences=names) for loader, names in given)
+        assert first == second and first.sequences == (6 if videos else None)
+    with pytest.raises(DataError, match="the loader has no labelled image"):
+        vimoe.prune(known("image"), alone, nothing)
+    with pytest.raises(ConfigError, match="12 sequences of 24 images"):
+        vimoe.prune(known("image"), alone, mixed, sequences=void)
 
 
 def test_patches_of_a_layer_that_routes_images_have_the_image_s_expert() -> None:

@@ -78,11 +78,31 @@ def test_frames_that_are_equal_give_the_interval_of_one_of_them() -> None:
         }
 
     one, by_video, by_image = found(np.arange(VIDEOS), np.arange(VIDEOS)), found(OF, OF), found(OF, None)
-    for name in ("first", "second", "effective", "pairs", "units"):
+    for name in one:
         assert ends(by_video[name]) == pytest.approx(ends(one[name])), name
-    assert by_video["units"].p == one["units"].p
-    for name, interval in by_video.items():  # of the last three chance, which is of images, is another
+    for name in ("units", "several", "one"):
+        assert by_video[name].p == one[name].p, name
+    for name, interval in by_video.items():
         assert width(interval) > 1.3 * width(by_image[name]), name
+
+
+@pytest.mark.parametrize("kind", ["one expert", "several experts", "two layers"])
+def test_videos_with_an_expert_of_their_own_are_chance(kind: str) -> None:
+    """Class and expert are of the video, and independent: frames must not prove them again and again."""
+    found = []
+    for seed in range(40):
+        of = np.repeat(np.arange(20), 9)
+        labels, expert = rng(seed).integers(0, 4, (2, 20))[:, of]
+        if kind == "two layers":
+            layers = agreement([labels, expert], seed, of)
+            found.append(
+                statistics.Dependence(*(float(layers[k][0, 1]) for k in ("value", "low", "high")), p=1, nats=0)
+            )
+        else:
+            counts = np.eye(4, dtype=int)[expert] * (1 if kind == "one expert" else 3)
+            found.append(dependence(labels, counts, seed, 100, of))
+    assert abs(np.mean([each.value for each in found])) < 0.05 and sum(each.low > 0 for each in found) <= 8
+    assert sum(each.p <= 0.05 for each in found) <= 6
 
 
 def test_each_image_for_itself_is_no_sequence() -> None:

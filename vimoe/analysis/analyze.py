@@ -128,9 +128,10 @@ def analyze(
     videos = None if sequences is None else [sequences[place] for place in seen.places.tolist()]
     gates = {name: seen.per_image(name, seen.gates[name]) for name in layers}
     gate_mass = {name: gates[name].sum(axis=0) / seen.experts[name][..., 0].size for name in layers}
-    overruled = min(len(seen.labels), len(seen.labels) if overrule is None else overrule)
+    labelled = np.flatnonzero((seen.labels >= 0).any(axis=1)) if seen.by_patch else np.arange(len(seen.labels))
+    overruled = min(len(labelled), len(labelled) if overrule is None else overrule)
     rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(len(seen.labels), overruled, replace=False))
+    rows = labelled[np.sort(rng.choice(len(labelled), overruled, replace=False))]  # of an image of void nothing changes
     donors = np.stack([rng.permutation(overruled) for _ in range(draws)], axis=1)  # of the images that are measured
     overruled_units, overruled_sequences = statistics.numbered(videos and [videos[row] for row in rows.tolist()])
     task = "overruling the routing" if progress else ""

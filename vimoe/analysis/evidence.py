@@ -46,7 +46,8 @@ class Calibrated(Interval):
 class Effect:
     """Mean change over images by an intervention: of the loss in nats, and of the share that is right.
 
-    Right is an image (top-1), or the share of its pixels; the metric says which.
+    Right is an image (top-1), or the share of its pixels; the metric says which. Each image counts the same, however
+    many of its pixels have a class; an image without any does not count.
 
     Attributes:
         loss, right: change of the loss in nats, and of the share.

@@ -138,7 +138,8 @@ class Subjects:
 
     Attributes:
         images: images of this process that are measured; None before the first reading, which means all of the
-            loader's.
+            loader's that have a label (`Metric.labelled`).
+        given: number of images that the loader gave when it was last read for a measurement.
         features: {"before": the first block that runs} if the loader gives features in place of images, else None.
 
     Raises:
@@ -152,6 +153,7 @@ class Subjects:
         self.model, self.loader, self.layers, self.most = model, loader, layers, most
         self.metric, self.process = metric_of(model, metric), process or Alone()
         self.images: Images | None = None
+        self.given = 0
         self._numbers: Tensor | None = None  # of the images, among all that are measured
         self._shares: list[range] | None = None  # places of the batches; None if they come one behind the other
         if self.process.count > 1:
@@ -231,7 +233,7 @@ class Subjects:
         chosen, seen = self.images, 0
         places, signatures = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for there, start, labels in self.batches(task):
-            rows = np.arange(len(start))
+            rows = self.metric.labelled(labels).nonzero()[:, 0].cpu().numpy()
             if chosen:
                 first, last = np.searchsorted(chosen.places, [there.start, there.stop])
                 rows = (chosen.places[first:last] - there.start) // there.step
@@ -248,9 +250,10 @@ class Subjects:
         found = Images(np.concatenate(places), np.concatenate(signatures))
         if chosen and len(found.places) != len(chosen.places):
             raise DataError("the loader gave fewer images when it was read again: expected the same each time")
-        if not seen:
-            raise DataError("the loader is empty: expected validation images")
-        self.images = chosen or found
+        if not len(found.places):
+            what = "has no labelled image" if seen else "is empty"
+            raise DataError(f"the loader {what}: expected validation images with labels")
+        self.images, self.given = chosen or found, seen
         self._whole = self._kept is not None
 
 

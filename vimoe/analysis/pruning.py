@@ -262,8 +262,8 @@ class _Greedy:
         self.model, self._subjects = model, subjects
         self.tolerance, self.seed, self.progress = tolerance, seed, progress
         self.steps: list[Step] = []
-        self._units, self.sequences = numbered(sequences)
-        self._named = None if sequences is None else len(sequences)
+        self._videos = sequences
+        self._units, self.sequences = numbered(None)  # known once the loader is read
         self._total: Changes | None = None  # by all steps together
 
     def layers(self, mass: Mapping[str, Tensor]) -> tuple[Step, ...]:
@@ -316,9 +316,11 @@ class _Greedy:
 
     def _measure(self, plan: Mapping[str, list[Intervention]], bar: str) -> dict[str, Changes]:
         changes = measure(self._subjects, plan, bar if self.progress else "")
-        images = len(next(iter(changes.values())).loss)
-        if self._named not in (None, images):
-            raise ConfigError(f"{self._named} sequences of {images} images: expected one for each image")
+        if self._videos is not None:
+            if len(self._videos) != (given := self._subjects.given):
+                raise ConfigError(f"{len(self._videos)} sequences of {given} images: expected one for each image")
+            assert self._subjects.images
+            self._units, self.sequences = numbered([self._videos[at] for at in self._subjects.images.places.tolist()])
         return changes
 
     def _took(self, step: Step, change: Changes, column: int) -> None:

@@ -2,7 +2,8 @@
 
 Images are independent of one another, tokens are not. So intervals come from resampling whole images, and the chance
 level from permuting the classes of whole images: by tokens, experts that follow the image but not its class would look
-specialised. If images are frames of videos, the videos are independent, and whole sequences of frames are resampled.
+specialised. If images are frames of videos, the videos are independent, and whole sequences of frames are resampled and
+permuted.
 The argument `sequences` then has (I,) numbers 0..S-1, each at least once; it is None if each image counts by itself.
 
 Axes: I images, S sequences, C classes, N experts, U routed units of an image (1, or its tokens), K chosen experts,
@@ -23,6 +24,7 @@ Z = 1.959964  # half the width of a normal interval of that confidence, in stand
 RESAMPLES = 500
 WIDER = 1.05  # than it could be, at most, an interval over draws that ended early
 FEWEST = 5  # sequences that are resampled: of fewer the samples are too alike for an interval
+_EXCHANGES = 100  # of sequences between two layers: for a chance level alone, which needs fewer than p
 _PERMUTED_UNITS = 200_000_000  # decisions that are permuted for a null distribution
 _CHUNK = 400_000  # resampled images at a time, which bounds the memory
 _NO_ROOM = 1e-9  # nats between chance level and maximum, below which all is rounding
@@ -146,15 +148,16 @@ def dependence(
     """Adjusted mutual information of an image's class and its experts (Vinh et al., JMLR 2010, arithmetic mean).
 
     If each image chose one expert, it is scikit-learn's `adjusted_mutual_info_score`. Else it is that of class and
-    expert over all choices, with the mean over permutations of whole images as chance level.
+    expert over all choices, with the mean over permutations of whole images as chance level; with sequences it is the
+    mean over exchanges of whole sequences, as in `dependence_of_units`.
 
     Args:
         labels: (I,) class of each image.
         counts: (I, N) how often it chose each expert; an image may have chosen none.
         seed: draws resamples and permutations.
-        permutations: number of permutations of single images, for p, and for the chance level if images chose several
-            experts.
-        sequences: sequences that are resampled for the interval.
+        permutations: number of permutations, for p, and for the chance level if images chose several experts or come in
+            sequences.
+        sequences: sequences that are resampled and permuted.
     """
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
@@ -162,17 +165,20 @@ def dependence(
     table = np.add.reduceat(ordered, starts)
     nats = float(_mutual_information(table))
     rng = np.random.default_rng(seed)
-    null = np.array(
-        [_mutual_information(np.add.reduceat(rng.permutation(ordered), starts)) for _ in range(permutations)]
+    units = None if sequences is None else sequences[order]
+    exchanged = (
+        (rng.permutation(ordered) for _ in range(permutations))
+        if units is None
+        else (ordered[donors] for donors in _exchanges(units, permutations, rng))
     )
-    if _single(counts):
+    null = np.array([_mutual_information(np.add.reduceat(given, starts)) for given in exchanged])
+    if units is None and _single(counts):
         from sklearn.metrics.cluster import expected_mutual_information  # figures and reports should not wait for it
 
         used = np.ascontiguousarray(table[:, table.any(axis=0)])
         expected = float(expected_mutual_information(used, int(used.sum())))
     else:
         expected = float(null.mean())
-    units = None if sequences is None else sequences[order]
     samples = [_mutual_information(t) for t in _resampled_tables(ordered, starts, table, seed, units)]
     return _adjusted(table, nats, expected, null, np.concatenate(samples))
 
@@ -273,14 +279,19 @@ def agreement(
 ) -> dict[str, np.ndarray]:
     """Adjusted mutual information between the images' favourite experts of every two layers.
 
+    Args:
+        favourites: (I,) of each layer.
+        seed, sequences: arguments of `dependence`.
+
     Returns:
         "value", "low" and "high", each (L, L).
     """
+    permutations = 0 if sequences is None else _EXCHANGES  # of single images the chance level is known exactly
     found = {key: np.eye(len(favourites)) for key in ("value", "low", "high")}
     for i, first in enumerate(favourites):
         for j, second in enumerate(favourites[:i]):
             chosen = second[:, None] == np.arange(second.max() + 1)
-            pair = dependence(first, chosen, seed, permutations=0, sequences=sequences)
+            pair = dependence(first, chosen, seed, permutations, sequences)
             for key, matrix in found.items():
                 matrix[i, j] = matrix[j, i] = getattr(pair, key)
     return found

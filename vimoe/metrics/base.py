@@ -162,6 +162,10 @@ class Metric(ABC):
             labels: (B, ...) from the loader, of any type of whole number.
         """
 
+    def labelled(self, labels: Tensor) -> Tensor:
+        """Return (B,) True for the images of which a label says anything; by default all."""
+        return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+
     @abstractmethod
     def of_each_image(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B,) the loss of each image in nats, and (B,) the share of it that is right, in 0..1.

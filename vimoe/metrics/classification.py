@@ -60,12 +60,13 @@ class ImageCounts(Counts):
         """Count a batch: logits (B, classes), labels (B,)."""
         logits = outputs.float()
         log_p = logits.log_softmax(dim=1)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        right = logits.argmax(dim=1) == labels  # topk may order equal logits otherwise, and bfloat16 has many
+        among = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(dim=1)
         self.images += len(labels)
-        self.top1 += int(best[:, 0].sum())
-        self.top5 += int(best.any(dim=1).sum())
+        self.top1 += int(right.sum())
+        self.top5 += int((right | among).sum())
         self.loss += float(F.nll_loss(log_p, labels, reduction="sum"))
-        self.gaps += calibration_gaps(log_p.amax(dim=1).exp(), best[:, 0])
+        self.gaps += calibration_gaps(log_p.amax(dim=1).exp(), right)
 
     def score(self) -> ImageScore:
         n = max(self.images, 1)

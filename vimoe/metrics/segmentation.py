@@ -204,6 +204,10 @@ class SegmentationMetric(Metric):
         check_shape(labels, len(images), f"({len(images)}, height, width)", axes=3)
         check_range(labels[labels != IGNORE], len(self.classes))
 
+    def labelled(self, labels: Tensor) -> Tensor:
+        """Return (B,) True for the images that are not all void."""
+        return (labels != IGNORE).flatten(1).any(dim=1)
+
     def of_each_image(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B,) means over the pixels of each image that are not void: cross-entropy, and share right."""
         loss = F.cross_entropy(outputs.float(), labels, ignore_index=IGNORE, reduction="none")
