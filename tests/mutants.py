@@ -558,8 +558,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "top-5 is top-1",
         "metrics/classification.py",
-        "self.top5 += int(best.any(dim=1).sum())",
-        "self.top5 += int(best[:, 0].sum())",
+        "self.top5 += int((right | among).sum())",
+        "self.top5 += int(right.sum())",
         ("metrics/test_classification.py", "metrics/test_base.py"),
     ),
     Mutant(

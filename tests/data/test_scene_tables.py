@@ -95,6 +95,22 @@ def test_test_images_without_masks_are_left_out(tmp_path: Path) -> None:
     assert not found.test and len(found.train) == 6 and not found.images_alone
 
 
+@pytest.mark.parametrize("order", [("train", "validation", "test"), ("test", "train", "validation")], ids=str)
+def test_test_images_without_a_column_of_masks_are_left_out(tmp_path: Path, order: tuple[str, ...]) -> None:
+    import datasets
+
+    table = scenes_as_parquet(scenes(tmp_path / "scenes"), tmp_path / "table")
+    loaded = datasets.load_dataset(str(table), cache_dir=str(tmp_path / "cache"))
+    loaded["test"] = loaded["test"].remove_columns("annotation")
+    datasets.DatasetDict({split: loaded[split] for split in order}).save_to_disk(str(tmp_path / "saved"))
+    found = load(f"hfds/{tmp_path / 'saved'}")
+    assert not found.test and (len(found.train), len(found.val)) == (6, 2)
+    loaded["train"] = loaded["train"].remove_columns("annotation")
+    loaded.save_to_disk(str(tmp_path / "no masks"))
+    with pytest.raises(DataError, match="6 images and 0 masks, and no pair of them in train"):
+        load(f"hfds/{tmp_path / 'no masks'}")
+
+
 def test_what_the_scan_refuses_is_named_by_row_and_column(tmp_path: Path) -> None:
     root = scenes(tmp_path / "scenes")
     Image.fromarray(np.full((24, 32), 9, "uint8")).save(root / "annotations/train/a002.png")

@@ -52,8 +52,7 @@ def hugging_face(name: str, image_column: str | None, label_column: str | None) 
         DataError: if `datasets` is not installed, the data set cannot be loaded, or a column is not as expected.
     """
     root, splits = open_tables(name)
-    fullest = max((table.features for table in splits.values()), key=len)  # a test split may come without labels
-    images, labels = _columns(root, fullest, image_column, label_column)
+    images, labels = _columns(root, fullest(splits), image_column, label_column)
 
     def find(split: str | None, _: Counter[str]) -> ClassImages:
         chosen = splits if split is None else {split: splits[split]}
@@ -68,6 +67,11 @@ def open_tables(name: str) -> tuple[Path, dict[str, Any]]:
     """Return the path from which images are named, and the table of each split. Errors as `hugging_face`."""
     root = Path(name) if Path(name).is_dir() else Path("hfds", name)
     return root, {split: rows.with_format(None) for split, rows in _load(name).items()}
+
+
+def fullest(splits: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns, by name, of the split with most of them: a test split may come without labels."""
+    return max((table.features for table in splits.values()), key=len)
 
 
 def _load(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vimoe.data.hugging_face import Row, open_tables, undecoded
+from vimoe.data.hugging_face import Row, fullest, open_tables, undecoded
 from vimoe.data.images import Source
 from vimoe.errors import DataError, nearest
 
@@ -23,7 +23,7 @@ Files = dict[str, Source]  # files by the name that an image and its mask share
 def scene_tables(
     name: str, image_column: str | None, mask_column: str | None
 ) -> tuple[Path, dict[str, tuple[Files, Files]]]:
-    """Find the images and the masks of each split, by row; null cells are left out.
+    """Find the images and the masks of each split, by row; null cells are left out, and a column that a split lacks.
 
     Args:
         name: name of a data set of the hub, or a local folder of parquet or arrow files.
@@ -37,7 +37,7 @@ def scene_tables(
         DataError: if the data set cannot be loaded, or the columns cannot be told.
     """
     root, splits = open_tables(name)
-    columns = _columns(root, next(iter(splits.values())).features, image_column, mask_column)
+    columns = _columns(root, fullest(splits), image_column, mask_column)
     found = {}
     for split, rows in splits.items():
         images, masks = (_files(root, split, rows, column) for column in columns)
@@ -73,6 +73,8 @@ def _only(pictures: Sequence[str], names: Collection[str], other: str | None) ->
 
 def _files(root: Path, split: str, rows: Any, column: str) -> Files:
     """Return the cells of a column by SPLIT/ROW, without reading them; null cells are left out."""
+    if column not in rows.features:
+        return {}
     images, file = undecoded(rows, column)
     digits = len(str(len(rows)))  # leading zeros, so that sorted names are in the order of the rows
     return {
