@@ -36,8 +36,8 @@ from vimoe.config.train import TrainConfig
 from vimoe.models.create import create
 from vimoe.models.upcycling import build_layers
 from vimoe.moe import record
+from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.footprint import footprint
-from vimoe.training.loop import auxiliary_losses
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
 
 RESULT = Path(__file__).parent / "results" / "memory.json"

@@ -23,8 +23,8 @@ from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.frozen_trunk import Cut, check_cut
 from vimoe.moe.layer import moe_layers
+from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.footprint import Footprint, _largest, footprint
-from vimoe.training.loop import auxiliary_losses
 from vimoe.training.parameter_groups import adamw, freeze_all_but, trained_modules
 
 IMAGES = 16  # so many that what kernels allocate inside themselves, 85 kB in attention, is little beside the rest

@@ -22,7 +22,7 @@ from vimoe.models.reading import set_reading
 from vimoe.models.upcycling import build_layers
 from vimoe.moe.layer import moe_layers
 from vimoe.training import checkpoint
-from vimoe.training.loop import auxiliary_losses
+from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.settle import settle
 
 STEPS = 3  # of an epoch: 24 images in batches of 8

@@ -26,7 +26,8 @@ from vimoe.models.reading import ignoring_hooks
 from vimoe.moe.layer import moe_layers
 from vimoe.report.curves import curves
 from vimoe.tasks.classification_job import job_on_images
-from vimoe.training.loop import auxiliary_losses, train
+from vimoe.training.auxiliary_losses import auxiliary_losses
+from vimoe.training.loop import train
 from vimoe.training.settle import settle
 
 
@@ -517,8 +518,8 @@ def test_without_the_loss_no_output_is_recorded_and_it_is_not_computed(
         seen.extend(routing.outputs is not None for routing in routings)
         return real(routings, over)
 
-    monkeypatch.setitem(vimoe.training.loop.LOSSES, "mutual_loss", None)
-    monkeypatch.setattr(vimoe.training.loop, "balance_loss", see)
+    monkeypatch.setitem(vimoe.training.auxiliary_losses.LOSSES, "mutual_loss", None)
+    monkeypatch.setattr(vimoe.training.auxiliary_losses, "balance_loss", see)
     off, _ = run(data, tmp_path / "off", model(top_k=2), mutual_loss=0.0)
     assert seen and not any(seen) and torch.equal(weights(plain), weights(off))
 

@@ -38,7 +38,7 @@ from vimoe.models.interface import find_backbone, logits_of
 from vimoe.models.reading import ignoring_hooks
 from vimoe.moe import record
 from vimoe.moe.layer import moe_layers
-from vimoe.training.loop import auxiliary_losses
+from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.parameter_groups import adamw
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -25,24 +25,16 @@ from vimoe.config.train import TrainConfig
 from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError
 from vimoe.models.frozen_trunk import replaced_forward
-from vimoe.moe import MoE, Routing
+from vimoe.moe import Routing
 from vimoe.moe.balancing import set_random_share, update_bias
 from vimoe.moe.ensemble import all_experts
 from vimoe.moe.layer import moe_layers
-from vimoe.moe.losses import (
-    balance_loss,
-    distill_loss,
-    entropy_loss,
-    importance_loss,
-    mutual_loss,
-    orthogonal_loss,
-    router_z_loss,
-    variance_loss,
-)
+from vimoe.moe.losses import distill_loss
 from vimoe.moe.routing import part_detached
 from vimoe.process import Process
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
+from vimoe.training.auxiliary_losses import auxiliary_losses, route_loss
 from vimoe.training.batch_norm import shared_norms
 from vimoe.training.compiled import compiled_blocks
 from vimoe.training.distributed import Copies, Recorded, held
@@ -55,16 +47,6 @@ from vimoe.training.settle import settle
 from vimoe.training.state import State
 
 logger = logging.getLogger(__name__)
-
-LOSSES = {  # of records, by the setting that is the weight
-    "z_loss": router_z_loss,
-    "importance_loss": importance_loss,
-    "entropy_loss": entropy_loss,
-    "variance_loss": variance_loss,
-    "orthogonal_loss": orthogonal_loss,
-    "mutual_loss": mutual_loss,
-}
-OF_BATCH = (balance_loss, importance_loss, variance_loss)  # of a mean over the rows, so that all of the batch matters
 
 
 def train(
@@ -462,36 +444,6 @@ def plain_settings(config: TrainConfig) -> dict[str, Any]:
 def random_share(config: TrainConfig, epochs: float) -> float:
     """Return the share of decisions that is random after so many epochs: from 1 to 0 over the routers' warm-up."""
     return max(0.0, 1 - epochs / config.router_warmup_epochs) if config.router_warmup_epochs else 0.0
-
-
-def auxiliary_losses(
-    routings: list[Routing], config: TrainConfig, taught: Tensor | None = None, over: Process | None = None
-) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """Return the weighted sum of the routers' losses, and each by name; the balance loss is always among them.
-
-    Args:
-        routings: decisions of a step.
-        config: weights of the losses.
-        taught: `route_loss`.
-        over: processes that share the batch, for the losses of `OF_BATCH`; by default this one has all of it.
-    """
-    if not routings:
-        return 0.0, {}
-    parts = {"balance_loss": (balance_loss(routings, over), config.balance_loss)}
-    for name, loss in LOSSES.items():
-        if weight := getattr(config, name):
-            parts[name] = (loss(routings, over) if loss in OF_BATCH else loss(routings), weight)
-    if taught is not None and config.route_loss:
-        parts["route_loss"] = (taught, config.route_loss)
-    total = sum(weight * loss for loss, weight in parts.values())
-    return total, {name: loss for name, (loss, _) in parts.items()}
-
-
-def route_loss(routings: list[Routing], layers: Mapping[str, MoE], targets: Tensor) -> Tensor | None:
-    """Return the mean loss of the routers that classes train (`Router.label_loss`); None where there are none."""
-    decided = [(layers[routing.layer].router, routing.logits) for routing in routings]
-    losses = [router.label_loss(logits, targets) for router, logits in decided if router.supervised]
-    return torch.stack(losses).mean() if losses else None
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, updates: int) -> CosineLRScheduler:
