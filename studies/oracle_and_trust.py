@@ -1,6 +1,6 @@
 r"""Routers that an oracle teaches against learnt and random ones, and scores of trust, over seeds.
 
-    python studies/oracle_and_trust.py --model local-dir:dinov2 --data cub100 --img_size 112 --seeds 0 1 2 \
+    python studies/oracle_and_trust.py --model local-dir:dinov2 --data cub100 --img_size 112 --seeds 0 1 2 3 4 5 6 \
         --other streets=ccp59/images/test --other roads=camvid/images/test --out results.json
 
 The trunk before the last block is frozen and runs once, on images as they are evaluated, so there is no augmentation.
@@ -11,6 +11,7 @@ uniform noise are other images beside those that are named. Arms:
     random    rows that are never trained
     oracle    `train.oracle_loss` 1; half of the images teach, until the router is frozen at half of the epochs
     lessons   the same without freezing: half of the images train experts to the end
+    half      its control: a learnt router, the same half of the images, and lessons of no weight
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of moe an
     "random": ({"router": "random"}, {}),
     "oracle": ({}, {"oracle_loss": 1.0, "router_freeze_epochs": "half"}),
     "lessons": ({}, {"oracle_loss": 1.0}),
+    "half": ({}, {"oracle_loss": 1e-9}),  # the images that teach train nothing else, and now nothing at all
 }
 STRANGE = 300  # digits and noise images
 
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=TrainConfig.oracle_temperature)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(7)))
     parser.add_argument("--regret_images", type=int, default=1000, help="test images that go to all experts")
     parser.add_argument("--other", action="append", default=[], help="NAME=FOLDER of images of another kind")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results, which grows")

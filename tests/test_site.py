@@ -68,6 +68,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert all(name == "__version__" or f'id="vimoe.{name}"' in reference for name in vimoe.__all__)
 
 
+@pytest.mark.slow  # 11 s
 def test_five_minutes(here: Path) -> None:
     run("start.md")
     assert (here / "comparison.html").exists() and (here / "runs/pruned/model").is_dir()
