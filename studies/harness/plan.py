@@ -17,24 +17,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from harness.checks import AFTER, OF_ARM, OF_DATA, candidates, check_study
 from vimoe.config.command_line import read_settings
-from vimoe.config.settings import SECTIONS, Settings
-from vimoe.config.yaml_reader import read_yaml
-from vimoe.errors import ConfigError, VimoeError, choice, nearest
+from vimoe.config.settings import Settings
+from vimoe.config.yaml_reader import read_yaml, write_yaml
+from vimoe.errors import ConfigError, VimoeError, choice
 from vimoe.files import read_text
 
 FILE = "study.yaml"
-PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts", "code")
-NEEDED = PARTS[:-2]
 VARIABLE = re.compile(r"\$\{(\w+)\}")
-NAME = re.compile(r"[\w-]+")  # no dot: it separates the parts of a cell's name
-AFTER = ("analyze", "prune", "merge_all")  # in this order; harness.one_cell computes them
-OF_DATA = ("margin", "more_seeds")  # of a data set, beside its settings
-STAGES = ("prune", "merge_all")  # steps that leave another model, whose score "ARM/STEP" is
 SHOWS_NOTHING = ("report", "demo", "bench")  # parts of vimoe on which no figure of a cell depends
 AFTER_ALONE = ("analysis",)  # nor one of a cell that is trained and scored alone
 
@@ -112,7 +107,7 @@ class Contrast:
     @property
     def candidates(self) -> tuple[str, ...]:
         """Outcomes of which `of` is one."""
-        return (self.of,) if isinstance(self.of, str) else tuple(self.of)
+        return candidates(self.of)
 
 
 @dataclass(frozen=True)
@@ -131,60 +126,22 @@ class Study:
     chosen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in self._given:
-            if name not in PARTS:
-                self._refuse(f"unknown part {name!r}: {nearest(name, PARTS)}")
-        for name in NEEDED:
-            if not self._given.get(name):
-                self._refuse(f"no {name}: expected it; see studies/vimoe/study.yaml")
+        known = list(self._given["data"])  # so the file is read and checked here
         for name in self.chosen:
-            if name not in self._given["data"]:
-                raise ConfigError(f"--data {name}: {choice(name, list(self._given['data']))}")
-        for name in (*self.data, *self.arms):
-            if not NAME.fullmatch(name):
-                self._refuse(f"name {name!r}: expected letters, digits, - and _ alone")
-        for name in self.data:
-            self._check_more_seeds(name)
-        self._check_arms()
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ConfigError(f"{self.folder / FILE}: {what}")
-
-    def _check_more_seeds(self, data: str) -> None:
-        more = self.data[data].get("more_seeds", {"seeds": (), "arms": ()})
-        if set(more) != {"seeds", "arms"}:
-            self._refuse(f"{data}: more_seeds: expected seeds and arms")
-        for arm in more["arms"]:
-            self._check_outcome(arm)
-        if both := {*self.seeds, *more["seeds"]} & set(self.search_seeds):
-            self._refuse(f"search.seeds {sorted(both)} are in seeds: expected others")
-
-    def _check_arms(self) -> None:
-        for name, arm in self.arms.items():
-            for step in arm.get("after", ()):
-                if step not in AFTER:
-                    self._refuse(f"{name}: after: {step!r}: {nearest(step, AFTER)}")
-        self._check_outcome(self.control)
-        for contrast in self.contrasts.values():
-            for outcome in (*contrast.candidates, contrast.against):
-                self._check_outcome(outcome)
-
-    def _check_outcome(self, outcome: str) -> None:
-        arm, slash, step = outcome.partition("/")
-        if arm not in self.arms:
-            self._refuse(f"arm {arm!r}: {choice(arm, list(self.arms))}")
-        if slash and (step not in STAGES or step not in self.arms[arm].get("after", ())):
-            self._refuse(f"{outcome!r}: expected {step!r} in `after` of the arm; add it")
+            if name not in known:
+                raise ConfigError(f"--data {name}: {choice(name, known)}")
 
     @cached_property
     def _given(self) -> dict[str, Any]:
         path = self.folder / FILE
         try:
-            given = read_yaml(read_text(path))
+            given: dict[str, Any] = read_yaml(read_text(path))
         except (yaml.YAMLError, VimoeError) as error:
             raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected a study.yaml") from error
-        if not isinstance(given, dict):
-            raise ConfigError(f"{path}: expected settings by name")
+        try:
+            check_study(given)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         return given
 
     @property
@@ -210,7 +167,7 @@ class Study:
     @property
     def search_seeds(self) -> list[int]:
         """Seeds of the search, which are no others'."""
-        return list(self._given["search"]["seeds"])
+        return list(self._given["search"].get("seeds") or ())
 
     @property
     def data(self) -> dict[str, dict[str, Any]]:
@@ -229,10 +186,7 @@ class Study:
     @cached_property
     def contrasts(self) -> dict[str, Contrast]:
         """Declared contrasts, by name."""
-        try:
-            return {name: Contrast(**values) for name, values in (self._given.get("contrasts") or {}).items()}
-        except TypeError as error:
-            raise ConfigError(f"{self.folder / FILE}: contrasts: {error}; expected of, against, margin") from error
+        return {name: Contrast(**values) for name, values in (self._given.get("contrasts") or {}).items()}
 
     @property
     def code(self) -> list[str]:
@@ -257,9 +211,11 @@ class Study:
         return self.folder / "results"
 
     def search_cells(self, data: str, arm: str) -> list[Cell]:
-        """Return the cells of the search of an arm: none if there is one rate alone."""
-        rates = self.rates if len(self.rates) > 1 else []
-        return [self._cell(data, arm, rate, seed, True) for seed in self.search_seeds for rate in rates]
+        """Return the cells of an arm's search. With one rate only several candidates of a contrast are searched."""
+        several = [each.candidates for each in self.contrasts.values() if len(each.candidates) > 1]
+        if len(self.rates) == 1 and arm not in {of.partition("/")[0] for each in several for of in each}:
+            return []
+        return [self._cell(data, arm, rate, seed, True) for seed in self.search_seeds for rate in self.rates]
 
     def final_cells(self, data: str, arm: str, rate: float) -> list[Cell]:
         """Return the cells of an arm at the rate that was chosen."""
@@ -272,22 +228,27 @@ class Study:
         return [cell for cells in found for cell in cells]
 
     def check(self, values: Mapping[str, str]) -> None:
-        """Raise ConfigError if the settings of an arm contradict one another, before anything is trained."""
+        """Raise ConfigError, before anything is trained, for an arm of contradicting settings, or of another's."""
+        known: dict[str, str] = {}
         for data in self.data:
             for arm in self.arms:
+                cell = self.final_cells(data, arm, self.rates[0])[0]
                 try:
-                    settings_of(self.final_cells(data, arm, self.rates[0])[0].filled(values))
+                    settings_of(cell.filled(values))
+                    if "epochs" not in cell.settings["train"]:
+                        raise ConfigError(
+                            "no train.epochs: expected a number, from which times are estimated; set it in base"
+                        )
+                    other = known.setdefault(digest(cell.settings), f"{data}, {arm}")
+                    if other != f"{data}, {arm}":  # their files could not be told apart
+                        raise ConfigError(f"the settings are those of {other}: expected others; remove one of both")
                 except ConfigError as error:
                     raise ConfigError(f"{self.folder / FILE}: {data}, {arm}: {error}") from error
 
     def _cell(self, data: str, arm: str, rate: float, seed: int, search: bool) -> Cell:
         own = {"train": {"lr": rate, "seed": seed, "tensorboard": False}}
-        of_arm = {name: part for name, part in self.arms[arm].items() if name not in ("about", "after")}
+        of_arm = {name: part for name, part in self.arms[arm].items() if name not in OF_ARM}
         of_data = {name: part for name, part in self.data[data].items() if name not in OF_DATA}
-        if "lr" in of_arm.get("train", {}) or "seed" in of_arm.get("train", {}):
-            raise ConfigError(
-                f"{self.folder / FILE}: {arm}: train.lr or train.seed: expected the search's; leave it out"
-            )
         settings = merged(self._given["base"], of_data, of_arm, own)
         after = () if search else tuple(step for step in AFTER if step in self.arms[arm].get("after", ()))
         return Cell(data=data, arm=arm, rate=rate, seed=seed, search=search, settings=settings, after=after)
@@ -295,16 +256,14 @@ class Study:
 
 def settings_of(values: dict[str, dict[str, Any]]) -> Settings:
     """Return checked settings. Raises ConfigError if a section, a setting or a value is wrong."""
-    return read_settings(yaml.safe_dump(values))
+    return read_settings(write_yaml(values))
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return settings by section, of which later parts replace single ones. Raises ConfigError for another section."""
+    """Return settings by section, of which later parts replace single ones."""
     result: dict[str, dict[str, Any]] = {}
     for part in parts:
         for section, values in part.items():
-            if section not in SECTIONS:
-                raise ConfigError(f"{FILE}: section {section!r}: {nearest(section, SECTIONS)}")
             result.setdefault(section, {}).update(copy.deepcopy(values))
     return result
 
@@ -320,6 +279,8 @@ def given_values(pairs: list[str]) -> dict[str, str]:
 def _fill(value: Any, values: Mapping[str, str]) -> Any:
     if isinstance(value, dict):
         return {name: _fill(each, values) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_fill(each, values) for each in value]
     if not isinstance(value, str):
         return value
     for name in VARIABLE.findall(value):

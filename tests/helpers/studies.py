@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from harness.plan import Cell, Study
 from helpers.found import evidence
 
+from vimoe.config.yaml_reader import write_yaml
 from vimoe.files import write_json
 
 TINY: dict[str, Any] = {
@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
 
 
 def write_study(folder: Path, **changes: Any) -> Study:
-    (folder / "study.yaml").write_text(yaml.safe_dump({**TINY, **changes}))
+    (folder / "study.yaml").write_text(write_yaml({**TINY, **changes}))
     (folder / "README.md").write_text("Before.\n<!-- the table begins -->\n<!-- the table ends -->\nAfter.\n")
     return Study(folder)
 
@@ -49,13 +49,14 @@ def put(study: Study, cell: Cell, top1: float, key: str = "k", **changes: Any) -
     """Writes the JSON of a cell with this score, as if it had been computed."""
     found = evidence(layers=2)
     cost = {"params": 2e6, "activated_params": 1e6, "macs": 1e9}
+    left = {"test": score(top1), "steps": [], "kept": [], "after": cost}  # of a step after the training
     values = {
         "name": cell.name, "data": cell.data, "arm": cell.arm, "rate": cell.rate, "seed": cell.seed,
         "search": cell.search, "key": key, "fingerprint": cell.fingerprint, "settings": cell.settings,
         "inputs": dict.fromkeys(cell.variables, "d"), "code": "c", "val": score(top1), "cost": cost,
         "versions": {"torch": "2", "timm": "1"}, "precision": "no", "seconds": {"train": 9, "after": 1, "cell": 10},
         "machine": {"gpu": None, "cpu": "x"}, "analysis": found if "analyze" in cell.after else None,
-        "after": {step: {"test": score(top1), "kept": [], "after": cost} for step in cell.after if step != "analyze"},
+        "after": {step: dict(left) for step in cell.after if step != "analyze"},
         **({} if cell.search else {"test": score(top1)}), **changes,
     }  # fmt: skip
     study.results.mkdir(exist_ok=True)

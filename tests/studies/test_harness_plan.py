@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness.plan import Cell, Study, code_version, digest_of_path, given_values
+from harness.plan import Cell, Study, code_version, digest_of_path, given_values, settings_of
 from helpers.studies import TINY, write_study
 
 from vimoe.errors import ConfigError
@@ -35,6 +35,15 @@ def test_cells_of_an_arm(tmp_path: Path) -> None:
 def test_one_rate_needs_no_search(tmp_path: Path) -> None:
     study = write_study(tmp_path, search={"rates": [1e-3], "seeds": [10]})
     assert study.search_cells("digits", "dense") == []
+    assert write_study(tmp_path, search={"rates": [1e-3]}).search_cells("digits", "dense") == []
+
+
+def test_candidates_are_searched_at_one_rate_too(tmp_path: Path) -> None:
+    of = {"C": {"of": ["dense", "vimoe/merge_all"], "against": "smear", "margin": 0.5}}
+    arms = {**TINY["arms"], "smear": {"moe": {"layers": "last:1", "router": "smear"}}}
+    study = write_study(tmp_path, search={"rates": [1e-3], "seeds": [10]}, contrasts=of, arms=arms)
+    names = [cell.name for arm in study.arms for cell in study.search_cells("digits", arm)]
+    assert names == ["digits.dense.lr0.001.search10", "digits.vimoe.lr0.001.search10"]
 
 
 @pytest.mark.parametrize("change", ["settings", "after", "data", "code"])
@@ -99,12 +108,52 @@ def test_values_come_from_the_command_line_before_the_environment(monkeypatch: p
     [
         ({"arm": {}}, "unknown part 'arm': did you mean"), ({"seeds": []}, "no seeds: expected it"),
         ({"search": {"rates": [1], "seeds": [0]}}, r"search.seeds \[0\] are in seeds"),
-        ({"data": {"digits": {"more_seeds": {"seeds": [5]}}}}, "digits: more_seeds: expected seeds and arms"),
+        ({"data": {"digits": {"more_seeds": {"seeds": [5]}}}}, "digits.more_seeds: expected seeds and arms"),
         ({"data": {"digits": {"more_seeds": {"seeds": [5], "arms": ["dens"]}}}}, "arm 'dens'"),
         ({"control": "dens"}, "arm 'dens'"), ({"arms": {"a.b": {}}}, "name 'a.b': expected letters"),
         ({"arms": {"dense": {"after": ["analyse"]}}}, "after: 'analyse'"),
         ({"contrasts": {"C": {"of": "dense/prune", "against": "dense", "margin": 1}}}, "expected 'prune' in `after`"),
-        ({"contrasts": {"C": {"of": "dense", "versus": "dense"}}}, "expected of, against, margin"),
+        ({"contrasts": {"C": {"of": "dense", "against": "dense"}}}, "C: no margin: expected of, against, margin"),
+        ({"contrasts": {"C": {"of": "dense", "versus": "dense"}}}, "contrasts.C: unknown part 'versus'"),
+        ({"contrasts": {"C": None}}, "contrasts.C is empty: expected values by name"),
+        ({"contrasts": ["C"]}, "contrasts is .'C'.: expected values by name"),
+        ({"contrasts": {"C": {"of": [], "against": "dense", "margin": 1}}}, "contrasts.C: of=.*: expected an arm"),
+        ({"contrasts": {"C": {"of": [["dense"]], "against": "dense", "margin": 1}}}, "contrasts.C: arm .'dense'."),
+        ({"contrasts": {"C": {"of": "dense", "against": "vimoe", "margin": "x"}}}, "contrasts.C.margin='x'"),
+        ({"contrasts": {"C": {"of": "dense", "against": "vimoe", "margin": 1, "routes": 0.01}}},
+         "contrasts.C: routes=0.01 of 'dense': expected an arm with analyze in `after`"),
+        ({"contrasts": {"C": {"of": "vimoe/merge_all", "against": "dense", "margin": 1, "routes": 0}}},
+         "routes=0 of 'vimoe/merge_all': expected an arm"),
+        ({"arms": {"dense": None}}, "arms.dense is empty: expected values by name; fill it in, or write {}"),
+        ({"arms": {"dense": {"moe": None}}}, "arms.dense.moe is empty: expected values by name"),
+        ({"arms": {"dense": {"moo": {}}}}, "arms.dense: unknown part 'moo': did you mean 'moe'"),
+        ({"arms": {"dense": {"after": None}}}, "arms.dense.after is empty: expected a list"),
+        ({"arms": {"dense": {"after": "analyze"}}}, "arms.dense.after is 'analyze': expected a list"),
+        ({"arms": {1: {}}}, "arms: name 1: expected letters"), ({"arms": ["dense"]}, "arms is .'dense'.: expected"),
+        ({"arms": {"dense": {"train": {"lr": 1.0}}}}, "arms.dense: train.lr or train.seed: expected none"),
+        ({"base": {"train": {"seed": 1}}}, "base: train.lr or train.seed"),
+        ({"base": {"train": None}}, "base.train is empty"),
+        ({"data": {"digits": None}}, "data.digits is empty"),
+        ({"data": {"digits": {"data": "x"}}}, "digits.data is 'x'"),
+        ({"data": {"digits": {"margin": "x"}}}, "data.digits.margin='x': expected at least 0"),
+        ({"data": {"digits": {"more_seeds": None}}}, "digits.more_seeds is empty: expected values by name"),
+        ({"data": {"digits": {"more_seeds": {"seeds": None, "arms": ["dense"]}}}}, "more_seeds.seeds is empty"),
+        ({"data": {"digits": {"more_seeds": {"seeds": [5], "arms": []}}}}, "more_seeds.arms is empty: expected a list"),
+        ({"data": {"digits": {"more_seeds": {"seeds": [5], "arms": ["vimoe/merge_all"]}}}}, "arm 'vimoe/merge_all'"),
+        ({"data": {"digits": {"more_seeds": {"seeds": [1], "arms": ["dense"]}}}}, r"seeds \[1\] are in seeds"),
+        ({"search": {"rates": [1e-3, 3e-3]}}, "search.seeds is empty: expected a list in brackets, such as"),
+        ({"search": {"rates": [1e-3, 3e-3], "seeds": []}}, "search.seeds is empty: expected"),
+        ({"search": {"rates": [1e-3]}, "contrasts": {"C": {"of": ["dense", "vimoe"], "against": "dense", "margin": 1}}},
+         "search.seeds is empty: expected"),
+        ({"search": {"seeds": [10]}}, "search.rates is empty"),
+        ({"search": [1e-3]}, "search is .*: expected values by name"),
+        ({"search": {"rates": 1e-3, "seeds": [10]}}, "search.rates is 0.001: expected a list"),
+        ({"search": {"rates": ["high"], "seeds": [10]}}, "search.rates='high': expected at least 0"),
+        ({"search": {"rates": [1e-3], "seed": [10]}}, "search: unknown part 'seed': did you mean 'seeds'"),
+        ({"seeds": 3}, "seeds is 3: expected a list"), ({"seeds": [0, 0]}, "each value once"),
+        ({"seeds": [0.5]}, "seeds=0.5: expected a whole number"), ({"control": ["dense"]}, "control: arm .'dense'."),
+        ({"code": "a8c346183dc1"}, "code is 'a8c346183dc1': expected a list"),
+        ({"code": [123]}, "code: 123: expected digests"),
     ],
 )  # fmt: skip
 def test_a_mistaken_study_is_refused_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
@@ -130,12 +179,6 @@ def test_cells_of_versions_that_the_study_names_count(tmp_path: Path) -> None:
         assert study.keys(inputs, codes)[cell.fingerprint] == [cell.key(inputs, own), cell.key(inputs, "older")]
 
 
-def test_an_arm_has_no_rate_of_its_own(tmp_path: Path) -> None:
-    study = write_study(tmp_path, arms={"dense": {"train": {"lr": 1.0}}, "vimoe": TINY["arms"]["vimoe"]})
-    with pytest.raises(ConfigError, match="dense: train.lr or train.seed"):
-        study.search_cells("digits", "dense")
-
-
 def test_a_missing_path_and_a_contradiction_are_told_before_a_training(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     with pytest.raises(ConfigError, match="expected --set DIGITS=PATH"):
@@ -143,6 +186,24 @@ def test_a_missing_path_and_a_contradiction_are_told_before_a_training(tmp_path:
     arms = {"dense": {}, "vimoe": {**TINY["arms"]["vimoe"], "moe": {"layers": "last:1", "gate_weight": 0.5}}}
     with pytest.raises(ConfigError, match=r"digits, vimoe: gate_weight=0\.5"):
         write_study(tmp_path, arms=arms).check({"DIGITS": "digits"})
+    base = {**TINY["base"], "train": {"batch_size": 32}}
+    with pytest.raises(ConfigError, match="digits, dense: no train.epochs: expected a number.*set it in base"):
+        write_study(tmp_path, base=base).check({"DIGITS": "digits"})
+
+
+def test_two_arms_of_the_same_settings_are_refused(tmp_path: Path) -> None:
+    arms = {**TINY["arms"], "again": {"moe": dict(TINY["arms"]["vimoe"]["moe"])}}  # without its steps
+    with pytest.raises(ConfigError, match="digits, again: the settings are those of digits, vimoe: expected others"):
+        write_study(tmp_path, arms=arms).check({"DIGITS": "digits"})
+
+
+def test_a_path_that_looks_like_a_number_is_a_text_and_is_found_in_lists(tmp_path: Path) -> None:
+    base = {**TINY["base"], "model": {**TINY["base"]["model"], "args": {"files": ["${DIGITS}", "1e-3"]}}}
+    study = write_study(tmp_path, base=base)
+    study.check({"DIGITS": "12e4"})
+    filled = final(study).filled({"DIGITS": "12e4"})
+    assert settings_of(filled).data.path == "12e4"
+    assert settings_of(filled).model.args == filled["model"]["args"] == {"files": ["12e4", "1e-3"]}
 
 
 def test_the_registered_study_is_one(tmp_path: Path) -> None:
