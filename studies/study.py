@@ -5,21 +5,19 @@
 
 STUDY/study.yaml has the settings that all arms share, data sets, arms, learning rates, seeds and contrasts. Every arm
 (the dense one too) is trained with all rates on the search's seeds; the rate of the best mean rank on validation is
-then trained on all seeds. A cell is one JSON file in STUDY/results, whose name ends in a hash of settings, data and
-code: what changed is computed anew. A cell that was killed goes on from its checkpoint, in whichever process takes it.
+then trained on all seeds. With one rate only arms among which a contrast has to choose are searched. A cell is one JSON
+file in STUDY/results, whose name ends in a hash of settings, data and code: what changed is computed anew. A cell that
+was killed goes on from its checkpoint, in whichever process takes it.
 Tables stand between two marks in STUDY/README.md; nothing in them is typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import yaml
 
 # The package of this checkout, whose version is a part of the cells' keys. Without it the folder studies/vimoe, which
 # lies beside this script, would pass for the package where that is installed as editable.
@@ -30,13 +28,14 @@ from harness.plan import Cell, Study, code_version, digest_of_path, given_values
 from harness.queue import Queue, Workers
 from harness.slurm import submit
 
+from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import ConfigError, VimoeError, choice
 from vimoe.files import write_text
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("study", type=Path, help="folder with study.yaml")
     parser.add_argument("--report", action="store_true", help="write tables and figures, and compute nothing")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=PATH", help="value of ${NAME}")
@@ -64,13 +63,15 @@ def macs(cell: Cell, values: dict[str, str]) -> float:
         config = Path(folder, "cell.yaml")
         asked = {name: dict(settings[name]) for name in ("model", "moe") if name in settings}
         asked.get("model", {}).pop("decoder", None)
-        write_text(config, yaml.safe_dump(asked, allow_unicode=True))
+        write_text(config, write_yaml(asked))
         _, found = count("count", ["--config", str(config)])
     return float(found["moe"]["macs"])
 
 
 def work(study: Study, args: argparse.Namespace, argv: list[str]) -> int:
     """Compute cells, or one of them, or submit jobs that do; return an exit status."""
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: expected at least 1; leave it out for one")
     for arm in args.arms:
         if arm not in study.arms:
             raise ConfigError(f"--arms {arm}: {choice(arm, list(study.arms))}")
@@ -113,15 +114,11 @@ def say(line: str) -> None:
 
 def without_slurm(command: list[str]) -> list[str]:
     """Return a command without --slurm and its values, --workers and --dry-run."""
-    kept, dropped = [], 0.0  # number of words to drop from here on
-    for word in command:
-        if word.startswith("--"):
-            dropped = {"--slurm": math.inf, "--workers": 2, "--dry-run": 1}.get(word, 0)
-        if dropped:
-            dropped -= 1
-        elif not word.startswith("--workers="):
-            kept.append(word)
-    return kept
+    dropped = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    dropped.add_argument("--slurm", nargs="*")
+    dropped.add_argument("--workers")
+    dropped.add_argument("--dry-run", action="store_true")
+    return dropped.parse_known_args(command)[1]
 
 
 def in_process(command: list[str], cell: Cell, runs: Path, key: str) -> int:

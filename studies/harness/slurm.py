@@ -6,8 +6,10 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
+
 from vimoe.config.yaml_reader import read_yaml
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, first_line
 
 
 def submit(
@@ -32,7 +34,10 @@ def submit(
     for option in options:
         if "=" not in option:
             raise ConfigError(f"--slurm {option}: expected NAME=VALUE, such as timeout_min=240")
-    given = {name: read_yaml(value) for name, value in (option.split("=", 1) for option in options)}
+    try:
+        given = {name: read_yaml(value) for name, value in (option.split("=", 1) for option in options)}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--slurm {' '.join(options)}: {first_line(error)}; expected values as in YAML") from error
     if dry_run:
         for number in range(jobs):
             say(f"job {number + 1} of {jobs} with {given}: {shlex.join(command)}")

@@ -30,6 +30,8 @@ def test_a_dry_run_lists_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["--arms", "dens"], "--arms dens: "), (["--set", "DIGITS"], "--set DIGITS: expected NAME=VALUE"),
         (["--set", "DIGITS=digits", "--cell", "digits.dense"], "--cell digits.dense: "),
+        (["--workers", "0"], "--workers 0: expected at least 1"),
+        (["--set", "DIGITS=digits", "--slurm", "name=[a", "--dry-run"], "--slurm name=[a: "),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(
@@ -100,8 +102,14 @@ def test_jobs_are_submitted_through_submitit(tmp_path: Path, monkeypatch: pytest
 def test_a_job_is_a_worker_without_the_options_of_its_submission() -> None:
     command = ["python", "study.py", "s", "--slurm", "a=1", "b=2", "--set", "X=y", "--workers=3", "--dry-run", "--keep"]
     assert study.without_slurm(command) == ["python", "study.py", "s", "--set", "X=y", "--keep"]
+    assert study.without_slurm(["python", "study.py", "s", "--slurm=a=1"]) == ["python", "study.py", "s"]
     command = ["python", "study.py", "--dry-run", "--workers", "8", "s", "--slurm", "a=1"]
     assert study.without_slurm(command) == ["python", "study.py", "s"]
+
+
+def test_an_option_is_not_shortened(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        study.arguments([str(tmp_path), "--slur", "a=1"])  # which a job would keep, and submit jobs in turn
 
 
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
