@@ -7,18 +7,19 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from harness.plan import Cell, Study
 from vimoe import run_folder
 from vimoe.cli import main
+from vimoe.config.yaml_reader import write_yaml
+from vimoe.errors import DataError
 from vimoe.files import write_json, write_text
 
 CLAIMED = 75  # exit status: another process has the cell
@@ -86,7 +87,7 @@ def compute(
                 }  # fmt: skip
                 write_json(file_of(study, cell, key), result)
                 if not keep:
-                    for each in _folders(run, cell.after):
+                    for each in (run, *(_beside(run, step) for step in cell.after)):
                         shutil.rmtree(each, ignore_errors=True)
                     run.with_name(f"{run.name}.yaml").unlink(missing_ok=True)
     except filelock.Timeout:
@@ -101,7 +102,7 @@ def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any
     began = time.monotonic()
     steps: dict[str, Any] = {}
     if not cell.search:  # the search decides by validation and never sees test
-        found["test"] = verb("evaluate", str(run))
+        found["test"] = tested(run)
         for step in cell.after:
             steps[step] = STEPS[step](run)
     after = time.monotonic() - began
@@ -126,10 +127,21 @@ def _train(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
         else:
             shutil.rmtree(run, ignore_errors=True)  # of a process that was killed before its first checkpoint
             settings = run.with_name(f"{run.name}.yaml")
-            write_text(settings, yaml.safe_dump(cell.filled(values)))
+            write_text(settings, write_yaml(cell.filled(values)))
             verb("train", "--config", str(settings), "--out", str(run))
     summary: dict[str, Any] = json.loads((run / run_folder.SUMMARY).read_text(encoding="utf-8"))
     return summary
+
+
+def tested(run: Path) -> dict[str, Any]:
+    """Return the score of a run on test. Raises DataError if its data has none, where validation would be scored."""
+    found = verb("evaluate", str(run))
+    if found["split"] != "test":
+        raise DataError(
+            f"{run}: scored on {found['split']}, as its data has no test images: expected some, which nothing was "
+            f"chosen by; add a folder test to the data, or name one with data.test_split"
+        )
+    return found
 
 
 def _analyze(run: Path) -> dict[str, Any]:
@@ -140,24 +152,18 @@ def _analyze(run: Path) -> dict[str, Any]:
 
 
 def _prune(run: Path, *options: str) -> dict[str, Any]:
-    with _new(run, "merge_all" if options else "prune") as out:
-        found = verb("prune", str(run), "--out", str(out), *options)
-        return {
-            "test": verb("evaluate", str(out)),
-            **{key: found[key] for key in ("tolerance", "steps", "kept", "before", "after", "split")},
-        }
+    out = _beside(run, "merge_all" if options else "prune")
+    shutil.rmtree(out, ignore_errors=True)  # of a process that was killed
+    found = verb("prune", str(run), "--out", str(out), *options)
+    return {
+        "test": tested(out),
+        **{key: found[key] for key in ("tolerance", "steps", "kept", "before", "after", "split")},
+    }
 
 
-@contextmanager
-def _new(run: Path, step: str) -> Iterator[Path]:
-    """Yield a path beside the run, at which nothing is."""
-    path = run.with_name(f"{run.name}.{step}")
-    shutil.rmtree(path, ignore_errors=True)
-    yield path
-
-
-def _folders(run: Path, after: tuple[str, ...]) -> list[Path]:
-    return [run, *(run.with_name(f"{run.name}.{step}") for step in after)]
+def _beside(run: Path, step: str) -> Path:
+    """Return the path of the run that a step leaves."""
+    return run.with_name(f"{run.name}.{step}")
 
 
 def _cost(run: Path) -> dict[str, Any]:

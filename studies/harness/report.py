@@ -36,8 +36,9 @@ def section(results: Results, data: str) -> str:
     if not there:
         return f"### {data}\n\nNo result yet."
     search = sum(cell["search"] for cell in there)
+    final = sum(len(results.final(data, arm)) for arm in results.study.arms)
     wanted = sum(len(results.study.seeds_of(data, arm)) for arm in results.study.arms)
-    head = f"### {data}\n\n{search} cells of the search, {len(there) - search} of {wanted} cells at the chosen rates."
+    head = f"### {data}\n\n{search} cells of the search, {final} of {wanted} cells at the chosen rates."
     tables = [contrasts_table, arms_table, layers_table, effects_table, search_table]
     parts = [head, *(table(results, data) for table in tables), *draw(results, data), notes(results, data)]
     return "\n\n".join(part for part in parts if part)

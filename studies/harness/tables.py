@@ -94,8 +94,9 @@ def layers_table(results: Results, data: str) -> str:
     """Return what the analysis found in each MoE layer, as means over seeds with intervals; "" without any."""
     rows = []
     for arm, layer, cells, found in analysed_layers(results, data):
-        pruned = [cell["after"]["prune"]["kept"] for cell in cells if "prune" in cell["after"]]
-        gone = sum(all(kept["layer"] != layer for kept in each) for each in pruned)
+        # by the steps, because a layer that no method makes dense stays, and is not in `kept`
+        pruned = [cell["after"]["prune"]["steps"] for cell in cells if "prune" in cell["after"]]
+        gone = sum(any(s["layer"] == layer and s["expert"] is None for s in steps) for steps in pruned)
         rows.append([
             arm, layer, str(len(found)),
             over_seeds(found, lambda e: e["adjusted_mutual_information"]["value"]),

@@ -11,9 +11,12 @@ from harness.one_cell import CLAIMED, claim, compute, file_of
 from harness.plan import Cell, Study
 from helpers.kills import Killed
 from helpers.kills import kill_after as kill_after
+from helpers.pictures import folder
 from helpers.scenery import scenes
 from helpers.studies import TINY, write_study
 from study import macs
+
+from vimoe.errors import DataError, VimoeError
 
 VALUES, INPUTS = {"DIGITS": "digits"}, {"DIGITS": "d", "OTHER": "o"}
 
@@ -93,6 +96,34 @@ def test_what_fails_leaves_no_cell(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as raised:
         compute(study, cell, "k", INPUTS, {"DIGITS": str(tmp_path / "nowhere")}, tmp_path / "runs", False, "c")
     assert raised.value.code == 2 and not list(study.results.iterdir())
+
+
+def test_a_path_that_looks_like_a_number_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "12e4", 6)
+    monkeypatch.chdir(tmp_path)
+    study = write_study(tmp_path, base={**TINY["base"], "data": {"workers": 0, "val_fraction": 0.34}})
+    cell = study.search_cells("digits", "dense")[0]
+    assert compute(study, cell, "k", INPUTS, {"DIGITS": "12e4"}, tmp_path / "runs", False, "c") == 0
+    assert result(study, cell)["val"]["images"] == 6
+
+
+def test_a_score_without_test_images_is_not_taken_for_one_on_test(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", 6)
+    study = write_study(tmp_path, base={**TINY["base"], "data": {"workers": 0, "val_fraction": 0.34}})
+    cell = study.final_cells("digits", "dense", 1e-3)[0]
+    with pytest.raises(
+        DataError, match=r"scored on validation.*no test images: expected some.*data\.test_split"
+    ) as said:
+        compute(study, cell, "k", INPUTS, {"DIGITS": str(photos)}, tmp_path / "runs", False, "c")
+    assert "\n" not in str(said.value) and not list(study.results.iterdir())
+
+
+def test_macs_are_of_the_model_that_the_settings_name(tmp_path: Path) -> None:
+    model = {**TINY["base"]["model"], "name": "${MODEL}"}
+    cell = write_study(tmp_path, base={**TINY["base"], "model": model}).final_cells("digits", "dense", 1e-3)[0]
+    assert macs(cell, {"MODEL": "vit_tiny_patch16_224", "DIGITS": "digits"}) > 0
+    with pytest.raises(VimoeError, match="12e4"):
+        macs(cell, {"MODEL": "12e4", "DIGITS": "digits"})
 
 
 @pytest.mark.slow  # 6 s

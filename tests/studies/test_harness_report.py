@@ -105,6 +105,39 @@ def test_the_calibrated_loss_stands_in_the_table_where_an_analysis_has_it(tmp_pa
     assert "| blocks.1.mlp | shared expert alone" not in text and "| blocks.0.mlp | shared expert alone" in text
 
 
+def test_a_layer_that_nothing_makes_dense_is_not_pruned(tmp_path: Path) -> None:
+    arms = {**TINY["arms"], "vimoe": {**TINY["arms"]["vimoe"], "after": ["analyze", "prune", "merge_all"]}}
+    study = fill(write_study(tmp_path, arms=arms))
+    for cell in study.final_cells("digits", "vimoe", 3e-3):
+        dropped = [{"layer": "blocks.0.mlp", "expert": 1}, {"layer": "blocks.1.mlp", "expert": None}][cell.seed :]
+        step = {"test": score(0.5), "steps": dropped, "kept": [], "after": {"activated_params": 1, "macs": 1}}
+        put(study, cell, 0.5, after={"prune": step, "merge_all": step})
+    write_report(study)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert row(text, "vimoe", "blocks.0.mlp", "2")[-1] == "0 of 2"  # without a method, or of which one expert went
+    assert row(text, "vimoe", "blocks.1.mlp", "2")[-1] == "2 of 2"
+
+
+def test_cells_at_a_rate_that_was_not_chosen_are_not_counted_as_such(tmp_path: Path) -> None:
+    study = fill(write_study(tmp_path))
+    put(study, study.final_cells("digits", "dense", 1e-3)[0], 0.5)
+    write_report(study)
+    assert "8 cells of the search, 4 of 4 cells" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_candidates_at_one_rate_are_chosen_on_validation(tmp_path: Path) -> None:
+    contrasts = {"C": {"of": ["dense", "vimoe"], "against": "dense", "margin": 0.5}}
+    study = write_study(tmp_path, search={"rates": [3e-3], "seeds": [10]}, contrasts=contrasts)
+    for arm in study.arms:
+        for cell in study.final_cells("digits", arm, 3e-3):
+            put(study, cell, 0.5)
+    assert Results.read(study).candidate("digits", ("dense", "vimoe")) is None
+    for arm, top1 in (("dense", 0.6), ("vimoe", 0.7)):
+        for cell in study.search_cells("digits", arm):
+            put(study, cell, top1)
+    assert contrast_row(Results.read(study), "digits", "C", study.contrasts["C"])[1] == "vimoe"
+
+
 def test_without_cells_the_page_says_so(tmp_path: Path) -> None:
     write_report(write_study(tmp_path))
     assert "### digits\n\nNo result yet.\n" in (tmp_path / "README.md").read_text("utf-8")
