@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import study
+from harness.figures import draw
 from harness.plan import Study
 from harness.report import write_report
 from harness.results import Results, best
 from harness.tables import contrast_row, routes_cost
 from helpers.found import effect, evidence
 from helpers.studies import TINY, put, score, write_study
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from vimoe.errors import ConfigError
 
@@ -136,6 +139,32 @@ def test_candidates_at_one_rate_are_chosen_on_validation(tmp_path: Path) -> None
         for cell in study.search_cells("digits", arm):
             put(study, cell, top1)
     assert contrast_row(Results.read(study), "digits", "C", study.contrasts["C"])[1] == "vimoe"
+
+
+def test_no_text_of_a_figure_hides_another_or_leaves_the_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("harness.figures.svg", lambda figure: figures.append(figure) or b"")
+    for size in (1, 20):  # of one cost, and nearly of one score
+        arms = {f"arm-{n}": {**TINY["arms"]["vimoe"], "train": {"patience": n}} for n in range(size)}
+        study = write_study(tmp_path, arms=arms, control="arm-0", contrasts={})
+        for number, arm in enumerate(arms):
+            for cell in study.search_cells("digits", arm):
+                put(study, cell, 0.5)
+            for cell in study.final_cells("digits", arm, 1e-3):
+                put(study, cell, 0.5 + 1e-5 * number)
+        assert len(list(draw(Results.read(study), "digits"))) == 2
+        for figure in figures[-2:]:
+            figure.draw_without_rendering()
+            texts = {text for text in figure.findobj(Text) if text.get_visible() and text.get_text()}
+            for axis in (of for axes in figure.axes for of in (axes.xaxis, axes.yaxis)):
+                low, high = sorted(axis.get_view_interval())
+                labels = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+                texts -= {label for at, label in labels if not low <= at <= high}  # which are not drawn
+            boxes = [text.get_window_extent() for text in texts]
+            assert len(texts) > len(arms)
+            drawn = figure.get_tightbbox()  # in inches
+            assert drawn.x0 >= 0 and drawn.y0 >= 0 and all(drawn.max <= figure.get_size_inches())
+            assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
 
 
 def test_without_cells_the_page_says_so(tmp_path: Path) -> None:
