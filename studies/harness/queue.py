@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from harness.one_cell import CLAIMED, file_of, is_claimed
+from harness.one_cell import CLAIMED, is_claimed
 from harness.plan import Cell, Study
 from harness.results import Results
 
@@ -90,10 +90,6 @@ class Queue:
     def is_claimed(self, cell: Cell) -> bool:
         """Return True if a process computes the cell."""
         return is_claimed(self.runs, cell, self.keys[cell.fingerprint][0])
-
-    def path(self, cell: Cell) -> Path:
-        """Return the path of a cell's JSON."""
-        return file_of(self.study, cell, self.keys[cell.fingerprint][0])
 
 
 class Workers:

@@ -36,7 +36,7 @@ class Results:
 
     Attributes:
         study: the study.
-        cells: JSON of each cell by fingerprint. Settings that study.yaml no longer has are found by none.
+        cells: JSON of each cell by fingerprint. Nothing asks for those whose settings study.yaml no longer has.
 
     Raises:
         ConfigError: if two files have the same settings, or a data set's cells were computed on different files.
