@@ -30,7 +30,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="out.html already exists: expected a new file"):
         write_comparison(runs, page)
     assert page == tmp_path / "out.html" and not (tmp_path / "figures").exists()
-    assert "dense vit_small_patch14_dinov2, dense top-1 40.00 ± 9.60 (100 images, epoch 2)" in read.text
+    assert "dense vit_small_patch14_dinov2, dense top-1 40.00 ± 9.43 (100 images, epoch 2)" in read.text
     assert f"{runs[3]} vit_small_patch14_dinov2 with a mixture" in read.text  # two are named moe
     assert (
         "; pruning removed blocks.0.mlp; blocks.1.mlp, expert 5" in read.text

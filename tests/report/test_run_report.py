@@ -29,7 +29,7 @@ def test_the_page_of_a_training_says_of_one_alarm_that_it_is_one(tmp_path: Path)
 def test_the_page_of_a_training(tmp_path: Path) -> None:
     read = Reader(write_run_report(trained(tmp_path / "run", layers="last:2", num_experts=6)))
     assert "the last 2 blocks: 6 experts, 1 shared, 1 chosen for each image. It was trained on 77 images" in read.text
-    assert "50.00 ± 9.80" in read.text and "100 validation images" in read.text
+    assert "50.00 ± 9.62" in read.text and "100 validation images" in read.text
     assert "moe.num_experts 6" in read.text and "torch 9.9" in read.text
     assert "raised 9 alarms" in read.text and "epoch 8: blocks.0.mlp: the router is <odd>" in read.text
     assert "epoch 2: blocks.0.mlp" not in read.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -28,10 +29,15 @@ def measures(score: dict[str, Any]) -> dict[str, str]:
 
 
 def margin(score: dict[str, Any]) -> float | None:
-    """Return half the 95% interval, in percentage points, of a share of so many images; None for another share."""
+    """Return half the 95% interval, in percentage points, of a share of so many images; None for another share.
+
+    The interval is Wilson's, which has a width where all images are right, too.
+    """
     names = shown(score)
-    share = score[names.judge]
-    return 196 * float((share * (1 - share) / score["images"]) ** 0.5) if names.counts_images else None
+    if not names.counts_images:
+        return None
+    share, images, z = score[names.judge], score["images"], 1.96
+    return 100 * z * math.sqrt(share * (1 - share) / images + (z / images) ** 2 / 4) / (1 + z**2 / images)
 
 
 def receipt_header(names: Shown) -> tuple[str, ...]:
