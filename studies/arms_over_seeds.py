@@ -58,11 +58,14 @@ def run_one(study: Path, arm: Path, seed: int, runs: Path, extra: Sequence[str])
         configs = ["--config", str(study / "base.yaml"), "--config", str(arm)]
         vimoe("train", *configs, *extra, "--train.seed", str(seed), "--out", str(run))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    score = vimoe("evaluate", str(run))
+    if score["split"] != "test":
+        raise SystemExit(f"{run}: a score on {score['split']}: expected one on test; add test images, or name them")
     settings = (study / "base.yaml").read_bytes() + arm.read_bytes() + "\n".join(extra).encode()
     write_json(result, {
         "arm": arm.stem,
         "seed": seed,
-        "test": vimoe("evaluate", str(run)),
+        "test": score,
         **{key: summary[key] for key in KEPT},
         "patch_ceiling": summary.get("patch_ceiling"),
         "cost": cost(run),

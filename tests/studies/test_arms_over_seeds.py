@@ -67,6 +67,18 @@ def test_seeds_of_different_settings_are_not_put_together(tmp_path: Path) -> Non
         arms_over_seeds.write_table(tmp_path, "dense")
 
 
+def test_a_score_on_validation_is_not_reported_as_one_on_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "dense-seed0"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text("{}")
+    for arm in ("base", "dense"):
+        (tmp_path / f"{arm}.yaml").write_text("")
+    monkeypatch.setattr(arms_over_seeds, "vimoe", lambda *_: {"split": "val", "miou": 0.5})
+    with pytest.raises(SystemExit, match="a score on val: expected one on test"):
+        arms_over_seeds.run_one(tmp_path, tmp_path / "dense.yaml", 0, tmp_path / "runs", [])
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_readme_without_marks_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("Nothing.\n")
