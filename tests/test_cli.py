@@ -238,7 +238,7 @@ MISTAKES = {
     "evaluate nowhere": "nowhere: no such run",
     "predict": "required: run, images",
     "prune nowhere --out never": "nowhere: no such run",
-    "demo --task singing": "choose from 'classification', 'segmentation'",
+    "demo --task singing": "invalid choice: 'singing' (choose from ",
 }
 
 

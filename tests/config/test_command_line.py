@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -169,7 +170,7 @@ def test_stages_are_a_list() -> None:
 
 @pytest.mark.parametrize("name, kinds", {"router": ROUTERS, "gate": GATES, "experts": EXPERTS, "init": STARTS}.items())
 def test_the_help_names_every_kind(name: str, kinds: Registry) -> None:
-    text = MoEConfig.__doc__ or ""
-    entry = re.search(rf"^        {name}: (.*\n(?:            .*\n)*)", text, re.M)
+    text = inspect.getdoc(MoEConfig) or ""  # Python 3.13 leaves out the indentation itself
+    entry = re.search(rf"^    {name}: (.*\n(?:        .*\n)*)", text, re.M)
     own = [kind for kind, made in kinds.items() if "vimoe." in str(made)]  # tests register others
     assert entry and own and all(f'"{kind}"' in entry[1] for kind in own)

@@ -77,6 +77,22 @@ def test_nothing_else_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not Path("sprung").exists()
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_it_is_read_by_another_version_of_python(tmp_path: Path, module: str) -> None:
+    """3.13 names the module of paths otherwise than the versions before and after it."""
+    model = vit()
+    save_checkpoint(tmp_path / "c", model)
+    file, mine = tmp_path / "c" / ".metadata", type(tmp_path).__module__
+    described = pickle.dumps(pickle.loads(file.read_bytes()), protocol=2)
+    assert (ours := f"c{mine}\n{type(tmp_path).__name__}\n".encode()) in described
+    file.write_bytes(described.replace(ours, f"c{module}\n{type(tmp_path).__name__}\n".encode()))
+    other = vit()
+    with torch.no_grad():
+        other.head.weight.zero_()
+    load_checkpoint(tmp_path / "c", other)
+    assert torch.equal(other.head.weight, model.head.weight) and model.head.weight.any()
+
+
 def test_another_model_and_a_missing_folder_are_refused_in_one_line(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", vit())
     with pytest.raises(FolderError, match="expected a checkpoint of this model") as error:

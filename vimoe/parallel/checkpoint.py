@@ -155,6 +155,7 @@ class _Reader(FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 writes it
         if f"{module}.{name}" not in _DESCRIBE and not (module == "torch" and isinstance(vars(torch).get(name), dtype)):
             raise pickle.UnpicklingError(f"{module}.{name} in .metadata, which describes no shards")
         return super().find_class(module, name)
