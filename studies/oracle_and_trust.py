@@ -62,6 +62,7 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of moe an
     "lessons": ({}, {"oracle_loss": 1.0}),
     "half": ({}, {"oracle_loss": 1e-9}),  # the images that teach train nothing else, and now nothing at all
 }
+CONTROLS = {"random": "learnt", "oracle": "learnt", "lessons": "half", "half": "learnt"}
 STRANGE = 300  # digits and noise images
 
 
@@ -189,14 +190,16 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     """Return the tables of the study as Markdown: means over seeds, and 95% Student intervals of paired differences."""
     arms = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in ARMS}
     arms = {arm: found for arm, found in arms.items() if found}
-    lines = ["| router | top-1, % | against learnt | loss | regret, nats | share of chance's |", "|---" * 6 + "|"]
+    lines = ["| router | control | top-1, % | beyond it | loss | regret, nats | beyond it |", "|---" * 7 + "|"]
     for arm, found in arms.items():
-        own = list(found.values())
-        gap = interval([100 * (r["top1"] - arms["learnt"][seed]["top1"]) for seed, r in found.items()])
-        against = "" if arm == "learnt" else f"{gap.value:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
-        top1, loss, regret = (np.mean([r[key] for r in own]) for key in ("top1", "loss", "regret"))
-        share = np.mean([r["regret"] / r["regret_of_chance"] for r in own])
-        lines.append(f"| {arm} | {100 * top1:.2f} | {against} | {loss:.3f} | {regret:.4f} | {share:.2f} |")
+        top1, loss, regret = (np.mean([r[key] for r in found.values()]) for key in ("top1", "loss", "regret"))
+        control, beyond = CONTROLS.get(arm, ""), {"top1": "", "regret": ""}
+        pairs = [(r, arms[control][seed]) for seed, r in found.items() if seed in arms.get(control, ())]
+        for key, digits, scale in (("top1", 2, 100), ("regret", 3, 1)) if pairs else ():
+            gap = interval([scale * (one[key] - other[key]) for one, other in pairs])
+            beyond[key] = f"{gap.value:+.{digits}f} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}]"
+        row = (arm, control, f"{100 * top1:.2f}", beyond["top1"], f"{loss:.3f}", f"{regret:.3f}", beyond["regret"])
+        lines.append(f"| {' | '.join(row)} |")
     trusts = [r["trust"] for r in results if "trust" in r]
     if trusts:
         keys = list(next(iter(trusts[0]["strange"].values())))
