@@ -70,6 +70,8 @@ def test_each_function_of_the_served_page(run: Path, tmp_path: Path, opened: Cal
         page.set_input_files("#file", bad)
         page.wait_for_selector("#message.error")
         assert page.inner_text("#message").startswith("this file cannot be read")
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        expect(page.locator("#message")).to_be_in_viewport()
         assert not page.inner_text("#plain") and not page.query_selector("#nearest img")  # those were of another image
         page.click('#all [data-image="0"]')
         page.wait_for_selector("#plain .row")
