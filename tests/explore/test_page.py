@@ -113,4 +113,4 @@ def test_the_page_as_a_file(run: Path, tmp_path: Path, opened: Callable[[str], A
     page.wait_for_selector("#overruled .row")
     page.select_option("#layers .layer:nth-child(2) select", "shared expert alone")
     assert page.input_value("#layers .layer:nth-child(1) select") == "as routed"  # one layer at a time
-    assert "gate 0.00" in page.inner_text("#layers .layer:nth-child(2) .chosen")
+    assert page.inner_text("#layers .layer:nth-child(2) .chosen") == "no expert"

@@ -109,8 +109,9 @@ class Session:
             {"plain", "overruled": None if nothing is asked, "nearest": indices of validation images, "seen": the image
             as the model sees it, resized and cropped, as a data URI}. The first two have "prediction" (see
             `Task.predict`; a mask as a data URI, "picture") and "layers", by name. A layer that routes images has
-            "chosen", pairs [expert, gate]. One that routes tokens has "map", rows of the first expert of each patch, -1
-            for none, and "extent", the size of the map in widths and heights of the image: a model pads some images.
+            "chosen", pairs [expert, gate] without gates of zero. One that routes tokens has "map", rows of the first
+            expert of each patch, -1 for none, and "extent", the size of the map in widths and heights of the image: a
+            model pads some images.
 
         Raises:
             VimoeError: if the image cannot be read, or a switch is none.
@@ -201,7 +202,7 @@ class Session:
         """Return the experts of an image with their gates, or the first expert of each of its patches in rows."""
         if routing.unit == "image":
             pairs = zip(routing.experts[0].tolist(), routing.gates[0].tolist(), strict=True)
-            return {"chosen": [[expert, gate] for expert, gate in pairs if expert >= 0]}
+            return {"chosen": [[expert, gate] for expert, gate in pairs if expert >= 0 and gate != 0]}
         prefix = self.layers[name].router.layout.num_prefix_tokens
         first = routing.experts[prefix:, 0].where(routing.gates[prefix:, 0] != 0, -1)
         if not len(first):  # the last block of a classifier computes the tokens that its head reads alone

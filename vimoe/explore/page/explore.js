@@ -19,6 +19,8 @@ function element(tag, text, className) {  // text is never read as markup
   return made;
 }
 
+const breakable = (name) => name.replaceAll("_", "_\u200b");  // where a long name may break
+
 function say(text, error = false) {
   $("message").textContent = text;
   $("message").classList.toggle("error", error);
@@ -39,7 +41,7 @@ function thumbnails(into, ids, empty) {
     picture.alt = `image ${id}`;
     picture.loading = "lazy";
     const words = label === null ? `mostly ${predicted}` : label === predicted ? label : `${label}, taken for ${predicted}`;
-    button.append(picture, element("span", words.replaceAll("_", "_\u200b")));  // where a long name may break
+    button.append(picture, element("span", breakable(words)));
     button.disabled = Boolean(file) && !(id in file.looks);
     button.addEventListener("click", () => {
       choose(id);
@@ -100,7 +102,7 @@ function prediction(into, found) {
     const row = element("div", undefined, "row"), bar = element("div", undefined, "bar"), part = element("i");
     part.style.width = `${100 * share}%`;
     bar.append(part);
-    const words = element("span", name, "name");
+    const words = element("span", breakable(name), "name");
     if (name in state.colours) words.prepend(swatch(state.colours[name]));
     row.append(words, element("span", share < 0.0005 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`, "number"), bar);
     into.append(row);
@@ -113,16 +115,20 @@ function swatch(shade) {
   return made;
 }
 
+function chip(expert, experts, text) {
+  const made = element("span", text, "chip");
+  made.style.borderColor = expert < 0 ? "var(--line)" : colour(expert, experts);
+  return made;
+}
+
 function routes(found, seen) {
   for (const layer of state.layers) {
     const into = $("layers").querySelector(`[data-layer="${CSS.escape(layer.name)}"] .chosen`);
     into.replaceChildren();
     const { chosen, map, extent } = found.layers[layer.name] ?? {};
-    for (const [expert, gate] of chosen ?? []) {
-      const chip = element("span", `expert ${expert}, gate ${gate.toFixed(2)}`, "chip");
-      chip.style.borderColor = colour(expert, layer.experts);
-      into.append(chip);
-    }
+    for (const [expert, gate] of chosen ?? [])
+      into.append(chip(expert, layer.experts, `expert ${expert}, gate ${gate.toFixed(2)}`));
+    if (chosen && !chosen.length) into.append(chip(-1, layer.experts, "no expert"));
     if (map && map.length) drawMap(into, map, extent, seen, layer.experts);
     else if (map) into.append(element("span", "Of the tokens that the head reads there is no patch.", "none"));
   }
@@ -148,9 +154,7 @@ function drawMap(into, map, [width, height], seen, experts) {  // over the image
   const legend = element("div", undefined, "legend");
   for (const [expert, count] of Object.entries(counts).sort((a, b) => b[1] - a[1])) {
     const who = expert < 0 ? "no expert" : `expert ${expert}`;
-    const chip = element("span", `${who}: ${(100 * count / rows / columns).toFixed(0)}%`, "chip");
-    chip.style.borderColor = expert < 0 ? "var(--line)" : colour(Number(expert), experts);
-    legend.append(chip);
+    legend.append(chip(Number(expert), experts, `${who}: ${(100 * count / rows / columns).toFixed(0)}%`));
   }
   place.append(below, canvas);
   into.append(place, legend);
