@@ -93,7 +93,8 @@ def reasons(of: Architecture, found: dict[str, str]) -> Iterator[str]:
             why.setdefault(value, []).append(name)
     for value, columns in why.items():
         said = "all columns" if len(columns) == len(found) else ", ".join(columns)
-        yield f"**{of.name}**, {said}: {value}."
+        shown = value.replace("*", r"\*")  # of vit_*, which Markdown would take for emphasis
+        yield f"**{of.name}**, {said}: {shown}."
 
 
 def read() -> Found:

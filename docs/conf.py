@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+
 import vimoe
 from vimoe.files import read_text
 from vimoe.report.html_page import LOOK
@@ -35,6 +37,8 @@ def look(dark: bool) -> dict[str, str]:
     }
 
 
+FIGURES = re.compile(r"(?:[-+±\d.,%\[\]() ]|of)+")  # such as 78.96 ± 0.79, and 2 of 7
+
 project = "vimoe"
 version = release = vimoe.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
@@ -49,6 +53,8 @@ python_maximum_signature_line_length = 88
 html_theme = "furo"
 html_theme_options = {"light_css_variables": look(dark=False), "dark_css_variables": look(dark=True)}
 html_title = f"vimoe {release}"
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False
@@ -69,7 +75,21 @@ def add_notebook(_app: Any, name: str, source: list[str]) -> None:
         source[0] += f'\n\n<p><a download href="{Path(name).name}.ipynb">This page as a notebook</a></p>\n'
 
 
+def mark_cells(_app: Any, page: nodes.document) -> None:
+    """Mark the cells of tables for site.css, and keep the hyphen of a header such as "top-1" from breaking a line."""
+    for cell in page.findall(nodes.entry):
+        if FIGURES.fullmatch(cell.astext()):
+            cell["classes"].append("figures")
+        elif len(cell.astext()) > 20:
+            cell["classes"].append("words")
+    for head in page.findall(nodes.thead):
+        for text in list(head.findall(nodes.Text)):
+            if not isinstance(text.parent, nodes.literal):  # which may be copied
+                text.parent.replace(text, nodes.Text(text.replace("-", "\N{NON-BREAKING HYPHEN}")))
+
+
 def setup(app: Any) -> None:
-    """Write the notebooks beside the pages that link to them."""
+    """Write the notebooks beside the pages that link to them, and mark the cells of tables."""
     app.connect("source-read", add_notebook)
+    app.connect("doctree-read", mark_cells)
     app.connect("builder-inited", lambda app: write_notebooks(Path(app.outdir) / "docs"))

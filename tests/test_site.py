@@ -64,6 +64,11 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "sphinx", "--fail-on-warning", "-q", "-c", "docs", ".", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    study = (tmp_path / "studies/vimoe/README.html").read_text("utf-8")
+    assert (
+        re.search(r'<td class="figures"><p>\d+\.\d+ ± \d', study) and "<p>top\N{NON-BREAKING HYPHEN}1, %</p>" in study
+    )
+    assert "site.css" in study and "(vit_*, deit*)" in (tmp_path / "docs/compatibility.html").read_text("utf-8")
     reference = (tmp_path / "docs/reference/python.html").read_text("utf-8")
     assert all(name == "__version__" or f'id="vimoe.{name}"' in reference for name in vimoe.__all__)
 
