@@ -11,6 +11,12 @@ from helpers.run_folders import analysed
 
 from vimoe.report.run_report import write_run_report
 
+# of a header in the narrowest column
+LINES = """name => {
+  Object.assign(name.closest("th").style, { display: "block", width: 0 });
+  return name.getClientRects().length;
+}"""
+
 
 @pytest.mark.parametrize("device", WIDTHS)
 def test_the_page_of_an_analysis_in_a_browser(tmp_path: Path, device: str) -> None:
@@ -24,6 +30,7 @@ def test_the_page_of_an_analysis_in_a_browser(tmp_path: Path, device: str) -> No
         fits = "[...document.querySelectorAll('.js-plotly-plot svg')].every((svg) => svg.clientWidth > 200)"
         page.wait_for_function(fits)
 
+        assert page.locator("th span", has_text="top-1").first.evaluate(LINES) == 1
         table = page.locator(".table:visible").nth(1)
         with page.expect_download() as download:
             table.locator("text=CSV").click()

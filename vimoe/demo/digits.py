@@ -20,7 +20,7 @@ from vimoe.tasks.base import Task
 FIRST = TrainConfig(epochs=45, batch_size=30, lr=2e-3, warmup_epochs=4, hflip=0, min_crop=0.8, tensorboard=False)
 FURTHER = replace(FIRST, epochs=6, lr=1e-3, warmup_epochs=0.5)
 ARMS = (
-    Arm("dense, continued", MoEConfig(layers="none"), "the parent, trained on"),
+    Arm("dense, continued", MoEConfig(layers="none"), "the parent, trained further"),
     Arm(
         "dense, second FFN", MoEConfig(layers="all", num_experts=0, num_shared_experts=2),
         "an FFN of twice the width in every block: as many activated parameters as the ViMoE",

@@ -34,7 +34,7 @@ FIRST = TrainConfig(
 )  # fmt: skip
 FURTHER = replace(FIRST, epochs=2, lr=1e-3, warmup_epochs=0.25)
 ARMS = (
-    Arm("dense, continued", MoEConfig(layers="none"), "the parent, trained on"),
+    Arm("dense, continued", MoEConfig(layers="none"), "the parent, trained further"),
     Arm(
         "dense, second FFN", MoEConfig(layers="last:2", num_experts=0, num_shared_experts=2),
         "an FFN of twice the width in the last two blocks: as many activated parameters as the ViMoE",

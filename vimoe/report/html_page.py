@@ -74,7 +74,8 @@ class Page:
             folded: label of a fold that hides the table until a click; None shows the table.
         """
         rows, self._tables = [*rows], self._tables + 1
-        head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in header)
+        names = (re.sub(r"\w+(-\w+)+", r"<span>\g<0></span>", html.escape(cell)) for cell in header)
+        head = "".join(f"<th scope=col>{name}</th>" for name in names)
         cells = (("".join(f"<td>{html.escape(c)}</td>" for c in row)).replace("\n", "<br>") for row in rows)
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         table = f"<table{' class=words' if words else ''}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
