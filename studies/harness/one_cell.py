@@ -98,11 +98,16 @@ def compute(
 def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
     started = time.monotonic()
     summary = _train(cell, values, run)
+    if not summary["scan"]["test"]:  # told by the first cell of a search, though only later ones are scored on test
+        raise DataError(
+            f"{run}: its data has no test images: expected some, which nothing was chosen by; add a folder test to the "
+            f"data, or name one with data.test_split"
+        )
     found: dict[str, Any] = {key: summary[key] for key in KEPT if key in summary}
     began = time.monotonic()
     steps: dict[str, Any] = {}
     if not cell.search:  # the search decides by validation and never sees test
-        found["test"] = tested(run)
+        found["test"] = verb("evaluate", str(run))
         for step in cell.after:
             steps[step] = STEPS[step](run)
     after = time.monotonic() - began
@@ -133,17 +138,6 @@ def _train(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
     return summary
 
 
-def tested(run: Path) -> dict[str, Any]:
-    """Return the score of a run on test. Raises DataError if its data has none, where validation would be scored."""
-    found = verb("evaluate", str(run))
-    if found["split"] != "test":
-        raise DataError(
-            f"{run}: scored on {found['split']}, as its data has no test images: expected some, which nothing was "
-            f"chosen by; add a folder test to the data, or name one with data.test_split"
-        )
-    return found
-
-
 def _analyze(run: Path) -> dict[str, Any]:
     found = verb("analyze", str(run))
     kept = ("base", "images", "overruled_images", "pairs", "routes", "features", "agreement")
@@ -156,7 +150,7 @@ def _prune(run: Path, *options: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)  # of a process that was killed
     found = verb("prune", str(run), "--out", str(out), *options)
     return {
-        "test": tested(out),
+        "test": verb("evaluate", str(out)),
         **{key: found[key] for key in ("tolerance", "steps", "kept", "before", "after", "split")},
     }
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from harness.paired import Mean, interval, paired, sign_flip_p, verdict
+from harness.paired import EXACT, Mean, interval, paired, sign_flip_p, verdict
 from harness.plan import Contrast
 from harness.results import Results
 from vimoe.metrics.registry import Shown, shown
@@ -186,10 +186,10 @@ def notes(results: Results, data: str) -> str:
         f"seeds; differences are paired by seed and are those to the control, {results.study.control}, with 95% "
         f"intervals of Student's t, widened for {max(count, 1)} contrasts (Bonferroni); only the contrasts were "
         f"declared. Contrasts that got more seeds were looked at twice, for which no interval is widened. p is of the "
-        f"signs of the differences, all tried. ARM/prune is the pruned model, ARM/merge_all the "
-        f"one of which each MoE layer is the mean of its experts. Routes permuted is that of one layer. Changes by "
-        f"overruling a layer are on validation; the calibrated loss is that at the temperature that fits each model "
-        f"best, so a mere scale of the logits changes nothing. "
+        f"signs of the differences, all of them up to {EXACT} seeds and 9,999 draws of them for more. ARM/prune is the "
+        f"pruned model, ARM/merge_all the one of which each MoE layer is the mean of its experts. Routes permuted is "
+        f"that of one layer. Changes by overruling a layer are on validation; the calibrated loss is that at the "
+        f"temperature that fits each model best, so a mere scale of the logits changes nothing. "
         f"Versions: {'; '.join(versions)}; package {', '.join(sorted({c['code'] for c in cells}))}. "
         f"Machine: {'; '.join(machines)}. Digests of the data: {', '.join(inputs) or 'none'}. "
         f"Computing took {hours:.2f} hours in all."

@@ -292,6 +292,10 @@ def test_halves_are_stratified() -> None:
     for c in range(CLASSES):
         assert half[y == c].sum() == -(-(y == c).sum() // 2)
     assert not np.array_equal(half, statistics.halves(y, seed=1))
+    of_video = np.array([0, 0, 0, 1, 2, 2, 3, 3, 4])
+    of_frames = statistics.halves(y[: len(of_video)], sequences=of_video)
+    assert [len(set(of_frames[of_video == video])) for video in range(5)] == [1] * 5
+    assert len(set(of_video[of_frames])) == 3  # the larger half
 
 
 def test_orders_bring_out_blocks_on_images_that_they_were_not_found_on() -> None:

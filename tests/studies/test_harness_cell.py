@@ -99,7 +99,8 @@ def test_what_fails_leaves_no_cell(tmp_path: Path) -> None:
 
 
 def test_a_path_that_looks_like_a_number_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder(tmp_path / "12e4", 6)
+    folder(tmp_path / "12e4" / "train", 6)
+    folder(tmp_path / "12e4" / "test", 2, seed=1)
     monkeypatch.chdir(tmp_path)
     study = write_study(tmp_path, base={**TINY["base"], "data": {"workers": 0, "val_fraction": 0.34}})
     cell = study.search_cells("digits", "dense")[0]
@@ -107,13 +108,11 @@ def test_a_path_that_looks_like_a_number_is_read(tmp_path: Path, monkeypatch: py
     assert result(study, cell)["val"]["images"] == 6
 
 
-def test_a_score_without_test_images_is_not_taken_for_one_on_test(tmp_path: Path) -> None:
+def test_data_without_test_images_are_refused_by_the_first_cell(tmp_path: Path) -> None:
     photos = folder(tmp_path / "photos", 6)
     study = write_study(tmp_path, base={**TINY["base"], "data": {"workers": 0, "val_fraction": 0.34}})
-    cell = study.final_cells("digits", "dense", 1e-3)[0]
-    with pytest.raises(
-        DataError, match=r"scored on validation.*no test images: expected some.*data\.test_split"
-    ) as said:
+    cell = study.search_cells("digits", "dense")[0]  # told before the search is whole
+    with pytest.raises(DataError, match=r"no test images: expected some.*data\.test_split") as said:
         compute(study, cell, "k", INPUTS, {"DIGITS": str(photos)}, tmp_path / "runs", False, "c")
     assert "\n" not in str(said.value) and not list(study.results.iterdir())
 

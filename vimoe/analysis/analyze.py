@@ -157,7 +157,7 @@ def _evidence(
     classes = subjects.metric.classes
     by_class = {name: ByClass.of(seen, name, len(classes)) for name in layers}
     units, how_many = statistics.numbered(videos)
-    half = _half(seen, units, seed)
+    half = statistics.halves(np.zeros(len(seen.labels)) if seen.by_patch else seen.labels + 1, seed, units)
     counts = {name: seen.per_image(name) for name in layers}
     tables = {name: found.table() for name, found in by_class.items()}
     drawn = {name: found.table(~half) for name, found in by_class.items()}
@@ -216,13 +216,6 @@ def _parents(parent: nn.Module, layers: Mapping[str, MoE]) -> dict[str, nn.Modul
             )
         found[name] = ffn.as_linear(dense[name])
     return found
-
-
-def _half(seen: Decisions, sequences: np.ndarray | None, seed: int) -> np.ndarray:
-    """(I,) True for a random half of the images: of each class, of segmented ones, or of sequences."""
-    if sequences is not None:
-        return statistics.halves(np.zeros(sequences.max() + 1), seed)[sequences]
-    return statistics.halves(np.zeros(len(seen.labels)) if seen.by_patch else seen.labels + 1, seed)
 
 
 def _effects(

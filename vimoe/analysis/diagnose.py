@@ -230,10 +230,7 @@ def _oracles(
     sequences: np.ndarray | None, seed: int, task: str,
 ) -> dict[str, Oracle]:  # fmt: skip
     """Return the oracle of each layer; none where no class has images in both halves."""
-    if sequences is None:
-        half = statistics.halves(labels + 1, seed)
-    else:
-        half = statistics.halves(np.zeros(sequences.max() + 1), seed)[sequences]
+    half = statistics.halves(labels + 1, seed, sequences)
     plan = {name: [Only(expert) for expert in range(layer.config.num_experts)] for name, layer in layers.items()}
     changes = measure(subjects, plan, task)
     found = {name: _oracle(each, labels, predicted, half, sequences, seed) for name, each in changes.items()}

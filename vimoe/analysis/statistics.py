@@ -355,8 +355,13 @@ def most_frequent(experts: np.ndarray, gates: np.ndarray) -> tuple[np.ndarray, n
     return experts[mine][0], gates[mine].mean(axis=0)
 
 
-def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(I,) True for a random half of the images of each class, the larger one where their number is odd."""
+def halves(labels: np.ndarray, seed: int = 0, sequences: np.ndarray | None = None) -> np.ndarray:
+    """(I,) True for a random half of the images of each class, the larger one where their number is odd.
+
+    Where images belong to sequences (I,), numbered from 0, it is a half of the sequences, whatever their classes.
+    """
+    if sequences is not None:
+        return halves(np.zeros(sequences.max() + 1), seed)[sequences]
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     order = shuffled[np.argsort(labels[shuffled], kind="stable")]
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
