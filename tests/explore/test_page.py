@@ -72,9 +72,11 @@ def test_each_function_of_the_served_page(run: Path, tmp_path: Path, opened: Cal
         assert page.inner_text("#message").startswith("this file cannot be read")
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
         expect(page.locator("#message")).to_be_in_viewport()
+        expect(page.locator("#shown")).to_be_hidden()  # and no sign of a broken image
         assert not page.inner_text("#plain") and not page.query_selector("#nearest img")  # those were of another image
         page.click('#all [data-image="0"]')
         page.wait_for_selector("#plain .row")
+        expect(page.locator("#shown")).to_be_visible()
         assert page.evaluate(DROP_BESIDE)  # or the browser would leave the page
         expect(page.locator("#label")).to_have_text("dropped.png")
         page.wait_for_selector("#message.error")

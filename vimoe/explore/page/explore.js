@@ -225,6 +225,8 @@ async function begin() {
   state.layers.forEach((layer) => $("gallery-layer").append(new Option(layer.name, layer.name)));
   $("gallery-layer").addEventListener("change", galleryOf);
   $("gallery-expert").addEventListener("change", gallery);
+  $("shown").addEventListener("load", () => { $("shown").hidden = false; });
+  $("shown").addEventListener("error", () => { $("shown").hidden = true; });  // a file that is no image
   $("file").addEventListener("change", (event) => chooseFile(event.target.files[0]));
   $("reset").addEventListener("click", () => {
     asked = {};
