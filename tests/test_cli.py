@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ import vimoe.analysis.pruning
 import vimoe.experiments.finished_run
 import vimoe.training.loop
 from vimoe.cli import main
+from vimoe.errors import VimoeError
 from vimoe.files import written_whole
 from vimoe.models.model_folder import load
+from vimoe.stopping import stopping
 from vimoe.tasks.classification_predictions import predict
 from vimoe.verbs import VERBS
 
@@ -349,6 +352,37 @@ def test_sigterm_ends_a_verb_as_ctrl_c_does(
     monkeypatch.setitem(VERBS, "analyze", verb)
     assert main(["analyze"]) == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err == "vimoe: interrupted\n" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError, VimoeError], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_that_a_library_turned_into_another_error_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]
+) -> None:
+    def verb(*_: object) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        raise error("look at the arguments") if error is not KeyboardInterrupt else error
+
+    monkeypatch.setitem(VERBS, "analyze", verb)
+    assert main(["analyze"]) == 128 + number
+    assert capsys.readouterr().err == "vimoe: interrupted\n"
+
+
+def test_an_interrupt_that_was_lost_stops_the_training_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is raised in a destructor is printed by Python, and the verb goes on."""
+
+    def verb(*_: object) -> tuple[str, dict[str, object]]:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stopping() as stop:
+            return "", {"signal": stop.signal}
+
+    seen = []
+    monkeypatch.setitem(VERBS, "analyze", lambda *given: seen.append(verb(*given)) or seen[-1])
+    assert main(["analyze"]) == 0 and seen[0][1] == {"signal": signal.SIGTERM}
+    with stopping() as stop:
+        assert stop.signal is None  # of a verb that has ended
 
 
 def test_damaged_files_of_a_run_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,8 @@ import logging
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from vimoe import process
@@ -20,6 +18,7 @@ from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError, nearest
 from vimoe.files import printable
 from vimoe.parallel import launcher
 from vimoe.run_folder import SCHEMA
+from vimoe.stopping import interrupting
 from vimoe.verbs import SHARED, VERBS
 
 _MACHINE_ERRORS = {  # errors of disks, permissions and file names, which are no bugs: reported in one line
@@ -34,24 +33,28 @@ def main(argv: list[str] | None = None) -> int:
     as_json = "--json" in argv
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode should not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        if argv[:1] and argv[0] in SHARED and (status := launcher.starts(argv)) is not None:
-            return status
-        answer = _answer(argv, as_json)
-        if process.writes():
-            print(answer, flush=True)
-    except BrokenPipeError:  # the reader has closed the pipe, such as head
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115,PTH123  Python flushes it at exit
-        return 141  # 128 + SIGPIPE, which Windows has not
-    except Stopped as stopped:
-        _say(str(stopped))
-        return stopped.status
-    except KeyboardInterrupt as interrupt:
-        _say("interrupted")
-        return 128 + next(iter(interrupt.args), signal.SIGINT)
-    except (VimoeError, OSError, RuntimeError) as error:
-        _say(_reason(error), as_json)
-        return 2
+    with interrupting() as stop:
+        try:
+            if argv[:1] and argv[0] in SHARED and (status := launcher.starts(argv)) is not None:
+                return status
+            answer = _answer(argv, as_json)
+            if process.writes():
+                print(answer, flush=True)
+        except BrokenPipeError:  # the reader has closed the pipe, such as head
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115,PTH123  Python flushes it at exit
+            return 141  # 128 + SIGPIPE, which Windows has not
+        except Stopped as stopped:
+            _say(str(stopped))
+            return stopped.status
+        except KeyboardInterrupt as interrupt:
+            _say("interrupted")
+            return 128 + (stop.signal or next(iter(interrupt.args), signal.SIGINT))
+        except Exception as error:
+            if stop.signal:  # a library took the interrupt for an error of its own
+                _say("interrupted")
+                return 128 + stop.signal
+            _say(_reason(error), as_json)
+            return 2
     return 0
 
 
@@ -109,8 +112,7 @@ def _answer(argv: list[str], as_json: bool) -> str:
             f"their work; start it without a launcher"
         )
     _log_to_stderr()
-    with _sigterm_as_interrupt():
-        text, values = VERBS[argv[0]](argv[0], argv[1:])
+    text, values = VERBS[argv[0]](argv[0], argv[1:])
     return json.dumps({"schema": SCHEMA, "command": argv[0], **values}) if as_json else text
 
 
@@ -118,25 +120,6 @@ def _overview() -> str:
     lines = ["usage: vimoe VERB [--config FILE.yaml] [--section.option value ...] [--json]", ""]
     lines += [f"  {name:<10}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join([*lines, "", "See vimoe VERB --help for the options of a verb."])
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Make SIGTERM end a verb as Ctrl-C does, so that half-written files (features, masks) are removed."""
-
-    def end(number: int, _frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python allows signal handlers in the main thread only
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Stderr(logging.StreamHandler):

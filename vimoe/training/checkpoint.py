@@ -7,12 +7,8 @@ image (see `vimoe.data.order.Shuffled`). So no state of a random generator is st
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -151,28 +147,3 @@ def check_space(run: Path, model: nn.Module, ema: bool) -> None:
             f"{run}: {in_units(free)} are free: expected {in_units(needed - held)} for the checkpoints of this "
             f"training; {remedy}"
         )
-
-
-class Stop:
-    """Request to end the training: number of the signal, None until one came."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    """Note SIGTERM and the first Ctrl-C during a block, which ends after a step; a second one ends it at once."""
-    stop, before = Stop(), {}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt(number)
-        stop.signal = number
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

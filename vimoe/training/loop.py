@@ -32,6 +32,7 @@ from vimoe.moe.layer import moe_layers
 from vimoe.moe.losses import distill_loss
 from vimoe.moe.routing import part_detached
 from vimoe.process import Process
+from vimoe.stopping import Stop, stopping
 from vimoe.terminal import progress
 from vimoe.training import checkpoint
 from vimoe.training.auxiliary_losses import auxiliary_losses, route_loss
@@ -108,7 +109,7 @@ def train(
     process.once(checkpoint.check_space, out, model, bool(config.ema_decay))
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
     state.stage, state.part = stage, str(config.train_only) if part is None else part
-    with _prepared(model, job, config, out, process) as steps, checkpoint.stopping() as stop:
+    with _prepared(model, job, config, out, process) as steps, stopping() as stop:
         resumed = state.goes_on(checkpoint.read(out), steps.load, out)
         if process.any(resumed) != resumed:
             raise FolderError(f"{out} has a checkpoint that not all processes see: expected a folder that all share")
@@ -412,7 +413,7 @@ def _order(loader: DataLoader) -> Shuffled:
     return order
 
 
-def _end_if_asked(stop: checkpoint.Stop, out: Path, process: Process) -> None:
+def _end_if_asked(stop: Stop, out: Path, process: Process) -> None:
     """Raise Stopped in all processes if one of them got a signal; the checkpoint is written."""
     if process.any(bool(stop.signal)):
         raise Stopped(out, stop.signal or signal.SIGTERM)
