@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from vimoe.config.model import ModelConfig
 from vimoe.config.moe import ROUTERS, MoEConfig
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
+from vimoe.data.order import Shuffled
 from vimoe.errors import ConfigError, DataError, FolderError, VimoeError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.train import check_outside, resume_training, run_training
@@ -357,6 +359,21 @@ def test_one_stage_is_a_training_of_that_part(photos: Path, tmp_path: Path) -> N
     run_training(settings(photos, train={"stages": ("experts",), "epochs": 2}), tmp_path / "staged")
     ours, theirs = run_state(tmp_path / "plain"), run_state(tmp_path / "staged")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_each_stage_draws_other_batches_and_other_augmentation(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[tuple[int, int], ...]] = []
+    real = Shuffled.__iter__
+
+    def noting(order: Shuffled) -> Iterator[tuple[int, int]]:
+        drawn.append(tuple(real(order)))
+        return iter(drawn[-1])
+
+    monkeypatch.setattr(Shuffled, "__iter__", noting)
+    run_training(settings(photos, train={**STAGED, "stages": ("head", "experts")}), tmp_path / "run")
+    assert len(drawn) == len(set(drawn)) == 4 and len({pair for epoch in drawn for pair in epoch}) == 4 * len(drawn[0])
 
 
 def test_stages_of_a_frozen_trunk_read_its_features(

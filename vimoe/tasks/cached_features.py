@@ -310,8 +310,8 @@ class FeatureCache:
     """Features that the frozen trunk of a model gives for the images of a data set, and the job to learn from them.
 
     View v has the augmentation of epoch v. With as many views as epochs, training equals training on images, up to
-    rounding; so fewer views are part of more. Validation is computed as evaluation computes, in float32, whatever the
-    precision that trains.
+    rounding; so fewer views are part of more. A later stage of a training goes on in turn through the same views.
+    Validation is computed as evaluation computes, in float32, whatever the precision that trains.
 
     Args:
         model: model on any device; it is moved to the device that trains.

@@ -184,17 +184,17 @@ class _Steps:
         biased = {n for n in learning if layers[n].router.choice_bias is not None and n not in state.frozen}
         whole = all(layer.config.balance_over == "global" for layer in layers.values())
         over = self.process if whole and self.process.count > 1 else None
-        self.order.start(state.epoch, state.step * self.config.batch_size)
+        self.order.start(state.number, state.step * self.config.batch_size)
         self.model.train()
         for inputs, targets in self.loader:
-            seed_everything(mix(self.config.seed, state.epoch, state.step))
+            seed_everything(mix(self.config.seed, state.number, state.step))
             if self.config.router_warmup_epochs:
                 set_random_share(self.plain, random_share(self.config, state.done(self.batches) / self.batches))
             self._freeze_routers(state)
             with self.accelerator.accumulate(self.model):
                 images, targets = self.job.prepare(inputs, targets)
                 if self.process.rank:  # all mix images alike, and each draws what it drops
-                    seed_everything(mix(self.config.seed, state.epoch, state.step, self.process.rank))
+                    seed_everything(mix(self.config.seed, state.number, state.step, self.process.rank))
                 outputs, routings = self.model(images)
                 teaches = self._teaching(state, len(images))
                 task_loss = self._task_loss(outputs, targets, teaches)
