@@ -44,6 +44,7 @@ def test_the_checks_see_what_is_wrong() -> None:
 
 
 def test_the_picture_shows_the_imports_as_they_are() -> None:
+    assert max(map(len, parts().values())) <= 92, "a sentence would leave the picture at the right"
     assert PICTURE.read_text(encoding="utf-8") == draw(), "draw it again: python docs/architecture.py"
 
 
