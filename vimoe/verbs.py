@@ -22,7 +22,7 @@ from vimoe.config.moe import MoEConfig
 from vimoe.config.parallel import bytes_of
 from vimoe.config.settings import Settings
 from vimoe.errors import ConfigError
-from vimoe.run_folder import open_run
+from vimoe.run_folder import check_new, open_run, open_unfinished
 
 if TYPE_CHECKING:
     from vimoe.models.upcycling import Plan
@@ -91,10 +91,16 @@ def train(verb: str, argv: list[str]) -> Result:
 
     check_name(settings.model, segmentation=True)  # the task judges the folder of a segmenter
     check_layer_names(settings.model, settings.moe.selection, *settings.train.parts)
+    from vimoe.data.data_path import check_there
+
+    resumed = options["resume"]
+    if resumed is None:
+        check_there(settings.data.path)
+    if process.launched() == 1:  # of several processes, one may be ahead and have made the folder
+        _ = check_new(options["out"]) if resumed is None else open_unfinished(resumed)
     from vimoe.experiments.train import resume_training, run_training
     from vimoe.models.continued import with_own_layers
 
-    resumed = options["resume"]
     if resumed is None:
         summary = run_training(with_own_layers(settings, parser.given(argv, "moe")), options["out"])
     else:

@@ -83,7 +83,10 @@ MISSPELT = [
     "train --data.path . --model.name vit_tiny_patch16_224 --moe.layers blocks.77.mlp --out never",
     "plan --model.name vit_tiny_patch16_224 --moe.layers last:13", "plan --moe.layers [-13]",
     "train --data.path . --moe.layers last:1 --train.train_only blocks.12.mlp --out never",
-    "evaluate nowhere", "predict nowhere .", "analyze nowhere", "prune nowhere --out never", "report nowhere",
+    "train --data.path nowhere --out never", "train --data.path . --out /dev/null", "train --resume nowhere",
+    "train --data.task segmentation --data.path nowhere --out never",
+    "evaluate nowhere", "predict nowhere .", "analyze nowhere", "diagnose nowhere", "explore nowhere",
+    "export nowhere --out never", "prune nowhere --out never", "report nowhere",
 ]  # fmt: skip
 
 

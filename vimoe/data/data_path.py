@@ -41,14 +41,20 @@ def list_data(config: DataConfig) -> Listing:
     if root.is_dir():
         inside = find_archives(root)
         return archives(root, inside) if inside else folder(root)
-    if not root.is_file():
-        raise DataError(f"data.path={path!r}: no such folder or file; {beside(root)}")
+    check_there(path)
     if is_archive(root):
         return archives(root, [root])
     if root.suffix.lower() == ".csv":
         splits = {config.train_split, config.val_split, config.test_split} - {"none"}
         return csv_file(root, config.image_column or "path", config.label_column or "label", splits)
     raise DataError(f"data.path={path!r} is a file: expected a folder, a .csv or a .tar file; unpack it, or list it")
+
+
+def check_there(path: str) -> None:
+    """Raise DataError if a data path names a folder or file that is not there; data of other kinds pass."""
+    root = local(path)
+    if root is not None and not path.startswith(("hfds/", *REFUSED)) and not root.exists():
+        raise DataError(f"data.path={path!r}: no such folder or file; {beside(root)}")
 
 
 def absolute(path: str) -> str:
