@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -509,6 +510,20 @@ def test_a_pruned_run_needs_no_figures_and_appears_whole(
     assert call(capsys, "prune", copy, "--out", out, "--tolerance=9")["out"] == str(out)
     assert (out / "summary.json").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["copy", "pruned"]
     assert "is finished" in refused(capsys, "train", "--resume", out)
+
+
+def test_a_run_of_several_processes_is_recovered_by_one_or_refused_at_once(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    settings = (copy / "config.yaml").read_text("utf-8")
+    assert settings.count("    expert: 1\n") == settings.count("\n  precision: ") == 1
+    prune = ["prune", copy, "--recover=1", "--tolerance=-1", "--out", tmp_path / "out"]
+    (copy / "config.yaml").write_text(settings.replace("    expert: 1\n", "    expert: 2\n"), "utf-8")
+    assert call(capsys, *prune)["recovery_epochs"] == 1
+    monkeypatch.setattr(vimoe.experiments.finished_run, "prune", None)
+    (copy / "config.yaml").write_text(re.sub("\n  precision: .*", "\n  precision: fp16", settings), "utf-8")
+    assert "expected a GPU" in refused(capsys, *prune[:-1], tmp_path / "again")
 
 
 def test_a_pruning_that_is_stopped_while_it_recovers_leaves_nothing(

@@ -25,6 +25,7 @@ from vimoe.analysis.trust import Trust, fit_trust, see
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES, PRUNE_TOLERANCE
 from vimoe.config.data import Inference
 from vimoe.config.export import FORMATS
+from vimoe.config.parallel import ParallelConfig
 from vimoe.config.settings import check_reads
 from vimoe.config.train import TrainConfig
 from vimoe.data.loaders import preprocessing
@@ -44,6 +45,7 @@ from vimoe.tasks.base import Roles, Scanned, facts_of, task_of
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import trained_modules
+from vimoe.training.settle import settle
 
 COMPARED = 24  # validation images that an exported model is compared on
 TRUSTED = 20_000  # training images, at most, that familiarity is fitted on
@@ -396,7 +398,9 @@ class FinishedRun:
         frozen = float(config.router_frozen == 1 or stopped)  # for good, or no more: what it starts from is trained
         config = replace(config, warmup_epochs=0, router_warmup_epochs=0, router_frozen=frozen)
         config = replace(config, router_freeze_epochs=0, router_freeze_margin=0.0)
-        return replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr))
+        # one process prunes and recovers, however many have trained; what cannot be trained here is told at once
+        config = replace(config, epochs=epochs, lr=lr, min_lr=min(config.min_lr, lr), parallel=ParallelConfig())
+        return settle(config, len(self.data.train), self.model)
 
     def _fresh_model(self) -> nn.Module:
         return load(self.run.model, device(), self.run.settings.model.read)
