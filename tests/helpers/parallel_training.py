@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.parallel_work import batch, full, model
+from torch.distributed.tensor import DTensor
 
 import vimoe
 from vimoe.config.parallel import ParallelConfig
@@ -23,10 +24,13 @@ def step(checkpointing: bool) -> dict[str, Any]:
     """A step with or without gradient checkpointing: gradients, and what was recorded."""
     made = model(SETTINGS)
     made.set_grad_checkpointing(checkpointing)
+    outside = sum(p.nbytes for name, p in made.named_parameters() if not name.startswith("blocks."))
     parallelize(made, make_mesh(ParallelConfig(expert=2)))
+    shards = storages(made)
     images, labels = (each.chunk(2)[dist.get_rank()] for each in batch())
     with vimoe.record(made) as routings:
         logits = made(images)
+    copied = sum(size for place, size in storages(made).items() if place not in shards)
     loss = torch.nn.functional.cross_entropy(logits, labels) + vimoe.balance_loss(routings)
     sent = exchanged_bytes(made, loss.backward)
     return {
@@ -34,7 +38,15 @@ def step(checkpointing: bool) -> dict[str, Any]:
         "gradients": {name: full(p.grad) for name, p in made.named_parameters()},
         "records": [(routing.layer, *routing.logits.shape) for routing in routings],
         "read": tokens_read(made),
+        "copied": copied,
+        "outside": outside,
     }
+
+
+def storages(made: torch.nn.Module) -> dict[int, int]:
+    """Bytes of the memory behind the parameters as they are now, by its address."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in made.parameters()]
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in local}
 
 
 def checkpointed_and_not() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,7 @@ def test_checkpointing_records_once_and_changes_no_gradient() -> None:
     for checkpointed, plain in run(parallel_training.checkpointed_and_not, 2, timeout=120):
         assert checkpointed["records"] == plain["records"]
         assert [record[0] for record in plain["records"]] == ["blocks.0.mlp", "blocks.1.mlp"]
+        assert plain["copied"] <= plain["outside"], "a block stays gathered after the forward pass"
         assert plain["read"] == checkpointed["read"] == 1, "FSDP's hooks were taken for the user's"
         assert [record[1] for record in plain["records"]] == [4 * 5, 4], "of the last block, the class token alone"
         dense = sum(g.numel() for name, g in plain["gradients"].items() if ".experts." not in name)

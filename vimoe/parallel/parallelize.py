@@ -5,7 +5,7 @@ replicated along `data` and `expert`; those of experts are sharded by expert alo
 `fsdp`, and replicated along `data`. FSDP2 (`torch.distributed.fsdp.fully_shard`) gathers what a block needs for the
 time of its forward and backward pass, and takes the mean of gradients over the processes; see
 `vimoe.parallel.exchange` for why each gradient is that of the mean loss. It does so with one shard too (fsdp=1), so
-there is one way for all meshes.
+there is one way for all meshes: what is gathered is a copy then, which is freed in the same way.
 
 The model that each process begins with is whole, so it has to fit into the memory of one.
 """
@@ -61,20 +61,18 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     shards, scalars = mesh["fsdp"].size(), {p for p in model.parameters() if not p.ndim}
     for p in scalars:  # FSDP refuses them
         p.register_post_accumulate_grad_hook(_mean)
-    keep = shards == 1  # nothing to free after the forward
     if mesh["expert"].size() > 1:
         for layer in moe_layers(model).values():
             spread(layer.experts, mesh["expert"])
             fully_shard(
                 layer.experts,
                 mesh=mesh["data", "fsdp"],
-                reshard_after_forward=not keep,
                 ignored_params=scalars,
                 shard_placement_fn=lambda p: Shard(int(p.shape[1] % shards == 0)),
             )
     dense = replicated(mesh)
     for name in find_backbone(model).blocks:
-        fully_shard(model.get_submodule(name), mesh=dense, reshard_after_forward=not keep, ignored_params=scalars)
+        fully_shard(model.get_submodule(name), mesh=dense, ignored_params=scalars)
     fully_shard(model, mesh=dense, ignored_params=scalars)
     return model
 

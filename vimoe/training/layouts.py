@@ -6,9 +6,10 @@ the bytes of gradients, each device has:
 
     weights, state of the optimiser and moving average: dense / f + experts / (e f)
     peak of a step: the largest sum over its moments of all tensors, gradients divided in the same way
-    f > 1: two blocks gathered at a time, and twice the gradients of one before they are divided
+    f e > 1: two blocks gathered at a time (copied where f = 1) and what is outside of blocks, and twice the gradients
+        of one before they are divided
     e > 1: the tokens that the experts of each layer got, which are gathered again from the layer's input otherwise
-    f = 1, several copies: gradients once more, in the buckets of the all-reduce
+    f = e = 1, several copies: gradients once more, in the buckets of the all-reduce
 
 Bytes that a device sends in a step that updates the weights, by the ring algorithms (n - 1) / n of the data for an
 all-gather or a reduce-scatter among n, twice that for an all-reduce:
@@ -167,12 +168,12 @@ def layout(found: Footprint, mesh: ParallelConfig) -> Layout:
     experts = found.sum("trained_expert") / expert
     received = sum(each.bytes for each in found.exchanges) if mesh.expert > 1 else 0
     step = found.peak(fsdp, expert) + received
-    if fsdp > 1:
-        block = [each.dense + each.expert / mesh.expert for each in found.weights]
+    if mesh.spreads:
+        *blocks, rest = [each.dense + each.expert / mesh.expert for each in found.weights]
         trained = [each.trained_dense + each.trained_expert / mesh.expert for each in found.weights]
-        step += 2 * max(block) + 2 * max(trained)
-    else:
-        step += dense * (copies > 1) + experts * (mesh.data > 1)
+        step += 2 * max(blocks) + rest + 2 * max(trained)
+    elif copies > 1:
+        step += dense + experts
     return Layout(
         mesh,
         {
