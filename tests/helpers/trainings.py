@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.pictures import roles
 from helpers.tiny import config, upcycle, vit
 from torch import nn
@@ -16,6 +17,7 @@ from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
 from vimoe.data.classification import Data, load_data
 from vimoe.data.loaders import preprocessing
+from vimoe.errors import FolderError
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.training.loop import train
 
@@ -39,6 +41,15 @@ def run(data: Data, out: Path, network: nn.Module | None = None, **changes: obje
     settings = replace(QUICK, **changes)
     summary = train(network, job_on_images(data, preprocessing(network), settings), settings, out)
     return network.cpu(), summary
+
+
+def resumed_apart(photos: Path, folder: Path) -> str:
+    """What a process of a job says whose run folder is one of its own."""
+    try:
+        run(load_data(DataConfig(path=str(photos))), folder / str(dist.get_rank()))
+    except FolderError as error:
+        return str(error)
+    return "trained"
 
 
 def run_cached(data: Data, out: Path, cache: str, **changes: object) -> tuple[nn.Module, dict]:

@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import processes
 from helpers.jobs import finish, start
 from helpers.kills import Killed, arm, logs
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import roles
 from helpers.slow import one_in
-from helpers.trainings import QUICK, model, run, weights
+from helpers.trainings import QUICK, model, resumed_apart, run, weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -195,6 +196,15 @@ def test_a_killed_training_validates_and_stops_where_it_would_have(
     assert [s["epochs"] for s in (summary, resumed)] == [epochs] * 2
     assert resumed["stopped_early"] == (epochs < changes["epochs"])
     assert torch.equal(weights(whole), weights(again)) and logs(tmp_path / "whole") == logs(tmp_path / "killed")
+
+
+def test_a_checkpoint_that_one_process_alone_sees_ends_all(data: Data, tmp_path: Path, kill_after: object) -> None:
+    """They would wait for one another in different places."""
+    kill_after(4)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "0", checkpoint_minutes=0)
+    for told in processes.run(resumed_apart, 2, data.root, tmp_path, timeout=60):
+        assert "has a checkpoint that not all processes see" in told and "shared disk" in told
 
 
 def test_it_would_be_seen_if_the_state_were_not_restored(

@@ -100,7 +100,8 @@ def resume_training(path: str | Path) -> dict[str, Any]:
     with ExitStack() as held:
         process.once(held.enter_context, run_folder.locked(run.path))
         stored = checkpoint.read(run.path, mapped=True)
-        assert stored is not None
+        checkpoint.check_shared(run.path, stored is not None, process)
+        assert stored is not None, "the first process has seen it"
         checkpoint.check_settings(run.path, stored["settings"], flat(settings))
         check_shares(settings.train, process)
         process.once(

@@ -18,6 +18,7 @@ from vimoe.config.settings import Settings, flat
 from vimoe.errors import FolderError, first_line
 from vimoe.files import TEMPORARY, discard, discard_file, in_units, written_whole
 from vimoe.parallel.checkpoint import load_checkpoint
+from vimoe.process import Process
 from vimoe.run_folder import CHECKPOINT
 
 FORMAT = 3
@@ -65,6 +66,18 @@ def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise FolderError(f"{path} is not a checkpoint of format {FORMAT}: expected one of this version; train again")
     return state
+
+
+def check_shared(run: Path, seen: bool, process: Process) -> None:
+    """Raise FolderError in all processes if some of them see no checkpoint in the run folder, and others do.
+
+    All processes call it, before what they do together for the one that they see.
+    """
+    if process.any(seen) and process.any(not seen):
+        raise FolderError(
+            f"{run} has a checkpoint that not all processes see: expected a folder that all share; give one on a "
+            f"shared disk"
+        )
 
 
 def exists(run: Path) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from vimoe.config.train import TrainConfig
 from vimoe.data.order import Shuffled, mix, seed_everything
-from vimoe.errors import ConfigError, FolderError, Stopped, VimoeError
+from vimoe.errors import ConfigError, Stopped, VimoeError
 from vimoe.models.frozen_trunk import replaced_forward
 from vimoe.moe import Routing
 from vimoe.moe.balancing import set_random_share, update_bias
@@ -110,9 +110,10 @@ def train(
     state = State(job.fingerprint, plain_settings(config) if settings is None else dict(settings), process)
     state.stage, state.part = stage, str(config.train_only) if part is None else part
     with _prepared(model, job, config, out, process) as steps, stopping() as stop:
-        resumed = state.goes_on(checkpoint.read(out), steps.load, out)
-        if process.any(resumed) != resumed:
-            raise FolderError(f"{out} has a checkpoint that not all processes see: expected a folder that all share")
+        stored = checkpoint.read(out)
+        checkpoint.check_shared(out, stored is not None, process)
+        resumed = state.goes_on(stored, steps.load, out)
+        del stored
         if not resumed:
             steps.save(state)  # so that there is one to go on from whenever it is killed
         started, last = time.perf_counter() - state.seconds, state.before + config.epochs
