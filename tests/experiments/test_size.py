@@ -88,6 +88,7 @@ def test_text_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
         ("--devices=8", "--memory=1GB", "--train.batch_size=20"): "train.batch_size=20 over 8 processes",
         (*EIGHT, "--train.parallel.fsdp=3"): "expected sizes whose product is 8",
         (*EIGHT, "--train.parallel.expert=8"): "train.parallel.expert=8 with moe.num_experts=4",
+        (*EIGHT, "--train.precision=fp16", "--train.parallel.expert=2"): "train.precision=fp16 with train.parallel",
         (*EIGHT, "--data.task=segmentation"): "data.task='segmentation' with --devices: expected 'classification'",
         (*EIGHT, "--train.locality_loss=0.5"): "train.locality_loss=0.5 with --devices: expected 0",
         (*EIGHT, "--train.stages=[head,all,experts]"): "with --devices: expected one training",
@@ -96,6 +97,14 @@ def test_text_and_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in wrong.items():
         assert message in refused(capsys, "plan", *MODEL, *argv)
     assert "unknown option --devices" in refused(capsys, "count", *MODEL, "--devices=8")
+
+
+@pytest.mark.parametrize(
+    "setting", ["--train.compile=true", "--train.precision=fp16", "--moe.router_gradient=default_vectors"]
+)
+def test_a_layout_that_a_training_refuses_is_not_recommended(capsys: pytest.CaptureFixture[str], setting: str) -> None:
+    size = call(capsys, "plan", *MODEL, "--devices=2", "--memory=1MB", "--train.batch_size=32", setting)["size"]
+    assert [(each["data"], each["fsdp"], each["expert"]) for each in size["layouts"]] == [(2, 1, 1)]
 
 
 def test_a_batch_that_a_training_refuses_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:

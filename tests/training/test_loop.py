@@ -254,6 +254,7 @@ def test_the_first_step_learns_and_the_rate_ends_low(data: Data, tmp_path: Path)
 def test_the_bias_moves_once_an_update_by_the_load_of_all_its_steps(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, updates: int
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # the setting holds
     network, seen, real = model(bias_update_rate=0.125), [], vimoe.training.loop.update_bias
     monkeypatch.setattr(vimoe.training.loop, "update_bias", lambda *given: (seen.append(list(given[1])), real(*given)))
     run(data, tmp_path, network, epochs=1, warmup_epochs=0, accumulation=accumulation)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 
+from vimoe.config.parallel import ParallelConfig
 from vimoe.config.settings import Settings
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, VimoeError
 from vimoe.models.continued import own_layers
 from vimoe.models.create import create_without_weights
 from vimoe.models.upcycling import build_layers
@@ -14,7 +15,7 @@ from vimoe.training import fuse
 from vimoe.training.footprint import footprint
 from vimoe.training.layouts import SizePlan, plan_size
 from vimoe.training.parameter_groups import freeze_all_but, trained_modules
-from vimoe.training.settle import check_batch
+from vimoe.training.settle import check_batch, check_spread
 
 
 def size_of(settings: Settings, devices: int, limit: float) -> SizePlan:
@@ -60,4 +61,13 @@ def size_of(settings: Settings, devices: int, limit: float) -> SizePlan:
         freeze_all_but(model, trained)
     cached = trained if settings.data.cache == "features" else None
     found = footprint(model, train.batch_size // devices, train, cached)
-    return plan_size(found, train.parallel, devices, limit, train.precision)
+    check_spread(train, train.parallel.over(devices), model, devices)
+
+    def trains(mesh: ParallelConfig) -> bool:
+        try:
+            check_spread(train, mesh, model, devices)
+        except VimoeError:
+            return False
+        return True
+
+    return plan_size(found, train.parallel, devices, limit, train.precision, trains)

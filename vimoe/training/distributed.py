@@ -19,7 +19,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, KwargsHandler
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    KwargsHandler,
+)
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -210,7 +215,8 @@ def _accelerator(config: TrainConfig, out: Path, *handlers: KwargsHandler) -> Ac
     """Return the Accelerator of a training, which cuts each batch into the shares of the processes."""
     return Accelerator(
         mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulation,
+        # as a plugin, which ACCELERATE_GRADIENT_ACCUMULATION_STEPS of an environment does not overrule
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulation),
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=out,
         dataloader_config=DataLoaderConfiguration(split_batches=True),

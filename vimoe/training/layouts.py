@@ -25,7 +25,7 @@ memory should stay free.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,7 +131,10 @@ class SizePlan:
         return "\n".join(lines)
 
 
-def plan_size(found: Footprint, asked: ParallelConfig, devices: int, limit: float, precision: str) -> SizePlan:
+def plan_size(
+    found: Footprint, asked: ParallelConfig, devices: int, limit: float, precision: str,
+    trains: Callable[[ParallelConfig], bool] = lambda mesh: True,
+) -> SizePlan:  # fmt: skip
     """Return the layouts of a training over devices.
 
     Args:
@@ -140,12 +143,13 @@ def plan_size(found: Footprint, asked: ParallelConfig, devices: int, limit: floa
         devices: number of devices.
         limit: memory of each in bytes.
         precision: number format of the products.
+        trains: function of a mesh; False for one that a training would refuse, which is left out.
 
     Raises:
         ConfigError: if the layout that was asked for does not divide evenly.
     """
     meshes = [asked.over(devices)] if asked != ParallelConfig() else [*_meshes(devices)]
-    fitting = [mesh for mesh in meshes if mesh.expert == 1 or _can_divide(found, mesh.expert)]
+    fitting = [mesh for mesh in meshes if (mesh.expert == 1 or _can_divide(found, mesh.expert)) and trains(mesh)]
     if not fitting:
         raise ConfigError(
             f"train.parallel.expert={asked.expert}: expected 1, or a divisor of the number of experts of every MoE "

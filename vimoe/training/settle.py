@@ -9,6 +9,7 @@ from dataclasses import replace
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from vimoe.config.parallel import ParallelConfig
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.precision import resolve, warn_of_slow_bfloat16
@@ -106,7 +107,17 @@ def check_batch(config: TrainConfig, count: int) -> None:
 
 def check_parallel(config: TrainConfig, process: Process) -> None:
     """Raise ConfigError if the sizes of the mesh are not those of the job, or the settings need whole models."""
-    mesh = config.parallel.over(process.count)
+    _check_whole(config, config.parallel.over(process.count))
+
+
+def check_spread(config: TrainConfig, mesh: ParallelConfig, model: nn.Module, count: int) -> None:
+    """Raise VimoeError if the settings, or a layer of the model, need whole models, which this mesh spreads."""
+    _check_whole(config, mesh)
+    if mesh.spreads:
+        check_model(model, mesh.expert, count)
+
+
+def _check_whole(config: TrainConfig, mesh: ParallelConfig) -> None:
     for name, why in _OF_WHOLE_MODELS.items() if mesh.spreads else ():
         value, default = getattr(config, name), getattr(TrainConfig, name)
         if value != default and (name != "precision" or value == "fp16"):
