@@ -733,8 +733,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a resumed epoch begins again",
         "training/loop.py",
-        "self.order.start(state.epoch, state.step * self.config.batch_size)",
-        "self.order.start(state.epoch, 0)",
+        "self.order.start(state.number, state.step * self.config.batch_size)",
+        "self.order.start(state.number, 0)",
         ("training/test_checkpoint.py",),
     ),
     Mutant(

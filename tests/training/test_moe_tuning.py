@@ -101,6 +101,29 @@ def test_a_killed_training_goes_on_to_the_same_bits(in_stage: int, at_step: int,
     assert equal(whole.state_dict(), resumed.state_dict()) == list(whole.state_dict()) == list(resumed.state_dict())
 
 
+def test_padding_has_no_say_in_how_even_the_loads_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the loss nor in the bias, which moves after each step."""
+    seen: dict[str, list[vimoe.Routing]] = {"balance_loss": [], "update_bias": []}
+    for name, given in seen.items():
+        real = getattr(vimoe.training.moe_tuning, name)
+
+        def noted(*args: Any, real: Any = real, given: list[vimoe.Routing] = given) -> Any:
+            given.extend(args[-1])
+            return real(*args)
+
+        monkeypatch.setattr(vimoe.training.moe_tuning, name, noted)
+    model, _ = tuned(tmp_path, config=replace(CONFIG, bias_update_rate=0.5))
+    words = int(asked()["attention_mask"].sum())
+    for given in seen.values():
+        assert [len(routing.experts) for routing in given] == [words] * 2 * STAGES[-1].steps
+    assert all(layer.router.choice_bias.abs().max() > 0 for layer in layers(model))
+
+
+def test_checkpoints_come_after_a_step_at_least(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_every=0: expected"):
+        tuned(tmp_path, save_every=0)
+
+
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
     whole, rows = tuned(tmp_path / "run")
 

@@ -144,15 +144,20 @@ class Routing:
         parts, first = [], 0
         for kind, size in enumerate(self.pools):
             row = (self.kinds == kind).nonzero()[:, 0]
-            experts = self.experts[row]
-            part = replace(
-                self, logits=self.logits[row, first : first + size], gates=self.gates[row],
-                experts=torch.where(experts >= 0, experts - first, experts), batch=(len(row), 1),
-                outputs=None if self.outputs is None else self.outputs[row], kinds=None, pools=(),
-            )  # fmt: skip
+            part = self.of_rows(row)
+            experts = torch.where(part.experts >= 0, part.experts - first, part.experts)
+            part = replace(part, logits=part.logits[:, first : first + size], experts=experts, kinds=None, pools=())
             parts += [part] if len(row) else []
             first += size
         return parts or [self]
+
+    def of_rows(self, row: Tensor) -> Routing:
+        """Return the decisions for some rows, given by their (S,) int64 indices; each counts as an image."""
+        return replace(
+            self, logits=self.logits[row], gates=self.gates[row], experts=self.experts[row], batch=(len(row), 1),
+            outputs=None if self.outputs is None else self.outputs[row],
+            kinds=None if self.kinds is None else self.kinds[row],
+        )  # fmt: skip
 
     def only(self, expert: int) -> Routing:
         """Return decisions that send every row to one expert alone, with the sum of the gates that the row has.

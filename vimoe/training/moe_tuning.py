@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vimoe.config.checks import bounded, check_fields
+from vimoe.config.checks import bounded, check_count, check_fields
 from vimoe.config.layers import Layers
 from vimoe.config.moe import MoEConfig
 from vimoe.config.train import TRAINED
 from vimoe.data.order import mix, seed_everything
 from vimoe.errors import ConfigError, FolderError, VimoeError
 from vimoe.models.upcycling import upcycle
+from vimoe.moe.balancing import update_bias
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.losses import balance_loss
 from vimoe.moe.routing import Routing, record
@@ -74,9 +75,10 @@ def moe_tune(
     """Train a LLaVA stage by stage, in place. The first stage of experts upcycles the FFNs as they then are.
 
     The loss is the model's own, the cross-entropy of the words whose label is not -100, plus `balance` times
-    `vimoe.balance_loss`. A step depends on the seed, its stage and its number alone. So a training that was killed goes
-    on from its last checkpoint in `out` to the weights that it would have reached, bit for bit on the same machine. It
-    has to be called with the same arguments and the same new model.
+    `vimoe.balance_loss` of the tokens that are no padding (`attention_mask`). A step depends on the seed, its stage and
+    its number alone. So a training that was killed goes on from its last checkpoint in `out` to the weights that it
+    would have reached, bit for bit on the same machine. It has to be called with the same arguments and the same new
+    model.
 
     Args:
         model: a `LlavaForConditionalGeneration`, dense, on its device.
@@ -93,11 +95,13 @@ def moe_tune(
         A row for each checkpoint: stage, step, mean loss of the words and mean balance loss since the row before.
 
     Raises:
-        ConfigError: if a stage needs experts and there is no config, or the model has MoE layers already.
+        ConfigError: if a stage needs experts and there is no config, or the model has MoE layers already, or save_every
+            is below 1.
         FolderError: if the folder holds a training with other settings, or its checkpoint cannot be read.
         VimoeError: if the loss is not finite; the last checkpoint is from before.
     """
     out = Path(out)
+    check_count("save_every", save_every, 1)
     if moe_layers(model):
         raise ConfigError("the model has MoE layers already: expected a dense one, which a stage upcycles; densify it")
     made_in = next((i for i, stage in enumerate(stages) if stage.part in ("experts", "moe")), len(stages))
@@ -147,6 +151,8 @@ def _step(
     inputs = {name: value.to(device) for name, value in batch(number, step).items()}
     with record(model) as routings:
         words: Tensor = model.train()(**inputs).loss
+    if (mask := inputs.get("attention_mask")) is not None:  # padding has no say in how even the loads are
+        routings = [routing.of_rows(mask.flatten().nonzero()[:, 0]) for routing in routings]
     even = balance_loss(routings) if routings else words.new_zeros(())
     (words + balance * even).backward()
     nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), 1.0)
@@ -154,6 +160,7 @@ def _step(
         group["lr"] = _rate(stage, step)
     optimizer.step()
     optimizer.zero_grad()
+    update_bias(model, [routing.detach() for routing in routings])
     return torch.stack([words.detach(), even.detach()])
 
 
