@@ -154,6 +154,10 @@ def test_the_tokens_of_all_slots_are_exchanged_four_times_a_layer_and_less_where
     assert last.bytes == 4 * IMAGES * 1 * 2 * 48  # the head reads one token of the last block
     half = footprint(network, IMAGES, replace(PLAIN, precision="bf16")).exchanges[0]
     assert half.bytes == first.bytes / 2
+    checkpointed = model(routing="token")
+    checkpointed.set_grad_checkpointing()
+    found = footprint(checkpointed, IMAGES, PLAIN).exchanges
+    assert [(each.layer, each.times) for each in found] == [(f"blocks.{i}.mlp", 6) for i in range(3)]
     freeze_all_but(network, ["blocks.2.mlp"])
     assert [each.times for each in footprint(network, IMAGES, PLAIN).exchanges] == [2, 3]
     assert footprint(model(router="smear"), 2, PLAIN).exchanges == ()

@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from vimoe.tasks.classification_job import job_on_images
 from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.loop import train
 from vimoe.training.settle import settle
+from vimoe.training.state import Best
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.8])
@@ -523,6 +525,12 @@ def test_without_the_loss_no_output_is_recorded_and_it_is_not_computed(
     monkeypatch.setattr(vimoe.training.auxiliary_losses, "balance_loss", see)
     off, _ = run(data, tmp_path / "off", model(top_k=2), mutual_loss=0.0)
     assert seen and not any(seen) and torch.equal(weights(plain), weights(off))
+
+
+def test_a_loss_on_validation_that_is_no_number_is_told_with_the_epoch_over_all_stages() -> None:
+    score = SimpleNamespace(columns={"loss": math.nan})
+    with pytest.raises(VimoeError, match="the loss is nan on validation in epoch 5: lower train.lr"):
+        Best().offer(2, score, dict, before=3)
 
 
 def rows_but_speed(path: Path) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from vimoe.models.interface import find_backbone, logits_of
 from vimoe.models.reading import ignoring_hooks
 from vimoe.moe import record
 from vimoe.moe.layer import moe_layers
+from vimoe.moe.routing import recomputing
 from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.parameter_groups import adamw
 
@@ -69,7 +70,8 @@ class Exchange:
     Attributes:
         layer: module name.
         bytes: bytes of the tokens of all slots, which are the experts' inputs, and as many their outputs.
-        times: number of all-to-alls in a step: 4, or fewer where no gradient goes back through the layer.
+        times: number of all-to-alls in a step: 4, or fewer where no gradient goes back through the layer, and 2
+            more in a checkpointed block.
     """
 
     layer: str
@@ -283,8 +285,12 @@ def _noted(model: nn.Module, exchanges: list[Exchange]) -> Iterator[None]:
     names: dict[nn.Module, str] = {layer.experts: name for name, layer in sending.items()}
 
     def note(experts: nn.Module, args: tuple[Tensor, ...], y_SUD: Tensor) -> None:
-        times = 2 + y_SUD.requires_grad + args[0].requires_grad
-        exchanges.append(Exchange(names[experts], y_SUD.nbytes, times))
+        times, name = 2 + y_SUD.requires_grad + args[0].requires_grad, names[experts]
+        if recomputing():  # a checkpointed block: its forward pass was noted, and its tokens are exchanged once more
+            at = max(i for i, each in enumerate(exchanges) if each.layer == name)
+            exchanges[at] = replace(exchanges[at], times=2 + times)
+        else:
+            exchanges.append(Exchange(name, y_SUD.nbytes, times))
 
     hooks = [experts.register_forward_hook(note) for experts in names]
     try:

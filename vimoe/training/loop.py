@@ -131,7 +131,7 @@ def train(
                 steps.accelerator.log({**row, **state.scalars()}, step=state.number)
                 state.freeze_routers(config, [name for name, params in steps.routers.items() if params])
                 if score:
-                    state.best.offer(state.epoch, score, lambda: steps.held.weights(steps.judged))
+                    state.best.offer(state.epoch, score, lambda: steps.held.weights(steps.judged), state.before)
                 logger.info(
                     "epoch %d of %d: %s", state.number, last, score or f"loss {row['train_loss']:.4f} in training"
                 )

@@ -34,21 +34,22 @@ class Best:
         self.last = 0  # the last epoch that was validated
         self.score, self.state = dict[str, Any](), dict[str, Tensor]()
 
-    def offer(self, epoch: int, score: Score, weights: Callable[[], dict[str, Tensor]]) -> None:
+    def offer(self, epoch: int, score: Score, weights: Callable[[], dict[str, Tensor]], before: int = 0) -> None:
         """Keep the weights of an epoch whose score is better than all before.
 
         Args:
             epoch: number of the epoch.
             score: its score on validation, the same in all processes.
             weights: function that returns a copy of the weights on the CPU.
+            before: number of epochs of the stages before, which a message counts too.
 
         Raises:
             VimoeError: if the loss is not finite.
         """
         if not math.isfinite(loss := score.columns["loss"]):
             raise VimoeError(
-                f"the loss is {loss} on validation in epoch {epoch}: lower train.lr, or set train.clip_grad; the last "
-                f"checkpoint is from before this epoch's end"
+                f"the loss is {loss} on validation in epoch {before + epoch}: lower train.lr, or set train.clip_grad; "
+                f"the last checkpoint is from before this epoch's end"
             )
         self.last = epoch
         if score.rank > self.rank:
