@@ -82,6 +82,20 @@ def choice(word: object, known: Iterable[str]) -> str:
     return f"expected one of {', '.join(names)}; " + (f"did you mean {close[0]!r}?" if close else "choose one of them")
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, and what else depends on it, in singular or plural.
+
+    Args:
+        count: the number.
+        one: words after the number 1.
+        many: words after other numbers; by default `one` with an s.
+
+    >>> counted(1, "class", "classes"), counted(2, "image"), counted(0, "image")
+    ('1 class', '2 images', '0 images')
+    """
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def expect(name: str, value: object, kind: type, remedy: str) -> None:
     """Raise VimoeError if an argument is of another type.
 

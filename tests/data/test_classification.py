@@ -212,11 +212,52 @@ def test_files_that_phones_make_are_told_by_their_endings(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes([i]))
     with pytest.raises(
-        DataError, match=r"cat holds no image \(3 \.heic files, 1 \.avif files were .*\.jpg.*convert them"
+        DataError, match=r"cat holds no image \(2 \.heic files, 1 \.avif file were .*\.jpg.*convert them"
     ):
         load_data(DataConfig(path=str(tmp_path)))
-    with pytest.raises(DataError, match=r"dog holds no image \(1 \.heic files were passed over; .*convert them"):
+    with pytest.raises(DataError, match=r"dog holds no image \(1 \.heic file was passed over; .*convert them"):
         list_images([tmp_path / "dog"])
+
+
+LAYOUTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "images alone": (
+        ("0.png", "1.png"), r"data holds 2 images and no class folder: expected a folder of images .*data/cat; move each"
+    ),
+    "one image in train, two in test": (
+        ("train/0.png", "test/0.png", "test/1.png"), "data/train holds 1 image and no class folder: .*train_split none",
+    ),
+    "nothing": ((), "data: no image with a class: expected a folder of images for each class, at least 2; add"),
+    "notes alone": (("a.txt",), r"data: no image with a class \(1 \.txt file was passed over; .*\): expected a folder"),
+    "one class": (
+        ("train/cat/0.png", "test/cat/1.png"), "data/train: 1 class with images, 'cat': expected .*at least 2; add",
+    ),
+    "masks": (("images/train/0.png", "annotations/train/0.png"), "has images/ and annotations/, images with masks"),
+    "masks of Pascal VOC": (
+        ("JPEGImages/0.png", "SegmentationClass/0.png", "ImageSets/Segmentation/train.txt"),
+        "has SegmentationClass/ and JPEGImages/, images with masks: .*data.task segmentation",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LAYOUTS)
+def test_folders_without_classes_are_told_by_what_they_hold(what: str, tmp_path: Path) -> None:
+    files, said = LAYOUTS[what]
+    (tmp_path / "data").mkdir()
+    for i, name in enumerate(files):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture((9, 9, 9), i).save(tmp_path / "data" / name, "png")
+    with pytest.raises(DataError, match=said):
+        load_data(DataConfig(path=str(tmp_path / "data")))
+
+
+def test_other_images_for_a_trained_model_are_told_by_what_they_hold(tmp_path: Path) -> None:
+    for name in ("flat/0.png", "scenes/images/train/0.png", "scenes/annotations/train/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture((9, 9, 9), 0).save(tmp_path / name)
+    with pytest.raises(DataError, match="flat holds 1 image and no class folder"):
+        load_folder(tmp_path / "flat", ("cat", "dog"))
+    with pytest.raises(DataError, match="has images/ and annotations/, images with masks: expected a folder for each"):
+        load_folder(tmp_path / "scenes", ("cat", "dog"))
 
 
 def test_the_digits_have_three_disjoint_roles() -> None:

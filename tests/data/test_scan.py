@@ -127,6 +127,42 @@ def test_one_content_of_several_labels_is_warned_of(tmp_path: Path, caplog: pyte
     assert "such as train/blue/000.png = train/green/d.png;" in caplog.text
 
 
+def test_classes_without_an_image_in_a_role_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = roles(tmp_path / "data")
+    shutil.rmtree(root / "test" / "red")
+    shutil.rmtree(root / "val" / "blue"), shutil.rmtree(root / "val" / "green")
+    scanned(root)
+    assert caplog.messages == [
+        "2 of 3 classes have no image in validation, such as blue: its scores leave them out, and they choose the epoch",
+        "1 of 3 classes has no image in test, red: its scores leave it out",
+    ]
+    caplog.clear()
+    few = folder(tmp_path / "few", 4)
+    for path in list((few / "red").iterdir())[1:]:
+        path.unlink()
+    scanned(few)  # a test that is not there has no classes either
+    assert caplog.messages == [
+        "1 of 3 classes has no image in validation, split off train, red: its scores leave it out, and they choose the "
+        "epoch"
+    ]
+
+
+def test_an_evaluation_tells_of_classes_without_an_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    photos, run = roles(tmp_path / "photos"), tmp_path / "run"
+    shutil.rmtree(photos / "test" / "red")
+    call(capsys, "train", "--data.path", photos, *TINY, *QUICK, "--moe.layers=none", "--out", run)
+    caplog.clear()
+    call(capsys, "evaluate", run)
+    call(capsys, "evaluate", run, "--data.path", photos)
+    call(capsys, "evaluate", run, "--data.path", photos / "test")
+    where = ("test", f"test of {photos}", f"{photos / 'test'}")
+    assert [message for message in caplog.messages if "no image in" in message] == [
+        f"1 of 3 classes has no image in {each}, red: its scores leave it out" for each in where
+    ]
+
+
 def test_images_in_memory_are_not_opened(tmp_path: Path) -> None:
     data = load_data(DataConfig(path="digits", skip_unreadable=True))
     found = scan(data).to_dict()

@@ -16,14 +16,16 @@ from PIL import Image
 from vimoe.config.data import DataConfig
 from vimoe.data.data_path import list_data
 from vimoe.data.image_check import CheckedImages, check_images
-from vimoe.data.image_files import is_hidden, passed_over
+from vimoe.data.image_files import find_images, is_hidden, passed_over
 from vimoe.data.images import Source, name_within
 from vimoe.data.listing import LOOSE, ClassImages, Listing, check_levels
 from vimoe.data.splits import is_split, split_of
-from vimoe.errors import DataError, nearest
+from vimoe.errors import DataError, counted, nearest
 
 logger = logging.getLogger(__name__)
 Sample = tuple[Source | Image.Image, int]
+# folders of images and masks, in the layouts of vimoe.data.scene_layouts
+MASKS = ({"images", "annotations"}, {"JPEGImages", "SegmentationClass"}, {"leftImg8bit", "gtFine"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Data:
 
     def __str__(self) -> str:
         roles = f"{len(self.train)} train, {len(self.val)} validation, {len(self.test)} test"
-        return f"{roles} images of {len(self.classes)} classes"
+        return f"{roles} images of {counted(len(self.classes), 'class', 'classes')}"
 
     def names(self, samples: Iterable[Sample]) -> list[str]:
         """Return the names of images in lists that outlast this process; images in memory have none."""
@@ -126,6 +128,11 @@ def load_folder(
     splits = {name: _split(listing, role, role) for name, role in roles.items()}
     name, split = next((name, split) for name, split in splits.items() if split or name == "all")
     found = {name: listing.classes(split)}
+    if any(layout <= set(found[name]) for layout in MASKS) and not set(found[name]) <= set(classes):
+        raise DataError(
+            f"{_of_masks(listing.where(split), found[name])}, as the model gives; check the path or the run"
+        )
+    _check_loose(listing, split, found[name])
     check_levels(listing, found[name], listing.where(split))
     if config.skip_unreadable:
         found, _ = _leave_out_unreadable(found, listing.root)
@@ -136,26 +143,41 @@ def _check_train(listing: Listing, split: str | None, found: ClassImages, classe
     """Raise DataError if the train images are not the class folders of a classification."""
     where = listing.where(split)
     _check_names(where, found)
+    if any(layout <= set(found) for layout in MASKS):
+        raise DataError(f"{_of_masks(where, found)}; to learn masks, set --data.task segmentation")
     if empty := [name for name, images in found.items() if not images]:
+        inside = Path(where, empty[0])
+        junk = find_images(inside)[1] if inside.is_dir() else {}  # no folder if its name is not in UTF-8
         raise DataError(
-            f"{where}/{empty[0]} holds no image{passed_over(listing.junk)}: expected some; add images, or "
-            f"remove the folder"
-        )
-    if set(classes or found) == {"annotations", "images"}:
-        raise DataError(
-            f"{where} has images/ and annotations/: expected a folder for each class; to learn masks, set "
-            f"--data.task segmentation"
+            f"{where}/{empty[0]} holds no image{passed_over(junk)}: expected some; add images, or remove the folder"
         )
     check_levels(listing, found, where)
-    if not (classes or found) and split and listing.junk[LOOSE]:
-        raise DataError(
-            f"{where} holds {listing.junk[LOOSE]} images and no class folder: expected a folder for each "
-            f"class; if {split!r} is a class itself, set --data.train_split none"
-        )
+    _check_loose(listing, split, found)
     if classes is None and len(found) < 2:
+        there = f"1 class with images, {next(iter(found))!r}" if found else "no image with a class"
+        expected = "a folder of images for each class, at least 2" if listing.word == "folder" else "at least 2 classes"
         raise DataError(
-            f"{where}: {len(found)} classes with images{passed_over(listing.junk)}: expected at least 2; "
-            f"{nearest('', listing.splits)}"
+            f"{where}: {there}{passed_over(listing.junk)}: expected {expected}; add images, or check the path"
+        )
+
+
+def _of_masks(where: str, found: ClassImages) -> str:
+    """Return what is wrong with folders of images and masks, in place of classes."""
+    first, second = next(sorted(layout, reverse=True) for layout in MASKS if layout <= set(found))
+    return f"{where} has {first}/ and {second}/, images with masks: expected a folder for each class"
+
+
+def _check_loose(listing: Listing, split: str | None, found: ClassImages) -> None:
+    """Raise DataError for images that lie in no class folder, if there is none."""
+    if found or not listing.junk[LOOSE]:
+        return
+    here, where = replace(listing, junk=Counter()), listing.where(split)  # those of this split alone
+    here.classes(split)
+    if loose := here.junk[LOOSE]:
+        remedy = f"; if {split!r} is a class itself, set --data.train_split none" if split else ""
+        raise DataError(
+            f"{where} holds {counted(loose, 'image')} and no class folder: expected a folder of images for each class, "
+            f"such as {where}/cat; move each image into that of its class{remedy}"
         )
 
 
@@ -189,7 +211,8 @@ def _warn_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> No
             listing.junk[f"images in {split}, which has no role"] += images
             free = next((role for role in ("val", "test", "train") if chosen[role] is None), None)
             remedy = f"; to use them, set --data.{free}_split {split}" if free and not is_split(split) else ""
-            logger.warning("%s has no role, and its %d images are left out%s", listing.where(split), images, remedy)
+            left = counted(images, "image is", "images are")
+            logger.warning("%s has no role, and its %s left out%s", listing.where(split), left, remedy)
 
 
 def _leave_out_unreadable(found: dict[str, ClassImages], root: Path) -> tuple[dict[str, ClassImages], CheckedImages]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from vimoe.errors import DataError, beside
+from vimoe.errors import DataError, beside, counted
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")  # copies and thumbnails that macOS and Synology leave beside the images
@@ -59,9 +59,13 @@ def is_hidden(name: str) -> bool:
 
 def passed_over(junk: Mapping[str, int]) -> str:
     """Return a note on files with other endings, for a message that no image was found; "" if there are none."""
-    files = [f"{count} {kind}" for kind, count in junk.items() if kind.startswith(".")]
+    others = {kind: count for kind, count in junk.items() if kind.startswith(".")}
+    if not others:
+        return ""
+    files = [counted(count, kind.removesuffix("s")) for kind, count in others.items()]
     known = ", ".join(sorted(ENDINGS))
-    return f" ({', '.join(files[:6])} were passed over; known endings are {known}; convert them)" if files else ""
+    were = "was" if sum(others.values()) == 1 else "were"
+    return f" ({', '.join(files[:6])} {were} passed over; known endings are {known}; convert them)"
 
 
 def list_images(paths: Iterable[str | Path]) -> list[Path]:

@@ -60,6 +60,8 @@ class Scan:
 def scan(data: Data) -> Scan:
     """Open every image of a role, unless the cache remembers it, and warn of duplicates and thin images.
 
+    Warns of classes without an image in validation or test too.
+
     Args:
         data: images; those in memory are not opened.
 
@@ -67,6 +69,9 @@ def scan(data: Data) -> Scan:
         DataError: if an image cannot be read and `DataConfig.skip_unreadable` is off.
     """
     checked = data.checked or _check(data)
+    validation = "validation, split off train" if data.split_off else "validation"
+    warn_of_absent(validation, data.val, data.classes, ", and they choose the epoch")
+    warn_of_absent("test", data.test, data.classes)
     warn_of_thin(checked, lambda source: _name(source, data))
     train = [source for source, _ in on_disk(data.train)]
     in_train = {
@@ -108,6 +113,23 @@ def duplicates(
             len(pairs), len(images), role, *map(name, pairs[0]),
         )  # fmt: skip
     return len(pairs)
+
+
+def warn_of_absent(role: str, samples: Sequence[Sample], classes: Sequence[str], more: str = "") -> None:
+    """Warn of classes without an image in a role, with the first of them; a role without images is not there at all.
+
+    Args:
+        role: name of the role, for the warning.
+        samples: images of the role with their labels.
+        classes: names of all classes.
+        more: further words on the scores that leave these classes out.
+    """
+    there = {label for _, label in samples}
+    absent = [name for label, name in enumerate(classes) if label not in there]
+    if absent and there:
+        have, example, them = ("has", "", "it") if len(absent) == 1 else ("have", "such as ", "them")
+        logger.warning("%d of %d classes %s no image in %s, %s%s: its scores leave %s out%s",
+                       len(absent), len(classes), have, role, example, absent[0], them, more)  # fmt: skip
 
 
 def warn_of_thin(checked: CheckedImages, name: Callable[[Source], str]) -> None:

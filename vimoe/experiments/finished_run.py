@@ -120,6 +120,7 @@ class FinishedRun:
             split, loader = self.task.elsewhere(self.model, path)
         else:
             split, samples = self.reported
+            self.task.check_scored(self.data, split, samples)
             loader = self.task.scored(self.model, self.data, samples)
         metric = metric_of(self.model, self.task.metric)
         kept = KeptLogits(metric, self.process) if metric.calibrates else None

@@ -172,6 +172,16 @@ class Task(ABC, Generic[D]):
         """
         return self.loader(model, data, samples)
 
+    def check_scored(self, data: D, role: str, samples: Sequence[Any]) -> None:
+        """Warn of what a score on samples does not tell; by default nothing.
+
+        Args:
+            data: images that the model was trained on.
+            role: name of the samples' role, for messages.
+            samples: those that will be scored.
+        """
+        return
+
     def timed(self, model: nn.Module, data: D, samples: Sequence[Any]) -> DataLoader:
         """Return batches to time a model on that is scored on these samples, all images of one size."""
         return self.loader(model, data, samples)

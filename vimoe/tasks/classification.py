@@ -21,7 +21,7 @@ from vimoe.data.class_tasks import class_tasks
 from vimoe.data.classification import Data, load_data, load_folder
 from vimoe.data.images import open_image
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
-from vimoe.data.scan import Scan, scan
+from vimoe.data.scan import Scan, scan, warn_of_absent
 from vimoe.metrics.base import Batches, metric_of
 from vimoe.models.class_order import order_classes
 from vimoe.models.create import create
@@ -98,8 +98,13 @@ class Classification(Task[Data]):
             entries = if_kept(lambda: entries_of(model, changed, samples, *self._reading(model), self.process))
         return entries or self.loader(model, data, samples)
 
+    def check_scored(self, data: Data, role: str, samples: Sequence[Any]) -> None:
+        warn_of_absent(role, samples, data.classes)
+
     def elsewhere(self, model: nn.Module, path: str) -> tuple[str, DataLoader]:
-        which, samples = load_folder(path, label_names(model), self.settings.data)
+        classes = label_names(model)
+        which, samples = load_folder(path, classes, self.settings.data)
+        warn_of_absent(path if which == "all" else f"{which} of {path}", samples, classes)
         return which, self._loader(model, samples)
 
     def predict(
