@@ -133,7 +133,8 @@ def test_classes_without_an_image_in_a_role_are_warned_of(tmp_path: Path, caplog
     shutil.rmtree(root / "val" / "blue"), shutil.rmtree(root / "val" / "green")
     scanned(root)
     assert caplog.messages == [
-        "2 of 3 classes have no image in validation, such as blue: its scores leave them out, and they choose the epoch",
+        "2 of 3 classes have no image in validation, such as blue: its scores leave them out, and they choose the "
+        "epoch",
         "1 of 3 classes has no image in test, red: its scores leave it out",
     ]
     caplog.clear()

@@ -107,3 +107,48 @@ def test_a_misspelt_name_is_refused_before_torch_is_imported(tmp_path: Path) -> 
 def test_a_vit_of_any_size_gets_images_of_the_size_that_is_asked_for() -> None:
     model = create(ModelConfig(name="test_vit", pretrained=False, img_size=32))  # its own size is 160
     assert find_backbone(model).data_config({})["input_size"] == (3, 32, 32) == find_backbone(model).input_size
+
+
+def hugging_face(path: Path, name: str) -> str:
+    import transformers
+
+    shape: dict = {"vit": {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 24, "patch_size": 8}}
+    config = getattr(transformers, f"{name}Config")(**shape.get(name.lower(), {"depths": [1], "num_heads": [2]}))
+    getattr(transformers, f"{name}Model")(config).save_pretrained(path)
+    return f"transformers:{path}"
+
+
+SIZES = {
+    ("vit_small_patch14_dinov2", 60): "multiple of the patch size 14; set 56 or 70",
+    ("vit_small_patch14_dinov2", 10): "multiple of the patch size 14; set 14 or more",
+    ("swin_tiny_patch4_window7_224", 226): "multiple of the patch size 4; set 224 or 228",
+    ("mvitv2_tiny", 226): None,  # patches overlap, and edges are padded
+    ("ViT", 20): "multiple of the patch size 8; set 16 or 24",
+    ("Swin", 226): None,  # padded, unlike timm's
+}
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_images_whose_edges_no_patch_would_see_are_refused(name: str, size: int, tmp_path: Path) -> None:
+    place = hugging_face(tmp_path, name) if name in ("ViT", "Swin") else name
+    settings, said = ModelConfig(name=place, pretrained=False, img_size=size), SIZES[name, size]
+    if said is None:
+        create_without_weights(settings)
+        return
+    with pytest.raises(ConfigError, match=f"^model.img_size={size}: expected a {said}$"):
+        create_without_weights(settings)
+
+
+def test_images_smaller_than_a_patch_are_told_where_weights_would_not_fit(tmp_path: Path) -> None:
+    timm.models.save_for_hf(vit(img_size=32, patch_size=16), str(tmp_path), safe_serialization=True)
+    with pytest.raises(
+        ConfigError, match=r"model.img_size=10: expected a multiple of the patch size 16; set 16 or mor"
+    ):
+        create(ModelConfig(name=f"local-dir:{tmp_path}", img_size=10))
+
+
+@pytest.mark.parametrize(
+    "args", [{"dynamic_img_pad": True}, {"dynamic_img_pad": True, "dynamic_img_size": True}], ids=str
+)
+def test_a_model_that_pads_takes_any_size(args: dict) -> None:
+    create_without_weights(ModelConfig(name="test_vit", pretrained=False, img_size=50, args=args))

@@ -344,7 +344,9 @@ def test_other_mistakes_are_one_line(run: Path, data: Path, tmp_path: Path, caps
     assert "--data.task segmentation" in refused(capsys, "train", "--data.path", data, *plain, "--out", out)
     assert "did you mean 'linear'?" in refused(capsys, *train, "--model.decoder=linaer", "--out", out)
     assert "expected as many blocks" in refused(capsys, *train, "--model.decoder=linear4", "--out", out)
-    assert "whole patches" in refused(capsys, *train, "--model.img_size=20", "--out", out)
+    assert "expected a multiple of the patch size 8; set 16 or 24" in refused(
+        capsys, *train, "--model.img_size=20", "--out", out
+    )
     assert "max_scale=0.1" in refused(capsys, *train, "--train.max_scale=0.1", "--out", out)
     assert "--out masks" in refused(capsys, "predict", run, data / "images/test")
     other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
