@@ -96,7 +96,7 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 
-def expect(name: str, value: object, kind: type, remedy: str) -> None:
+def expect(name: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
     """Raise VimoeError if an argument is of another type.
 
     >>> expect("config", {"layers": "all"}, int, "give a number")
@@ -107,7 +107,8 @@ def expect(name: str, value: object, kind: type, remedy: str) -> None:
         shown = " ".join(repr(value).split())
         shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
         given = "None" if value is None else f"of type {type(value).__name__}, {shown}"
-        raise VimoeError(f"{name} is {given}: expected {kind.__name__}; {remedy}")
+        expected = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise VimoeError(f"{name} is {given}: expected {expected}; {remedy}")
 
 
 def first_line(error: BaseException) -> str:

@@ -92,6 +92,11 @@ def test_none_is_off_where_that_is_the_default(tmp_path: Path) -> None:
 
 UNKNOWN = {
     "--moe.layer=all": "unknown option --moe.layer: did you mean '--moe.layers'?",
+    "--train.learning_rate=1": "unknown option --train.learning_rate: did you mean '--train.lr'?",
+    "--num-epochs=1": "unknown option --num-epochs: did you mean '--train.epochs'?",
+    "--lr=1": "unknown option --lr: did you mean '--train.lr'?",
+    "--train.batch=1": "unknown option --train.batch: did you mean '--train.batch_size'?",
+    "--image_size=1": "unknown option --image_size: did you mean '--model.img_size'?",
     "surplus": "unknown option surplus: see vimoe count --help",
     "--moe=3": "--moe=3: expected a YAML file; to set one option use --moe.NAME, see vimoe count --help",
     "--moe.groups=[a]": "moe.groups=['a']: expected a list of whole numbers in brackets, such as [2, 6], or none",
@@ -117,6 +122,7 @@ def test_a_mistake_is_one_line_with_the_remedy(given: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("train: {learning_rate: 1}", "unknown option train.learning_rate: did you mean 'train.lr'?"),
         ("moe: {layer: all}", "unknown option moe.layer: did you mean 'moe.layers'?"),
         ("moo: {layers: all}", "unknown option moo.layers: did you mean 'moe.layers'?"),
         ("train: {precision: no}", "train.precision=False: expected one of .*; put 'no' in quotes"),

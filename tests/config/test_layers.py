@@ -77,3 +77,9 @@ def test_a_config_keeps_layers_as_they_were_written(written: str | list[int | st
     assert config.layers == config.selection.written == kept
     assert config == vimoe.MoEConfig(layers=kept) == vimoe.MoEConfig.from_dict(config.to_dict())
     assert config.selection is config.selection  # parsed once
+
+
+@pytest.mark.parametrize("written", ["10,11", "blocks.10.mlp, blocks.11.mlp"])
+def test_a_list_without_brackets_is_told_before_there_is_a_model(written: str) -> None:
+    with pytest.raises(ConfigError, match=rf"names no FFN: write a list: \[{written.replace(',', ', ?')}\]"):
+        Layers.parse(written).check_names(FFN, 12)

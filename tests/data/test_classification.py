@@ -221,7 +221,7 @@ def test_files_that_phones_make_are_told_by_their_endings(tmp_path: Path) -> Non
 
 LAYOUTS: dict[str, tuple[tuple[str, ...], str]] = {
     "images alone": (
-        ("0.png", "1.png"), r"data holds 2 images and no class folder: expected a folder of images .*data/cat; move each"
+        ("0.png", "1.png"), "data holds 2 images and no class folder: expected a folder of images .*data/cat; move each"
     ),
     "one image in train, two in test": (
         ("train/0.png", "test/0.png", "test/1.png"), "data/train holds 1 image and no class folder: .*train_split none",

@@ -12,6 +12,7 @@ import pytest
 import timm
 from helpers.tiny import FAMILIES, vit
 
+import vimoe
 from vimoe.config.layers import Layers
 from vimoe.config.model import ModelConfig
 from vimoe.errors import ConfigError, VimoeError
@@ -107,6 +108,25 @@ def test_a_misspelt_name_is_refused_before_torch_is_imported(tmp_path: Path) -> 
 def test_a_vit_of_any_size_gets_images_of_the_size_that_is_asked_for() -> None:
     model = create(ModelConfig(name="test_vit", pretrained=False, img_size=32))  # its own size is 160
     assert find_backbone(model).data_config({})["input_size"] == (3, 32, 32) == find_backbone(model).input_size
+
+
+def test_a_folder_without_its_source_is_told_with_it(tmp_path: Path) -> None:
+    timm.models.save_for_hf(vit(), str(tmp_path / "dense"), safe_serialization=True)
+    vimoe.save(vit(), tmp_path / "run" / "model")
+    (tmp_path / "other").mkdir()
+    for given, meant in {
+        "dense": "local-dir:{}/dense", "run": "local-dir:{}/run/model", hugging_face(tmp_path / "hf", "ViT"): None,
+        "local-dir:run": "local-dir:{}/run/model", "hf": "transformers:{}/hf",
+    }.items():  # fmt: skip
+        source, colon, folder = given.rpartition(":")
+        settings = ModelConfig(name=f"{source}{colon}{tmp_path / folder}")
+        if meant is None:
+            check_name(settings)
+            continue
+        with pytest.raises(ConfigError, match=re.escape(f"did you mean '{meant.format(tmp_path)}'?")):
+            check_name(settings)
+    with pytest.raises(ConfigError, match="timm has no such model; known: "):
+        check_name(ModelConfig(name=str(tmp_path / "other")))
 
 
 def hugging_face(path: Path, name: str) -> str:

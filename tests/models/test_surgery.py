@@ -72,6 +72,8 @@ def test_a_block_with_two_ffns_counts_once() -> None:
         ([-3], "no block -3: expected -2 to 1"),
         ("al", "layers='al' names no FFN: did you mean 'all'"),
         ("lasst", "names no FFN: did you mean 'last:N'"),
+        ("0,1", r"layers='0,1' names no FFN: write a list: \[0, 1\]"),
+        ("[blocks.0.mlp, blocks.1.mlp]", r"names no FFN: write a list: \[blocks.0.mlp, blocks.1.mlp\]"),
         ("block.1.mlp", "names no FFN: did you mean 'blocks.1.mlp'"),
         ([0, "blocks.7.mlp"], "'blocks.7.mlp' names no FFN: did you mean 'blocks.*.mlp'"),
     ],

@@ -26,6 +26,21 @@ MISTAKES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "densify a path": (lambda m: vimoe.densify(NOTHING), "model is of type PosixPath"),
     "save a state dict": (lambda m: vimoe.save(m.state_dict(), NOTHING), "model is of type OrderedDict"),
     "record a list": (lambda m: vimoe.record([m]).__enter__(), "model is of type list"),
+    "a tolerance in quotes": (
+        lambda m: vimoe.prune(m, {}, tolerance="0.1"),
+        "tolerance='0.1': expected a number of nats",
+    ),
+    "a tolerance of True": (lambda m: vimoe.prune(m, {}, tolerance=True), "tolerance=True: expected a number of nats"),
+    "losses of tensors": (
+        lambda m: vimoe.balance_loss([torch.zeros(2)]),
+        "a routing is of type Tensor, tensor([0., 0.])",
+    ),
+    "losses of a number": (lambda m: vimoe.router_z_loss(3), "routings is of type int, 3: expected Sequence; give the"),
+    "a number for a folder": (
+        lambda m: vimoe.load(3),
+        "path is of type int, 3: expected str or PathLike; name a model",
+    ),
+    "a model for a source": (lambda m: vimoe.load_parent_weights(m, m), "source is of type VisionTransformer"),
     "optimize a class": (lambda m: vimoe.optimize(nn.Linear), "model is of type type"),
 }
 
@@ -39,6 +54,12 @@ def test_it_is_one_line(what: str) -> None:
         call(model)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert {name: type(module) for name, module in model.named_modules()} == before and not NOTHING.exists()
+
+
+def test_a_run_folder_in_place_of_its_model_is_told(tmp_path: Path) -> None:
+    vimoe.save(vit(), tmp_path / "run" / "model")
+    with pytest.raises(vimoe.VimoeError, match=r"run has no config.json: .*; did you mean '.*/run/model'\?$"):
+        vimoe.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])

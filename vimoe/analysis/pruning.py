@@ -166,8 +166,8 @@ def prune(
     >>> [step.layer for step in pruning.steps]  # all experts are copies still, so nothing is lost
     ['blocks.5.mlp']
     """
-    if not math.isfinite(tolerance):
-        raise ConfigError(f"tolerance={tolerance}: expected a number of nats, such as {PRUNE_TOLERANCE}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not math.isfinite(tolerance):
+        raise ConfigError(f"tolerance={tolerance!r}: expected a number of nats, such as {PRUNE_TOLERANCE}")
     check_count("seed", seed, 0, LARGEST_SEED)
     if (experts or merge_all) and loader is None:
         name = "merge_all" if merge_all else "experts"

@@ -41,6 +41,18 @@ _KINDS = {
 }  # fmt: skip
 
 
+# settings by the names that timm's and transformers' trainings, or habit, give them
+_ALIASES = {
+    "learning_rate": "train.lr", "wd": "train.weight_decay", "max_grad_norm": "train.clip_grad",
+    "batch": "train.batch_size", "bs": "train.batch_size", "train_batch_size": "train.batch_size",
+    "per_device_train_batch_size": "train.batch_size", "gradient_accumulation_steps": "train.accumulation",
+    "grad_accum_steps": "train.accumulation", "num_epochs": "train.epochs", "num_train_epochs": "train.epochs",
+    "warmup": "train.warmup_epochs", "smoothing": "train.label_smoothing", "aa": "train.auto_augment",
+    "reprob": "train.random_erasing", "model_ema_decay": "train.ema_decay", "drop_path": "model.drop_path_rate",
+    "image_size": "model.img_size", "input_size": "model.img_size", "num_labels": "model.num_classes",
+    "num_workers": "data.workers", "data_dir": "data.path", "dataset": "data.path", "k": "moe.top_k",
+    "experts_per_token": "moe.top_k", "output_dir": "out", "output": "out",
+}  # fmt: skip
 # settings that are off by default, for which "none" means so as null does
 _OFF = {f"{section}.{each.name}" for section, kind in SECTIONS.items() for each in fields(kind) if each.default is None}
 
@@ -117,7 +129,13 @@ class Parser(ArgumentParser):
 
     def _unknown(self, name: str) -> str:
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-        known = flags if name.startswith("-") else [flag.removeprefix("--") for flag in flags]
+        dashes = "--" if name.startswith("-") else ""
+        known = [dashes + flag.removeprefix("--") for flag in flags]
+        own = name.lstrip("-").replace("-", "_").rpartition(".")[2]
+        same = [flag for flag in known if flag.removeprefix("--").rpartition(".")[2] == own]
+        meant = same if len(same) == 1 else [dashes + _ALIASES.get(own, "")]
+        if meant[0] in known:
+            return f"unknown option {name}: did you mean {meant[0]!r}?"
         if difflib.get_close_matches(name, known, n=1):
             return f"unknown option {name}: {nearest(name, known)}"
         return f"unknown option {name}: see {self.prog} --help"

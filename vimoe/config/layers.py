@@ -101,7 +101,7 @@ class Layers:
                 continue
             numbers = range(blocks) if blocks else re.findall(r"\d+", item)
             known = [*self.words, *(f"blocks.{number}.mlp" for number in numbers)]
-            raise ConfigError(f"{self.setting}={item!r} names no FFN: {nearest(item, known)}")
+            raise ConfigError(f"{self.setting}={item!r} names no FFN: {as_list(item) or nearest(item, known)}")
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """Return the selected ones of all sites of a model, in the order given.
@@ -145,8 +145,19 @@ class Layers:
         matching = [site.name for site in sites if fnmatchcase(site.name, item)]
         if not matching:
             known = [*self.words, *(site.name for site in sites)]
-            raise SurgeryError(f"{self.setting}={item!r} names no FFN: {nearest(item, known)}")
+            raise SurgeryError(f"{self.setting}={item!r} names no FFN: {as_list(item) or nearest(item, known)}")
         return matching
+
+
+def as_list(item: str) -> str:
+    """Return the remedy for a list that was written without brackets; "" for an item without a comma.
+
+    >>> as_list("10,11"), as_list("blocks.10.mlp, blocks.11.mlp"), as_list("blocks.[0,1].mlp")
+    ('write a list: [10, 11]', 'write a list: [blocks.10.mlp, blocks.11.mlp]', '')
+    """
+    parts = [part.strip() for part in re.sub(r"^[(\[]|[)\]]$", "", item).split(",")]
+    listed = len(parts) > 1 and all(re.fullmatch(r"-?\d+|[\w.*?]+", part) for part in parts)
+    return f"write a list: [{', '.join(parts)}]" if listed else ""
 
 
 def _is_item(item: object, listed: bool) -> bool:

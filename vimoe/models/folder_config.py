@@ -54,6 +54,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def model_of_run(folder: Path) -> Path | None:
+    """Return the model folder in a run folder; None if it is none."""
+    return folder / "model" if (folder / "model" / CONFIG).is_file() else None
+
+
 def read_section(path: Path) -> dict[str, Any]:
     """Return the "vimoe" section of a config.json; one without layers for timm's own. Raises as `read_config`."""
     section: dict[str, Any] = read_config(path).get("vimoe", {"format": FORMAT, "layers": {}})

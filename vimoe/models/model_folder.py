@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from vimoe.config.data import check_preprocessing
 from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
-from vimoe.errors import ConfigError, FolderError, VimoeError, first_line
+from vimoe.errors import ConfigError, FolderError, VimoeError, expect, first_line
 from vimoe.files import TEMPORARY, read_text, rename, set_usual_mode, temporary_folder, write_json
 from vimoe.models.folder_config import CONFIG, FORMAT, WEIGHTS, layers_of, read_section
 from vimoe.models.frozen_trunk import nearly_equal
@@ -138,6 +139,7 @@ def load(
     ...     type(vimoe.load(vimoe.save(model, f"{folder}/model"))).__name__
     'VisionTransformer'
     """
+    expect("path", path, (str, PathLike), "name a model folder, or a hub repository USER/REPO")
     path = find_folder(path, (CONFIG, WEIGHTS), revision, token, cache_dir)
     check_inside(path, (CONFIG, WEIGHTS))
     found = read_tensors(path / WEIGHTS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from vimoe.config.layers import Layers
 from vimoe.config.model import FAMILIES, ModelConfig
 from vimoe.errors import ConfigError, beside, nearest
-from vimoe.models.folder_config import CONFIG, WEIGHTS, read_config
+from vimoe.models.folder_config import CONFIG, WEIGHTS, model_of_run, read_config
 from vimoe.models.hub import find_folder
 
 SOURCES = ("local-dir", "hf-hub")  # as timm names them
@@ -105,11 +105,21 @@ def check_name(config: ModelConfig, segmentation: bool = False) -> None:
         return
     source = _timm_source()
     if not any(said in source for said in (f"\ndef {architecture}(", f"'{architecture}'", f'"{architecture}"')):
+        if meant := _meant(name):
+            raise ConfigError(f"model.name={name!r}: timm has no such model; did you mean {meant!r}?")
         vits = re.findall(r"^def ((?:vit|deit|eva|beit)\w*)\(", source, re.MULTILINE)
         raise ConfigError(f"model.name={name!r}: timm has no such model; {nearest(architecture, vits)}")
     if tag and not any(said in source for said in (f".{tag}'", f'.{tag}"')):
         tagged = re.findall(rf"['\"]({re.escape(architecture)}\.[\w.]+)['\"]", source)
         raise ConfigError(f"model.name={name!r}: timm has no such weights; {nearest(name, tagged)}")
+
+
+def _meant(place: str) -> str | None:
+    """Return the name of the model in a folder, or in that of a run; None if there is none."""
+    for folder in (Path(place), model_of_run(Path(place))):
+        if folder and (folder / CONFIG).is_file():
+            return f"{'local-dir' if 'architecture' in read_config(folder / CONFIG) else 'transformers'}:{folder}"
+    return None
 
 
 @functools.cache
@@ -124,8 +134,10 @@ def _timm_source() -> str:
 def _check_folder(config: ModelConfig, segmentation: bool) -> None:
     name, folder = config.name, _folder(config)
     if folder is None:
-        place = Path(name.partition(":")[2])
-        remedy = beside(place) if name.startswith("local-dir:") else "check the name"
+        place = name.partition(":")[2]
+        remedy = beside(Path(place)) if name.startswith("local-dir:") else "check the name"
+        if name.startswith("local-dir:") and (meant := _meant(place)):
+            remedy = f"did you mean {meant!r}?"
         raise ConfigError(f"model.name={name!r}: no model folder there; {remedy}")
     values = read_config(folder / CONFIG)
     if "architecture" not in values:

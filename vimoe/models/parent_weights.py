@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from vimoe.config.model import ModelConfig
-from vimoe.errors import SurgeryError
+from vimoe.errors import SurgeryError, expect
 from vimoe.models.calibration import Batches
 from vimoe.models.create import create
 from vimoe.models.interface import find_backbone, unwrapped
@@ -49,6 +50,7 @@ def load_parent_weights(model: nn.Module, source: str | Path, images: Batches | 
     >>> torch.allclose(model(images), dense(images), atol=1e-5)
     True
     """
+    expect("source", source, (str, PathLike), "name a file of weights, a folder or a model")
     whole = unwrapped(model)
     backbone = find_backbone(whole)
     backbone.check_known("build")

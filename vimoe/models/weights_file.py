@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vimoe.errors import FolderError, first_line
+from vimoe.models.folder_config import model_of_run
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types of weights that layers compute with
 NAMED = 3  # names that a message lists
@@ -29,7 +30,9 @@ def check_inside(folder: Path, names: Collection[str]) -> None:
     home = real.parents[2] if in_cache else real
     for name in names:
         if not (folder / name).is_file():
-            raise FolderError(f"{folder} has no {name}: expected a folder that vimoe.save wrote")
+            run = model_of_run(folder)
+            remedy = f"; did you mean {str(run)!r}?" if run else ""
+            raise FolderError(f"{folder} has no {name}: expected a folder that vimoe.save wrote{remedy}")
         if not (folder / name).resolve().is_relative_to(home):
             raise FolderError(f"{folder / name} is a link that leads out of the folder: expected a file; copy it there")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vimoe.errors import VimoeError
+from vimoe.errors import VimoeError, expect
 from vimoe.moe.routing import Routing
 from vimoe.process import Process
 
@@ -226,6 +226,9 @@ def _variance(routing: Routing, over: Process | None) -> Tensor:
 
 def _mean(routings: Sequence[Routing], loss: Callable[[Routing], Tensor]) -> Tensor:
     """Return the mean over the layers; that of a layer with pools is the mean over them, as if each were a layer."""
+    expect("routings", routings, Sequence, "give the list of vimoe.record()")
     if not routings:
         raise VimoeError("no routing was recorded: run a model with MoE layers inside vimoe.record() first")
+    for each in routings:
+        expect("a routing", each, Routing, "give the list of vimoe.record()")
     return torch.stack([torch.stack([loss(part) for part in each.by_pool]).mean() for each in routings]).mean()
