@@ -242,12 +242,13 @@ def explore(verb: str, argv: list[str]) -> Result:
         raise ConfigError(f"--images {options['images']}: expected at least 1")
     if not 0 <= options["port"] < 2**16:
         raise ConfigError(f"--port {options['port']}: expected 0 to {2**16 - 1}; name another")
-    open_run(options["run"])  # reports a wrong folder before the slow import of torch
+    run = open_run(options["run"])  # reports a wrong folder before the slow import of torch
     static = options["static"]
     if static is None and not (find_spec("starlette") and find_spec("uvicorn")):
         raise ConfigError(
             "vimoe explore needs starlette and uvicorn: pip install 'vimoe[explore]'; or use --static DIR"
         )
+    from vimoe.experiments.train import check_outside
     from vimoe.explore.server import bound, serve
     from vimoe.explore.session import Session
     from vimoe.explore.static_page import make_place, write_page
@@ -258,6 +259,7 @@ def explore(verb: str, argv: list[str]) -> Result:
         with bound(host, options["port"]) as listening, closing(Session(options["run"], options["images"])) as session:
             serve(session, listening, host, _tell)
         return "stopped", {}
+    check_outside("--static", static, run.settings.data.path)
     make_place(Path(static))
     with closing(Session(options["run"], options["images"])) as session:
         page = write_page(session, Path(static))

@@ -171,6 +171,13 @@ def test_what_is_set_already_is_not_advised() -> None:
     assert "moe.init=drop" in both[0].remedies  # one of them has it not
 
 
+def test_more_images_are_advised_only_where_there_are_some() -> None:
+    unclear = layer(permuted=effect(0.0, 1.1 * EFFECT))
+    some, none = (findings([unclear], {"a": moe()}, more_images=more)[0] for more in (True, False))
+    assert some.name == none.name == "too few images"
+    assert some.remedies == (*none.remedies, "a higher --overrule") and len(none.remedies) == 1
+
+
 COLLAPSE = {"effective_experts": Interval(1, 1, 1)}
 NOT_FOR = {  # remedies that are refused, or change nothing, with these settings
     "copies": [

@@ -72,7 +72,11 @@ def test_the_words_follow_the_interval(low: float, high: float, word: str) -> No
 def test_validation_without_mistakes_leaves_familiarity_alone(tmp_path: Path) -> None:
     validation = seen(40, 2)
     trust, facts = fit_trust(seen(100, 1).features, validation._replace(labels=validation.logits.argmax(dim=1)))
-    assert trust.correctness is None and not set(facts) & CHANCE and "no chance to be right" in in_words(facts)
+    assert (
+        trust.correctness is None
+        and not set(facts) & CHANCE
+        and "no score of how likely a class is right: valid" in in_words(facts)
+    )
     trust.save(tmp_path / "trust.safetensors")
     (scores,) = Trust.load(tmp_path / "trust.safetensors").of(validation.logits[:1], validation.features[:1])
     assert list(scores) == ["familiarity"]

@@ -141,11 +141,20 @@ def test_an_address_with_colons_is_shown_and_answered_in_brackets(
 def test_a_page_does_not_take_the_place_of_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vimoe.verbs.open_run", lambda path: path)
+    data = tmp_path / "data"
+    settings = SimpleNamespace(data=SimpleNamespace(path=str(data)))
+    monkeypatch.setattr("vimoe.verbs.open_run", lambda path: SimpleNamespace(settings=settings))
     monkeypatch.setattr("vimoe.explore.session.Session", None)  # the mistake is told before any work
     (tmp_path / "index.html").write_text("mine", encoding="utf-8")
     told = refused(capsys, "explore", tmp_path, "--static", tmp_path)
     assert "already has an index.html: expected a folder without one" in told
     told = refused(capsys, "explore", tmp_path, "--static", tmp_path / "index.html")
     assert "index.html cannot be created: File exists" in told
+    (data / "cat").mkdir(parents=True)
+    for place in (data, data / "page"):
+        assert "lies in" in refused(capsys, "explore", tmp_path, "--static", place)
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    told = refused(capsys, "explore", tmp_path, "--static", tmp_path / "other")
+    assert "other holds other files, such as a: expected a new or empty folder" in told
+    assert not list(data.rglob("*.html")) and not (data / "page").exists()
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == "mine"

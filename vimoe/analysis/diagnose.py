@@ -120,7 +120,7 @@ def diagnose(
         seen[each.name].figures(layers[each.name], each, oracles.get(each.name), units, seed)
         for each in evidence.layers
     )
-    found = findings(figures, layers)
+    found = findings(figures, layers, more_images=min(len(places), evidence.overruled_images) < total)
     return Diagnosis(evidence.base, len(places), how_many, figures, found, without, subjects.features)
 
 

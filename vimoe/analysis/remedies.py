@@ -19,6 +19,7 @@ from vimoe.training.routing_health import COLLAPSED, CONFIDENT
 EFFECT = PRUNE_TOLERANCE  # nats; a change that pruning would accept is no effect
 SAME_OUTPUT = 0.01  # distance of the experts' outputs from their mean, below which experts are copies
 SMALL_GATE = 0.25  # mean weight of the chosen experts together: a softmax over 8 begins at 0.14 to 0.25
+MEASURE_MORE = "a higher --overrule"  # a remedy that needs images which were not measured
 EXPECTED = 10  # images that an expert would get of an even load, before getting none is no accident
 
 
@@ -177,7 +178,7 @@ RULES = (
         undecided,
         "the intervals are too wide to tell whether the routes matter",
         lambda layer: f"permuted {layer.permuted.loss}",
-        ("more validation images (data.val_fraction)", "a higher --overrule"),
+        ("more validation images (data.val_fraction)", MEASURE_MORE),
         "the width of an interval falls with the square root of the number of images",
     ),
     Rule(
@@ -221,18 +222,22 @@ def helps(remedy: str, figures: LayerDiagnosis, layer: MoE) -> bool:
     return any(getattr(layer.config, name) != new for name, new in change.items()) and layer.could_have(**change)
 
 
-def findings(figures: Sequence[LayerDiagnosis], layers: Mapping[str, MoE]) -> tuple[Finding, ...]:
+def findings(
+    figures: Sequence[LayerDiagnosis], layers: Mapping[str, MoE], more_images: bool = True
+) -> tuple[Finding, ...]:
     """Return the findings of all rules, the most urgent first.
 
     Args:
         figures: figures of each layer.
         layers: the layers, by name.
+        more_images: False if all images of validation were measured, so that there are no others to take.
     """
     found = []
     for rule in RULES:
         there = [each for each in figures if rule.holds(each)]
         where = {each.name: rule.figure(each) for each in there}
-        remedies = [each for each in rule.remedies if any(helps(each, own, layers[own.name]) for own in there)]
+        could = [each for each in rule.remedies if more_images or each != MEASURE_MORE]
+        remedies = [each for each in could if any(helps(each, own, layers[own.name]) for own in there)]
         if where:
             found.append(Finding(rule.name, where, rule.says, tuple(remedies), rule.because))
     return tuple(found)

@@ -151,7 +151,10 @@ def in_words(facts: dict[str, Any]) -> str:
         f"image to a network fitted on {facts['train_images']} training images"
     )
     if "correct" not in facts:
-        return f"{familiarity}\nno chance to be right: validation has too few right images, or too few wrong ones"
+        return (
+            f"{familiarity}\nno score of how likely a class is right: validation has too few images that the model "
+            f"gets right, or too few that it gets wrong"
+        )
     ours, plain, gap = facts["correct"], facts["max_probability"], facts["auroc_difference"]
     more = "tells more" if gap["low"] > 0 else "tells less" if gap["high"] < 0 else "is not shown to tell more or less"
     return (
