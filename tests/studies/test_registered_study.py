@@ -38,7 +38,7 @@ SCENES, EARLIER = ROOT / "studies/scenes", ROOT / "studies/camvid"  # of which t
 @pytest.mark.parametrize(
     ("page", "studies"),
     [
-        ("studies/vimoe/README.md", [STUDY]),
+        ("studies/vimoe/README.md", [STUDY, SCENES]),
         ("studies/scenes/README.md", [SCENES, EARLIER]),
         ("README.md", [STUDY, SCENES]),
     ],
