@@ -110,6 +110,15 @@ def in_utf8(name: str) -> str:
     return os.fsencode(name).decode(errors="surrogateescape")
 
 
+def one_line(name: str) -> str:
+    r"""Return a name, as a JSON string if it holds a line end or a quote, so that it stays on one line.
+
+    >>> one_line("two\nlines.png"), one_line("plain.png")
+    ('"two\\nlines.png"', 'plain.png')
+    """
+    return json.dumps(name) if any(mark in name for mark in '\n\r"') else name
+
+
 def printable(name: str) -> str:
     r"""Return a name with U+FFFD for each character that no font can draw (line ends, bytes that are not UTF-8).
 

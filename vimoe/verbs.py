@@ -21,7 +21,8 @@ from vimoe.config.export import FORMATS
 from vimoe.config.moe import MoEConfig
 from vimoe.config.parallel import bytes_of
 from vimoe.config.settings import Settings
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, counted
+from vimoe.files import one_line
 from vimoe.run_folder import check_new, open_run, open_unfinished
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def train(verb: str, argv: list[str]) -> Result:
     val = summary["val"]
     names = shown(val)
     text = (
-        f"validation {names.judge_name} {val[names.judge]:.2%}, loss {val['loss']:.4f} ({val['images']} images) "
+        f"validation {names.judge_name} {val[names.judge]:.2%}, loss {val['loss']:.4f} "
+        f"({counted(val['images'], 'image')}) "
         f"in epoch {summary['best_epoch']} of {summary['epochs']}\n{_tasks_line(summary)}{summary['report']}"
     )
     return text, summary
@@ -181,7 +183,11 @@ def predict(verb: str, argv: list[str]) -> Result:
     elif out:
         raise ConfigError(f"--out {out}: this run's predictions are no files; leave it out")
     predictions = run.predict(files, out, options["top"])
-    lines = [each.get("error") or run.task.line(each, options["top"]) for each in predictions]
+    lines = [
+        each["error"].replace(each["file"], one_line(each["file"])) if "error" in each
+        else run.task.line(each, options["top"])
+        for each in predictions
+    ]  # fmt: skip
     return "\n".join(lines), {"predictions": predictions}
 
 
@@ -319,7 +325,7 @@ def prune(verb: str, argv: list[str]) -> Result:
     stages = [key for key in ("before", "after", "recovered") if key in values]
     rows = [receipt_header(shown(values["before"])), *(receipt_row(key, [values[key]]) for key in stages)]
     table = ["".join(f"{cell:>15}" for cell in row) for row in rows]
-    measured = f"measured on {values['before']['images']} {values['split']} images"
+    measured = f"measured on {counted(values['before']['images'], values['split'] + ' image')}"
     return "\n".join([values.pop("text"), *table, measured, values["report"]]), values
 
 
@@ -344,7 +350,8 @@ def export(verb: str, argv: list[str]) -> Result:
     values = run.export(options["out"], options["format"], options["int8"])
     checked = values["checked"]
     lines = [
-        f"compared with the model on {checked['images']} images: logits within {checked['largest_difference']:.1g}"
+        f"compared with the model on {counted(checked['images'], 'image')}: "
+        f"logits within {checked['largest_difference']:.1g}"
     ]
     lines += [
         f"not compared, as nothing reaches them: experts {e} of {layer}" for layer, e in checked["unreached"].items()

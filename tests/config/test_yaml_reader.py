@@ -15,12 +15,12 @@ def test_yaml_is_read_as_its_writer_means_it() -> None:
     read = read_yaml(text)
     assert read == {"a": {"x": 1}, "b": {"x": 2}, "day": "2024-01-02", "rate": 1e-3, "1": "s", 1: "n"}
     for twice, line in (
-        ("a: 1\nb: 2\na: 3", "1 and 3"),
-        ("c:\n  0: x\n  0: y", "2 and 3"),
-        ("[{k: 1, k: 1}]", "1 and 1"),
-        ("a: &x {<<: {k: 1}, k: 2, k: 3}", "1 and 1"),
+        ("a: 1\nb: 2\na: 3", "lines 1 and 3"),
+        ("c:\n  0: x\n  0: y", "lines 2 and 3"),
+        ("[{k: 1, k: 1}]", "line 1"),
+        ("a: &x {<<: {k: 1}, k: 2, k: 3}", "line 1"),
     ):
-        with pytest.raises(yaml.YAMLError, match=f"is repeated in lines {line}"):
+        with pytest.raises(yaml.YAMLError, match=f"is repeated in {line};"):
             read_yaml(twice)
 
 

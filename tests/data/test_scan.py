@@ -111,7 +111,7 @@ def test_duplicates_between_roles_are_warned_of_with_a_pair(tmp_path: Path, capl
     assert (found["test_in_train"], found["validation_in_train"], found["contradicting"]) == (2, 1, 0)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert caplog.messages[0].startswith(
-        "1 of 11 validation images are in train too, such as val/blue/new.png = train/blue/000"
+        "1 of 11 validation images is in train too, such as val/blue/new.png = train/blue/000"
     )
     assert "2 of 9 test images are in train too, such as test/blue/002.png = train/red/003.png: " in caplog.messages[1]
 

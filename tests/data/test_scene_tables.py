@@ -80,7 +80,7 @@ def test_validation_that_was_split_off_is_found_again(tmp_path: Path) -> None:
 def test_a_row_without_mask_or_image_stops_the_scan(tmp_path: Path) -> None:
     root = scenes(tmp_path / "scenes")
     found = load(packed(root, tmp_path / "table", without=("annotations/a003",)))
-    with pytest.raises(DataError, match="^1 images have no mask: train/3/image; add masks"):
+    with pytest.raises(DataError, match="^1 image has no mask: train/3/image; add masks"):
         scan_scenes(found, found.root)
     found = load(packed(root, tmp_path / "other", without=("images/a001", "images/a100")))
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_what_the_scan_refuses_is_named_by_row_and_column(tmp_path: Path) -> Non
         scan_scenes(found, found.root)
     Image.fromarray(mask(2)[:-1]).save(root / "annotations/train/a002.png")
     found = load(packed(root, tmp_path / "sizes"))
-    with pytest.raises(DataError, match=r"another size than their image: train/2/annotation \(32x23, the image 32x24"):
+    with pytest.raises(DataError, match=r"another size than its image: train/2/annotation \(32x23, the image 32x24"):
         scan_scenes(found, found.root)
     (root / "images/train/a002.png").write_bytes(b"no image")
     found = load(packed(root, tmp_path / "damaged"))
@@ -170,7 +170,7 @@ def test_a_folder_has_no_columns(tmp_path: Path) -> None:
 
 def test_a_table_with_no_row_of_both_is_one_line(tmp_path: Path) -> None:
     root = scenes(tmp_path / "scenes", train=1, val=0, test=0)
-    with pytest.raises(DataError, match="1 images and 0 masks, and no pair of them in train"):
+    with pytest.raises(DataError, match="1 image and 0 masks, and no pair of them in train"):
         load(packed(root, tmp_path / "table", without=("annotations/a000",)))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from vimoe.config.data import DataConfig
 from vimoe.data.mask_colours import colour
 from vimoe.data.scene_scan import scan_scenes
-from vimoe.data.scenes import Scenes, load_scenes, sequence
+from vimoe.data.scenes import Scenes, load_others, load_scenes, sequence
 from vimoe.errors import DataError
 
 
@@ -183,11 +183,11 @@ def save(values: np.ndarray, path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda image, mask_: mask_.unlink(), r"^1 images have no mask: images/{}/extra\.png; add masks"),
-        (lambda image, mask_: image.unlink(), r"^1 masks have no image: annotations/{}/extra\.png; add images"),
+        (lambda image, mask_: mask_.unlink(), r"^1 image has no mask: images/{}/extra\.png; add masks"),
+        (lambda image, mask_: image.unlink(), r"^1 mask has no image: annotations/{}/extra\.png; add images"),
         (
             lambda image, mask_: save(mask(0, 20, 32), mask_),
-            r"^1 of 7 masks have another size than their image: annotations/{}/extra\.png \(32x20, the image 32x24\)",
+            r"^1 of 7 masks has another size than its image: annotations/{}/extra\.png \(32x20, the image 32x24\)",
         ),
         (
             lambda image, mask_: save(np.full((24, 32), 9, "uint8"), mask_),
@@ -248,8 +248,8 @@ def test_absent_classes_and_void_masks_are_warned_of(tmp_path: Path, caplog: pyt
     scene(root, "train", "void", np.full((24, 32), VOID, "uint8"))
     found = scanned(root)
     assert found["absent"] == {"train": [], "validation": ["car"]} and found["all_void"] == 1
-    assert "1 of 3 classes have no pixel in validation, such as car" in caplog.text
-    assert "1 of 5 masks are entirely void, such as annotations/train/void.png" in caplog.text
+    assert "1 of 3 classes has no pixel in validation, such as car" in caplog.text
+    assert "1 of 5 masks is entirely void, such as annotations/train/void.png" in caplog.text
     assert len(caplog.records) == 2
 
 
@@ -262,7 +262,7 @@ def test_images_of_train_in_validation_are_warned_of(tmp_path: Path, caplog: pyt
     root = scenes(tmp_path)
     shutil.copy(root / "images/train/a000.png", root / "images/val/a100.png")
     assert scanned(root)["validation_in_train"] == 1
-    assert "1 of 2 validation images are in train too, such as images/val/a100.png" in caplog.text
+    assert "1 of 2 validation images is in train too, such as images/val/a100.png" in caplog.text
 
 
 def test_images_that_cannot_be_read_are_told_by_their_endings(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_scenes_that_are_lines_are_warned_of(tmp_path: Path, caplog: pytest.LogC
     root = scenes(tmp_path)
     scene(root, "val", "a100", np.zeros((1, 40), "uint8"))
     scanned(root)
-    assert "1 of 10 images are more than 16 times as long as wide, such as images/val/a100.png (40x1)" in caplog.text
+    assert "1 of 10 images is more than 16 times as long as wide, such as images/val/a100.png (40x1)" in caplog.text
 
 
 # of the data: background, aeroplane, bicycle, bird; black elsewhere but for void
@@ -311,7 +311,7 @@ def test_pascal_voc_as_torchvision_unpacks_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.val_split='vall': no such list in .*; did you mean 'val'"):
         load(root, val_split="vall")
     (root / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink()
-    with pytest.raises(DataError, match="1 images have no mask: .*2007_000001.jpg"):
+    with pytest.raises(DataError, match="1 image has no mask: .*2007_000001.jpg"):
         scanned(root)
 
 
@@ -345,14 +345,14 @@ def test_names_of_pascal_voc_without_files_are_told(tmp_path: Path) -> None:
     root = voc(tmp_path)
     year = root / "VOCdevkit/VOC2012"
     (year / "JPEGImages/2007_000001.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 masks have no image: .*2007_000001\.png"):
+    with pytest.raises(DataError, match=r"1 mask has no image: .*2007_000001\.png"):
         scanned(root)
     (year / "SegmentationClass/2007_000001.png").unlink()
     with pytest.raises(DataError, match=r"train\.txt: 1 of 2 names have neither image nor mask, such as '2007_000001'"):
         load(root)
     (year / "ImageSets/Segmentation/train.txt").write_bytes(b"2007_000000\n2007_000004\n")
     (year / "SegmentationClass/2007_000002.png").unlink()
-    with pytest.raises(DataError, match=r"1 images have no mask: .*2007_000002\.jpg"):
+    with pytest.raises(DataError, match=r"1 image has no mask: .*2007_000002\.jpg"):
         scanned(root)  # a validation without masks is none that was withheld
     (year / "ImageSets/Segmentation/train.txt").write_bytes(b"k\xe4se\n")
     with pytest.raises(DataError, match=r"neither image nor mask, such as 'k\\udce4se'"):
@@ -421,3 +421,35 @@ def test_palettes_that_differ_are_warned_of_where_only_names_are_given(
     (tmp_path / "classes.yaml").write_text(f"names: [sky, road, car]\npalette: {[list(each) for each in colours]}")
     scanned(tmp_path)
     assert "values count" not in caplog.text
+
+
+def test_classes_that_were_guessed_are_told_with_the_way_to_name_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (scenes(tmp_path) / "classes.yaml").unlink()
+    for path in (tmp_path / "annotations").rglob("*.png"):
+        values = np.array(Image.open(path))
+        save(np.where(values == VOID, 255, values), path)
+    found = load(tmp_path)
+    assert found.classes == ("0", "1", "2") and len(caplog.messages) == 1
+    assert f"{tmp_path} has no classes.yaml: the values 0 to 2 in train's masks are taken for 3 classes" in caplog.text
+    assert "give names in a classes.yaml beside the images, such as 'names: [sky, road]'" in caplog.text
+    caplog.clear()
+    load_scenes(DataConfig(path=str(tmp_path)), found.classes)  # as a trained model does
+    assert not caplog.records
+
+
+def test_a_mask_of_another_ending_is_told(tmp_path: Path) -> None:
+    scene(scenes(tmp_path), "train", "extra", mask(0))
+    png = tmp_path / "annotations" / "train" / "extra.png"
+    png.rename(png.with_suffix(".jpg"))
+    said = (
+        r"images/train/extra\.png; add masks, or remove the images; 1 file of such a name was passed over, such as "
+        r"annotations/train/extra\.jpg: save masks as \.png, because other formats change values$"
+    )
+    with pytest.raises(DataError, match=rf"^1 image has no mask: {said}"):
+        scanned(tmp_path)
+    with pytest.raises(
+        DataError, match=r"1 image has no mask and 0 masks no image.*remove them; 1 file of such a name"
+    ):
+        load_others(str(tmp_path), NAMES, load(tmp_path).legend)

@@ -155,6 +155,6 @@ def test_a_page_does_not_take_the_place_of_another(
         assert "lies in" in refused(capsys, "explore", tmp_path, "--static", place)
     (tmp_path / "other" / "a").mkdir(parents=True)
     told = refused(capsys, "explore", tmp_path, "--static", tmp_path / "other")
-    assert "other holds other files, such as a: expected a new folder" in told
+    assert "other holds other files, such as a: expected an empty folder" in told
     assert not list(data.rglob("*.html")) and not (data / "page").exists()
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == "mine"

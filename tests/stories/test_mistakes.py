@@ -108,6 +108,24 @@ DAMAGE = {
     ),
     "evidence unreadable in the report": (put("routing.json", b"[]"), "report run", "routing.json"),
     "summary no JSON": (put("summary.json", b"no"), "report run", "summary.json"),
+    "summary of something else": (
+        put("summary.json", b'{"a": 1}'), "report run", "summary.json is damaged (it has neither",
+    ),
+    "summary of something else, side by side": (
+        put("summary.json", b'{"a": 1}'), "report run dense --out x.html", "summary.json is damaged (it has neither",
+    ),
+    "metrics of other columns": (
+        put("metrics.csv", b"epoch,a\n1,2\n"), "report run", "metrics.csv has no column 'train_l",
+    ),
+    "metrics of other columns, side by side": (
+        put("metrics.csv", b"epoch,val_loss\n1,2\n"), "report run dense --out x.html",
+        "metrics.csv has no column 'train_loss'",
+    ),
+    "metrics empty": (put("metrics.csv", b""), "report run", "metrics.csv has no column 'epoch'"),
+    "loads of other columns": (put("load.csv", b"epoch,layer\n"), "report run", "load.csv has no column 'expert'"),
+    "evidence of something else, side by side": (
+        put("routing.json", b'{"a": 1}'), "report run dense --out x.html", "routing.json",
+    ),
     "metrics no table": (put("metrics.csv", b"epoch\nx\n"), "report run", "metrics.csv"),
     "validation image gone": (
         edit("validation.txt", lambda t: t + "train/red/gone.png\n"), "analyze run", "validation images are missing",

@@ -317,9 +317,9 @@ def damaged(root: Path, what: str) -> Path:
 
 
 MISTAKES = {
-    "mask without image": "1 masks have no image",
-    "image without mask": "1 images have no mask",
-    "sizes": "have another size than their image",
+    "mask without image": "1 mask has no image",
+    "image without mask": "1 image has no mask",
+    "sizes": "has another size than its image",
     "id": "5",
     "one class": "expected",
     "colours": "palette",
@@ -352,7 +352,7 @@ def test_other_mistakes_are_one_line(run: Path, data: Path, tmp_path: Path, caps
     other = scenes(tmp_path / "other", yaml=YAML.replace("car", "bus"))
     scenes(tmp_path / "alone")
     (tmp_path / "alone/images/test/a200.png").unlink()
-    assert "1 masks no image" in refused(capsys, "evaluate", run, "--data.path", tmp_path / "alone")
+    assert "1 mask no image" in refused(capsys, "evaluate", run, "--data.path", tmp_path / "alone")
     assert "expected the model's sky, road, car" in refused(capsys, "evaluate", run, "--data.path", other)
     assert not out.exists()
 

@@ -135,7 +135,7 @@ def test_spread_experts_go_on_after_a_kill_and_over_any_mesh(photos: Path, tmp_p
     assert [status for status, _, _ in again] == [0, 0] and not (killed / "checkpoints").exists(), again
     assert_equal(whole, killed)
     refused = finish(start(1, "-m", "vimoe", "train", "--resume", other))
-    assert "with 1 processes: expected sizes whose product is 1" in lines(refused)[0]
+    assert "with 1 process: expected sizes whose product is 1" in lines(refused)[0]
     spread_as(other)
     stopped = finish(start(1, FAILING, "term", 0, 3, "train", "--resume", other))
     assert [status for status, _, _ in stopped] == [128 + signal.SIGTERM], stopped

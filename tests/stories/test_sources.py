@@ -695,7 +695,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
     "csv: images that are not there": (
         rows(RED, *(f"photos/{i}.png,red" for i in range(5))), "5 of 6 images are missing: ",
     ),
-    "csv: a folder as an image": (rows(RED, "photos/blue,blue"), "1 of 2 images are missing: "),
+    "csv: a folder as an image": (rows(RED, "photos/blue,blue"), "1 of 2 images is missing: "),
     "csv: several labels": (
         rows(RED, BLUE, "./photos/red/000.png,blue"),
         "line 4: ./photos/red/000.png has label 'blue', and label 'red' in a row above",
@@ -734,7 +734,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
         "x.tgz is compressed, ",
     ),
     "shards: no label": (shard(A, B, ("2.png", png())), "have no label, such as shards/0.tar/2.png: "),
-    "shards: an empty label": (shard(A, B, ("2.png", png()), ("2.cls", b" \n")), "1 samples of shards have no label"),
+    "shards: an empty label": (shard(A, B, ("2.png", png()), ("2.cls", b" \n")), "1 sample of shards has no label"),
     "shards: a class that is not listed": (
         shard(A, B, names="dog\ncta\n"), "shards/0.tar/1.png is of class 'cat': expected one of the list of classes",
     ),

@@ -64,7 +64,7 @@ def test_errors_of_some_files_are_logged_and_of_all_raised(caplog: pytest.LogCap
         warn_of_errors([good])
         assert not caplog.records
         warn_of_errors([bad, good])
-    assert caplog.records[0].getMessage() == "1 of 2 images were not predicted, such as: a cannot be read"
+    assert caplog.records[0].getMessage() == "1 of 2 images was not predicted, such as: a cannot be read"
     with pytest.raises(DataError, match="^a cannot be read$"):
         warn_of_errors([bad])
     with pytest.raises(DataError, match="none of 2 images can be read: a cannot be read, ..."):

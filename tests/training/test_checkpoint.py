@@ -350,9 +350,9 @@ PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."
 def test_no_pickle_is_executed(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    for content in (PICKLE, b"", b"garbage"):
+    for content, why in ((PICKLE, ""), (b"", "the file is empty"), (b"garbage", "")):
         (tmp_path / "checkpoints" / "last.pt").write_bytes(content)
-        with pytest.raises(FolderError, match=r"last.pt cannot be read: .*; train again"):
+        with pytest.raises(FolderError, match=rf"last.pt cannot be read: {why}.*; train again"):
             run(data, tmp_path)
     assert not (tmp_path / "executed").exists()
     torch.save({"format": 99}, tmp_path / "checkpoints" / "last.pt")

@@ -69,13 +69,13 @@ def test_what_goes_with_whole_models_alone_is_refused_over_shards(name: str, val
 
 
 def test_a_mesh_is_of_as_many_processes_as_there_are() -> None:
-    with pytest.raises(ConfigError, match="with 1 processes: expected sizes whose product is 1"):
+    with pytest.raises(ConfigError, match="with 1 process: expected sizes whose product is 1"):
         settle(TrainConfig(parallel=MESH), 100, model())
     check_parallel(TrainConfig(parallel=MESH, precision="bf16", ema_decay=0.5), TWO)
 
 
 def test_each_process_of_shards_has_an_image_to_evaluate() -> None:
-    with pytest.raises(ConfigError, match=r"^1 images for validation over 2 processes"):
+    with pytest.raises(ConfigError, match=r"^1 image for validation over 2 processes"):
         check_evaluated(1, TrainConfig(parallel=MESH), TWO)
     check_evaluated(2, TrainConfig(parallel=MESH), TWO)
     check_evaluated(1, TrainConfig(), TWO)

@@ -18,7 +18,7 @@ from vimoe.analysis import figures
 from vimoe.analysis.changes import Changes, Fit
 from vimoe.analysis.plot_data import advantage_line
 from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over, pair_interval
-from vimoe.errors import ConfigError, VimoeError, choice
+from vimoe.errors import ConfigError, VimoeError, choice, counted
 from vimoe.metrics.base import Score, read_score
 from vimoe.moe import MoE
 
@@ -325,7 +325,9 @@ class Evidence:
         what = over(self.overruled_sequences)
         other = "other " if self.overruled_images else ""
         source = f", from features before {self.features['before']}" if self.features else ""
-        measured = f"Changes of the loss in nats on {self.overruled_images} images, with 95% intervals {what}."
+        measured = (
+            f"Changes of the loss in nats on {counted(self.overruled_images, 'image')}, with 95% intervals {what}."
+        )
         return [
             f"The untouched model on validation: {self.base}{source}.",
             *([measured] if self.overruled_images else []),

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from vimoe.config.checks import bounded, check_fields
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class ParallelConfig:
         mesh = self if self.data else replace(self, data=max(1, processes // self.processes))
         if mesh.processes != processes:
             raise ConfigError(
-                f"train.parallel={self} with {processes} processes: expected sizes whose product is {processes}; "
+                f"train.parallel={self} with {counted(processes, 'process', 'processes')}: "
+                f"expected sizes whose product is {processes}; "
                 f"change them, or the number of processes"
             )
         return mesh

@@ -25,7 +25,8 @@ class _Strict(yaml.SafeLoader):  # type: ignore[misc]
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line, value = key.start_mark.line + 1, (key.tag, key.value)
             if value in known:
-                raise yaml.YAMLError(f"key {key.value!r} is repeated in lines {known[value]} and {line}; remove one")
+                where = f"line {line}" if line == known[value] else f"lines {known[value]} and {line}"
+                raise yaml.YAMLError(f"key {key.value!r} is repeated in {where}; remove one")
             known[value] = line
         return node
 

@@ -11,7 +11,7 @@ from vimoe.data.images import Source
 from vimoe.data.listing import LOOSE, ClassImages, Listing, in_order, table
 from vimoe.data.splits import is_split, split_in
 from vimoe.data.tar_index import Contents, Member, Parts, index_tar, sample_key
-from vimoe.errors import DataError, nearest
+from vimoe.errors import DataError, counted, nearest
 from vimoe.files import read_text
 from vimoe.terminal import track
 
@@ -128,7 +128,8 @@ def _samples(root: Path, contents: dict[Path, Contents], junk: Counter[str]) -> 
     if unlabelled:
         first = ", ".join(str(member.path) for member in unlabelled[:3])
         raise DataError(
-            f"{len(unlabelled)} samples of {root} have no label, such as {first}: expected a .cls "
+            f"{counted(len(unlabelled), f'sample of {root} has', f'samples of {root} have')} no label, "
+            f"such as {first}: expected a .cls "
             f"file beside each; add them, or remove the samples"
         )
     return table(str(root), root, rows, names or in_order(classes.values()), junk)

@@ -45,7 +45,8 @@ def csv_file(path: Path, image_column: str, label_column: str, splits: Collectio
     if missing_files:
         first = ", ".join(map(str, missing_files[:3])) + (", ..." if len(missing_files) > 3 else "")
         raise DataError(
-            f"{path}: {len(missing_files)} of {len(rows)} images are missing: {first}: expected paths from "
+            f"{path}: {len(missing_files)} of {len(rows)} images {'is' if len(missing_files) == 1 else 'are'} "
+            f"missing: {first}: expected paths from "
             f"{path.parent}; correct them, or remove the rows"
         )
     listed = [(split, label, file) for file, (split, label) in sorted(rows.items())]

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from vimoe.data.images import Source
 from vimoe.data.listing import ClassImages, Listing, by_class, in_order
-from vimoe.errors import DataError, first_line, nearest
+from vimoe.errors import DataError, counted, first_line, nearest
 
 BUILDERS = ("parquet", "arrow", "imagefolder")  # kinds of files that `datasets` may read; none contains code
 
@@ -145,7 +145,8 @@ def _rows(root: Path, split: str, rows: Any, image_column: str, label_column: st
     bad = [i for i, label in enumerate(labels) if not fits(label)]
     if bad:  # the hub has -1 for test images whose labels are withheld
         raise DataError(
-            f"{root}, split {split!r}: {len(bad)} rows have no label, such as {bad[0]} ({labels[bad[0]]!r}): expected "
+            f"{root}, split {split!r}: {counted(len(bad), 'row has', 'rows have')} no label, "
+            f"such as {bad[0]} ({labels[bad[0]]!r}): expected "
             f"one for each image; leave the split out, as with --data.test_split none"
         )
     images, file = undecoded(rows, image_column)

@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from vimoe.config.masks import IGNORE, Colour
 from vimoe.data.images import Source, reason, source_path, undecoded
-from vimoe.errors import DataError
+from vimoe.errors import DataError, counted
 
 LEGEND = "classes.yaml"  # file name of a legend
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -47,7 +47,9 @@ class Legend:
     def __post_init__(self) -> None:
         count = len(self.names)
         if not 2 <= count <= IGNORE:
-            raise DataError(f"{count} classes: expected 2 to {IGNORE}; give their names in {LEGEND}")
+            raise DataError(
+                f"{counted(count, 'class', 'classes')}: expected 2 to {IGNORE}; give their names in {LEGEND}"
+            )
         if twice := repeated(self.names) or repeated(self.ids) or repeated(self.palette or ()):
             raise DataError(f"{twice[0]!r} is repeated among names, ids or palette: expected each once; rename it")
         if both := set(self.ids) & set(self.ignored):

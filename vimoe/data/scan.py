@@ -11,7 +11,7 @@ from vimoe.data.classification import Data, Sample, on_disk
 from vimoe.data.image_check import CheckedImages, check_images
 from vimoe.data.images import THIN, Source, is_thin
 from vimoe.data.listing import LOOSE
-from vimoe.errors import DataError
+from vimoe.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Scan:
         kinds = [f"{kind} ({self.junk[kind]})" for kind in kinds]
         junk = ", ".join([*kinds[:6], "..."] if len(kinds) > 6 else kinds) or "none"
         return (
-            f"{self.train} train, {self.validation} validation, {self.test} test images of {self.classes} classes; "
+            f"{self.train} train, {self.validation} validation, {self.test} test images of "
+            f"{counted(self.classes, 'class', 'classes')}; "
             f"{self.opened} opened, {self.unreadable} unreadable; duplicates of train: {self.validation_in_train} in "
             f"validation, {self.test_in_train} in test, {self.contradicting} in other classes; passed over: {junk}"
         )
@@ -109,8 +110,8 @@ def duplicates(
     pairs = [(image, known[checked.digests[image]]) for image in images if checked.digests[image] in known]
     if pairs:
         logger.warning(
-            "%d of %d %s images are in train too, such as %s = %s: the model will have seen them; keep one of each",
-            len(pairs), len(images), role, *map(name, pairs[0]),
+            "%d of %d %s images %s in train too, such as %s = %s: the model will have seen them; keep one of each",
+            len(pairs), len(images), role, "is" if len(pairs) == 1 else "are", *map(name, pairs[0]),
         )  # fmt: skip
     return len(pairs)
 
@@ -138,9 +139,9 @@ def warn_of_thin(checked: CheckedImages, name: Callable[[Source], str]) -> None:
     if thin:
         width, height = checked.sizes[thin[0]]
         logger.warning(
-            "%d of %d images are more than %d times as long as wide, such as %s (%dx%d): a model sees little of each; "
+            "%d of %d images %s more than %d times as long as wide, such as %s (%dx%d): a model sees little of each; "
             "cut them into pieces, or remove them",
-            len(thin), len(checked.sizes), THIN, name(thin[0]), width, height,
+            len(thin), len(checked.sizes), "is" if len(thin) == 1 else "are", THIN, name(thin[0]), width, height,
         )  # fmt: skip
 
 

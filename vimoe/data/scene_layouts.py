@@ -11,11 +11,12 @@ from pathlib import Path
 from vimoe.config.data import DataConfig
 from vimoe.config.masks import IGNORE, Colour
 from vimoe.data.image_files import find_images, is_hidden
+from vimoe.data.images import Source, source_path
 from vimoe.data.legends import legend_in
 from vimoe.data.masks import Legend
 from vimoe.data.scene_tables import Files, scene_tables
 from vimoe.data.splits import split_of
-from vimoe.errors import ConfigError, DataError, beside, nearest
+from vimoe.errors import ConfigError, DataError, beside, counted, nearest
 from vimoe.files import read_names
 
 ROLES = ("train", "val", "test")
@@ -32,6 +33,7 @@ class SceneFiles:
         images, masks: files by role.
         legend: meaning of the masks' values, if the data set has one.
         junk: number of other files among the images, by kind.
+        unread: image files among the masks that do not end as masks do.
     """
 
     root: Path
@@ -39,6 +41,17 @@ class SceneFiles:
     masks: dict[str, Files]
     legend: Legend | None
     junk: Counter[str] = field(default_factory=Counter)
+    unread: list[Path] = field(default_factory=list)
+
+    def not_read(self, images: Iterable[Source]) -> str:
+        """Return a note on masks of these images that were passed over for their ending; "" without any."""
+        names = {source_path(image).stem for image in images}
+        same = [path for path in self.unread if path.stem in names]
+        if not same:
+            return ""
+        were = counted(len(same), "file of such a name was", "files of such names were")
+        where = same[0].relative_to(self.root)
+        return f"; {were} passed over, such as {where}: save masks as .png, because other formats change values"
 
 
 def find_scenes(config: DataConfig, to_train: bool = True) -> SceneFiles:
@@ -82,7 +95,8 @@ def _ade20k(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = legend_in(root)
     junk: Counter[str] = Counter()
-    return SceneFiles(root, _files(images, junk), _files(masks, Counter(), ".png"), legend, junk)
+    unread: list[Path] = []
+    return SceneFiles(root, _files(images, junk), _files(masks, Counter(), ".png", unread=unread), legend, junk, unread)
 
 
 def _table(config: DataConfig, to_train: bool) -> SceneFiles:
@@ -191,12 +205,15 @@ def _roles(
 
 
 def _files(
-    folders: dict[str, Path], junk: Counter[str], ending: str = "", cut: str = "", only: str = ""
-) -> dict[str, Files]:
-    return {role: _named(folder, junk, ending, cut, only) for role, folder in folders.items()}
+    folders: dict[str, Path], junk: Counter[str], ending: str = "", cut: str = "", only: str = "",
+    unread: list[Path] | None = None,
+) -> dict[str, Files]:  # fmt: skip
+    return {role: _named(folder, junk, ending, cut, only, unread) for role, folder in folders.items()}
 
 
-def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -> Files:
+def _named(
+    folder: Path, junk: Counter[str], ending: str, cut: str, only: str, unread: list[Path] | None = None
+) -> Files:
     """Return the image files in a folder and its subfolders by name.
 
     Args:
@@ -205,6 +222,7 @@ def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -
         ending: ending of the files that count; "" for any.
         cut: end of a file's stem that is not part of the name.
         only: end of the stems that count.
+        unread: image files of other endings are added to it.
 
     Raises:
         DataError: if two files have one name.
@@ -213,7 +231,11 @@ def _named(folder: Path, junk: Counter[str], ending: str, cut: str, only: str) -
     found, others = find_images(folder)
     junk.update(others)
     for path in found:
-        if (ending and path.suffix.lower() != ending) or not path.stem.endswith(only):
+        if ending and path.suffix.lower() != ending:
+            if unread is not None:
+                unread.append(path)
+            continue
+        if not path.stem.endswith(only):
             continue
         name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(cut)
         if twin := named.get(name):

@@ -17,7 +17,7 @@ from vimoe.data.images import Source, image_size, name_within, source_path
 from vimoe.data.masks import LEGEND, Array, Legend, palette_of
 from vimoe.data.scan import duplicates, warn_of_thin
 from vimoe.data.scenes import Scene, Scenes
-from vimoe.errors import DataError
+from vimoe.errors import DataError, counted
 from vimoe.terminal import track
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class SceneScan:
     def __str__(self) -> str:
         train = sum(self.pixels["train"]) + self.void["train"]
         return (
-            f"{self.train} train, {self.validation} validation, {self.test} test scenes of {self.classes} classes; "
+            f"{self.train} train, {self.validation} validation, {self.test} test scenes of "
+            f"{counted(self.classes, 'class', 'classes')}; "
             f"{self.opened} files opened; void: {self.void['train'] / max(train, 1):.1%} of train's pixels, "
             f"{self.all_void} whole masks; duplicates of train: {self.validation_in_train} in validation, "
             f"{self.test_in_train} in test"
@@ -79,8 +80,10 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
             size than its image (rotated by its EXIF tag). Also if all masks of train or validation are entirely void.
     """
     root = Path(folder)
-    _refuse(dict.fromkeys(scenes.images_alone, ""), "images have no mask", root, "add masks, or remove the images")
-    _refuse(dict.fromkeys(scenes.masks_alone, ""), "masks have no image", root, "add images, or remove the masks")
+    remedy = f"add masks, or remove the images{scenes.not_read}"
+    _refuse(dict.fromkeys(scenes.images_alone, ""), "images have no mask", root, remedy, "image has no mask")
+    remedy = "add images, or remove the masks"
+    _refuse(dict.fromkeys(scenes.masks_alone, ""), "masks have no image", root, remedy, "mask has no image")
     roles = {"train": scenes.train, "validation": scenes.val, "test": scenes.test}
     everything = [scene for listed in roles.values() for scene in listed]
     checked = check_images([image for image, _ in everything], root)
@@ -97,8 +100,9 @@ def scan_scenes(scenes: Scenes, folder: str | Path) -> SceneScan:
     absent = {role: _absent(of_role[role], scenes.classes, role) for role in ("train", "validation")}
     blank = [mask for _, mask in everything if not counts[mask][:-1].any()]
     if blank:
-        logger.warning("%d of %d masks are entirely void, such as %s: they teach and measure nothing",
-                       len(blank), len(everything), name_within(root, blank[0]))  # fmt: skip
+        are = "is" if len(blank) == 1 else "are"
+        logger.warning("%d of %d masks %s entirely void, such as %s: they teach and measure nothing",
+                       len(blank), len(everything), are, name_within(root, blank[0]))  # fmt: skip
     train = [image for image, _ in scenes.train]
     in_train = {
         role: duplicates(role, [image for image, _ in roles[role]], train, checked, lambda i: name_within(root, i))
@@ -151,7 +155,8 @@ def _count_pixels(scenes: list[Scene], all_scenes: Scenes, root: Path) -> dict[S
         logger.warning("%s: values count, since there is no palette; if colours count, give a palette in %s",
                        differing[0], LEGEND)  # fmt: skip
     _refuse(wrong, f"of {len(scenes)} masks cannot be used", root)
-    _refuse(sizes, f"of {len(scenes)} masks have another size than their image", root, "resize them")
+    other, one = "have another size than their image", f"of {len(scenes)} masks has another size than its image"
+    _refuse(sizes, f"of {len(scenes)} masks {other}", root, "resize them", one)
     return counts
 
 
@@ -178,13 +183,15 @@ def _differing(
     return []
 
 
-def _refuse(files: Mapping[Any, str], what: str, root: Path, remedy: str = "") -> None:
-    """Raise DataError with the number and the first names if there are any files."""
+def _refuse(files: Mapping[Any, str], what: str, root: Path, remedy: str = "", one: str = "") -> None:
+    """Raise DataError with the number and the first names if there are any files; `one` says `what` of a single one."""
     if not files:
         return
     first = [name_within(root, file) + (f" ({why})" if why else "") for file, why in list(files.items())[:3]]
     rest = [f"{len(files) - 3} more"] if len(files) > 3 else []
-    raise DataError(f"{len(files)} {what}: {', '.join([*first, *rest])}" + (f"; {remedy}" if remedy else ""))
+    raise DataError(
+        f"{counted(len(files), one or what, what)}: {', '.join([*first, *rest])}" + (f"; {remedy}" if remedy else "")
+    )
 
 
 def _sum(counts: dict[Source, Array], scenes: tuple[Scene, ...], classes: int) -> Array:
@@ -195,6 +202,7 @@ def _absent(count: Array, classes: tuple[str, ...], role: str) -> list[str]:
     absent = [name for name, pixels in zip(classes, count[:-1], strict=True) if not pixels]
     if absent:
         consequence = {"train": "they cannot be learned", "validation": "its mean IoU leaves them out"}[role]
-        logger.warning("%d of %d classes have no pixel in %s, such as %s: %s", len(absent), len(classes), role,
+        have = "has" if len(absent) == 1 else "have"
+        logger.warning("%d of %d classes %s no pixel in %s, such as %s: %s", len(absent), len(classes), have, role,
                        ", ".join(absent[:3]), consequence)  # fmt: skip
     return absent

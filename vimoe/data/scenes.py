@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vimoe.config.data import DataConfig
-from vimoe.config.masks import Colour
+from vimoe.config.masks import IGNORE, Colour
 from vimoe.data.image_files import passed_over
 from vimoe.data.images import Source, name_within
 from vimoe.data.legends import legend_of_masks
-from vimoe.data.masks import Legend
+from vimoe.data.masks import LEGEND, Legend
 from vimoe.data.scene_layouts import ROLES, SceneFiles, find_scenes
-from vimoe.errors import DataError
+from vimoe.errors import DataError, counted
 
 Scene = tuple[Source, Source]  # an image and its mask
 MOST_OF_TRAIN = 0.25  # largest share of train that a validation split by sequence may take
@@ -36,6 +36,7 @@ class Scenes:
         sequences: video of each scene of val; None if unknown.
         images_alone, masks_alone: files without a counterpart, which the scan refuses.
         root: data folder, from which images are named.
+        not_read: note on masks of `images_alone` that were passed over for their ending; "" without any.
     """
 
     legend: Legend
@@ -47,6 +48,7 @@ class Scenes:
     images_alone: tuple[Source, ...] = field(default=(), repr=False)
     masks_alone: tuple[Source, ...] = field(default=(), repr=False)
     root: Path = Path()
+    not_read: str = field(default="", repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -89,10 +91,17 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
     if not pairs["train"]:
         other = "" if images_alone else passed_over(found.junk)
         raise DataError(
-            f"{root}: {len(images_alone)} images{other} and {len(masks_alone)} masks, and no pair of them in train: "
-            f"expected masks with the images' names that end in .png, or rows with both; rename or complete them"
+            f"{root}: {counted(len(images_alone), 'image')}{other} and {counted(len(masks_alone), 'mask')}, and no "
+            f"pair of them in train: expected masks with the images' names that end in .png, or rows with both; rename "
+            f"or complete them{found.not_read(images_alone)}"
         )
     legend = found.legend or legend_of_masks([mask for _, mask in pairs["train"]])
+    if found.legend is None and not classes:  # a trained model has told its user
+        logger.warning(
+            "%s has no %s: the values 0 to %d in train's masks are taken for %d classes, and %d for void; give names "
+            "in a %s beside the images, such as 'names: [sky, road]'",
+            root, LEGEND, len(legend.names) - 1, len(legend.names), IGNORE, LEGEND,
+        )  # fmt: skip
     _check_classes(root, legend, classes or legend.names)
     videos = _videos(legend, names, pairs)
     train, val = pairs["train"], pairs["val"]
@@ -103,6 +112,7 @@ def load_scenes(config: DataConfig, classes: Sequence[str] = (), validation: Ite
         legend, tuple(train), tuple(val), tuple(pairs["test"]), split_off=not pairs["val"],
         sequences=tuple(videos[scene] for scene in val) if videos else None,
         images_alone=tuple(images_alone), masks_alone=tuple(masks_alone), root=root,
+        not_read=found.not_read(images_alone),
     )  # fmt: skip
 
 
@@ -131,8 +141,10 @@ def load_others(
     _, pairs, images_alone, masks_alone = _paired(found)
     if images_alone or masks_alone:
         raise DataError(
-            f"{root}: {len(images_alone)} images have no mask and {len(masks_alone)} masks no image, such as "
+            f"{root}: {counted(len(images_alone), 'image has', 'images have')} no mask and "
+            f"{counted(len(masks_alone), 'mask')} no image, such as "
             f"{name_within(root, (images_alone + masks_alone)[0])}: expected pairs; remove them"
+            f"{found.not_read(images_alone)}"
         )
     legend = found.legend or legend
     _check_classes(root, legend, classes)

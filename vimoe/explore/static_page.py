@@ -24,7 +24,7 @@ def make_place(folder: Path) -> None:
         raise FolderError(f"--static {folder} already has an {NAME}: expected a folder without one; name another one")
     if others := sorted(path.name for path in folder.glob("*") if not is_hidden(path.name)):
         raise FolderError(
-            f"--static {folder} holds other files, such as {others[0]}: expected a new folder; name another one"
+            f"--static {folder} holds other files, such as {others[0]}: expected an empty folder; name another"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

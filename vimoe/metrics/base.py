@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from vimoe.errors import ConfigError, DataError
+from vimoe.errors import ConfigError, DataError, counted
 from vimoe.metrics.registry import METRICS, kind_of
 from vimoe.models.frozen_trunk import Entry
 from vimoe.models.interface import label_names, logits_of, unwrapped
@@ -85,7 +85,7 @@ class MeanScore(Score):
         return cls(values[cls.kind], values["loss"], values["images"])
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.right:.2%}, loss {self.loss:.4f} of {self.images} images"
+        return f"{self.kind} {self.right:.2%}, loss {self.loss:.4f} of {counted(self.images, 'image')}"
 
 
 class Counts(ABC):

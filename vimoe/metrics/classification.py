@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimoe.errors import DataError
+from vimoe.errors import DataError, counted
 from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
 from vimoe.metrics.calibration import BINS, calibration_gaps
 from vimoe.models.interface import find_backbone
@@ -43,7 +43,8 @@ class ImageScore(Score):
     def __str__(self) -> str:
         calibration = "" if self.ece is None else f", calibration error {self.ece:.2%}"
         return (
-            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}{calibration} of {self.images} images"
+            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, loss {self.loss:.4f}{calibration} of "
+            f"{counted(self.images, 'image')}"
         )
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimoe.config.masks import IGNORE
+from vimoe.errors import counted
 from vimoe.metrics.base import Counts, Metric, Score, check_range, check_shape
 from vimoe.metrics.contours import contour_accuracy, region_similarity
 from vimoe.process import Process
@@ -60,7 +61,8 @@ class SceneScore(Score):
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        return f"mean IoU {self.miou:.2%}, pixel accuracy {self.pixel_accuracy:.2%}{loss} of {self.images} images"
+        of = counted(self.images, "image")
+        return f"mean IoU {self.miou:.2%}, pixel accuracy {self.pixel_accuracy:.2%}{loss} of {of}"
 
 
 class SceneCounts(Counts):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vimoe.errors import DataError, SurgeryError, expect
+from vimoe.errors import DataError, SurgeryError, counted, expect
 from vimoe.models.interface import Backbone, find_backbone
 from vimoe.models.reading import tokens_read
 from vimoe.moe.grid import Grid
@@ -103,7 +103,10 @@ def _check_labels(label_B: Tensor | None, images: int, classes: int, routers: Ma
     if taught and (label_B is None or not classes):
         raise no_classes(taught)
     if label_B is not None and len(label_B) != images:
-        raise DataError(f"{len(label_B)} labels for a batch of {images} images: expected one for each; correct them")
+        raise DataError(
+            f"{counted(len(label_B), 'label')} for a batch of {counted(images, 'image')}: "
+            f"expected one for each; correct them"
+        )
     if label_B is not None and images and classes and not (label_B.min() >= 0 and label_B.max() < classes):
         raise DataError(
             f"labels from {label_B.min()} to {label_B.max()} for a model of {classes} classes: expected 0 to "
@@ -115,7 +118,8 @@ def check_count(images: int, experts: int) -> None:
     """Raise DataError if there are fewer images than experts to start from them."""
     if images < experts:
         raise DataError(
-            f"{images} images to start {experts} experts or their router from: expected at least as many images as "
+            f"{counted(images, 'image')} to start {experts} experts or their router from: "
+            f"expected at least as many images as "
             f"experts; raise moe.calibration_images, give more images, or lower moe.num_experts"
         )
 

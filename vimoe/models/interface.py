@@ -19,7 +19,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from vimoe.config.model import FAMILIES
-from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError, expect
+from vimoe.errors import ConfigError, FolderError, SurgeryError, VimoeError, counted, expect
 from vimoe.files import read_text, write_json
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.split_ffn import SplitFFN
@@ -375,7 +375,10 @@ class Backbone:
         """
         names, classes = self.vit_config.get("label_names"), self.num_classes
         if names and len(names) != classes:
-            raise VimoeError(f"the model has {classes} classes and {len(names)} label names: expected a name for each")
+            raise VimoeError(
+                f"the model has {counted(classes, 'class', 'classes')} and {counted(len(names), 'label name')}: "
+                f"expected a name for each"
+            )
         return list(names) if names else [str(i) for i in range(classes)]
 
     def logits(self, output: Any) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vimoe.config.data import check_preprocessing
 from vimoe.config.model import FAMILIES, Read
 from vimoe.config.moe import MoEConfig
-from vimoe.errors import ConfigError, FolderError, VimoeError, expect, first_line
+from vimoe.errors import ConfigError, FolderError, VimoeError, counted, expect, first_line
 from vimoe.files import TEMPORARY, read_text, rename, set_usual_mode, temporary_folder, write_json
 from vimoe.models.folder_config import CONFIG, FORMAT, WEIGHTS, layers_of, read_section
 from vimoe.models.frozen_trunk import nearly_equal
@@ -87,7 +87,8 @@ def save(
         )
     if label_names is not None and len(label_names) != backbone.num_classes:
         raise FolderError(
-            f"{len(label_names)} label_names for {backbone.num_classes} classes: expected a name for each"
+            f"{len(label_names)} label_names for {counted(backbone.num_classes, 'class', 'classes')}: "
+            f"expected a name for each"
         )
     if preprocessing:
         check_preprocessing(preprocessing, backbone.data_config({}))

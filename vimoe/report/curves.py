@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vimoe.analysis.figures import panels
+from vimoe.errors import FolderError
 from vimoe.files import printable, read_text
 from vimoe.metrics.registry import shown
 
@@ -25,7 +26,7 @@ def curves(metrics: Path | Mapping[str, Path]) -> Figure:
     left, right = figure.subplots(1, 2)
     judge = "score"
     for name, path in (metrics if isinstance(metrics, Mapping) else {"validation": metrics}).items():
-        rows = _csv(path)
+        rows = _csv(path, "epoch", "train_loss")  # and others from the first validation on
         if not isinstance(metrics, Mapping):
             loss = [float(row["train_loss"]) for row in rows]
             left.plot([int(row["epoch"]) for row in rows], loss, label="train (augmented)", color="C1", marker=".")
@@ -56,7 +57,7 @@ def _whole_epochs() -> MaxNLocator:
 
 def loads(load: Path) -> Figure:
     """Draw the share of each expert by epoch from load.csv, with one panel for each layer."""
-    rows = _csv(load)
+    rows = _csv(load, "epoch", "layer", "expert", "share")
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     figure, axes = panels(len(layers), 1.9, 1.7, sharey=True)
     for axis, layer in zip(axes, layers, strict=True):
@@ -73,5 +74,9 @@ def loads(load: Path) -> Figure:
     return figure
 
 
-def _csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+def _csv(path: Path, *columns: str) -> list[dict[str, str]]:
+    """Return the rows of a file of a training. Raises FolderError if it lacks one of these columns."""
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if missing := [name for name in columns if name not in (table.fieldnames or ())]:
+        raise FolderError(f"{path} has no column {missing[0]!r}: expected what the training wrote; restore it")
+    return list(table)

@@ -9,11 +9,11 @@ from typing import Any
 
 from vimoe.analysis import figures
 from vimoe.analysis.statistics import over
-from vimoe.errors import FolderError
+from vimoe.errors import FolderError, counted
 from vimoe.metrics.registry import shown
 from vimoe.report.curves import curves
 from vimoe.report.html_page import Page
-from vimoe.report.run_files import METRICS, read_config, read_json, reading
+from vimoe.report.run_files import METRICS, read_config, read_json, read_summary, reading
 from vimoe.report.table_cells import (
     ami_cell,
     change_cell,
@@ -60,7 +60,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 def _read(name: str, folder: Path) -> _Run:
     settings, model = read_config(folder)
     with reading(folder / SUMMARY):
-        summary = read_json(folder / SUMMARY)
+        summary = read_summary(folder)
         result = "–"
         if "steps" in summary:
             gone = "; ".join(removed(step) for step in summary["steps"])
@@ -68,12 +68,12 @@ def _read(name: str, folder: Path) -> _Run:
         if "val" in summary:
             val, epoch = summary["val"], summary["best_epoch"]
             (measure, value), *_ = measures(val).items()
-            result = f"{measure.removesuffix(', %')} {value} ({val['images']} images, epoch {epoch})"
+            result = f"{measure.removesuffix(', %')} {value} ({counted(val['images'], 'image')}, epoch {epoch})"
         header = receipt_header(shown(summary["before"])) if "before" in summary else ()
         receipts = [(*row, f"{summary['before']['images']} {summary['split']}") for row in receipt_rows(summary, name)]
     with reading(folder / ROUTING):
         evidence = read_json(folder / ROUTING)
-        routing = _routing_rows(name, evidence)
+        routing = _routing_rows(name, evidence) if evidence else []
     return _Run(settings, model, result, header, receipts, evidence, routing)
 
 
@@ -147,7 +147,7 @@ def _routing(page: Page, folders: dict[str, Path], runs: dict[str, _Run]) -> Non
 
 def _routing_rows(name: str, evidence: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for layer in evidence.get("layers", []):
+    for layer in evidence["layers"]:
         ami, permuted = layer["adjusted_mutual_information"], layer["permuted"]
         dense = [effect["loss"] for effect in layer["dense"].values()]
         rows.append((

@@ -13,7 +13,7 @@ import yaml
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import FolderError, VimoeError
 from vimoe.files import read_text
-from vimoe.run_folder import CONFIG
+from vimoe.run_folder import CONFIG, SUMMARY
 
 METRICS, LOAD = "metrics.csv", "load.csv"
 
@@ -42,6 +42,23 @@ def read_config(run: Path) -> tuple[dict[str, str], str]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file, or an empty dictionary if there is no such file."""
     return json.loads(read_text(path)) if path.exists() else {}
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Return the content of a run's summary.json; an empty dictionary if there is none.
+
+    Raises:
+        FolderError: if it holds neither the score of a training nor those of a pruning.
+    """
+    path = run / SUMMARY
+    with reading(path):
+        values = read_json(path)
+        if path.exists() and not values.keys() & {"val", "before"}:
+            raise FolderError(
+                f"{path} is damaged (it has neither 'val' nor 'before', the scores of a training and of a pruning); "
+                f"restore it, or make it again"
+            )
+    return values
 
 
 def _blocks(layers: Any) -> str:

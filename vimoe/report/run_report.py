@@ -10,7 +10,7 @@ from vimoe.report.diagnosis_section import add_diagnosis
 from vimoe.report.html_page import Page
 from vimoe.report.pruning_section import add_decisions, add_receipt
 from vimoe.report.routing_section import add_routing_in_short, add_routing_section
-from vimoe.report.run_files import LOAD, METRICS, read_config, read_json, reading
+from vimoe.report.run_files import LOAD, METRICS, read_config, read_json, read_summary, reading
 from vimoe.report.tasks_section import add_tasks
 from vimoe.report.training_section import add_curves, add_details, add_loads, add_score
 from vimoe.run_folder import CONFIG, DIAGNOSIS, EXAMPLES, EXPERT_MAPS, FIGURES, ROUTING, ROUTING_BEFORE, SUMMARY
@@ -34,7 +34,7 @@ def write_run_report(run: Path) -> Path:
     settings, model = read_config(run)
     page.heading("Result")
     with reading(run / SUMMARY):
-        summary = read_json(run / SUMMARY)
+        summary = read_summary(run)
         versions = [(name, str(version)) for name, version in summary.get("versions", {}).items()]
         add_first = add_receipt if "before" in summary else add_score
         add_first(page, model, settings["data.path"], summary)

@@ -21,7 +21,7 @@ from vimoe.analysis.evidence import Evidence
 from vimoe.config.data import TASKS, DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.settings import Settings
-from vimoe.errors import ConfigError, DataError
+from vimoe.errors import ConfigError, DataError, counted
 from vimoe.metrics.base import Batches, Counts, Score, evaluate
 from vimoe.metrics.registry import check_shown
 from vimoe.process import Alone, Process
@@ -265,7 +265,9 @@ def facts_of(loader: Batches) -> dict[str, Any]:
 def check_classes(asked: int | None, classes: int) -> None:
     """Raise ConfigError for a `model.num_classes` that is not the number of classes in the data."""
     if asked not in (None, classes):
-        raise ConfigError(f"model.num_classes={asked}: the data has {classes} classes; leave it out")
+        raise ConfigError(
+            f"model.num_classes={asked}: the data has {counted(classes, 'class', 'classes')}; leave it out"
+        )
 
 
 def warn_of_errors(predictions: Sequence[dict[str, Any]]) -> None:
@@ -276,4 +278,5 @@ def warn_of_errors(predictions: Sequence[dict[str, Any]]) -> None:
             errors[0] if len(errors) == 1 else f"none of {len(errors)} images can be read: {errors[0]}, ..."
         )
     if errors:
-        logger.warning("%d of %d images were not predicted, such as: %s", len(errors), len(predictions), errors[0])
+        logger.warning("%d of %d images %s not predicted, such as: %s", len(errors), len(predictions),
+                       "was" if len(errors) == 1 else "were", errors[0])  # fmt: skip

@@ -22,6 +22,7 @@ from vimoe.data.classification import Data, load_data, load_folder
 from vimoe.data.images import open_image
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan, warn_of_absent
+from vimoe.files import one_line
 from vimoe.metrics.base import Batches, metric_of
 from vimoe.models.class_order import order_classes
 from vimoe.models.create import create
@@ -114,10 +115,10 @@ class Classification(Task[Data]):
         return predict(model, files, top, process=self.process, trust=trust)
 
     def line(self, prediction: dict[str, Any], top: int) -> str:
-        classes = ", ".join(f"{each['name']} {each['probability']:.1%}" for each in prediction["classes"])
+        classes = ", ".join(f"{one_line(each['name'])} {each['probability']:.1%}" for each in prediction["classes"])
         scores = {"correct": "right with", "familiarity": "familiarity"}  # those of `vimoe trust`
         trust = "".join(f"; {said} {prediction[name]:.1%}" for name, said in scores.items() if name in prediction)
-        return f"{prediction['file']}: {classes}{trust}"
+        return f"{one_line(prediction['file'])}: {classes}{trust}"
 
     def examples(self, model: nn.Module, data: Data, evidence: Evidence) -> Mapping[str, Figure]:
         """Return the images that gave each expert the largest gates, captioned by their classes, a row an expert."""

@@ -20,6 +20,7 @@ from vimoe.data.scene_loaders import JointImages, centre_transform, eval_transfo
 from vimoe.data.scene_scan import SceneScan, scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes
 from vimoe.errors import ConfigError
+from vimoe.files import one_line
 from vimoe.metrics.base import Batches, Counts, Score
 from vimoe.metrics.segmentation import ceiling
 from vimoe.models.create import create_segmenter
@@ -155,8 +156,8 @@ class Segmentation(Task[Scenes]):
         return predict_scenes(model, files, out, self.settings.data, self.process)
 
     def line(self, prediction: dict[str, Any], top: int) -> str:
-        areas = ", ".join(f"{name} {share:.1%}" for name, share in list(prediction["areas"].items())[:top])
-        return f"{prediction['mask']}: {areas}"
+        areas = ", ".join(f"{one_line(name)} {share:.1%}" for name, share in list(prediction["areas"].items())[:top])
+        return f"{one_line(prediction['mask'])}: {areas}"
 
     def limits(self, model: Any, data: Scenes) -> Mapping[str, float]:
         masks = (torch.from_numpy(data.legend.read(mask)).long() for _, mask in data.val)

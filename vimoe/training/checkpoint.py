@@ -59,6 +59,8 @@ def read(run: Path, mapped: bool = False) -> dict[str, Any] | None:
     path = run / CHECKPOINT
     if not exists(run):
         return None
+    if not path.stat().st_size:
+        raise FolderError(f"{path} cannot be read: the file is empty; train again in another folder")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever a damaged file makes of the reader

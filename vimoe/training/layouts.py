@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vimoe.config.parallel import ParallelConfig
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, counted
 from vimoe.files import in_units
 from vimoe.training.footprint import Footprint
 
@@ -111,7 +111,7 @@ class SizePlan:
         shown, chosen = self.shown, self.chosen
         verdict = "fits" if chosen else "the smallest, and it does not fit"
         lines = [
-            f"{self.devices} devices of {in_units(self.limit)}, {self.images} images each, "
+            f"{counted(self.devices, 'device')} of {in_units(self.limit)}, {counted(self.images, 'image')} each, "
             f"weights in float32{'' if self.precision == 'no' else f', products in {self.precision}'}:",
             f"train.parallel={shown.mesh} {verdict}: {in_units(shown.total)} a device",
         ]

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from vimoe.config.train import TrainConfig
 from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import ConfigError, Stopped, VimoeError
+from vimoe.files import one_line
 from vimoe.models.frozen_trunk import replaced_forward
 from vimoe.moe import Routing
 from vimoe.moe.balancing import set_random_share, update_bias
@@ -296,11 +297,12 @@ class _Steps:
             return self.job.forward(self.ema.module, images)
 
     def _not_finite(self, loss: float, state: State, batch: int) -> str:
-        names = [self.job.names[i] for i in self._images_of(state, batch)]
+        names = [one_line(self.job.names[i]) for i in self._images_of(state, batch)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return (
-            f"the loss is {loss} in epoch {state.number}, step {state.step + 1}, of {', '.join(names[:8])}"
-            f"{', ...' if batch > 8 else ''}: expected a number; look at these images, lower train.lr, or set "
-            f"train.clip_grad; the last checkpoint is from before"
+            f"the loss is {loss} in epoch {state.number}, step {state.step + 1}, of {', '.join(names[:3])}{more}: "
+            f"expected a number; look at these images, lower train.lr, or set train.clip_grad; the last checkpoint is "
+            f"from before"
         )
 
     def _images_of(self, state: State, batch: int) -> list[int]:

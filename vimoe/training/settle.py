@@ -11,7 +11,7 @@ from torch import nn
 
 from vimoe.config.parallel import ParallelConfig
 from vimoe.config.train import TrainConfig
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, counted
 from vimoe.models.precision import resolve, warn_of_slow_bfloat16
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.router import Router
@@ -130,8 +130,9 @@ def check_evaluated(images: int, config: TrainConfig, process: Process) -> None:
     """Raise ConfigError if a process of a spread model would have none of the images of validation."""
     if config.parallel.spreads and images < process.count:
         raise ConfigError(
-            f"{images} images for validation over {process.count} processes with train.parallel={config.parallel}: "
-            f"expected at least {process.count}; raise data.val_fraction, or use fewer processes"
+            f"{counted(images, 'image')} for validation over {process.count} processes with "
+            f"train.parallel={config.parallel}: expected at least {process.count}; raise data.val_fraction, or use "
+            f"fewer processes"
         )
 
 

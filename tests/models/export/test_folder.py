@@ -166,7 +166,7 @@ def test_a_file_that_computes_something_else_is_refused_and_nothing_is_left(eage
         vimoe.export(eager, tmp_path / "out", format="eager")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
     Eager.model = vit(num_classes=4)
-    with pytest.raises(vimoe.VimoeError, match=r"gives \(1, 4\) for 1 images: expected \(1, 5\)"):
+    with pytest.raises(vimoe.VimoeError, match=r"gives \(1, 4\) for 1 image: expected \(1, 5\)"):
         vimoe.export(eager, tmp_path / "out", format="eager")
     assert not list(tmp_path.iterdir())
 
@@ -201,7 +201,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     with pytest.raises(vimoe.VimoeError, match="no family knows Linear"):
         vimoe.export(nn.Linear(2, 2), tmp_path / "out", format="eager")
     eager.pretrained_cfg = {**eager.pretrained_cfg, "label_names": ["one"]}
-    with pytest.raises(vimoe.VimoeError, match="classes and 1 label names"):
+    with pytest.raises(vimoe.VimoeError, match="classes and 1 label name:"):
         vimoe.export(eager, tmp_path / "out", format="eager")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 

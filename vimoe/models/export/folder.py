@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vimoe.config.data import check_preprocessing
 from vimoe.config.export import FORMATS
-from vimoe.errors import ConfigError, FolderError, SurgeryError
+from vimoe.errors import ConfigError, FolderError, SurgeryError, counted
 from vimoe.files import read_text, write_json, write_text
 from vimoe.models.export.format import Format, Forward
 from vimoe.models.export.probe import Probe, probe, sure_images
@@ -175,14 +175,15 @@ def _difference(model: nn.Module, forward: Forward, images: Tensor, name: str) -
         expected, got = logits_of(model, images[:batch]), forward(images[:batch])
         if got.shape != expected.shape:
             raise SurgeryError(
-                f"{name} gives {tuple(got.shape)} for {batch} images: expected {tuple(expected.shape)}; report it"
+                f"{name} gives {tuple(got.shape)} for {counted(batch, 'image')}: "
+                f"expected {tuple(expected.shape)}; report it"
             )
         scale = max(1.0, float(expected.abs().max()))
         worst = max(worst, float((got - expected).abs().max()) / scale)
         if not worst <= TOLERANCE:
             raise SurgeryError(
-                f"{name} gives logits that differ from the model's by {worst:.2g} of the largest on {batch} images: "
-                f"expected at most {TOLERANCE:g}; nothing was written, report it"
+                f"{name} gives logits that differ from the model's by {worst:.2g} of the largest on "
+                f"{counted(batch, 'image')}: expected at most {TOLERANCE:g}; nothing was written, report it"
             )
     return worst
 
