@@ -304,7 +304,10 @@ def test_an_unreadable_image_in_a_worker_is_one_line_too(
         ('--model.args={"num_classes": 5}', "expected it as model.num_classes"),
         ('--model.args={"patch_size": 8, "in_chans": 1}', "takes 1 channels: expected 3"),
         ('--model.args={"patch_size": 0}', "timm could not build"),
-        ('--model.args={"patch_size": 64}', "does not run on images of shape (3, 16, 16)"),
+        (
+            '--model.args={"patch_size": 64}',
+            "model.img_size=16: expected a multiple of the patch size 64; set 64 or more",
+        ),
     ],
 )
 def test_settings_that_cannot_be_leave_nothing_behind(

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vimoe.data.image_files import is_hidden
 from vimoe.errors import FolderError
 from vimoe.explore.server import PAGE
 from vimoe.explore.session import Session, data_uri
@@ -22,7 +21,7 @@ def make_place(folder: Path) -> None:
     """Create the folder of a page if it is missing. Raises FolderError if that fails, or it has files of others."""
     if (folder / NAME).exists():
         raise FolderError(f"--static {folder} already has an {NAME}: expected a folder without one; name another one")
-    if others := sorted(path.name for path in folder.glob("*") if not is_hidden(path.name)):
+    if others := sorted(path.name for path in folder.glob("*") if not path.name.startswith(".")):
         raise FolderError(
             f"--static {folder} holds other files, such as {others[0]}: expected an empty folder; name another"
         )
