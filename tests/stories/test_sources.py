@@ -733,7 +733,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], str]] = {
         lambda root: (packed("gz")(root), (root / "t").mkdir(), (root / "x.tar").rename(root / "t/x.tgz"), "t")[-1],
         "x.tgz is compressed, ",
     ),
-    "shards: no label": (shard(A, B, ("2.png", png())), "have no label, such as shards/0.tar/2.png: "),
+    "shards: no label": (shard(A, B, ("2.png", png())), "has no label, such as shards/0.tar/2.png: "),
     "shards: an empty label": (shard(A, B, ("2.png", png()), ("2.cls", b" \n")), "1 sample of shards has no label"),
     "shards: a class that is not listed": (
         shard(A, B, names="dog\ncta\n"), "shards/0.tar/1.png is of class 'cat': expected one of the list of classes",
