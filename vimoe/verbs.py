@@ -95,10 +95,13 @@ def train(verb: str, argv: list[str]) -> Result:
     from vimoe.data.data_path import check_there
 
     resumed = options["resume"]
+    alone = process.launched() == 1  # else another process may be ahead, and have made or locked the folder
     if resumed is None:
         check_there(settings.data.path)
-    if process.launched() == 1:  # of several processes, one may be ahead and have made the folder
-        _ = check_new(options["out"]) if resumed is None else open_unfinished(resumed)
+        if alone:
+            check_new(options["out"])
+    elif alone:
+        open_unfinished(resumed)
     from vimoe.experiments.train import resume_training, run_training
     from vimoe.models.continued import with_own_layers
 

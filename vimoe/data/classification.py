@@ -25,7 +25,7 @@ from vimoe.errors import DataError, counted, nearest
 logger = logging.getLogger(__name__)
 Sample = tuple[Source | Image.Image, int]
 # folders of images and masks, in the layouts of vimoe.data.scene_layouts
-MASKS = ({"images", "annotations"}, {"JPEGImages", "SegmentationClass"}, {"leftImg8bit", "gtFine"})
+MASK_LAYOUTS = ({"images", "annotations"}, {"JPEGImages", "SegmentationClass"}, {"leftImg8bit", "gtFine"})
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def load_folder(
     splits = {name: _split(listing, role, role) for name, role in roles.items()}
     name, split = next((name, split) for name, split in splits.items() if split or name == "all")
     found = {name: listing.classes(split)}
-    if any(layout <= set(found[name]) for layout in MASKS) and not set(found[name]) <= set(classes):
+    if any(layout <= set(found[name]) for layout in MASK_LAYOUTS) and not set(found[name]) <= set(classes):
         raise DataError(
             f"{_of_masks(listing.where(split), found[name])}, as the model gives; check the path or the run"
         )
@@ -143,7 +143,7 @@ def _check_train(listing: Listing, split: str | None, found: ClassImages, classe
     """Raise DataError if the train images are not the class folders of a classification."""
     where = listing.where(split)
     _check_names(where, found)
-    if any(layout <= set(found) for layout in MASKS):
+    if any(layout <= set(found) for layout in MASK_LAYOUTS):
         raise DataError(f"{_of_masks(where, found)}; to learn masks, set --data.task segmentation")
     if empty := [name for name, images in found.items() if not images]:
         inside = Path(where, empty[0])
@@ -163,7 +163,7 @@ def _check_train(listing: Listing, split: str | None, found: ClassImages, classe
 
 def _of_masks(where: str, found: ClassImages) -> str:
     """Return what is wrong with folders of images and masks, in place of classes."""
-    first, second = next(sorted(layout, reverse=True) for layout in MASKS if layout <= set(found))
+    first, second = next(sorted(layout, reverse=True) for layout in MASK_LAYOUTS if layout <= set(found))
     return f"{where} has {first}/ and {second}/, images with masks: expected a folder for each class"
 
 
