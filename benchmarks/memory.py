@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from vimoe.bench.memory import largest
 from vimoe.bench.result import machine
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
@@ -94,16 +94,6 @@ def kept(model: nn.Module, compute: Callable[[], Tensor], images: Tensor) -> int
     return sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
 
 
-def largest(prof: profile) -> int:
-    """Return the largest sum of what torch's allocator has handed out above the beginning."""
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
-
-
 def resident(what: str) -> int:
     """Return a figure of this process's resident memory in bytes: "RSS" now, or "HWM" at the most."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -123,7 +113,7 @@ def measure(name: str) -> dict[str, Any]:
         "gradients": found.sum("trained_dense") + found.sum("trained_expert"),
         "optimizer": sum(found.optimizer),
         "activations": found.activations,
-        "peak": found.peak(),
+        "peak": found.peak,
     }
     copies = 1 + found.ema
     total = copies * (predicted["weights"] + found.buffers) + predicted["optimizer"] + predicted["peak"]
@@ -155,15 +145,14 @@ def measure(name: str) -> dict[str, Any]:
     for _ in range(config.accumulation - 1):
         step(torch.randn(IMAGES, 3, 224, 224), update=False)
     earlier = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step(torch.randn(IMAGES, 3, 224, 224))
+    peak = largest(lambda: step(torch.randn(IMAGES, 3, 224, 224)))
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     state = [v for each in optimizer.state.values() for v in each.values()]
     measured = {
         "weights": sum(p.untyped_storage().nbytes() for p in model.parameters()),
         "gradients": sum(g.untyped_storage().nbytes() for g in gradients),
         "optimizer": sum(v.untyped_storage().nbytes() for v in state),
-        "peak": largest(prof) + earlier,
+        "peak": peak + earlier,
     }
     optimizer.zero_grad()
     images = torch.randn(IMAGES, 3, 224, 224)

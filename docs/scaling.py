@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.config.parallel import ParallelConfig
@@ -25,6 +23,7 @@ from vimoe.models.create import create_without_weights
 from vimoe.models.upcycling import build_layers
 from vimoe.training.footprint import Exchange, Footprint, Weights, footprint
 from vimoe.training.layouts import plan_size
+from vimoe.training.stages import Stage
 
 PAGE, FOUND = Path(__file__).with_suffix(".md"), Path(__file__).with_suffix(".json")
 MODELS = {
@@ -40,8 +39,9 @@ HEAD = f"""# Scaling
 **All of this is arithmetic; nothing here was trained or measured.** `python docs/scaling.py` writes this page, by the
 same functions as `vimoe plan --devices 8 --memory 80GB`; a test compares it with them. What one device allocates is
 that of a real step to a percent where it was measured, with a small ViT on a CPU
-([benchmarks](../benchmarks/README.md#memory)); the shares of several devices and the bytes that they send follow from
-the formulas in `vimoe/training/layouts.py`.
+([benchmarks](../benchmarks/README.md#memory)). The shares of several devices and the bytes that they send follow from
+the formulas in `vimoe/training/layouts.py` and `vimoe/training/gathering.py`; a test holds the latter within 7% of real
+steps of 2 and 4 processes.
 
 DINOv2's ViTs (patches of 14 pixels, images of 224) with MoE layers in every second block, token routing, one expert and
 the shared one for each token, 1000 classes; AdamW in float32, products in bfloat16, all weights trained, no activation
@@ -68,7 +68,7 @@ def count(model: str, experts: int) -> dict[str, Any]:
     made = create_without_weights(ModelConfig(name=MODELS[model], img_size=224, num_classes=1000))
     build_layers(made, MoEConfig(num_experts=experts, **MOE))
     found = footprint(made, IMAGES, TrainConfig(precision="bf16"))
-    return {**asdict(found), "moments": found.moments.tolist()}
+    return asdict(found)
 
 
 def read(values: dict[str, Any]) -> Footprint:
@@ -78,7 +78,10 @@ def read(values: dict[str, Any]) -> Footprint:
         "exchanges": tuple(Exchange(**each) for each in values["exchanges"]),
         "experts": tuple(values["experts"]),
         "optimizer": tuple(values["optimizer"]),
-        "moments": np.array(values["moments"]),
+        "stages": tuple(
+            Stage(**{**each, "start": tuple(each["start"]), "moments": tuple(map(tuple, each["moments"]))})
+            for each in values["stages"]
+        ),
     }
     return Footprint(**{**values, **kept})
 

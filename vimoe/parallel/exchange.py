@@ -53,12 +53,11 @@ class SpreadExperts(Experts):
 
     def forward(self, x_RUD: Tensor, source_S: Tensor | None, load_N: Tensor) -> Tensor:
         """(R, U, D) to (S, U, D): send each slot to the process of its expert, and bring the output back."""
-        x_SUD = rows_of(x_RUD, source_S)
         sent_En = load_N.view(self.group.size(), -1)
         got_En = torch.empty_like(sent_En)
         dist.all_to_all_single(got_En, sent_En.contiguous(), group=self.group)
         sent, got = torch.stack([sent_En.sum(dim=1), got_En.sum(dim=1)]).tolist()  # one wait for the device
-        x_GUD = exchange(x_SUD, sent, got, self.group)
+        x_GUD = exchange(rows_of(x_RUD, source_S), sent, got, self.group)
         # slots came by process, and by expert within a process: the order by expert is a stable sort
         expert_G = torch.arange(got_En.numel(), device=load_N.device).remainder(got_En.shape[1])
         order_G = expert_G.repeat_interleave(got_En.flatten(), output_size=len(x_GUD)).argsort(stable=True)

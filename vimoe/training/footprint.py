@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import recomputing
 from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.parameter_groups import adamw
+from vimoe.training.stages import Moment, Phase, Stage, marked
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = OTHER, DENSE, EXPERT = range(3)  # of tensors; the last two are gradients of weights, which devices divide
@@ -54,6 +54,7 @@ class Weights:
         name: module name of the block; "" for the rest.
         dense, expert: bytes of all weights but the routed experts', and of these.
         trained_dense, trained_expert: bytes of those that are trained, and so of their gradients.
+        largest_expert: bytes of the largest gradient of a routed experts' weight, of all experts.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Weights:
     expert: int = 0
     trained_dense: int = 0
     trained_expert: int = 0
+    largest_expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ class Footprint:
         optimizer: state of AdamW for the dense weights and for the experts'.
         ema: True if there is a moving average, a second copy of weights and buffers.
         activations: tensors that are there between forward and backward pass, with the images.
-        moments: (M, 3) bytes at moments of the step, of gradients of dense weights and of experts (columns 1, 2), and
-            of all other tensors that the step has made (column 0). Moments than which another one has as much or more
-            of each are left out.
+        peak: the largest sum of all that a step makes, gradients of earlier steps included.
+        temporary: bytes by which a step's tensors, gradients of weights apart, exceed the activations at their highest.
+        stages: what a step makes that has no gradients of earlier ones, stage by stage.
+        accumulates: True if there are such gradients.
         experts: number of experts of each MoE layer that sends tokens to experts; 1 for one that mixes them.
         exchanges: tokens that experts on other devices would get.
     """
@@ -103,22 +106,16 @@ class Footprint:
     optimizer: tuple[int, int]
     ema: bool
     activations: int
-    moments: np.ndarray[Any, Any]
+    peak: int
+    temporary: int
+    stages: tuple[Stage, ...]
+    accumulates: bool
     experts: tuple[int, ...]
     exchanges: tuple[Exchange, ...]
 
     def sum(self, of: str) -> int:
         """Return the sum over all blocks of an attribute of `Weights`."""
         return sum(getattr(each, of) for each in self.weights)
-
-    def peak(self, dense: int = 1, expert: int = 1) -> float:
-        """Return the largest sum of all that a step makes, if so many devices share the gradients of each kind."""
-        return float((self.moments / (1, dense, expert)).sum(axis=1).max())
-
-    @property
-    def temporary(self) -> int:
-        """Bytes by which the step's tensors, gradients of weights apart, exceed the activations at their highest."""
-        return max(0, int(self.moments[:, OTHER].max()) - self.activations)
 
 
 def footprint(model: nn.Module, images: int, config: TrainConfig, trained: Sequence[str] | None = None) -> Footprint:
@@ -145,16 +142,23 @@ def footprint(model: nn.Module, images: int, config: TrainConfig, trained: Seque
             optimizer = adamw(fake, config)
             _begin(optimizer)
             labels = torch.zeros(images, dtype=torch.long)
-            with _noted(fake, exchanges), _Ledger(fake) as ledger:
+            with _noted(fake, exchanges), _Ledger(fake) as ledger, marked(fake, ledger.mark):
+                rounds: list[tuple[Stage, ...]] = []
                 for _ in range(min(config.accumulation, 2)):
-                    ledger.moments.clear()
+                    ledger.begun.clear()
                     exchanges.clear()
+                    ledger.mark("forward")
                     x = inputs()
                     loss = _loss(fake, lambda: forward(x), labels, config)  # noqa: B023
                     activations = ledger.live[OTHER]
+                    ledger.mark("backward")
                     loss.backward()
+                    rounds.append(ledger.stages)
+                ledger.begun.clear()
+                ledger.mark("update")
                 optimizer.step()
             state = _state(fake, optimizer)
+            moments = [moment for stage in (*rounds[-1], *ledger.stages) for moment in stage.moments]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             f"the memory of {type(model).__name__} cannot be counted, since sizes depend on values ({error}); use "
@@ -167,7 +171,10 @@ def footprint(model: nn.Module, images: int, config: TrainConfig, trained: Seque
         optimizer=state,
         ema=bool(config.ema_decay),
         activations=activations,
-        moments=_largest(ledger.moments),
+        peak=max(map(sum, moments)),
+        temporary=max(0, max(moment[OTHER] for moment in moments) - activations),
+        stages=(*rounds[0], *ledger.stages),
+        accumulates=len(rounds) > 1,
         experts=tuple(1 if each.router.mixes else each.experts.num_experts for each in moe_layers(model).values()),
         exchanges=tuple(exchanges),
     )
@@ -178,12 +185,12 @@ class _Ledger(TorchDispatchMode):
 
     Attributes:
         live: bytes now, of each of the KINDS.
-        moments: `live` after each operator that made a tensor.
+        begun: stages that have begun, each with `live` at its beginning and after each operator that made a tensor.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.live, self.moments = [0, 0, 0], list[tuple[int, ...]]()
+        self.live, self.begun = [0, 0, 0], list[tuple[Phase, str, bool, list[Moment]]]()
         self._entries = WeakIdKeyDictionary()  # of storages: their bytes, and their kind, which may change
         self._experts = _expert_weights(model)
         self._of_experts = {p.shape for p in model.parameters() if id(p) in self._experts and p.ndim > 2}
@@ -203,8 +210,24 @@ class _Ledger(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         made = [self._note(each) for each in tree_iter(result) if isinstance(each, Tensor)]
         if any(made):
-            self.moments.append(tuple(self.live))
+            self._note_moment()
         return result
+
+    def mark(self, phase: Phase, block: str = "", experts: bool = False) -> None:
+        """Begin a stage."""
+        self.begun.append((phase, block, experts, []))
+        self._note_moment()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that have begun."""
+        return tuple(
+            Stage(phase, block, experts, moments[0], _largest(moments)) for phase, block, experts, moments in self.begun
+        )
+
+    def _note_moment(self) -> None:
+        other, dense, expert = self.live
+        self.begun[-1][-1].append((other, dense, expert))
 
     def _note(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
@@ -229,7 +252,7 @@ class _Ledger(TorchDispatchMode):
             self._freed(entry)
             entry[1] = kind
             self.live[kind] += entry[0]
-            self.moments.append(tuple(self.live))
+            self._note_moment()
 
 
 def _fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -301,13 +324,13 @@ def _noted(model: nn.Module, exchanges: list[Exchange]) -> Iterator[None]:
             hook.remove()
 
 
-def _largest(moments: list[tuple[int, ...]]) -> np.ndarray[Any, Any]:
-    """Return (M, 3) the moments than which no other one has as much or more of every kind."""
-    kept: list[tuple[int, ...]] = []
+def _largest(moments: list[Moment]) -> tuple[Moment, ...]:
+    """Return the moments than which no other one has as much or more of every kind."""
+    kept: list[Moment] = []
     for moment in sorted(set(moments), reverse=True):
-        if not (np.array([moment, *kept])[1:] >= moment).all(axis=1).any():
+        if not any(all(map(int.__ge__, other, moment)) for other in kept):
             kept.append(moment)
-    return np.array(kept)
+    return tuple(kept)
 
 
 def _expert_weights(model: nn.Module) -> set[int]:
@@ -323,16 +346,20 @@ def _expert_weights(model: nn.Module) -> set[int]:
 def _weights(model: nn.Module) -> tuple[Weights, ...]:
     """Return the bytes of a model's weights by block, the rest at the end."""
     backbone, experts = find_backbone(model), _expert_weights(model)
-    sums = {
-        block: dict.fromkeys(("dense", "expert", "trained_dense", "trained_expert"), 0) for block in backbone.blocks
-    }
-    sums[""] = dict.fromkeys(("dense", "expert", "trained_dense", "trained_expert"), 0)
+    found = {block: Weights(block) for block in (*backbone.blocks, "")}
     for name, p in model.named_parameters():
-        kind = "expert" if id(p) in experts else "dense"
-        block = sums[backbone.block_of(name) or ""]
-        block[kind] += p.nbytes
-        block[f"trained_{kind}"] += p.nbytes * p.requires_grad
-    return tuple(Weights(name, **values) for name, values in sums.items())
+        block, trained = backbone.block_of(name) or "", p.nbytes * p.requires_grad
+        of = found[block]
+        if id(p) in experts:
+            found[block] = replace(
+                of,
+                expert=of.expert + p.nbytes,
+                trained_expert=of.trained_expert + trained,
+                largest_expert=max(of.largest_expert, trained),
+            )
+        else:
+            found[block] = replace(of, dense=of.dense + p.nbytes, trained_dense=of.trained_dense + trained)
+    return tuple(found.values())
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:

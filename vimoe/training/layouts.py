@@ -5,11 +5,10 @@ batch. Experts of a layer are divided over e and f, all other weights over f; th
 the bytes of gradients, each device has:
 
     weights, state of the optimiser and moving average: dense / f + experts / (e f)
-    peak of a step: the largest sum over its moments of all tensors, gradients divided in the same way
-    f e > 1: two blocks gathered at a time (copied where f = 1) and what is outside of blocks, and twice the gradients
-        of one before they are divided
-    e > 1: the tokens that the experts of each layer got, which are gathered again from the layer's input otherwise
-    f = e = 1, several copies: gradients once more, in the buckets of the all-reduce
+    peak of a step: the largest sum over its moments of all tensors, with
+        f e > 1: what is gathered at the moment, and gradients that are divided block by block
+            (`vimoe.training.gathering`)
+        f = e = 1, several copies: gradients once more, in the buckets of the all-reduce
 
 Bytes that a device sends in a step that updates the weights, by the ring algorithms (n - 1) / n of the data for an
 all-gather or a reduce-scatter among n, twice that for an all-reduce:
@@ -33,6 +32,7 @@ from vimoe.config.parallel import ParallelConfig
 from vimoe.errors import ConfigError, counted
 from vimoe.files import in_units
 from vimoe.training.footprint import Footprint
+from vimoe.training.gathering import spread_peak
 
 PARTS = {
     "weights": "weights and buffers", "optimizer": "state of AdamW", "ema": "moving average",
@@ -171,13 +171,10 @@ def layout(found: Footprint, mesh: ParallelConfig) -> Layout:
     dense = found.sum("trained_dense") / fsdp
     experts = found.sum("trained_expert") / expert
     received = sum(each.bytes for each in found.exchanges) if mesh.expert > 1 else 0
-    step = found.peak(fsdp, expert) + received
     if mesh.spreads:
-        *blocks, rest = [each.dense + each.expert / mesh.expert for each in found.weights]
-        trained = [each.trained_dense + each.trained_expert / mesh.expert for each in found.weights]
-        step += 2 * max(blocks) + rest + 2 * max(trained)
-    elif copies > 1:
-        step += dense + experts
+        step = spread_peak(found, mesh)
+    else:
+        step = found.peak + (dense + experts if copies > 1 else 0)
     return Layout(
         mesh,
         {
