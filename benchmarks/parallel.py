@@ -81,10 +81,12 @@ def measure(rank: int, count: int, parallel: dict[str, int], folder: str) -> Non
         sent = torch.tensor([float(bytes_of[name]) for name in DIMENSIONS])
         dist.all_reduce(sent)
     held = sum(_own(p).numel() * p.element_size() for p in made.parameters())
+    buckets = 0
     if count > 1 and not ParallelConfig(**parallel).spreads:  # a training without other dimensions is plain DDP
         step = stepping(nn.parallel.DistributedDataParallel(model()), rank, count)
         step()
-    peak = torch.tensor(float(min(largest(step) for _ in range(3))))  # what another thread frees is not seen
+        buckets = held  # as large as the gradients, and made before the step
+    peak = torch.tensor(float(min(largest(step) for _ in range(3)) + buckets))  # what another thread frees is not seen
     if count > 1:
         dist.all_reduce(peak)
     if rank == 0:
