@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from vimoe.moe.layer import moe_layers
 from vimoe.report.curves import curves
 from vimoe.tasks.classification_job import job_on_images
 from vimoe.training.auxiliary_losses import auxiliary_losses
-from vimoe.training.loop import train
+from vimoe.training.loop import _Steps, train
 from vimoe.training.settle import settle
 from vimoe.training.state import Best
 
@@ -362,6 +364,23 @@ def test_it_ends_with_the_weights_of_the_best_epoch(
     scripted(monkeypatch, [(0.5, 1.0), (0.8, 1.0), (0.1, 1.0), (0.1, 1.0), (0.1, 1.0)])
     whole, _ = run(data, tmp_path / "whole", epochs=5)
     assert torch.equal(weights(early), weights(whole))
+
+
+def test_images_per_second_are_those_of_steps_alone(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, waited, save = time.perf_counter, [0.0], _Steps.save
+
+    def slow(*args: Any) -> None:
+        save(*args)
+        waited[0] += 1000
+
+    monkeypatch.setattr(_Steps, "save", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + waited[0])
+    run(data, tmp_path, checkpoint_minutes=0.0)
+    assert waited[0] > 4000, "no checkpoint was written within an epoch"
+    for row in rows(tmp_path / "metrics.csv"):
+        assert float(row["images_per_second"]) > len(data.train) / 1000
 
 
 def test_a_run_whose_stop_is_due_trains_no_further(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

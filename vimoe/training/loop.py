@@ -181,7 +181,7 @@ class _Steps:
 
     def epoch(self, state: State) -> Iterator[None]:
         """Train the rest of an epoch, and yield after each step."""
-        start, before, layers = time.perf_counter(), state.totals.seconds, moe_layers(self.plain)
+        start, layers = time.perf_counter(), moe_layers(self.plain)
         learning = {name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())}
         biased = {n for n in learning if layers[n].router.choice_bias is not None and n not in state.frozen}
         whole = all(layer.config.balance_over == "global" for layer in layers.values())
@@ -226,8 +226,9 @@ class _Steps:
             state.step += 1
             state.totals.add(len(images), loss=task_loss, **parts)
             state.health.add(routings)
-            state.totals.seconds = before + time.perf_counter() - start
+            state.totals.seconds += time.perf_counter() - start
             yield
+            start = time.perf_counter()  # without the checkpoint that was written meanwhile
 
     def _freeze_routers(self, state: State) -> None:
         """Let those routers learn in the next step that are not frozen at the beginning, nor to the end."""
