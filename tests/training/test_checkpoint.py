@@ -108,6 +108,26 @@ def test_a_job_can_be_trained_with_again_where_it_was_interrupted(
     assert torch.equal(wholes[1].weights, weights(network.cpu()))
 
 
+def test_so_does_a_moving_average_in_bfloat16(data: Data, tmp_path: Path, kill_after: object) -> None:
+    """Which is rounded at random."""
+
+    def trained(out: Path) -> None:
+        network, settings = model().bfloat16(), replace(QUICK, **{**ALL, "mixup": 0.0})
+        job = job_on_images(data, preprocessing(network), settings)
+        out.mkdir(exist_ok=True)
+        train(network, replace(job, prepare=lambda images, labels: (images.bfloat16(), labels)), settings, out)
+
+    trained(tmp_path / "whole")
+    kill_after(6)
+    with pytest.raises(Killed):
+        trained(tmp_path / "killed")
+    kill_after(1000)
+    trained(tmp_path / "killed")
+    whole, killed = (checkpoint.read(tmp_path / out)["ema"] for out in ("whole", "killed"))
+    assert {w.dtype for w in whole.values() if w.is_floating_point()} == {torch.bfloat16}
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
 OPTIONS = {"router_noise": 1.0, "bias_update_rate": 0.05, "expert_dropout": 0.3}
 
 

@@ -288,6 +288,9 @@ class _Steps:
         if self.config.fuse != "none":
             pull(self.plain, self.config, state.updates / self._updates)
         if self.ema:
+            # averages in bfloat16 are rounded at random, by a generator that is in no checkpoint
+            seed = mix(self.config.seed, state.updates)
+            self.ema._sr_generator = torch.Generator(self.process.device).manual_seed(seed)
             self.ema.update(self.plain, step=state.updates)
 
     @torch.no_grad()
