@@ -16,6 +16,8 @@ def test_checkpointing_records_once_and_changes_no_gradient() -> None:
         assert [record[1] for record in plain["records"]] == [4 * 5, 4], "of the last block, the class token alone"
         dense = sum(g.numel() for name, g in plain["gradients"].items() if ".experts." not in name)
         assert plain["sent"]["data"] == 8 * dense and plain["sent"]["expert"] > 0 == plain["sent"]["fsdp"]
+        # backward: the gradients of two all-to-alls, and these again with 2 of the 4 loads of each of 2 layers
+        assert checkpointed["sent"]["expert"] == 2 * plain["sent"]["expert"] + 2 * 2 * 8
         for name, gradient in plain["gradients"].items():
             torch.testing.assert_close(checkpointed["gradients"][name], gradient, rtol=0, atol=1e-12, msg=name)
 

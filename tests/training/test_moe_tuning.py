@@ -119,6 +119,15 @@ def test_padding_has_no_say_in_how_even_the_loads_are(tmp_path: Path, monkeypatc
     assert all(layer.router.choice_bias.abs().max() > 0 for layer in layers(model))
 
 
+def test_the_bias_stays_where_experts_are_not_trained(tmp_path: Path) -> None:
+    experts, projector = Stage(part="experts", steps=1, lr=0.0), Stage(part="projector", steps=2, lr=0.0)
+    config = replace(CONFIG, bias_update_rate=0.5)
+    one, _ = tuned(tmp_path / "one", [experts], config=config)
+    both, _ = tuned(tmp_path / "both", [experts, projector], config=config)
+    for layer, other in zip(layers(one), layers(both), strict=True):
+        assert torch.equal(layer.router.choice_bias, other.router.choice_bias)
+
+
 def test_checkpoints_come_after_a_step_at_least(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_every=0: expected"):
         tuned(tmp_path, save_every=0)

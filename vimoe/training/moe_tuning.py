@@ -75,10 +75,10 @@ def moe_tune(
     """Train a LLaVA stage by stage, in place. The first stage of experts upcycles the FFNs as they then are.
 
     The loss is the model's own, the cross-entropy of the words whose label is not -100, plus `balance` times
-    `vimoe.balance_loss` of the tokens that are no padding (`attention_mask`). A step depends on the seed, its stage and
-    its number alone. So a training that was killed goes on from its last checkpoint in `out` to the weights that it
-    would have reached, bit for bit on the same machine. It has to be called with the same arguments and the same new
-    model.
+    `vimoe.balance_loss` of the tokens that are no padding (`attention_mask`), which `moe.bias_update_rate` follows too
+    where experts are trained. A step depends on the seed, its stage and its number alone. So a training that was killed
+    goes on from its last checkpoint in `out` to the weights that it would have reached, bit for bit on the same
+    machine. It has to be called with the same arguments and the same new model.
 
     Args:
         model: a `LlavaForConditionalGeneration`, dense, on its device.
@@ -160,7 +160,8 @@ def _step(
         group["lr"] = _rate(stage, step)
     optimizer.step()
     optimizer.zero_grad()
-    update_bias(model, [routing.detach() for routing in routings])
+    learning = {name for name, layer in moe_layers(model).items() if any(p.requires_grad for p in layer.parameters())}
+    update_bias(model, [routing.detach() for routing in routings if routing.layer in learning])
     return torch.stack([words.detach(), even.detach()])
 
 
