@@ -23,7 +23,7 @@ def table(study: Path = STUDY) -> str:
     return (study / "README.md").read_text("utf-8").partition("<!-- the table begins -->")[2]
 
 
-@pytest.mark.parametrize("study", [STUDY, ROOT / "studies/scenes"], ids=lambda path: path.name)
+@pytest.mark.parametrize("study", [STUDY, ROOT / "studies/scenes", ROOT / "studies/depth"], ids=lambda path: path.name)
 def test_the_tables_regenerate_without_a_difference(study: Path, tmp_path: Path) -> None:
     page = (study / "README.md").read_text("utf-8")
     copied = shutil.copytree(study, tmp_path / "study")
