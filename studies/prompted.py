@@ -9,6 +9,10 @@ already (`--out`/cells) are not run again. `--every N` scores every Nth test ima
 
 The arms are RefSAM's ablation (arXiv 2307.00997, table of the dense attention) in form: the MLP alone, dense attention
 alone, hierarchical attention alone, and the MLP with each. "drawn" has vectors that are drawn at random and stay.
+
+"clips" and "tracked" are trained on clips of three successive frames, so a step has three times as many images. Both
+see the same ones; "tracked" carries track tokens from frame to frame, also over the whole of each video in scoring.
+Frames whose names differ after the last "_" alone are of one video.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +57,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP + dense attention": ("prompted", {"prompt_attention": "last"}),
     "MLP + hierarchical, drawn": ("prompted", {"prompt_width": DRAWN}),
     "MLP + hierarchical": ("prompted", {}),
+    "clips": ("prompted", {}),
+    "tracked": ("prompted", {"prompt_track": True}),
 }
+ON_CLIPS, CLIP = ("clips", "tracked"), 3  # arms, and frames of a clip
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,18 @@ class Features:
         maps: (images, D, h, w) float16 of each block that a decoder reads, by its number.
         masks: mask (H, W) int64 of each image at its own size.
         small: (images, H / 2, W / 2) masks to train on, of the size of half the resized images.
+        videos: numbers of the images of each video, in their order.
     """
 
     maps: dict[int, Tensor]
     masks: list[Tensor]
     small: Tensor
+    videos: list[list[int]]
+
+    @property
+    def clips(self) -> Tensor:
+        """(clips, CLIP) numbers of successive images."""
+        return torch.tensor([video[i : i + CLIP] for video in self.videos for i in range(len(video) - CLIP + 1)])
 
 
 def features(model: Segmenter, scenes: Sequence[Scene], data: Scenes, blocks: Sequence[int]) -> Features:
@@ -87,7 +101,16 @@ def features(model: Segmenter, scenes: Sequence[Scene], data: Scenes, blocks: Se
         masks.append(torch.from_numpy(np.array(data.legend.read(mask))).long())
         half = [side // 2 for side in size]
         small.append(F.interpolate(masks[-1][None, None].float(), half, mode="nearest-exact")[0, 0].long())
-    return Features({number: torch.stack(each) for number, each in kept.items()}, masks, torch.stack(small))
+    maps = {number: torch.stack(each) for number, each in kept.items()}
+    return Features(maps, masks, torch.stack(small), videos(scenes))
+
+
+def videos(scenes: Sequence[Scene]) -> list[list[int]]:
+    """Return the numbers of the images of each video."""
+    found: dict[str, list[int]] = {}
+    for number in sorted(range(len(scenes)), key=lambda number: str(scenes[number][0])):
+        found.setdefault(str(scenes[number][0]).rpartition("_")[0], []).append(number)
+    return list(found.values())
 
 
 def cached(path: Path, model: Segmenter, scenes: Sequence[Scene], data: Scenes, blocks: Sequence[int]) -> Features:
@@ -99,7 +122,8 @@ def cached(path: Path, model: Segmenter, scenes: Sequence[Scene], data: Scenes, 
         save_file({**masks, **maps, "small": made.small.to(torch.uint8)}, path)
     found = load_file(path)
     masks = [found[f"mask {number}"].long() for number in range(len(scenes))]
-    return Features({number: found[f"block {number}"] for number in blocks}, masks, found["small"].long())
+    maps = {number: found[f"block {number}"] for number in blocks}
+    return Features(maps, masks, found["small"].long(), videos(scenes))
 
 
 def new_decoder(arm: str, dim: int, depth: int, classes: int, seed: int) -> nn.Module:
@@ -113,35 +137,82 @@ def new_decoder(arm: str, dim: int, depth: int, classes: int, seed: int) -> nn.M
 
 
 def scores(decoder: Any, found: Features, rows: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the scores (images, classes, *size) of some of the images."""
-    maps = [found.maps[number][rows].float() for number in decoder.blocks]
-    return F.interpolate(decoder(maps), list(size), mode="bilinear", align_corners=False)
+    """Return the scores (images, classes, *size) of some of the images, each by itself."""
+    return on_pixels(decoder(maps_of(decoder, found, rows)), size)
 
 
-def train(decoder: nn.Module, found: Features, rate: float, steps: int, batch: int, seed: int) -> None:
-    """Train in bfloat16, by AdamW with a cosine from the rate to 0; the order of images follows from the seed alone."""
+def scores_of_clips(decoder: Any, found: Features, rows: Tensor, size: Sequence[int]) -> Iterator[Tensor]:
+    """Yield the scores (clips, classes, *size) of the frames of some clips (clips, frames), tracked if it tracks."""
+    tokens = None
+    for frame in rows.T:
+        if decoder.tracker is None:
+            yield scores(decoder, found, frame, size)
+        else:
+            patches, tokens = decoder.step(maps_of(decoder, found, frame), tokens)
+            yield on_pixels(patches, size)
+
+
+def maps_of(decoder: Any, found: Features, rows: Tensor) -> list[Tensor]:
+    """Return the maps that a decoder reads of some of the images."""
+    return [found.maps[number][rows].float() for number in decoder.blocks]
+
+
+def on_pixels(patches: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the scores of patches at pixels."""
+    return F.interpolate(patches, list(size), mode="bilinear", align_corners=False)
+
+
+def train(decoder: nn.Module, found: Features, rate: float, steps: int, batch: int, seed: int, clips: bool) -> None:
+    """Train in bfloat16, by AdamW with a cosine from the rate to 0; the order of images follows from the seed alone.
+
+    Args:
+        decoder: decoder to be trained.
+        found: features and masks.
+        rate: peak of the learning rate.
+        steps: number of steps.
+        batch: images of a step, or clips.
+        seed: of their order.
+        clips: train on clips, with the mean loss of their frames.
+    """
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    units, size = found.clips if clips else torch.arange(len(found.masks)), found.small.shape[1:]
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(order) < batch:
-            order = torch.randperm(len(found.masks), generator=draw)
-        rows, order = order[:batch], order[batch:]
+            order = torch.randperm(len(units), generator=draw)
+        rows, order = units[order[:batch]], order[batch:]
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = pixel_loss(scores(decoder, found, rows, found.small.shape[1:]), found.small[rows])
+            if clips:
+                frames = zip(scores_of_clips(decoder, found, rows, size), rows.T, strict=True)
+                loss = torch.stack([pixel_loss(each, found.small[frame]) for each, frame in frames]).mean()
+            else:
+                loss = pixel_loss(scores(decoder, found, rows, size), found.small[rows])
         loss.backward()
         optimizer.step()
         schedule.step()
 
 
 @torch.no_grad()
-def score(decoder: nn.Module, found: Features, counts: SceneCounts) -> dict[str, Any]:
-    """Return the score at the size of the masks, as JSON knows it."""
+def score(decoder: Any, found: Features, counts: SceneCounts, every: int = 1) -> dict[str, Any]:
+    """Return the score at the size of the masks of every Nth image, as JSON knows it."""
     decoder.eval()
-    for number, mask in enumerate(found.masks):
-        counts.add(scores(decoder, found, torch.tensor([number]), mask.shape), mask[None])
+    tracks = getattr(decoder, "tracker", None) is not None
+    for video in found.videos:
+        tokens = None
+        for number in video:
+            if number % every and not tracks:
+                continue
+            maps = maps_of(decoder, found, torch.tensor([number]))
+            if tracks:
+                patches, tokens = decoder.step(maps, tokens)
+            else:
+                patches = decoder(maps)
+            if number % every == 0:
+                mask = found.masks[number]
+                counts.add(on_pixels(patches, mask.shape), mask[None])
     return counts.score().to_dict()
 
 
@@ -153,7 +224,8 @@ def weighed(decoder: Any, found: Features) -> float | None:
     """
     numbers = []
     for number, level, attend in zip(decoder.blocks, decoder.levels, decoder.attention, strict=False):
-        weights = attend.weights(level(found.maps[number].float()), decoder.prompts_of_classes())
+        x = level(found.maps[number].float())
+        weights = attend.weights(x, decoder.prompts_of_classes().expand(len(x), -1, -1))
         numbers.append(float((-(weights * weights.log()).sum(dim=1)).exp().mean()))
     return float(np.mean(numbers)) if numbers else None
 
@@ -200,7 +272,7 @@ def study(args: argparse.Namespace) -> str:
     fresh = {arm: new_decoder(arm, dim, depth, classes, 0) for arm in args.arms}
     blocks = sorted({number for decoder in fresh.values() for number in decoder.blocks})
     began = time.perf_counter()
-    roles = {"train": data.train, "val": data.val, "test": data.test[:: args.every]}
+    roles = {"train": data.train, "val": data.val, "test": data.test}
     folder: Path = args.out / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     files = {role: args.out / f"{role} {len(scenes)}.safetensors" for role, scenes in roles.items()}
@@ -214,7 +286,7 @@ def study(args: argparse.Namespace) -> str:
             decoder.load_state_dict(load_file(path))
         else:
             began = time.perf_counter()
-            train(decoder.train(), found["train"], rate, args.steps, args.batch, seed)
+            train(decoder.train(), found["train"], rate, args.steps, args.batch, seed, arm in ON_CLIPS)
             save_file(decoder.state_dict(), path)
             print(f"{path.stem}: {time.perf_counter() - began:.0f} s", flush=True)
         return decoder
@@ -222,8 +294,8 @@ def study(args: argparse.Namespace) -> str:
     def scored(arm: str, rate: float, seed: int, role: str) -> dict[str, Any]:
         path = folder / f"{arm}, {rate:g}, {seed}, {role}.json"
         if not path.exists():
-            counts = (ContourCounts if role == "test" else SceneCounts)(classes)
-            write_json(path, score(trained(arm, rate, seed), found[role], counts))
+            counts, every = (ContourCounts(classes), args.every) if role == "test" else (SceneCounts(classes), 1)
+            write_json(path, score(trained(arm, rate, seed), found[role], counts, every))
         values: dict[str, Any] = json.loads(read_text(path))
         return values
 
@@ -250,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="as data.path, with test")
     parser.add_argument("--out", type=Path, required=True, help="folder for cells and the table")
     parser.add_argument("--size", type=int, nargs=2, default=[252, 336], help="height and width that images get")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm not in ON_CLIPS], choices=ARMS)
     parser.add_argument("--control", default="linear4", choices=ARMS)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vimoe.config.model import PromptAttention
 from vimoe.errors import ConfigError, nearest
+from vimoe.models.tracker import Tracker
 from vimoe.models.weights_file import read_tensors
 
 CHANNELS = 256  # K, as in SAM's mask decoder
@@ -41,13 +42,13 @@ class DenseAttention(nn.Module):
         super().__init__()
         self.join = nn.Conv2d(2 * CHANNELS, CHANNELS, kernel_size=1)
 
-    def weights(self, x: Tensor, prompts_CK: Tensor) -> Tensor:
+    def weights(self, x: Tensor, prompts_BCK: Tensor) -> Tensor:
         """Return the weights (B, C, h, w) of the prompts for features (B, K, h, w); those of a patch sum to 1."""
-        return (torch.einsum("bkhw,ck->bchw", x, prompts_CK) / CHANNELS**0.5).softmax(dim=1)
+        return (torch.einsum("bkhw,bck->bchw", x, prompts_BCK) / CHANNELS**0.5).softmax(dim=1)
 
-    def forward(self, x: Tensor, prompts_CK: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prompts_BCK: Tensor) -> Tensor:
         """Map features (B, K, h, w) to a dense prompt (B, K, h, w)."""
-        read = torch.einsum("bchw,ck->bkhw", self.weights(x, prompts_CK), prompts_CK)
+        read = torch.einsum("bchw,bck->bkhw", self.weights(x, prompts_BCK), prompts_BCK)
         dense: Tensor = self.join(torch.cat([x, read], dim=1))
         return dense
 
@@ -63,8 +64,11 @@ class Prompted(nn.Module):
     over no level, the last block, or four blocks. So M is the same for any order of the prompts, and masks are permuted
     as the prompts are.
 
-    Of RefSAM these are the cross-modal MLP and the (hierarchical) dense attention. The rest of it is not here: SAM, its
-    mask decoder and upsampling, sentences and their words, and tracking over frames. Vectors enter the MLP with a root
+    In a video P_c + T_c takes the place of P_c, where the track token T_c is of the frame before (`Tracker`) and 0 for
+    the first one.
+
+    Of RefSAM these are the cross-modal MLP, the (hierarchical) dense attention and the track token. The rest of it is
+    not here: SAM, its mask decoder and upsampling, and sentences and their words. Vectors enter the MLP with a root
     mean square of 1, and BatchNorm stands in the place of SAM's neck.
 
     Args:
@@ -74,6 +78,7 @@ class Prompted(nn.Module):
         prompt_width: number E of a class vector that `set_prompts` gives; by default K, and the vectors are learnt.
         prompt_mlp: use a hidden layer; else a linear map, E to K.
         prompt_attention: levels of dense attention: "none", "last" or "levels".
+        prompt_track: carry a track token of each class from frame to frame (`step`).
 
     Raises:
         ConfigError: if there are fewer blocks than levels.
@@ -83,7 +88,7 @@ class Prompted(nn.Module):
 
     def __init__(
         self, dim: int, depth: int, classes: int, prompt_width: int | None = None, prompt_mlp: bool = True,
-        prompt_attention: PromptAttention = "levels",
+        prompt_attention: PromptAttention = "levels", prompt_track: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         levels = LEVELS if prompt_attention == "levels" else 1
@@ -103,6 +108,7 @@ class Prompted(nn.Module):
         self.to_prompts = nn.Sequential(*hidden) if prompt_mlp else nn.Linear(width, CHANNELS)
         self.levels = nn.ModuleList([Level(dim) for _ in range(levels)])
         self.attention = nn.ModuleList([DenseAttention() for _ in range(0 if prompt_attention == "none" else levels)])
+        self.tracker = Tracker(CHANNELS) if prompt_track else None
 
     def set_prompts(self, vectors: Tensor) -> None:
         """Put the vectors (C, E) of the classes in place; their number may change, since no weight depends on it.
@@ -127,11 +133,31 @@ class Prompted(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Map maps (B, D, h, w), one for each of `blocks`, to scores (B, C, h, w)."""
         prompts_CK = self.prompts_of_classes()
+        return self._scored(maps, prompts_CK.expand(len(maps[0]), -1, -1))[0]
+
+    def step(self, maps: Sequence[Tensor], tokens_BCK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the scores (B, C, h, w) of a frame of B videos, and the track tokens (B, C, K) for the next frame.
+
+        Args:
+            maps: maps of the frame, as `forward` takes them.
+            tokens_BCK: what this returned for the frame before; None for the first one.
+
+        Raises:
+            ConfigError: if the decoder was made without `prompt_track`.
+        """
+        if self.tracker is None:
+            raise ConfigError("the decoder tracks nothing: expected one with prompt_track=True; make one")
+        prompts_BCK = self.prompts_of_classes().expand(len(maps[0]), -1, -1)
+        scores, features = self._scored(maps, prompts_BCK if tokens_BCK is None else prompts_BCK + tokens_BCK)
+        return scores, self.tracker(features, scores, tokens_BCK)
+
+    def _scored(self, maps: Sequence[Tensor], prompts_BCK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores (B, C, h, w), and the mask features M (B, K, h, w)."""
         features = [level(x) for level, x in zip(self.levels, maps, strict=True)]
         masks = features[-1]
         for attend, x in zip(self.attention, features, strict=False):  # there may be none
-            masks = masks + attend(x, prompts_CK)
-        return torch.einsum("bkhw,ck->bchw", masks, prompts_CK)
+            masks = masks + attend(x, prompts_BCK)
+        return torch.einsum("bkhw,bck->bchw", masks, prompts_BCK), masks
 
 
 def read_prompts(path: str, classes: Sequence[str]) -> Tensor:

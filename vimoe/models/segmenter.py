@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,14 +103,47 @@ class Segmenter(nn.Module):
         Raises:
             VimoeError: if the images are larger than a ViT of fixed size.
         """
+        size = images.shape[-2:]
+        return self._on_pixels(self.decoder(self._maps(images)), size)
+
+    def track(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the scores (B, classes, H, W) of successive frames (B, 3, H, W) of B videos.
+
+        Each frame's masks tell the next one where the classes were. The first frame's are those of `forward`.
+
+        Example:
+            A decoder that was made with prompt_track=True, in training with `loss` over the scores of a clip:
+
+                for scores, mask in zip(model.track(clip), masks):
+                    loss = loss + pixel_loss(scores, mask)
+
+        Raises:
+            ConfigError: if the decoder does not track.
+            VimoeError: as of `forward`.
+        """
+        decoder: Any = self.decoder
+        if getattr(decoder, "tracker", None) is None:
+            raise ConfigError(
+                f"decoder={self.decoder_name!r} tracks nothing: expected 'prompted' with prompt_track=True; make one"
+            )
+        tokens = None
+        for images in frames:
+            scores, tokens = decoder.step(self._maps(images), tokens)
+            yield self._on_pixels(scores, images.shape[-2:])
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """Return the maps (B, D, rows, columns) that the decoder reads."""
         height, width = images.shape[-2:]
         (rows, columns), (patch_h, patch_w) = self.grid(height, width), self.patch_size
-        padded_h, padded_w = rows * patch_h, columns * patch_w
-        images = F.pad(images, (0, padded_w - width, 0, padded_h - height))
+        images = F.pad(images, (0, columns * patch_w - width, 0, rows * patch_h - height))
         tokens = find_backbone(self.backbone).features(images, self.read_blocks)
-        maps = [each.unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for each in tokens]
-        logits = F.interpolate(self.decoder(maps), (padded_h, padded_w), mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        return [each.unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for each in tokens]
+
+    def _on_pixels(self, scores: Tensor, size: torch.Size) -> Tensor:
+        """Return the scores of the patches at the pixels of images of that size."""
+        height, width = size
+        padded = [count * side for count, side in zip(self.grid(height, width), self.patch_size, strict=True)]
+        return F.interpolate(scores, padded, mode="bilinear", align_corners=False)[..., :height, :width]
 
     def set_prompts(self, prompts: Mapping[str, Tensor], palette: Sequence[Colour] | None = None) -> None:
         """Segment the classes of these vectors from now on, in place and without training.
