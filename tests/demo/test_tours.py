@@ -61,11 +61,12 @@ def test_the_tour_of_scenes_tells_what_it_measured(
 
 def check_tour_of_scenes(values: dict, folder: Path, test: int) -> None:
     table = values["table"]
-    arms = ["dense, continued", "dense, second FFN", "ViMoE"]
+    arms = ["dense, continued", "dense, second FFN", "ViMoE, experts of low rank", "ViMoE"]
     assert {name: len(group) for name, group in table.items()} == {"parent": 1, **dict.fromkeys(arms, 3)}
     assert all(one["images"] == test for group in table.values() for one in group)
-    activated = [table[name][0]["activated_params"] for name in arms[1:]]
+    dense, *activated, low_rank = (table[arms[i]][0]["activated_params"] for i in (0, 1, 3, 2))
     assert max(activated) < 1.01 * min(activated)  # equal but for the routers
+    assert dense < low_rank < dense + 0.2 * (activated[0] - dense)
     assert table["ViMoE"][0]["macs"] < 1.01 * table[arms[1]][0]["macs"]
     assert [line.partition(":")[0] for line in values["comparisons"]] == [f"{a} against {arms[0]}" for a in arms[1:]]
     again = FinishedRun(folder / "vimoe-seed1").score()[1].to_dict()  # the table is of the models in the folders
