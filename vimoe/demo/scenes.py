@@ -42,7 +42,7 @@ ARMS = (
     Arm(
         "ViMoE, experts of low rank",
         MoEConfig(layers="last:2", routing="token", gate="choice", gate_weight=0.5, experts="lora", rank=4),
-        "the same with experts that are changes of rank 4 of the shared one, at a weight of one half",
+        "8 experts that are changes of rank 4 of the shared one, 1 for each patch at a weight of one half",
     ),  # the form that beat its dense ViT in studies/scenes
     Arm(
         "ViMoE", MoEConfig(layers="last:2", routing="token"),
