@@ -36,7 +36,7 @@ from vimoe.training.gathering import spread_peak
 
 PARTS = {
     "weights": "weights and buffers", "optimizer": "state of AdamW", "ema": "moving average",
-    "step": "peak of a step: the three below, not all at once", "gradients": "  gradients",
+    "step": "peak of a step, with what is gathered at the time", "gradients": "  gradients",
     "activations": "  activations", "temporary": "  temporary tensors",
 }  # fmt: skip
 
