@@ -81,12 +81,20 @@ def test_fsdp_has_buffers_of_weights_and_of_gradients(stages: tuple[Stage, ...],
 def test_experts_are_gathered_apart_and_hold_the_tokens_that_came() -> None:
     mesh = ParallelConfig(data=1, expert=2)
     there = 40 + 60 + 400 + 7  # what is outside, the block, half of the experts and tokens
-    assert spread_peak(of(*FORWARD[:5]), mesh) == 20 + there + 2 * 7
+    assert spread_peak(of(*FORWARD[:5]), mesh) == 20 + there - 7 + 2 * 7  # no backward pass will want them
+    much = replace(EXPERTS, moments=((9000, 0, 0),))
+    assert spread_peak(of(*FORWARD[:4], much, *BACKWARD), mesh) == 9000 + there + 2 * 7
     assert (
         spread_peak(of(*FORWARD, *BACKWARD[:3]), mesh) == 20 + 30 + 400 + there + 500 / 2
     )  # and once more before it is divided
     freed = stage("backward", "b", False, (400, 30, 800))  # the experts, whose gradients are in a buffer too
     assert spread_peak(of(*FORWARD, *BACKWARD[:3], freed), mesh) == 400 + 30 + 400 + 40 + 60 + 400
+
+
+def test_tokens_are_kept_for_a_backward_pass_alone() -> None:
+    """Of experts to which no gradient comes they are there while these compute."""
+    ends = stage("forward", "", False, (3000, 0, 0))
+    assert spread_peak(of(*FORWARD[:6], ends), ParallelConfig(data=1, expert=2)) == 3000 + 40
 
 
 def test_nothing_is_gathered_when_weights_are_updated() -> None:

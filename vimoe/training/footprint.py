@@ -142,7 +142,8 @@ def footprint(model: nn.Module, images: int, config: TrainConfig, trained: Seque
             optimizer = adamw(fake, config)
             _begin(optimizer)
             labels = torch.zeros(images, dtype=torch.long)
-            with _noted(fake, exchanges), _Ledger(fake) as ledger, marked(fake, ledger.mark):
+            # ignoring_hooks, at which the last block would compute more tokens
+            with _noted(fake, exchanges), _Ledger(fake) as ledger, marked(fake, ledger.mark), ignoring_hooks():
                 rounds: list[tuple[Stage, ...]] = []
                 for _ in range(min(config.accumulation, 2)):
                     ledger.begun.clear()
@@ -317,8 +318,7 @@ def _noted(model: nn.Module, exchanges: list[Exchange]) -> Iterator[None]:
 
     hooks = [experts.register_forward_hook(note) for experts in names]
     try:
-        with ignoring_hooks():  # at which the last block would compute more tokens
-            yield
+        yield
     finally:
         for hook in hooks:
             hook.remove()

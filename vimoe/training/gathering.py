@@ -54,12 +54,13 @@ def spread_peak(found: Footprint, mesh: ParallelConfig) -> float:
 
 
 class _Walk:
-    """What is gathered from stage to stage."""
+    """Weights, buffers, tokens and gradients that are there from stage to stage, in the order of a step."""
 
     def __init__(self, found: Footprint, mesh: ParallelConfig) -> None:
         self.stages, self.shards, self.spread = found.stages, mesh.fsdp, mesh.expert
         self.groups = _groups(found, mesh.expert)
         self.tokens = _by_block(found)
+        self.returning = {stage.block for stage in found.stages if stage.phase == "backward" and stage.experts}
         self.largest = {each.name: each.largest_expert for each in found.weights}
         self.earlier = 0.0  # gradients of earlier steps, apart from those of this one until the backward pass is over
         if found.accumulates:
@@ -96,7 +97,7 @@ class _Walk:
         for key in needed:
             if key not in self.gathered:
                 yield from self._gather(key, stage)
-        if stage.experts and self.spread > 1 and stage.phase == "forward":
+        if stage.experts and self.spread > 1 and stage.phase == "forward" and stage.block in self.returning:
             self.received += self.tokens[stage.block]
         if stage.phase == "update":
             self.reducing = self.ahead = self.earlier = 0

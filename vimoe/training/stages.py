@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from vimoe.models.interface import find_backbone
-from vimoe.models.reading import ignoring_hooks
 from vimoe.moe.layer import moe_layers
 from vimoe.moe.routing import recomputing
 
@@ -64,8 +63,7 @@ def marked(model: nn.Module, mark: Mark) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(before) for module, before, _ in hooks]
     handles += [module.register_forward_hook(after) for module, _, after in hooks]
     try:
-        with ignoring_hooks():  # at which the last block would compute more tokens
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()
