@@ -7,7 +7,8 @@ STUDY/base.yaml is what all arms share, STUDY/arms/NAME.yaml what an arm changes
 `vimoe train`. A result is one JSON file in STUDY/results, made once: to make it again remove it. A training that was
 killed goes on. With data.cache=features in base.yaml, arms that are cut at the same block have one trunk, also where
 several train at a time and where each is scored. The table stands between two marks in STUDY/README.md, and nothing in
-it is typed by hand. For a search of rates, contrasts and several processes see studies/study.py.
+it is typed by hand. For a search of rates, contrasts and several processes see
+`vimoe study`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.paired import interval
-from harness.report import put_between_marks
-
 from vimoe.files import write_json
 from vimoe.metrics.registry import shown
 from vimoe.models.cost import count
 from vimoe.models.model_folder import load
+from vimoe.study.paired import interval
+from vimoe.study.report import put_between_marks
 
 KEPT = ("val", "best_epoch", "epochs", "seconds", "train_images", "classes", "versions")  # of summary.json
 

@@ -32,7 +32,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from harness.paired import interval
 from timm.data import create_transform, resolve_data_config
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import vimoe
 from vimoe.files import write_json
+from vimoe.study.paired import interval
 
 ARMS = ("none", "text", "vision", "both")
 TEMPLATES = ("a photo of a {}", "a bird called {}", "this is a {}", "a close photo of one {}", "the {} , a bird")

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
-from harness.paired import interval
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -48,6 +47,7 @@ from vimoe.metrics.base import evaluate
 from vimoe.metrics.calibration import calibration_gaps
 from vimoe.models.upcycling import convert, sites
 from vimoe.moe.layer import moe_layers
+from vimoe.study.paired import interval
 from vimoe.tasks.base import task_class
 from vimoe.tasks.cached_features import Entries, entries_of
 from vimoe.tasks.classification_job import fingerprint

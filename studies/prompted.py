@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness.paired import interval
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
@@ -45,6 +44,7 @@ from vimoe.models.create import create_segmenter
 from vimoe.models.decoders import DECODERS
 from vimoe.models.interface import find_backbone
 from vimoe.models.segmenter import Segmenter
+from vimoe.study.paired import interval
 
 RATES = (1e-3, 3e-3, 1e-2)
 DRAWN = 256  # width of vectors that are drawn

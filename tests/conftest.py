@@ -31,7 +31,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-DRAWN = ("test_figures.py", "test_harness_report.py", "test_html_page.py", "test_page_in_a_browser.py")
+DRAWN = ("test_figures.py", "test_report.py", "test_html_page.py", "test_page_in_a_browser.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,13 +20,14 @@ from vimoe.config.data import TASKS
 from vimoe.config.export import FORMATS
 from vimoe.config.moe import MoEConfig
 from vimoe.config.parallel import bytes_of
-from vimoe.config.settings import Settings
-from vimoe.errors import ConfigError, counted
+from vimoe.config.settings import SECTIONS, Settings
+from vimoe.errors import ConfigError, VimoeError, counted
 from vimoe.files import one_line
 from vimoe.run_folder import check_new, open_run, open_unfinished
 
 if TYPE_CHECKING:
     from vimoe.models.upcycling import Plan
+    from vimoe.study.plan import Study
 
 SHARED = ("train", "evaluate", "predict", "analyze")  # verbs whose work several processes may share
 
@@ -405,6 +406,85 @@ def push(verb: str, argv: list[str]) -> Result:
     return url, {"url": url}
 
 
+def study(verb: str, argv: list[str]) -> Result:
+    """Compare arms over seeds, such as a ViMoE and its dense ViT, each at the best of the same learning rates.
+
+    Example: vimoe study mine --new --data.path photos/ --model.name vit_small_patch14_dinov2 --train.train_only last:2
+    """
+    parser = _parser(verb, runs="folder for run folders (default: runs/FOLDER)", cell="compute this cell alone, here")
+    parser.add_argument("folder", help="folder of study.yaml, the results, and README.md with the tables")
+    new = "write a first study.yaml; takes the options of vimoe train, shown by --new --help"
+    submitted = "submit workers as jobs of a cluster, with these parameters of submitit"
+    for flag, text in {
+        "new": new, "report": "write tables and figures alone", "keep": "keep the run folders of finished cells",
+        "dry_run": "show what would be computed or submitted",
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=PATH", help="value of ${NAME} in study.yaml"
+    )
+    parser.add_argument("--arms", nargs="+", default=[], help="arms to compute (default: all)")
+    parser.add_argument("--datasets", nargs="+", default=[], help="data sets to compute (default: all)")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time; with --slurm the number of jobs")
+    parser.add_argument("--slurm", nargs="*", default=None, metavar="NAME=VALUE", help=submitted)
+    if "--new" in argv:
+        parser.add_sections("model", "moe", "data", "train")
+    options = parser.parse_args(argv)
+    folder = Path(options["folder"])
+    if options["new"]:
+        from vimoe.study.first import write_first
+
+        given = {name: parser.given(argv, name) for name in SECTIONS}
+        path = write_first(folder, parser.settings(options), given)
+        return f"{path}\nlook it over, then: vimoe study {folder}", {"study": str(path)}
+    from vimoe.study.plan import Study
+
+    asked = Study(folder, () if options["report"] else tuple(options["datasets"]))
+    if options["report"]:
+        return _tables(asked)
+    from vimoe.study.report import check_page
+    from vimoe.study.work import Work
+
+    if options["workers"] < 1:
+        raise ConfigError(f"--workers {options['workers']}: expected at least 1; leave it out for one")
+    runs = Path(options["runs"] or Path("runs", folder.resolve().name))
+    work = Work(asked, options["set"], runs, lambda name, *given: VERBS[name](name, [*given])[1], options["keep"])
+    if options["cell"]:
+        there = work.compute(options["cell"])
+        return f"{options['cell']}: {'done' if there else 'another process has it'}", {"done": there}
+    check_page(folder)
+    queue = work.queue(options["arms"])
+    if options["slurm"] is not None:
+        from vimoe.study.slurm import submit
+
+        job = work.command(*(["--arms", *options["arms"]] if options["arms"] else []))
+        lines = submit(job, options["workers"], options["slurm"], runs / "slurm", options["dry_run"])
+        return "\n".join(lines), {"jobs": lines}
+    workers = work.workers(queue, _tell)
+    if options["dry_run"]:
+        ready, waiting = ([cell.name for cell in cells] for cells in queue.left(queue.done()))
+        last = f"and {len(waiting)} cells at the rates that the search will choose; {workers.state(options['workers'])}"
+        return "\n".join([*ready, last]), {"ready": ready, "waiting": len(waiting)}
+    _tell(workers.state(options["workers"]))
+    if failed := workers.work(options["workers"]):
+        raise VimoeError(
+            f"{counted(len(failed), 'cell')} failed: {', '.join(failed)}; their logs are in {runs}; mend the cause and "
+            f"start again, which computes what is left"
+        )
+    return _tables(asked)
+
+
+def _tables(study: Study) -> Result:
+    """Write the page of a study, and return what it answers."""
+    from vimoe.study.report import PAGE, write_report
+
+    found = write_report(study)
+    lines = [f"{data}: {answer}" for data, answers in found.items() for answer in answers]
+    path = str(study.folder / PAGE)
+    values = {data: [answer.to_dict() for answer in answers] for data, answers in found.items()}
+    return "\n".join([*lines, path]), {"contrasts": values, "report": path}
+
+
 def demo(verb: str, argv: list[str]) -> Result:
     """Show a tour of a few minutes on scikit-learn's handwritten digits: train, upcycle, compare, look at experts.
 
@@ -472,6 +552,7 @@ VERBS: dict[str, Callable[[str, list[str]], Result]] = {
     "export": export,
     "report": report,
     "push": push,
+    "study": study,
     "bench": bench,
 }
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.plan import Cell, Study
 from helpers.found import evidence
 
 from vimoe.config.yaml_reader import write_yaml
 from vimoe.files import write_json
+from vimoe.study.plan import Cell, Study
 
 TINY: dict[str, Any] = {
     "control": "dense",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import arms_over_seeds
 import pytest
-from harness.report import BEGIN, END
 
 from vimoe.errors import FolderError
+from vimoe.study.report import BEGIN, END
 
 
 def result(arm: str, seed: int, miou: float, ious: tuple[float | None, ...] = (0.5, None)) -> dict:

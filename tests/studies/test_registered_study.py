@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness.plan import Study
-from harness.report import write_report
-from harness.results import Results
 
 from vimoe.config.command_line import PRESETS
+from vimoe.study.plan import Study
+from vimoe.study.report import write_report
+from vimoe.study.results import Results
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "studies/vimoe"

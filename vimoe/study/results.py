@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.paired import Name, mean_ranks
-from harness.plan import Cell, Study
 from vimoe.errors import ConfigError
 from vimoe.files import read_text
 from vimoe.metrics.registry import shown
+from vimoe.study.paired import Name, mean_ranks
+from vimoe.study.plan import Cell, Study
 
 
 def best(val: Mapping[Name, Mapping[int, dict[str, Any]]]) -> Name:

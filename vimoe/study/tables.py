@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from harness.paired import EXACT, Mean, interval, paired, sign_flip_p, verdict
-from harness.plan import Contrast
-from harness.results import Results
-from vimoe.metrics.registry import Shown, shown
+from vimoe.metrics.registry import shown
+from vimoe.study.contrasts import Answer, answers, differences, layer_names, names_of, shown_mean
+from vimoe.study.paired import EXACT, interval
+from vimoe.study.results import Results
 
 OPTIONAL = {
     "ece": "calibration error",
@@ -24,32 +25,23 @@ EFFECTS: dict[str, Callable[[Any], Any]] = {
 
 def contrasts_table(results: Results, data: str) -> str:
     """Return the declared contrasts with their verdicts; "" before the first one can be computed."""
-    rows = [contrast_row(results, data, name, each) for name, each in results.study.contrasts.items()]
-    if all(row[3] == "0" for row in rows):
+    found = answers(results, data)
+    if all(each.difference is None for each in found):
         return ""
     head = ["contrast", "of", "against", "seeds", "difference, points", "p, signs", "loss", "routes permuted, nats",
             "margin", "verdict"]  # fmt: skip
-    return markdown(head, rows)
+    return markdown(head, [contrast_row(results, each) for each in found])
 
 
-def contrast_row(results: Results, data: str, name: str, contrast: Contrast) -> list[str]:
-    """Return the row of a contrast."""
-    of = results.candidate(data, contrast.candidates)
-    if of is None:
-        return [name, "the best of " + ", ".join(contrast.candidates), contrast.against, "0", *[""] * 5, "not yet"]
-    mine, theirs = results.outcome(data, of), results.outcome(data, contrast.against)
-    margin = results.study.margin(data, contrast)
-    if not mine.keys() & theirs.keys():
-        return [name, of, contrast.against, "0", "", "", "", "", f"{margin:g}", "not yet"]
-    comparisons = len(results.study.contrasts)
-    judge = names_of(mine).judge
-    points = differences(mine, theirs, judge, 100)
-    found = interval(points, comparisons)
-    routes = None if "/" in of else routes_cost(list(results.final(data, of).values()))
-    said = verdict(found, margin, routes, contrast.routes)
-    loss = interval(differences(mine, theirs, "loss"), comparisons)
-    return [name, of, contrast.against, str(found.n), shown_mean(found), f"{sign_flip_p(points):.3f}",
-            shown_mean(loss, "+.4f"), shown_mean(routes, "+.3f") if routes else "", f"{margin:g}", said]  # fmt: skip
+def contrast_row(results: Results, found: Answer) -> list[str]:
+    """Return the row of an answer."""
+    of = found.of or "the best of " + ", ".join(results.study.contrasts[found.contrast].candidates)
+    row, margin = [found.contrast, of, found.against], f"{found.margin:g}" if found.of else ""
+    if found.difference is None or found.loss is None:
+        return [*row, "0", *[""] * 4, margin, found.verdict]
+    return [*row, str(found.difference.n), shown_mean(found.difference), f"{found.p:.3f}",
+            shown_mean(found.loss, "+.4f"), shown_mean(found.routes, "+.3f") if found.routes else "", margin,
+            found.verdict]  # fmt: skip
 
 
 def arms_table(results: Results, data: str) -> str:
@@ -117,12 +109,10 @@ def effects_table(results: Results, data: str) -> str:
     for arm, layer, cells, found in analysed_layers(results, data):
         points = f"{shown(cells[0]['analysis']['base']).right_name}, points"
         for name, effect in EFFECTS.items():
-            parts: list[tuple[Callable[[Any], float], str]] = [
-                (lambda e, of=effect: of(e)["loss"]["value"], "+.3f"),
-                (lambda e, of=effect: 100 * of(e)["right"]["value"], "+.2f"),
-                (lambda e, of=effect: of(e)["calibrated"]["value"], "+.3f"),
+            figures = [
+                over_seeds(found, partial(_scaled, effect, key, scale), form)
+                for key, scale, form in (("loss", 1, "+.3f"), ("right", 100, "+.2f"), ("calibrated", 1, "+.3f"))
             ]
-            figures = [over_seeds(found, part, form) for part, form in parts]
             if any(figures):
                 rows.append([arm, layer, name, str(len(found)), *figures])
     if not rows:
@@ -130,6 +120,10 @@ def effects_table(results: Results, data: str) -> str:
     head += [points, "calibrated loss, nats"]
     kept = len(head) if any(row[-1] for row in rows) else -1
     return markdown(head[:kept], [row[:kept] for row in rows])
+
+
+def _scaled(effect: Callable[[Any], Any], key: str, scale: float, layer: dict[str, Any]) -> float:
+    return scale * float(effect(layer)[key]["value"])
 
 
 def analysed_layers(
@@ -196,41 +190,9 @@ def notes(results: Results, data: str) -> str:
     )
 
 
-def routes_cost(cells: Sequence[dict[str, Any]]) -> Mean | None:
-    """Return what it costs to permute the routes of one layer, in nats, over seeds; None without such a measurement.
-
-    The layer is the one whose interval has the highest lower end; the interval is widened for the number of layers.
-    """
-    names = layer_names([cell for cell in cells if cell["analysis"]])
-    found = []
-    for name in names:
-        layers = [each for cell in cells for each in (cell["analysis"] or {"layers": []})["layers"]]
-        values = [each["permuted"]["loss"]["value"] for each in layers if each["name"] == name and each["permuted"]]
-        if values:
-            found.append(interval(values, len(names)))
-    return max(found, key=lambda mean: (mean.low, mean.value)) if found else None
-
-
-def layer_names(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names of the MoE layers, in forward order."""
-    return list(dict.fromkeys(layer["name"] for cell in cells for layer in cell["analysis"]["layers"]))
-
-
-def names_of(scores: dict[int, dict[str, Any]]) -> Shown:
-    """Return the names of the figures of scores by seed."""
-    return shown(next(iter(scores.values())))
-
-
 def has(scores: dict[str, dict[int, dict[str, Any]]], key: str) -> bool:
     """Return True if all scores have a figure."""
     return all(score.get(key) is not None for found in scores.values() for score in found.values())
-
-
-def differences(
-    of: dict[int, dict[str, Any]], to: dict[int, dict[str, Any]], key: str, scale: float = 1
-) -> list[float]:
-    """Return the paired differences of a figure."""
-    return paired(*({seed: scale * score[key] for seed, score in each.items()} for each in (of, to)))
 
 
 def against(
@@ -250,13 +212,6 @@ def over_seeds(found: Sequence[dict[str, Any]], part: Callable[[Any], float], fo
         except (KeyError, TypeError):  # an intervention that the router or the layer does not have
             return ""
     return shown_mean(interval(values), form)
-
-
-def shown_mean(mean: Mean, form: str = "+.2f") -> str:
-    """Return a mean with its interval as text."""
-    if mean.n < 2:
-        return f"{mean.value:{form}} (one seed)"
-    return f"{mean.value:{form}} [{mean.low:{form}}, {mean.high:{form}}]"
 
 
 def spread(scores: dict[int, dict[str, Any]], key: str, scale: float, form: str) -> str:

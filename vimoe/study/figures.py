@@ -10,10 +10,10 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from harness.paired import interval
-from harness.results import Results
-from harness.tables import layer_names, names_of
 from vimoe.files import write_bytes
+from vimoe.study.contrasts import layer_names, names_of
+from vimoe.study.paired import interval
+from vimoe.study.results import Results
 
 FOLDER = "figures"
 MARKERS = "osD^vP*X<>"  # of the MoE layers of a model, from the first to the last; then again

@@ -1,8 +1,8 @@
 """A study as its study.yaml says: settings, data sets, arms, learning rates, seeds and contrasts. Imports no torch.
 
 A cell is one training: (data set, arm, learning rate, seed). Settings are those of `vimoe train`, by section. A text in
-them may hold ${NAME}: a path of the machine, given by --set NAME=PATH or by the environment. The settings that are
-stored and hashed keep ${NAME}; the digest of what lies at the path stands beside them.
+them may hold ${NAME}: a path of the machine, given by --set NAME=PATH, by the environment, or by `paths` in study.yaml.
+The settings that are stored and hashed keep ${NAME}; the digest of what lies at the path stands beside them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 
 import yaml
 
-from harness.checks import AFTER, OF_ARM, OF_DATA, candidates, check_study
 from vimoe.config.command_line import read_settings
 from vimoe.config.settings import Settings
 from vimoe.config.yaml_reader import read_yaml, write_yaml
 from vimoe.errors import ConfigError, VimoeError, choice
 from vimoe.files import read_text
+from vimoe.study.checks import AFTER, OF_ARM, OF_DATA, candidates, check_study
 
 FILE = "study.yaml"
 VARIABLE = re.compile(r"\$\{(\w+)\}")
-SHOWS_NOTHING = ("report", "demo", "bench")  # parts of vimoe on which no figure of a cell depends
+SHOWS_NOTHING = ("report", "demo", "bench", "study")  # parts of vimoe on which no figure of a cell depends
 AFTER_ALONE = ("analysis",)  # nor one of a cell that is trained and scored alone
 
 
@@ -129,7 +129,7 @@ class Study:
         known = list(self._given["data"])  # so the file is read and checked here
         for name in self.chosen:
             if name not in known:
-                raise ConfigError(f"--data {name}: {choice(name, known)}")
+                raise ConfigError(f"--datasets {name}: {choice(name, known)}")
 
     @cached_property
     def _given(self) -> dict[str, Any]:
@@ -187,6 +187,11 @@ class Study:
     def contrasts(self) -> dict[str, Contrast]:
         """Declared contrasts, by name."""
         return {name: Contrast(**values) for name, values in (self._given.get("contrasts") or {}).items()}
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Values of variables where neither the command line nor the environment has one."""
+        return dict(self._given.get("paths") or {})
 
     @property
     def code(self) -> list[str]:
@@ -268,12 +273,12 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def given_values(pairs: list[str]) -> dict[str, str]:
-    """Return the values for ${NAME}: of the environment, and of NAME=VALUE pairs before it."""
+def given_values(pairs: list[str], paths: Mapping[str, str]) -> dict[str, str]:
+    """Return the values for ${NAME}: of NAME=VALUE pairs, else of the environment, else of `Study.paths`."""
     for pair in pairs:
         if "=" not in pair:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE")
-    return {**os.environ, **dict(pair.split("=", 1) for pair in pairs)}
+    return {**paths, **os.environ, **dict(pair.split("=", 1) for pair in pairs)}
 
 
 def _fill(value: Any, values: Mapping[str, str]) -> Any:
@@ -286,7 +291,7 @@ def _fill(value: Any, values: Mapping[str, str]) -> Any:
     for name in VARIABLE.findall(value):
         if not values.get(name):
             raise ConfigError(
-                f"{value!r} needs {name}: expected --set {name}=PATH, or {name} in the environment; set it"
+                f"{value!r} needs {name}: expected --set {name}=PATH, or {name} in the environment or in paths; set it"
             )
     return VARIABLE.sub(lambda found: values[found[1]], value)
 

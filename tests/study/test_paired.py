@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from harness.paired import Mean, interval, mean_ranks, paired, sign_flip_p, verdict
 from scipy import stats
+
+from vimoe.study.paired import Mean, interval, mean_ranks, paired, sign_flip_p, verdict
 
 
 @pytest.mark.parametrize("comparisons", [1, 7])

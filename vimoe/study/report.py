@@ -4,30 +4,51 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.figures import draw
-from harness.plan import Study
-from harness.results import Results
-from harness.tables import arms_table, contrasts_table, effects_table, layers_table, notes, search_table
 from vimoe.errors import FolderError
 from vimoe.files import read_text, write_text
+from vimoe.study.contrasts import Answer, answers
+from vimoe.study.figures import draw
+from vimoe.study.plan import FILE, Study
+from vimoe.study.results import Results
+from vimoe.study.tables import arms_table, contrasts_table, effects_table, layers_table, notes, search_table
 
+PAGE = "README.md"
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
+EMPTY = f"# A study\n\nExact settings are in [{FILE}]({FILE}).\n\n{BEGIN}\n{END}\n"  # of a folder that has no page
+
+
+def check_page(folder: Path) -> None:
+    """Raise FolderError if the page of a study has no place for tables; before anything is computed."""
+    if (page := folder / PAGE).exists():
+        _around_marks(page)
 
 
 def put_between_marks(page: Path, text: str) -> None:
     """Replace what stands between the two marks of a page. Raises FolderError if it has none."""
+    before, after = _around_marks(page)
+    write_text(page, f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def _around_marks(page: Path) -> tuple[str, str]:
     before, begin, rest = read_text(page).partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise FolderError(f"{page} has no marks: expected {BEGIN} and {END}; add them")
-    write_text(page, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return before, after
 
 
-def write_report(study: Study) -> None:
-    """Write the tables into STUDY/README.md and the figures into STUDY/figures."""
+def write_report(study: Study) -> dict[str, list[Answer]]:
+    """Write the tables into README.md of the study, the figures beside it, and return the answers by data set.
+
+    A folder without README.md gets one; in one that is there, all but the text between the marks stays.
+    """
     results = Results.read(study)
     sections = [section(results, data) for data in study.data]
-    put_between_marks(study.folder / "README.md", "\n\n".join(sections))
+    page = study.folder / PAGE
+    if not page.exists():
+        write_text(page, EMPTY)
+    put_between_marks(page, "\n\n".join(sections))
+    return {data: answers(results, data) for data in study.data}
 
 
 def section(results: Results, data: str) -> str:

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness.plan import Cell, Study, code_version, digest_of_path, given_values, settings_of
 from helpers.studies import TINY, write_study
 
 from vimoe.errors import ConfigError
+from vimoe.study.plan import Cell, Study, code_version, digest_of_path, given_values, settings_of
 
 
 def final(study: Study, arm: str = "vimoe") -> Cell:
@@ -84,7 +84,7 @@ def test_analysis_counts_where_something_is_analysed_alone(monkeypatch: pytest.M
         (package / part / "one.py").write_text("1")
     (package / "__init__.py").write_text("")
     found = SimpleNamespace(origin=str(package / "__init__.py"))
-    monkeypatch.setattr("harness.plan.importlib.util.find_spec", lambda name: found)
+    monkeypatch.setattr("vimoe.study.plan.importlib.util.find_spec", lambda name: found)
     before = code_version(False), code_version(True)
     (package / "analysis/one.py").write_text("2")
     assert code_version(False) == before[0] and code_version(True) != before[1]
@@ -98,9 +98,11 @@ def test_analysis_counts_where_something_is_analysed_alone(monkeypatch: pytest.M
 
 def test_values_come_from_the_command_line_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIGITS", "theirs")
-    assert given_values([])["DIGITS"] == "theirs" and given_values(["DIGITS=a=b"])["DIGITS"] == "a=b"
+    paths = {"DIGITS": "last", "OTHER": "mine"}
+    assert given_values([], paths)["DIGITS"] == "theirs" and given_values([], paths)["OTHER"] == "mine"
+    assert given_values(["DIGITS=a=b"], paths)["DIGITS"] == "a=b"
     with pytest.raises(ConfigError, match="expected NAME=VALUE"):
-        given_values(["DIGITS"])
+        given_values(["DIGITS"], {})
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_some_data_sets_alone_need_their_own_paths_alone(tmp_path: Path) -> None
     study = Study(tmp_path, ("photos",))
     assert {cell.data for cell in study.all_cells()} == {"photos"}
     assert {name for cell in study.all_cells() for name in cell.variables} == {"PHOTOS"}
-    with pytest.raises(ConfigError, match="--data photo: expected one of digits, photos; did you mean .photos."):
+    with pytest.raises(ConfigError, match="--datasets photo: expected one of digits, photos; did you mean .photos."):
         Study(tmp_path, ("photo",))
 
 

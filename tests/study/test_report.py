@@ -6,18 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-import study
-from harness.figures import draw
-from harness.plan import Study
-from harness.report import write_report
-from harness.results import Results, best
-from harness.tables import contrast_row, routes_cost
 from helpers.found import effect, evidence
 from helpers.studies import TINY, put, score, write_study
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from vimoe.errors import ConfigError
+from vimoe.study.contrasts import answer, routes_cost
+from vimoe.study.figures import draw
+from vimoe.study.plan import Study
+from vimoe.study.report import write_report
+from vimoe.study.results import Results, best
+from vimoe.study.tables import contrast_row
 
 TOP1 = {"dense": (0.50, 0.52), "vimoe": (0.53, 0.56)}  # of the seeds 0 and 1
 
@@ -138,12 +138,12 @@ def test_candidates_at_one_rate_are_chosen_on_validation(tmp_path: Path) -> None
     for arm, top1 in (("dense", 0.6), ("vimoe", 0.7)):
         for cell in study.search_cells("digits", arm):
             put(study, cell, top1)
-    assert contrast_row(Results.read(study), "digits", "C", study.contrasts["C"])[1] == "vimoe"
+    assert answer(Results.read(study), "digits", "C", study.contrasts["C"]).of == "vimoe"
 
 
 def test_no_text_of_a_figure_hides_another_or_leaves_the_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr("harness.figures.svg", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr("vimoe.study.figures.svg", lambda figure: figures.append(figure) or b"")
     for size in (1, 20):  # of one cost, and nearly of one score
         arms = {f"arm-{n}": {**TINY["arms"]["vimoe"], "train": {"patience": n}} for n in range(size)}
         study = write_study(tmp_path, arms=arms, control="arm-0", contrasts={})
@@ -172,14 +172,6 @@ def test_without_cells_the_page_says_so(tmp_path: Path) -> None:
     assert "### digits\n\nNo result yet.\n" in (tmp_path / "README.md").read_text("utf-8")
 
 
-def test_the_tables_of_the_registered_study_are_those_of_its_files(tmp_path: Path) -> None:
-    there = Path(study.__file__).parent / "vimoe"
-    copy = shutil.copytree(there, tmp_path / "vimoe")
-    write_report(Study(copy))
-    for path in (there / "README.md", *there.glob("figures/*")):
-        assert (copy / path.relative_to(there)).read_bytes() == path.read_bytes()
-
-
 def test_the_candidate_of_a_contrast_is_chosen_in_the_search_alone(tmp_path: Path) -> None:
     contrasts = {"C": {"of": ["dense", "vimoe"], "against": "dense", "margin": 0.5}}
     study = fill(write_study(tmp_path, contrasts=contrasts))
@@ -190,7 +182,7 @@ def test_the_candidate_of_a_contrast_is_chosen_in_the_search_alone(tmp_path: Pat
 
 def test_a_contrast_is_judged_by_the_margin_of_the_data_set(tmp_path: Path) -> None:
     study = fill(write_study(tmp_path, data={"digits": {**TINY["data"]["digits"], "margin": 50}}))
-    assert contrast_row(Results.read(study), "digits", "D", study.contrasts["D"])[-2:] == [
+    assert contrast_row(Results.read(study), answer(Results.read(study), "digits", "D", study.contrasts["D"]))[-2:] == [
         "50", "equivalent within the margin",
     ]  # fmt: skip
 
@@ -224,3 +216,12 @@ def test_the_cost_of_routes_is_that_of_the_layer_that_matters_most() -> None:
     assert cost and cost.value == pytest.approx(0.305) and cost.n == 2
     assert cost.low == pytest.approx(0.305 - 25.4517 * 0.0070711 / 2**0.5, abs=1e-4)  # t for two layers
     assert routes_cost([{"analysis": None}]) is None
+
+
+@pytest.mark.parametrize("name", ["vimoe", "scenes", "depth"])
+def test_the_figures_of_the_registered_studies_are_those_of_their_files(name: str, tmp_path: Path) -> None:
+    there = Path(__file__).parents[2] / "studies" / name
+    copy = shutil.copytree(there, tmp_path / name)
+    write_report(Study(copy))
+    for path in (there / "README.md", *there.glob("figures/*")):
+        assert (copy / path.relative_to(there)).read_bytes() == path.read_bytes()

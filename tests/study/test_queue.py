@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import queue as harness_queue
-from harness.one_cell import CLAIMED, claim, file_of, is_claimed
-from harness.plan import Cell, Study
-from harness.queue import Queue, Workers, duration
 from helpers.studies import put, write_study
+
+from vimoe.study.one_cell import claim, file_of, is_claimed
+from vimoe.study.plan import Cell, Study
+from vimoe.study.queue import Queue, Workers, duration
 
 
 def queue(study: Study, runs: Path, **macs: float) -> Queue:
     keys = {cell.fingerprint: ["k", "counts too"] for cell in study.all_cells()}
     return Queue(study, keys, runs, lambda cell: macs.get(cell.arm, 1.0))
+
+
+class Functions:
+    """Cells computed by a function, in the place of processes."""
+
+    def __init__(self, compute: Callable[[Cell], str | None]) -> None:
+        self.compute, self.ended = compute, 0
+
+    def run(self, cell: Cell, key: str) -> str | None:
+        assert key == "k"
+        return self.compute(cell)
+
+    def end(self) -> None:
+        self.ended += 1
 
 
 def names(cells: list[Cell]) -> list[str]:
@@ -78,24 +93,24 @@ def test_a_claim_ends_with_its_holder(tmp_path: Path) -> None:
 
 
 def test_two_processes_of_two_workers_compute_each_cell_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_queue, "POLL", 0.01)
+    monkeypatch.setattr("vimoe.study.queue.POLL", 0.01)
     study, computed, lines = write_study(tmp_path), Counter[str](), list[str]()
 
-    def run(cell: Cell) -> int:
+    def compute(cell: Cell) -> str | None:
         lock = claim(tmp_path / "runs", cell, "k")
         try:
             lock.acquire()
         except TimeoutError:
-            return CLAIMED
+            return None
         with lock:
             if not file_of(study, cell, "k").exists():
                 computed[cell.name] += 1
                 put(study, cell, 0.5 + cell.rate)
             lock.release()
-            return 0
+            return None
 
     q = queue(study, tmp_path / "runs")
-    threads = [threading.Thread(target=Workers(q, run, lines.append).work, args=(2,)) for _ in range(2)]
+    threads = [threading.Thread(target=Workers(q, Functions(compute), lines.append).work, args=(2,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -106,20 +121,33 @@ def test_two_processes_of_two_workers_compute_each_cell_once(tmp_path: Path, mon
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness_queue, "POLL", 0.01)
+    monkeypatch.setattr("vimoe.study.queue.POLL", 0.01)
     study, lines = write_study(tmp_path), list[str]()
 
-    def run(cell: Cell) -> int:
+    def compute(cell: Cell) -> str | None:
         if cell.arm == "vimoe" and cell.rate == 3e-3:
-            return 2
+            return "no such file"
         put(study, cell, 0.5)
-        return 0
+        return None
 
-    failed = Workers(queue(study, tmp_path / "runs"), run, lines.append).work(1)
+    failed = Workers(queue(study, tmp_path / "runs"), Functions(compute), lines.append).work(1)
     assert failed == ["digits.vimoe.lr0.003.search10", "digits.vimoe.lr0.003.search11"]
     assert len(list(study.results.glob("*.json"))) == 8  # vimoe's seeds wait for its search
-    assert any("vimoe.lr0.003.search10 failed with 2" in line for line in lines)
+    assert any("vimoe.lr0.003.search10 failed in 0 s: no such file" in line for line in lines)
 
 
 def test_times_for_a_person() -> None:
     assert [duration(s) for s in (9.6, 300, 12_000)] == ["10 s", "5 min", "3 h 20 min"]
+
+
+def test_an_interrupt_ends_what_runs_and_takes_no_more_cells(tmp_path: Path) -> None:
+    study, lines, begun = write_study(tmp_path), list[str](), list[str]()
+
+    def compute(cell: Cell) -> str | None:
+        begun.append(cell.name)
+        raise KeyboardInterrupt
+
+    functions = Functions(compute)
+    with pytest.raises(KeyboardInterrupt):
+        Workers(queue(study, tmp_path / "runs"), functions, lines.append).work(1)
+    assert functions.ended == 1 and len(begun) == 1 and not lines

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import redirect_stdout
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from harness.plan import Cell, Study
 from vimoe import run_folder
-from vimoe.cli import main
 from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import DataError
 from vimoe.files import write_json, write_text
+from vimoe.study.plan import Cell, Study
 
-CLAIMED = 75  # exit status: another process has the cell
+Verb = Callable[..., dict[str, Any]]  # runs a verb of vimoe, such as ("evaluate", RUN), and returns what --json prints
 KEPT = ("val", "best_epoch", "epochs", "stopped_early", "train_images", "classes", "features", "fused", "stages",
         "patch_ceiling", "alarms", "versions")  # of summary.json  # fmt: skip
 LEFT_OUT = ("examples", "comparison", "expert_order", "class_order")  # of an analysis: of images, or large
 
 
-def verb(*argv: str) -> dict[str, Any]:
-    """Run a verb of vimoe in this process and return its JSON. Raises SystemExit with its status if it fails."""
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        status = main([*argv, "--json"])
-    if status:
-        raise SystemExit(status)
-    values: dict[str, Any] = json.loads(printed.getvalue().splitlines()[-1])
-    return values
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What a cell is computed with, beside its settings.
+
+    Attributes:
+        values: value of each variable.
+        inputs: digest of each path (`digest_of_path`) by variable.
+        code: digest of the package (`code_version`), with steps after the training and without.
+        runs: folder for run folders and claims.
+        verb: function that runs a verb; it is handed in, since the command line knows studies and not they it.
+        keep: keep the run folders.
+    """
+
+    values: Mapping[str, str]
+    inputs: Mapping[str, str]
+    code: Mapping[bool, str]
+    runs: Path
+    verb: Verb
+    keep: bool = False
 
 
 def file_of(study: Study, cell: Cell, key: str) -> Path:
@@ -61,19 +68,9 @@ def is_claimed(runs: Path, cell: Cell, key: str) -> bool:
         return True
 
 
-def compute(
-    study: Study, cell: Cell, key: str, inputs: Mapping[str, str], values: Mapping[str, str], runs: Path, keep: bool,
-    code: str,
-) -> int:  # fmt: skip
-    """Compute a cell, unless it is there or claimed, and return an exit status: 0, or CLAIMED.
-
-    Args:
-        study, cell, key, code: study, its cell, the cell's key, and the version of the package in it.
-        inputs: digest of each path by variable.
-        values: value of each variable.
-        runs: folder for run folders and claims.
-        keep: keep the run folder.
-    """
+def compute(study: Study, cell: Cell, key: str, environment: Environment) -> bool:
+    """Compute a cell, unless it is there, and return True; False if another process has claimed it."""
+    runs = environment.runs
     try:
         with claim(runs, cell, key):
             if not file_of(study, cell, key).exists():
@@ -82,22 +79,23 @@ def compute(
                 result = {
                     "name": cell.name, "data": cell.data, "arm": cell.arm, "rate": cell.rate, "seed": cell.seed,
                     "search": cell.search, "key": key, "fingerprint": cell.fingerprint, "settings": cell.settings,
-                    "inputs": {name: inputs[name] for name in cell.variables}, "code": code,
-                    **_measured(cell, values, run),
+                    "inputs": {name: environment.inputs[name] for name in cell.variables},
+                    "code": environment.code[bool(cell.after)],
+                    **_measured(cell, environment, run),
                 }  # fmt: skip
                 write_json(file_of(study, cell, key), result)
-                if not keep:
+                if not environment.keep:
                     for each in (run, *(_beside(run, step) for step in cell.after)):
                         shutil.rmtree(each, ignore_errors=True)
                     run.with_name(f"{run.name}.yaml").unlink(missing_ok=True)
     except filelock.Timeout:
-        return CLAIMED
-    return 0
+        return False
+    return True
 
 
-def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
-    started = time.monotonic()
-    summary = _train(cell, values, run)
+def _measured(cell: Cell, environment: Environment, run: Path) -> dict[str, Any]:
+    started, verb = time.monotonic(), environment.verb
+    summary = _train(cell, environment, run)
     if not summary["scan"]["test"]:  # told by the first cell of a search, though only later ones are scored on test
         raise DataError(
             f"{run}: its data has no test images: expected some, which nothing was chosen by; add a folder test to the "
@@ -109,7 +107,7 @@ def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any
     if not cell.search:  # the search decides by validation and never sees test
         found["test"] = verb("evaluate", str(run))
         for step in cell.after:
-            steps[step] = STEPS[step](run)
+            steps[step] = STEPS[step](verb, run)
     after = time.monotonic() - began
     # with reading and checking images; of a training that was killed and went on, what this process did not see too
     whole = max(time.monotonic() - started, summary["seconds"] + after)
@@ -124,28 +122,28 @@ def _measured(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any
     }
 
 
-def _train(cell: Cell, values: Mapping[str, str], run: Path) -> dict[str, Any]:
+def _train(cell: Cell, environment: Environment, run: Path) -> dict[str, Any]:
     """Train in a run folder, go on where a killed process stopped, and return the content of summary.json."""
     if not (run / run_folder.SUMMARY).exists():
         if (run / run_folder.CHECKPOINT).exists():
-            verb("train", "--resume", str(run))
+            environment.verb("train", "--resume", str(run))
         else:
             shutil.rmtree(run, ignore_errors=True)  # of a process that was killed before its first checkpoint
             settings = run.with_name(f"{run.name}.yaml")
-            write_text(settings, write_yaml(cell.filled(values)))
-            verb("train", "--config", str(settings), "--out", str(run))
+            write_text(settings, write_yaml(cell.filled(environment.values)))
+            environment.verb("train", "--config", str(settings), "--out", str(run))
     summary: dict[str, Any] = json.loads((run / run_folder.SUMMARY).read_text(encoding="utf-8"))
     return summary
 
 
-def _analyze(run: Path) -> dict[str, Any]:
+def _analyze(verb: Verb, run: Path) -> dict[str, Any]:
     found = verb("analyze", str(run))
     kept = ("base", "images", "overruled_images", "pairs", "routes", "features", "agreement")
     layers = [{k: v for k, v in layer.items() if k not in LEFT_OUT} for layer in found["layers"]]
     return {**{key: found[key] for key in kept}, "layers": layers}
 
 
-def _prune(run: Path, *options: str) -> dict[str, Any]:
+def _prune(verb: Verb, run: Path, *options: str) -> dict[str, Any]:
     out = _beside(run, "merge_all" if options else "prune")
     shutil.rmtree(out, ignore_errors=True)  # of a process that was killed
     found = verb("prune", str(run), "--out", str(out), *options)
@@ -178,8 +176,8 @@ def machine() -> dict[str, Any]:
             "gpu": gpu}  # fmt: skip
 
 
-STEPS = {
+STEPS: dict[str, Callable[[Verb, Path], dict[str, Any]]] = {
     "analyze": _analyze,
     "prune": _prune,
-    "merge_all": lambda run: _prune(run, "--merge_all", "true"),
+    "merge_all": lambda verb, run: _prune(verb, run, "--merge_all", "true"),
 }

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from harness.one_cell import CLAIMED, is_claimed
-from harness.plan import Cell, Study
-from harness.results import Results
+from vimoe.study.one_cell import file_of, is_claimed
+from vimoe.study.plan import Cell, Study
+from vimoe.study.results import Results
 
 POLL = 5.0  # seconds between looks at the folder where others compute what is left
 
@@ -68,9 +68,10 @@ class Queue:
         """
         seconds: dict[tuple[str, str, bool], list[float]] = {}
         per_mac: list[float] = []
-        for cell in done.cells.values():
-            seconds.setdefault((cell["data"], cell["arm"], cell["search"]), []).append(cell["seconds"]["cell"])
-            per_mac.append(cell["seconds"]["cell"] / (cell["cost"]["macs"] * cell["settings"]["train"]["epochs"]))
+        for of in done.cells.values():
+            took = of["seconds"]["cell"]
+            seconds.setdefault((of["data"], of["arm"], of["search"]), []).append(took)
+            per_mac.append(took / (of["cost"]["macs"] * of["settings"]["train"]["epochs"]))
         scale = statistics.median(per_mac) if per_mac else 1.0
         found = {}
         for cell in cells:
@@ -87,9 +88,27 @@ class Queue:
             self._macs[where] = self.macs(cell)
         return self._macs[where] * float(cell.settings["train"]["epochs"])
 
+    def key(self, cell: Cell) -> str:
+        """Return the key of a cell that is still to be computed."""
+        return self.keys[cell.fingerprint][0]
+
     def is_claimed(self, cell: Cell) -> bool:
         """Return True if a process computes the cell."""
-        return is_claimed(self.runs, cell, self.keys[cell.fingerprint][0])
+        return is_claimed(self.runs, cell, self.key(cell))
+
+    def is_there(self, cell: Cell) -> bool:
+        """Return True if the cell has been computed by this version of the package."""
+        return file_of(self.study, cell, self.key(cell)).exists()
+
+
+class CellProcesses(Protocol):
+    """Cells in processes of their own."""
+
+    def run(self, cell: Cell, key: str) -> str | None:
+        """Compute a cell; return None, or why it failed."""
+
+    def end(self) -> None:
+        """Ask those that run to end."""
 
 
 class Workers:
@@ -97,12 +116,12 @@ class Workers:
 
     Args:
         queue: the queue.
-        run: function that computes a cell in a process of its own and returns its exit status.
+        processes: what computes a cell of a key, and says why it failed; `vimoe.study.work.Processes`.
         say: function that prints a line.
     """
 
-    def __init__(self, queue: Queue, run: Callable[[Cell], int], say: Callable[[str], Any]) -> None:
-        self.queue, self.run, self.say = queue, run, say
+    def __init__(self, queue: Queue, processes: CellProcesses, say: Callable[[str], Any]) -> None:
+        self.queue, self.processes, self.say = queue, processes, say
         self.lock, self.running, self.failed = threading.Lock(), set[str](), set[str]()
         self.stopped = False
 
@@ -118,6 +137,7 @@ class Workers:
                     each.result()
             except BaseException:
                 self.stopped = True
+                self.processes.end()
                 raise
         return sorted(self.failed)
 
@@ -133,15 +153,17 @@ class Workers:
                 time.sleep(POLL)
                 continue
             began = time.monotonic()
-            status = self.run(cell)
+            failure = self.processes.run(cell, self.queue.key(cell))
             with self.lock:
                 self.running.discard(cell.name)
-                if status == CLAIMED:
+                if self.stopped or (failure is None and not self.queue.is_there(cell)):  # another process has it
                     continue
-                if status:
+                took = duration(time.monotonic() - began)
+                if failure is not None:
                     self.failed.add(cell.name)
-                what = f"failed with {status}" if status else "done"
-                self.say(f"{cell.name} {what} in {duration(time.monotonic() - began)}; {self.state(number)}")
+                    self.say(f"{cell.name} failed in {took}: {failure}")
+                else:
+                    self.say(f"{cell.name} done in {took}; {self.state(number)}")
 
     def _next(self) -> tuple[Cell | None, bool]:
         """Return a cell to compute, if there is one, and whether others may come."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from vimoe.config.checks import LARGEST_SEED, check_count, check_range
 from vimoe.config.settings import SECTIONS
 from vimoe.errors import ConfigError, choice, nearest
 
-PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts", "code")
-NEEDED = PARTS[:-2]
+PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts", "code", "paths")
+NEEDED = PARTS[:-3]
 NAME = re.compile(r"[\w-]+")  # no dot: it separates the parts of a cell's name
-AFTER = ("analyze", "prune", "merge_all")  # in this order; harness.one_cell computes them
+AFTER = ("analyze", "prune", "merge_all")  # in this order; vimoe.study.one_cell computes them
 STAGES = ("prune", "merge_all")  # steps that leave another model, whose score "ARM/STEP" is
 OF_DATA = ("margin", "more_seeds")  # of a data set, beside its settings
 OF_ARM = ("about", "after")  # of an arm, beside its settings
@@ -24,7 +25,7 @@ def check_study(given: Any) -> None:
     _check_names("content", given, PARTS)
     for name in NEEDED:
         if not given.get(name):
-            raise ConfigError(f"no {name}: expected it; see studies/vimoe/study.yaml")
+            raise ConfigError(f"no {name}: expected it; vimoe study FOLDER --new writes an example")
     _check_settings("base", given["base"])
     for part, beside in (("data", OF_DATA), ("arms", OF_ARM)):
         for name, values in _by_name(part, given[part]).items():
@@ -36,9 +37,14 @@ def check_study(given: Any) -> None:
     for name, contrast in _by_name("contrasts", given.get("contrasts") or {}).items():
         _check_contrast(f"contrasts.{name}", contrast, given["arms"])
     _check_seeds(given, _check_rates(given))
-    for version in _list("code", given.get("code") or []):
-        if not isinstance(version, str):
-            raise ConfigError(f"code: {version!r}: expected digests of the package as texts; put it in quotes")
+    _check_texts("code", _list("code", given.get("code") or []), "digests of the package")
+    _check_texts("paths", _by_name("paths", given.get("paths") or {}).values(), "paths by name")
+
+
+def _check_texts(where: str, values: Iterable[Any], what: str) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: {value!r}: expected {what}, as texts; put it in quotes")
 
 
 def candidates(of: Any) -> tuple[Any, ...]:
