@@ -110,7 +110,7 @@ def test_from_a_folder_of_images_to_an_answer(tmp_path: Path) -> None:
     (tmp_path / "mine" / "study.yaml").write_text(text, encoding="utf-8")
     done = run("--workers", "2", "--json")
     values = json.loads(done.stdout.splitlines()[-1])
-    assert "6 of 6 cells, running: none" in done.stderr
+    assert "6 of 6 cells" in done.stderr
     (first, second) = values["contrasts"]["photos"]
     assert first["contrast"] == "beats-dense" and first["difference"]["n"] == second["difference"]["n"] == 2
     page = (tmp_path / "mine" / "README.md").read_text("utf-8")
@@ -127,7 +127,7 @@ def test_a_dry_run_lists_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["study", *argv]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == sorted(cell.name for cell in made.search_cells("digits", "vimoe"))
-    assert lines[4] == "and 2 cells at the rates that the search will choose; 0 of 6 cells, running: none"
+    assert lines[4] == "and 2 cells at the rates that the search will choose; 0 of 6 cells"
     assert not (tmp_path / "runs").exists()
 
 

@@ -361,6 +361,10 @@ def test_no_room_is_one_line_before_anything_is_computed(data: Data, monkeypatch
     monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     cache(model(), data).job()
     assert sum(np.load(file).nbytes for file in kept()) == needed
+    size = sum(file.stat().st_size for file in kept())
+    monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(FolderError, match=rf"delete files of earlier runs in \S+/features \({size / 1e3:.0f} kB\)"):
+        cache(model(), data, seed=1)
 
 
 def test_a_cache_that_cannot_be_looked_into_is_one_line(

@@ -1,4 +1,4 @@
-"""The user's cache: scan results, decoded images and features. It may be deleted at any time."""
+"""The user's cache: scan results, decoded images and features. It may be deleted when no run begins or reads it."""
 
 from __future__ import annotations
 

@@ -180,7 +180,8 @@ class Workers:
         running = [cell.name for cell in ready if cell.name in self.running or self.queue.is_claimed(cell)]
         there = [cell for cell in done.cells.values() if not self.queue.arms or cell["arm"] in self.queue.arms]
         text = f"{len(there)} of {len(there) + len(ready) + len(waiting)} cells"
-        text += f", running: {', '.join(running) or 'none'}"
+        if running:
+            text += f", running: {', '.join(running)}"
         if left and there:
             busy = max(number, len(running))
             seconds = sum(self.queue.estimates(done, left)[cell.fingerprint] for cell in left) / busy

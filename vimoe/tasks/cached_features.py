@@ -233,10 +233,11 @@ class FeatureFiles:
         there = next(folder for folder in (self.folder, *self.folder.parents) if os.access(folder, os.F_OK))
         free = shutil.disk_usage(there).free
         if needed > free:
+            kept = sum(path.stat().st_size for path in self.folder.glob("*.npy"))
             raise FolderError(
                 f"data.cache='features' needs {needed / 1e9:.2f} GB for {what}: expected at most the "
-                f"{free / 1e9:.2f} GB that are free in {there}; make room, lower data.views, or name another folder in "
-                f"XDG_CACHE_HOME"
+                f"{free / 1e9:.2f} GB that are free in {there}; delete files of earlier runs in {self.folder} "
+                f"({in_units(kept)}), lower data.views, or name another folder in XDG_CACHE_HOME"
             )
         return missing
 
