@@ -36,7 +36,8 @@ def best(logits: Tensor) -> np.ndarray:
 def changes(before: Tensor, *after: Tensor) -> Changes:
     loss = np.stack([losses(each) - losses(before) for each in after], axis=1)
     curves = torch.stack([losses_on_grid(each, LABELS) for each in after], dim=1).numpy()
-    return Changes(loss, np.sign(-loss), curves, losses_on_grid(before, LABELS).numpy())
+    base = np.stack([losses(before), (before.argmax(1) == LABELS).double().numpy()], axis=1)
+    return Changes(loss, np.sign(-loss), curves, losses_on_grid(before, LABELS).numpy(), base)
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0])

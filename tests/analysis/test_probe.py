@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.probe import check_probed
 from vimoe.errors import VimoeError
 from vimoe.report.html_page import Page
 from vimoe.report.routing_section import add_routing_section
@@ -98,6 +97,16 @@ def test_it_is_in_the_evidence_its_file_and_the_report_and_only_where_it_was_ask
     assert {k: v for k, v in plain.to_dict()["layers"][0].items() if k != "probe"} == same
 
 
+def test_the_untouched_model_runs_once_for_it() -> None:
+    passes = []
+    for probe in (False, True):
+        model, calls = two_experts(), []
+        model.blocks[0].attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        vimoe.analyze(model, [(pictures(LOOKS), torch.tensor(LABELS))], draws=1, probe=probe)
+        passes.append(len(calls))
+    assert passes[1] == passes[0] + 2  # and once with the experts alone
+
+
 def test_a_group_without_images_has_no_figures() -> None:
     batch = (pictures([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]))
     (layer,) = vimoe.analyze(two_experts(), [batch], draws=1, probe=True).layers
@@ -125,5 +134,3 @@ def test_what_cannot_be_probed_is_refused_before_any_work() -> None:
     soft = upcycle(vit(), config(router="soft", routing="token"))
     assert "moe.router='soft' and 4 experts: expected at least 2" in refused(soft)
     assert "1 experts" in refused(upcycle(vit(), config(num_experts=1)))
-    with pytest.raises(VimoeError, match="in 2 processes: expected one"):
-        check_probed({}, by_patch=False, overrule=None, processes=2)

@@ -14,7 +14,7 @@ from vimoe.metrics.classification import ImageScore
 
 def changes(loss: np.ndarray, right: np.ndarray) -> Changes:
     """By a metric without a temperature."""
-    return Changes(loss, right, np.empty((*loss.shape, 0)), np.empty((len(loss), 0)))
+    return Changes(loss, right, np.empty((*loss.shape, 0)), np.empty((len(loss), 0)), np.zeros((len(loss), 2)))
 
 
 def effect(value: float, half: float = 0.0) -> Effect:

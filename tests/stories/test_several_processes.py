@@ -234,9 +234,11 @@ def test_other_verbs_share_the_images_and_give_what_one_gives(
     predicted = shared("predict", theirs, photos / "test", photos / "val", "--top=2", count=count)
     assert_alike(call(capsys, "predict", ours, photos / "test", photos / "val", "--top=2"), predicted)
     assert len(predicted["predictions"]) == 18
-    found = shared("analyze", theirs, "--overrule=7", count=count)
+    found = shared("analyze", theirs, "--overrule=7", "--probe=true", count=count)
     assert_alike(
-        call(capsys, "analyze", ours, "--overrule=7") | {key: found[key] for key in ("routing", "report")}, found
+        call(capsys, "analyze", ours, "--overrule=7", "--probe=true")
+        | {key: found[key] for key in ("routing", "report")},
+        found,
     )
     assert_alike(*(json.loads((run / "routing.json").read_text()) for run in (ours, theirs)))
     assert {each.name for each in theirs.rglob("*")} == {each.name for each in ours.rglob("*")}

@@ -94,7 +94,7 @@ def analyze(
         ConfigError: if there are not as many sequences as images, no such metric is registered, or the parent has no
             FFN in the place of a layer.
         VimoeError: if the model has no MoE layer, is optimised, or has a loss that is not finite; or if experts are to
-            be probed where images have no class, or cannot be sent to one expert, or by several processes.
+            be probed where images have no class, or cannot be sent to one expert.
         DataError: if the loader is empty, in one process or all, gives no pairs of tensors that the model takes, or
             gives other images when it is read again; or if the metric gives classes of another shape or range than it
             says.
@@ -121,7 +121,7 @@ def analyze(
     most = decisions.KEPT_IMAGES if overrule is None else overrule
     subjects = Subjects(model, loader, list(layers), most, metric, process)
     if probe:
-        check_probed(layers, subjects.metric.by_patch, overrule, subjects.process.count)
+        check_probed(layers, subjects.metric.by_patch, overrule)
     base, seen = observe(model, subjects, layers, seed, "observing the routing" if progress else "")
     if sequences is not None and len(sequences) != base.images:
         raise ConfigError(f"{len(sequences)} sequences of {base.images} images: expected one for each image")

@@ -45,16 +45,18 @@ class Changes:
         loss, right: (I, V) changes of the loss in nats, and of the share right.
         curves: (I, V, M) losses of the overruled model by temperature.
         untouched: (I, M) losses of the untouched model by temperature.
+        base: (I, 2) loss and share right of the untouched model.
     """
 
     loss: np.ndarray
     right: np.ndarray
     curves: np.ndarray
     untouched: np.ndarray
+    base: np.ndarray
 
     def columns(self, some: slice) -> Changes:
         """Return the changes by some of the interventions."""
-        return Changes(self.loss[:, some], self.right[:, some], self.curves[:, some], self.untouched)
+        return Changes(self.loss[:, some], self.right[:, some], self.curves[:, some], self.untouched, self.base)
 
     def beside(self, more: Changes) -> Changes:
         """Return the changes by these interventions and by more of them, of the same untouched model."""
@@ -62,11 +64,11 @@ class Changes:
             np.concatenate(pair, axis=1)
             for pair in ((self.loss, more.loss), (self.right, more.right), (self.curves, more.curves))
         )
-        return Changes(loss, right, curves, self.untouched)
+        return Changes(loss, right, curves, self.untouched, self.base)
 
     def then(self, later: Changes) -> Changes:
         """Return the changes by these interventions and later ones, measured on the model that these gave."""
-        return Changes(self.loss + later.loss, self.right + later.right, later.curves, self.untouched)
+        return Changes(self.loss + later.loss, self.right + later.right, later.curves, self.untouched, self.base)
 
     def chosen(self, images: np.ndarray, columns: np.ndarray) -> Changes:
         """Return changes that are composed of those by several interventions, image by image.
@@ -77,7 +79,7 @@ class Changes:
         """
         rows = images[:, None]
         loss, right, curves = (each[rows, columns] for each in (self.loss, self.right, self.curves))
-        return Changes(loss, right, curves, self.untouched[images])
+        return Changes(loss, right, curves, self.untouched[images], self.base[images])
 
     @property
     def calibrates(self) -> bool:

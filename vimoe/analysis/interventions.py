@@ -309,7 +309,7 @@ def _scores(metric: Metric, outputs: Tensor, labels: Tensor) -> Tensor:
 def _changes(before: Tensor, after: Tensor) -> Changes:
     """Changes from scores (I, 2 + M) of the untouched model to those (I, V, 2 + M) of the overruled one."""
     loss, right = (after[..., :2] - before[:, None, :2]).double().numpy().transpose(2, 0, 1)
-    return Changes(loss, right, after[..., 2:].numpy(), before[:, 2:].numpy())
+    return Changes(loss, right, after[..., 2:].numpy(), before[:, 2:].numpy(), before[:, :2].double().numpy())
 
 
 def _outputs(

@@ -14,14 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from vimoe.analysis.interventions import Only, Subjects, measure
 from vimoe.analysis.statistics import Interval, mean_intervals
 from vimoe.errors import VimoeError
 from vimoe.moe import MoE
-
-_AT_ONCE = 64  # images
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,8 @@ class Probe:
         return asdict(self)
 
 
-def check_probed(layers: Mapping[str, MoE], by_patch: bool, overrule: int | None, processes: int = 1) -> None:
-    """Raise VimoeError for a model, labels, or a number of images or processes that experts cannot be probed with."""
-    if processes > 1:
-        raise VimoeError(f"probe=True in {processes} processes: expected one; probe without a launcher")
+def check_probed(layers: Mapping[str, MoE], by_patch: bool, overrule: int | None) -> None:
+    """Raise VimoeError for a model, labels, or a number of images that experts cannot be probed with."""
     if overrule == 0:
         raise VimoeError("probe=True with overrule=0: expected at least 2 images to measure on, or None for all")
     if by_patch:
@@ -83,15 +78,12 @@ def probe(
         sequences: sequences that are resampled for the intervals.
         task: name of the progress bar; none is shown without it.
     """
-    before = torch.cat([
-        torch.stack(subjects.metric.of_each_image(outputs, targets), dim=1).double().cpu()
-        for _, outputs, _, targets, _ in subjects.records(list(layers), _AT_ONCE, task)
-    ]).numpy()  # fmt: skip
     plan = {name: [Only(expert) for expert in range(layer.config.num_experts)] for name, layer in layers.items()}
     found = {}
     for name, changes in measure(subjects, plan, task).items():
-        alone = np.stack([before[:, 0, None] + changes.loss, before[:, 1, None] + changes.right])
-        found[name] = _probe(alone, before.T, tables[name], labels, seed, sequences)
+        before = changes.base.T
+        alone = np.stack([before[0, :, None] + changes.loss, before[1, :, None] + changes.right])
+        found[name] = _probe(alone, before, tables[name], labels, seed, sequences)
     return found
 
 
