@@ -112,7 +112,7 @@ def _answer(argv: list[str], as_json: bool) -> str:
             f"their work; start it without a launcher"
         )
     _log_to_stderr()
-    text, values = VERBS[argv[0]](argv[0], argv[1:])
+    text, values = VERBS[argv[0]](argv[1:])
     return json.dumps({"schema": SCHEMA, "command": argv[0], **values}) if as_json else text
 
 

@@ -117,13 +117,13 @@ def test_a_file_that_is_too_large_is_not_read_to_its_end(address: str, monkeypat
 def test_a_port_that_cannot_be_had_is_told_before_any_work(
     address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vimoe.verbs.open_run", lambda path: path)
+    monkeypatch.setattr("vimoe.verbs.explore.open_run", lambda path: path)
     monkeypatch.setattr("vimoe.explore.session.Session", None)
     told = refused(capsys, "explore", tmp_path, "--port", address.rpartition(":")[2])
     assert "--port" in told and "expected a free port" in told
     for port in (-1, 70000):
         assert f"--port {port}: expected 0 to 65535" in refused(capsys, "explore", tmp_path, f"--port={port}")
-    monkeypatch.setattr("vimoe.verbs.find_spec", lambda name: name == "starlette")
+    monkeypatch.setattr("vimoe.verbs.explore.find_spec", lambda name: name == "starlette")
     assert "needs starlette and uvicorn" in refused(capsys, "explore", tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_page_does_not_take_the_place_of_another(
 ) -> None:
     data = tmp_path / "data"
     settings = SimpleNamespace(data=SimpleNamespace(path=str(data)))
-    monkeypatch.setattr("vimoe.verbs.open_run", lambda path: SimpleNamespace(settings=settings))
+    monkeypatch.setattr("vimoe.verbs.explore.open_run", lambda path: SimpleNamespace(settings=settings))
     monkeypatch.setattr("vimoe.explore.session.Session", None)  # the mistake is told before any work
     (tmp_path / "index.html").write_text("mine", encoding="utf-8")
     told = refused(capsys, "explore", tmp_path, "--static", tmp_path)

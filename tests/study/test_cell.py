@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verb(name: str, *argv: str) -> dict:
-    return VERBS[name](name, [*argv])[1]
+    return VERBS[name]([*argv])[1]
 
 
 def run(study: Study, cell: Cell, keep: bool = False, values: dict[str, str] = VALUES) -> bool:
@@ -55,7 +55,7 @@ def test_a_cell_of_the_search_never_sees_test(tmp_path: Path) -> None:
 
 def test_a_cell_has_the_analysis_and_the_score_after_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vimoe.analysis.pruning._TIMED_SECONDS", 0.1)
-    monkeypatch.setattr("vimoe.verbs.DRAWS", 4)
+    monkeypatch.setattr("vimoe.verbs.analyze.DRAWS", 4)
     study = write_study(tmp_path)
     cell = study.final_cells("digits", "vimoe", 1e-3)[0]
     assert run(study, cell)
@@ -139,7 +139,7 @@ def test_a_cell_of_scenes_has_its_metric_and_its_cost_is_that_of_the_vit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vimoe.analysis.pruning._TIMED_SECONDS", 0.1)
-    monkeypatch.setattr("vimoe.verbs.DRAWS", 4)
+    monkeypatch.setattr("vimoe.verbs.analyze.DRAWS", 4)
     scenes(tmp_path / "scenes", height=24, width=40)
     base = {
         "model": {**TINY["base"]["model"], "decoder": "linear"},
