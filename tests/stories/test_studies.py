@@ -188,6 +188,15 @@ def test_a_cell_that_another_process_has_is_no_failure(tmp_path: Path, capsys: p
         assert answer(capsys, *argv, "--cell", cell.name)["done"] is False
 
 
+def test_what_has_changed_since_the_workers_began_is_not_computed_under_another_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = write_study(tmp_path).search_cells("digits", "dense")[0]
+    argv = [str(tmp_path), "--set", "DIGITS=digits", "--cell", cell.name, "--key", "older"]
+    assert "vimoe's code have changed since the workers began" in refused(capsys, *argv)
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_dry_run_of_slurm_prints_the_jobs_and_needs_no_submitit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,10 @@ def test_a_cell_in_a_process_has_a_log_until_it_is_there(tmp_path: Path) -> None
     command = [sys.executable, "-c", "import sys; print(sys.argv[1:], '\\n'); sys.exit(3 * ('bad' in sys.argv))"]
     assert Processes([*command, "good"], tmp_path / "runs").run(cell, "k") is None
     assert not list((tmp_path / "runs").iterdir())
-    assert Processes([*command, "bad"], tmp_path / "runs").run(cell, "k") == f"['bad', '--cell', '{cell.name}'] "
+    assert (
+        Processes([*command, "bad"], tmp_path / "runs").run(cell, "k")
+        == f"['bad', '--cell', '{cell.name}', '--key', 'k'] "
+    )
     assert [log.name for log in (tmp_path / "runs").iterdir()] == [f"{cell.name}.k.log"]
     silent = [sys.executable, "-c", "import sys; sys.exit(3)"]
     assert Processes(silent, tmp_path / "others").run(cell, "k") == "exit status 3"

@@ -43,12 +43,26 @@ class Work:
         self.study, self.keys, self.pairs = study, study.keys(inputs, code), pairs
         self.environment = Environment(values=values, inputs=inputs, code=code, runs=runs, verb=verb, keep=keep)
 
-    def compute(self, name: str) -> bool:
-        """Compute the cell of this name in this process; return False if another process has it."""
+    def compute(self, name: str, key: str | None = None) -> bool:
+        """Compute the cell of this name in this process; return False if another process has it.
+
+        Args:
+            name: name of the cell.
+            key: key that the cell has to have; by default any.
+
+        Raises:
+            ConfigError: if there is no such cell, or it has another key.
+        """
         if name not in self.cells:
             raise ConfigError(f"--cell {name}: {choice(name, list(self.cells))}")
         cell = self.cells[name]
-        return compute(self.study, cell, self.keys[cell.fingerprint][0], self.environment)
+        own = self.keys[cell.fingerprint][0]
+        if key not in (None, own):  # else its worker would look for another file, and begin it again for ever
+            raise ConfigError(
+                f"--cell {name}: settings, data or vimoe's code have changed since the workers began: expected the "
+                f"same; stop them, and start again"
+            )
+        return compute(self.study, cell, own, self.environment)
 
     def queue(self, arms: Sequence[str] = ()) -> Queue:
         """Return the cells that are left of these arms, of all if none is named."""
@@ -74,7 +88,7 @@ class Processes:
     """Cells in processes of their own, each with a log in the runs folder, which goes when the cell is there.
 
     Args:
-        command: command to which --cell NAME is added.
+        command: command to which --cell NAME --key KEY is added.
         runs: folder for run folders and claims.
     """
 
@@ -89,7 +103,11 @@ class Processes:
         with log.open("ab") as out:
             # a session of its own: Ctrl-C comes here alone, and ends it once, with a checkpoint
             process = subprocess.Popen(
-                [*self.command, "--cell", cell.name], stdout=out, stderr=out, env=_environment(), start_new_session=True
+                [*self.command, "--cell", cell.name, "--key", key],
+                stdout=out,
+                stderr=out,
+                env=_environment(),
+                start_new_session=True,
             )
         self._running.add(process)
         status = process.wait()

@@ -43,7 +43,10 @@ def study(argv: list[str]) -> Result:
 def _parser(new: bool) -> Parser:
     """Return the parser of the verb; `new` adds the options of `vimoe train`."""
     parser = parser_of(
-        study, runs="folder for run folders (default: runs/FOLDER)", cell="compute this cell alone, here"
+        study,
+        runs="folder for run folders (default: runs/FOLDER)",
+        cell="compute this cell alone, in this process",
+        key="with --cell: the hash that its file is to have, of settings, data and code (default: any)",
     )
     parser.add_argument("folder", help="folder of study.yaml, the results, and README.md with the tables")
     for flag, text in {
@@ -72,7 +75,7 @@ def _work(asked: Study, options: Any) -> Result:
     runs = Path(options["runs"] or Path("runs", asked.folder.resolve().name))
     work = Work(asked, options["set"], runs, lambda name, *given: STEPS[name]([*given])[1], options["keep"])
     if options["cell"]:
-        there = work.compute(options["cell"])
+        there = work.compute(options["cell"], options["key"])
         return f"{options['cell']}: {'done' if there else 'another process has it'}", {"done": there}
     check_page(asked.folder)
     queue = work.queue(options["arms"])
