@@ -156,6 +156,9 @@ def test_values_come_from_the_command_line_before_the_environment(monkeypatch: p
         ({"seeds": [0.5]}, "seeds=0.5: expected a whole number"), ({"control": ["dense"]}, "control: arm .'dense'."),
         ({"code": "a8c346183dc1"}, "code is 'a8c346183dc1': expected a list"),
         ({"code": [123]}, "code: 123: expected digests"),
+        ({"paths": {"DIGITS": 123}}, "paths: 123: expected paths by name"), ({"paths": ["a"]}, "paths is .*by name"),
+        ({"explored": {"E": {"of": "dens", "against": "dense", "margin": 1}}}, "explored.E: arm 'dens'"),
+        ({"explored": {"E": {"of": ["dense"], "against": "dense", "margin": 1}}}, "explored.E: .*: expected one arm"),
     ],
 )  # fmt: skip
 def test_a_mistaken_study_is_refused_in_one_line(tmp_path: Path, change: dict, message: str) -> None:

@@ -76,6 +76,17 @@ def test_tables_pair_by_seed_and_regenerate_without_a_difference(tmp_path: Path)
     assert {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == figures
 
 
+def test_what_was_not_declared_stands_apart_and_widens_nothing(tmp_path: Path) -> None:
+    explored = {"E": {"of": "vimoe", "against": "dense", "margin": 0.5}}
+    study = fill(write_study(tmp_path, explored=explored))
+    write_report(study)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert row(text, "C", "vimoe", "dense", "2")[4] == "+3.50 [-9.23, +16.23]"
+    # one comparison: t(0.975, 1) = 12.706, half = 12.706 * 0.7071 / sqrt(2) = 6.353
+    assert row(text, "E", "vimoe", "dense", "2")[4] == "+3.50 [-2.85, +9.85]"
+    assert text.index("Not declared before the runs") > text.index("| C |")
+
+
 def test_calibration_stands_in_the_table_where_evaluate_gives_it(tmp_path: Path) -> None:
     study = fill(write_study(tmp_path))
     write_report(study)

@@ -10,8 +10,8 @@ from vimoe.config.checks import LARGEST_SEED, check_count, check_range
 from vimoe.config.settings import SECTIONS
 from vimoe.errors import ConfigError, choice, nearest
 
-PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts", "code", "paths")
-NEEDED = PARTS[:-3]
+PARTS = ("control", "seeds", "search", "base", "data", "arms", "contrasts", "explored", "code", "paths")
+NEEDED = PARTS[:-4]
 NAME = re.compile(r"[\w-]+")  # no dot: it separates the parts of a cell's name
 AFTER = ("analyze", "prune", "merge_all")  # in this order; vimoe.study.one_cell computes them
 STAGES = ("prune", "merge_all")  # steps that leave another model, whose score "ARM/STEP" is
@@ -34,8 +34,11 @@ def check_study(given: Any) -> None:
             _check_settings(f"{part}.{name}", values, beside)
     _check_steps(given["arms"])
     _check_outcome("control", given["control"], given["arms"])
-    for name, contrast in _by_name("contrasts", given.get("contrasts") or {}).items():
-        _check_contrast(f"contrasts.{name}", contrast, given["arms"])
+    for part in ("contrasts", "explored"):
+        for name, contrast in _by_name(part, given.get(part) or {}).items():
+            _check_contrast(f"{part}.{name}", contrast, given["arms"])
+            if part == "explored" and isinstance(contrast["of"], list):
+                raise ConfigError(f"explored.{name}: of={contrast['of']}: expected one arm; name one")
     _check_seeds(given, _check_rates(given))
     _check_texts("code", _list("code", given.get("code") or []), "digests of the package")
     _check_texts("paths", _by_name("paths", given.get("paths") or {}).values(), "paths by name")

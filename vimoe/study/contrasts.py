@@ -54,18 +54,31 @@ class Answer:
 
 
 def answers(results: Results, data: str) -> list[Answer]:
-    """Return the answers to all contrasts on a data set."""
-    return [answer(results, data, name, each) for name, each in results.study.contrasts.items()]
+    """Return the answers to the declared contrasts on a data set."""
+    declared = results.study.contrasts
+    return [answer(results, data, name, each, len(declared)) for name, each in declared.items()]
 
 
-def answer(results: Results, data: str, name: str, contrast: Contrast) -> Answer:
-    """Return the answer to a contrast on a data set, from the cells that are there."""
+def explorations(results: Results, data: str) -> list[Answer]:
+    """Return the answers to the comparisons that were not declared, each with an interval of its own."""
+    return [answer(results, data, name, each) for name, each in results.study.explored.items()]
+
+
+def answer(results: Results, data: str, name: str, contrast: Contrast, comparisons: int = 1) -> Answer:
+    """Return the answer to a contrast on a data set, from the cells that are there.
+
+    Args:
+        results: cells of the study.
+        data: name of the data set.
+        name: name of the contrast.
+        contrast: the contrast.
+        comparisons: number of intervals that shall hold together.
+    """
     of, margin = results.candidate(data, contrast.candidates), results.study.margin(data, contrast)
     mine = results.outcome(data, of) if of else {}
     theirs = results.outcome(data, contrast.against)
     if of is None or not mine.keys() & theirs.keys():
         return Answer(name, of, contrast.against, margin)
-    comparisons = len(results.study.contrasts)
     points = differences(mine, theirs, names_of(mine).judge, 100)
     found = interval(points, comparisons)
     routes = None if "/" in of else routes_cost(list(results.final(data, of).values()))

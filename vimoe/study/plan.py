@@ -186,7 +186,15 @@ class Study:
     @cached_property
     def contrasts(self) -> dict[str, Contrast]:
         """Declared contrasts, by name."""
-        return {name: Contrast(**values) for name, values in (self._given.get("contrasts") or {}).items()}
+        return self._contrasts("contrasts")
+
+    @cached_property
+    def explored(self) -> dict[str, Contrast]:
+        """Comparisons that were not declared before the runs, by name. Nothing is chosen or widened by them."""
+        return self._contrasts("explored")
+
+    def _contrasts(self, part: str) -> dict[str, Contrast]:
+        return {name: Contrast(**values) for name, values in (self._given.get(part) or {}).items()}
 
     @property
     def paths(self) -> dict[str, str]:

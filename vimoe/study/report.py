@@ -10,7 +10,15 @@ from vimoe.study.contrasts import Answer, answers
 from vimoe.study.figures import draw
 from vimoe.study.plan import FILE, Study
 from vimoe.study.results import Results
-from vimoe.study.tables import arms_table, contrasts_table, effects_table, layers_table, notes, search_table
+from vimoe.study.tables import (
+    arms_table,
+    contrasts_table,
+    effects_table,
+    explored_table,
+    layers_table,
+    notes,
+    search_table,
+)
 
 PAGE = "README.md"
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
@@ -60,6 +68,6 @@ def section(results: Results, data: str) -> str:
     final = sum(len(results.final(data, arm)) for arm in results.study.arms)
     wanted = sum(len(results.study.seeds_of(data, arm)) for arm in results.study.arms)
     head = f"### {data}\n\n{search} cells of the search, {final} of {wanted} cells at the chosen rates."
-    tables = [contrasts_table, arms_table, layers_table, effects_table, search_table]
+    tables = [contrasts_table, explored_table, arms_table, layers_table, effects_table, search_table]
     parts = [head, *(table(results, data) for table in tables), *draw(results, data), notes(results, data)]
     return "\n\n".join(part for part in parts if part)

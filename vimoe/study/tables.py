@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from vimoe.metrics.registry import shown
-from vimoe.study.contrasts import Answer, answers, differences, layer_names, names_of, shown_mean
+from vimoe.study.contrasts import Answer, answers, differences, explorations, layer_names, names_of, shown_mean
 from vimoe.study.paired import EXACT, interval
 from vimoe.study.results import Results
 
@@ -25,7 +25,17 @@ EFFECTS: dict[str, Callable[[Any], Any]] = {
 
 def contrasts_table(results: Results, data: str) -> str:
     """Return the declared contrasts with their verdicts; "" before the first one can be computed."""
-    found = answers(results, data)
+    return _answers_table(results, answers(results, data))
+
+
+def explored_table(results: Results, data: str) -> str:
+    """Return the comparisons that were not declared; "" before the first one can be computed."""
+    if not (table := _answers_table(results, explorations(results, data))):
+        return ""
+    return f"Not declared before the runs, so each interval is 95% for itself:\n\n{table}"
+
+
+def _answers_table(results: Results, found: list[Answer]) -> str:
     if all(each.difference is None for each in found):
         return ""
     head = ["contrast", "of", "against", "seeds", "difference, points", "p, signs", "loss", "routes permuted, nats",
