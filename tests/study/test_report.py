@@ -17,7 +17,7 @@ from vimoe.study.figures import draw
 from vimoe.study.plan import Study
 from vimoe.study.report import write_report
 from vimoe.study.results import Results, best
-from vimoe.study.tables import contrast_row
+from vimoe.study.tables import at_an_end, contrast_row
 
 TOP1 = {"dense": (0.50, 0.52), "vimoe": (0.53, 0.56)}  # of the seeds 0 and 1
 
@@ -64,6 +64,7 @@ def test_tables_pair_by_seed_and_regenerate_without_a_difference(tmp_path: Path)
     assert row(text, "vimoe", "0.003", "2")[3:5] == ["54.50 ± 2.12", contrast[4]]
     assert row(text, "dense", "0.003", "2")[3:5] == ["51.00 ± 1.41", ""]
     assert row(text, "vimoe", "60.00 ± 0.00")[2:] == ["70.00 ± 0.00", "0.003"]
+    assert "\nChosen at an end of the grid, beyond which a rate may be better: dense (0.003), vimoe (0.003).\n" in text
     assert row(text, "vimoe", "blocks.1.mlp", "2")[3] == "0.900 [0.900, 0.900]"
     assert row(text, "vimoe", "blocks.1.mlp", "routes permuted", "2")[4:] == [
         "+0.300 [+0.300, +0.300]", "-3.00 [-3.00, -3.00]",
@@ -137,6 +138,15 @@ def test_cells_at_a_rate_that_was_not_chosen_are_not_counted_as_such(tmp_path: P
     put(study, study.final_cells("digits", "dense", 1e-3)[0], 0.5)
     write_report(study)
     assert "8 cells of the search, 4 of 4 cells" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_a_rate_between_others_or_alone_is_at_no_end(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for folder, rates, chosen in ((tmp_path, [1e-3, 3e-3, 9e-3], 3e-3), (tmp_path / "one", [3e-3], 3e-3)):
+        study = write_study(folder, search={"rates": rates, "seeds": [10]})
+        for cell in study.search_cells("digits", "dense"):
+            put(study, cell, 0.7 if cell.rate == chosen else 0.6)
+        assert not at_an_end(Results.read(study), "digits")
 
 
 def test_candidates_at_one_rate_are_chosen_on_validation(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from vimoe.errors import FolderError
 from vimoe.files import read_text, write_text
-from vimoe.study.contrasts import Answer, answers
 from vimoe.study.figures import draw
 from vimoe.study.plan import FILE, Study
 from vimoe.study.results import Results
@@ -45,8 +44,8 @@ def _around_marks(page: Path) -> tuple[str, str]:
     return before, after
 
 
-def write_report(study: Study) -> dict[str, list[Answer]]:
-    """Write the tables into README.md of the study, the figures beside it, and return the answers by data set.
+def write_report(study: Study) -> Results:
+    """Write the tables into README.md of the study, and the figures beside it; return the cells that they show.
 
     A folder without README.md gets one; in one that is there, all but the text between the marks stays.
     """
@@ -56,7 +55,7 @@ def write_report(study: Study) -> dict[str, list[Answer]]:
     if not page.exists():
         write_text(page, EMPTY)
     put_between_marks(page, "\n\n".join(sections))
-    return {data: answers(results, data) for data in study.data}
+    return results
 
 
 def section(results: Results, data: str) -> str:

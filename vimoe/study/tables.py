@@ -173,7 +173,15 @@ def search_table(results: Results, data: str) -> str:
             means = [spread(found[rate], judge, 100, ".2f") for rate in results.study.rates]
             rows.append([arm, *means, f"{results.rate(data, arm):g}"])
     head = ["arm", *(f"validation at {rate:g}, %" for rate in results.study.rates), "chosen"]
-    return markdown(head, rows) if rows else ""
+    return "\n\n".join([markdown(head, rows), *filter(None, [at_an_end(results, data)])]) if rows else ""
+
+
+def at_an_end(results: Results, data: str) -> str:
+    """Return a sentence on the arms whose chosen rate is the lowest or the highest, if there are several rates."""
+    ends = {min(results.study.rates), max(results.study.rates)}
+    chosen = {arm: results.rate(data, arm) for arm in results.study.arms if results.searched(data, arm)}
+    arms = [f"{arm} ({rate:g})" for arm, rate in chosen.items() if rate in ends and len(ends) > 1]
+    return f"Chosen at an end of the grid, beyond which a rate may be better: {', '.join(arms)}." if arms else ""
 
 
 def notes(results: Results, data: str) -> str:

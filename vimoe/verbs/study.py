@@ -102,10 +102,14 @@ def _work(asked: Study, options: Any) -> Result:
 
 def _tables(asked: Study) -> Result:
     """Write the page of a study, and return what it answers."""
+    from vimoe.study.contrasts import answers
     from vimoe.study.report import PAGE, write_report
+    from vimoe.study.tables import at_an_end
 
-    found = write_report(asked)
-    lines = [f"{data}: {answer}" for data, answers in found.items() for answer in answers]
-    path = str(asked.folder / PAGE)
+    results, path = write_report(asked), str(asked.folder / PAGE)
+    found = {data: answers(results, data) for data in asked.data}
+    lines = [
+        f"{data}: {answer}" for data in found for answer in (*found[data], at_an_end(results, data)) if str(answer)
+    ]
     values = {data: [answer.to_dict() for answer in answers] for data, answers in found.items()}
     return "\n".join([*lines, path]), {"contrasts": values, "report": path}
