@@ -1186,6 +1186,34 @@ MUTANTS: tuple[Mutant, ...] = (
         "guess == c",
         ("metrics/test_contours.py",),
     ),
+    Mutant(
+        name="an interval of a study is not widened for its contrasts",
+        module="study/contrasts.py",
+        text="name, each, len(declared))",
+        instead="name, each)",
+        tests=("study/test_report.py",),
+    ),
+    Mutant(
+        name="a study chooses the worst rate",
+        module="study/results.py",
+        text="return min(val, key=lambda name: (ranks[name], losses[name]))",
+        instead="return max(val, key=lambda name: (ranks[name], losses[name]))",
+        tests=("study/test_report.py",),
+    ),
+    Mutant(
+        name="a cell whose code changed is written under another name",
+        module="study/work.py",
+        text="if key not in (None, own):",
+        instead="if False:",
+        tests=("stories/test_studies.py",),
+    ),
+    Mutant(
+        name="an interrupted study leaves its trainings running",
+        module="study/queue.py",
+        text="self.processes.end()",
+        instead="pass",
+        tests=("study/test_queue.py",),
+    ),
 )
 
 
