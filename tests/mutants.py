@@ -502,8 +502,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "several removals are compared with the model before the last one",
         "analysis/changes.py",
-        "later.curves, self.untouched)",
-        "later.curves, later.untouched)",
+        "later.curves, self.untouched, self.base)",
+        "later.curves, later.untouched, self.base)",
         ("analysis/test_changes.py",),
     ),
     Mutant(
