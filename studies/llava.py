@@ -41,6 +41,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vimoe
+from vimoe.study.paired import interval
 from vimoe.training.moe_tuning import Stage, moe_tune, token_loads
 
 SIDE, PATCHES = 84, 36  # pixels of an image, and patches of 14 pixels in it
@@ -354,6 +355,28 @@ def ask(out: Path, model: Path, image: Path, question: str) -> str:
     return " ".join(names[int(number)] for number in made[0, ids.shape[1] :] if int(number) != words[END])
 
 
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the scores of stage III as Markdown: means over seeds, and paired differences with 95% intervals.
+
+    Args:
+        results: what `run` returns, by seed.
+    """
+    tuned, dense = ARMS
+    rows = ["| | " + f"{tuned} | {dense} | difference |", "|---|---|---|---|"]
+    kinds = list(next(iter(results.values()))[tuned]["accuracy"])
+    for kind in (*kinds, None):
+        of = [
+            [found[arm]["loss"] if kind is None else 100 * found[arm]["accuracy"][kind] for found in results.values()]
+            for arm in (tuned, dense)
+        ]
+        change = interval([a - b for a, b in zip(*of, strict=True)])
+        form = ".4f" if kind is None else ".1f"
+        means = [f"{sum(values) / len(values):{form}}" for values in of]
+        ends = f"{change.value:+{form}} [{change.low:+{form}}, {change.high:+{form}}]"
+        rows.append(f"| {kind or 'loss, nats a word'}{', %' * (kind is not None)} | {' | '.join(means)} | {ends} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -374,6 +397,7 @@ def main() -> None:
     else:
         results = {str(seed): run(args.out, seed, args.times) for seed in range(args.seeds)}
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -66,3 +66,21 @@ def test_a_llava_gives_the_same_from_pixels_and_from_features(data: llava.Data, 
     seen = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     model.model.vision_tower = llava.Features()
     torch.testing.assert_close(model(**{**inputs, "pixel_values": seen}).logits, from_pixels, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_pairs_by_seed() -> None:
+    tuned, dense = llava.ARMS
+    scores = {"0": (0.5, 0.4), "1": (0.7, 0.5)}
+    results = {
+        seed: {
+            tuned: {"loss": 1 + more, "accuracy": {"bird: name": more}},
+            dense: {"loss": 1 + less, "accuracy": {"bird: name": less}},
+        }
+        for seed, (more, less) in scores.items()
+    }
+    # differences of 10 and 20 points: t(0.975, 1) = 12.706, half = 12.706 * 7.071 / sqrt(2) = 63.5
+    lines = llava.table(results).splitlines()
+    assert lines[2:] == [
+        "| bird: name, % | 60.0 | 45.0 | +15.0 [-48.5, +78.5] |",
+        "| loss, nats a word | 1.6000 | 1.4500 | +0.1500 [-0.4853, +0.7853] |",
+    ]
