@@ -7,9 +7,10 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from helpers.studies import write_study
 
-from vimoe.study.work import Processes
+from vimoe.study.work import Processes, Work, gpus
 
 
 def test_a_cell_in_a_process_has_a_log_until_it_is_there(tmp_path: Path) -> None:
@@ -38,3 +39,39 @@ def test_what_runs_is_asked_to_end(tmp_path: Path) -> None:
     processes.end()
     thread.join(30)
     assert found == ["here"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "count", "names"),
+    [(None, 0, []), (None, 2, ["0", "1"]), ("4,6", 2, ["4", "6"]), ("GPU-a,b,9", 2, ["GPU-a", "b"]), ("", 0, [])],
+)  # fmt: skip
+def test_gpus_have_the_names_that_the_system_gave_them(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, count: int, names: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    if listed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert gpus() == names
+
+
+@pytest.mark.parametrize(("there", "seen"), [(["0", "1"], "0 0 1"), (["5"], "all all all"), ([], "all all all")])
+def test_workers_take_gpus_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], seen: str
+) -> None:
+    """Three workers; one GPU is that of the environment, as it is for a single training."""
+    study = write_study(tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("vimoe.study.work.gpus", lambda: there)
+    work = Work(study, ["DIGITS=digits"], tmp_path / "runs", lambda *_: {})
+    code = "import os, sys, time; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all')); time.sleep(1); sys.exit(1)"
+    monkeypatch.setattr(Work, "command", lambda self: [sys.executable, "-c", code])
+    processes, said = work.workers(work.queue(), 3, print).processes, []
+    cells = study.search_cells("digits", "dense")[:3]
+    threads = [threading.Thread(target=lambda c=cell: said.append(processes.run(c, "k"))) for cell in cells]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert " ".join(sorted(said)) == seen

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import vimoe
@@ -79,9 +80,14 @@ class Work:
         command += ["--datasets", *self.study.chosen] if self.study.chosen else []
         return [*command, *(["--keep"] if self.environment.keep else []), *more]
 
-    def workers(self, queue: Queue, say: Callable[[str], Any]) -> Workers:
-        """Return workers that compute each cell of a queue in a process of its own; `say` prints a line."""
-        return Workers(queue, Processes(self.command(), self.environment.runs), say)
+    def workers(self, queue: Queue, number: int, say: Callable[[str], Any]) -> Workers:
+        """Return workers that compute each cell of a queue in a process of its own, `number` of them at a time.
+
+        Several GPUs are taken in turns. `say` prints a line.
+        """
+        there = gpus()
+        devices = [there[worker % len(there)] if len(there) > 1 else None for worker in range(number)]
+        return Workers(queue, Processes(self.command(), self.environment.runs, devices), say)
 
 
 class Processes:
@@ -90,14 +96,25 @@ class Processes:
     Args:
         command: command to which --cell NAME --key KEY is added.
         runs: folder for run folders and claims.
+        devices: for each process that may run at a time the GPU that it sees; None for all that this one sees.
     """
 
-    def __init__(self, command: Sequence[str], runs: Path) -> None:
+    def __init__(self, command: Sequence[str], runs: Path, devices: Sequence[str | None] = (None,)) -> None:
         self.command, self.runs = list(command), runs
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._free: SimpleQueue[str | None] = SimpleQueue()
+        for device in devices:
+            self._free.put(device)
 
     def run(self, cell: Cell, key: str) -> str | None:
         """Compute a cell; return None, or the last line of its log if it failed."""
+        device = self._free.get()
+        try:
+            return self._run(cell, key, _environment(device))
+        finally:
+            self._free.put(device)
+
+    def _run(self, cell: Cell, key: str, environment: dict[str, str]) -> str | None:
         self.runs.mkdir(parents=True, exist_ok=True)
         log = self.runs / f"{cell.name}.{key}.log"
         with log.open("ab") as out:
@@ -106,7 +123,7 @@ class Processes:
                 [*self.command, "--cell", cell.name, "--key", key],
                 stdout=out,
                 stderr=out,
-                env=_environment(),
+                env=environment,
                 start_new_session=True,
             )
         self._running.add(process)
@@ -124,10 +141,20 @@ class Processes:
             process.terminate()
 
 
-def _environment() -> dict[str, str]:
-    """Return the environment in which this package is found first, wherever the command was started."""
+def gpus() -> list[str]:
+    """Return the names under which CUDA_VISIBLE_DEVICES lists the GPUs that this process sees."""
+    import torch
+
+    count = torch.cuda.device_count()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",")[:count] if listed else [str(number) for number in range(count)]
+
+
+def _environment(device: str | None) -> dict[str, str]:
+    """Return the environment in which this package is found first, wherever the command was started, and one GPU."""
     here = str(Path(vimoe.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))}
+    paths = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": paths, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
 
 
 def macs(cell: Cell, values: Mapping[str, str], verb: Verb) -> float:

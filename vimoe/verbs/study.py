@@ -85,7 +85,7 @@ def _work(asked: Study, options: Any) -> Result:
         job = work.command(*(["--arms", *options["arms"]] if options["arms"] else []))
         lines = submit(job, options["workers"], options["slurm"], runs / "slurm", options["dry_run"])
         return "\n".join(lines), {"jobs": lines}
-    workers = work.workers(queue, tell)
+    workers = work.workers(queue, options["workers"], tell)
     state = workers.state(options["workers"])
     if options["dry_run"]:
         ready, waiting = ([cell.name for cell in cells] for cells in queue.left(queue.done()))
