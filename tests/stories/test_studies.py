@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from helpers.pictures import folder
-from helpers.studies import put, write_study
+from helpers.studies import TINY, put, write_study
 
 import vimoe
 from vimoe.cli import main
-from vimoe.config.yaml_reader import read_yaml
+from vimoe.config.yaml_reader import read_yaml, write_yaml
 from vimoe.study.one_cell import claim
 from vimoe.study.plan import Study
 from vimoe.study.work import Work
@@ -39,28 +39,31 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_a_first_study_compares_the_vimoe_with_its_dense_vit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = answer(capsys, str(tmp_path / "mine"), "--new", "--data.path", "my photos/", *NEW, "--train.lr=3e-4")[
-        "study"
-    ]
+    photos = tmp_path / "my photos"
+    photos.mkdir()
+    argv = ["--data.path", f"{photos}/", *NEW, "--train.lr=3.5e-4"]
+    path = answer(capsys, str(tmp_path / "mine"), "--new", *argv)["study"]
     assert path == str(tmp_path / "mine" / "study.yaml")
     written = read_yaml(Path(path).read_text("utf-8"))
-    assert written["paths"] == {"DATA": "my photos/"} and list(written["data"]) == ["my-photos"]
+    assert written["paths"] == {"DATA": str(photos)} and list(written["data"]) == ["my-photos"]
     assert written["data"]["my-photos"] == {"data": {"path": "${DATA}", "workers": 0}}
-    assert written["search"]["rates"] == [1e-4, 3e-4, 9e-4]
+    assert written["search"]["rates"] == [1e-4, 3.5e-4, 1e-3]
     assert written["base"]["train"] == {"epochs": 1, "batch_size": 8} and written["base"]["model"]["img_size"] == 16
-    assert written["arms"]["dense"]["moe"] == {"layers": "none"} and written["arms"]["vimoe"]["moe"] == {
-        "layers": "last:1"
-    }
+    moe = {arm: of["moe"] for arm, of in written["arms"].items()}
+    assert moe["dense"] == {"layers": "none"} and moe["vimoe"] == {"layers": "last:1"}
     dense, wide = (Study(tmp_path / "mine").contrasts[f"beats-{arm}"] for arm in ("dense", "dense-wide"))
     assert (dense.of, dense.against, wide.against) == ("vimoe", "dense", "dense-wide")
 
 
 def test_a_first_study_takes_a_preset_and_trains_the_same_ffns_in_every_arm(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("photos", "dinov2"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
     argv = ["--config", "frozen-trunk", "--data.path", "photos", "--model.name", "local-dir:dinov2"]
     written = read_yaml(Path(answer(capsys, str(tmp_path), "--new", *argv)["study"]).read_text("utf-8"))
-    assert written["paths"] == {"DATA": "photos", "MODEL": "dinov2"}
+    assert written["paths"] == {"DATA": str(tmp_path / "photos"), "MODEL": str(tmp_path / "dinov2")}
     assert written["base"]["model"]["name"] == "local-dir:${MODEL}"
     assert written["base"]["train"]["train_only"] == "last:2" and "lr" not in written["base"]["train"]
     assert written["arms"]["vimoe"]["moe"] == {"layers": "last:2", "expert_dropout": 0.1}
@@ -69,9 +72,11 @@ def test_a_first_study_takes_a_preset_and_trains_the_same_ffns_in_every_arm(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--moe.layers=none", "--data.path=p"], "moe.layers='none' with --new"),
-        (["--train.seed=1", "--data.path=p"], "train.seed with --new"), ([], "--new needs data.path"),
-        (["--data.path=p", "--train.epoch=3"], "did you mean '--train.epochs'"),
+        (["--moe.layers=none", "--data.path=digits"], "moe.layers='none' with --new"),
+        (["--train.seed=1", "--data.path=digits"], "train.seed with --new"), ([], "--new needs data.path"),
+        (["--data.path=digits", "--train.epoch=3"], "did you mean '--train.epochs'"),
+        (["--data.path=p"], "data.path='p': no such folder"),
+        (["--data.path=digits", "--dry_run"], "--dry_run with --new: expected one of both"),
     ],
 )  # fmt: skip
 def test_settings_that_are_no_study_are_refused(
@@ -81,10 +86,34 @@ def test_settings_that_are_no_study_are_refused(
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "width"),
+    [
+        ([], 2), (["--moe.top_k=3", "--moe.num_experts=8"], 4), (["--moe.num_shared_experts=0", "--moe.top_k=2"], 2),
+        (["--moe.experts=lora", "--moe.rank=4"], 1), (["--moe.router=soft", "--moe.routing=token"], 1),
+        (["--moe.num_shared_experts=0", "--moe.top_k=1"], 1),
+    ],
+)  # fmt: skip
+def test_the_wide_dense_arm_activates_as_much_as_the_vimoe_or_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture, more: list[str], width: int
+) -> None:
+    answer(capsys, str(tmp_path), "--new", "--data.path=digits", *NEW, *more)
+    study = Study(tmp_path)
+    assert list(study.arms) == (["dense", "dense-wide", "vimoe"] if width > 1 else ["dense", "vimoe"])
+    if width > 1:
+        params = []
+        for arm in ("dense-wide", "vimoe"):
+            cell = study.final_cells("digits", arm, study.rates[0])[0]
+            (tmp_path / "cell.yaml").write_text(write_yaml({s: cell.settings[s] for s in ("model", "moe")}))
+            assert main(["count", "--config", str(tmp_path / "cell.yaml"), "--json"]) == 0
+            params.append(json.loads(capsys.readouterr().out.splitlines()[-1])["moe"]["activated_params"])
+        assert params[0] == pytest.approx(params[1], rel=0.01)  # but for the router
+
+
 def test_a_study_that_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_study(tmp_path)
     before = (tmp_path / "study.yaml").read_bytes()
-    assert "study.yaml is there" in refused(capsys, str(tmp_path), "--new", "--data.path=p")
+    assert "study.yaml is there" in refused(capsys, str(tmp_path), "--new", "--data.path=digits")
     assert (tmp_path / "study.yaml").read_bytes() == before
 
 
@@ -137,6 +166,8 @@ def test_a_dry_run_lists_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--arms", "dens"], "--arms dens: "), (["--set", "DIGITS"], "--set DIGITS: expected NAME=VALUE"),
         (["--cell", "digits.dense"], "--cell digits.dense: "), (["--workers", "0"], "--workers 0: expected at least 1"),
         (["--slurm", "name=[a", "--dry_run"], "--slurm name=[a: "), (["--datasets", "birds"], "--datasets birds: "),
+        (["--cell", "digits.dense.lr0.001.search10", "--dry_run"], "--dry_run with --cell: expected one of both"),
+        (["--key", "k"], "--key without --cell"), (["--report", "--arms", "dense"], "with --report: expected one of"),
         (["--slur", "a=1"], "unknown option --slur"),  # which a job would keep, and submit jobs in turn
     ],
 )  # fmt: skip
@@ -153,6 +184,32 @@ def test_a_page_without_marks_is_refused_before_anything_is_computed(
     write_study(tmp_path)
     (tmp_path / "README.md").write_text("My notes.")
     assert "README.md has no marks" in refused(capsys, str(tmp_path), "--set", "DIGITS=digits")
+
+
+def test_data_without_test_images_are_told_before_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = folder(tmp_path / "photos", 6)
+    base = {**TINY["base"], "data": {"workers": 0, "val_fraction": 0.34}}
+    write_study(tmp_path, base=base)
+    assert "digits: no test images: expected some" in refused(capsys, str(tmp_path), "--set", f"DIGITS={photos}")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+
+
+def test_the_page_keeps_the_data_sets_that_were_not_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {**TINY["data"], "other": {"data": {"path": "${DIGITS}", "images_per_class": 6}}}
+    made = write_study(tmp_path, data=data)
+    work = Work(made, ["DIGITS=digits"], tmp_path / "runs", lambda *_: {})
+    for name in data:
+        for arm in made.arms:
+            for cell in (*made.search_cells(name, arm), *made.final_cells(name, arm, 1e-3)):
+                put(made, cell, 0.5, key=work.keys[cell.fingerprint][0])
+    answer(capsys, str(tmp_path), "--report")
+    page = (tmp_path / "README.md").read_bytes()
+    assert answer(capsys, str(tmp_path), "--set", "DIGITS=digits", "--datasets", "other")["cells"] == 12
+    assert (tmp_path / "README.md").read_bytes() == page
 
 
 def test_a_report_needs_no_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

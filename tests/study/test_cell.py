@@ -10,7 +10,7 @@ from helpers.kills import Killed
 from helpers.kills import kill_after as kill_after
 from helpers.pictures import folder
 from helpers.scenery import scenes
-from helpers.studies import TINY, write_study
+from helpers.studies import TINY, put, write_study
 
 from vimoe.errors import DataError, VimoeError
 from vimoe.study import one_cell
@@ -97,6 +97,15 @@ def test_a_cell_that_is_claimed_or_there_is_not_computed(tmp_path: Path, monkeyp
     study.results.mkdir()
     file_of(study, cell, "k").write_text("{}")
     assert run(study, cell)
+
+
+def test_a_result_of_other_code_is_set_aside_by_the_new_one(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    cell, other = study.search_cells("digits", "dense")[:2]
+    older, left = put(study, cell, 0.5, key="older"), put(study, other, 0.5, key="older")
+    assert run(study, cell)
+    assert sorted(study.results.glob("*.json")) == sorted([file_of(study, cell, "k"), left])
+    assert (study.results / "older" / older.name).exists()
 
 
 def test_what_fails_leaves_no_cell(tmp_path: Path) -> None:

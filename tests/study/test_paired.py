@@ -48,7 +48,8 @@ def test_pairs_are_of_the_seeds_that_both_have() -> None:
         (0.1, 1, "better"), (0.1, 0.4, "better, by less than the margin"), (-1, -0.1, "worse"),
         (-0.4, -0.1, "worse, by less than the margin"), (-0.5, 0.5, "equivalent within the margin"),
         (-0.6, 0.2, "not decided"), (-0.2, 0.6, "not decided"), (-math.inf, math.inf, "not decided"),
-        (0, 1, "not decided"),
+        (0, 1, "not decided"), (2, 2, "not decided, for all differences are equal"),
+        (0, 0, "not decided, for all differences are equal"),
     ],
 )  # fmt: skip
 def test_verdicts(low: float, high: float, said: str) -> None:

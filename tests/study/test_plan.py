@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.studies import TINY, write_study
 
 from vimoe.errors import ConfigError
-from vimoe.study.plan import Cell, Study, code_version, digest_of_path, given_values, settings_of
+from vimoe.study.plan import Cell, Study, given_values, settings_of
 
 
 def final(study: Study, arm: str = "vimoe") -> Cell:
@@ -61,45 +61,10 @@ def test_what_changes_gets_another_key(tmp_path: Path, change: str) -> None:
     assert key != other.key(inputs, "k" if change == "code" else code)
 
 
-def test_a_path_is_known_by_its_files(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name / "cat").mkdir(parents=True)
-        (tmp_path / name / "cat/1.jpg").write_bytes(b"1")
-    first = digest_of_path(str(tmp_path / "a"))
-    assert first == digest_of_path(str(tmp_path / "b"))  # wherever it lies
-    (tmp_path / "b/cat/1.jpg").rename(tmp_path / "b/cat/2.jpg")
-    assert first != digest_of_path(str(tmp_path / "b"))
-    (tmp_path / "a/cat/1.jpg").write_bytes(b"2")
-    assert first != digest_of_path(str(tmp_path / "a"))
-
-
-def test_the_code_has_a_version() -> None:
-    assert code_version() == code_version() and len(code_version()) == 12
-
-
-def test_analysis_counts_where_something_is_analysed_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = tmp_path / "vimoe"
-    for part in ("analysis", "training", "report"):
-        (package / part).mkdir(parents=True)
-        (package / part / "one.py").write_text("1")
-    (package / "__init__.py").write_text("")
-    found = SimpleNamespace(origin=str(package / "__init__.py"))
-    monkeypatch.setattr("vimoe.study.plan.importlib.util.find_spec", lambda name: found)
-    before = code_version(False), code_version(True)
-    (package / "analysis/one.py").write_text("2")
-    assert code_version(False) == before[0] and code_version(True) != before[1]
-    between = code_version(True)
-    (package / "training/one.py").write_text("2")
-    assert code_version(False) != before[0] and code_version(True) not in (before[1], between)
-    between = code_version(True)
-    (package / "report/one.py").write_text("2")
-    assert code_version(True) == between
-
-
 def test_values_come_from_the_command_line_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIGITS", "theirs")
     paths = {"DIGITS": "last", "OTHER": "mine"}
-    assert given_values([], paths)["DIGITS"] == "theirs" and given_values([], paths)["OTHER"] == "mine"
+    assert given_values([], {})["DIGITS"] == "theirs" and given_values([], paths) == {**os.environ, **paths}
     assert given_values(["DIGITS=a=b"], paths)["DIGITS"] == "a=b"
     with pytest.raises(ConfigError, match="expected NAME=VALUE"):
         given_values(["DIGITS"], {})
@@ -108,7 +73,7 @@ def test_values_come_from_the_command_line_before_the_environment(monkeypatch: p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arm": {}}, "unknown part 'arm': did you mean"), ({"seeds": []}, "no seeds: expected it"),
+        ({"arm": {}}, "unknown part 'arm': did you mean"), ({"seeds": []}, "seeds is empty: expected a list"),
         ({"search": {"rates": [1], "seeds": [0]}}, r"search.seeds \[0\] are in seeds"),
         ({"data": {"digits": {"more_seeds": {"seeds": [5]}}}}, "digits.more_seeds: expected seeds and arms"),
         ({"data": {"digits": {"more_seeds": {"seeds": [5], "arms": ["dens"]}}}}, "arm 'dens'"),
@@ -156,9 +121,12 @@ def test_values_come_from_the_command_line_before_the_environment(monkeypatch: p
         ({"seeds": [0.5]}, "seeds=0.5: expected a whole number"), ({"control": ["dense"]}, "control: arm .'dense'."),
         ({"code": "a8c346183dc1"}, "code is 'a8c346183dc1': expected a list"),
         ({"code": [123]}, "code: 123: expected digests"),
+        ({"contrasts": {"C": {"of": "dense", "against": "dense", "margin": 1}}}, "contrasts.C: dense against itself"),
+        ({"search": {"rates": [0], "seeds": [10]}}, "search.rates=0: expected learning rates above 0"),
+        ({"search": {"rates": [1e-3, 1.000001e-3], "seeds": [10]}}, "search.rates is .*: expected rates of different"),
         ({"paths": {"DIGITS": 123}}, "paths: 123: expected paths by name"), ({"paths": ["a"]}, "paths is .*by name"),
         ({"explored": {"E": {"of": "dens", "against": "dense", "margin": 1}}}, "explored.E: arm 'dens'"),
-        ({"explored": {"E": {"of": ["dense"], "against": "dense", "margin": 1}}}, "explored.E: .*: expected one arm"),
+        ({"explored": {"E": {"of": ["vimoe"], "against": "dense", "margin": 1}}}, "explored.E: .*: expected one arm"),
     ],
 )  # fmt: skip
 def test_a_mistaken_study_is_refused_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
@@ -194,6 +162,11 @@ def test_a_missing_path_and_a_contradiction_are_told_before_a_training(tmp_path:
     base = {**TINY["base"], "train": {"batch_size": 32}}
     with pytest.raises(ConfigError, match="digits, dense: no train.epochs: expected a number.*set it in base"):
         write_study(tmp_path, base=base).check({"DIGITS": "digits"})
+    with pytest.raises(ConfigError, match="digits, dense: data.path='nowhere': no such folder"):
+        write_study(tmp_path).check({"DIGITS": "nowhere"})
+    arms = {**TINY["arms"], "dense": {"moe": {"layers": "none"}, "after": ["analyze", "prune"]}}
+    with pytest.raises(ConfigError, match="digits, dense: after: analyze, prune of an arm without MoE layers"):
+        write_study(tmp_path, arms=arms).check({"DIGITS": "digits"})
 
 
 def test_two_arms_of_the_same_settings_are_refused(tmp_path: Path) -> None:
@@ -202,7 +175,11 @@ def test_two_arms_of_the_same_settings_are_refused(tmp_path: Path) -> None:
         write_study(tmp_path, arms=arms).check({"DIGITS": "digits"})
 
 
-def test_a_path_that_looks_like_a_number_is_a_text_and_is_found_in_lists(tmp_path: Path) -> None:
+def test_a_path_that_looks_like_a_number_is_a_text_and_is_found_in_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "12e4").mkdir()
+    monkeypatch.chdir(tmp_path)
     base = {**TINY["base"], "model": {**TINY["base"]["model"], "args": {"files": ["${DIGITS}", "1e-3"]}}}
     study = write_study(tmp_path, base=base)
     study.check({"DIGITS": "12e4"})

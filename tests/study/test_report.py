@@ -11,7 +11,7 @@ from helpers.studies import TINY, put, score, write_study
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, FolderError
 from vimoe.study.contrasts import answer, routes_cost
 from vimoe.study.figures import draw
 from vimoe.study.plan import Study
@@ -27,7 +27,7 @@ def fill(study: Study) -> Study:
         for cell in study.search_cells("digits", arm):
             put(study, cell, {1e-3: 0.6, 3e-3: 0.7}[cell.rate])
         for cell in study.final_cells("digits", arm, 3e-3):
-            put(study, cell, TOP1[arm][cell.seed])
+            put(study, cell, TOP1[arm][cell.seed]) if cell.seed < 2 else None
     return study
 
 
@@ -246,3 +246,27 @@ def test_the_figures_of_the_registered_studies_are_those_of_their_files(name: st
     write_report(Study(copy))
     for path in (there / "README.md", *there.glob("figures/*")):
         assert (copy / path.relative_to(there)).read_bytes() == path.read_bytes()
+
+
+def test_results_have_the_names_that_their_data_and_arms_have_now(tmp_path: Path) -> None:
+    fill(write_study(tmp_path))
+    arms = {{"vimoe": "mixture"}.get(name, name): of for name, of in TINY["arms"].items()}
+    contrasts = {"C": {"of": "mixture", "against": "dense", "margin": 0.5}}
+    study = write_study(tmp_path, data={"numbers": TINY["data"]["digits"]}, arms=arms, contrasts=contrasts)
+    write_report(study)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "### numbers\n\n8 cells of the search, 4 of 4 cells" in text and row(text, "C", "mixture", "dense", "2")
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "no json"])
+def test_another_file_among_the_results_is_one_line(tmp_path: Path, text: str) -> None:
+    study = fill(write_study(tmp_path))
+    (study.results / "notes.json").write_text(text)
+    with pytest.raises(FolderError, match="notes.json is no result of a study: expected results alone"):
+        write_report(study)
+
+
+def test_a_verdict_is_so_far_while_seeds_are_missing(tmp_path: Path) -> None:
+    study = fill(write_study(tmp_path, seeds=[0, 1, 2]))
+    write_report(study)
+    assert row((tmp_path / "README.md").read_text("utf-8"), "C", "vimoe")[-1] == "not decided, so far"

@@ -38,7 +38,8 @@ def test_what_runs_is_asked_to_end(tmp_path: Path) -> None:
         time.sleep(0.05)
     processes.end()
     thread.join(30)
-    assert found == ["here"]
+    assert found == [f"ended by SIGTERM; the log is {log}"]
+    assert processes.run(cell, "k") == found[0]  # one that begins after that, too
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def check_study(given: Any) -> None:
     """Raise ConfigError if the content of a study.yaml is mistaken."""
     _check_names("content", given, PARTS)
     for name in NEEDED:
-        if not given.get(name):
+        if given.get(name) is None or (name != "base" and given[name] == {}):
             raise ConfigError(f"no {name}: expected it; vimoe study FOLDER --new writes an example")
     _check_settings("base", given["base"])
     for part, beside in (("data", OF_DATA), ("arms", OF_ARM)):
@@ -68,6 +68,10 @@ def _check_rates(given: dict[str, Any]) -> bool:
     rates = _filled("search.rates", given["search"].get("rates"), "[3e-4, 1e-3]")
     for rate in rates:
         check_range("search.rates", rate, 0)
+        if rate == 0:
+            raise ConfigError("search.rates=0: expected learning rates above 0; leave it out")
+    if len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise ConfigError(f"search.rates is {rates}: expected rates of different first six digits; remove one")
     return len(rates) > 1 or any(len(candidates(each["of"])) > 1 for each in (given.get("contrasts") or {}).values())
 
 
@@ -106,6 +110,8 @@ def _check_contrast(where: str, contrast: Any, arms: dict[str, Any]) -> None:
         raise ConfigError(f"{where}: of=[]: expected an arm, or several as a list; name one")
     for outcome in (*of, contrast["against"]):
         _check_outcome(where, outcome, arms)
+    if of == (contrast["against"],):
+        raise ConfigError(f"{where}: {contrast['against']} against itself: expected two outcomes; name another")
     check_range(f"{where}.margin", contrast["margin"], 0)
     if contrast.get("routes") is not None:
         check_range(f"{where}.routes", contrast["routes"], 0)

@@ -21,7 +21,7 @@ class Answer:
         contrast: name of the contrast.
         of, against: outcomes that are compared; `of` is None until a search has chosen among several.
         margin: largest difference that counts as none, in points.
-        verdict: verdict in words, `paired.verdict`; "not yet" without a pair.
+        verdict: verdict in words, `paired.verdict`, with "so far" while seeds are missing; "not yet" without a pair.
         difference: mean paired difference of the metric, in points; None without a pair.
         p: p-value of the signs of the differences.
         loss: mean paired difference of the loss, in nats.
@@ -83,6 +83,9 @@ def answer(results: Results, data: str, name: str, contrast: Contrast, compariso
     found = interval(points, comparisons)
     routes = None if "/" in of else routes_cost(list(results.final(data, of).values()))
     said = verdict(found, margin, routes, contrast.routes)
+    wanted = [set(results.study.seeds_of(data, outcome.partition("/")[0])) for outcome in (of, contrast.against)]
+    if found.n < len(wanted[0] & wanted[1]):
+        said += ", so far"
     loss = interval(differences(mine, theirs, "loss"), comparisons)
     return Answer(name, of, contrast.against, margin, said, found, sign_flip_p(points), loss, routes)
 

@@ -16,12 +16,16 @@ import filelock
 from vimoe import run_folder
 from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import DataError
-from vimoe.files import write_json, write_text
+from vimoe.files import read_text, write_json, write_text
 from vimoe.study.plan import Cell, Study
 
 Verb = Callable[..., dict[str, Any]]  # runs a verb of vimoe, such as ("evaluate", RUN), and returns what --json prints
 KEPT = ("val", "best_epoch", "epochs", "stopped_early", "train_images", "classes", "features", "fused", "stages",
         "patch_ceiling", "alarms", "versions")  # of summary.json  # fmt: skip
+NO_TEST = (
+    "no test images: expected some, which nothing was chosen by; add a folder test to the data, or name one with "
+    "data.test_split"
+)
 LEFT_OUT = ("examples", "comparison", "expert_order", "class_order")  # of an analysis: of images, or large
 
 
@@ -84,6 +88,7 @@ def compute(study: Study, cell: Cell, key: str, environment: Environment) -> boo
                     **_measured(cell, environment, run),
                 }  # fmt: skip
                 write_json(file_of(study, cell, key), result)
+                _set_aside(study, cell, key)
                 if not environment.keep:
                     for each in (run, *(_beside(run, step) for step in cell.after)):
                         shutil.rmtree(each, ignore_errors=True)
@@ -93,14 +98,20 @@ def compute(study: Study, cell: Cell, key: str, environment: Environment) -> boo
     return True
 
 
+def _set_aside(study: Study, cell: Cell, key: str) -> None:
+    """Move the cell's results of other data or code, which no table can show beside the new one, to results/older."""
+    for path in study.results.glob(f"{cell.name}.*.json"):
+        values = json.loads(read_text(path))
+        if values["fingerprint"] == cell.fingerprint and values["key"] != key:
+            (study.results / "older").mkdir(exist_ok=True)
+            path.replace(study.results / "older" / path.name)
+
+
 def _measured(cell: Cell, environment: Environment, run: Path) -> dict[str, Any]:
     started, verb = time.monotonic(), environment.verb
     summary = _train(cell, environment, run)
     if not summary["scan"]["test"]:  # told by the first cell of a search, though only later ones are scored on test
-        raise DataError(
-            f"{run}: its data has no test images: expected some, which nothing was chosen by; add a folder test to the "
-            f"data, or name one with data.test_split"
-        )
+        raise DataError(f"{run}: {NO_TEST}")
     found: dict[str, Any] = {key: summary[key] for key in KEPT if key in summary}
     began = time.monotonic()
     steps: dict[str, Any] = {}

@@ -74,7 +74,8 @@ def verdict(difference: Mean, margin: float, routes: Mean | None = None, needed:
     """Return what a difference says, by the rule of the study.
 
     "better" if its interval lies above 0, and, where routes have to matter, the interval of what it costs to permute
-    them lies above `needed`. "worse" if it lies below 0. "equivalent" if it lies within ± margin. Else "not decided".
+    them lies above `needed`. "worse" if it lies below 0. "equivalent" if it lies within ± margin. Else, and if all
+    differences are equal, "not decided".
 
     Args:
         difference: difference of a metric of which more is better, over seeds.
@@ -82,6 +83,8 @@ def verdict(difference: Mean, margin: float, routes: Mean | None = None, needed:
         routes: cost of permuting the routes, over seeds, in nats.
         needed: cost that it has to exceed; None if there is no such condition.
     """
+    if difference.n > 1 and difference.low == difference.high:  # few seeds on few images: a spread is there, and unseen
+        return "not decided, for all differences are equal"
     within = -margin <= difference.low and difference.high <= margin
     if difference.low > 0:
         if needed is not None and (routes is None or routes.low <= needed):

@@ -1,19 +1,17 @@
 """A study as its study.yaml says: settings, data sets, arms, learning rates, seeds and contrasts. Imports no torch.
 
 A cell is one training: (data set, arm, learning rate, seed). Settings are those of `vimoe train`, by section. A text in
-them may hold ${NAME}: a path of the machine, given by --set NAME=PATH, by the environment, or by `paths` in study.yaml.
+them may hold ${NAME}: a path of the machine, given by --set NAME=PATH, by `paths` in study.yaml, or by the environment.
 The settings that are stored and hashed keep ${NAME}; the digest of what lies at the path stands beside them.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,14 +22,14 @@ import yaml
 from vimoe.config.command_line import read_settings
 from vimoe.config.settings import Settings
 from vimoe.config.yaml_reader import read_yaml, write_yaml
-from vimoe.errors import ConfigError, VimoeError, choice
+from vimoe.data.data_path import check_there
+from vimoe.errors import ConfigError, DataError, VimoeError, choice
 from vimoe.files import read_text
 from vimoe.study.checks import AFTER, OF_ARM, OF_DATA, candidates, check_study
+from vimoe.study.digests import digest
 
 FILE = "study.yaml"
 VARIABLE = re.compile(r"\$\{(\w+)\}")
-SHOWS_NOTHING = ("report", "demo", "bench", "study")  # parts of vimoe on which no figure of a cell depends
-AFTER_ALONE = ("analysis",)  # nor one of a cell that is trained and scored alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +132,12 @@ class Study:
     @cached_property
     def _given(self) -> dict[str, Any]:
         path = self.folder / FILE
+        if not path.exists():
+            raise ConfigError(f"{self.folder} has no {FILE}: expected a study; begin one with --new, or check the path")
         try:
             given: dict[str, Any] = read_yaml(read_text(path))
         except (yaml.YAMLError, VimoeError) as error:
-            raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected a study.yaml") from error
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected YAML by name") from error
         try:
             check_study(given)
         except ConfigError as error:
@@ -198,7 +198,7 @@ class Study:
 
     @property
     def paths(self) -> dict[str, str]:
-        """Values of variables where neither the command line nor the environment has one."""
+        """Values of variables, which the command line may replace."""
         return dict(self._given.get("paths") or {})
 
     @property
@@ -206,16 +206,19 @@ class Study:
         """Versions of the package (`code_version`) whose cells count, beside the version that computes what is left."""
         return list(self._given.get("code") or ())
 
-    def keys(self, inputs: Mapping[str, str], codes: Mapping[bool, str]) -> dict[str, list[str]]:
+    def keys(
+        self, inputs: Mapping[str, str], codes: Mapping[bool, str], cells: Sequence[Cell] | None = None
+    ) -> dict[str, list[str]]:
         """Return the keys that a finished cell may have, by fingerprint, that of a cell to be computed first.
 
         Args:
             inputs: digest of each path (`digest_of_path`) by variable.
             codes: `code_version` of this package, with steps after the training and without.
+            cells: cells to return the keys of; by default all.
         """
         return {
             cell.fingerprint: [cell.key(inputs, code) for code in (codes[bool(cell.after)], *self.code)]
-            for cell in self.all_cells()
+            for cell in (self.all_cells() if cells is None else cells)
         }
 
     @property
@@ -240,14 +243,27 @@ class Study:
         found += [self.final_cells(d, a, rate) for d in self.data for a in self.arms for rate in self.rates]
         return [cell for cells in found for cell in cells]
 
+    @cached_property
+    def by_fingerprint(self) -> dict[str, Cell]:
+        """Every cell that the study can have, by fingerprint."""
+        return {cell.fingerprint: cell for cell in self.all_cells()}
+
     def check(self, values: Mapping[str, str]) -> None:
-        """Raise ConfigError, before anything is trained, for an arm of contradicting settings, or of another's."""
+        """Raise ConfigError, before anything is trained, for an arm of contradicting settings, or of another's.
+
+        Or for data that are not there.
+        """
         known: dict[str, str] = {}
         for data in self.data:
             for arm in self.arms:
                 cell = self.final_cells(data, arm, self.rates[0])[0]
                 try:
-                    settings_of(cell.filled(values))
+                    settings = settings_of(cell.filled(values))
+                    check_there(settings.data.path)
+                    if cell.after and settings.moe.layers == "none":
+                        raise ConfigError(
+                            f"after: {', '.join(cell.after)} of an arm without MoE layers: expected none; leave it out"
+                        )
                     if "epochs" not in cell.settings["train"]:
                         raise ConfigError(
                             "no train.epochs: expected a number, from which times are estimated; set it in base"
@@ -255,7 +271,7 @@ class Study:
                     other = known.setdefault(digest(cell.settings), f"{data}, {arm}")
                     if other != f"{data}, {arm}":  # their files could not be told apart
                         raise ConfigError(f"the settings are those of {other}: expected others; remove one of both")
-                except ConfigError as error:
+                except (ConfigError, DataError) as error:
                     raise ConfigError(f"{self.folder / FILE}: {data}, {arm}: {error}") from error
 
     def _cell(self, data: str, arm: str, rate: float, seed: int, search: bool) -> Cell:
@@ -282,11 +298,11 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def given_values(pairs: list[str], paths: Mapping[str, str]) -> dict[str, str]:
-    """Return the values for ${NAME}: of NAME=VALUE pairs, else of the environment, else of `Study.paths`."""
+    """Return the values for ${NAME}: of NAME=VALUE pairs, else of `Study.paths`, else of the environment."""
     for pair in pairs:
         if "=" not in pair:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE")
-    return {**paths, **os.environ, **dict(pair.split("=", 1) for pair in pairs)}
+    return {**os.environ, **paths, **dict(pair.split("=", 1) for pair in pairs)}
 
 
 def _fill(value: Any, values: Mapping[str, str]) -> Any:
@@ -302,39 +318,3 @@ def _fill(value: Any, values: Mapping[str, str]) -> Any:
                 f"{value!r} needs {name}: expected --set {name}=PATH, or {name} in the environment or in paths; set it"
             )
     return VARIABLE.sub(lambda found: values[found[1]], value)
-
-
-def digest(values: Any) -> str:
-    """Return 12 hexadecimal digits that depend on all of these plain values, and not on the order of names."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def digest_of_path(value: str) -> str:
-    """Return the digest of a file or of all files in a folder, by name and content; of a text that is no path."""
-    path, total = Path(value), hashlib.sha256()
-    if not path.exists():
-        return digest(value)
-    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-    for file in files:
-        name = "" if file == path else file.relative_to(path).as_posix()
-        total.update(json.dumps(name).encode())
-        with file.open("rb") as opened:
-            total.update(hashlib.file_digest(opened, "sha256").digest())
-    return total.hexdigest()[:12]
-
-
-def code_version(after: bool = True) -> str:
-    """Return the digest of the package's modules that a cell's figures may depend on.
-
-    Args:
-        after: whether the cell has steps after its training (`Cell.after`).
-    """
-    spec = importlib.util.find_spec("vimoe")
-    assert spec and spec.origin
-    package = Path(spec.origin).parent
-    passed_over = SHOWS_NOTHING if after else (*SHOWS_NOTHING, *AFTER_ALONE)
-    files = sorted(path.relative_to(package) for path in package.rglob("*.py"))
-    return digest([
-        [file.as_posix(), hashlib.sha256((package / file).read_bytes()).hexdigest()]
-        for file in files if file.parts[0] not in passed_over
-    ])  # fmt: skip

@@ -60,6 +60,14 @@ class Queue:
         cost = self.estimates(done, [*ready, *waiting])
         return sorted(ready, key=lambda cell: (cost[cell.fingerprint], cell.name)), waiting
 
+    def number(self) -> int:
+        """Return the number of cells of these arms, there or not, at the rates that are chosen or will be."""
+        return sum(
+            len(self.study.search_cells(data, arm)) + len(self.study.seeds_of(data, arm))
+            for data in self.study.data
+            for arm in self.arms or self.study.arms
+        )
+
     def estimates(self, done: Results, cells: list[Cell]) -> dict[str, float]:
         """Return the seconds that cells will take, by fingerprint: the median of finished cells of the arm.
 
@@ -178,8 +186,9 @@ class Workers:
         ready, waiting = self.queue.left(done)
         left = [cell for cell in (*ready, *waiting) if cell.name not in self.failed]
         running = [cell.name for cell in ready if cell.name in self.running or self.queue.is_claimed(cell)]
-        there = [cell for cell in done.cells.values() if not self.queue.arms or cell["arm"] in self.queue.arms]
-        text = f"{len(there)} of {len(there) + len(ready) + len(waiting)} cells"
+        whole = self.queue.number()
+        there = whole - len(ready) - len(waiting)
+        text = f"{there} of {whole} cells"
         if running:
             text += f", running: {', '.join(running)}"
         if left and there:

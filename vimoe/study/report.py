@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from vimoe.errors import FolderError
@@ -44,12 +45,16 @@ def _around_marks(page: Path) -> tuple[str, str]:
     return before, after
 
 
-def write_report(study: Study) -> Results:
+def write_report(study: Study, keys: Mapping[str, Collection[str]] | None = None) -> Results:
     """Write the tables into README.md of the study, and the figures beside it; return the cells that they show.
 
     A folder without README.md gets one; in one that is there, all but the text between the marks stays.
+
+    Args:
+        study: the study, with all its data sets.
+        keys: as of `Results.read`.
     """
-    results = Results.read(study)
+    results = Results.read(study, keys)
     sections = [section(results, data) for data in study.data]
     page = study.folder / PAGE
     if not page.exists():

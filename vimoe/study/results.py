@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vimoe.errors import ConfigError
+from vimoe.errors import ConfigError, FolderError
 from vimoe.files import read_text
 from vimoe.metrics.registry import shown
 from vimoe.study.paired import Name, mean_ranks
@@ -36,7 +37,8 @@ class Results:
 
     Attributes:
         study: the study.
-        cells: JSON of each cell by fingerprint. Nothing asks for those whose settings study.yaml no longer has.
+        cells: JSON of each cell by fingerprint, with the names that its data set and arm have now. Cells whose settings
+            study.yaml no longer has are left out.
 
     Raises:
         ConfigError: if two files have the same settings, or a data set's cells were computed on different files.
@@ -53,19 +55,20 @@ class Results:
             study: the study.
             keys: keys that the cell of each fingerprint may have, where code and data are known; else all are taken.
         """
+        known = study.by_fingerprint
         cells: dict[str, dict[str, Any]] = {}
         origin: dict[str, Path] = {}
         for path in sorted(study.results.glob("*.json")):
-            values = json.loads(read_text(path))
+            values = _result(path)
             mark = values["fingerprint"]
-            if keys is not None and values["key"] not in keys.get(mark, ()):
+            if mark not in known or (keys is not None and values["key"] not in keys.get(mark, ())):
                 continue
             if mark in cells:
                 raise ConfigError(
                     f"{origin[mark]} and {path} are of the same settings, with other data or code: expected one of "
                     f"them; remove the older"
                 )
-            cells[mark], origin[mark] = values, path
+            cells[mark], origin[mark] = {**values, "data": known[mark].data, "arm": known[mark].arm}, path
         _check_inputs(list(cells.values()))
         return cls(study, cells)
 
@@ -114,6 +117,15 @@ class Results:
                 return None
             scores[outcome] = found[rate]
         return best(scores)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """Return a cell's JSON. Raises FolderError if the file is none."""
+    with suppress(ValueError):
+        values = json.loads(read_text(path))
+        if isinstance(values, dict) and {"fingerprint", "key"} <= set(values):
+            return values
+    raise FolderError(f"{path} is no result of a study: expected results alone in this folder; move it elsewhere")
 
 
 def _check_inputs(cells: list[dict[str, Any]]) -> None:

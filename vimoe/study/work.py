@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,11 @@ from typing import Any
 
 import vimoe
 from vimoe.config.yaml_reader import write_yaml
-from vimoe.errors import ConfigError, choice
+from vimoe.errors import ConfigError, DataError, choice
 from vimoe.files import read_text, write_text
-from vimoe.study.one_cell import Environment, Verb, compute
-from vimoe.study.plan import Cell, Study, code_version, digest_of_path, given_values
+from vimoe.study.digests import code_version, digest_of_path
+from vimoe.study.one_cell import NO_TEST, Environment, Verb, compute
+from vimoe.study.plan import Cell, Study, given_values, settings_of
 from vimoe.study.queue import Queue, Workers
 
 
@@ -29,49 +31,64 @@ class Work:
         runs: folder for run folders and claims.
         verb: `Environment.verb`.
         keep: keep the run folders of finished cells.
+        one: name of the only cell to compute, whose data alone are read; all if None.
 
     Raises:
-        ConfigError: if a variable has no value, or the settings of an arm contradict each other.
+        ConfigError: if there is no such cell, a variable has no value, or the settings of an arm contradict each other.
     """
 
-    def __init__(self, study: Study, pairs: list[str], runs: Path, verb: Verb, keep: bool = False) -> None:
+    def __init__(
+        self, study: Study, pairs: list[str], runs: Path, verb: Verb, keep: bool = False, one: str | None = None
+    ) -> None:
         values = given_values(pairs, study.paths)
         study.check(values)
-        self.cells = {cell.name: cell for cell in study.all_cells()}
-        names = sorted({name for cell in self.cells.values() for name in cell.variables})
+        cells = {cell.name: cell for cell in study.all_cells()}
+        if one is not None and one not in cells:
+            raise ConfigError(f"--cell {one}: {choice(one, list(cells))}")
+        self.one = None if one is None else cells[one]
+        names = sorted({name for cell in ([self.one] if self.one else cells.values()) for name in cell.variables})
         inputs = {name: digest_of_path(values[name]) for name in names}
         code = {after: code_version(after) for after in (False, True)}
-        self.study, self.keys, self.pairs = study, study.keys(inputs, code), pairs
+        self.study, self.pairs = study, pairs
+        self.keys = study.keys(inputs, code, [self.one] if self.one else None)
         self.environment = Environment(values=values, inputs=inputs, code=code, runs=runs, verb=verb, keep=keep)
 
-    def compute(self, name: str, key: str | None = None) -> bool:
-        """Compute the cell of this name in this process; return False if another process has it.
+    def compute(self, key: str | None = None) -> bool:
+        """Compute the one cell in this process; return False if another process has it.
 
         Args:
-            name: name of the cell.
             key: key that the cell has to have; by default any.
 
         Raises:
-            ConfigError: if there is no such cell, or it has another key.
+            ConfigError: if it has another key.
         """
-        if name not in self.cells:
-            raise ConfigError(f"--cell {name}: {choice(name, list(self.cells))}")
-        cell = self.cells[name]
-        own = self.keys[cell.fingerprint][0]
+        assert self.one is not None
+        own = self.keys[self.one.fingerprint][0]
         if key not in (None, own):  # else its worker would look for another file, and begin it again for ever
             raise ConfigError(
-                f"--cell {name}: settings, data or vimoe's code have changed since the workers began: expected the "
-                f"same; stop them, and start again"
+                f"--cell {self.one.name}: settings, data or vimoe's code have changed since the workers began: "
+                f"expected the same; stop them, and start again"
             )
-        return compute(self.study, cell, own, self.environment)
+        return compute(self.study, self.one, own, self.environment)
+
+    def check_tested(self) -> None:
+        """Raise DataError for a data set without test images, before anything is trained."""
+        from vimoe.tasks.base import task_class
+
+        for data in self.study.data:
+            arm = next(iter(self.study.arms))
+            cell = self.study.final_cells(data, arm, self.study.rates[0])[0]
+            settings = settings_of(cell.filled(self.environment.values))
+            if not task_class(settings).find(settings.data).test:
+                raise DataError(f"{data}: {NO_TEST}")
 
     def queue(self, arms: Sequence[str] = ()) -> Queue:
         """Return the cells that are left of these arms, of all if none is named."""
         for arm in arms:
             if arm not in self.study.arms:
                 raise ConfigError(f"--arms {arm}: {choice(arm, list(self.study.arms))}")
-        env = self.environment
-        return Queue(self.study, self.keys, env.runs, lambda cell: macs(cell, env.values, env.verb), tuple(arms))
+        env, once = self.environment, tuple(dict.fromkeys(arms))
+        return Queue(self.study, self.keys, env.runs, lambda cell: macs(cell, env.values, env.verb), once)
 
     def command(self, *more: str) -> list[str]:
         """Return the command that works on these cells as this one does, with more options."""
@@ -102,6 +119,7 @@ class Processes:
     def __init__(self, command: Sequence[str], runs: Path, devices: Sequence[str | None] = (None,)) -> None:
         self.command, self.runs = list(command), runs
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
         self._free: SimpleQueue[str | None] = SimpleQueue()
         for device in devices:
             self._free.put(device)
@@ -127,16 +145,21 @@ class Processes:
                 start_new_session=True,
             )
         self._running.add(process)
+        if self._ended:  # while it was started
+            process.terminate()
         status = process.wait()
         self._running.discard(process)
         if status == 0:
             log.unlink(missing_ok=True)
             return None
+        if status < 0:
+            return f"ended by {signal.Signals(-status).name}; the log is {log}"
         lines = read_text(log).split("\n")
         return next((line for line in reversed(lines) if line.strip()), f"exit status {status}")
 
     def end(self) -> None:
         """Ask those that run to end."""
+        self._ended = True
         for process in list(self._running):
             process.terminate()
 
