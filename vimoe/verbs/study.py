@@ -108,7 +108,12 @@ def _work(asked: Study, options: Any) -> Result:
         return "\n".join([*ready, last]), {"ready": ready, "waiting": len(waiting)}
     work.check_tested()
     tell(state)
-    if failed := workers.work(options["workers"]):
+    try:
+        failed = workers.work(options["workers"])
+    except KeyboardInterrupt:
+        tell("trainings end with a checkpoint; start again to go on")
+        raise
+    if failed:
         raise VimoeError(
             f"{counted(len(failed), 'cell')} failed: {', '.join(failed)}; their logs are in {runs}; mend the cause and "
             f"start again, which computes what is left"
