@@ -81,6 +81,16 @@ def test_only_temporary_names_are_deleted(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".model-abc"]
 
 
+def test_a_folder_goes_whole_whatever_a_killed_process_left(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for folder in (run / "figures", tmp_path / f"{TEMPORARY}run" / "figures"):
+        folder.mkdir(parents=True)
+        (folder / "a.png").touch()
+    files.discard_folder(run)
+    files.discard_folder(run)  # which is gone
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_there_stays_where_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / ("ä" * 127 + "x")  # 255 bytes, the longest name that there is
     files.write_text(path, "before\r\nis kept")

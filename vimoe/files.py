@@ -194,6 +194,14 @@ def discard_file(path: Path) -> None:
         path.parent.rmdir()
 
 
+def discard_folder(path: Path) -> None:
+    """Delete a folder that the caller has made, such as that of a finished run. A missing folder is no error."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name[-32:]}")
+    discard(temporary)  # of a process that was killed here
+    with suppress(FileNotFoundError):
+        discard(path.rename(temporary))
+
+
 def in_units(size: float) -> str:
     """Return a number of bytes as text.
 

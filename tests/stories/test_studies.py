@@ -147,7 +147,7 @@ def test_from_a_folder_of_images_to_an_answer(tmp_path: Path) -> None:
         "0 cells of the search, 6 of 6 cells at the chosen rates." in page and "| beats-dense | vimoe | dense |" in page
     )
     assert "beats-dense: vimoe against dense: " in run("--report").stdout
-    assert not [path for path in (tmp_path / "runs" / "mine").iterdir() if path.suffix != ".lock"]
+    assert not [path for path in (tmp_path / "mine" / "runs").iterdir() if path.suffix != ".lock"]
 
 
 def test_a_dry_run_lists_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

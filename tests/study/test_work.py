@@ -17,7 +17,7 @@ def test_a_cell_in_a_process_has_a_log_until_it_is_there(tmp_path: Path) -> None
     cell = write_study(tmp_path).search_cells("digits", "dense")[0]
     command = [sys.executable, "-c", "import sys; print(sys.argv[1:], '\\n'); sys.exit(3 * ('bad' in sys.argv))"]
     assert Processes([*command, "good"], tmp_path / "runs").run(cell, "k") is None
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
     assert (
         Processes([*command, "bad"], tmp_path / "runs").run(cell, "k")
         == f"['bad', '--cell', '{cell.name}', '--key', 'k'] "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import filelock
 from vimoe import run_folder
 from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import DataError
-from vimoe.files import read_text, write_json, write_text
+from vimoe.files import discard_file, discard_folder, read_text, write_json, write_text
 from vimoe.study.plan import Cell, Study
 
 Verb = Callable[..., dict[str, Any]]  # runs a verb of vimoe, such as ("evaluate", RUN), and returns what --json prints
@@ -91,8 +90,8 @@ def compute(study: Study, cell: Cell, key: str, environment: Environment) -> boo
                 _set_aside(study, cell, key)
                 if not environment.keep:
                     for each in (run, *(_beside(run, step) for step in cell.after)):
-                        shutil.rmtree(each, ignore_errors=True)
-                    run.with_name(f"{run.name}.yaml").unlink(missing_ok=True)
+                        discard_folder(each)
+                    discard_file(run.with_name(f"{run.name}.yaml"))
     except filelock.Timeout:
         return False
     return True
@@ -139,7 +138,7 @@ def _train(cell: Cell, environment: Environment, run: Path) -> dict[str, Any]:
         if (run / run_folder.CHECKPOINT).exists():
             environment.verb("train", "--resume", str(run))
         else:
-            shutil.rmtree(run, ignore_errors=True)  # of a process that was killed before its first checkpoint
+            discard_folder(run)  # of a process that was killed before its first checkpoint
             settings = run.with_name(f"{run.name}.yaml")
             write_text(settings, write_yaml(cell.filled(environment.values)))
             environment.verb("train", "--config", str(settings), "--out", str(run))
@@ -156,7 +155,7 @@ def _analyze(verb: Verb, run: Path) -> dict[str, Any]:
 
 def _prune(verb: Verb, run: Path, *options: str) -> dict[str, Any]:
     out = _beside(run, "merge_all" if options else "prune")
-    shutil.rmtree(out, ignore_errors=True)  # of a process that was killed
+    discard_folder(out)  # of a process that was killed
     found = verb("prune", str(run), "--out", str(out), *options)
     return {
         "test": verb("evaluate", str(out)),

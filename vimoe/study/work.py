@@ -15,7 +15,7 @@ from typing import Any
 import vimoe
 from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import ConfigError, DataError, choice
-from vimoe.files import read_text, write_text
+from vimoe.files import discard_file, read_text, write_text
 from vimoe.study.digests import code_version, digest_of_path
 from vimoe.study.one_cell import NO_TEST, Environment, Verb, compute
 from vimoe.study.plan import Cell, Study, given_values, settings_of
@@ -150,7 +150,7 @@ class Processes:
         status = process.wait()
         self._running.discard(process)
         if status == 0:
-            log.unlink(missing_ok=True)
+            discard_file(log)
             return None
         if status < 0:
             return f"ended by {signal.Signals(-status).name}; the log is {log}"
