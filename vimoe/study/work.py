@@ -15,7 +15,7 @@ from typing import Any
 import vimoe
 from vimoe.config.yaml_reader import write_yaml
 from vimoe.errors import ConfigError, DataError, choice
-from vimoe.files import discard_file, read_text, write_text
+from vimoe.files import discard_file, read_text, temporary_folder, write_text
 from vimoe.study.digests import code_version, digest_of_path
 from vimoe.study.one_cell import NO_TEST, Environment, Verb, compute
 from vimoe.study.plan import Cell, Study, given_values, settings_of
@@ -183,8 +183,8 @@ def _environment(device: str | None) -> dict[str, str]:
 def macs(cell: Cell, values: Mapping[str, str], verb: Verb) -> float:
     """Return the multiply-adds of an image in a cell's ViT, without the decoder of a segmenter."""
     settings = cell.filled(values)
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "cell.yaml")
+    with temporary_folder(Path(tempfile.gettempdir())) as folder:
+        config = folder / "cell.yaml"
         asked = {name: dict(settings[name]) for name in ("model", "moe") if name in settings}
         asked.get("model", {}).pop("decoder", None)
         write_text(config, write_yaml(asked))
