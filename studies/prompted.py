@@ -11,7 +11,8 @@ The arms are RefSAM's ablation (arXiv 2307.00997, table of the dense attention) 
 alone, hierarchical attention alone, and the MLP with each. "drawn" has vectors that are drawn at random and stay.
 
 "clips" and "tracked" are trained on clips of three successive frames, so a step has three times as many images. Both
-see the same ones; "tracked" carries track tokens from frame to frame, also over the whole of each video in scoring.
+see the same ones; "tracked" carries track tokens from frame to frame, also over the whole of each video in scoring. In
+"tracked, a tenth" and "tracked, a hundredth" the tracker has this part of the rate of the rest.
 Frames whose names differ after the last "_" alone are of one video.
 """
 
@@ -59,8 +60,11 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP + hierarchical": ("prompted", {}),
     "clips": ("prompted", {}),
     "tracked": ("prompted", {"prompt_track": True}),
+    "tracked, a tenth": ("prompted", {"prompt_track": True}),
+    "tracked, a hundredth": ("prompted", {"prompt_track": True}),
 }
-ON_CLIPS, CLIP = ("clips", "tracked"), 3  # arms, and frames of a clip
+OF_TRACKER = {"clips": 1.0, "tracked": 1.0, "tracked, a tenth": 0.1, "tracked, a hundredth": 0.01}  # its rate, by arm
+ON_CLIPS, CLIP = tuple(OF_TRACKER), 3  # arms, and frames of a clip
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,18 @@ def on_pixels(patches: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(patches, list(size), mode="bilinear", align_corners=False)
 
 
-def train(decoder: nn.Module, found: Features, rate: float, steps: int, batch: int, seed: int, clips: bool) -> None:
+def groups(decoder: nn.Module, rate: float, of_tracker: float) -> list[dict[str, Any]]:
+    """Return the parameters for an optimiser; the tracker's have this part of the rate."""
+    tracker = list(tracker.parameters()) if (tracker := getattr(decoder, "tracker", None)) is not None else []
+    known = {id(p) for p in tracker}
+    rest = [p for p in decoder.parameters() if id(p) not in known]
+    return [{"params": rest, "lr": rate}, *([{"params": tracker, "lr": of_tracker * rate}] if tracker else [])]
+
+
+def train(
+    decoder: nn.Module, found: Features, rate: float, steps: int, batch: int, seed: int, clips: bool,
+    of_tracker: float = 1.0,
+) -> None:  # fmt: skip
     """Train in bfloat16, by AdamW with a cosine from the rate to 0; the order of images follows from the seed alone.
 
     Args:
@@ -173,9 +188,10 @@ def train(decoder: nn.Module, found: Features, rate: float, steps: int, batch: i
         batch: images of a step, or clips.
         seed: of their order.
         clips: train on clips, with the mean loss of their frames.
+        of_tracker: part of the rate that the tracker has.
     """
     draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups(decoder, rate, of_tracker), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     units, size = found.clips if clips else torch.arange(len(found.masks)), found.small.shape[1:]
     order = torch.empty(0, dtype=torch.int64)
@@ -286,7 +302,8 @@ def study(args: argparse.Namespace) -> str:
             decoder.load_state_dict(load_file(path))
         else:
             began = time.perf_counter()
-            train(decoder.train(), found["train"], rate, args.steps, args.batch, seed, arm in ON_CLIPS)
+            clips, of_tracker = arm in ON_CLIPS, OF_TRACKER.get(arm, 1.0)
+            train(decoder.train(), found["train"], rate, args.steps, args.batch, seed, clips, of_tracker)
             save_file(decoder.state_dict(), path)
             print(f"{path.stem}: {time.perf_counter() - began:.0f} s", flush=True)
         return decoder

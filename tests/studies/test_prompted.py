@@ -77,6 +77,17 @@ def test_scores_of_a_video_are_those_of_a_segmenter_that_tracks(model: Path, tmp
     assert score["miou"] == pytest.approx(counts.score().to_dict()["miou"], abs=0.02)
 
 
+def test_the_tracker_alone_has_its_part_of_the_rate() -> None:
+    for arm, count in (("clips", 1), ("tracked, a tenth", 2)):
+        decoder = prompted.new_decoder(arm, 24, 4, 3, 0)
+        found = prompted.groups(decoder, 1e-2, prompted.OF_TRACKER[arm])
+        assert len(found) == count and found[0]["lr"] == 1e-2
+        params = [id(p) for group in found for p in group["params"]]
+        assert sorted(params) == sorted(map(id, decoder.parameters()))
+    assert found[1]["lr"] == pytest.approx(1e-3)
+    assert {id(p) for p in found[1]["params"]} == {id(p) for p in decoder.tracker.parameters()}
+
+
 @pytest.mark.slow  # 7 s
 def test_decoders_learn_and_cells_are_not_run_again(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
