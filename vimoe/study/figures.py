@@ -51,7 +51,7 @@ def cost(results: Results, data: str) -> Figure | None:
         half = None if scores.n < 2 else [scores.high - scores.value]
         axis.errorbar([scores.value], [at], xerr=half, fmt="o", color="C0", capsize=3, markersize=4)
     axis.set_yticks(range(len(rows)), [f"{arm}, {macs:.3f} G" for macs, arm, _, _ in rows], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # half a row above and below, the cheapest first
     axis.grid(axis="x", alpha=0.3)
     return figure
 
