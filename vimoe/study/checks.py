@@ -1,4 +1,4 @@
-"""What study.yaml may hold. A mistake is refused in one line before anything is computed. Imports no torch."""
+"""Checks of the content of study.yaml. A mistake is refused in one line before anything is computed. Imports no torch."""
 
 from __future__ import annotations
 

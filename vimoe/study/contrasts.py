@@ -1,4 +1,4 @@
-"""What the cells say to each declared contrast: the paired difference with its interval, and a verdict."""
+"""Answers of the cells to each contrast: the paired difference with its interval, and a verdict."""
 
 from __future__ import annotations
 

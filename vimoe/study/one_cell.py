@@ -30,7 +30,7 @@ LEFT_OUT = ("examples", "comparison", "expert_order", "class_order")  # of an an
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What a cell is computed with, beside its settings.
+    """Paths, versions and functions that a cell is computed with, beside its settings.
 
     Attributes:
         values: value of each variable.

@@ -180,7 +180,7 @@ class Study:
 
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
-        """What each arm changes, by section, and its `about` and `after`."""
+        """Changes of each arm, by section, and its `about` and `after`."""
         return dict(self._given["arms"])
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What is asked of a study at the command line: compute what is left, one cell of it, or submit jobs that do."""
+"""Work on a study from the command line: all cells that are left, one cell, or commands for jobs that do it."""
 
 from __future__ import annotations
 
