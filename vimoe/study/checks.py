@@ -1,4 +1,4 @@
-"""Checks of the content of study.yaml. A mistake is refused in one line before anything is computed. Imports no torch."""
+"""Checks of the content of study.yaml: a mistake is one line before anything is computed. Imports no torch."""
 
 from __future__ import annotations
 
