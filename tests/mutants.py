@@ -830,10 +830,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a task's fingerprint is of its own images",
-        "data/class_tasks.py",
+        "data/tasks.py",
         ", whole=data.train",
         "",
-        ("data/test_class_tasks.py",),
+        ("data/test_tasks.py",),
     ),
     Mutant(
         "the best classes of a task are sought among all",

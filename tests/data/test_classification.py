@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.pictures import folder, picture, roles
+from helpers.pictures import COLOURS, folder, picture, roles
 from helpers.tiny import vit
 
 from vimoe.config.data import DataConfig
@@ -125,6 +125,122 @@ def test_images_without_a_role_are_counted(tmp_path: Path, caplog: pytest.LogCap
     caplog.clear()
     assert len(load_data(DataConfig(path=str(tmp_path), val_split="dev", test_split="none")).val) == 6
     assert "dev" not in caplog.text
+
+
+def renderings(root: Path, **classes: tuple[str, ...]) -> Path:
+    """Folders of four images a class: `photo` and `sketch`, or those given; and `paint` for test."""
+    for name, colours in (
+        classes or {"photo": tuple(COLOURS), "sketch": tuple(COLOURS), "paint": tuple(COLOURS)}
+    ).items():
+        for colour in colours:
+            (root / name / colour).mkdir(parents=True)
+            for i in range(4):
+                picture(COLOURS[colour], seed=i).save(root / name / colour / f"{name}{i}.png")
+    return root
+
+
+JOINED = {"train_split": "photo+sketch", "test_split": "paint", "val_fraction": 0.25}
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "hugging face"])
+def test_splits_are_joined_as_in_hugging_faces_datasets(tmp_path: Path, kind: str) -> None:
+    root = path = renderings(tmp_path / "photos")
+    if kind == "table":
+        path = tmp_path / "list.csv"
+        lines = [f"{file},{file.parent.name},{file.parent.parent.name}" for file in sorted(root.rglob("*.png"))]
+        path.write_text("\n".join(["path,label,split", *lines]))
+    if kind == "hugging face":
+        datasets, path = pytest.importorskip("datasets"), tmp_path / "table"
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["blue", "green", "red"]))
+        datasets.DatasetDict({
+            split.name: datasets.Dataset.from_dict(
+                {"image": [str(f) for f in sorted(split.rglob("*.png"))],
+                 "label": [f.parent.name for f in sorted(split.rglob("*.png"))]}, features)
+            for split in root.iterdir()
+        }).save_to_disk(str(path))  # fmt: skip
+    read = DataConfig(path=f"hfds/{path}" if kind == "hugging face" else str(path), **JOINED)
+    data = load_data(read)
+    assert (
+        data.classes == ("blue", "green", "red") and [label for _, label in data.train] == [0] * 6 + [1] * 6 + [2] * 6
+    )
+    assert [part.split for part in data.parts] == ["photo", "sketch"] and data.split_off and len(data.test) == 12
+    for part in data.parts:  # a quarter of each class of each split
+        assert [label for _, label in part.train] == [0] * 3 + [1] * 3 + [2] * 3
+        assert [label for _, label in part.val] == [0, 1, 2] and part.test == data.test
+        assert set(map(id, part.train)) <= set(map(id, data.train)) and set(map(id, part.val)) <= set(map(id, data.val))
+        if kind == "folder":
+            assert {path.parent.parent.name for path, _ in part.train + part.val} == {part.split}
+    assert not {id(s) for s in data.parts[0].train} & {id(s) for s in data.parts[1].train}
+    again = load_data(read, data.classes, data.names(data.val))
+    assert (again.train, again.val, again.test) == (data.train, data.val, data.test)
+    assert [part.train for part in again.parts] == [part.train for part in data.parts]
+    other = load_data(replace(read, train_split="sketch+photo"))
+    assert [part.split for part in other.parts] == ["sketch", "photo"] and len(other.train) == len(data.train)
+
+
+def test_a_split_keeps_its_images_when_another_is_joined(tmp_path: Path) -> None:
+    """So a training on both and one after the other read the same images; alone a split has no parts."""
+    path = str(renderings(tmp_path))
+    alone = load_data(DataConfig(path=path, **{**JOINED, "train_split": "photo"}))
+    assert alone.parts == () and len(alone.train) == 9
+    few = load_data(DataConfig(path=path, images_per_class=2, **JOINED))
+    assert len(few.train) == 6 and sum(len(part.train) for part in few.parts) == 6
+
+
+def test_every_joined_split_may_have_classes_of_its_own(tmp_path: Path) -> None:
+    path = renderings(tmp_path, photo=("blue", "green"), sketch=("blue", "red"), paint=("red",))
+    data = load_data(DataConfig(path=str(path), **JOINED))
+    assert data.classes == ("blue", "green", "red") and [label for _, label in data.test] == [2] * 4
+    assert [sorted({label for _, label in part.train}) for part in data.parts] == [[0, 1], [0, 2]]
+
+
+def test_validation_and_test_are_joined_too(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(renderings(tmp_path)), train_split="photo", val_split="sketch+paint"))
+    assert (len(data.train), len(data.val), len(data.test), data.parts) == (12, 24, 0, ())
+
+
+def test_a_name_with_a_plus_is_one_split_if_there_is_one(tmp_path: Path) -> None:
+    data = load_data(DataConfig(path=str(renderings(tmp_path, **{"C++": ("blue", "red")})), train_split="C++"))
+    assert len(data.train) + len(data.val) == 8 and data.parts == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_split": "photo+sketsch"}, r"data.train_split='sketsch': no such folder in .*; did you mean 'sketch'"),
+        ({"train_split": "photo+train"}, r"data.train_split='photo\+train': no folder 'train' in "),
+        ({"train_split": "photo+none"}, r"data.train_split='photo\+none': no folder 'none' in "),
+        ({"train_split": "photo+"}, "data.train_split='': no such folder in "),
+        ({"train_split": "photo+photo"}, "data.train_split: 'photo' is there twice: expected each split once"),
+        ({"test_split": "paint+sketch"}, "data.train_split and data.test_split: 'sketch' is there twice: expected"),
+    ],
+)  # fmt: skip
+def test_splits_that_cannot_be_joined_are_one_line(tmp_path: Path, given: dict, message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=f"^{message}"):
+        load_data(DataConfig(path=str(renderings(tmp_path)), **{**JOINED, **given}))
+
+
+def test_classes_of_two_splits_that_differ_by_case_are_both_named(tmp_path: Path) -> None:
+    renderings(tmp_path, photo=("blue", "red"), paint=("red",))
+    (tmp_path / "sketch").mkdir()
+    for name in ("Blue", "red"):
+        (tmp_path / "photo" / name.lower()).rename(tmp_path / "photo" / name.lower())
+        (tmp_path / "sketch" / name).mkdir()
+        picture(COLOURS["blue"], 9).save(tmp_path / "sketch" / name / "1.png")
+    with pytest.raises(DataError, match="classes 'blue' and 'Blue' differ only by case"):
+        load_data(DataConfig(path=str(tmp_path), **JOINED))
+
+
+def test_an_unreadable_class_is_missed_only_if_no_split_has_it(tmp_path: Path) -> None:
+    renderings(tmp_path)
+    for file in (tmp_path / "sketch" / "red").iterdir():
+        file.write_bytes(b"no image")
+    read = DataConfig(path=str(tmp_path), skip_unreadable=True, **JOINED)
+    assert [len(part.train) + len(part.val) for part in load_data(read).parts] == [12, 8]
+    for file in (tmp_path / "photo" / "red").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="^no image of class 'red' can be read"):
+        load_data(read)
 
 
 def test_a_class_missing_from_validation_shifts_no_label(tmp_path: Path) -> None:

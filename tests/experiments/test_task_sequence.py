@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ from vimoe.config.moe import MoEConfig
 from vimoe.config.parallel import ParallelConfig
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
-from vimoe.data.class_tasks import class_tasks, classes_of
 from vimoe.data.classification import load_data
 from vimoe.data.loaders import eval_loader, preprocessing
+from vimoe.data.tasks import class_tasks, classes_of
 from vimoe.errors import ConfigError
 from vimoe.experiments.finished_run import FinishedRun
 from vimoe.experiments.task_sequence import TaskSequence
@@ -217,6 +218,64 @@ def test_tasks_read_cached_features(photos: Path, tmp_path: Path, monkeypatch: p
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 6 and summary["features"]["before"] == "blocks.1"
     plain = run_training(settings(photos, **same), tmp_path / "plain")
     assert summary["tasks"]["own"] == plain["tasks"]["own"]
+
+
+@pytest.fixture(scope="module")
+def renderings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, bright, dark, and in negative; the last is for test."""
+    root = tmp_path_factory.mktemp("renderings")
+    for n, (name, render) in enumerate({
+        "bright": lambda pixel: pixel, "dark": lambda pixel: pixel // 4, "negative": lambda pixel: 255 - pixel
+    }.items()):  # fmt: skip
+        for c, colour in enumerate(COLOURS[:3]):
+            (root / name / f"class{c}").mkdir(parents=True)
+            for i in range(6):
+                picture(colour, seed=100 * n + 10 * c + i).point(render).save(root / name / f"class{c}" / f"{i}.png")
+    return root
+
+
+SPLITS = {"tasks": "splits", "train_split": "bright+dark", "test_split": "negative", "val_fraction": 1 / 3}
+
+
+def test_splits_of_the_data_are_tasks_of_the_same_classes(renderings: Path, tmp_path: Path, jobs: list[Job]) -> None:
+    asked = settings(renderings, data=SPLITS)
+    summary = run_training(asked, tmp_path / "run")
+    assert [{Path(name).parts[-3] for name in job.names} for job in jobs] == [{"bright"}, {"dark"}]
+    tasks = summary["tasks"]
+    assert [each["split"] for each in tasks["trained"]] == ["bright", "dark"]
+    assert [each["classes"] for each in tasks["trained"]] == [["class0", "class1", "class2"]] * 2
+    assert [each["train_images"] for each in tasks["trained"]] == [12, 12] and tasks["seen"] == tasks["own"]
+    assert np.shape(tasks["routing"]["blocks.1.mlp"]["lift"]) == (2, 2) and summary["val"]["images"] == 12
+    validation = (tmp_path / "run" / "validation.txt").read_text().split()
+    assert len(validation) == 12 and sum(name.startswith("dark/") for name in validation) == 6
+    assert FinishedRun(tmp_path / "run").score()[0] == "test"
+
+    page = Reader(tmp_path / "run" / "report.html").text
+    assert "1 bright" in page and "Accuracy among all classes, which each task has" in page
+    assert "the classes of the image's own task" not in page  # it would be the same table again
+
+    joint = run_training(replace(asked, data=replace(asked.data, tasks=None)), tmp_path / "joint")
+    assert (tmp_path / "joint" / "validation.txt").read_text() == (tmp_path / "run" / "validation.txt").read_text()
+    assert joint["train_images"] == 24 and "tasks" not in joint
+
+
+@pytest.mark.parametrize("killed_after", one_in(2, [8, 3]))
+def test_a_killed_sequence_of_splits_ends_as_if_it_had_not_been(
+    renderings: Path, tmp_path: Path, kill_after: object, killed_after: int
+) -> None:
+    asked = settings(renderings, data=SPLITS)
+    run_training(asked, tmp_path / "whole")
+    kill_after(killed_after)
+    with pytest.raises(Killed):
+        run_training(asked, tmp_path / "killed")
+    kill_after(1000)
+    resume_training(tmp_path / "killed")
+    assert_equal(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_router_that_classes_train_has_them_all_where_splits_are_tasks(renderings: Path, tmp_path: Path) -> None:
+    moe = {"router": "superclass", "num_experts": 2, "calibration_images": 12}
+    assert run_training(settings(renderings, moe=moe, data=SPLITS, epochs=1), tmp_path / "run")["tasks"]
 
 
 def test_a_start_from_images_has_those_of_the_first_task(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass
 from functools import cache, partial
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vimoe.errors import ConfigError, choice
 
@@ -41,7 +41,11 @@ def _checks(config: type) -> dict[str, Callable[[str, object], None]]:
     hints = get_type_hints(config)
     for each in fields(config):
         hint = hints[each.name]
-        kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+        words = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+        if words and int in kinds:
+            checks[each.name] = partial(_unless_none, partial(check_count_or_word, words=words, **each.metadata))
+            continue
         if set(kinds) <= {str, type(None)} and not each.metadata:
             checks[each.name] = partial(_unless_none, check_text) if type(None) in kinds else check_text
         for kind in kinds:
@@ -96,6 +100,16 @@ def check_count(name: str, value: object, low: float, high: float = math.inf) ->
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         expected = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ConfigError(f"{name}={value!r}: expected a whole number {expected}")
+
+
+def check_count_or_word(name: str, value: object, words: tuple[str, ...], low: float, high: float = math.inf) -> None:
+    """Raise ConfigError unless the value is one of some words, or a whole number from `low` to `high`."""
+    if value in words:
+        return
+    try:
+        check_count(name, value, low, high)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or {' or '.join(map(repr, words))}") from None
 
 
 def check_range(name: str, value: object, low: float, high: float = math.inf) -> None:

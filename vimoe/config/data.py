@@ -33,7 +33,8 @@ class DataConfig:
             folder of tar files, also WebDataset shards; "hfds/NAME" or "hfds/FOLDER" for Hugging Face;
             "torch/mnist:FOLDER"; or "digits" for scikit-learn's handwritten digits ("./digits" is a folder).
         task: "classification", or "segmentation" for a folder or table ("hfds/") with a mask for each image.
-        train_split: name of the folder or split to train on.
+        train_split: name of the folder or split to train on. Several are joined by "+", as in Hugging Face's datasets;
+            so are those of the other roles (classification only).
         val_split: name of the split for every decision; if it is missing or "none", validation is split off train.
         test_split: name of the split that only `evaluate` and the receipt of `prune` read.
         image_column: column of the images; by default "path" in a CSV file, and the only one of images in a Hugging
@@ -42,8 +43,8 @@ class DataConfig:
             Hugging Face table (segmentation: the one that is named like masks).
         val_fraction: share of each class that is split off train if there is no validation split.
         images_per_class: largest number of train images of each class, drawn by `seed`.
-        tasks: number of tasks that are learnt one after the other, each of its own classes, drawn by `seed`; by default
-            all classes are learnt at once.
+        tasks: number of tasks that are learnt one after the other, each of its own classes, drawn by `seed`; or
+            "splits", for a task of each split of `train_split`; by default all images are learnt at once.
         seed: seed of the validation split, of the subset and of the classes of each task.
         skip_unreadable: leave out images that cannot be read, instead of stopping before training.
         cache: keep decoded images in "memory", or on "disk" for later runs too (in $XDG_CACHE_HOME or ~/.cache). With
@@ -72,7 +73,7 @@ class DataConfig:
     label_column: str | None = None
     val_fraction: float = bounded(0.1, 0.001, 0.9)
     images_per_class: int | None = bounded(None, 2)
-    tasks: int | None = bounded(None, 2)
+    tasks: int | Literal["splits"] | None = bounded(None, 2)
     seed: int = bounded(0, 0, LARGEST_SEED)
     skip_unreadable: bool = False
     cache: Cache = "none"
@@ -96,6 +97,25 @@ class DataConfig:
                     f"{one} and {other} are both {name!r}: expected different splits for training, decisions and "
                     f"reports; set {other}='none' to do without"
                 )
+        if self.tasks == "splits" and self.task_count < 2:
+            raise ConfigError(
+                f"tasks='splits' with train_split={self.train_split!r}: expected a split for each task, joined by '+', "
+                f"such as 'photo+sketch'"
+            )
+
+    @property
+    def task_count(self) -> int:
+        """Number of tasks that are learnt one after the other; 1 if all images are learnt at once."""
+        return len(joined(self.train_split)) if self.tasks == "splits" else self.tasks or 1
+
+
+def joined(splits: str) -> list[str]:
+    """Return the names in a text that joins them by "+".
+
+    >>> joined("photo+sketch")
+    ['photo', 'sketch']
+    """
+    return splits.split("+")
 
 
 def check_preprocessing(values: dict[str, Any], own: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ class Settings:
         """Settings of each stage, in order, of a dense model until MoE layers come in; else these, for each task."""
         stages = self.train.trainings
         if self.train.stages is None:
-            return [self] * (self.data.tasks or 1)
+            return [self] * self.data.task_count
         mixed = [any(s.trained.word in ("moe", "experts") for s in stages[: i + 1]) for i in range(len(stages))]
         dense = replace(self.moe, layers="none")
         return [replace(self, train=s, moe=self.moe if mix else dense) for s, mix in zip(stages, mixed, strict=True)]
@@ -121,7 +121,7 @@ class Settings:
         for name, value in (("stages", train.stages), ("fuse", train.fuse), ("parallel", train.parallel.spreads)):
             if tasks and value not in (None, "none", False):
                 raise ConfigError(
-                    f"data.tasks={tasks} with train.{name}={getattr(train, name)}: expected one of them, since each "
+                    f"data.tasks={tasks!r} with train.{name}={getattr(train, name)}: expected one of them, since each "
                     f"task goes on with the whole model of the task before; leave one out"
                 )
         epochs = train.epochs * len(self.trainings)

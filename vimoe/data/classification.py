@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from PIL import Image
 
-from vimoe.config.data import DataConfig
+from vimoe.config.data import DataConfig, joined
 from vimoe.data.data_path import list_data
 from vimoe.data.image_check import CheckedImages, check_images
 from vimoe.data.image_files import find_images, is_hidden, passed_over
 from vimoe.data.images import Source, name_within
 from vimoe.data.listing import LOOSE, ClassImages, Listing, check_levels
 from vimoe.data.splits import is_split, split_of
-from vimoe.errors import DataError, counted, nearest
+from vimoe.errors import ConfigError, DataError, counted, nearest
 
 logger = logging.getLogger(__name__)
 Sample = tuple[Source | Image.Image, int]
+Where = TypeVar("Where")
 # folders of images and masks, in the layouts of vimoe.data.scene_layouts
+ROLES = ("train", "val", "test")
 MASK_LAYOUTS = ({"images", "annotations"}, {"JPEGImages", "SegmentationClass"}, {"leftImg8bit", "gtFine"})
 
 
@@ -39,7 +42,10 @@ class Data:
         split_off: True if validation was split off train.
         junk: number of other files by kind, as `find_images` counts them.
         checked: outcome of opening all images, if unreadable ones were left out.
-        whole: train images of all tasks, where these are the images of one (`vimoe.data.class_tasks`).
+        parts: images of each train split, if there are several; all have the same test images. Without a validation
+            split, each has the validation images that were split off it, else none.
+        split: name of the train split, in one of these parts.
+        whole: train images of all tasks, where these are the images of one (`vimoe.data.tasks`).
     """
 
     classes: tuple[str, ...]
@@ -50,6 +56,8 @@ class Data:
     split_off: bool = False
     junk: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     checked: CheckedImages | None = field(default=None, compare=False, repr=False)
+    parts: tuple[Data, ...] = field(default=(), compare=False, repr=False)
+    split: str | None = field(default=None, compare=False, repr=False)
     whole: tuple[Sample, ...] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
@@ -70,38 +78,42 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
         validation: names (`Data.names`) of the images that a run split off train, to get the same split again.
 
     Raises:
+        ConfigError: if a split is named twice.
         DataError: if images, splits or labels are missing or damaged, a class is not in the map, or no image of a
             class can be read.
     """
     if config.path == "digits":
         return _digits(config)
     listing = list_data(config)
-    chosen = {role: _split(listing, role, getattr(config, f"{role}_split")) for role in ("train", "val", "test")}
-    if chosen["train"] is None and (others := {role: split for role, split in chosen.items() if split}):
-        role, split = next(iter(others.items()))
-        raise DataError(
-            f"{listing.name} has no {listing.word} {config.train_split!r}: expected one beside {split!r}; "
-            f"{nearest('', listing.splits)}; if {split!r} is a class, set --data.{role}_split none"
-        )
-    present = {role: split for role, split in chosen.items() if split or role == "train"}
-    found = {role: listing.classes(split) for role, split in present.items()}
-    where = {role: listing.where(split) for role, split in present.items()}
-    names = tuple(classes or found["train"])
-    _check_train(listing, chosen["train"], found["train"], classes)
+    chosen = _roles(listing, config)
+    places: list[tuple[str, str | None]] = [("train", split) for split in chosen["train"] or (None,)]
+    places += [(role, split) for role in ("val", "test") for split in chosen[role]]
+    found = {place: listing.classes(place[1]) for place in places}
+    for (role, split), images in found.items():
+        if role == "train":
+            _check_train(listing, split, images)
+    names = tuple(classes or dict.fromkeys(itertools.chain(*(found[p] for p in places if p[0] == "train"))))
+    if classes is None:
+        _check_names(listing.name, names)
+        _check_two(listing, listing.where("+".join(chosen["train"]) or None), names)
     checked = None
     if config.skip_unreadable:
         found, checked = _leave_out_unreadable(found, listing.root)
-    train, val, test = (
-        _samples(where[role], found[role], names) if role in present else [] for role in ("train", "val", "test")
-    )
+        _check_left([found[p] for p in places if p[0] == "train"], names, checked)
+    samples = {place: _samples(listing.where(place[1]), images, names) for place, images in found.items()}
+    train, val, test = ([s for place in places if place[0] == role for s in samples[place]] for role in ROLES)
+    for several in (train, val, test):
+        several.sort(key=lambda sample: sample[1])  # by class, as those of a single split are
     if chosen["train"] and classes is None:  # only before training: later verbs need not walk these folders again
         _warn_without_role(listing, chosen)
     split_off = not val
+    origin = {id(sample): split for (role, split), each in samples.items() if role == "train" for sample in each}
     if split_off:
-        train, val = _split_off(train, listing, config, set(validation))
-    return Data(
+        train, val = _split_off(train, listing, config, set(validation), origin)
+    whole = Data(
         names, tuple(_subset(train, config)), tuple(val), tuple(test), listing.root, split_off, listing.junk, checked
     )
+    return replace(whole, parts=_parts(whole, chosen["train"], origin)) if len(chosen["train"]) > 1 else whole
 
 
 def load_folder(
@@ -139,7 +151,37 @@ def load_folder(
     return name, tuple(_samples(listing.where(split), found[name], tuple(classes)))
 
 
-def _check_train(listing: Listing, split: str | None, found: ClassImages, classes: Sequence[str] | None) -> None:
+def _roles(listing: Listing, config: DataConfig) -> dict[str, tuple[str, ...]]:
+    """Return the splits of each role; train has none if all of the data are for it."""
+    chosen = {role: _splits(listing, role, getattr(config, f"{role}_split")) for role in ROLES}
+    if not chosen["train"] and (others := {role: splits for role, splits in chosen.items() if splits}):
+        role, (split, *_) = next(iter(others.items()))
+        raise DataError(
+            f"{listing.name} has no {listing.word} {config.train_split!r}: expected one beside {split!r}; "
+            f"{nearest('', listing.splits)}; if {split!r} is a class, set --data.{role}_split none"
+        )
+    named: dict[str, str] = {}
+    for role, splits in chosen.items():
+        for split in splits:
+            if split in named:
+                given = " and ".join(dict.fromkeys(f"data.{each}_split" for each in (named[split], role)))
+                raise ConfigError(f"{given}: {split!r} is there twice: expected each split once; leave one out")
+            named[split] = role
+    return chosen
+
+
+def _parts(whole: Data, splits: Sequence[str], origin: Mapping[int, str | None]) -> tuple[Data, ...]:
+    """Return the images of each train split; `origin` has the split of each train image by its id."""
+
+    def of(split: str, samples: Sequence[Sample]) -> tuple[Sample, ...]:
+        return tuple(sample for sample in samples if origin.get(id(sample)) == split)
+
+    return tuple(
+        replace(whole, train=of(split, whole.train), val=of(split, whole.val), split=split) for split in splits
+    )
+
+
+def _check_train(listing: Listing, split: str | None, found: ClassImages) -> None:
     """Raise DataError if the train images are not the class folders of a classification."""
     where = listing.where(split)
     _check_names(where, found)
@@ -153,8 +195,12 @@ def _check_train(listing: Listing, split: str | None, found: ClassImages, classe
         )
     check_levels(listing, found, where)
     _check_loose(listing, split, found)
-    if classes is None and len(found) < 2:
-        there = f"1 class with images, {next(iter(found))!r}" if found else "no image with a class"
+
+
+def _check_two(listing: Listing, where: str, names: Sequence[str]) -> None:
+    """Raise DataError if there is nothing to tell apart."""
+    if len(names) < 2:
+        there = f"1 class with images, {names[0]!r}" if names else "no image with a class"
         expected = "a folder of images for each class, at least 2" if listing.word == "folder" else "at least 2 classes"
         raise DataError(
             f"{where}: {there}{passed_over(listing.junk)}: expected {expected}; add images, or check the path"
@@ -197,10 +243,27 @@ def _split(listing: Listing, role: str, name: str) -> str | None:
     return split_of(role, name, listing.splits, f"{listing.word} in {listing.name}")
 
 
-def _warn_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> None:
+def _splits(listing: Listing, role: str, name: str) -> tuple[str, ...]:
+    """Return the splits that have a role: none, one, or those that "+" joins, in the order in which they are named."""
+    if name in listing.splits or len(joined(name)) == 1:
+        split = _split(listing, role, name)
+        return () if split is None else (split,)
+    splits = []
+    for each in joined(name):
+        split = None if each == "none" else _split(listing, role, each)
+        if split is None:
+            raise DataError(
+                f"data.{role}_split={name!r}: no {listing.word} {each!r} in {listing.name}; "
+                f"{nearest(each, listing.splits)}"
+            )
+        splits.append(split)
+    return tuple(splits)
+
+
+def _warn_without_role(listing: Listing, chosen: Mapping[str, Sequence[str]]) -> None:
     """Count images in splits without a role as junk, and warn of them with the remedy."""
     for split in listing.splits:
-        if split in chosen.values() or is_hidden(split):
+        if split in itertools.chain(*chosen.values()) or is_hidden(split):
             continue
         inside = replace(listing, junk=Counter())
         try:
@@ -209,28 +272,34 @@ def _warn_without_role(listing: Listing, chosen: Mapping[str, str | None]) -> No
             continue
         if images:
             listing.junk[f"images in {split}, which has no role"] += images
-            free = next((role for role in ("val", "test", "train") if chosen[role] is None), None)
+            free = next((role for role in ("val", "test", "train") if not chosen[role]), None)
             remedy = f"; to use them, set --data.{free}_split {split}" if free and not is_split(split) else ""
             left = counted(images, "image is", "images are")
             logger.warning("%s has no role, and its %s left out%s", listing.where(split), left, remedy)
 
 
-def _leave_out_unreadable(found: dict[str, ClassImages], root: Path) -> tuple[dict[str, ClassImages], CheckedImages]:
+def _leave_out_unreadable(
+    found: dict[Where, ClassImages], root: Path
+) -> tuple[dict[Where, ClassImages], CheckedImages]:
     checked = check_images(
         [image for classes in found.values() for images in classes.values() for image in images], root
     )
     if checked.errors:
         logger.warning("%s; left out", checked)
     readable = {
-        role: {name: [image for image in images if image in checked.digests] for name, images in classes.items()}
-        for role, classes in found.items()
+        where: {name: [image for image in images if image in checked.digests] for name, images in classes.items()}
+        for where, classes in found.items()
     }
-    for name, images in readable.get("train", {}).items():
-        if not images:
+    return readable, checked
+
+
+def _check_left(train: Sequence[ClassImages], names: Sequence[str], checked: CheckedImages) -> None:
+    """Raise DataError if no train image of a class can be read."""
+    for name in names:
+        if any(name in found for found in train) and not any(found.get(name) for found in train):
             raise DataError(
                 f"no image of class {name!r} can be read: expected some; add images, or remove the class; {checked}"
             )
-    return readable, checked
 
 
 def _check_names(where: str, names: Iterable[str]) -> None:
@@ -265,9 +334,9 @@ def _samples(where: str, found: ClassImages, classes: tuple[str, ...]) -> list[S
 
 
 def _split_off(
-    train: list[Sample], listing: Listing, config: DataConfig, listed: set[str]
+    train: list[Sample], listing: Listing, config: DataConfig, listed: set[str], origin: Mapping[int, str | None]
 ) -> tuple[list[Sample], list[Sample]]:
-    """Split validation off train: the images that a run has listed, or else a seeded share of each class."""
+    """Split validation off train: the images that a run has listed, or else a seeded share of each class and split."""
     if listed:
         val = [s for s in train if not isinstance(s[0], Image.Image) and name_within(listing.root, s[0]) in listed]
         if len(val) != len(listed):
@@ -277,7 +346,11 @@ def _split_off(
             )
         held_out = {id(sample) for sample in val}
         return [s for s in train if id(s) not in held_out], val
-    kept, val = _draw(train, lambda n: min(n - 1, max(1, round(n * config.val_fraction))), config.seed)
+
+    def share(images: int) -> int:
+        return min(images - 1, max(1, round(images * config.val_fraction)))
+
+    kept, val = _draw(train, share, config.seed, lambda sample: (sample[1], origin[id(sample)]))
     if not val:
         raise DataError(
             f"{listing.name}: no class has two images: expected some, to split validation off; add images, or a "
@@ -291,13 +364,21 @@ def _subset(train: list[Sample], config: DataConfig) -> list[Sample]:
     return train if most is None else _draw(train, lambda n: min(n, most), config.seed + 1)[1]
 
 
-def _draw(samples: list[Sample], how_many: Any, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Draw `how_many(n)` of the n samples of each class; return (the others, the drawn), both in their old order."""
-    by_class: dict[int, list[int]] = defaultdict(list)
-    for index, (_, label) in enumerate(samples):
-        by_class[label].append(index)
+def _draw(
+    samples: list[Sample],
+    how_many: Callable[[int], int],
+    seed: int,
+    group: Callable[[Sample], Hashable] = lambda sample: sample[1],
+) -> tuple[list[Sample], list[Sample]]:
+    """Draw `how_many(n)` of the n samples of each group; return (the others, the drawn), both in their old order.
+
+    A group is a class, if no other is given.
+    """
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        groups[group(sample)].append(index)
     rng = random.Random(seed)
-    drawn = {i for members in by_class.values() for i in rng.sample(members, how_many(len(members)))}
+    drawn = {i for members in groups.values() for i in rng.sample(members, how_many(len(members)))}
     return [s for i, s in enumerate(samples) if i not in drawn], [s for i, s in enumerate(samples) if i in drawn]
 
 

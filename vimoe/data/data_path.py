@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vimoe.config.data import DataConfig
+from vimoe.config.data import DataConfig, joined
 from vimoe.data.archives import archives, find_archives, is_archive
 from vimoe.data.csv_table import csv_file
 from vimoe.data.hugging_face import hugging_face
@@ -45,7 +45,8 @@ def list_data(config: DataConfig) -> Listing:
     if is_archive(root):
         return archives(root, [root])
     if root.suffix.lower() == ".csv":
-        splits = {config.train_split, config.val_split, config.test_split} - {"none"}
+        roles = (config.train_split, config.val_split, config.test_split)
+        splits = {name for role in roles for name in (role, *joined(role))} - {"none", ""}
         return csv_file(root, config.image_column or "path", config.label_column or "label", splits)
     raise DataError(f"data.path={path!r} is a file: expected a folder, a .csv or a .tar file; unpack it, or list it")
 

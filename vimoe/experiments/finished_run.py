@@ -389,7 +389,8 @@ class FinishedRun:
             raise ConfigError(f"recover={epochs}: expected a number of epochs, 0 for none")
         if epochs and (tasks := self.run.settings.data.tasks):
             raise ConfigError(
-                f"recover={epochs} of a run with data.tasks={tasks}: expected 0, since it would learn all tasks at once"
+                f"recover={epochs} of a run with data.tasks={tasks!r}: expected 0, since it would learn all tasks "
+                f"at once"
             )
         config = self.run.settings.train.trainings[-1]
         lr = config.lr / 10 if lr is None else lr

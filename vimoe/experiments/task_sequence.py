@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.analysis.forgetting import forgetting, lift
-from vimoe.data.class_tasks import classes_of
 from vimoe.data.classification import Data
+from vimoe.data.tasks import classes_of
 from vimoe.files import read_text
 from vimoe.metrics.base import batches, metric_of
 from vimoe.moe import record
@@ -64,6 +64,7 @@ class TaskSequence:
         stages = summary.pop("stages")
         trained = [
             {**{name: value for name, value in stage.items() if name != "train_only"},
+             **({"split": part.split} if part.split else {}),
              "classes": [part.classes[label] for label in own], "train_images": len(part.train)}
             for stage, own, part in zip(stages, self.classes, self.parts, strict=False)
         ]  # fmt: skip
@@ -73,7 +74,8 @@ class TaskSequence:
 
     def _row(self, model: nn.Module, number: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the row of tasks.json after a task, and the score on all images that it is of."""
-        metric, seen = metric_of(model, self.task.metric), sorted(sum(self.classes[: number + 1], []))
+        metric = metric_of(model, self.task.metric)
+        seen = sorted({label for own in self.classes[: number + 1] for label in own})
         counts, row = metric.counts(), []
         for part, own in zip(self.parts[: number + 1], self.classes, strict=False):
             right, routing = {SEEN: 0, OWN: 0}, dict[str, Tensor]()

@@ -25,6 +25,7 @@ from vimoe.data.data_path import absolute, local
 from vimoe.data.loaders import preprocessing
 from vimoe.data.order import mix
 from vimoe.data.splits import is_split
+from vimoe.data.tasks import classes_of
 from vimoe.errors import ConfigError, DataError
 from vimoe.experiments.task_sequence import TaskSequence
 from vimoe.files import discard_leftovers, temporary_folder, write_bytes
@@ -163,9 +164,9 @@ def _check_start(kind: type[Task[Any]], data: Roles, settings: Settings) -> None
     first = kind(settings).divided(data)[0]
     check_count(min(moe.calibration_images, len(first.train)), moe.num_experts)
     router = ROUTERS.find(moe.router)
-    if router.supervised and settings.data.tasks:
+    if router.supervised and settings.data.tasks and len(classes_of(first)) < len(data.classes):
         raise ConfigError(
-            f"data.tasks={settings.data.tasks} with moe.router={moe.router!r}: expected a router that no classes "
+            f"data.tasks={settings.data.tasks!r} with moe.router={moe.router!r}: expected a router that no classes "
             f"train, since the first task does not have them all; use another, such as 'centroids'"
         )
     if router.supervised:

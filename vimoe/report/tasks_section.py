@@ -28,16 +28,18 @@ def add_tasks(page: Page, tasks: dict[str, Any]) -> None:
     )
     page.table(
         ("task", "classes", "training images", "epochs"),
-        [(str(i), ", ".join(each["classes"]), str(each["train_images"]), str(each["epochs"]))
-         for i, each in enumerate(trained, start=1)],
+        [(f"{i} {each.get('split', '')}".strip(), ", ".join(each["classes"]), str(each["train_images"]),
+          str(each["epochs"])) for i, each in enumerate(trained, start=1)],
         words=True, folded="Classes of each task",
     )  # fmt: skip
-    for name, among in AMONG.items():
+    alike = all(each["classes"] == trained[0]["classes"] for each in trained)
+    shown = {"own": "all classes, which each task has"} if alike else AMONG
+    for name, among in shown.items():
         page.subheading(f"Accuracy among {among}")
         _add_matrix(page, tasks[name]["accuracy"], "{:.2f}", 100)
     page.table(
         ("among", *FIGURES.values()),
-        [(among, *(f"{100 * tasks[name][key]:.2f}" for key in FIGURES)) for name, among in AMONG.items()],
+        [(among, *(f"{100 * tasks[name][key]:.2f}" for key in FIGURES)) for name, among in shown.items()],
     )
     page.text(
         "Forgetting is what the best model before the end knew more of a task, in points, as a mean over the tasks "

@@ -17,11 +17,11 @@ from vimoe.analysis.figures import contact_sheet
 from vimoe.analysis.trust import Trust
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
-from vimoe.data.class_tasks import class_tasks
 from vimoe.data.classification import Data, load_data, load_folder
 from vimoe.data.images import open_image
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan, warn_of_absent
+from vimoe.data.tasks import tasks_of
 from vimoe.files import one_line
 from vimoe.metrics.base import Batches, metric_of
 from vimoe.models.class_order import order_classes
@@ -58,8 +58,7 @@ class Classification(Task[Data]):
         return scan(data)
 
     def divided(self, data: Data) -> Sequence[Data]:
-        read = self.settings.data
-        return [data] if read.tasks is None else class_tasks(data, read.tasks, read.seed)
+        return tasks_of(data, self.settings.data)
 
     def check(self, model: nn.Module, prepared: dict[str, Any], trained: Sequence[str] | None) -> None:
         """Raise VimoeError for an augmentation that timm does not know, or features that cannot be cached."""

@@ -1,4 +1,4 @@
-"""Classes are divided into tasks by a seed; labels stay, and every image is in one task."""
+"""Classes are divided into tasks by a seed, or splits are the tasks; labels stay, and every image is in one task."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from vimoe.data.class_tasks import class_tasks, classes_of
+from vimoe.config.data import DataConfig
 from vimoe.data.classification import Data
+from vimoe.data.tasks import class_tasks, classes_of, split_tasks, tasks_of
 from vimoe.errors import ConfigError, DataError
 from vimoe.tasks.classification_job import fingerprint
 
@@ -59,3 +60,41 @@ def test_the_fingerprint_of_a_task_is_that_of_all() -> None:
     whole = data()
     assert {fingerprint(task) for task in class_tasks(whole, 3, 0)} == {fingerprint(whole)}
     assert fingerprint(class_tasks(whole, 3, 0)[0]) != fingerprint(replace(whole, train=whole.train[1:]))
+
+
+def of_two_splits() -> tuple[Data, DataConfig]:
+    """Images of all classes in two splits, one of which has validation images of the first class alone."""
+    whole = data()
+    odd, even = (
+        replace(whole, train=whole.train[i::2], val=val, split=name)
+        for i, val, name in ((1, whole.val, "photo"), (0, whole.val[:1], "sketch"))
+    )
+    config = DataConfig(tasks="splits", train_split="photo+sketch")
+    return replace(whole, parts=(odd, even), split_off=True), config
+
+
+def test_splits_are_tasks_in_the_order_in_which_they_are_named() -> None:
+    whole, config = of_two_splits()
+    tasks = tasks_of(whole, config)
+    assert [task.split for task in tasks] == ["photo", "sketch"] and config.task_count == 2
+    assert [task.train for task in tasks] == [whole.train[1::2], whole.train[::2]]
+    assert [classes_of(task) for task in tasks] == [list(range(7)), list(range(7))]
+    assert {fingerprint(task) for task in tasks} == {fingerprint(whole)}
+    assert len(tasks_of(whole, replace(config, tasks=3))) == 3  # classes of both splits
+    assert tasks_of(whole, replace(config, tasks=None)) == [whole]
+
+
+def test_splits_that_are_no_tasks_are_refused() -> None:
+    whole, config = of_two_splits()
+    named = r"^data.tasks='splits' with data.train_split='photo\+sketch'"
+    with pytest.raises(ConfigError, match=f"{named}: expected several splits of the data"):
+        split_tasks(replace(whole, parts=()), config)
+    with pytest.raises(ConfigError, match=f"{named} and validation images of their own: .*; set data.val_split=none"):
+        split_tasks(replace(whole, split_off=False), config)
+    parts = (whole.parts[0], replace(whole.parts[1], val=()))
+    with pytest.raises(DataError, match=f"{named}: no class of 'sketch' has two images"):
+        split_tasks(replace(whole, parts=parts), config)
+    with pytest.raises(ConfigError, match="^tasks='splits' with train_split='train': expected a split for each task"):
+        DataConfig(tasks="splits")
+    with pytest.raises(ConfigError, match="^tasks=1: expected a whole number of at least 2, or 'splits'$"):
+        DataConfig(tasks=1)

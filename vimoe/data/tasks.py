@@ -1,4 +1,4 @@
-"""Division of a data set into tasks that are learnt one after the other, each of its own classes."""
+"""Division of a data set into tasks that are learnt one after the other: by its classes, or by its train splits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,47 @@ from dataclasses import replace
 
 import numpy as np
 
+from vimoe.config.data import DataConfig
 from vimoe.data.classification import Data, Sample
 from vimoe.errors import ConfigError, DataError
+
+
+def tasks_of(data: Data, config: DataConfig) -> list[Data]:
+    """Return the images of each task (`DataConfig.tasks`) in the order of the tasks; without tasks all in one.
+
+    Raises:
+        VimoeError: errors of `class_tasks` and `split_tasks`.
+    """
+    if config.tasks is None:
+        return [data]
+    return split_tasks(data, config) if config.tasks == "splits" else class_tasks(data, config.tasks, config.seed)
+
+
+def split_tasks(data: Data, config: DataConfig) -> list[Data]:
+    """Return the images of each train split, in the order in which `config` names the splits.
+
+    A split is what the data set takes for one, such as a rendering or a year. Not every split has to have all classes.
+
+    Raises:
+        ConfigError: if the data are not divided into several train splits, or come with validation images, which belong
+            to no task.
+        DataError: if a split has no image for validation.
+    """
+    named = f"data.tasks='splits' with data.train_split={config.train_split!r}"
+    if not data.parts:
+        raise ConfigError(f"{named}: expected several splits of the data; {config.path} has one; leave data.tasks out")
+    if not data.split_off:
+        raise ConfigError(
+            f"{named} and validation images of their own: expected to split them off each task, since they belong to "
+            f"none; set data.val_split=none"
+        )
+    for part in data.parts:
+        if not part.val:
+            raise DataError(
+                f"{named}: no class of {part.split!r} has two images: expected some, to split validation off; add "
+                f"images, or leave the split out"
+            )
+    return [replace(part, parts=(), whole=data.train) for part in data.parts]
 
 
 def class_tasks(data: Data, count: int, seed: int) -> list[Data]:
