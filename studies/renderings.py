@@ -5,7 +5,11 @@
 `photos/` holds `train/<class>/` and `test/<class>/`, as `vimoe train --data.path` takes it, and so does OUT. There each
 train image of a class is in one of the three other renderings, in turn by name, so no photograph is seen twice: the
 domains differ in their images too, as they do in PACS or DomainNet (Li et al., arXiv 1710.03077; Peng et al., arXiv
-1812.01754). All test images are in the rendering that is held out.
+1812.01754). All test images are in the rendering that is held out. With `--held_out none` none is, and test images are
+in one of all four, too.
+
+With `--apart` each rendering has a folder of its own in place of `train/`, as a split of the data: `vimoe train
+--data.train_split photograph+edges+inverted` reads them all, and `--data.tasks splits` one after the other.
 """
 
 from __future__ import annotations
@@ -48,23 +52,24 @@ RENDERINGS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def write(photos: Path, out: Path, held_out: str) -> None:
+def write(photos: Path, out: Path, held_out: str, apart: bool = False) -> None:
     """Write the folders of train and test; `out` appears once it is whole.
 
     Args:
         photos: folder with train/<class>/ and test/<class>/.
         out: new folder.
-        held_out: name of the rendering of all test images.
+        held_out: name of the rendering of all test images, or "none".
+        apart: a folder for the train images of each rendering.
     """
     seen = [name for name in RENDERINGS if name != held_out]
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for part, names in (("train", seen), ("test", [held_out])):
+    for part, names in (("train", seen), ("test", [held_out] if held_out in RENDERINGS else seen)):
         for folder in sorted(path for path in (photos / part).iterdir() if path.is_dir()):
-            target = unfinished / part / folder.name
-            target.mkdir(parents=True)
             for position, path in enumerate(find_images(folder)[0]):
                 name = names[position % len(names)]
+                target = unfinished / (name if apart and part == "train" else part) / folder.name
+                target.mkdir(parents=True, exist_ok=True)
                 RENDERINGS[name](open_image(path)).save(target / f"{path.stem}-{name}.png")
     unfinished.rename(out)
 
@@ -74,11 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--held_out", choices=list(RENDERINGS), default="posterised", help="of the test images")
+    parser.add_argument("--held_out", choices=[*RENDERINGS, "none"], default="posterised", help="of the test images")
+    parser.add_argument("--apart", action="store_true", help="write a folder for each rendering in place of train/")
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"--out={args.out} exists: name another folder, or remove it")
-    write(args.photos, args.out, args.held_out)
+    write(args.photos, args.out, args.held_out, args.apart)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from studies import renderings
+from vimoe.config.data import DataConfig
+from vimoe.data.classification import load_data
 
 
 @pytest.fixture
@@ -36,6 +38,23 @@ def test_train_images_are_in_three_domains_and_test_images_in_the_fourth(photos:
         Image.open(root / "train" / "owl" / name) for root, name in ((photos, "3.png"), (tmp_path / "out", names[3]))
     ]
     assert np.array_equal(*same)
+
+
+def test_renderings_apart_are_splits_of_the_data(photos: Path, tmp_path: Path) -> None:
+    renderings.main([str(photos), "--out", str(tmp_path / "out"), "--held_out", "none", "--apart"])
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == sorted([*renderings.RENDERINGS, "test"])
+    assert sorted(path.name for path in (out / "edges" / "owl").iterdir()) == [
+        "1-edges.png",
+        "5-edges.png",
+    ]
+    assert sorted(path.name for path in (out / "test" / "owl").iterdir()) == [
+        "0-photograph.png", "1-edges.png"
+    ]  # fmt: skip
+    data = load_data(DataConfig(path=str(tmp_path / "out"), train_split="+".join(renderings.RENDERINGS)))
+    assert {part.split: len(part.train + part.val) for part in data.parts} == {
+        "photograph": 4, "edges": 4, "posterised": 4, "inverted": 2
+    }  # fmt: skip
 
 
 def test_a_folder_that_is_there_is_left_as_it_is(photos: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class TaskSequence:
             The summary with "val" of the images of all tasks until now and "tasks" in place of "stages".
         """
         before = json.loads(read_text(self.path))["after"][:number] if number else []
-        row, score = self._row(model, number)
+        row, score = self.row(model, number)
         rows = [*before, row]
         write_json(self.path, {"after": rows})
         found = {name: forgetting([[each[name] for each in row] for row in rows]) for name in (SEEN, OWN)}
@@ -72,7 +72,7 @@ class TaskSequence:
         tasks = {"trained": trained, **found, "routing": _drift(rows)}
         return {**summary, "train_images": images, "val": score, "tasks": tasks}
 
-    def _row(self, model: nn.Module, number: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def row(self, model: nn.Module, number: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return the row of tasks.json after a task, and the score on all images that it is of."""
         metric = metric_of(model, self.task.metric)
         seen = sorted({label for own in self.classes[: number + 1] for label in own})
