@@ -76,6 +76,7 @@ def run_one(tasks: str, arm: str, seed: int, data: Path, model: str) -> None:
             found = {name: summary["tasks"][name] for name in (OWN, SEEN)}
             found["lift"] = {layer: each["lift"] for layer, each in summary["tasks"]["routing"].items()}
             found["router_freeze"] = summary.get("router_freeze")
+    result_of(tasks, arm, seed).parent.mkdir(parents=True, exist_ok=True)
     write_json(result_of(tasks, arm, seed), {
         "tasks": tasks, "arm": arm, "seed": seed, "options": options, **found,
         "versions": summary["versions"], "machine": f"{platform.machine()}, {platform.system()}",
