@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.pictures import folder
+from helpers.scenery import scenes
 
 from vimoe.config.command_line import PRESETS
 from vimoe.study.plan import Study
 from vimoe.study.report import write_report
 from vimoe.study.results import Results
+from vimoe.study.work import Work
 
 ROOT = Path(__file__).parents[2]
-STUDY = ROOT / "studies/vimoe"
+STUDY, DEPTH = ROOT / "studies/vimoe", ROOT / "studies/depth"
+SCENES, EARLIER = ROOT / "studies/scenes", ROOT / "studies/camvid"  # of which the second has a table of its own kind
 INTERVAL = re.compile(r"(?:[-+]?[\d.]+ )?\[[-+\d.]+, [-+\d.]+\]")
 
 
@@ -23,7 +28,7 @@ def table(study: Path = STUDY) -> str:
     return (study / "README.md").read_text("utf-8").partition("<!-- the table begins -->")[2]
 
 
-@pytest.mark.parametrize("study", [STUDY, ROOT / "studies/scenes", ROOT / "studies/depth"], ids=lambda path: path.name)
+@pytest.mark.parametrize("study", [STUDY, SCENES, DEPTH], ids=lambda path: path.name)
 def test_the_tables_regenerate_without_a_difference(study: Path, tmp_path: Path) -> None:
     page = (study / "README.md").read_text("utf-8")
     copied = shutil.copytree(study, tmp_path / "study")
@@ -32,7 +37,28 @@ def test_the_tables_regenerate_without_a_difference(study: Path, tmp_path: Path)
     assert (copied / "README.md").read_text("utf-8") == page
 
 
-SCENES, EARLIER = ROOT / "studies/scenes", ROOT / "studies/camvid"  # of which the second has a table of its own kind
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """NAME=PATH of the names in the studies: an architecture without weights, and as few images as will do."""
+    root = tmp_path_factory.mktemp("inputs")
+    for split in ("train", "test"):
+        folder(root / "photos" / split, 20, tuple(f"class{i:03d}" for i in range(100) if split == "train" or i < 2))
+    scenes(root / "scenes", train=20)
+    (root / "vit").mkdir()
+    (root / "vit" / "config.json").write_text(json.dumps({"architecture": "vit_small_patch14_dinov2"}))
+    photos = {name: root / "photos" for name in ("CUB100", "DOMAINS")}
+    given = {**photos, "CAMVID": root / "scenes", "CCP59": root / "scenes", "DINOV2": root / "vit"}
+    return [f"{name}={path}" for name, path in given.items()]
+
+
+@pytest.mark.parametrize(
+    "study", [pytest.param(STUDY, marks=pytest.mark.slow), pytest.param(SCENES, marks=pytest.mark.slow), DEPTH],
+    ids=lambda path: path.name,
+)  # fmt: skip
+def test_every_arm_can_be_trained(study: Path, tmp_path: Path, inputs: list[str]) -> None:
+    asked = Study(study)
+    cells = [asked.final_cells(data, arm, asked.rates[0])[0] for data in asked.data for arm in asked.arms]
+    Work(asked, inputs, tmp_path, lambda *_: {}).check_trainings(cells)
 
 
 @pytest.mark.parametrize(

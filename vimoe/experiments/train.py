@@ -67,7 +67,8 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     data = process.first_then_all(kind.find, settings.data)  # the others find what it has opened in the cache
     check_evaluated(len(data.val), settings.train, process)
     _check_start(kind, data, settings)
-    settings = _check_architecture(kind, data, settings)
+    if settings.model.pretrained and not settings.model.name.startswith("local-dir:"):
+        settings = _check_architecture(kind, data, settings)  # before its weights are downloaded
     set_seed(settings.train.seed)
     model = process.first_then_all(kind.dense_model, settings.model, data)  # which may download weights
     converted, scanned = _convert(kind, model, data, settings.trainings[0])
@@ -75,8 +76,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
     stages = list(_stages(model, converted, settings))
     settings = replace(settings, train=settle(settings.train, _images(kind, data, settings), stages[-1][0]))
     task, prepared = kind(settings), preprocessing(model, settings.data)
-    for stage, (of_stage, trained) in zip(settings.trainings, stages, strict=True):
-        kind(stage).check(of_stage, prepared, trained)
+    _check_stages(kind, settings, stages, prepared)
     scanned = scanned or process.once(task.scan, data)
     folder = process.once(run_folder.new_run, out)
     with ExitStack() as held:
@@ -85,6 +85,26 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
         process.once(checkpoint.check_space, folder, stages[-1][0], bool(settings.train.ema_decay))
         process.once(_try_to_save, model, data, prepared, folder)
         return _train(task, model, data, scanned, prepared, converted, folder, _from_anywhere(settings))
+
+
+def check_training(settings: Settings, data: Roles | None = None) -> Roles:
+    """Raise VimoeError for settings that contradict one another, their images or the model; train nothing.
+
+    No image is opened and no weight is read, so it takes a second.
+
+    Args:
+        settings: settings of a training.
+        data: images that they name, if they have been listed.
+
+    Returns:
+        The listed images.
+    """
+    check_name(settings.model, segmentation=True)
+    settings, kind = with_own_layers(settings), task_class(settings)
+    found: Roles = kind.find(settings.data) if data is None else data
+    _check_start(kind, found, settings)
+    _check_architecture(kind, found, settings)
+    return found
 
 
 def resume_training(path: str | Path) -> dict[str, Any]:
@@ -176,20 +196,29 @@ def _check_start(kind: type[Task[Any]], data: Roles, settings: Settings) -> None
 
 
 def _check_architecture(kind: type[Task[Any]], data: Roles, settings: Settings) -> Settings:
-    """Return settings that are settled for an architecture, before its weights are downloaded.
+    """Return settings that are settled for an architecture, of which no weight is there.
 
     Raises:
-        VimoeError: if its layers cannot be converted, or settings contradict one another.
+        VimoeError: if its layers cannot be converted, or settings contradict it or one another.
     """
-    if not settings.model.pretrained or settings.model.name.startswith("local-dir:"):
-        return settings
     with torch.device("meta"):
         architecture = kind.dense_model(replace(settings.model, pretrained=False), data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model with weights warns
             converted = _made(architecture, settings.trainings[0], build_layers)
-    *_, (last, _) = _stages(architecture, converted, settings)
-    return replace(settings, train=settle(settings.train, _images(kind, data, settings), last))
+    stages = list(_stages(architecture, converted, settings))
+    settled = replace(settings, train=settle(settings.train, _images(kind, data, settings), stages[-1][0]))
+    _check_stages(kind, settled, stages, preprocessing(architecture, settings.data))
+    return settled
+
+
+def _check_stages(
+    kind: type[Task[Any]], settings: Settings, stages: Sequence[tuple[nn.Module, list[str] | None]],
+    prepared: dict[str, Any],
+) -> None:  # fmt: skip
+    """Raise VimoeError for a stage whose settings contradict its model."""
+    for stage, (model, trained) in zip(settings.trainings, stages, strict=True):
+        kind(stage).check(model, prepared, trained)
 
 
 def _images(kind: type[Task[Any]], data: Roles, settings: Settings) -> int:

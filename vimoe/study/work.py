@@ -7,18 +7,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import vimoe
+from vimoe.config.data import DataConfig
 from vimoe.config.yaml_reader import write_yaml
-from vimoe.errors import ConfigError, DataError, choice
+from vimoe.errors import ConfigError, DataError, VimoeError, choice
 from vimoe.files import discard_file, read_text, temporary_folder, write_text
 from vimoe.study.digests import code_version, digest_of_path
 from vimoe.study.one_cell import NO_TEST, Environment, Verb, compute
-from vimoe.study.plan import Cell, Study, given_values, settings_of
+from vimoe.study.plan import FILE, Cell, Study, given_values, settings_of
 from vimoe.study.queue import Queue, Workers
 
 
@@ -71,15 +72,24 @@ class Work:
             )
         return compute(self.study, self.one, own, self.environment)
 
-    def check_tested(self) -> None:
-        """Raise DataError for a data set without test images, before anything is trained."""
-        from vimoe.tasks.base import task_class
+    def check_trainings(self, cells: Iterable[Cell]) -> None:
+        """Raise VimoeError for an arm that cannot be trained, or data without test images, before anything is trained.
 
-        for data in self.study.data:
-            arm = next(iter(self.study.arms))
-            cell = self.study.final_cells(data, arm, self.study.rates[0])[0]
+        Else the arm whose cells are dearest, and so are the last, would fail after all others.
+
+        Args:
+            cells: cells to be computed, of which one is checked for each arm and data set.
+        """
+        from vimoe.experiments.train import check_training
+
+        listed: dict[DataConfig, Any] = {}
+        for (data, arm), cell in {(cell.data, cell.arm): cell for cell in cells}.items():
             settings = settings_of(cell.filled(self.environment.values))
-            if not task_class(settings).find(settings.data).test:
+            try:
+                listed[settings.data] = check_training(settings, listed.get(settings.data))
+            except VimoeError as error:
+                raise type(error)(f"{self.study.folder / FILE}: {data}, {arm}: {error}") from error
+            if not listed[settings.data].test:
                 raise DataError(f"{data}: {NO_TEST}")
 
     def queue(self, arms: Sequence[str] = ()) -> Queue:

@@ -102,11 +102,12 @@ def _work(asked: Study, options: Any) -> Result:
         return "\n".join(lines), {"jobs": lines}
     workers = work.workers(queue, options["workers"], tell)
     state = workers.state(options["workers"])
+    ready, waiting = queue.left(queue.done())
     if options["dry_run"]:
-        ready, waiting = ([cell.name for cell in cells] for cells in queue.left(queue.done()))
+        names = [cell.name for cell in ready]
         last = f"and {len(waiting)} cells at the rates that the search will choose; {state}"
-        return "\n".join([*ready, last]), {"ready": ready, "waiting": len(waiting)}
-    work.check_tested()
+        return "\n".join([*names, last]), {"ready": names, "waiting": len(waiting)}
+    work.check_trainings([*ready, *waiting])
     tell(state)
     try:
         failed = workers.work(options["workers"])
