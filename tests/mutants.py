@@ -607,8 +607,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "images are opened before mistakes are told",
         "experiments/train.py",
-        "    for stage, (of_stage, trained) in zip(",
-        "    scanned = scanned or task.scan(data)\n    for stage, (of_stage, trained) in zip(",
+        "    _check_stages(kind, settings, stages, prepared)\n",
+        "    scanned = scanned or task.scan(data)\n    _check_stages(kind, settings, stages, prepared)\n",
         ("experiments/test_train.py",),
     ),
     Mutant(
@@ -831,9 +831,44 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a task's fingerprint is of its own images",
         "data/tasks.py",
-        ", whole=data.train",
-        "",
+        "test=test, parts=(), whole=data.train",
+        "test=test, parts=()",
         ("data/test_tasks.py",),
+    ),
+    Mutant(
+        "a split's fingerprint is of its own images",
+        "data/tasks.py",
+        "replace(part, parts=(), whole=data.train)",
+        "replace(part, parts=())",
+        ("data/test_tasks.py",),
+    ),
+    Mutant(
+        "a task of a split has the images of all splits",
+        "data/classification.py",
+        "train=of(split, whole.train)",
+        "train=whole.train",
+        ("data/test_classification.py",),
+    ),
+    Mutant(
+        "validation is split off joined splits by class alone",
+        "data/classification.py",
+        "lambda sample: (sample[1], origin[id(sample)])",
+        "lambda sample: sample[1]",
+        ("data/test_classification.py",),
+    ),
+    Mutant(
+        "a split is trained on and reported on",
+        "data/classification.py",
+        "            if split in named:",
+        "            if False:",
+        ("data/test_classification.py",),
+    ),
+    Mutant(
+        "a study finds last that an arm cannot be trained",
+        "verbs/study.py",
+        "    work.check_trainings([*ready, *waiting])\n",
+        "",
+        ("stories/test_studies.py",),
     ),
     Mutant(
         "the best classes of a task are sought among all",
@@ -909,8 +944,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "weights are downloaded before contradictory settings are told",
         "experiments/train.py",
-        "    settings = _check_architecture(kind, data, settings)\n",
-        "",
+        "        settings = _check_architecture(kind, data, settings)  # before its weights are downloaded\n",
+        "        pass\n",
         ("experiments/test_train.py",),
     ),
     Mutant(

@@ -80,7 +80,7 @@ def class_tasks(data: Data, count: int, seed: int) -> list[Data]:
                 f"no validation image of the classes of task {number} ({names}, ...): expected some in each task; add "
                 f"images, or lower data.tasks"
             )
-        tasks.append(replace(data, train=train, val=val, test=test, whole=data.train))
+        tasks.append(replace(data, train=train, val=val, test=test, parts=(), whole=data.train))
     return tasks
 
 
