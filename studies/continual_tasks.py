@@ -1,6 +1,6 @@
 """Tasks one after the other on real images: dense against mixtures, with and without routers that stop.
 
-    python studies/renderings.py cub100 --out renderings --apart --held_out none
+    python studies/renderings.py tinyimagenet100 --out renderings --apart --held_out none --classes 25
     python studies/continual_tasks.py --classes cub100 --renderings renderings --model local-dir:dinov2 --seeds 0 1 2
 
 `classes` are tasks of drawn classes, `renderings` are all classes in one rendering after the other. Every arm has the
@@ -39,7 +39,7 @@ SHARED = {
 RENDERINGS = "photograph+edges+posterised+inverted"
 TASKS: dict[str, dict[str, Any]] = {
     "classes": {"data.tasks": 5},
-    "renderings": {"data.tasks": "splits", "data.train_split": RENDERINGS},
+    "renderings": {"data.tasks": "splits", "data.train_split": RENDERINGS, "data.images_per_class": 80},
 }
 _DENSE = {"moe.layers": "none", "train.train_only": "last:2", "moe.expert_dropout": 0}
 ARMS: dict[str, dict[str, Any]] = {
@@ -166,7 +166,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=Path, help="folder of photographs, for tasks of classes")
-    parser.add_argument("--renderings", type=Path, help="folder of their renderings, each a split")
+    parser.add_argument("--renderings", type=Path, help="folder of photographs in four renderings, each a split")
     parser.add_argument("--model", help="dense model, as of `vimoe train --model.name`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--report", action="store_true", help="write the tables alone")

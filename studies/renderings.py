@@ -52,7 +52,7 @@ RENDERINGS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def write(photos: Path, out: Path, held_out: str, apart: bool = False) -> None:
+def write(photos: Path, out: Path, held_out: str, apart: bool = False, classes: int | None = None) -> None:
     """Write the folders of train and test; `out` appears once it is whole.
 
     Args:
@@ -60,12 +60,15 @@ def write(photos: Path, out: Path, held_out: str, apart: bool = False) -> None:
         out: new folder.
         held_out: name of the rendering of all test images, or "none".
         apart: a folder for the train images of each rendering.
+        classes: number of classes, taken at equal distances in the order of their names; by default all.
     """
     seen = [name for name in RENDERINGS if name != held_out]
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     for part, names in (("train", seen), ("test", [held_out] if held_out in RENDERINGS else seen)):
-        for folder in sorted(path for path in (photos / part).iterdir() if path.is_dir()):
+        folders = sorted(path for path in (photos / part).iterdir() if path.is_dir())
+        count = classes or len(folders)
+        for folder in (folders[number * len(folders) // count] for number in range(count)):
             for position, path in enumerate(find_images(folder)[0]):
                 name = names[position % len(names)]
                 target = unfinished / (name if apart and part == "train" else part) / folder.name
@@ -81,10 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--held_out", choices=[*RENDERINGS, "none"], default="posterised", help="of the test images")
     parser.add_argument("--apart", action="store_true", help="write a folder for each rendering in place of train/")
+    parser.add_argument("--classes", type=int, help="number of classes (default: all)")
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"--out={args.out} exists: name another folder, or remove it")
-    write(args.photos, args.out, args.held_out, args.apart)
+    write(args.photos, args.out, args.held_out, args.apart, args.classes)
 
 
 if __name__ == "__main__":

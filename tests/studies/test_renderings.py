@@ -57,6 +57,17 @@ def test_renderings_apart_are_splits_of_the_data(photos: Path, tmp_path: Path) -
     }  # fmt: skip
 
 
+def test_some_of_the_classes_are_taken_over_all_names(photos: Path, tmp_path: Path) -> None:
+    for name in ("auk", "tit"):
+        (photos / "train" / name).mkdir(), (photos / "test" / name).mkdir()
+        Image.new("RGB", (8, 8)).save(photos / "train" / name / "0.png")
+        Image.new("RGB", (8, 8)).save(photos / "test" / name / "0.png")
+    renderings.main([str(photos), "--out", str(tmp_path / "out"), "--classes", "2"])
+    assert [sorted(path.name for path in (tmp_path / "out" / part).iterdir()) for part in ("train", "test")] == [
+        ["auk", "tit"], ["auk", "tit"]
+    ]  # fmt: skip
+
+
 def test_a_folder_that_is_there_is_left_as_it_is(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         renderings.main([str(photos), "--out", str(photos)])
