@@ -836,6 +836,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("data/test_tasks.py",),
     ),
     Mutant(
+        "zeros of idle experts' gradients are written",
+        "moe/grouped_linear.py",
+        "_zeros_like(weight) if not load.all()",
+        "torch.zeros_like(weight) if not load.all()",
+        ("moe/test_grouped_linear.py",),
+    ),
+    Mutant(
         "a split's fingerprint is of its own images",
         "data/tasks.py",
         "replace(part, parts=(), whole=data.train)",
