@@ -51,7 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "joint dense": _DENSE,
     "joint mixture": {},
 }
-COLUMNS = ("own", "own forgotten", "seen", "seen forgotten", "lift")
+COLUMNS = ("learnt", "own", "own forgotten", "seen", "seen forgotten", "lift")
 
 
 def result_of(tasks: str, arm: str, seed: int) -> Path:
@@ -106,7 +106,9 @@ def figures(result: dict[str, Any]) -> dict[str, float | None]:
         for j, value in enumerate(row)
         if i != j
     ]
+    then = [row[-1] for row in result[OWN].get("accuracy", [])]
     points = {
+        "learnt": statistics.fmean(then) if then else None,
         "own": result[OWN]["mean"],
         "own forgotten": result[OWN].get("forgetting"),
         "seen": result[SEEN]["mean"],
@@ -138,7 +140,8 @@ def table(tasks: str) -> str:
         return f"{statistics.fmean(known):.{2 if name == 'lift' else 1}f}" if known else ""
 
     def against(arm: str, name: str) -> str:
-        pairs = [(each[name], found["mixture"][seed][name]) for seed, each in found[arm].items()]
+        both = found[arm].keys() & found["mixture"].keys()
+        pairs = [(found[arm][seed][name], found["mixture"][seed][name]) for seed in sorted(both)]
         known = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
         if len(known) < 2:
             return ""

@@ -58,19 +58,21 @@ def test_arms_are_trained_and_stand_in_the_table(folder: Path, tmp_path: Path) -
     assert all(str(tmp_path) not in file.read_text() for file in files)
     study.report()
     text = (folder / "README.md").read_text()
-    assert f"| joint mixture | {100 * joint['own']['mean']:.1f} |  |  |" in text and "seen" not in text
+    assert f"| joint mixture |  | {100 * joint['own']['mean']:.1f} |  |  |" in text and "seen" not in text
 
 
 def test_a_table_has_means_and_paired_differences(folder: Path) -> None:
     for seed, (own, other) in enumerate([(0.5, 0.4), (0.7, 0.62)]):
         for arm, value in (("mixture", own), ("locality loss", other)):
-            found = {"mean": value, "forgetting": 0.1}
+            found = {"mean": value, "forgetting": 0.1, "accuracy": [[value], [0.0, 0.9]]}
             lift = {"blocks.0.mlp": [[0.5, -0.2], [-0.4, 0.5]]}
             result = {"seed": seed, "own": found, "seen": {"mean": 0.1, "forgetting": 0.9}, "lift": lift}
             study.result_of("classes", arm, seed).write_text(json.dumps(result))
     text = study.table("classes")
-    assert "| mixture | 60.0 | 10.0 | 10.0 | 90.0 | -0.30 |" in text
-    assert "| locality loss | -9.0 [-21.7, +3.7] | +0.0 [+0.0, +0.0] |" in text  # t of 1 degree of freedom
+    assert "| mixture | 75.0 | 60.0 | 10.0 | 10.0 | 90.0 | -0.30 |" in text
+    assert (
+        "| locality loss | -4.5 [-10.9, +1.9] | -9.0 [-21.7, +3.7] | +0.0 [+0.0, +0.0] |" in text
+    )  # t of 1 degree of freedom
 
 
 def test_the_tables_on_the_page_are_those_of_the_results(tmp_path: Path) -> None:
