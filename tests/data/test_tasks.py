@@ -94,6 +94,9 @@ def test_splits_that_are_no_tasks_are_refused() -> None:
     parts = (whole.parts[0], replace(whole.parts[1], val=()))
     with pytest.raises(DataError, match=f"{named}: no class of 'sketch' has two images"):
         split_tasks(replace(whole, parts=parts), config)
+    few, config2 = (whole.parts[0], replace(whole.parts[1], train=())), replace(config, images_per_class=2)
+    with pytest.raises(ConfigError, match=f"{named}: no image of 'sketch' was drawn for data.images_per_class=2"):
+        split_tasks(replace(whole, parts=few), config2)
     with pytest.raises(ConfigError, match="^tasks='splits' with train_split='train': expected a split for each task"):
         DataConfig(tasks="splits")
     with pytest.raises(ConfigError, match="^tasks=1: expected a whole number of at least 2, or 'splits'$"):

@@ -192,7 +192,9 @@ def test_data_without_test_images_are_told_before_any_training(
     photos = folder(tmp_path / "photos", 6)
     base = {**TINY["base"], "data": {"workers": 0, "val_fraction": 0.34}}
     write_study(tmp_path, base=base)
-    assert "digits: no test images: expected some" in refused(capsys, str(tmp_path), "--set", f"DIGITS={photos}")
+    assert "study.yaml: digits, dense: no test images: expected some" in refused(
+        capsys, str(tmp_path), "--set", f"DIGITS={photos}"
+    )
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
 

@@ -19,7 +19,7 @@ from vimoe.study.results import Results
 from vimoe.study.work import Work
 
 ROOT = Path(__file__).parents[2]
-STUDY, DEPTH = ROOT / "studies/vimoe", ROOT / "studies/depth"
+STUDY, DEPTH, CONTINUAL = (ROOT / "studies" / name for name in ("vimoe", "depth", "continual"))
 SCENES, EARLIER = ROOT / "studies/scenes", ROOT / "studies/camvid"  # of which the second has a table of its own kind
 INTERVAL = re.compile(r"(?:[-+]?[\d.]+ )?\[[-+\d.]+, [-+\d.]+\]")
 
@@ -67,6 +67,8 @@ def test_every_arm_can_be_trained(study: Path, tmp_path: Path, inputs: list[str]
         ("studies/vimoe/README.md", [STUDY, SCENES]),
         ("studies/scenes/README.md", [SCENES, EARLIER]),
         ("README.md", [STUDY, SCENES]),
+        ("docs/guides/continual_learning.md", [CONTINUAL]),
+        ("studies/continual/README.md", [CONTINUAL]),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )

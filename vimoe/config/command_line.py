@@ -114,6 +114,8 @@ class Parser(ArgumentParser):
             return self._unknown(".".join(filter(None, found.groups())).partition("=")[0])
         if found := _WRONG_TYPE.search(text):
             name, kinds, value = found["name"], found["kind"] or found["kinds"], found["value"] or found["given"]
+            if re.search(r"\bint\b", kinds) and (words := re.findall(r"'([^']+)'", kinds)):  # a number or a word
+                return f"{name}={value}: expected a whole number, or {' or '.join(map(repr, words))}"
             if choices := re.findall(r"'([^']+)'", kinds):  # of a Literal
                 bare = value == "False" and "no" in choices  # YAML reads a bare no as False
                 expected = (

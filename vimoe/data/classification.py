@@ -26,8 +26,8 @@ from vimoe.errors import ConfigError, DataError, counted, nearest
 logger = logging.getLogger(__name__)
 Sample = tuple[Source | Image.Image, int]
 Where = TypeVar("Where")
-# folders of images and masks, in the layouts of vimoe.data.scene_layouts
 ROLES = ("train", "val", "test")
+# folders of images and masks, in the layouts of vimoe.data.scene_layouts
 MASK_LAYOUTS = ({"images", "annotations"}, {"JPEGImages", "SegmentationClass"}, {"leftImg8bit", "gtFine"})
 
 
@@ -92,7 +92,8 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
     for (role, split), images in found.items():
         if role == "train":
             _check_train(listing, split, images)
-    names = tuple(classes or dict.fromkeys(itertools.chain(*(found[p] for p in places if p[0] == "train"))))
+    own = [tuple(images) for (role, _), images in found.items() if role == "train"]
+    names = tuple(classes or (own[0] if len(own) == 1 else listing.in_order(set(itertools.chain(*own)))))
     if classes is None:
         _check_names(listing.name, names)
         _check_two(listing, listing.where("+".join(chosen["train"]) or None), names)
@@ -164,8 +165,12 @@ def _roles(listing: Listing, config: DataConfig) -> dict[str, tuple[str, ...]]:
     for role, splits in chosen.items():
         for split in splits:
             if split in named:
-                given = " and ".join(dict.fromkeys(f"data.{each}_split" for each in (named[split], role)))
-                raise ConfigError(f"{given}: {split!r} is there twice: expected each split once; leave one out")
+                if named[split] == role:
+                    raise ConfigError(f"data.{role}_split has {split!r} twice: expected each split once; leave one out")
+                raise ConfigError(
+                    f"{split!r} has the roles data.{named[split]}_split and data.{role}_split: expected one role for "
+                    f"each split; set one of them to others, or to none"
+                )
             named[split] = role
     return chosen
 

@@ -6,6 +6,7 @@ import io
 import logging
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,10 +58,13 @@ def hugging_face(name: str, image_column: str | None, label_column: str | None) 
     def find(split: str | None, _: Counter[str]) -> ClassImages:
         chosen = splits if split is None else {split: splits[split]}
         rows = [row for name, table in chosen.items() for row in _rows(root, name, table, images, labels)]
-        names = getattr(next(iter(chosen.values())).features[labels], "names", None)
-        return by_class(rows, names or in_order(label for label, _ in rows))
+        return by_class(rows, ordered(label for label, _ in rows))
 
-    return Listing(str(root), root, tuple(splits), find, "split")
+    def ordered(found: Iterable[str]) -> list[str]:
+        known, names = set(found), getattr(fullest(splits)[labels], "names", None)
+        return [name for name in names if name in known] if names else in_order(known)
+
+    return Listing(str(root), root, tuple(splits), find, "split", in_order=ordered)
 
 
 def open_tables(name: str) -> tuple[Path, dict[str, Any]]:

@@ -29,6 +29,7 @@ class Listing:
             the class map, and counts other files in its second argument.
         word: word for a part in messages, "folder" or "split".
         junk: number of other files by kind; `classes` adds to it.
+        in_order: function that gives class names of several splits the order of the class map; by default alphabetical.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Listing:
     find: Callable[[str | None, Counter[str]], ClassImages]
     word: str = "folder"
     junk: Counter[str] = field(default_factory=Counter)
+    in_order: Callable[[Iterable[str]], list[str]] = sorted
 
     def classes(self, split: str | None) -> ClassImages:
         """Return the images of each class of a split; None for data without splits."""
@@ -73,7 +75,7 @@ def table(
         return by_class(((label, source) for here, label, source in listed if split in (None, here)), order)
 
     splits = {split for split, _, _ in listed if split}
-    return Listing(name, root, tuple(sorted(splits)), find, "split", junk)
+    return Listing(name, root, tuple(sorted(splits)), find, "split", junk, lambda names: sorted(names, key=order.index))
 
 
 def by_class(images: Iterable[tuple[str, Source]], order: Iterable[str]) -> ClassImages:

@@ -29,8 +29,8 @@ def split_tasks(data: Data, config: DataConfig) -> list[Data]:
     A split is what the data set takes for one, such as a rendering or a year. Not every split has to have all classes.
 
     Raises:
-        ConfigError: if the data are not divided into several train splits, or come with validation images, which belong
-            to no task.
+        ConfigError: if the data are not divided into several train splits, come with validation images, which belong to
+            no task, or have no training image of a split in their subset.
         DataError: if a split has no image for validation.
     """
     named = f"data.tasks='splits' with data.train_split={config.train_split!r}"
@@ -42,6 +42,11 @@ def split_tasks(data: Data, config: DataConfig) -> list[Data]:
             f"none; set data.val_split=none"
         )
     for part in data.parts:
+        if not part.train:
+            raise ConfigError(
+                f"{named}: no image of {part.split!r} was drawn for data.images_per_class={config.images_per_class}: "
+                f"expected some of each split; raise it"
+            )
         if not part.val:
             raise DataError(
                 f"{named}: no class of {part.split!r} has two images: expected some, to split validation off; add "

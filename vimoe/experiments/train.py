@@ -90,7 +90,7 @@ def run_training(settings: Settings, out: str | Path) -> dict[str, Any]:
 def check_training(settings: Settings, data: Roles | None = None) -> Roles:
     """Raise VimoeError for settings that contradict one another, their images or the model; train nothing.
 
-    No image is opened and no weight is read, so it takes a second.
+    No weight is read, and no image is opened but for `data.skip_unreadable`, so it takes a second.
 
     Args:
         settings: settings of a training.

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -83,22 +84,31 @@ class Work:
         from vimoe.experiments.train import check_training
 
         listed: dict[DataConfig, Any] = {}
-        for (data, arm), cell in {(cell.data, cell.arm): cell for cell in cells}.items():
+        for cell in {(cell.data, cell.arm): cell for cell in cells}.values():
             settings = settings_of(cell.filled(self.environment.values))
-            try:
+            with self._named(cell):
                 listed[settings.data] = check_training(settings, listed.get(settings.data))
-            except VimoeError as error:
-                raise type(error)(f"{self.study.folder / FILE}: {data}, {arm}: {error}") from error
-            if not listed[settings.data].test:
-                raise DataError(f"{data}: {NO_TEST}")
+                if not listed[settings.data].test:
+                    raise DataError(NO_TEST)
 
     def queue(self, arms: Sequence[str] = ()) -> Queue:
         """Return the cells that are left of these arms, of all if none is named."""
         for arm in arms:
             if arm not in self.study.arms:
                 raise ConfigError(f"--arms {arm}: {choice(arm, list(self.study.arms))}")
-        env, once = self.environment, tuple(dict.fromkeys(arms))
-        return Queue(self.study, self.keys, env.runs, lambda cell: macs(cell, env.values, env.verb), once)
+        return Queue(self.study, self.keys, self.environment.runs, self._macs, tuple(dict.fromkeys(arms)))
+
+    def _macs(self, cell: Cell) -> float:
+        with self._named(cell):
+            return macs(cell, self.environment.values, self.environment.verb)
+
+    @contextmanager
+    def _named(self, cell: Cell) -> Iterator[None]:
+        """Add file, data set and arm to an error."""
+        try:
+            yield
+        except VimoeError as error:
+            raise type(error)(f"{self.study.folder / FILE}: {cell.data}, {cell.arm}: {error}") from error
 
     def command(self, *more: str) -> list[str]:
         """Return the command that works on these cells as this one does, with more options."""
