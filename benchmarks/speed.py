@@ -161,7 +161,7 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def write_page() -> None:
     """Put the tables of all results between the marks of README.md."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    analyses = [analysis_cost.table(result) for result in found.values() if "processes" not in result]
+    analyses = [analysis_cost.table(result) for name, result in found.items() if name.startswith("analysis ")]
     results = {name: merged(result["processes"]) for name, result in found.items() if "processes" in result}
     page = HERE / "README.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)

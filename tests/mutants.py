@@ -82,9 +82,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "idle experts keep a gradient from memory",
         "moe/grouped_linear.py",
-        "        for e in idle:\n            dw[e].zero_()\n",
-        "        for e in idle:\n            dw[e].fill_(1)\n",
-        ("moe/test_grouped_linear.py", "moe/test_layer.py"),
+        "weight.new_empty(weight.shape) if load.all() else unwritten_zeros(weight)",
+        "torch.empty_like(weight).fill_(float('nan'))",
+        ("moe/test_grouped_linear.py",),
     ),
     Mutant(
         "a row with several slots keeps the gradient of one",
@@ -834,6 +834,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "test=test, parts=(), whole=data.train",
         "test=test, parts=()",
         ("data/test_tasks.py",),
+    ),
+    Mutant(
+        "zeros of idle experts' gradients are written",
+        "moe/grouped_linear.py",
+        "if load.all() else unwritten_zeros(weight)",
+        "if load.all() else weight.new_zeros(weight.shape)",
+        ("moe/test_grouped_linear.py",),
     ),
     Mutant(
         "a split's fingerprint is of its own images",

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
+
+from vimoe.moe import grouped_linear
 
 
 def largest(work: Callable[[], object]) -> int:
     """Return the bytes of tensors that a call has at its most, above those at its beginning, on a CPU.
 
-    Buffers that a collective operation makes for itself are left out: they differ by the library that sends.
+    Buffers that a collective operation makes for itself are left out: they differ by the library that sends. Gradients
+    of idle experts count as if they were written, which is the most that they can take.
 
     Args:
         work: function to call once.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    filled = mock.patch.object(grouped_linear, "unwritten_zeros", torch.zeros_like)
+    with filled, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     total = most = 0
     made: dict[int, int] = {}  # by address; 0 for a buffer

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,18 +137,25 @@ class _Loop(_Backend):
         return dx
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        idle = set(range(len(dw)))
+        dw = weight.new_empty(weight.shape) if load.all() else unwritten_zeros(weight)
         for e, at in loaded_experts(load):
             left, right = tokens_of(dy, None, at).T, tokens_of(x, source, at)
             if dw.dtype == dy.dtype:
                 torch.mm(left, right, out=dw[e])
             else:
                 dw[e] = left @ right
-            idle.remove(e)
-        for e in idle:
-            dw[e].zero_()
         return dw
+
+
+def unwritten_zeros(x: Tensor) -> Tensor:
+    """Return contiguous zeros; on a CPU in memory that the system gives only where something is written.
+
+    With one image most experts are idle, and to fill their gradients would take longer than the products of the others.
+    """
+    if x.device.type != "cpu":
+        return x.new_zeros(x.shape)
+    bytes_of = np.zeros(x.numel() * x.element_size(), np.uint8)  # by calloc; numpy has no bfloat16
+    return torch.from_numpy(bytes_of).view(x.dtype).view(x.shape)
 
 
 class _GroupedMM(_Backend):
