@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from timm.data import create_loader
 
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Sample, load_folder
+from vimoe.data.classification import load_folder
 from vimoe.data.image_check import check_images
+from vimoe.data.labelled_images import Sample
 from vimoe.data.loaders import decoded_for_training, train_loader
 from vimoe.run_folder import versions
 

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 import vimoe
 from vimoe.config.moe import MoEConfig
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data, load_folder
+from vimoe.data.classification import load_folder
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import preprocessing
 from vimoe.models.frozen_trunk import cut_before
 from vimoe.run_folder import versions

@@ -48,7 +48,8 @@ import vimoe
 from vimoe.bench.result import machine
 from vimoe.bench.timing import compare
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data, load_folder
+from vimoe.data.classification import load_folder
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import preprocessing
 from vimoe.models.precision import resolve
 from vimoe.tasks.cached_features import FeatureCache

@@ -229,6 +229,7 @@ def test_a_name_with_a_plus_is_one_split_if_there_is_one(tmp_path: Path) -> None
         ({"train_split": "photo+train"}, r"data.train_split='photo\+train': no folder 'train' in "),
         ({"train_split": "photo+none"}, r"data.train_split='photo\+none': no folder 'none' in "),
         ({"train_split": "photo+"}, "data.train_split='': no such folder in "),
+        ({"train_split": "photo + sketsch"}, r"data.train_split='sketsch': no such folder in "),
         ({"train_split": "photo+photo"}, "data.train_split has 'photo' twice: expected each split once"),
         ({"test_split": "paint+sketch"}, "'sketch' has the roles data.train_split and data.test_split: expected one"),
     ],
@@ -258,6 +259,29 @@ def test_an_unreadable_class_is_missed_only_if_no_split_has_it(tmp_path: Path) -
         file.write_bytes(b"no image")
     with pytest.raises(DataError, match="^no image of class 'red' can be read"):
         load_data(read)
+
+
+def test_a_split_of_which_no_image_can_be_read_is_named(tmp_path: Path) -> None:
+    renderings(tmp_path)
+    for file in (tmp_path / "paint").rglob("*.png"):
+        file.write_bytes(b"no image")
+    read = DataConfig(path=str(tmp_path), skip_unreadable=True, **JOINED)
+    message = rf"^{tmp_path}/paint: none of its 12 images can be read: expected some; add images; 12 of "
+    with pytest.raises(DataError, match=message):
+        load_data(read)
+    with pytest.raises(DataError, match=message):
+        load_folder(tmp_path, ("blue", "green", "red"), read)
+
+
+def test_spaces_around_a_plus_do_not_matter(tmp_path: Path) -> None:
+    config = DataConfig(path=str(renderings(tmp_path)), **{**JOINED, "train_split": "photo + sketch"}, tasks="splits")
+    assert [part.split for part in load_data(config).parts] == ["photo", "sketch"] and config.task_count == 2
+
+
+def test_digits_have_roles_of_their_own() -> None:
+    with pytest.raises(ConfigError, match=r"data.train_split='a\+b' with data.path='digits', which has no splits"):
+        load_data(DataConfig(path="digits", train_split="a+b"))
+    assert load_folder("digits", tuple("0123456789"), DataConfig(test_split="paint"))[0] == "test"
 
 
 def test_a_class_missing_from_validation_shifts_no_label(tmp_path: Path) -> None:
@@ -367,7 +391,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], str]] = {
     "masks": (("images/train/0.png", "annotations/train/0.png"), "has images/ and annotations/, images with masks"),
     "masks of Pascal VOC": (
         ("JPEGImages/0.png", "SegmentationClass/0.png", "ImageSets/Segmentation/train.txt"),
-        "has SegmentationClass/ and JPEGImages/, images with masks: .*data.task segmentation",
+        "has JPEGImages/ and SegmentationClass/, images with masks: .*data.task segmentation",
     ),
 }  # fmt: skip
 
@@ -437,6 +461,22 @@ def test_a_folder_says_which_images_it_gave(tmp_path: Path) -> None:
     folder(tmp_path / "one" / "train", 2)
     role, samples = load_folder(tmp_path / "one", classes)
     assert (role, len(samples)) == ("all", 6)
+
+
+def test_other_data_are_read_by_the_names_of_the_runs_splits_if_they_have_them(tmp_path: Path) -> None:
+    classes, run = ("blue", "green", "red"), DataConfig(**JOINED)
+
+    def of(root: Path, config: DataConfig) -> tuple[str, set[str]]:
+        role, samples = load_folder(root, classes, config)
+        return role, {path.parent.parent.name for path, _ in samples}
+
+    renderings(tmp_path / "named")
+    assert of(tmp_path / "named", run) == ("test", {"paint"})
+    assert of(tmp_path / "named", DataConfig(test_split="photo+paint")) == ("test", {"photo", "paint"})
+    assert of(tmp_path / "named", DataConfig(train_split="photo+sketch")) == ("all", {"photo", "sketch"})
+    roles(tmp_path / "usual", test=1)
+    assert of(tmp_path / "usual", run) == ("test", {"test"})
+    assert of(tmp_path / "usual", DataConfig(test_split="none")) == ("test", {"test"})
 
 
 def test_digits_are_the_embedded_ones_whatever_is_in_the_working_directory(

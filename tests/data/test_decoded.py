@@ -13,9 +13,9 @@ from helpers.pictures import picture
 from PIL import Image
 
 import vimoe.data.decoded
-from vimoe.data.classification import Sample
 from vimoe.data.decoded import Decoded, Shrink, decode
 from vimoe.data.images import open_image
+from vimoe.data.labelled_images import Sample
 from vimoe.data.loaders import decoded_for_evaluation
 from vimoe.data.user_cache import cache_folder
 from vimoe.errors import DataError, FolderError, VimoeError

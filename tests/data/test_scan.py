@@ -14,7 +14,8 @@ from helpers.pictures import folder, roles
 from PIL import Image
 
 from vimoe.config.data import DataConfig
-from vimoe.data.classification import Data, load_data, load_folder
+from vimoe.data.classification import load_data, load_folder
+from vimoe.data.labelled_images import Data
 from vimoe.data.scan import scan
 from vimoe.errors import DataError
 from vimoe.experiments.finished_run import FinishedRun

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from vimoe.config.data import DataConfig
 from vimoe.data.mask_colours import colour
 from vimoe.data.scene_scan import scan_scenes
 from vimoe.data.scenes import Scenes, load_others, load_scenes, sequence
-from vimoe.errors import DataError
+from vimoe.errors import ConfigError, DataError
 
 
 def load(root: Path, **settings: object) -> Scenes:
@@ -78,6 +79,28 @@ def test_test_images_without_masks_are_left_out(tmp_path: Path) -> None:
 def test_without_a_legend_classes_come_from_the_train_masks(tmp_path: Path) -> None:
     found = load(scenes(tmp_path, yaml=""))
     assert found.classes == tuple("01234567")  # 7 is void's value, and nothing says so
+
+
+def test_other_scenes_are_read_by_the_names_of_the_runs_splits_if_they_have_them(tmp_path: Path) -> None:
+    root = scenes(tmp_path)
+    for kind in ("images", "annotations"):
+        shutil.move(root / kind / "test", root / kind / "night")
+    legend = load(root, test_split="night").legend
+
+    def of(**splits: str) -> tuple[str, int]:
+        which, found = load_others(str(root), NAMES, legend, DataConfig(path="elsewhere", **splits))
+        return which, len(found.test)
+
+    assert of(test_split="night") == ("test", 2)
+    assert of(test_split="dusk") == of(test_split="dusk+dawn") == of() == ("validation", 2)
+
+
+@pytest.mark.parametrize("make", [scenes, lambda root: voc(root)])
+def test_scenes_of_several_splits_are_not_joined(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data.train_split='train\+val' with data.task='segmentation': expected one "
+    ):
+        load(make(tmp_path), train_split="train+val", val_split="none")
 
 
 def test_a_model_with_other_classes_is_refused(tmp_path: Path) -> None:

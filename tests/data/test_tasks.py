@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vimoe.config.data import DataConfig
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.data.tasks import class_tasks, classes_of, split_tasks, tasks_of
 from vimoe.errors import ConfigError, DataError
 from vimoe.tasks.classification_job import fingerprint

@@ -15,7 +15,8 @@ from torch import nn
 
 from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data, load_data
+from vimoe.data.classification import load_data
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import preprocessing
 from vimoe.errors import FolderError
 from vimoe.tasks.classification_job import job_on_images

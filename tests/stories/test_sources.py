@@ -27,11 +27,12 @@ from vimoe.cli import main
 from vimoe.config.data import DataConfig
 from vimoe.data import image_check
 from vimoe.data.archives import find_archives
-from vimoe.data.classification import Data, load_data, load_folder
+from vimoe.data.classification import load_data, load_folder
 from vimoe.data.data_path import absolute
 from vimoe.data.decoded import Shrink, decode
 from vimoe.data.image_check import check_images
 from vimoe.data.images import open_image
+from vimoe.data.labelled_images import Data
 from vimoe.data.listing import in_order
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.scan import scan
@@ -345,6 +346,31 @@ def test_splits_of_a_csv_file_may_have_other_names(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text(text)
     data = load_data(config(tmp_path / "list.csv", test_split="fold9"))
     assert contents(data) == contents(load_data(config(photos)))
+
+
+def test_splits_of_a_csv_file_without_a_role_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of a folder are."""
+    photos = roles(tmp_path / "photos")
+    text = as_csv(photos, tmp_path / "list.csv").read_text()
+    (tmp_path / "list.csv").write_text(text.replace(",val", ",2019").replace(",test", ",2020"))
+    data = load_data(config(tmp_path / "list.csv"))
+    assert len(data.train) + len(data.val) == 24 and not data.test and data.split_off
+    assert "split '2019' has no role, and its " in caplog.text and "set --data.val_split 2019" in caplog.text
+    assert {"images in 2019, which has no role", "images in 2020, which has no role"} == set(data.junk)
+
+
+def test_a_table_of_which_no_split_is_to_train_on_is_refused(tmp_path: Path) -> None:
+    photos = roles(tmp_path / "photos")
+    text = as_csv(photos, tmp_path / "list.csv").read_text()
+    text = text.replace(",train", ",2019").replace(",val", ",2020").replace(",test", ",2021")
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(DataError, match="list.csv has no split 'train': expected one to train on; set --data.train_s"):
+        load_data(config(tmp_path / "list.csv"))
+    data = load_data(config(tmp_path / "list.csv", train_split="none"))
+    assert len(data.train) + len(data.val) == len(text.splitlines()) - 1 and not data.junk
+    assert len(load_data(config(tmp_path / "list.csv", train_split="2019+2020", test_split="2021")).parts) == 2
 
 
 @pytest.mark.parametrize("word", ["train", "2", "a b", "\u00e9"])

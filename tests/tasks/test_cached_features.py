@@ -31,7 +31,8 @@ from vimoe.config.model import ModelConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.config.settings import SECTIONS, Settings
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data, load_data
+from vimoe.data.classification import load_data
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.data.order import Shuffled
 from vimoe.data.user_cache import cache_folder

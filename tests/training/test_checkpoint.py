@@ -33,7 +33,8 @@ import vimoe.training.loop
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data, load_data
+from vimoe.data.classification import load_data
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import preprocessing, train_loader
 from vimoe.data.order import Shuffled, mix, seed_everything
 from vimoe.errors import FolderError, Stopped

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 import vimoe
 from vimoe.cli import main
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import preprocessing
 from vimoe.errors import ConfigError
 from vimoe.tasks.cached_features import FeatureCache

@@ -15,7 +15,7 @@ from torch import nn
 
 import vimoe
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.errors import ConfigError
 from vimoe.moe.layer import moe_layers
 from vimoe.training.locality import Locality

@@ -20,7 +20,7 @@ from torch import nn
 import vimoe
 import vimoe.data.images
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import eval_loader, preprocessing
 from vimoe.errors import ConfigError, VimoeError
 from vimoe.metrics.base import evaluate

@@ -18,7 +18,7 @@ import vimoe
 from vimoe.config.data import DataConfig
 from vimoe.config.settings import Settings
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.errors import ConfigError
 from vimoe.moe.layer import moe_layers
 from vimoe.training import checkpoint

@@ -23,7 +23,7 @@ import vimoe
 import vimoe.training.routing_health
 from vimoe.config.moe import MoEConfig
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.errors import VimoeError
 from vimoe.moe.layer import moe_layers
 from vimoe.training import checkpoint

@@ -112,10 +112,10 @@ class DataConfig:
 def joined(splits: str) -> list[str]:
     """Return the names in a text that joins them by "+".
 
-    >>> joined("photo+sketch")
-    ['photo', 'sketch']
+    >>> joined("photo+sketch"), joined("photo + sketch")
+    (['photo', 'sketch'], ['photo', 'sketch'])
     """
-    return splits.split("+")
+    return [name.strip() for name in splits.split("+")]
 
 
 def check_preprocessing(values: dict[str, Any], own: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 
 from vimoe.data.listing import Listing, in_order, table
@@ -18,10 +19,10 @@ def csv_file(path: Path, image_column: str, label_column: str, splits: Collectio
     Args:
         path: the file.
         image_column, label_column: names of the columns of paths and labels.
-        splits: names of splits that are allowed besides the usual ones.
+        splits: names of splits that the settings give; they are right even if they look like a misspelt usual one.
 
     Raises:
-        DataError: if a column, label or image file is missing, a split is unknown, or an image has several labels or
+        DataError: if a column, label or image file is missing, a split is misspelt, or an image has several labels or
             splits.
     """
     root = path.absolute().parent
@@ -76,9 +77,11 @@ def _split(where: str, given: str | None, others: Collection[str]) -> str | None
     if given is None:  # the file has no such column
         return None
     split = given.strip()
-    if split not in others and split.lower() not in SPLITS:
-        raise DataError(f"{where}: split={split!r}: expected train, val or test; {nearest(split, sorted(SPLITS))}")
-    return split if split in others else split.lower()
+    if split in others or split.lower() not in SPLITS:
+        if not split or split not in others and get_close_matches(split.lower(), SPLITS):  # a misspelt one
+            raise DataError(f"{where}: split={split!r}: expected train, val or test; {nearest(split, sorted(SPLITS))}")
+        return split
+    return split.lower()
 
 
 def _describe(row: tuple[str | None, str]) -> str:

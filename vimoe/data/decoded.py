@@ -15,8 +15,8 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
-from vimoe.data.classification import Sample
 from vimoe.data.images import identity, open_image
+from vimoe.data.labelled_images import Sample
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder
 from vimoe.errors import DataError
 from vimoe.files import written_whole

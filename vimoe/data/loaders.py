@@ -15,9 +15,9 @@ from torchvision.transforms import Compose
 
 from vimoe.config.data import DataConfig
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Sample
 from vimoe.data.decoded import Decoded, Shrink, Where, decode
 from vimoe.data.images import THIN, open_image
+from vimoe.data.labelled_images import Sample
 from vimoe.data.order import Shuffled, seed_host
 from vimoe.errors import DataError
 from vimoe.models.interface import find_backbone

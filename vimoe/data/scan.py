@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vimoe.data.classification import Data, Sample, on_disk
 from vimoe.data.image_check import CheckedImages, check_images
 from vimoe.data.images import THIN, Source, is_thin
+from vimoe.data.labelled_images import Data, Sample, on_disk
 from vimoe.data.listing import LOOSE
 from vimoe.errors import DataError, counted
 

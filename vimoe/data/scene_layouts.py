@@ -8,18 +8,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vimoe.config.data import DataConfig
+from vimoe.config.data import DataConfig, joined
 from vimoe.config.masks import IGNORE, Colour
 from vimoe.data.image_files import find_images, is_hidden
 from vimoe.data.images import Source, source_path
 from vimoe.data.legends import legend_in
 from vimoe.data.masks import Legend
 from vimoe.data.scene_tables import Files, scene_tables
-from vimoe.data.splits import split_of
+from vimoe.data.splits import ROLES, split_of
 from vimoe.errors import ConfigError, DataError, beside, counted, nearest
 from vimoe.files import read_names
 
-ROLES = ("train", "val", "test")
+LAYOUTS = {  # the folders of images and of masks
+    "ADE20K": ("images", "annotations"),
+    "Cityscapes": ("leftImg8bit", "gtFine"),
+    "Pascal VOC": ("JPEGImages", "SegmentationClass"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +63,8 @@ def find_scenes(config: DataConfig, to_train: bool = True) -> SceneFiles:
 
     Args:
         config: settings of the data.
-        to_train: True to require a split for train, if there are splits.
+        to_train: True to require the configured splits, and one for train if there are splits; False for data other
+            than a run's, in which a split that is not there is the one that is usually named so.
 
     Raises:
         DataError: if the folder is missing or has none of the layouts, or a configured split is missing.
@@ -75,22 +80,26 @@ def find_scenes(config: DataConfig, to_train: bool = True) -> SceneFiles:
     for name in ("image_column", "label_column"):
         if given := getattr(config, name):
             raise ConfigError(f"data.{name}={given!r} with a folder: expected it for a table (hfds/); leave it out")
-    if (root / "images").is_dir() and (root / "annotations").is_dir():
+    if _is("ADE20K", root):
         return _ade20k(root, config, to_train)
-    if (root / "leftImg8bit").is_dir() and (root / "gtFine").is_dir():
+    if _is("Cityscapes", root):
         return _cityscapes(root, config, to_train)
     for year in (root, *sorted(root.glob("VOC2*")), *sorted(root.glob("VOCdevkit/VOC2*"))):
-        if (year / "JPEGImages").is_dir() and (year / "SegmentationClass").is_dir():
-            return _voc(year, config)
+        if _is("Pascal VOC", year):
+            return _voc(year, config, to_train)
     raise DataError(
         f"{root} has no known layout of masks: expected images/ and annotations/ (as ADE20K), leftImg8bit/ and gtFine/ "
         f"(Cityscapes) or VOCdevkit/VOC2012/; {nearest('images', (p.name for p in root.iterdir() if p.is_dir()))}"
     )
 
 
+def _is(layout: str, root: Path) -> bool:
+    return all((root / name).is_dir() for name in LAYOUTS[layout])
+
+
 def _ade20k(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     """Find images/ROLE/NAME.jpg and annotations/ROLE/NAME.png, also in subfolders of ROLE."""
-    images, masks = (_role_folders(root / kind, config, to_train) for kind in ("images", "annotations"))
+    images, masks = (_role_folders(root / kind, config, to_train) for kind in LAYOUTS["ADE20K"])
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = legend_in(root)
@@ -127,7 +136,7 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     ids = tuple(c.id for c in used)
     void = tuple(c.id % 256 for c in Cityscapes.classes if c.id not in ids)  # -1 is 255 in a file of 8 bits
     legend = Legend(tuple(c.name for c in used), ids, void, tuple(c.color for c in used), sequence=_CITY_SEQUENCE)
-    images, masks = (_role_folders(root / kind, config, to_train) for kind in ("leftImg8bit", "gtFine"))
+    images, masks = (_role_folders(root / kind, config, to_train) for kind in LAYOUTS["Cityscapes"])
     if config.test_split == "test":
         images.pop("test", None), masks.pop("test", None)
     ending = "_gtFine_labelIds"
@@ -136,7 +145,7 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     return SceneFiles(root, pictures, _files(masks, Counter(), ".png", cut=ending, only=ending), legend, junk)
 
 
-def _voc(root: Path, config: DataConfig) -> SceneFiles:
+def _voc(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     """Find JPEGImages/NAME.jpg and SegmentationClass/NAME.png, for the names in ImageSets/Segmentation/ROLE.txt.
 
     Images that no list names are not read. The test labels are withheld; without any, test is left out.
@@ -148,7 +157,7 @@ def _voc(root: Path, config: DataConfig) -> SceneFiles:
     masks: dict[str, Files] = {}
     available = [path.stem for path in lists.glob("*.txt")]
     for role in ROLES:
-        split = split_of(role, getattr(config, f"{role}_split"), available, f"list in {lists}")
+        split = _split(role, config, available, f"list in {lists}", to_train)
         if split is None:
             continue
         names = read_names(lists / f"{split}.txt")
@@ -193,7 +202,7 @@ def _roles(
 ) -> dict[str, str | None]:
     """Return the split of each role that has one; {"train": None}, for all of the data, without any."""
     splits = list(names)
-    named = {role: split_of(role, getattr(config, f"{role}_split"), splits, f"{word} in {where}") for role in ROLES}
+    named = {role: _split(role, config, splits, f"{word} in {where}", to_train) for role in ROLES}
     roles = {role: split for role, split in named.items() if split}
     if roles and "train" not in roles and to_train:
         known = nearest(config.train_split, splits)
@@ -202,6 +211,18 @@ def _roles(
     if roles and without:
         logger.warning("%s: %s without a role: %s; left out", where, word, ", ".join(sorted(without)))
     return {**roles} or {"train": None}
+
+
+def _split(role: str, config: DataConfig, splits: list[str], where: str, to_train: bool) -> str | None:
+    name = getattr(config, f"{role}_split")
+    if name not in splits and not to_train:
+        name = role
+    if name not in splits and len(joined(name)) > 1:
+        raise ConfigError(
+            f"data.{role}_split={name!r} with data.task='segmentation': expected one {where}; classification alone "
+            f"joins several"
+        )
+    return split_of(role, name, splits, where)
 
 
 def _files(

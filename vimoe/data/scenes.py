@@ -16,7 +16,8 @@ from vimoe.data.image_files import passed_over
 from vimoe.data.images import Source, name_within
 from vimoe.data.legends import legend_of_masks
 from vimoe.data.masks import LEGEND, Legend
-from vimoe.data.scene_layouts import ROLES, SceneFiles, find_scenes
+from vimoe.data.scene_layouts import SceneFiles, find_scenes
+from vimoe.data.splits import ROLES
 from vimoe.errors import DataError, counted
 
 Scene = tuple[Source, Source]  # an image and its mask
@@ -125,7 +126,8 @@ def load_others(
         path: data path, as `DataConfig.path`; train may be missing.
         classes: class names of the model.
         legend: meaning of the masks' values, for data without a legend.
-        config: settings, of which the names of a table's columns are used.
+        config: settings, of which the names of splits and of a table's columns are used. A split that is not in these
+            data is the one that is usually named so.
 
     Returns:
         Name of the scenes ("test", "validation", or "all" for data without roles), and the scenes.
@@ -133,9 +135,9 @@ def load_others(
     Raises:
         DataError: if there are none, files have no counterpart, or the classes are not the model's.
     """
-    other = DataConfig(path=path, task="segmentation")
-    if config and path.startswith("hfds/"):
-        other = replace(other, image_column=config.image_column, label_column=config.label_column)
+    other = replace(config or DataConfig(), path=path, task="segmentation")
+    if not path.startswith("hfds/"):
+        other = replace(other, image_column=None, label_column=None)
     found = find_scenes(other, to_train=False)
     root = found.root
     _, pairs, images_alone, masks_alone = _paired(found)

@@ -9,6 +9,7 @@ from vimoe.errors import DataError, nearest
 
 # other names that data sets use for a role; the configured name comes first
 SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
+ROLES = tuple(SYNONYMS)
 SPLITS = frozenset(SYNONYMS).union(*SYNONYMS.values())
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from vimoe.config.data import DataConfig
-from vimoe.data.classification import Data, Sample
+from vimoe.data.labelled_images import Data, Sample
 from vimoe.errors import ConfigError, DataError
 
 

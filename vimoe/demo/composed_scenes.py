@@ -14,10 +14,11 @@ from PIL import Image
 
 from vimoe.config.data import DataConfig
 from vimoe.config.masks import IGNORE
-from vimoe.data.classification import Sample, load_data
+from vimoe.data.classification import load_data
+from vimoe.data.labelled_images import Sample
 from vimoe.data.mask_colours import colour
 from vimoe.data.masks import LEGEND
-from vimoe.data.scene_layouts import ROLES
+from vimoe.data.splits import ROLES
 from vimoe.errors import DataError
 from vimoe.files import write_text
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vimoe.analysis.forgetting import forgetting, lift
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.data.tasks import classes_of
 from vimoe.files import read_text
 from vimoe.metrics.base import batches, metric_of

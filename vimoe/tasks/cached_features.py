@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vimoe.config.settings import Settings
 from vimoe.config.train import Precision, TrainConfig
-from vimoe.data.classification import Data, Sample
 from vimoe.data.images import Source, identity
+from vimoe.data.labelled_images import Data, Sample
 from vimoe.data.loaders import eval_loader, processes, share
 from vimoe.data.order import Shuffled, mix
 from vimoe.data.user_cache import MADE_BY, cache_folder, make_cache_folder

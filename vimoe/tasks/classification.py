@@ -17,8 +17,9 @@ from vimoe.analysis.figures import contact_sheet
 from vimoe.analysis.trust import Trust
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
-from vimoe.data.classification import Data, load_data, load_folder
+from vimoe.data.classification import load_data, load_folder
 from vimoe.data.images import open_image
+from vimoe.data.labelled_images import Data
 from vimoe.data.loaders import eval_loader, preprocessing, train_transform
 from vimoe.data.scan import Scan, scan, warn_of_absent
 from vimoe.data.tasks import tasks_of

@@ -13,9 +13,9 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data, Sample
 from vimoe.data.decoded import Where
 from vimoe.data.images import source_path
+from vimoe.data.labelled_images import Data, Sample
 from vimoe.data.loaders import decoded_for_evaluation, decoded_for_training, eval_loader, train_loader
 from vimoe.metrics.base import Score, evaluate
 from vimoe.process import Process

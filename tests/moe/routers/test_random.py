@@ -14,7 +14,7 @@ from helpers.trainings import model, rows, run
 
 import vimoe
 from vimoe.config.train import TrainConfig
-from vimoe.data.classification import Data
+from vimoe.data.labelled_images import Data
 from vimoe.training.parameter_groups import freeze_all_but, parameter_groups
 
 FIXED = ["random", "hash"]
