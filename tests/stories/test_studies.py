@@ -198,14 +198,15 @@ def test_data_without_test_images_are_told_before_any_training(
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry_run"], ["--slurm", "--dry_run"]])
 def test_an_arm_that_cannot_be_trained_is_told_before_those_that_can(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     """The cells of deep arms come last: a registered study once had such arms for days, and nobody knew."""
     base = {**TINY["base"], "train": {**TINY["base"]["train"], "train_only": "last:1"}}
     deep = {"moe": {"layers": "last:2"}, "data": {"cache": "features"}, "train": {"train_only": "last:2"}}
     write_study(tmp_path, base=base, arms={**TINY["arms"], "deep": deep})
-    said = refused(capsys, str(tmp_path), "--set", "DIGITS=digits")
+    said = refused(capsys, str(tmp_path), "--set", "DIGITS=digits", *more)
     assert "study.yaml: digits, deep: data.cache='features': blocks.0.mlp is in the first block and trained" in said
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
