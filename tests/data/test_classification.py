@@ -225,11 +225,12 @@ def test_a_name_with_a_plus_is_one_split_if_there_is_one(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"train_split": "photo+sketsch"}, r"data.train_split='sketsch': no such folder in .*; did you mean 'sketch'"),
+        ({"train_split": "photo+sketsch"}, r"data.train_split='photo\+sketsch': no folder 'sketsch' .* mean 'sketch'"),
         ({"train_split": "photo+train"}, r"data.train_split='photo\+train': no folder 'train' in "),
         ({"train_split": "photo+none"}, r"data.train_split='photo\+none': no folder 'none' in "),
-        ({"train_split": "photo+"}, "data.train_split='': no such folder in "),
-        ({"train_split": "photo + sketsch"}, r"data.train_split='sketsch': no such folder in "),
+        ({"train_split": "photo+"}, r"data.train_split='photo\+': no folder '' in "),
+        ({"train_split": "photo + sketsch"}, r"data.train_split='photo \+ sketsch': no folder 'sketsch' in "),
+        ({"train_split": "none"}, r".*: data.train_split='none' takes all images, and 'paint' is for test: "),
         ({"train_split": "photo+photo"}, "data.train_split has 'photo' twice: expected each split once"),
         ({"test_split": "paint+sketch"}, "'sketch' has the roles data.train_split and data.test_split: expected one"),
     ],
@@ -266,7 +267,7 @@ def test_a_split_of_which_no_image_can_be_read_is_named(tmp_path: Path) -> None:
     for file in (tmp_path / "paint").rglob("*.png"):
         file.write_bytes(b"no image")
     read = DataConfig(path=str(tmp_path), skip_unreadable=True, **JOINED)
-    message = rf"^{tmp_path}/paint: none of its 12 images can be read: expected some; add images; 12 of "
+    message = rf"^{tmp_path}/paint: of 12 images none can be read: expected some; restore them, or give the role "
     with pytest.raises(DataError, match=message):
         load_data(read)
     with pytest.raises(DataError, match=message):
@@ -275,12 +276,15 @@ def test_a_split_of_which_no_image_can_be_read_is_named(tmp_path: Path) -> None:
 
 def test_spaces_around_a_plus_do_not_matter(tmp_path: Path) -> None:
     config = DataConfig(path=str(renderings(tmp_path)), **{**JOINED, "train_split": "photo + sketch"}, tasks="splits")
-    assert [part.split for part in load_data(config).parts] == ["photo", "sketch"] and config.task_count == 2
+    assert [part.split for part in load_data(config).parts] == ["photo", "sketch"]
+    one = DataConfig(path=str(tmp_path), train_split=" photo", val_split="none", test_split="paint + sketch ")
+    assert len(load_data(one).test) == 2 * len(load_data(config).test) == 24
 
 
 def test_digits_have_roles_of_their_own() -> None:
-    with pytest.raises(ConfigError, match=r"data.train_split='a\+b' with data.path='digits', which has no splits"):
+    with pytest.raises(ConfigError, match=r"data.train_split='a\+b' with data.path='digits': expected no joined"):
         load_data(DataConfig(path="digits", train_split="a+b"))
+    assert load_data(DataConfig(path="digits", val_split="none")).val  # as a preset has it
     assert load_folder("digits", tuple("0123456789"), DataConfig(test_split="paint"))[0] == "test"
 
 
@@ -460,10 +464,13 @@ def test_a_folder_says_which_images_it_gave(tmp_path: Path) -> None:
     assert load_folder(roles(tmp_path / "roles", test=1), classes)[0] == "test"
     folder(tmp_path / "one" / "train", 2)
     role, samples = load_folder(tmp_path / "one", classes)
-    assert (role, len(samples)) == ("all", 6)
+    assert (role, len(samples)) == ("train", 6)
 
 
-def test_other_data_are_read_by_the_names_of_the_runs_splits_if_they_have_them(tmp_path: Path) -> None:
+def test_other_data_are_read_by_the_names_of_the_runs_splits_if_they_have_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     classes, run = ("blue", "green", "red"), DataConfig(**JOINED)
 
     def of(root: Path, config: DataConfig) -> tuple[str, set[str]]:
@@ -473,10 +480,31 @@ def test_other_data_are_read_by_the_names_of_the_runs_splits_if_they_have_them(t
     renderings(tmp_path / "named")
     assert of(tmp_path / "named", run) == ("test", {"paint"})
     assert of(tmp_path / "named", DataConfig(test_split="photo+paint")) == ("test", {"photo", "paint"})
-    assert of(tmp_path / "named", DataConfig(train_split="photo+sketch")) == ("all", {"photo", "sketch"})
+    assert of(tmp_path / "named", DataConfig(train_split="photo+sketch")) == ("train", {"photo", "sketch"})
     roles(tmp_path / "usual", test=1)
     assert of(tmp_path / "usual", run) == ("test", {"test"})
     assert of(tmp_path / "usual", DataConfig(test_split="none")) == ("test", {"test"})
+    assert "images are those of" in caplog.text and "/usual" not in caplog.text
+    caplog.clear()
+    assert of(tmp_path / "usual", DataConfig(val_split="none", test_split="val")) == ("test", {"val"})
+    assert f"test images are those of {tmp_path}/usual/val" in caplog.text
+
+
+def test_a_class_that_is_named_like_a_role_is_one_where_the_run_says_none(tmp_path: Path) -> None:
+    classes = ("test", "train", "x")
+    folder(tmp_path, 2, classes=classes)
+    run = DataConfig(path=str(tmp_path), train_split="none", val_split="none", test_split="none")
+    assert load_data(run).classes == classes
+    role, samples = load_folder(tmp_path, classes, run)
+    assert (role, len(samples)) == ("all", 6)
+    with pytest.raises(DataError, match="/test holds 2 images and no class folder: [^;]*; move each image [^;]*$"):
+        load_folder(tmp_path, classes)
+    (tmp_path / "other").mkdir()
+    folder(tmp_path / "other" / "train", 2)
+    (tmp_path / "other" / "test").mkdir()
+    picture((9, 9, 9), 1).save(tmp_path / "other" / "test" / "1.png")
+    with pytest.raises(DataError, match="/test holds 1 image and no class folder"):
+        load_data(DataConfig(path=str(tmp_path / "other")))
 
 
 def test_digits_are_the_embedded_ones_whatever_is_in_the_working_directory(

@@ -93,6 +93,46 @@ def test_other_scenes_are_read_by_the_names_of_the_runs_splits_if_they_have_them
 
     assert of(test_split="night") == ("test", 2)
     assert of(test_split="dusk") == of(test_split="dusk+dawn") == of() == ("validation", 2)
+    assert of(test_split="val", val_split="none") == ("test", 2)  # and none is read twice
+    assert of(test_split="none", val_split="none") == ("validation", 2)
+    for kind in ("images", "annotations"):
+        shutil.move(root / kind / "val", root / kind / "dawn")
+    assert of() == ("train", 6)
+    for kind in ("images", "annotations"):
+        shutil.copytree(root / kind / "night", root / kind / "test")
+    for mask_ in (root / "annotations" / "night").iterdir():
+        mask_.unlink()
+    (root / "annotations" / "night").rmdir()
+    assert of(test_split="night") == ("test", 2)  # no image of night with a mask of test
+    which, found = load_others(str(root), NAMES, legend, DataConfig(path="elsewhere", test_split="night"))
+    assert {image.parent.name for image, _ in found.test} == {"test"}
+
+
+def test_test_masks_of_cityscapes_are_blank_for_every_run(tmp_path: Path) -> None:
+    root = cityscapes(tmp_path)
+    legend = load(root).legend
+    for splits in ({}, {"test_split": "none"}, {"test_split": "night"}, {"val_split": "none", "test_split": "val"}):
+        which, found = load_others(str(root), legend.names, legend, DataConfig(path="elsewhere", **splits))
+        assert (which, len(found.test)) == ("test" if splits.get("test_split") == "val" else "validation", 1)
+        assert {image.parent.parent.name for image, _ in found.test} == {"val"}
+
+
+def test_other_scenes_of_pascal_voc_need_no_list_for_train(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    legend = load(root).legend
+    (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink()
+    which, found = load_others(str(root), legend.names, legend, DataConfig(path="elsewhere", train_split="aug"))
+    assert (which, len(found.test)) == ("validation", 1)
+    with pytest.raises(DataError, match="lists no mask to train on: expected train.txt"):
+        load(root)
+
+
+def test_two_roles_of_scenes_have_two_splits(tmp_path: Path) -> None:
+    root = scenes(tmp_path)
+    for kind in ("images", "annotations"):
+        shutil.move(root / kind / "train", root / kind / "training")
+    with pytest.raises(ConfigError, match="'training' has the roles data.train_split and data.val_split: expected one"):
+        load(root, val_split="training")
 
 
 @pytest.mark.parametrize("make", [scenes, lambda root: voc(root)])

@@ -198,7 +198,7 @@ def test_data_without_test_images_are_told_before_any_training(
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("more", [[], ["--dry_run"], ["--slurm", "--dry_run"]])
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
 def test_an_arm_that_cannot_be_trained_is_told_before_those_that_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:

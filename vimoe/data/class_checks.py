@@ -1,17 +1,17 @@
-"""Checks that the images of a data set are those of at least two classes, each in one place under one name."""
+"""Checks of labelled images: several classes, no two names alike, images in class folders, no masks."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vimoe.data.image_check import CheckedImages
 from vimoe.data.image_files import find_images, passed_over
 from vimoe.data.listing import LOOSE, ClassImages, Listing, check_levels
-from vimoe.data.roles import Split
+from vimoe.data.roles import Place, Split
 from vimoe.data.scene_layouts import LAYOUTS
 from vimoe.errors import DataError, counted
 
@@ -29,33 +29,34 @@ def check_train(listing: Listing, split: Split, found: ClassImages) -> None:
             f"{where}/{empty[0]} holds no image{passed_over(junk)}: expected some; add images, or remove the folder"
         )
     check_levels(listing, found, where)
-    _check_loose(listing, split, found)
+    check_loose(
+        listing, split, found, f"; if {split!r} is a class itself, set --data.train_split none" if split else ""
+    )
 
 
-def check_elsewhere(listing: Listing, split: Split, found: ClassImages, classes: Sequence[str]) -> None:
+def check_other_data(listing: Listing, split: Split, found: ClassImages, classes: Sequence[str]) -> None:
     """Raise DataError if the images that a trained model is to score are not in folders of its classes."""
     where = listing.where(split)
     if (masks := _of_masks(where, found)) and not set(found) <= set(classes):
         raise DataError(f"{masks}, as the model gives; check the path or the run")
-    _check_loose(listing, split, found)
+    check_loose(listing, split, found)
     check_levels(listing, found, where)
 
 
-def _check_loose(listing: Listing, split: Split, found: ClassImages) -> None:
+def check_loose(listing: Listing, split: Split, found: ClassImages, remedy: str = "") -> None:
     """Raise DataError for images that lie in no class folder, if there is none."""
     if found or not listing.junk[LOOSE]:
         return
     here, where = replace(listing, junk=Counter()), listing.where(split)  # those of this split alone
     here.classes(split)
     if loose := here.junk[LOOSE]:
-        remedy = f"; if {split!r} is a class itself, set --data.train_split none" if split else ""
         raise DataError(
             f"{where} holds {counted(loose, 'image')} and no class folder: expected a folder of images for each class, "
             f"such as {where}/cat; move each image into that of its class{remedy}"
         )
 
 
-def check_two(listing: Listing, splits: Sequence[Split], names: Sequence[str]) -> None:
+def check_several_classes(listing: Listing, splits: Sequence[Split], names: Sequence[str]) -> None:
     """Raise DataError if there is nothing to tell apart."""
     if len(names) < 2:
         where = listing.where("+".join(filter(None, splits)) or None)
@@ -66,7 +67,7 @@ def check_two(listing: Listing, splits: Sequence[Split], names: Sequence[str]) -
         )
 
 
-def check_left(train: Sequence[ClassImages], names: Sequence[str], checked: CheckedImages) -> None:
+def check_classes_readable(train: Sequence[ClassImages], names: Sequence[str], checked: CheckedImages) -> None:
     """Raise DataError if no train image of a class can be read."""
     for name in names:
         if any(name in found for found in train) and not any(found.get(name) for found in train):
@@ -75,10 +76,15 @@ def check_left(train: Sequence[ClassImages], names: Sequence[str], checked: Chec
             )
 
 
-def check_readable(where: str, found: ClassImages, readable: ClassImages, checked: CheckedImages) -> None:
-    """Raise DataError if no image of a split can be read."""
-    if (images := sum(map(len, found.values()))) and not any(readable.values()):
-        raise DataError(f"{where}: none of its {images} images can be read: expected some; add images; {checked}")
+def check_readable(listing: Listing, found: Mapping[Place, ClassImages], readable: Mapping[Place, ClassImages]) -> None:
+    """Raise DataError if no image of a split can be read; a warning has named those that cannot."""
+    for place, classes in found.items():
+        images = sum(map(len, classes.values()))
+        if images and not any(readable[place].values()):
+            raise DataError(
+                f"{listing.where(place[1])}: of {counted(images, 'image')} none can be read: expected some; restore "
+                f"them, or give the role another split"
+            )
 
 
 def check_names(where: str, names: Iterable[str]) -> None:

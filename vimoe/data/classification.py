@@ -10,25 +10,25 @@ from pathlib import Path
 
 from vimoe.config.data import DataConfig
 from vimoe.data.class_checks import (
-    check_elsewhere,
-    check_left,
+    check_classes_readable,
+    check_loose,
     check_names,
+    check_other_data,
     check_readable,
+    check_several_classes,
     check_train,
-    check_two,
-)  # fmt: skip
+)
 from vimoe.data.data_path import list_data
-from vimoe.data.digits import digits, digits_elsewhere
+from vimoe.data.digits import digits, digits_for_test
 from vimoe.data.draws import split_off, subset
 from vimoe.data.image_check import CheckedImages, check_images
 from vimoe.data.labelled_images import Data, Sample
 from vimoe.data.listing import ClassImages, Listing
-from vimoe.data.roles import Split, roles_elsewhere, roles_of, warn_without_role
+from vimoe.data.roles import Place, Split, roles_of, scored_splits, warn_without_role
 from vimoe.data.splits import ROLES
 from vimoe.errors import DataError, nearest
 
 logger = logging.getLogger(__name__)
-Place = tuple[str, Split]  # a role and a split that has it
 
 
 def load_data(config: DataConfig, classes: Sequence[str] | None = None, validation: Iterable[str] = ()) -> Data:
@@ -40,66 +40,72 @@ def load_data(config: DataConfig, classes: Sequence[str] | None = None, validati
         validation: names (`Data.names`) of the images that a run split off train, to get the same split again.
 
     Raises:
-        ConfigError: if a split is named twice.
+        ConfigError: if a split is named twice, or "digits" are to have joined splits.
         DataError: if images, splits or labels are missing or damaged, a class is not in the map, or no image of a
             class can be read.
     """
     if config.path == "digits":
         return digits(config)
     listing = list_data(config)
-    chosen = roles_of(listing, config)
+    chosen = roles_of(listing, config, new=classes is None)
     found = {(role, split): listing.classes(split) for role in ROLES for split in chosen[role]}
-    for split in chosen["train"]:
-        check_train(listing, split, found["train", split])
+    for (role, split), images in found.items():
+        (check_train if role == "train" else check_loose)(listing, split, images)
     names = tuple(classes or _class_map(listing, [found["train", split] for split in chosen["train"]]))
     if classes is None:
         check_names(listing.name, names)
-        check_two(listing, chosen["train"], names)
+        check_several_classes(listing, chosen["train"], names)
     checked = None
     if config.skip_unreadable:
-        found, checked = _readable(found, listing)
-        check_left([found["train", split] for split in chosen["train"]], names, checked)
+        readable, checked = _readable(found, listing)
+        check_classes_readable([readable["train", split] for split in chosen["train"]], names, checked)
+        check_readable(listing, found, readable)
+        found = readable
     samples = {place: _samples(listing.where(place[1]), images, names) for place, images in found.items()}
     train, val, test = (_of_role(role, samples) for role in ROLES)
     if classes is None:  # only before training: later verbs need not walk these folders again
         warn_without_role(listing, chosen)
     origin = {id(sample): split for (role, split), each in samples.items() if role == "train" for sample in each}
-    if alone := not val:
+    if without_val := not val:
         train, val = split_off(train, listing, config, set(validation), origin)
     train = subset(train, config)
-    whole = Data(names, tuple(train), tuple(val), tuple(test), listing.root, alone, listing.junk, checked)
+    whole = Data(names, tuple(train), tuple(val), tuple(test), listing.root, without_val, listing.junk, checked)
     return replace(whole, parts=_parts(whole, chosen["train"], origin)) if len(chosen["train"]) > 1 else whole
 
 
 def load_folder(
     path: str | Path, classes: Sequence[str], config: DataConfig | None = None
 ) -> tuple[str, tuple[Sample, ...]]:
-    """Load images for a trained model: the test split of a data path, else validation, else train, else all images.
+    """Load images to score a trained model on: those for test, else validation, else train, else all.
 
     Args:
         path: data path, as `DataConfig.path`.
         classes: class map of the model.
-        config: settings for reading: names of splits and columns, and `skip_unreadable`. A split that is not in these
-            data is the one that is usually named so.
+        config: settings of the run: names of splits and columns, and `skip_unreadable`. Where the data lack a split
+            of that name, usual names are looked for, such as "testing".
 
     Returns:
-        Name of the images ("test", "validation", or "all" for data without these), and the images.
+        Name of the images ("test", "validation", "train", or "all" for data without roles), and the images.
 
     Raises:
+        ConfigError: if a split is named twice.
         DataError: errors of `load_data`.
     """
     config = replace(config or DataConfig(), path=str(path))
     if config.path == "digits":
-        return "test", digits_elsewhere(classes)
+        return "test", digits_for_test(classes)
     listing = list_data(config)
-    role, splits = roles_elsewhere(listing, config)
+    role, splits = scored_splits(listing, config, classes)
     found = {(role, split): listing.classes(split) for split in splits}
     for split in splits:
-        check_elsewhere(listing, split, found[role, split], classes)
+        check_other_data(listing, split, found[role, split], classes)
     if config.skip_unreadable:
-        found, _ = _readable(found, listing)
+        readable, _ = _readable(found, listing)
+        check_readable(listing, found, readable)
+        found = readable
     samples = {place: _samples(listing.where(place[1]), images, tuple(classes)) for place, images in found.items()}
-    return {"test": "test", "val": "validation", "train": "all"}[role], tuple(_of_role(role, samples))
+    name = "all" if splits == (None,) else {"val": "validation"}.get(role, role)
+    return name, tuple(_of_role(role, samples))
 
 
 def _class_map(listing: Listing, train: Sequence[ClassImages]) -> Iterable[str]:
@@ -114,10 +120,10 @@ def _readable(found: Mapping[Place, ClassImages], listing: Listing) -> tuple[dic
     )
     if checked.errors:
         logger.warning("%s; left out", checked)
-    readable: dict[Place, ClassImages] = {}
-    for place, classes in found.items():
-        readable[place] = {name: [i for i in images if i in checked.digests] for name, images in classes.items()}
-        check_readable(listing.where(place[1]), classes, readable[place], checked)
+    readable = {
+        place: {name: [image for image in images if image in checked.digests] for name, images in classes.items()}
+        for place, classes in found.items()
+    }
     return readable, checked
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Collection
-from difflib import get_close_matches
 from pathlib import Path
 
 from vimoe.data.listing import Listing, in_order, table
-from vimoe.data.splits import SPLITS
+from vimoe.data.splits import is_split
 from vimoe.errors import DataError, first_line, nearest
 
 
@@ -19,11 +18,10 @@ def csv_file(path: Path, image_column: str, label_column: str, splits: Collectio
     Args:
         path: the file.
         image_column, label_column: names of the columns of paths and labels.
-        splits: names of splits that the settings give; they are right even if they look like a misspelt usual one.
+        splits: names of splits that the settings give, as they are written; the usual ones count in any case.
 
     Raises:
-        DataError: if a column, label or image file is missing, a split is misspelt, or an image has several labels or
-            splits.
+        DataError: if a column, label, split or image file is missing, or an image has several labels or splits.
     """
     root = path.absolute().parent
     rows: dict[Path, tuple[str | None, str]] = {}
@@ -77,11 +75,9 @@ def _split(where: str, given: str | None, others: Collection[str]) -> str | None
     if given is None:  # the file has no such column
         return None
     split = given.strip()
-    if split in others or split.lower() not in SPLITS:
-        if not split or split not in others and get_close_matches(split.lower(), SPLITS):  # a misspelt one
-            raise DataError(f"{where}: split={split!r}: expected train, val or test; {nearest(split, sorted(SPLITS))}")
-        return split
-    return split.lower()
+    if not split:
+        raise DataError(f"{where}: no split: expected one in each row, such as train; add it, or remove the row")
+    return split.lower() if is_split(split) and split not in others else split
 
 
 def _describe(row: tuple[str | None, str]) -> str:

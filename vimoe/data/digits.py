@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from vimoe.config.data import DataConfig
+from vimoe.config.data import DataConfig, joined
 from vimoe.data.draws import draw, subset
 from vimoe.data.labelled_images import Data, Sample
 from vimoe.data.splits import ROLES
@@ -17,16 +17,16 @@ def digits(config: DataConfig) -> Data:
     """Return scikit-learn's 1,797 handwritten digits, 8x8: 40% for test, 20% for validation, 40% for train.
 
     Raises:
-        ConfigError: if a role is to have another split.
+        ConfigError: if a role is to have joined splits.
     """
+    for role in ROLES:
+        if len(joined(name := getattr(config, f"{role}_split"))) > 1:
+            raise ConfigError(
+                f"data.{role}_split={name!r} with data.path='digits': expected no joined splits, since the digits have "
+                f"train, validation and test of their own; leave it out"
+            )
     from sklearn.datasets import load_digits
 
-    for role in ROLES:
-        if (name := getattr(config, f"{role}_split")) != role:
-            raise ConfigError(
-                f"data.{role}_split={name!r} with data.path='digits', which has no splits: expected {role!r}; "
-                f"leave it out"
-            )
     pixels, labels = load_digits(return_X_y=True)
     grey = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype("uint8")
     samples: list[Sample] = [(Image.fromarray(g).convert("RGB"), int(y)) for g, y in zip(grey, labels, strict=True)]
@@ -35,7 +35,7 @@ def digits(config: DataConfig) -> Data:
     return Data(tuple("0123456789"), tuple(subset(train, config)), tuple(val), tuple(test))
 
 
-def digits_elsewhere(classes: Sequence[str]) -> tuple[Sample, ...]:
+def digits_for_test(classes: Sequence[str]) -> tuple[Sample, ...]:
     """Return the test digits, with labels by a model's class map.
 
     Raises:

@@ -11,76 +11,89 @@ from dataclasses import replace
 from vimoe.config.data import DataConfig, joined
 from vimoe.data.image_files import is_hidden
 from vimoe.data.listing import LOOSE, Listing
-from vimoe.data.splits import ROLES, is_split, split_of
-from vimoe.errors import ConfigError, DataError, counted, nearest
+from vimoe.data.splits import ROLES, check_once, is_split, split_of
+from vimoe.errors import DataError, counted, nearest
 
 logger = logging.getLogger(__name__)
+Split = str | None  # name of a split; None stands for all images, of data whose splits have no role
+Place = tuple[str, Split]  # a role, and a split that has it
 
 
-Split = str | None  # None stands for all images of data without splits
+def roles_of(listing: Listing, config: DataConfig, new: bool = True) -> dict[str, tuple[Split, ...]]:
+    """Return the splits of each role; "train" has (None,) if no split has a role, and all images are for training.
 
-
-def roles_of(listing: Listing, config: DataConfig) -> dict[str, tuple[Split, ...]]:
-    """Return the splits of each role; train has None if all of the data are for it.
+    Args:
+        listing: images by split.
+        config: settings of the data.
+        new: True before a training, which has to say which of several splits of a table it takes; a run has taken all.
 
     Raises:
         ConfigError: if a split is named twice.
-        DataError: if a named split is not there, or none is to train on.
+        DataError: if a split is not there, or no split is left to train on.
     """
     chosen = {role: _splits(listing, role, getattr(config, f"{role}_split")) for role in ROLES}
-    if not chosen["train"] and (others := {role: splits for role, splits in chosen.items() if splits}):
+    others = {role: splits for role, splits in chosen.items() if splits}
+    if not chosen["train"] and others:
         role, (split, *_) = next(iter(others.items()))
+        if config.train_split == "none":
+            raise DataError(
+                f"{listing.name}: data.train_split='none' takes all images, and {split!r} is for {role}: expected no "
+                f"split for it; set --data.{role}_split none, or name the splits to train on"
+            )
+        class_ = f"; if {split!r} is a class, set --data.{role}_split none" if listing.word == "folder" else ""
         raise DataError(
             f"{listing.name} has no {listing.word} {config.train_split!r}: expected one beside {split!r}; "
-            f"{nearest('', listing.splits)}; if {split!r} is a class, set --data.{role}_split none"
+            f"{nearest('', listing.splits)}{class_}"
         )
-    if not chosen["train"] and config.train_split != "none" and listing.word != "folder" and len(listing.splits) > 1:
+    several = listing.word != "folder" and len(listing.splits) > 1
+    if new and several and not chosen["train"] and config.train_split != "none":
         raise DataError(
             f"{listing.name} has no split {config.train_split!r}: expected one to train on; set --data.train_split to "
             f"one, to several joined by '+', or to none to take all images; {nearest('', listing.splits)}"
         )
-    _check_once(chosen)
+    check_once(chosen)
     return {**chosen, "train": chosen["train"] or (None,)}
 
 
-def roles_elsewhere(listing: Listing, config: DataConfig) -> tuple[str, tuple[Split, ...]]:
-    """Return the first role of test, val and train that other data have, and its splits.
+def scored_splits(listing: Listing, config: DataConfig, classes: Sequence[str]) -> tuple[str, tuple[Split, ...]]:
+    """Return what a trained model is scored on in other data: the role test, else val, else train, and its splits.
 
-    A split is looked for by the name that a run gave it, then by its usual names.
+    A role has the splits that the run gave it, or, where the data lack them, one of a usual name, such as "testing".
+
+    Args:
+        listing: images by split.
+        config: settings of the run.
+        classes: class map of the model. A folder that is named like a role, but is a class, has no role if the run
+            says "none" for it.
+
+    Returns:
+        The role and its splits: (None,) for data whose splits have no role.
     """
     for role in ("test", "val", "train"):
         name = getattr(config, f"{role}_split")
-        splits = (name,) if name in listing.splits else tuple(joined(name))
-        if not set(splits) <= set(listing.splits):
-            splits = _splits(listing, role, role)
-        if splits:
+        splits = _there(listing, name) or _splits(listing, role, role)
+        if splits and not (name == "none" and set(splits) <= set(classes)):
+            if splits[0] != split_of(role, role, splits, ""):
+                logger.info("%s images are those of %s", role, listing.where("+".join(splits)))
             return role, splits
     return "train", (None,)
 
 
-def _check_once(chosen: Mapping[str, Sequence[str]]) -> None:
-    """Raise ConfigError for a split that is named twice."""
-    named: dict[str, str] = {}
-    for role, splits in chosen.items():
-        for split in splits:
-            if split in named:
-                if named[split] == role:
-                    raise ConfigError(f"data.{role}_split has {split!r} twice: expected each split once; leave one out")
-                raise ConfigError(
-                    f"{split!r} has the roles data.{named[split]}_split and data.{role}_split: expected one role for "
-                    f"each split; set one of them to others, or to none"
-                )
-            named[split] = role
+def _there(listing: Listing, name: str) -> tuple[str, ...]:
+    """Return the splits of a name, or none if the data lack one of them."""
+    splits = (name,) if name in listing.splits else tuple(joined(name))
+    return splits if set(splits) <= set(listing.splits) else ()
 
 
 def _splits(listing: Listing, role: str, name: str) -> tuple[str, ...]:
     """Return the splits that have a role: none, one, or those that "+" joins, in the order in which they are named."""
-    if name in listing.splits or len(joined(name)) == 1:
-        split = _split(listing, role, name)
+    where, names = f"{listing.word} in {listing.name}", joined(name)
+    if name in listing.splits or len(names) == 1:
+        split = split_of(role, name if name in listing.splits else names[0], listing.splits, where)
         return () if split is None else (split,)
     splits = []
-    for each in joined(name):
-        split = None if each == "none" else _split(listing, role, each)
+    for each in names:
+        split = split_of(role, each, listing.splits, where) if each in (role, *listing.splits) else None
         if split is None:
             raise DataError(
                 f"data.{role}_split={name!r}: no {listing.word} {each!r} in {listing.name}; "
@@ -88,10 +101,6 @@ def _splits(listing: Listing, role: str, name: str) -> tuple[str, ...]:
             )
         splits.append(split)
     return tuple(splits)
-
-
-def _split(listing: Listing, role: str, name: str) -> str | None:
-    return split_of(role, name, listing.splits, f"{listing.word} in {listing.name}")
 
 
 def warn_without_role(listing: Listing, chosen: Mapping[str, Sequence[Split]]) -> None:
@@ -109,6 +118,10 @@ def warn_without_role(listing: Listing, chosen: Mapping[str, Sequence[Split]]) -
         if images:
             listing.junk[f"images in {split}, which has no role"] += images
             free = next((role for role in ("val", "test", "train") if not chosen[role]), None)
-            remedy = f"; to use them, set --data.{free}_split {split}" if free and not is_split(split) else ""
+            remedy = (
+                f"; to use them, set --data.{free}_split {split}"
+                if free and split != "none" and not is_split(split)
+                else ""
+            )
             left = counted(images, "image is", "images are")
             logger.warning("%s has no role, and its %s left out%s", listing.where(split), left, remedy)

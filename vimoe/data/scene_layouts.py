@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vimoe.config.data import DataConfig, joined
@@ -15,7 +15,7 @@ from vimoe.data.images import Source, source_path
 from vimoe.data.legends import legend_in
 from vimoe.data.masks import Legend
 from vimoe.data.scene_tables import Files, scene_tables
-from vimoe.data.splits import ROLES, split_of
+from vimoe.data.splits import ROLES, check_once, split_of
 from vimoe.errors import ConfigError, DataError, beside, counted, nearest
 from vimoe.files import read_names
 
@@ -36,6 +36,7 @@ class SceneFiles:
         root: folder from which files are named.
         images, masks: files by role.
         legend: meaning of the masks' values, if the data set has one.
+        undivided: True for data without splits, all of which are then under "train".
         junk: number of other files among the images, by kind.
         unread: image files among the masks that do not end as masks do.
     """
@@ -44,6 +45,7 @@ class SceneFiles:
     images: dict[str, Files]
     masks: dict[str, Files]
     legend: Legend | None
+    undivided: bool = False
     junk: Counter[str] = field(default_factory=Counter)
     unread: list[Path] = field(default_factory=list)
 
@@ -59,12 +61,12 @@ class SceneFiles:
 
 
 def find_scenes(config: DataConfig, to_train: bool = True) -> SceneFiles:
-    """Find images and masks in `config.path`, in any of the four layouts.
+    """Find images and masks in `config.path`: in one of `LAYOUTS`, or a table.
 
     Args:
         config: settings of the data.
         to_train: True to require the configured splits, and one for train if there are splits; False for data other
-            than a run's, in which a split that is not there is the one that is usually named so.
+            than a run's, in which usual names are looked for where a configured split is missing.
 
     Raises:
         DataError: if the folder is missing or has none of the layouts, or a configured split is missing.
@@ -99,13 +101,15 @@ def _is(layout: str, root: Path) -> bool:
 
 def _ade20k(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     """Find images/ROLE/NAME.jpg and annotations/ROLE/NAME.png, also in subfolders of ROLE."""
-    images, masks = (_role_folders(root / kind, config, to_train) for kind in LAYOUTS["ADE20K"])
+    images, masks = _role_folders(root, "ADE20K", config, to_train)
     if "test" in images and "test" not in masks:
         logger.info("%s has no masks in annotations: left out", images.pop("test"))
     legend = legend_in(root)
     junk: Counter[str] = Counter()
     unread: list[Path] = []
-    return SceneFiles(root, _files(images, junk), _files(masks, Counter(), ".png", unread=unread), legend, junk, unread)
+    whole = images.get("train") == root / "images"
+    masked = _files(masks, Counter(), ".png", unread=unread)
+    return SceneFiles(root, _files(images, junk), masked, legend, whole, junk, unread)
 
 
 def _table(config: DataConfig, to_train: bool) -> SceneFiles:
@@ -113,7 +117,8 @@ def _table(config: DataConfig, to_train: bool) -> SceneFiles:
     root, splits = scene_tables(config.path.removeprefix("hfds/"), config.image_column, config.label_column)
     images: dict[str, Files] = {}
     masks: dict[str, Files] = {}
-    for role, split in _roles(splits, config, "split", config.path, to_train).items():
+    roles = _roles(splits, config if to_train else _there(config, splits), "split", config.path, to_train)
+    for role, split in roles.items():
         for kind, files in enumerate((images, masks)):
             chosen = splits.values() if split is None else [splits[split]]
             files[role] = {name: file for both in chosen for name, file in both[kind].items()}
@@ -121,7 +126,7 @@ def _table(config: DataConfig, to_train: bool) -> SceneFiles:
         logger.info("%s has no masks in test: left out", config.path)
         del images["test"], masks["test"]
     legend = legend_in(root)
-    return SceneFiles(root, images, masks, legend)
+    return SceneFiles(root, images, masks, legend, None in roles.values())
 
 
 def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
@@ -136,13 +141,15 @@ def _cityscapes(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     ids = tuple(c.id for c in used)
     void = tuple(c.id % 256 for c in Cityscapes.classes if c.id not in ids)  # -1 is 255 in a file of 8 bits
     legend = Legend(tuple(c.name for c in used), ids, void, tuple(c.color for c in used), sequence=_CITY_SEQUENCE)
-    images, masks = (_role_folders(root / kind, config, to_train) for kind in LAYOUTS["Cityscapes"])
-    if config.test_split == "test":
+    images, masks = _role_folders(root, "Cityscapes", config, to_train)
+    if images.get("test", root).name == "test":
         images.pop("test", None), masks.pop("test", None)
     ending = "_gtFine_labelIds"
     junk: Counter[str] = Counter()
     pictures = _files(images, junk, cut="_leftImg8bit")
-    return SceneFiles(root, pictures, _files(masks, Counter(), ".png", cut=ending, only=ending), legend, junk)
+    whole = images.get("train") == root / "leftImg8bit"
+    masked = _files(masks, Counter(), ".png", cut=ending, only=ending)
+    return SceneFiles(root, pictures, masked, legend, whole, junk)
 
 
 def _voc(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
@@ -156,10 +163,8 @@ def _voc(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     images: dict[str, Files] = {}
     masks: dict[str, Files] = {}
     available = [path.stem for path in lists.glob("*.txt")]
-    for role in ROLES:
-        split = _split(role, config, available, f"list in {lists}", to_train)
-        if split is None:
-            continue
+    config = config if to_train else _there(config, available)
+    for role, split in _named(config, available, f"list in {lists}").items():
         names = read_names(lists / f"{split}.txt")
         for files, kind, ending in ((images, "JPEGImages", ".jpg"), (masks, "SegmentationClass", ".png")):
             paths = {name: root / kind / f"{name}{ending}" for name in names}
@@ -173,7 +178,7 @@ def _voc(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
                 f"{gone[0]!r}: expected JPEGImages/NAME.jpg and SegmentationClass/NAME.png, one name per line; "
                 f"correct the list, or download the data again"
             )
-    if not masks.get("train"):
+    if to_train and not masks.get("train"):
         raise DataError(
             f"{lists} lists no mask to train on: expected {config.train_split}.txt; download the data again"
         )
@@ -191,10 +196,30 @@ def _voc_colour(value: int) -> Colour:
 _CITY_SEQUENCE = r"(.+?)(?:_\d+)?$"  # names are CITY_SEQUENCE_FRAME; any other name is its own sequence
 
 
-def _role_folders(root: Path, config: DataConfig, to_train: bool) -> dict[str, Path]:
-    """Return the folder of each role that has one; without any, the whole folder is for train."""
-    inside = [path.name for path in root.iterdir() if path.is_dir()]
-    return {role: root / (name or "") for role, name in _roles(inside, config, "folder", root, to_train).items()}
+def _role_folders(
+    root: Path, layout: str, config: DataConfig, to_train: bool
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return the folders of images and of masks of each role that has one; without any, the whole is for train."""
+    kinds = [root / name for name in LAYOUTS[layout]]
+    inside = [[path.name for path in kind.iterdir() if path.is_dir()] for kind in kinds]
+    config = config if to_train else _there(config, *inside)
+    images, masks = (
+        {role: kind / (name or "") for role, name in _roles(names, config, "folder", kind, to_train).items()}
+        for kind, names in zip(kinds, inside, strict=True)
+    )
+    return images, masks
+
+
+def _there(config: DataConfig, *listed: Iterable[str]) -> DataConfig:
+    """Return settings for data other than a run's: usual names in place of splits that not all of these lists have.
+
+    "none" has its usual name, too, unless that split has another role.
+    """
+    names = set.intersection(*map(set, listed))
+    found = {role: name for role in ROLES if (name := getattr(config, f"{role}_split")) in names}
+    usual = {role: split_of(role, role, names, "") or role for role in ROLES if role not in found}
+    usual = {role: "none" if split in found.values() else role for role, split in usual.items()}
+    return replace(config, **{f"{role}_split": name for role, name in {**found, **usual}.items()})
 
 
 def _roles(
@@ -202,8 +227,7 @@ def _roles(
 ) -> dict[str, str | None]:
     """Return the split of each role that has one; {"train": None}, for all of the data, without any."""
     splits = list(names)
-    named = {role: _split(role, config, splits, f"{word} in {where}", to_train) for role in ROLES}
-    roles = {role: split for role, split in named.items() if split}
+    roles = _named(config, splits, f"{word} in {where}")
     if roles and "train" not in roles and to_train:
         known = nearest(config.train_split, splits)
         raise DataError(f"{where} has no {word} {config.train_split!r}: expected one beside the others; {known}")
@@ -213,26 +237,30 @@ def _roles(
     return {**roles} or {"train": None}
 
 
-def _split(role: str, config: DataConfig, splits: list[str], where: str, to_train: bool) -> str | None:
-    name = getattr(config, f"{role}_split")
-    if name not in splits and not to_train:
-        name = role
-    if name not in splits and len(joined(name)) > 1:
-        raise ConfigError(
-            f"data.{role}_split={name!r} with data.task='segmentation': expected one {where}; classification alone "
-            f"joins several"
-        )
-    return split_of(role, name, splits, where)
+def _named(config: DataConfig, splits: Sequence[str], where: str) -> dict[str, str]:
+    """Return the split of each role that has one."""
+    roles = {}
+    for role in ROLES:
+        name = getattr(config, f"{role}_split")
+        if name not in splits and len(joined(name)) > 1 and all(joined(name)):
+            raise ConfigError(
+                f"data.{role}_split={name!r} with data.task='segmentation': expected one {where}; classification alone "
+                f"joins several"
+            )
+        if split := split_of(role, name, splits, where):
+            roles[role] = split
+    check_once({role: (split,) for role, split in roles.items()})
+    return roles
 
 
 def _files(
     folders: dict[str, Path], junk: Counter[str], ending: str = "", cut: str = "", only: str = "",
     unread: list[Path] | None = None,
 ) -> dict[str, Files]:  # fmt: skip
-    return {role: _named(folder, junk, ending, cut, only, unread) for role, folder in folders.items()}
+    return {role: _by_name(folder, junk, ending, cut, only, unread) for role, folder in folders.items()}
 
 
-def _named(
+def _by_name(
     folder: Path, junk: Counter[str], ending: str, cut: str, only: str, unread: list[Path] | None = None
 ) -> Files:
     """Return the image files in a folder and its subfolders by name.

@@ -126,11 +126,11 @@ def load_others(
         path: data path, as `DataConfig.path`; train may be missing.
         classes: class names of the model.
         legend: meaning of the masks' values, for data without a legend.
-        config: settings, of which the names of splits and of a table's columns are used. A split that is not in these
-            data is the one that is usually named so.
+        config: settings of the run, of which the names of splits and of a table's columns are used. Where the data
+            lack a split of that name, usual names are looked for, such as "testing".
 
     Returns:
-        Name of the scenes ("test", "validation", or "all" for data without roles), and the scenes.
+        Name of the scenes ("test", "validation", "train", or "all" for data without roles), and the scenes.
 
     Raises:
         DataError: if there are none, files have no counterpart, or the classes are not the model's.
@@ -150,7 +150,8 @@ def load_others(
         )
     legend = found.legend or legend
     _check_classes(root, legend, classes)
-    roles = {"test": pairs["test"], "validation": pairs["val"], "all": pairs["train"]}
+    last = "all" if found.undivided else "train"
+    roles = {"test": pairs["test"], "validation": pairs["val"], last: pairs["train"]}
     role = next((role for role, scenes in roles.items() if scenes), None)
     if role is None:
         raise DataError(f"{root} holds no image with a mask: expected masks with the images' names that end in .png")

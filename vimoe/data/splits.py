@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from vimoe.errors import DataError, nearest
+from vimoe.errors import ConfigError, DataError, nearest
 
 # other names that data sets use for a role; the configured name comes first
 SYNONYMS = {"train": ("training",), "val": ("valid", "validation"), "test": ("testing",)}
@@ -58,3 +58,22 @@ def split_of(role: str, name: str, splits: Iterable[str], where: str) -> str | N
     if name != role:
         raise DataError(f"data.{role}_split={name!r}: no such {where}; {nearest(name, splits)}")
     return None
+
+
+def check_once(chosen: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError for a split that is named twice, by one role or by two.
+
+    Args:
+        chosen: splits of each role.
+    """
+    named: dict[str, str] = {}
+    for role, splits in chosen.items():
+        for split in splits:
+            if split in named:
+                if named[split] == role:
+                    raise ConfigError(f"data.{role}_split has {split!r} twice: expected each split once; leave one out")
+                raise ConfigError(
+                    f"{split!r} has the roles data.{named[split]}_split and data.{role}_split: expected one role for "
+                    f"each split; set one of them to others, or to none"
+                )
+            named[split] = role

@@ -137,8 +137,9 @@ class _Loop(_Backend):
         return dx
 
     def weight_gradient(self, dy: Tensor, x: Tensor, source: Tensor | None, load: Tensor, weight: Tensor) -> Tensor:
-        dw = weight.new_empty(weight.shape) if load.all() else unwritten_zeros(weight)
-        for e, at in loaded_experts(load):
+        loaded = list(loaded_experts(load))
+        dw = weight.new_empty(weight.shape) if len(loaded) == len(weight) else unwritten_zeros(weight)
+        for e, at in loaded:
             left, right = tokens_of(dy, None, at).T, tokens_of(x, source, at)
             if dw.dtype == dy.dtype:
                 torch.mm(left, right, out=dw[e])
@@ -152,10 +153,10 @@ def unwritten_zeros(x: Tensor) -> Tensor:
 
     With one image most experts are idle, and to fill their gradients would take longer than the products of the others.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not x.numel():
         return x.new_zeros(x.shape)
-    bytes_of = np.zeros(x.numel() * x.element_size(), np.uint8)  # by calloc; numpy has no bfloat16
-    return torch.from_numpy(bytes_of).view(x.dtype).view(x.shape)
+    buffer = np.zeros(x.numel() * x.element_size(), np.uint8)  # by calloc; numpy has no bfloat16
+    return torch.from_numpy(buffer).view(x.dtype).view(x.shape)
 
 
 class _GroupedMM(_Backend):

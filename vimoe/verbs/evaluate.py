@@ -12,7 +12,9 @@ def evaluate(argv: list[str]) -> Result:
 
     Example: vimoe evaluate runs/photos --data.path other/photos
     """
-    other = "other data with the same classes (default: data of the run, or their features if it cached some)"
+    other = (
+        "other data with the same classes, of which test, else validation, else train is scored (default: the run's)"
+    )
     parser = parser_of(evaluate, **{"data.path": other})
     add_inference(parser)
     parser.add_argument("run", help="run folder")

@@ -94,8 +94,6 @@ def _work(asked: Study, options: Any) -> Result:
         return f"{one}: {'done' if there else 'another process has it'}", {"done": there}
     check_page(asked.folder)
     queue = work.queue(options["arms"])
-    ready, waiting = queue.left(queue.done())
-    work.check_trainings([*ready, *waiting])
     if options["slurm"] is not None:
         from vimoe.study.slurm import submit
 
@@ -104,6 +102,8 @@ def _work(asked: Study, options: Any) -> Result:
         return "\n".join(lines), {"jobs": lines}
     workers = work.workers(queue, options["workers"], tell)
     state = workers.state(options["workers"])
+    ready, waiting = queue.left(queue.done())
+    work.check_trainings([*ready, *waiting])
     if options["dry_run"]:
         names = [cell.name for cell in ready]
         last = f"and {len(waiting)} cells at the rates that the search will choose; {state}"
