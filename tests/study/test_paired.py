@@ -62,6 +62,7 @@ def test_a_win_needs_routes_that_matter() -> None:
     assert verdict(better, 0.5, Mean(0.05, 0.02, 0.08, 7), 0.01) == "better"
     assert verdict(better, 0.5, Mean(0.05, 0.005, 0.08, 7), 0.01) == without
     assert verdict(better, 0.5, None, 0.01) == without
+    assert verdict(better, 2, None, 0.01) == "better, by less than the margin, but not shown to be by its routes"
 
 
 def test_ranks_by_seed_and_shared_ranks() -> None:

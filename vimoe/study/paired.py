@@ -73,9 +73,10 @@ def paired(of: dict[int, float], against: dict[int, float]) -> list[float]:
 def verdict(difference: Mean, margin: float, routes: Mean | None = None, needed: float | None = None) -> str:
     """Return what a difference says, by the rule of the study.
 
-    "better" if its interval lies above 0, and, where routes have to matter, the interval of what it costs to permute
-    them lies above `needed`. "worse" if it lies below 0. "equivalent" if it lies within ± margin. Else, and if all
-    differences are equal, "not decided".
+    "better" if its interval lies above 0, and "worse" if it lies below; "equivalent" if it lies within ± margin and
+    holds 0. Else, and if all differences are equal, "not decided". Better and worse say so if the interval lies within
+    the margin. Where routes have to matter, better is "not shown to be by its routes" unless the interval of what it
+    costs to permute them lies above `needed`.
 
     Args:
         difference: difference of a metric of which more is better, over seeds.
@@ -86,12 +87,12 @@ def verdict(difference: Mean, margin: float, routes: Mean | None = None, needed:
     if difference.n > 1 and difference.low == difference.high:  # few seeds on few images: a spread is there, and unseen
         return "not decided, for all differences are equal"
     within = -margin <= difference.low and difference.high <= margin
+    little = ", by less than the margin" if within else ""
     if difference.low > 0:
-        if needed is not None and (routes is None or routes.low <= needed):
-            return "better, but not shown to be by its routes"
-        return "better, by less than the margin" if within else "better"
+        unshown = needed is not None and (routes is None or routes.low <= needed)
+        return f"better{little}{', but not shown to be by its routes' if unshown else ''}"
     if difference.high < 0:
-        return "worse, by less than the margin" if within else "worse"
+        return f"worse{little}"
     return "equivalent within the margin" if within else "not decided"
 
 
