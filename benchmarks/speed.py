@@ -14,6 +14,7 @@ import fnmatch
 import functools
 import itertools
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -189,8 +190,11 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
 
 def layer_table(results: dict[str, dict[str, Any]]) -> str:
     """Return the table of our layer over the floor."""
+    shapes = sorted({re.split(r", \w+ routing", result["of"])[0] for result in results.values()})
     lines = [
         "### The layer over the floor",
+        "",
+        f"A layer of {' and of '.join(shapes)}.",
         "",
         "| type | routing | load | forward | goal | with backward | goal | kept | forward, both optimised |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -274,11 +278,14 @@ def expert_table(result: dict[str, Any]) -> str:
 
 
 def machines(results: dict[str, dict[str, Any]]) -> str:
-    """Return a line for each machine that was used."""
-    known = sorted({json.dumps(result["machine"], sort_keys=True) for result in results.values()})
+    """Return a line for each machine that was used, with the kinds of tables that it made."""
+    known: dict[str, set[str]] = {}
+    for name, result in results.items():
+        known.setdefault(json.dumps(result["machine"], sort_keys=True), set()).add(name.split()[0])
     lines = []
-    for machine_ in map(json.loads, known):
-        lines.append("Machine: " + ", ".join(f"{name} {value}" for name, value in machine_.items()) + ".")
+    for text, kinds in sorted(known.items()):
+        words = ", ".join(f"{name} {value}" for name, value in json.loads(text).items())
+        lines.append(f"Machine of {', '.join(sorted(kinds))}: {words}.")
     return "\n\n".join(lines)
 
 
