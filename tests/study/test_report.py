@@ -17,7 +17,7 @@ from vimoe.study.figures import draw
 from vimoe.study.plan import Study
 from vimoe.study.report import write_report
 from vimoe.study.results import Results, best
-from vimoe.study.tables import at_an_end, contrast_row
+from vimoe.study.tables import at_an_end, contrast_row, notes
 
 TOP1 = {"dense": (0.50, 0.52), "vimoe": (0.53, 0.56)}  # of the seeds 0 and 1
 
@@ -270,3 +270,15 @@ def test_a_verdict_is_so_far_while_seeds_are_missing(tmp_path: Path) -> None:
     study = fill(write_study(tmp_path, seeds=[0, 1, 2]))
     write_report(study)
     assert row((tmp_path / "README.md").read_text("utf-8"), "C", "vimoe")[-1] == "not decided, so far"
+
+
+def test_notes_name_what_the_study_has_and_nothing_else(tmp_path: Path) -> None:
+    results = Results.read(fill(write_study(tmp_path)))
+    for cell in results.cells.values():
+        cell["after"], cell["analysis"] = {}, None
+    plain = notes(results, "digits")
+    assert not [word for word in ("got more seeds", "ARM/prune", "merge_all", "overruling") if word in plain]
+    next(iter(results.cells.values())).update(after={"prune": {}}, analysis={})
+    assert "ARM/prune" in notes(results, "digits") and "merge_all" not in notes(results, "digits")
+    next(iter(results.cells.values())).update(analysis={"layers": {}})
+    assert "overruling" in notes(results, "digits")

@@ -192,20 +192,36 @@ def notes(results: Results, data: str) -> str:
     machines = sorted({f"{c['machine']['gpu'] or c['machine']['cpu']}, precision {c['precision']}" for c in cells})
     inputs = sorted({f"{name} {mark}" for c in cells for name, mark in c["inputs"].items()})
     hours = sum(cell["seconds"]["cell"] for cell in cells) / 3600
-    count = len(results.study.contrasts)
-    return (
-        f"Test images: {', '.join(map(str, tests)) or 'none scored yet'}. Scores are mean ± standard deviation over "
-        f"seeds; differences are paired by seed and are those to the control, {results.study.control}, with 95% "
-        f"intervals of Student's t, widened for {max(count, 1)} contrasts (Bonferroni); only the contrasts were "
-        f"declared. Contrasts that got more seeds were looked at twice, for which no interval is widened. p is of the "
-        f"signs of the differences, all of them up to {EXACT} seeds and 9,999 draws of them for more. ARM/prune is the "
-        f"pruned model, ARM/merge_all the one of which each MoE layer is the mean of its experts. Routes permuted is "
-        f"that of one layer. Changes by overruling a layer are on validation; the calibrated loss is that at the "
-        f"temperature that fits each model best, so a mere scale of the logits changes nothing. "
-        f"Versions: {'; '.join(versions)}; package {', '.join(sorted({c['code'] for c in cells}))}. "
-        f"Machine: {'; '.join(machines)}. Digests of the data: {', '.join(inputs) or 'none'}. "
-        f"Computing took {hours:.2f} hours in all."
-    )
+    study, count = results.study, max(len(results.study.contrasts), 1)
+    after, analysed = {step for cell in cells for step in cell["after"]}, any(cell["analysis"] for cell in cells)
+    more = any(len(study.seeds_of(data, arm)) > len(study.seeds) for arm in study.arms)
+    seen = ", ".join(map(str, tests)) or "none scored yet"
+    code, digests = ", ".join(sorted({c["code"] for c in cells})), ", ".join(inputs) or "none"
+    lines = [
+        f"Test images: {seen}. A score is the mean ± standard deviation over an arm's own seeds, a difference over "
+        f"those that two arms share, so these need not agree to the last digit.",
+        f"A difference is paired by seed, and to the control, {study.control}, where no other arm is named. It has a "
+        f"95% interval of Student's t, widened for {count} contrasts (Bonferroni); only the contrasts were declared.",
+        f"p is of the signs of the differences, all of them up to {EXACT} seeds and 9,999 draws of them for more.",
+    ]
+    if more:
+        lines.append("Contrasts that got more seeds were looked at twice, for which no interval is widened.")
+    if "prune" in after:
+        lines.append("ARM/prune is the pruned model.")
+    if "merge_all" in after:
+        lines.append("ARM/merge_all is the model of which each MoE layer is the mean of its experts.")
+    if analysed:
+        lines += [
+            "Changes by overruling a layer are on validation. Those among the contrasts are of the layer whose "
+            "interval has the highest lower end, widened for the number of layers.",
+            "The calibrated loss is that at the temperature that fits each model best, so a scale of the logits "
+            "changes nothing.",
+        ]
+    lines += [
+        f"Versions: {'; '.join(versions)}; package {code}. Digests of the data: {digests}.",
+        f"Machine: {'; '.join(machines)}. Computing took {hours:.2f} hours in all.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def has(scores: dict[str, dict[int, dict[str, Any]]], key: str) -> bool:
