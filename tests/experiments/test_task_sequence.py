@@ -138,6 +138,7 @@ def test_each_task_sees_its_own_images_and_all_are_scored_after_it(
     assert "The model learnt 3 tasks one after the other" in page and "Experts that tasks share" in page
     assert f"{100 * tasks['own']['accuracy'][1][0]:.2f}" in page
     kept = ", ".join(str(each["best_epoch"]) for each in tasks["trained"])
+    assert f", in {len(summary['tasks']['trained'])} tasks one after the other, for " in page
     assert f"Each task kept its epoch with the best score on its own validation images: {kept}." in page
 
 

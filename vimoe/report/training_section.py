@@ -31,8 +31,9 @@ def add_score(page: Page, model: str, data: str, summary: dict[str, Any]) -> Non
     header = ("", "images", *accuracies, "loss")
     page.table(header, [("validation", str(val["images"]), *accuracies.values(), f"{val['loss']:.4f}")])
     early = ", and stopped early because the score no longer improved" if summary.get("stopped_early") else ""
+    tasks = f", in {len(summary['tasks']['trained'])} tasks one after the other," if "tasks" in summary else ""
     page.text(
-        f"The model is {model}. It was trained on {summary['train_images']} images of {data} for "
+        f"The model is {model}. It was trained on {summary['train_images']} images of {data}{tasks} for "
         f"{epochs(summary['epochs'])} in {summary['seconds']:.0f} s{early}. {_kept(summary)}"
     )
     margins = "± is the 95% margin for this number of images. " if names.counts_images else ""
