@@ -117,7 +117,7 @@ def _table(config: DataConfig, to_train: bool) -> SceneFiles:
     root, splits = scene_tables(config.path.removeprefix("hfds/"), config.image_column, config.label_column)
     images: dict[str, Files] = {}
     masks: dict[str, Files] = {}
-    roles = _roles(splits, config if to_train else _there(config, splits), "split", config.path, to_train)
+    roles = _roles(splits, config if to_train else _with_usual_names(config, splits), "split", config.path, to_train)
     for role, split in roles.items():
         for kind, files in enumerate((images, masks)):
             chosen = splits.values() if split is None else [splits[split]]
@@ -163,7 +163,7 @@ def _voc(root: Path, config: DataConfig, to_train: bool) -> SceneFiles:
     images: dict[str, Files] = {}
     masks: dict[str, Files] = {}
     available = [path.stem for path in lists.glob("*.txt")]
-    config = config if to_train else _there(config, available)
+    config = config if to_train else _with_usual_names(config, available)
     for role, split in _named(config, available, f"list in {lists}").items():
         names = read_names(lists / f"{split}.txt")
         for files, kind, ending in ((images, "JPEGImages", ".jpg"), (masks, "SegmentationClass", ".png")):
@@ -202,7 +202,7 @@ def _role_folders(
     """Return the folders of images and of masks of each role that has one; without any, the whole is for train."""
     kinds = [root / name for name in LAYOUTS[layout]]
     inside = [[path.name for path in kind.iterdir() if path.is_dir()] for kind in kinds]
-    config = config if to_train else _there(config, *inside)
+    config = config if to_train else _with_usual_names(config, *inside)
     images, masks = (
         {role: kind / (name or "") for role, name in _roles(names, config, "folder", kind, to_train).items()}
         for kind, names in zip(kinds, inside, strict=True)
@@ -210,7 +210,7 @@ def _role_folders(
     return images, masks
 
 
-def _there(config: DataConfig, *listed: Iterable[str]) -> DataConfig:
+def _with_usual_names(config: DataConfig, *listed: Iterable[str]) -> DataConfig:
     """Return settings for data other than a run's: usual names in place of splits that not all of these lists have.
 
     "none" has its usual name, too, unless that split has another role.
