@@ -1,4 +1,4 @@
-"""Processor time of steps of one image, with gradients of idle experts filled or from calloc, in turns; printed.
+"""Processor time of steps of one image, with gradients of idle experts filled or mapped, in turns; printed.
 
     OMP_NUM_THREADS=1 python benchmarks/idle_gradients.py --rounds 90
 
@@ -25,11 +25,11 @@ from vimoe.config.moe import MoEConfig
 from vimoe.moe import grouped_linear
 
 PASSES, STEP = "forward and backward", "step"
-BESIDE = (("calloc", "filled"), ("calloc", "dense"), ("filled", "dense"))
+BESIDE = (("mapped", "filled"), ("mapped", "dense"), ("filled", "dense"))
 
 
 def filled(weight: Tensor) -> Tensor:
-    """Return zeros that are written, as they were before they came from calloc."""
+    """Return zeros that are written, as they were before they were mapped."""
     return weight.new_zeros(weight.shape)
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
     dense, mixture = vit(), vimoe.upcycle(vit(), MoEConfig(layers="last:2", num_experts=8)).train()
-    models = {"dense": dense, "filled": mixture, "calloc": mixture}
+    models = {"dense": dense, "filled": mixture, "mapped": mixture}
     optimizers = {model: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for model in (dense, mixture)}
     x, y = torch.randn(1, 3, 224, 224), torch.tensor([3])
     found: dict[str, list[dict[str, float]]] = {name: [] for name in models}

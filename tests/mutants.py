@@ -843,6 +843,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ("moe/test_grouped_linear.py",),
     ),
     Mutant(
+        "zeros of idle experts' gradients come from a heap",
+        "moe/grouped_linear.py",
+        "return torch.frombuffer(pages, dtype=x.dtype).view(x.shape)",
+        "return torch.from_numpy(__import__('numpy').zeros(size, 'uint8')).view(x.dtype).view(x.shape)",
+        ("moe/test_grouped_linear.py",),
+    ),
+    Mutant(
         "other data are read by the usual names of splits alone",
         "data/roles.py",
         "splits = _there(listing, name) or _splits(listing, role, role)",

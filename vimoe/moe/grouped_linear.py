@@ -10,11 +10,13 @@ again if the forward pass did: a sorted copy of the input would be kept for it o
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import mmap
+import sys
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -152,11 +154,16 @@ def unwritten_zeros(x: Tensor) -> Tensor:
     """Return contiguous zeros; on a CPU in memory that the system gives only where something is written.
 
     With one image most experts are idle, and to fill their gradients would take longer than the products of the others.
+    It is mapped here because `calloc` writes zeros where its heap has room, as it has after a few steps.
     """
-    if x.device.type != "cpu" or not x.numel():
+    size = x.numel() * x.element_size()
+    if x.device.type != "cpu" or not size or sys.platform == "win32":
         return x.new_zeros(x.shape)
-    buffer = np.zeros(x.numel() * x.element_size(), np.uint8)  # by calloc; numpy has no bfloat16
-    return torch.from_numpy(buffer).view(x.dtype).view(x.shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # until the tensor is freed
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)  # a fault for each 2 MiB that is written, not 4 KiB
+    return torch.frombuffer(pages, dtype=x.dtype).view(x.shape)
 
 
 class _GroupedMM(_Backend):
