@@ -22,7 +22,8 @@ import torch
 from scipy.stats import entropy
 from torch import nn
 
-from vimoe.analysis.statistics import dependence, effective_number
+from vimoe.analysis.dependence import dependence
+from vimoe.analysis.expert_usage import effective_number
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
 from vimoe.config.moe import ROUTERS, MoEConfig

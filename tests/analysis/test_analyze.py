@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.analysis import analyze as analysis
-from vimoe.analysis import decisions, statistics
+from vimoe.analysis import block_order, decisions
 from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Evidence
 from vimoe.analysis.interventions import Handed, Subjects
@@ -236,8 +236,8 @@ def test_gates_are_weighed_by_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_orders_come_from_the_half_that_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     handed = []
-    real = statistics.orders
-    monkeypatch.setattr(statistics, "orders", lambda tables: handed.extend(tables) or real(tables))
+    real = block_order.orders
+    monkeypatch.setattr(block_order, "orders", lambda tables: handed.extend(tables) or real(tables))
     evidence = vimoe.analyze(Known(), loader(), overrule=0)
     for table, layer in zip(handed, evidence.layers, strict=True):
         assert np.array_equal(table + layer.drawn, layer.counts) and not np.array_equal(table, layer.drawn)

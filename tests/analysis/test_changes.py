@@ -15,7 +15,7 @@ from torch import Tensor
 import vimoe
 from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Effect, Evidence
-from vimoe.analysis.statistics import mean_intervals, pair_interval
+from vimoe.analysis.intervals import mean_intervals, pair_interval
 from vimoe.analysis.temperatures import losses_on_grid
 from vimoe.metrics.calibration import fit_temperature
 

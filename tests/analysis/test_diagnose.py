@@ -206,7 +206,7 @@ def test_the_oracle_is_that_of_loops_over_images_and_experts(routing: str, setti
 
 def halves_of(labels: np.ndarray) -> np.ndarray:
     """The halves as the package draws them: which images are in which is a matter of chance alone."""
-    half = vimoe.analysis.statistics.halves(labels + 1, 0)
+    half = vimoe.analysis.halves.halves(labels + 1, 0)
     assert all(half[labels == label].sum() == 2 for label in range(5))
     return half
 

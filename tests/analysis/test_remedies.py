@@ -16,15 +16,8 @@ from timm.layers import Mlp
 import vimoe
 from vimoe.analysis.diagnosis import Gates, LayerDiagnosis, Oracle
 from vimoe.analysis.expert_similarity import Distance
-from vimoe.analysis.remedies import (
-    EFFECT,
-    EXPECTED,
-    RULES,
-    SAME_OUTPUT,
-    SMALL_GATE,
-    findings,
-)
-from vimoe.analysis.statistics import Interval
+from vimoe.analysis.intervals import Interval
+from vimoe.analysis.remedies import EFFECT, EXPECTED, RULES, SAME_OUTPUT, SMALL_GATE, findings
 from vimoe.config.data import DataConfig
 from vimoe.config.moe import MoEConfig
 from vimoe.config.train import TrainConfig

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from vimoe.analysis.changes import Changes
+from vimoe.analysis.dependence import Dependence
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
-from vimoe.analysis.statistics import Dependence, Interval
+from vimoe.analysis.intervals import Interval
 from vimoe.metrics.classification import ImageScore
 
 

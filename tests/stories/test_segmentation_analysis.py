@@ -15,9 +15,9 @@ from helpers.scenery import NAMES, YAML, scenes
 from helpers.slow import one_in
 
 import vimoe
-from vimoe.analysis import statistics
+from vimoe.analysis.dependence import Dependence, dependence, dependence_of_units
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.statistics import dependence, dependence_of_units, tables_of_units
+from vimoe.analysis.expert_usage import tables_of_units
 from vimoe.cli import main
 from vimoe.config.masks import IGNORE
 from vimoe.errors import ConfigError, DataError
@@ -89,7 +89,7 @@ def test_one_unit_an_image_is_the_ami_of_images() -> None:
 def test_the_interval_covers_what_as_many_images_give() -> None:
     """Images with classes of their own, experts that follow the class in part; in 100 data sets."""
 
-    def draw(seed: int) -> statistics.Dependence:
+    def draw(seed: int) -> Dependence:
         rng = np.random.default_rng(seed)
         favourite = rng.integers(0, CLASSES, (60, 1))
         labels = np.where(rng.random((60, 16)) < 0.5, favourite, rng.integers(0, CLASSES, (60, 16)))

@@ -12,19 +12,10 @@ from helpers.known_scenes import batches, known
 from helpers.scenery import YAML, mask, scene, scenes
 
 import vimoe
-from vimoe.analysis import statistics
+from vimoe.analysis.dependence import Dependence, agreement, dependence, dependence_of_units, exchanges
 from vimoe.analysis.evidence import Evidence
-from vimoe.analysis.statistics import (
-    activated_pairs,
-    agreement,
-    dependence,
-    dependence_of_units,
-    effective_number,
-    mean_intervals,
-    numbered,
-    over,
-    pair_interval,
-)
+from vimoe.analysis.expert_usage import activated_pairs, effective_number
+from vimoe.analysis.intervals import Interval, mean_intervals, numbered, over, pair_interval
 from vimoe.config.data import DataConfig
 from vimoe.data.legends import read_legend
 from vimoe.data.masks import Legend
@@ -41,11 +32,11 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def ends(found: statistics.Interval) -> list[float]:
+def ends(found: Interval) -> list[float]:
     return [found.value, found.low, found.high]
 
 
-def width(found: statistics.Interval) -> float:
+def width(found: Interval) -> float:
     return found.high - found.low
 
 
@@ -63,7 +54,7 @@ def test_frames_that_are_equal_give_the_interval_of_one_of_them() -> None:
     favourite = counts.argmax(axis=1)
     single = (favourite[:, None] == np.arange(EXPERTS)).astype(int)
 
-    def found(images: np.ndarray, sequences: np.ndarray | None) -> dict[str, statistics.Interval]:
+    def found(images: np.ndarray, sequences: np.ndarray | None) -> dict[str, Interval]:
         first, second = mean_intervals(values[images], sequences=sequences)
         alike = agreement([favourite[images], labels[images][:, 0]], sequences=sequences)
         return {
@@ -74,7 +65,7 @@ def test_frames_that_are_equal_give_the_interval_of_one_of_them() -> None:
             "units": dependence_of_units(labels[images], experts[images], CLASSES, EXPERTS, 0, sequences),
             "several": dependence(labels[images][:, 0], counts[images], permutations=50, sequences=sequences),
             "one": dependence(labels[images][:, 0], single[images], permutations=50, sequences=sequences),
-            "agreement": statistics.Interval(*(float(alike[key][0, 1]) for key in ("value", "low", "high"))),
+            "agreement": Interval(*(float(alike[key][0, 1]) for key in ("value", "low", "high"))),
         }
 
     one, by_video, by_image = found(np.arange(VIDEOS), np.arange(VIDEOS)), found(OF, OF), found(OF, None)
@@ -95,9 +86,7 @@ def test_videos_with_an_expert_of_their_own_are_chance(kind: str) -> None:
         labels, expert = rng(seed).integers(0, 4, (2, 20))[:, of]
         if kind == "two layers":
             layers = agreement([labels, expert], seed, of)
-            found.append(
-                statistics.Dependence(*(float(layers[k][0, 1]) for k in ("value", "low", "high")), p=1, nats=0)
-            )
+            found.append(Dependence(*(float(layers[k][0, 1]) for k in ("value", "low", "high")), p=1, nats=0))
         else:
             counts = np.eye(4, dtype=int)[expert] * (1 if kind == "one expert" else 3)
             found.append(dependence(labels, counts, seed, 100, of))
@@ -169,7 +158,7 @@ def test_experts_that_follow_the_video_but_not_its_classes_are_chance() -> None:
 
 def test_sequences_exchange_decisions_frame_by_frame() -> None:
     of = np.array([1, 0, 1, 2, 1, 0, 2])  # mixed, and of 2, 3 and 2 frames
-    for donors in statistics._exchanges(of, 20, rng()):
+    for donors in exchanges(of, 20, rng()):
         for video in range(3):
             givers = set(of[donors[of == video]])
             assert len(givers) == 1
@@ -177,7 +166,7 @@ def test_sequences_exchange_decisions_frame_by_frame() -> None:
             mine = donors[of == video]
             assert mine.tolist() == [frames[i % len(frames)] for i in range(len(mine))]
     equal = np.repeat(np.arange(5), 3)
-    assert all(sorted(donors) == list(range(15)) for donors in statistics._exchanges(equal, 20, rng()))
+    assert all(sorted(donors) == list(range(15)) for donors in exchanges(equal, 20, rng()))
 
 
 def test_of_few_sequences_intervals_are_over_images_and_say_so() -> None:

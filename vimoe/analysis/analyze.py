@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from vimoe.analysis import decisions, statistics
+from vimoe.analysis import block_order, decisions, expert_usage
 from vimoe.analysis.decisions import ByClass, Decisions, observe
+from vimoe.analysis.dependence import agreement
 from vimoe.analysis.diversity import measure_diversity
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.expert_similarity import compare_experts
+from vimoe.analysis.halves import halves
+from vimoe.analysis.intervals import enough_draws, numbered
 from vimoe.analysis.interventions import Frozen, Handed, Images, Intervention, Subjects, Without, measure
 from vimoe.analysis.probe import check_probed
 from vimoe.analysis.probe import probe as probe_experts
-from vimoe.analysis.statistics import enough_draws
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, VimoeError
@@ -62,7 +64,7 @@ def analyze(
     kept if they take at most 1 GiB; else the loader is read again, once or twice.
 
     If whole blocks come after a layer, a few permutations are made first. More follow as long as they narrow the
-    interval by more than a twentieth (`vimoe.analysis.statistics.enough_draws`). Their number follows from widths and
+    interval by more than a twentieth (`vimoe.analysis.intervals.enough_draws`). Their number follows from widths and
     the seed, not from the mean, so the mean stays unbiased for all practical purposes.
 
     Where the decisions of a router cannot be overruled (`Router.overrulable`), only dense FFNs take the layer's place.
@@ -133,7 +135,7 @@ def analyze(
     rng = np.random.default_rng(seed)
     rows = labelled[np.sort(rng.choice(len(labelled), overruled, replace=False))]  # of an image of void nothing changes
     donors = np.stack([rng.permutation(overruled) for _ in range(draws)], axis=1)  # of the images that are measured
-    overruled_units, overruled_sequences = statistics.numbered(videos and [videos[row] for row in rows.tolist()])
+    overruled_units, overruled_sequences = numbered(videos and [videos[row] for row in rows.tolist()])
     task = "overruling the routing" if progress else ""
     subjects.choose(Images(seen.places[rows], seen.signatures[rows]))
     measured = (rows, donors, overruled_units)
@@ -156,12 +158,12 @@ def _evidence(
     """Return the evidence of what was seen of all images, of the effects by layer, and of facts, which are fields."""
     classes = subjects.metric.classes
     by_class = {name: ByClass.of(seen, name, len(classes)) for name in layers}
-    units, how_many = statistics.numbered(videos)
-    half = statistics.halves(np.zeros(len(seen.labels)) if seen.by_patch else seen.labels + 1, seed, units)
+    units, how_many = numbered(videos)
+    half = halves(np.zeros(len(seen.labels)) if seen.by_patch else seen.labels + 1, seed, units)
     counts = {name: seen.per_image(name) for name in layers}
     tables = {name: found.table() for name, found in by_class.items()}
     drawn = {name: found.table(~half) for name, found in by_class.items()}
-    class_order, expert_orders = statistics.orders([tables[name] - drawn[name] for name in layers])
+    class_order, expert_orders = block_order.orders([tables[name] - drawn[name] for name in layers])
     evidence = []
     for (name, layer), expert_order in zip(layers.items(), expert_orders, strict=True):
         config = layer.config
@@ -176,7 +178,7 @@ def _evidence(
                 expert_order=expert_order,
                 gate_mass=gate_mass[name],
                 adjusted_mutual_information=by_class[name].dependence(seed, units),
-                effective_experts=statistics.effective_number(by_class[name].per_image(), seed, units),
+                effective_experts=expert_usage.effective_number(by_class[name].per_image(), seed, units),
                 comparison=compare_experts(layer, seen.inputs[name], parents.get(name)).to_dict(),
                 diversity=measure_diversity(layer, seen.inputs[name]),
                 examples=() if seen.by_patch else seen.examples(gates[name]),
@@ -189,9 +191,9 @@ def _evidence(
         classes=tuple(classes),
         images=len(seen.labels),
         class_order=class_order,
-        pairs=statistics.activated_pairs(list(counts.values()), seed, units),
-        routes=(*statistics.routes(list(seen.experts.values())), statistics.possible_routes(choices)),
-        agreement=statistics.agreement([statistics.favourites(counts[n], gates[n]) for n in layers], seed, units),
+        pairs=expert_usage.activated_pairs(list(counts.values()), seed, units),
+        routes=(*expert_usage.routes(list(seen.experts.values())), expert_usage.possible_routes(choices)),
+        agreement=agreement([expert_usage.favourites(counts[n], gates[n]) for n in layers], seed, units),
         sequences=how_many,
         features=subjects.features,
         **facts,
@@ -286,11 +288,11 @@ def most_frequent(layer: MoE, experts: np.ndarray, gates: np.ndarray) -> Frozen:
     """Return the most frequent one of the decisions (I, U, K), or of those that chose any expert of each pool."""
     pools = layer.config.pools
     if len(pools) == 1:
-        return Frozen(*map(torch.from_numpy, statistics.most_frequent(experts, gates)))
+        return Frozen(*map(torch.from_numpy, expert_usage.most_frequent(experts, gates)))
     pool_of = np.append(np.repeat(np.arange(len(pools)), pools), -1)[experts.max(axis=-1)]  # the last of no expert
     nothing = np.full(experts.shape[-1], -1), np.zeros(experts.shape[-1])
     each = [
-        statistics.most_frequent(experts[own], gates[own]) if (own := pool_of == pool).any() else nothing
+        expert_usage.most_frequent(experts[own], gates[own]) if (own := pool_of == pool).any() else nothing
         for pool in range(len(pools))
     ]
     return Frozen(*(torch.from_numpy(np.stack(part)) for part in zip(*each, strict=True)))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vimoe.analysis import statistics
+from vimoe.analysis.dependence import Dependence, dependence, dependence_of_units
+from vimoe.analysis.expert_usage import count_experts, tables_of_units
 from vimoe.analysis.interventions import Subjects
-from vimoe.analysis.statistics import Dependence, count_experts, tables_of_units
 from vimoe.errors import DataError, VimoeError
 from vimoe.metrics.base import Metric, Score, signature
 from vimoe.moe import MoE, Routing, record
@@ -229,15 +229,15 @@ class ByClass:
         return tables_of_units(self.labels, self.experts, self.classes, self.num_experts).sum(axis=1)
 
     def dependence(self, seed: int, sequences: np.ndarray | None) -> Dependence:
-        """Return how far experts follow classes (`vimoe.analysis.statistics.dependence`)."""
+        """Return how far experts follow classes (`vimoe.analysis.dependence.dependence`)."""
         if not self.by_patch:
             some = self.labels >= 0
             if not some.any():
                 return Dependence(0.0, 0.0, 0.0, 1.0, 0.0)
             units = None if sequences is None else np.unique(sequences[some], return_inverse=True)[1]
-            return statistics.dependence(self.labels[some], self.per_image()[some], seed, sequences=units)
+            return dependence(self.labels[some], self.per_image()[some], seed, sequences=units)
         known = (self.labels, self.experts, self.classes, self.num_experts)
-        return statistics.dependence_of_units(*known, seed, sequences)
+        return dependence_of_units(*known, seed, sequences)
 
 
 def _per_image_counts(experts: np.ndarray, num_experts: int, weights: np.ndarray | None = None) -> np.ndarray:

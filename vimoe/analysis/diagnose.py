@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vimoe.analysis import statistics
 from vimoe.analysis.analyze import analyze
 from vimoe.analysis.changes import Changes
 from vimoe.analysis.diagnosis import Diagnosis, Gates, LayerDiagnosis, Oracle
 from vimoe.analysis.evidence import Effect, Evidence, LayerEvidence
 from vimoe.analysis.expert_similarity import distances
+from vimoe.analysis.expert_usage import effective_number
+from vimoe.analysis.halves import best_for_class, halves
+from vimoe.analysis.intervals import numbered
 from vimoe.analysis.interventions import Only, Subjects, measure
 from vimoe.analysis.remedies import findings
 from vimoe.config.analysis import DRAWS, OVERRULED_IMAGES
@@ -104,7 +106,7 @@ def diagnose(
     rng = np.random.default_rng(seed)
     places = np.sort(rng.choice(total, total if overrule is None else min(overrule, total), replace=False))
     videos = None if sequences is None else [sequences[place] for place in places.tolist()]
-    units, how_many = statistics.numbered(videos)
+    units, how_many = numbered(videos)
 
     measured_by = metric_of(model, metric or evidence.base.kind)
     sample = _Sample(measured_by, loader, places, total)
@@ -203,7 +205,7 @@ class _Seen:
             learns=not layer.router.blind and any(p.requires_grad for p in layer.router.routes),
             experts_per_unit=float(usage.sum() / len(gates)),
             load=tuple((usage.sum(axis=0) / max(usage.sum(), 1)).tolist()),
-            effective_experts=statistics.effective_number(usage, seed, sequences),
+            effective_experts=effective_number(usage, seed, sequences),
             permuted=evidence.permuted,
             dense=evidence.dense,
             oracle=oracle,
@@ -230,7 +232,7 @@ def _oracles(
     sequences: np.ndarray | None, seed: int, task: str,
 ) -> dict[str, Oracle]:  # fmt: skip
     """Return the oracle of each layer; none where no class has images in both halves."""
-    half = statistics.halves(labels + 1, seed, sequences)
+    half = halves(labels + 1, seed, sequences)
     plan = {name: [Only(expert) for expert in range(layer.config.num_experts)] for name, layer in layers.items()}
     changes = measure(subjects, plan, task)
     found = {name: _oracle(each, labels, predicted, half, sequences, seed) for name, each in changes.items()}
@@ -242,12 +244,12 @@ def _oracle(
     seed: int,
 ) -> Oracle | None:  # fmt: skip
     """Return the effects of the best expert, given those (I, N) of each; None where no class has two images."""
-    by_class = statistics.best_for_class(changes.loss, labels, half)
+    by_class = best_for_class(changes.loss, labels, half)
     rows = np.flatnonzero(by_class >= 0)
     if not len(rows):
         return None
-    for_all = statistics.best_for_class(changes.loss, np.zeros_like(labels), half)
-    by_prediction = statistics.best_for_class(changes.loss, predicted, half)
+    for_all = best_for_class(changes.loss, np.zeros_like(labels), half)
+    by_prediction = best_for_class(changes.loss, predicted, half)
     by_prediction = np.where(by_prediction < 0, for_all, by_prediction)
     chosen = np.stack([by_prediction, for_all, by_class, changes.loss.argmin(axis=1)], axis=1)[rows]
     units = None if sequences is None else np.unique(sequences[rows], return_inverse=True)[1]

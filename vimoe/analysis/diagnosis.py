@@ -10,7 +10,7 @@ from typing import Any
 
 from vimoe.analysis.evidence import Effect
 from vimoe.analysis.expert_similarity import Distance
-from vimoe.analysis.statistics import CONFIDENCE, Interval, over
+from vimoe.analysis.intervals import CONFIDENCE, Interval, over
 from vimoe.metrics.base import Score
 
 MOST = 3  # findings in the text; `Diagnosis.findings` has all of them
@@ -126,7 +126,7 @@ class Diagnosis:
         base: score of the unchanged model on all validation images.
         images: number of images that gates, experts and oracle were measured on.
         sequences: number of videos that these are frames of; None if nothing says. Intervals are over these
-            (`vimoe.analysis.statistics.over`).
+            (`vimoe.analysis.intervals.over`).
         layers: figures of each layer, in forward order.
         findings: findings over all layers, the most urgent first; each layer is in at least one.
         without_oracle: reason, in words, for an oracle that was left out; "" otherwise.

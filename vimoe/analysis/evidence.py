@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from vimoe.analysis import figures
 from vimoe.analysis.changes import Changes, Fit
+from vimoe.analysis.dependence import Dependence
+from vimoe.analysis.intervals import CONFIDENCE, Interval, mean_intervals, over, pair_interval
 from vimoe.analysis.plot_data import advantage_line
-from vimoe.analysis.statistics import CONFIDENCE, Dependence, Interval, mean_intervals, over, pair_interval
 from vimoe.errors import ConfigError, VimoeError, choice, counted
 from vimoe.metrics.base import Score, read_score
 from vimoe.moe import MoE
@@ -61,7 +62,7 @@ class Effect:
 
     @classmethod
     def each(cls, changes: Changes, seed: int, sequences: np.ndarray | None = None) -> list[Effect]:
-        """Return the effect of every intervention; sequences as in `vimoe.analysis.statistics`."""
+        """Return the effect of every intervention; sequences as in `vimoe.analysis.intervals`."""
         losses, shares = (mean_intervals(columns, seed, sequences) for columns in (changes.loss, changes.right))
         if not changes.calibrates or not losses:
             return list(map(cls, losses, shares))
@@ -75,7 +76,7 @@ class Effect:
 
         Args:
             changes: changes (I, V) of each image by each intervention; one temperature fits all of these.
-            partners, seed, sequences: arguments of `vimoe.analysis.statistics.pair_interval`.
+            partners, seed, sequences: arguments of `vimoe.analysis.intervals.pair_interval`.
         """
 
         def interval(values: np.ndarray) -> Interval:
@@ -199,7 +200,7 @@ class Evidence:
         pairs: number of distinct (layer, expert) pairs that an image activates: mean, least and most.
         routes: number of distinct combinations of experts over depth that were taken, their effective number
             exp(entropy), and the number of possible ones, the routing degree: the product over layers of C(N, k); with
-            pools of experts its sum over them, since a token stays in its pool (`statistics.possible_routes`).
+            pools of experts its sum over them, since a token stays in its pool (`expert_usage.possible_routes`).
         agreement: AMI between the images' favourite experts of each two layers: "value", "low", "high", each (L, L).
         sequences, overruled_sequences: number of videos behind the images, and behind the interventions; None if
             nothing says. With 5 or more of them intervals are over sequences, else over images.

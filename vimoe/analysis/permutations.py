@@ -17,7 +17,7 @@ from itertools import permutations
 import numpy as np
 from torch import Tensor
 
-from vimoe.analysis.statistics import CONFIDENCE, Z
+from vimoe.analysis.intervals import CONFIDENCE, Z
 
 COUNTED = 6  # experts whose relabellings are all tried: 720 of them
 DRAWN = 499  # relabellings of more experts

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vimoe.analysis.statistics import Interval
+from vimoe.analysis.intervals import Interval
 from vimoe.files import printable
 
 CHANCE = 0.05  # with a p-value above it, dependence is not distinguishable from chance

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from vimoe.analysis.intervals import Interval, mean_intervals
 from vimoe.analysis.interventions import Only, Subjects, measure
-from vimoe.analysis.statistics import Interval, mean_intervals
 from vimoe.errors import VimoeError
 from vimoe.moe import MoE
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vimoe.analysis.changes import Changes
 from vimoe.analysis.evidence import Effect, Evidence
+from vimoe.analysis.intervals import numbered, over
 from vimoe.analysis.interventions import Intervention, Subjects, Without, measure
-from vimoe.analysis.statistics import numbered, over
 from vimoe.config.analysis import PRUNE_TOLERANCE
 from vimoe.config.checks import LARGEST_SEED, check_count
 from vimoe.errors import ConfigError, VimoeError, expect
@@ -62,7 +62,7 @@ class Pruning:
         kept: layers that stay, each with the effect of its cheapest removal.
         tolerance: largest upper bound of a removal's loss change, in nats; None where all layers were merged.
         sequences: number of videos that the images are frames of; None if nothing says. Intervals are over these
-            (`vimoe.analysis.statistics.over`).
+            (`vimoe.analysis.intervals.over`).
         without_method: names of the layers that stay because no method makes them dense; they are not in `kept`.
     """
 

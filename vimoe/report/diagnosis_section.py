@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vimoe.analysis.statistics import over
+from vimoe.analysis.intervals import over
 from vimoe.report.html_page import Page
 from vimoe.report.table_cells import change_cell, interval_cell
 

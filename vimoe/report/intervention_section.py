@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vimoe.analysis import figures
+from vimoe.analysis.intervals import over
 from vimoe.analysis.plot_data import INTERVENTIONS, expert_dots, measured_interventions
-from vimoe.analysis.statistics import over
 from vimoe.metrics.registry import shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page

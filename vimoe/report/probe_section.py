@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vimoe.analysis.intervals import over
 from vimoe.analysis.plot_data import advantage_line
-from vimoe.analysis.statistics import over
 from vimoe.metrics.registry import shown
 from vimoe.report.html_page import Page
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vimoe.analysis.intervals import over
 from vimoe.analysis.plot_data import INTERVENTIONS
-from vimoe.analysis.statistics import over
 from vimoe.metrics.registry import shown
 from vimoe.report.html_page import Page
 from vimoe.report.table_cells import change_cell, margin, receipt_header, receipt_rows, removed

@@ -7,8 +7,8 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from vimoe.analysis import figures
+from vimoe.analysis.intervals import FEWEST, over
 from vimoe.analysis.plot_data import CHANCE, chance_warning
-from vimoe.analysis.statistics import FEWEST, over
 from vimoe.metrics.registry import METRICS, kind_of, shown
 from vimoe.report import plotly_figures
 from vimoe.report.html_page import Page

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vimoe.analysis import figures
-from vimoe.analysis.statistics import over
+from vimoe.analysis.intervals import over
 from vimoe.errors import FolderError, counted
 from vimoe.metrics.registry import shown
 from vimoe.report.curves import curves
