@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vimoe.analysis import expert_weights
 from vimoe.analysis.expert_weights import WeightComparison, compare_pairs, compare_weights, matrices
-from vimoe.moe import ffn
+from vimoe.moe import ffn, ffn_weights
+from vimoe.moe.ffn_weights import Weights
 
 DIM, HIDDEN, EXPERTS = 8, 12, 5
 KINDS = {False: ("fc1", "fc2"), True: ("gate", "value", "fc2")}
@@ -25,7 +26,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def weights(seed: int, gated: bool = False, width: int = HIDDEN) -> ffn.Weights:
+def weights(seed: int, gated: bool = False, width: int = HIDDEN) -> Weights:
     shapes = {"fc1.weight": (width * (1 + gated), DIM), "fc1.bias": (width * (1 + gated),), "fc2.weight": (DIM, width)}
     return {name: torch.randn(shape, generator=generator(seed)) for name, shape in shapes.items()}
 
@@ -36,7 +37,7 @@ def router(n: int, seed: int = 0) -> Tensor:
 
 
 def compared(
-    experts: list[ffn.Weights], gated: bool = False, rows: Tensor | None = None, parent: ffn.Weights | None = None
+    experts: list[Weights], gated: bool = False, rows: Tensor | None = None, parent: Weights | None = None
 ) -> WeightComparison:
     rows = router(len(experts)) if rows is None else rows
     return compare_weights(experts, gated, compare_pairs(experts, gated), rows, parent)
@@ -45,7 +46,7 @@ def compared(
 @pytest.mark.parametrize("gated", KINDS)
 def test_permuted_hidden_units_are_found_with_the_tau_of_their_order(gated: bool) -> None:
     one, order = weights(0, gated), torch.randperm(HIDDEN, generator=generator(1))
-    found = compared([one, ffn.take(one, order, gated)], gated)
+    found = compared([one, ffn_weights.take(one, order, gated)], gated)
     assert tuple(found.matrices) == KINDS[gated]
     tau = kendalltau(np.argsort(order.numpy()), np.arange(HIDDEN)).statistic
     assert abs(tau) < 0.9 and found.tau.value == pytest.approx(tau)
@@ -135,13 +136,13 @@ def test_rows_of_the_router_that_follow_one_matrix() -> None:
 
 def test_fewer_experts_are_matched_where_an_assignment_has_to_be_solved(monkeypatch: pytest.MonkeyPatch) -> None:
     solved: list[bool] = []
-    order = ffn.order
+    order = ffn_weights.order
 
     def noted(*args: object) -> tuple[Tensor, bool]:
         solved.append(not order(*args)[1])
         return order(*args)
 
-    monkeypatch.setattr(ffn, "order", noted)
+    monkeypatch.setattr(ffn_weights, "order", noted)
     near = [{name: w + 0.01 * weights(e)[name] for name, w in weights(99).items()} for e in range(10)]
     assert compared(near).matched == 8 and len(solved) == 28 and not any(solved)
     solved.clear()

@@ -10,6 +10,7 @@ import vimoe
 from vimoe.config.moe import EXPERTS, ROUTERS
 from vimoe.moe import ffn
 from vimoe.moe.experts import Experts, Role
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.router import Router
 
 RANK = 2
@@ -51,7 +52,7 @@ class LowRank(Experts):
         names = [name for name, _ in self.named_parameters()]
         return {n: Role(n.endswith(("weight", "_a", "_b")), per_expert=not n.startswith("base.")) for n in names}
 
-    def weights(self, expert: int) -> ffn.Weights:
+    def weights(self, expert: int) -> Weights:
         return low_rank_weights(dict(self.named_parameters()), expert)
 
 

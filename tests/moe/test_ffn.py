@@ -12,7 +12,8 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from vimoe.errors import SurgeryError
-from vimoe.moe import ffn
+from vimoe.moe import ffn, ffn_weights
+from vimoe.moe.ffn_weights import Weights
 
 DIM, HIDDEN = 8, 12
 
@@ -141,13 +142,13 @@ def test_silent_units_that_a_norm_still_sees_are_kept(dense: nn.Module) -> None:
 
 
 def test_the_mean_of_equal_ffns_is_that_ffn_bit_for_bit(dense: nn.Module) -> None:
-    mean = ffn.average([ffn.read(dense)] * 3, [0.2, 0.3, 0.5])
+    mean = ffn_weights.average([ffn.read(dense)] * 3, [0.2, 0.3, 0.5])
     assert_same(ffn.build(dense, mean), dense)
 
 
 def test_the_mean_weighs_and_scales_the_output_only(dense: nn.Module) -> None:
     one, other = ffn.read(dense), ffn.read(randomise(ffn.build(dense, ffn.read(dense)), seed=1))
-    mean = ffn.average([one, other], [0.25, 0.75], scale=2.0)
+    mean = ffn_weights.average([one, other], [0.25, 0.75], scale=2.0)
     for name, value in mean.items():
         expected = 0.25 * one[name] + 0.75 * other[name]
         torch.testing.assert_close(value, 2 * expected if name.startswith("fc2.") else expected)
@@ -167,7 +168,7 @@ def permuted(dense: nn.Module) -> nn.Module:
     return copied
 
 
-def distance(one: ffn.Weights, other: ffn.Weights) -> float:
+def distance(one: Weights, other: Weights) -> float:
     return sum((one[name] - other[name]).square().sum().item() for name in one)
 
 
@@ -175,7 +176,7 @@ def test_a_permuted_copy_is_matched_back_bit_for_bit(dense: nn.Module) -> None:
     other = permuted(dense)
     torch.testing.assert_close(other(tokens()), dense(tokens()))  # it is one
     assert distance(ffn.read(other), ffn.read(dense)) > 1
-    matched = ffn.match(ffn.read(other), ffn.read(dense), ffn.describe(dense).gated)
+    matched = ffn_weights.match(ffn.read(other), ffn.read(dense), ffn.describe(dense).gated)
     assert_same(ffn.build(dense, matched), dense)
 
 
@@ -183,7 +184,7 @@ def test_matching_another_ffn_keeps_its_function_and_comes_nearest(dense: nn.Mod
     reference, gated = ffn.read(dense), ffn.describe(dense).gated
     other = permuted(randomise(copy.deepcopy(dense), seed=1, scale=0.5)).double()
     weights = ffn.read(other)
-    matched = ffn.match(weights, {name: w.double() for name, w in reference.items()}, gated)
+    matched = ffn_weights.match(weights, {name: w.double() for name, w in reference.items()}, gated)
     x = tokens().double()
     torch.testing.assert_close(ffn.build(other, matched)(x), other(x), rtol=1e-12, atol=1e-12)
     nearest = distance(matched, reference)
@@ -191,7 +192,7 @@ def test_matching_another_ffn_keeps_its_function_and_comes_nearest(dense: nn.Mod
     for a, b in itertools.combinations(range(HIDDEN), 2):  # no two units of the optimum would rather change places
         order = torch.arange(HIDDEN)
         order[[a, b]] = order[[b, a]]
-        assert distance(ffn.take(matched, order, gated), reference) >= nearest - 1e-9
+        assert distance(ffn_weights.take(matched, order, gated), reference) >= nearest - 1e-9
 
 
 @pytest.mark.parametrize("moved", [0.01, 10.0])
@@ -200,17 +201,17 @@ def test_the_order_of_nearest_units_is_that_of_the_solver(
 ) -> None:
     """Copies that have moved a little know their partners, and no assignment is solved for them."""
     solved: list[Tensor] = []
-    solve = ffn.linear_sum_assignment
+    solve = ffn_weights.linear_sum_assignment
 
     def noted(*args: object, **kwargs: object) -> object:
         solved.append(solve(*args, **kwargs)[1])
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(ffn, "linear_sum_assignment", noted)
+    monkeypatch.setattr(ffn_weights, "linear_sum_assignment", noted)
     gated, other = ffn.describe(dense).gated, permuted(randomise(copy.deepcopy(dense), seed=1, scale=moved))
-    order, easy = ffn.order(ffn.read(other), ffn.read(dense), gated)
+    order, easy = ffn_weights.order(ffn.read(other), ffn.read(dense), gated)
     assert easy == (moved < 1) == (not solved)
-    units, target = (ffn.hidden_units(ffn.read(each), gated) for each in (other, dense))
+    units, target = (ffn_weights.hidden_units(ffn.read(each), gated) for each in (other, dense))
     assert order.tolist() == solve(torch.cdist(target, units).square().numpy())[1].tolist()
     assert order.tolist() != sorted(order.tolist())
 
@@ -227,7 +228,7 @@ def test_matching_takes_all_weights_of_a_unit_for_evidence(dense: nn.Module) -> 
             twins[name][rows] += 0.01 * w[rows].detach()
             other = ffn.read(permuted(ffn.build(dense, twins)))
             assert not torch.equal(other[name], twins[name])
-            torch.testing.assert_close(ffn.match(dict(reversed(other.items())), twins, gated), twins)
+            torch.testing.assert_close(ffn_weights.match(dict(reversed(other.items())), twins, gated), twins)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -238,5 +239,5 @@ def test_units_that_nothing_tells_apart_stay_where_they_are(dense: nn.Module, va
     for name, w in weights.items():
         if name != "fc2.weight":
             w[...] = w[:1]
-    matched = ffn.match(weights, weights, ffn.describe(dense).gated)
+    matched = ffn_weights.match(weights, weights, ffn.describe(dense).gated)
     assert all(torch.equal(matched[name].nan_to_num(7), w.nan_to_num(7)) for name, w in weights.items())

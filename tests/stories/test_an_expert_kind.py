@@ -15,6 +15,7 @@ import vimoe
 from vimoe.config.moe import EXPERTS
 from vimoe.moe import ffn
 from vimoe.moe.experts import Experts, Role
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.layer import moe_layers
 
 
@@ -30,7 +31,7 @@ class LowRank(Experts):
     def roles(self) -> dict[str, Role]:
         return {n: Role(matrix=p.ndim > 1, per_expert=n in ("up", "down")) for n, p in self.named_parameters()}
 
-    def weights(self, expert: int) -> ffn.Weights:
+    def weights(self, expert: int) -> Weights:
         base = ffn.read(self.base[0])
         return {**base, "fc1.weight": base["fc1.weight"] + self.up[expert] @ self.down[expert]}
 

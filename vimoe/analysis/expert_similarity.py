@@ -25,6 +25,7 @@ from vimoe.analysis.cosines import ROUNDING, cosines, mean, pearson, precise
 from vimoe.analysis.expert_weights import WeightComparison, compare_pairs, compare_weights
 from vimoe.analysis.permutations import Permuted, exchange_moments
 from vimoe.moe import MoE, ffn
+from vimoe.moe.ffn_weights import Weights
 
 CHUNK = 1024  # tokens that an expert computes at a time
 SPAN = 2**16  # weights of an expert that are compared at a time
@@ -72,7 +73,7 @@ class ExpertComparison:
         output_similarity: similarity of the experts' outputs for the same token; mean over tokens, routed there or not.
         neuron_similarity: similarity of neuron f of one expert to neuron f of the other, by its rows of fc1 and its
             column of fc2; mean over neurons.
-        matched_neuron_similarity: the same, each neuron with its partner in `ffn.match`. Much more than
+        matched_neuron_similarity: the same, each neuron with its partner in `ffn_weights.match`. Much more than
             neuron_similarity says that experts are in part permutations of each other. Unrelated neurons come out
             above 0 too, as each gets a partner that suits it.
         active_neurons: share of the neurons that make an expert's output, 1/F..1: (sum a)^2 / (F sum a^2) with
@@ -172,7 +173,7 @@ def distances(layer: MoE, x_BTD: Tensor, reference: nn.Module | None) -> tuple[D
     return None if reference is None else distance(2), distance(1)
 
 
-def _of_their_shape(experts: Sequence[ffn.Weights], module: nn.Module | None) -> ffn.Weights | None:
+def _of_their_shape(experts: Sequence[Weights], module: nn.Module | None) -> Weights | None:
     """Return the canonical weights of an FFN if they have the shapes of the experts'."""
     weights = None if module is None else ffn.read(module)
     same = weights and all(w.shape == weights[name].shape for name, w in experts[0].items())
@@ -234,7 +235,7 @@ def compare_experts(layer: MoE, x_BTD: Tensor, parent: nn.Module | None = None) 
         )  # fmt: skip
 
 
-def _weight_grams(experts: Sequence[ffn.Weights], n: int) -> tuple[Tensor, Tensor]:
+def _weight_grams(experts: Sequence[Weights], n: int) -> tuple[Tensor, Tensor]:
     """(N, N) inner products of the experts' weights, and of their deviations from the mean expert; NaN without any."""
     weights, deviations = [], []
     for span in _spans(experts):
@@ -247,7 +248,7 @@ def _weight_grams(experts: Sequence[ffn.Weights], n: int) -> tuple[Tensor, Tenso
     return torch.stack(weights).sum(dim=0), torch.stack(deviations).sum(dim=0)
 
 
-def _spans(experts: Sequence[ffn.Weights]) -> Iterator[Tensor]:
+def _spans(experts: Sequence[Weights]) -> Iterator[Tensor]:
     """Yield all weights of the experts beside one another, (N, SPAN) at a time."""
     for name in experts[0] if experts else ():
         flat = [expert[name].flatten() for expert in experts]
@@ -263,7 +264,7 @@ def _outputs(layer: MoE, x_MD: Tensor) -> Tensor:
     return precise(y[:, 0]).unflatten(0, (n, m))
 
 
-def _outputs_beside(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor, reference: nn.Module | None) -> Tensor:
+def _outputs_beside(layer: MoE, experts: Sequence[Weights], x_MD: Tensor, reference: nn.Module | None) -> Tensor:
     """(N, M * D) the outputs of the experts; in one more row that of the reference, if there is one."""
     rows = [_all_outputs(layer, experts, x_MD)[0].transpose(0, 1)]
     if reference is not None:
@@ -290,7 +291,7 @@ def _apart(pieces: Iterable[Tensor], n: int) -> tuple[list[float], list[float]]:
     return similar_NQ.mean(dim=0).tolist(), distances_NQ.mean(dim=0).tolist()
 
 
-def _all_outputs(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor) -> tuple[Tensor, Tensor]:
+def _all_outputs(layer: MoE, experts: Sequence[Weights], x_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Return the experts' outputs (M, N, D) for some tokens, and the share of their neurons that make them (M, N).
 
     Experts without weights compute by their own forward; their active share is NaN.
@@ -307,7 +308,7 @@ def _all_outputs(layer: MoE, experts: Sequence[ffn.Weights], x_MD: Tensor) -> tu
     return torch.stack(outputs, dim=1), torch.stack(active, dim=1)
 
 
-def _run(kind: ffn.FFN, weights: ffn.Weights, x_MD: Tensor) -> tuple[Tensor, Tensor]:
+def _run(kind: ffn.FFN, weights: Weights, x_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the last matrix of an FFN gets (M, F), and its output (M, D), in float32 at least."""
     weights = {name: precise(w) for name, w in weights.items()}
     hidden_MF = ffn.hidden(kind, weights, x_MD.to(weights["fc1.weight"].dtype))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from vimoe.analysis.cosines import ROUNDING, cosines, mean, pearson, precise
 from vimoe.analysis.permutations import Permuted
-from vimoe.moe import ffn
+from vimoe.moe import ffn_weights
+from vimoe.moe.ffn_weights import Weights
 
 SPAN = 2**16  # weights of an expert that are compared at a time
 MATCHED = 8  # experts whose hidden units are matched with one another, at most: pairs are many
@@ -36,7 +37,7 @@ class MatrixComparison:
     Attributes:
         cosine: cosine of the flattened matrices; permuted are the hidden units of each expert.
         neuron_mean: cosine of the means over hidden units, (D,) each.
-        reordered: cosine after the hidden units of one expert got the order of `ffn.order`.
+        reordered: cosine after the hidden units of one expert got the order of `ffn_weights.order`.
         parent: mean over experts of the cosine with the parent's matrix; None without one of the same shape.
         router: R squared of a linear regression, over pairs of experts, between the cosine of the router's rows and
             that of the means over hidden units; relabelled are the router's rows. None below 3 experts, or where all
@@ -62,8 +63,8 @@ class WeightComparison:
 
     Attributes:
         matrices: comparison of each matrix, by its name.
-        tau: Kendall's tau, -1..1, of the order of the hidden units in `ffn.order` with their own; mean over pairs. It
-            is 1 if no unit has moved, as in trained copies. Permuted are the hidden units.
+        tau: Kendall's tau, -1..1, of the order of the hidden units in `ffn_weights.order` with their own; mean over
+            pairs. It is 1 if no unit has moved, as in trained copies. Permuted are the hidden units.
         rho: share of the hidden units whose value rows (columns of fc2) have a cosine of at least 0.98; mean over
             pairs. It is 1 for copies.
         rho_parent: the same of an expert and its parent, mean over experts; None without one.
@@ -98,14 +99,14 @@ class Pairs:
     matched: int
 
 
-def matrices(weights: ffn.Weights, gated: bool) -> dict[str, Tensor]:
+def matrices(weights: Weights, gated: bool) -> dict[str, Tensor]:
     """Return the matrices of an FFN by name, (F, D) each: rows of fc1 (gate and value if gated), columns of fc2."""
     names = ("gate", "value", "fc2") if gated else ("fc1", "fc2")
-    parts = ffn.by_unit({name: weights[name] for name in ("fc1.weight", "fc2.weight")}, gated)
+    parts = ffn_weights.by_unit({name: weights[name] for name in ("fc1.weight", "fc2.weight")}, gated)
     return {name: precise(part) for name, part in zip(names, parts, strict=True)}
 
 
-def compare_pairs(experts: Sequence[ffn.Weights], gated: bool) -> Pairs:
+def compare_pairs(experts: Sequence[Weights], gated: bool) -> Pairs:
     """Compare the first experts unit by unit, and match their hidden units."""
     experts = experts[:MATCHED]
     units = [matrices(each, gated) for each in experts]
@@ -118,7 +119,7 @@ def compare_pairs(experts: Sequence[ffn.Weights], gated: bool) -> Pairs:
         rho.append(_same(one["fc2"], other["fc2"]))
         if j >= most:
             continue
-        order, easy = ffn.order(experts[i], experts[j], gated)
+        order, easy = ffn_weights.order(experts[i], experts[j], gated)
         most = most if easy else min(most, max(UNLIKE, j + 1))
         moved = {name: part[order] for name, part in other.items()}
         found.append(_by_unit(one, moved).cpu())
@@ -132,7 +133,7 @@ def compare_pairs(experts: Sequence[ffn.Weights], gated: bool) -> Pairs:
 
 
 def compare_weights(
-    experts: Sequence[ffn.Weights], gated: bool, pairs: Pairs, router_NN: Tensor, parent: ffn.Weights | None
+    experts: Sequence[Weights], gated: bool, pairs: Pairs, router_NN: Tensor, parent: Weights | None
 ) -> WeightComparison:
     """Compare the weights of the experts of a layer.
 

@@ -240,10 +240,10 @@ def densify(
         model: an upcycled model; changed in place.
         layers: blocks, as in `MoEConfig.layers`; "all" means all MoE layers.
         how: "shared" keeps the shared expert alone; "merge" takes the mean of all experts' weights; "matched" first
-            reorders each expert's hidden units to match a reference (`ffn.match`), then averages. Experts that are
-            narrower than the FFN are not averaged: "join" puts the hidden units of all of them, and of the shared
-            expert, side by side into one FFN, with their gates in its last matrix. "whole" does so with the pieces of a
-            split FFN (init="split"), each at the full weight that it has when it is chosen.
+            reorders each expert's hidden units to match a reference (`ffn_weights.match`), then averages. Experts
+            that are narrower than the FFN are not averaged: "join" puts the hidden units of all of them, and of the
+            shared expert, side by side into one FFN, with their gates in its last matrix. "whole" does so with the
+            pieces of a split FFN (init="split"), each at the full weight that it has when it is chosen.
         gate_mass: (N,) mean gate that each expert got, by layer name, for all but "shared"
             (`LayerEvidence.gate_mass`). Without it, experts count as a router without preference weighs them.
 

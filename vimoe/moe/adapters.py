@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import SurgeryError
 from vimoe.moe import ffn
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.grouped_linear import grouped_linear
 from vimoe.moe.shared_base import SharedBase, rows_of
 from vimoe.moe.stacked_ffns import Stacked
@@ -52,7 +53,7 @@ class AdapterExperts(SharedBase):
         result: Tensor = self.drop2(F.linear(hidden, base["fc2.weight"], base.get("fc2.bias")).add_(y_SUD))
         return result
 
-    def weights(self, expert: int) -> ffn.Weights:
+    def weights(self, expert: int) -> Weights:
         """Return the canonical weights of one expert, an FFN of width F + r."""
         weights = ffn.read(self.base)
         for name, own in self.down.named_parameters():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vimoe.config.moe import MoEConfig
 from vimoe.moe import ffn
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.grouped_linear import Backend
 
 
@@ -104,16 +105,16 @@ class Experts(nn.Module):
         """Number of hidden units of an expert in `weights`; means are taken of experts as wide as the FFN."""
         return self.kind.hidden
 
-    def weights(self, expert: int) -> ffn.Weights:
+    def weights(self, expert: int) -> Weights:
         """Return the canonical weights of one expert, as views where that can be."""
         raise NotImplementedError
 
-    def stacked_weights(self) -> ffn.Weights:
+    def stacked_weights(self) -> Weights:
         """Return the canonical weights of all experts, each with the N experts in front."""
         each = [self.weights(e) for e in range(self.num_experts)]
         return {name: torch.stack([weights[name] for weights in each]) for name in each[0]}
 
-    def set_weights(self, expert: int, weights: ffn.Weights) -> None:
+    def set_weights(self, expert: int, weights: Weights) -> None:
         """Copy canonical weights of the same shapes into one expert."""
         raise NotImplementedError
 
@@ -131,7 +132,7 @@ class Experts(nn.Module):
         outputs = [self.apply_weights(self.weights(e), part) for e, part in parts if len(part)]
         return torch.cat(outputs or [self.apply_weights(self.weights(0), rows)])
 
-    def apply_weights(self, weights: ffn.Weights, x: Tensor) -> Tensor:
+    def apply_weights(self, weights: Weights, x: Tensor) -> Tensor:
         """(..., D) to (..., D): the output of an FFN with these canonical weights, with the experts' dropout."""
         first = F.linear(x, weights["fc1.weight"], weights.get("fc1.bias"))
         hidden = ffn.activated(self.kind, weights, first, self.drop1)

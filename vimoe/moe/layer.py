@@ -18,10 +18,11 @@ from torch.autograd import forward_ad
 
 from vimoe.config.moe import EXPERTS, ROUTERS, STARTS, MoEConfig
 from vimoe.errors import SurgeryError, VimoeError
-from vimoe.moe import ffn, router_gradient
+from vimoe.moe import ffn, ffn_weights, router_gradient
 from vimoe.moe.autocast import in_type_of_autocast
 from vimoe.moe.dispatch import dispatch
 from vimoe.moe.experts import Experts
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.grid import Grid
 from vimoe.moe.orthogonal import check, orthogonal_outputs
 from vimoe.moe.router import Router, TokenLayout
@@ -228,18 +229,19 @@ class MoE(nn.Module):
 
         Args:
             gate_mass: (N,) mean over rows of the gate that each expert got, 0 where it was not chosen.
-            matched: first put each expert's hidden units in the order that is nearest to one of them (`ffn.match`).
+            matched: first put each expert's hidden units in the order that is nearest to one of them
+                (`ffn_weights.match`).
         """
         parts, mass = self._weighed(gate_mass)
         if matched:
             # A reference is matched exactly, the others with one another only through it. The shared expert is what
             # "mix" takes differences to, and all tokens have trained it; else take the expert that weighs most.
             reference = parts[0 if self.shared is not None else mass.index(max(mass))]
-            parts = [ffn.match(part, reference, self.experts.kind.gated) for part in parts]
+            parts = [ffn_weights.match(part, reference, self.experts.kind.gated) for part in parts]
         total = sum(mass)
         shares = [m / total for m in mass] if total else [1 / len(mass)] * len(mass)
         scale = 1.0 if math.isclose(total, 1, rel_tol=1e-6) else total  # gates that sum to 1 do so but for rounding
-        return self._as_dense(ffn.average(parts, shares, scale))
+        return self._as_dense(ffn_weights.average(parts, shares, scale))
 
     @torch.no_grad()
     def joined(self, gate_mass: Tensor, whole: bool = False) -> nn.Module:
@@ -258,11 +260,12 @@ class MoE(nn.Module):
         gated = self.experts.kind.gated
         matrix = [1 / self.config.top_k] * len(mass) if whole else mass
         silent = -sum(part["fc2.weight"].shape[1] for part in parts) % self._parent_hidden
-        unit = ffn.take(parts[0], torch.zeros(silent, dtype=torch.long), gated)
-        weighed = [ffn.scaled(*each) for each in zip(parts, matrix, mass, strict=True)]
-        return self._as_dense(ffn.join([*weighed, {name: torch.zeros_like(w) for name, w in unit.items()}], gated))
+        unit = ffn_weights.take(parts[0], torch.zeros(silent, dtype=torch.long), gated)
+        weighed = [ffn_weights.scaled(*each) for each in zip(parts, matrix, mass, strict=True)]
+        silenced = {name: torch.zeros_like(w) for name, w in unit.items()}
+        return self._as_dense(ffn_weights.join([*weighed, silenced], gated))
 
-    def _weighed(self, gate_mass: Tensor) -> tuple[list[ffn.Weights], list[float]]:
+    def _weighed(self, gate_mass: Tensor) -> tuple[list[Weights], list[float]]:
         """Return the shared expert, where there is one, and the experts, with their weights in the layer's formula."""
         mass = gate_mass.tolist()
         parts = [self.experts.weights(i) for i in range(self.config.num_experts)]
@@ -271,7 +274,7 @@ class MoE(nn.Module):
             mass.insert(0, 1.0 if self.config.combine == "sum" else 1.0 - sum(mass))
         return parts, mass
 
-    def _as_dense(self, weights: ffn.Weights) -> nn.Module:
+    def _as_dense(self, weights: Weights) -> nn.Module:
         trained = any(p.requires_grad for p in (self.experts if self.shared is None else self.shared).parameters())
         return ffn.build(self._template[0], weights).requires_grad_(trained).train(self.training)
 

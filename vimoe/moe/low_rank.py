@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vimoe.config.moe import MoEConfig
 from vimoe.moe import ffn
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.grouped_linear import Backend
 from vimoe.moe.low_rank_linear import low_rank_linear
 from vimoe.moe.shared_base import SharedBase, rows_of
@@ -65,7 +66,7 @@ class LoRAExperts(SharedBase):
         y_SUD: Tensor = self.drop2(linear("fc2", self.fc2, hidden))
         return y_SUD
 
-    def weights(self, expert: int) -> ffn.Weights:
+    def weights(self, expert: int) -> Weights:
         """Return the canonical weights of one expert; its matrices are computed."""
         weights = ffn.read(self.base)
         for layer, change in (("fc1.weight", self.fc1), ("fc2.weight", self.fc2)):

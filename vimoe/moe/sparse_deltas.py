@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vimoe.config.moe import MoEConfig
 from vimoe.moe import ffn
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.grouped_linear import grouped_linear
 from vimoe.moe.shared_base import SharedBase
 
@@ -72,7 +73,7 @@ class DeltaExperts(SharedBase):
         y_SUD: Tensor = self.drop2(linear("fc2", self.fc2, hidden, None))
         return y_SUD
 
-    def weights(self, expert: int) -> ffn.Weights:
+    def weights(self, expert: int) -> Weights:
         """Return the canonical weights of one expert; its matrices are computed."""
         weights = ffn.read(self.base)
         for layer, deltas in (("fc1.weight", self.fc1), ("fc2.weight", self.fc2)):

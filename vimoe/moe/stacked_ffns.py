@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vimoe.config.moe import MoEConfig
 from vimoe.moe import ffn
 from vimoe.moe.experts import Experts, Role
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.grouped_linear import grouped_linear
 
 
@@ -75,16 +76,16 @@ class StackedFFNs(Experts):
         """Matrices are the weights of the two linear maps; biases and the norm's scale are vectors."""
         return {name: Role(matrix=name in ("fc1.weight", "fc2.weight")) for name, _ in self.named_parameters()}
 
-    def weights(self, expert: int) -> ffn.Weights:
+    def weights(self, expert: int) -> Weights:
         """Return the canonical weights of one expert, as views."""
         return {name: stacked[expert] for name, stacked in self.named_parameters()}
 
-    def stacked_weights(self) -> ffn.Weights:
+    def stacked_weights(self) -> Weights:
         """Return the canonical weights of all experts, without a copy."""
         return dict(self.named_parameters())
 
     @torch.no_grad()
-    def set_weights(self, expert: int, weights: ffn.Weights) -> None:
+    def set_weights(self, expert: int, weights: Weights) -> None:
         """Copy canonical weights into one expert."""
         for name, stacked in self.named_parameters():
             stacked[expert] = weights[name]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError, SurgeryError
 from vimoe.models.surgery import swap
-from vimoe.moe import ffn
+from vimoe.moe import ffn, ffn_weights
 from vimoe.moe.autocast import in_type_of_autocast
+from vimoe.moe.ffn_weights import Weights
 from vimoe.moe.layer import MoE, moe_layers
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,10 @@ class Fusing(nn.Module):
         n = self.config.num_experts
         return torch.full((n,), 1 / n, dtype=torch.float64, device="cpu")
 
-    def weights(self) -> ffn.Weights:
+    def weights(self) -> Weights:
         """Return the canonical weights of the FFN that is left; gradient goes through."""
         parts = [self.experts.weights(e) for e in range(self.config.num_experts)]
-        return ffn.average(parts, self.shares.unbind())
+        return ffn_weights.average(parts, self.shares.unbind())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D), or from grid to grid, as of `MoE`."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vimoe
 from vimoe.config.moe import ROUTERS
-from vimoe.moe import ffn
+from vimoe.moe import ffn, ffn_weights
 from vimoe.moe.router import TokenLayout
 from vimoe.moe.routers.softmax import SoftmaxRouter
 
@@ -119,7 +119,7 @@ def test_with_all_chosen_the_function_is_kept_and_joining_gives_the_parent_back(
     assert {n: p.shape for n, p in dense.named_parameters()} == {n: p.shape for n, p in parent.named_parameters()}
     for site in ("blocks.0.mlp", "blocks.1.mlp"):  # the same units, in another order
         modules = [each.get_submodule(site) for each in (parent, dense)]
-        was, now = (ffn.hidden_units(ffn.read(each), ffn.describe(each).gated) for each in modules)
+        was, now = (ffn_weights.hidden_units(ffn.read(each), ffn.describe(each).gated) for each in modules)
         nearest = torch.cdist(now.double(), was.double()).min(dim=1)
         assert nearest.values.max() < 1e-5 and sorted(nearest.indices.tolist()) == list(range(len(was)))
 

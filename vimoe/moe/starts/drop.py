@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vimoe.moe import ffn
+from vimoe.moe import ffn_weights
 from vimoe.moe.experts import Experts
 from vimoe.moe.router import Router
 from vimoe.moe.start import Calibration, Start
@@ -32,7 +32,7 @@ class Drop(Start):
         for e in range(experts.num_experts if count else 0):
             weights = {name: w.clone() for name, w in experts.weights(e).items()}
             dropped = torch.randperm(hidden)[:count]
-            for units in ffn.by_unit(weights, experts.kind.gated):
+            for units in ffn_weights.by_unit(weights, experts.kind.gated):
                 old = units[dropped].to(torch.promote_types(units.dtype, torch.float32))
                 units[dropped] = (old.mean() + old.std(correction=0) * torch.randn_like(old)).to(units.dtype)
             experts.set_weights(e, weights)

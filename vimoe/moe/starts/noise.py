@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vimoe.moe import ffn
+from vimoe.moe import ffn_weights
 from vimoe.moe.experts import Experts
 from vimoe.moe.router import Router
 from vimoe.moe.start import Calibration, Start
@@ -24,7 +24,7 @@ class Noise(Start):
     def __call__(self, experts: Experts, router: Router, seen: Calibration | None) -> None:
         for e in range(experts.num_experts):
             weights = {name: w.clone() for name, w in experts.weights(e).items()}
-            for units in ffn.by_unit(weights, experts.kind.gated):
+            for units in ffn_weights.by_unit(weights, experts.kind.gated):
                 if units.ndim == 2:  # a matrix; vectors are biases and norms
                     units += (
                         self.config.noise_std

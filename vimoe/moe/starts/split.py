@@ -9,7 +9,7 @@ import torch
 
 from vimoe.config.moe import MoEConfig
 from vimoe.errors import ConfigError, SurgeryError
-from vimoe.moe import ffn
+from vimoe.moe import ffn_weights
 from vimoe.moe.experts import Experts
 from vimoe.moe.kmeans import balanced_kmeans
 from vimoe.moe.router import Router
@@ -60,10 +60,10 @@ class Split(Start):
     @torch.no_grad()
     def __call__(self, experts: Experts, router: Router, seen: Calibration | None) -> None:
         n, gated = experts.num_experts, experts.kind.gated
-        dense = ffn.join([ffn.scaled(experts.weights(e), 1 / n, 1 / n) for e in range(n)], gated)
+        dense = ffn_weights.join([ffn_weights.scaled(experts.weights(e), 1 / n, 1 / n) for e in range(n)], gated)
         rows_FD = dense["fc1.weight"].chunk(1 + gated)[0]
         label_F = balanced_kmeans(rows_FD, n).to(rows_FD.device)
         for e in range(n):
             units = (label_F == e).nonzero()[:, 0]
-            experts.set_weights(e, ffn.scaled(ffn.take(dense, units, gated), self.config.top_k, 1))
+            experts.set_weights(e, ffn_weights.scaled(ffn_weights.take(dense, units, gated), self.config.top_k, 1))
             router.weight[e] = rows_FD[units].mean(dim=0)
