@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vimoe.analysis import expert_weights
 from vimoe.analysis.expert_weights import WeightComparison, compare_pairs, compare_weights, matrices
-from vimoe.moe import ffn, ffn_weights
+from vimoe.moe import ffn_weights
 from vimoe.moe.ffn_weights import Weights
 
 DIM, HIDDEN, EXPERTS = 8, 12, 5
