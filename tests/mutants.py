@@ -690,7 +690,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "features are those of any trunk",
-        "tasks/cached_features.py",
+        "tasks/feature_files.py",
         "{sorted(self.prepared.items())} {self._digest} ",
         "{sorted(self.prepared.items())} ",
         ("tasks/test_cached_features.py",),

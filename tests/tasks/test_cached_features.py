@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import vimoe.analysis.pruning
 import vimoe.data.loaders
-import vimoe.tasks.cached_features
+import vimoe.tasks.feature_files
 import vimoe.training.loop
 from vimoe.config.data import DataConfig
 from vimoe.config.model import ModelConfig
@@ -43,8 +43,9 @@ from vimoe.metrics.base import evaluate
 from vimoe.models.frozen_trunk import cut_before, digest
 from vimoe.models.model_folder import load
 from vimoe.moe.layer import moe_layers
-from vimoe.tasks.cached_features import Entries, FeatureCache, FeatureFiles, Features, Views, entries_of
+from vimoe.tasks.cached_features import Entries, FeatureCache, Features, Views, entries_of
 from vimoe.tasks.classification_job import job_on_images
+from vimoe.tasks.feature_files import FeatureFiles
 from vimoe.training import checkpoint
 from vimoe.training.loop import train
 from vimoe.training.parameter_groups import freeze_all_but
@@ -68,7 +69,7 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vimoe.tasks.cached_features, "STORED", "float32")
+    monkeypatch.setattr(vimoe.tasks.feature_files, "STORED", "float32")
 
 
 def model(layers: object = (2,), **settings: object) -> nn.Module:
@@ -327,7 +328,7 @@ def test_what_is_killed_while_it_is_made_leaves_nothing_that_would_be_used(
     data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = cache(model(), data, views=2)
-    real, calls = vimoe.tasks.cached_features.FeatureFiles._trunk, []
+    real, calls = vimoe.tasks.feature_files.FeatureFiles._trunk, []
 
     def dies(*arguments: object) -> torch.Tensor:
         calls.append(1)
@@ -355,15 +356,15 @@ def test_a_worker_maps_the_files(data: Data) -> None:
 
 def test_no_room_is_one_line_before_anything_is_computed(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = (3 * len(data.train) + len(data.val)) * 5 * 24 * 2
-    monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(vimoe.tasks.feature_files.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(FolderError, match=r"needs 0.00 GB for 3 views and validation: .* lower data.views") as raised:
         cache(model(), data)
     assert "\n" not in str(raised.value) and not (cache_folder() / "features").exists()
-    monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    monkeypatch.setattr(vimoe.tasks.feature_files.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     cache(model(), data).job()
     assert sum(np.load(file).nbytes for file in kept()) == needed
     size = sum(file.stat().st_size for file in kept())
-    monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(vimoe.tasks.feature_files.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(FolderError, match=rf"delete files of earlier runs in \S+/features \({size / 1e3:.0f} kB\)"):
         cache(model(), data, seed=1)
 
@@ -762,7 +763,7 @@ def test_images_are_read_where_features_cannot_be_kept(
     run = FinishedRun(trained)
     expected = run.score(str(data.root))
     if why == "no room":
-        monkeypatch.setattr(vimoe.tasks.cached_features.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+        monkeypatch.setattr(vimoe.tasks.feature_files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     elif why == "no folder":
         file = trained.parent / "file"
         file.write_bytes(b"")

@@ -24,7 +24,7 @@ from torch import nn
 
 import vimoe
 import vimoe.data.scene_loaders
-import vimoe.tasks.cached_features
+import vimoe.tasks.feature_files
 from vimoe.cli import main
 from vimoe.config.data import DataConfig
 from vimoe.config.settings import Settings
@@ -56,7 +56,7 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vimoe.tasks.cached_features, "STORED", "float32")
+    monkeypatch.setattr(vimoe.tasks.feature_files, "STORED", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_an_analysis_on_features_is_that_on_images(
         raise AssertionError("features were computed again")
 
     again = copy.deepcopy(network)
-    monkeypatch.setattr(vimoe.tasks.cached_features.FeatureFiles, "_write", written)
+    monkeypatch.setattr(vimoe.tasks.feature_files.FeatureFiles, "_write", written)
     for each in moe_layers(again).values():
         randomise(each.experts, seed=9)
     assert analysed(again, "features")["base"] != ours["base"]

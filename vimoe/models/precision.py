@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 _PROCESSORS = {"cpu": "CPU", "cuda": "GPU"}
-
-
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # type of products by setting
 NARROW = 192  # channels of ViT-Ti: on a CPU, autocast costs narrower ViTs more time than bfloat16 saves
 
 

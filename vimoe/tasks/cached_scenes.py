@@ -21,7 +21,8 @@ from vimoe.errors import ConfigError
 from vimoe.models.frozen_trunk import check_cut, cut_before
 from vimoe.models.precision import resolve
 from vimoe.process import Alone, Process
-from vimoe.tasks.cached_features import Entries, FeatureFiles, Views, digest_of, if_kept, in_words
+from vimoe.tasks.cached_features import Entries, Views, if_kept, in_words
+from vimoe.tasks.feature_files import FeatureFiles, digest_of
 from vimoe.tasks.segmentation_job import evaluate_scenes, job_on_scenes, whole_images
 from vimoe.tasks.window_features import WindowEntries, window_entries
 from vimoe.training.job import Job

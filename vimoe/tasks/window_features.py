@@ -23,7 +23,7 @@ from vimoe.data.scenes import Scene, Scenes
 from vimoe.errors import ConfigError
 from vimoe.models.frozen_trunk import Cut, Entry
 from vimoe.process import Process
-from vimoe.tasks.cached_features import FeatureFile, FeatureFiles
+from vimoe.tasks.feature_files import FeatureFile, FeatureFiles
 from vimoe.tasks.windows import Windows
 
 AT_ONCE = 8  # windows of a batch, as in `vimoe.tasks.windows.sliding`

@@ -34,6 +34,7 @@ from vimoe.config.train import TrainConfig
 from vimoe.errors import ConfigError
 from vimoe.models.frozen_trunk import Cut, check_cut
 from vimoe.models.interface import find_backbone, logits_of
+from vimoe.models.precision import AUTOCAST
 from vimoe.models.reading import ignoring_hooks
 from vimoe.moe import record
 from vimoe.moe.layer import moe_layers
@@ -42,7 +43,6 @@ from vimoe.training.auxiliary_losses import auxiliary_losses
 from vimoe.training.parameter_groups import adamw
 from vimoe.training.stages import Moment, Phase, Stage, marked
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = OTHER, DENSE, EXPERT = range(3)  # of tensors; the last two are gradients of weights, which devices divide
 
 
