@@ -15,7 +15,6 @@ With `--apart` each rendering has a folder of its own in place of `train/`, as a
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from vimoe.data.image_files import find_images
 from vimoe.data.images import open_image
+from vimoe.files import temporary_folder
 
 
 def photograph(image: Image.Image) -> Image.Image:
@@ -62,19 +62,22 @@ def write(photos: Path, out: Path, held_out: str, apart: bool = False, classes: 
         apart: a folder for the train images of each rendering.
         classes: number of classes, taken at equal distances in the order of their names; by default all.
     """
+    with temporary_folder(out.parent) as unfinished:
+        _fill(unfinished, photos, held_out, apart, classes)
+        unfinished.rename(out)
+
+
+def _fill(out: Path, photos: Path, held_out: str, apart: bool, classes: int | None) -> None:
     seen = [name for name in RENDERINGS if name != held_out]
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     for part, names in (("train", seen), ("test", [held_out] if held_out in RENDERINGS else seen)):
         folders = sorted(path for path in (photos / part).iterdir() if path.is_dir())
         count = classes or len(folders)
         for folder in (folders[number * len(folders) // count] for number in range(count)):
             for position, path in enumerate(find_images(folder)[0]):
                 name = names[position % len(names)]
-                target = unfinished / (name if apart and part == "train" else part) / folder.name
+                target = out / (name if apart and part == "train" else part) / folder.name
                 target.mkdir(parents=True, exist_ok=True)
                 RENDERINGS[name](open_image(path)).save(target / f"{path.stem}-{name}.png")
-    unfinished.rename(out)
 
 
 def main(argv: list[str] | None = None) -> None:
