@@ -349,6 +349,18 @@ def test_splits_of_a_csv_file_may_have_other_names(tmp_path: Path) -> None:
     assert contents(data) == contents(load_data(config(photos)))
 
 
+def test_shards_whose_name_has_no_role_are_a_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Beside shards of roles; they were dropped, and a setting could not ask for them."""
+    photos = roles(tmp_path / "photos")
+    expected = contents(load_data(config(photos)))
+    packed = as_shards(photos, tmp_path / "packed")
+    for shard in packed.glob("val-*.tar"):
+        shard.rename(packed / shard.name.replace("val", "extra"))
+    assert load_data(config(packed)).split_off
+    assert "split 'extra' has no role, and its " in caplog.text and "set --data.val_split extra" in caplog.text
+    assert contents(load_data(config(packed, val_split="extra"))) == expected
+
+
 def test_splits_of_a_csv_file_without_a_role_are_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

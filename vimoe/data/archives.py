@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from vimoe.files import read_text
 from vimoe.terminal import track
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz", ".tbz2", ".tar.zst", ".tzst")
+_NUMBERS = re.compile(r"(?<=.)[-_.]\d+([-_.](\d+|of))*$")  # of a shard, at the end of its name
 CLASS_LISTS = ("classes.txt", "classnames.txt")
 
 
@@ -107,10 +109,9 @@ def _samples(root: Path, contents: dict[Path, Contents], junk: Counter[str]) -> 
     unlabelled: list[Member] = []
     classes: dict[str, str] = {}  # class names by label
     splits = {archive: _split(root, archive) for archive in contents}
+    if any(splits.values()):  # then others are splits too, which have no role until a setting gives them one
+        splits = {archive: split or _NUMBERS.sub("", archive.stem) for archive, split in splits.items()}
     for archive, inside in contents.items():
-        if not splits[archive] and any(splits.values()):
-            junk["archives without a role"] += 1
-            continue
         done: set[Parts] = set()
         for parts, member in sorted(inside.images.items()):
             key, ending = sample_key(parts)
