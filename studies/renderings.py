@@ -62,6 +62,7 @@ def write(photos: Path, out: Path, held_out: str, apart: bool = False, classes: 
         apart: a folder for the train images of each rendering.
         classes: number of classes, taken at equal distances in the order of their names; by default all.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(out.parent) as unfinished:
         _fill(unfinished, photos, held_out, apart, classes)
         unfinished.rename(out)

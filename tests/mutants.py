@@ -845,7 +845,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "zeros of idle experts' gradients come from a heap",
         "moe/grouped_linear.py",
-        "return torch.frombuffer(pages, dtype=x.dtype).view(x.shape)",
+        "return torch.frombuffer(pages, dtype=x.dtype, count=x.numel()).view(x.shape)",
         "return torch.from_numpy(__import__('numpy').zeros(size, 'uint8')).view(x.dtype).view(x.shape)",
         ("moe/test_grouped_linear.py",),
     ),

@@ -30,6 +30,7 @@ def text(path: Path, *lines: str) -> None:
 
 def made(name: str, source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     photographs.main([name, str(source), "--out", str(out)])
+    assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
     assert f"where the studies have {photographs.DIGESTS[name]}" in capsys.readouterr().out
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
 
@@ -91,3 +92,11 @@ def test_what_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         photographs.main(["cub100", str(tmp_path), "--out", str(tmp_path)])
     assert f"--out={tmp_path} exists: name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", photographs.SETS)
+def test_another_folder_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        photographs.main([name, str(tmp_path), "--out", str(tmp_path / "out")])
+    assert f"{tmp_path} has no folder {photographs.INSIDE[name]}: expected a clone" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,7 @@
-"""Orders of classes and experts in which the blocks of a heatmap appear."""
+"""Orders of classes and experts in which the blocks of a heatmap appear.
+
+Axes: C classes, N experts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Choices that are made on one half of the images and judged on the other."""
+"""Choices that are made on one half of the images and judged on the other.
+
+Axes: I images, V columns to choose from.
+"""
 
 from __future__ import annotations
 

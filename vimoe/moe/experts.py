@@ -43,8 +43,8 @@ class Experts(nn.Module):
       activated parameters and `keep` follow from it. A tensor that must stay as it is should be a buffer:
       `train.train_only` of "moe" trains all parameters of a layer.
     - Right after `__init__` every expert computes what the dense FFN does, so that upcycling keeps the function.
-    - `weights(e)` gives one expert as an FFN in the canonical layout of `vimoe.moe.ffn`, and gradient goes through.
-      Merging, packing for inference, comparison and this class's `forward` need no more.
+    - `weights(e)` gives one expert as an FFN in the canonical layout of `vimoe.moe.ffn_weights`, and gradient goes
+      through. Merging, packing for inference, comparison and this class's `forward` need no more.
     - A kind whose experts are no FFNs sets `are_ffns` to False and has `forward` and `macs` of its own in place of
       `weights`. It is not merged, not packed, and compared by its outputs alone.
     - A kind that gives each expert all its weights for itself says `separate`, and has `set_weights`, by which a start

@@ -27,6 +27,8 @@ from vimoe.moe.autocast import in_type_of_autocast, own_type
 
 Backend = Literal["auto", "loop", "grouped_mm", "bmm"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+HUGE = 2**21  # bytes of a huge page
+MAPPED = 8 * HUGE  # bytes of zeros from which to map them takes no longer than to fill them, even if all are written
 
 
 def grouped_linear(
@@ -151,19 +153,23 @@ class _Loop(_Backend):
 
 
 def unwritten_zeros(x: Tensor) -> Tensor:
-    """Return contiguous zeros; on a CPU in memory that the system gives only where something is written.
+    """Return contiguous zeros; on a CPU, if they are many, in memory that the system gives only where some are written.
 
     With one image most experts are idle, and to fill their gradients would take longer than the products of the others.
     It is mapped here because `calloc` writes zeros where its heap has room, as it has after a few steps.
     """
     size = x.numel() * x.element_size()
-    if x.device.type != "cpu" or not size or sys.platform == "win32":
+    if x.device.type != "cpu" or size < MAPPED or sys.platform == "win32":
         return x.new_zeros(x.shape)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # until the tensor is freed
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)  # a fault for each 2 MiB that is written, not 4 KiB
-    return torch.frombuffer(pages, dtype=x.dtype).view(x.shape)
+    whole = -(-size // HUGE) * HUGE  # Linux does not align other lengths to huge pages
+    try:
+        pages = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # until the tensor is freed
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                pages.madvise(mmap.MADV_HUGEPAGE)  # a fault for each 2 MiB that is written, not 4 KiB
+    except OSError:  # no memory: torch says so in its own words
+        return x.new_zeros(x.shape)
+    return torch.frombuffer(pages, dtype=x.dtype, count=x.numel()).view(x.shape)
 
 
 class _GroupedMM(_Backend):
