@@ -359,6 +359,9 @@ def test_shards_whose_name_has_no_role_are_a_split(tmp_path: Path, caplog: pytes
     assert load_data(config(packed)).split_off
     assert "split 'extra' has no role, and its " in caplog.text and "set --data.val_split extra" in caplog.text
     assert contents(load_data(config(packed, val_split="extra"))) == expected
+    tar(packed / "unsorted.tar", [("1.png", png())])  # whatever it is, it does not stop a training
+    data = load_data(config(packed, val_split="extra"))
+    assert contents(data) == expected and data.junk["images without a label in archives without a role"] == 1
 
 
 def test_splits_of_a_csv_file_without_a_role_are_left_out_with_a_warning(

@@ -108,9 +108,10 @@ def _samples(root: Path, contents: dict[Path, Contents], junk: Counter[str]) -> 
     rows: list[tuple[str | None, str, Source]] = []
     unlabelled: list[Member] = []
     classes: dict[str, str] = {}  # class names by label
-    splits = {archive: _split(root, archive) for archive in contents}
-    if any(splits.values()):  # then others are splits too, which have no role until a setting gives them one
-        splits = {archive: split or _NUMBERS.sub("", archive.stem) for archive, split in splits.items()}
+    roles = {archive: _split(root, archive) for archive in contents}
+    splits = roles
+    if any(roles.values()):  # then others are splits too, which have no role until a setting gives them one
+        splits = {archive: split or _NUMBERS.sub("", archive.stem) for archive, split in roles.items()}
     for archive, inside in contents.items():
         done: set[Parts] = set()
         for parts, member in sorted(inside.images.items()):
@@ -120,6 +121,9 @@ def _samples(root: Path, contents: dict[Path, Contents], junk: Counter[str]) -> 
                 continue
             done.add(key)
             label = inside.labels.get(key)
+            if not label and splits[archive] != roles[archive]:
+                junk["images without a label in archives without a role"] += 1
+                continue
             if not label:
                 unlabelled.append(member)
                 continue
